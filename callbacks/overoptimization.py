@@ -1,0 +1,69 @@
+"""Is the reward that is trained on still the reward that is meant?"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from callbacks.phase import Mean, PhaseCallback
+from modules.functional.diagnostics import overoptimization_fit
+from modules.types import Reward, Rollout
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+class Overoptimization(PhaseCallback):
+    """The training reward against a held-out gold reward, over the distance from the start (Gao et al. 2210.10760, fig. 1).
+
+    Logs ``train/overoptimization/``: ``proxy``, the mean reward that is trained on; ``gold``, the mean of ``gold``, which never enters the loss;
+    ``gap``, the rise of proxy minus the rise of gold since the first phase, above 0 where training games its reward;
+    ``sqrt_kl``, sqrt(max(0, mean KL(policy || start) per completion)) in sqrt(nats), where rollouts carry ``kl``.
+    The mean of a sampled KL may be negative by chance, hence the max. The figure shows both rewards over ``sqrt_kl``, else over phases.
+
+    Args:
+        gold: a reward that is not part of the training reward.
+        every_n_phases: phases between figures.
+    """
+
+    name = "overoptimization"
+
+    def __init__(self, gold: Reward, every_n_phases: int = 10) -> None:
+        super().__init__(every_n_phases)
+        self.gold = gold
+
+    def measure(self, rollouts: Sequence[Rollout]) -> dict[str, Mean]:
+        gold = self.gold(rollouts) if rollouts else []
+        return {
+            "proxy": Mean.of([rollout.reward for rollout in rollouts if rollout.reward is not None]),
+            "gold": Mean.of([score for score in gold if score is not None]),
+            "kl": Mean.of([rollout.kl for rollout in rollouts if rollout.kl is not None]),
+        }
+
+    def derive(self, values: dict[str, float]) -> dict[str, float]:
+        derived = {name: value for name, value in values.items() if name != "kl"}
+        if "proxy" in values and "gold" in values:
+            first = next((row for row in self.history if "gap" in row), derived)
+            derived["gap"] = (derived["proxy"] - first["proxy"]) - (derived["gold"] - first["gold"])
+        if "kl" in values:
+            derived["sqrt_kl"] = max(0.0, values["kl"]) ** 0.5
+        return derived
+
+    def draw(self, figure: "Figure") -> None:
+        over = "sqrt_kl" if any("sqrt_kl" in row for row in self.history) else "phase"
+        axes = figure.subplots()
+        for name, marker in (("proxy", "o"), ("gold", "s")):
+            axes.plot(*self.series(name, over), marker=marker, markersize=3, linewidth=1, label=name)
+        if over == "sqrt_kl":
+            axes.plot(*self._fitted_gold(), linestyle="--", color="gray", label="fit of gold, d(alpha - beta log d)")
+        axes.set(xlabel="sqrt KL(policy || start)" if over == "sqrt_kl" else over, ylabel="mean reward")
+        axes.legend()
+
+    def _fitted_gold(self) -> tuple[list[float], list[float]]:
+        """(d, gold) along the fitted law, which starts at the first phase's gold; empty below three distances, where any law fits."""
+        distances, gold = self.series("gold", "sqrt_kl")
+        if len({distance for distance in distances if distance > 0}) < 3:
+            return [], []
+        alpha, beta = overoptimization_fit(torch.tensor(distances).double(), torch.tensor(gold).double() - gold[0])
+        line = torch.linspace(max(distances) / 100, max(distances), 100).double()
+        return line.tolist(), (gold[0] + line * (alpha - beta * line.log())).tolist()

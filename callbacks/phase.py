@@ -1,0 +1,142 @@
+"""What the callbacks that watch rollouts share: one measurement per phase, equal on all ranks, and a figure now and then."""
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import fsum
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from modules.types import Rollout
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+MAX_PHASES = 1000  # of history; a longer one is thinned
+
+
+class HasRollouts(Protocol):
+    """What is read of the module; a module that does not sample leaves the list empty."""
+
+    rollouts: list[Rollout]  # this rank's, from the first micro-batch to the end of the epoch
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean as the two numbers that add up over ranks, so that k ranks log what one would."""
+
+    total: float
+    count: float  # how many values, or their weight; 0 = there is nothing to average
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Mean":
+        """The plain mean of ``values``, which may be none."""
+        return cls(fsum(values), len(values))
+
+
+def rollouts_of(pl_module: LightningModule) -> list[Rollout]:
+    """This rank's rollouts of the phase; empty for a module that does not sample."""
+    return cast(HasRollouts, pl_module).rollouts
+
+
+def mean_over_ranks(trainer: Trainer, device: torch.device, means: dict[str, Mean]) -> dict[str, float]:
+    """The means over all ranks, without those that nothing was counted for. Every rank must call it with the same names."""
+    sums = torch.tensor([(mean.total, mean.count) for mean in means.values()], device=device)  # [names, 2]
+    totals = cast(torch.Tensor, trainer.strategy.reduce(sums, reduce_op="sum")).tolist()
+    return {name: total / count for name, (total, count) in zip(means, totals, strict=True) if count > 0}
+
+
+def tensorboards(trainer: Trainer) -> list[TensorBoardLogger]:
+    """The TensorBoard loggers to draw into: none on ranks other than zero."""
+    return [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)] if trainer.is_global_zero else []
+
+
+def require_period(name: str, period: int) -> None:
+    """Raises ValueError unless ``period``, a number of phases or epochs, is at least 1."""
+    if period < 1:
+        raise ValueError(f"{name} must be at least 1, got {period}.")
+
+
+def new_figure() -> "Figure":
+    """An empty figure, outside pyplot's global list of figures, so that nothing leaks and no display is needed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("Figures in TensorBoard need matplotlib: pip install 'lightning-align[logging]'.") from error
+    return Figure(figsize=(9.0, 4.0), layout="constrained")
+
+
+class PhaseCallback(Callback):
+    """Logs ``train/<name>/<measure>`` after every rollout phase and draws one figure of the history through TensorBoard.
+
+    The history is in the checkpoint. Beyond ``MAX_PHASES`` phases every second one is dropped; the first phase always stays.
+
+    Args:
+        every_n_phases: phases between figures; one more is drawn at the end of the fit.
+
+    Raises:
+        ValueError: ``every_n_phases`` below 1.
+        ImportError: at setup, a TensorBoard logger without matplotlib.
+    """
+
+    name: str  # of the measurement: metrics are train/<name>/...
+
+    def __init__(self, every_n_phases: int = 10) -> None:
+        require_period("every_n_phases", every_n_phases)
+        self.every_n_phases = every_n_phases
+        self.history: list[dict[str, float]] = []  # one row per phase: "phase" and what was measured
+        self.drawn_phase = -1.0
+
+    @abstractmethod
+    def measure(self, rollouts: Sequence[Rollout]) -> dict[str, Mean]:
+        """This rank's part of each measure, always under the same names; ``rollouts`` may be empty."""
+
+    @abstractmethod
+    def draw(self, figure: "Figure") -> None:
+        """Fills an empty figure from ``self.history``, which has at least one row."""
+
+    def derive(self, values: dict[str, float]) -> dict[str, float]:
+        """What is logged and kept, from the means over all ranks (undefined ones are missing)."""
+        return values
+
+    def series(self, name: str, over: str = "phase") -> tuple[list[float], list[float]]:
+        """(x, y) of the phases that have both measures, in order."""
+        rows = [row for row in self.history if name in row and over in row]
+        return [row[over] for row in rows], [row[name] for row in rows]
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit" and tensorboards(trainer):
+            new_figure()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        rollouts = rollouts_of(pl_module)
+        values = self.derive(mean_over_ranks(trainer, pl_module.device, self.measure(rollouts)))
+        if not values:
+            return
+        for name, value in values.items():
+            pl_module.log(f"train/{self.name}/{name}", value, sync_dist=True, batch_size=len(rollouts))
+        self.history.append({"phase": float(trainer.current_epoch), **values})
+        if len(self.history) > MAX_PHASES:
+            self.history = self.history[::2]
+        if (trainer.current_epoch + 1) % self.every_n_phases == 0:
+            self._publish(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.history and self.history[-1]["phase"] != self.drawn_phase:
+            self._publish(trainer)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"history": self.history}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.history = state_dict["history"]
+
+    def _publish(self, trainer: Trainer) -> None:
+        for logger in tensorboards(trainer):
+            figure = new_figure()
+            self.draw(figure)
+            logger.experiment.add_figure(f"train/{self.name}", figure, global_step=trainer.global_step)
+        self.drawn_phase = self.history[-1]["phase"]

@@ -1,0 +1,79 @@
+"""What did training change? One table and one line at the end of ``validate``."""
+
+import shlex
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+
+
+class Summary(Callback):
+    """Remembers the validation before training, and prints it beside the validation of the trained checkpoint.
+
+    "Before" is the sanity check of the first ``fit``, if it runs over all validation data (``Trainer(num_sanity_val_steps=-1)``); it travels in the
+    checkpoint. ``validate`` with that checkpoint prints the table, the command that opens TensorBoard, and last ``title: metric before -> after``.
+
+    Args:
+        title: the first word or words of the last line.
+        headline: the metric on the last line, such as ``val/pass@1``. It is the table's first row too.
+        metrics: the other rows.
+
+    Raises:
+        ValueError: after a validation that did not log one of the metrics.
+        ImportError: when printing, without rich.
+    """
+
+    def __init__(self, title: str, headline: str, metrics: list[str]) -> None:
+        self.title = title
+        self.headline = headline
+        self.metrics = list(dict.fromkeys([headline, *metrics]))
+        self.before: dict[str, float] = {}
+        self.after: dict[str, float] = {}
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == "validate":
+            self.after = self._read(trainer)
+        elif trainer.sanity_checking and trainer.num_sanity_val_steps == float("inf") and not self.before:
+            self.before = self._read(trainer)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        # Lightning prints its own results before this hook, so that the headline stays the last line.
+        if stage == "validate" and trainer.is_global_zero and self.after:
+            self._print(trainer)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"before": self.before}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.before = state_dict["before"]
+
+    def _read(self, trainer: Trainer) -> dict[str, float]:
+        missing = [name for name in self.metrics if name not in trainer.callback_metrics]
+        if missing:
+            raise ValueError(f"Summary is asked for {missing}, which validation did not log; it logged {sorted(trainer.callback_metrics)}.")
+        return {name: float(trainer.callback_metrics[name]) for name in self.metrics}
+
+    def _print(self, trainer: Trainer) -> None:
+        try:
+            from rich.console import Console
+            from rich.table import Table
+        except ImportError as error:
+            raise ImportError("The summary table needs rich: pip install 'lightning-align[logging]'.") from error
+        table = Table("metric", *(["before"] if self.before else []), "after")
+        for name in self.metrics:
+            table.add_row(name, *([_round(self.before[name])] if name in self.before else []), _round(self.after[name]))
+        Console().print(table)
+        if not self.before:
+            print("The values before training are unknown: fit with --trainer.num_sanity_val_steps -1 and validate with that run's checkpoint.")
+        print(f"tensorboard --logdir {shlex.quote(_log_folder(trainer))}")
+        values = [state[self.headline] for state in (self.before, self.after) if self.headline in state]
+        print(f"{self.title}: {self.headline.removeprefix('val/')} {' -> '.join(_round(value) for value in values)}", flush=True)
+
+
+def _round(value: float) -> str:
+    return f"{value:.2f}"
+
+
+def _log_folder(trainer: Trainer) -> str:
+    loggers = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+    return str(loggers[0].save_dir if loggers else trainer.default_root_dir)

@@ -1,0 +1,146 @@
+"""What every DataModule here shares: rows from sources, the tokenizer, dropped rows, and resuming in the middle of an epoch."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_info
+from torch.utils.data import DataLoader, Dataset
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from datamodules.collate import MicroBatch, StepSampler
+from datamodules.sources import Files, Row, Source
+
+Example = TypeVar("Example")
+
+
+class StepLoader(DataLoader[Any]):
+    """A DataLoader over micro-batches. Lightning asks for these two methods before it believes that a loader resumes; the state itself
+    is kept by the DataModule, since Lightning forgets loader state in epoch-end checkpoints."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Empty."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing to do."""
+
+
+class AlignDataModule(LightningDataModule):
+    """Base of the DataModules.
+
+    Args:
+        tokenizer: a tokenizer, or a path or hub id for ``AutoTokenizer``.
+        train: training rows: a source, or what :class:`Files` takes (file, folder, hub id).
+        val: held-out rows, or None for no validation.
+        columns: our column name -> the data's, where detection does not suffice.
+        drop_long: drop rows that are too long and count them; False makes them an error.
+        seed: of the shuffles.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase | str,
+        train: str | Source,
+        val: str | Source | None,
+        columns: dict[str, str] | None,
+        drop_long: bool,
+        seed: int,
+    ) -> None:
+        super().__init__()
+        self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(tokenizer) if isinstance(tokenizer, str) else tokenizer
+        self.train, self.val, self.columns, self.drop_long, self.seed = train, val, columns or {}, drop_long, seed
+        self.dropped = {"train": 0, "val": 0}  # rows left out for their length
+        self._sampler: StepSampler | None = None
+        self._resume: dict[str, int] | None = None
+
+    @property
+    def rank(self) -> int:
+        """This process, 0 without a Trainer."""
+        return self.trainer.global_rank if self.trainer else 0
+
+    @property
+    def world_size(self) -> int:
+        """Processes, 1 without a Trainer."""
+        return self.trainer.world_size if self.trainer else 1
+
+    def encode_rows(
+        self, source: str | Source, stage: str, encode: Callable[[Row], Example], length: Callable[[Example], int], limit: int
+    ) -> list[Example]:
+        """Encodes all rows of a source and drops the ones longer than ``limit`` tokens, counted in ``dropped[stage]``.
+
+        Raises ValueError for bad rows, when nothing is left, and for long rows unless ``drop_long``.
+        """
+        kept: list[Example] = []
+        rows = (Files(source) if isinstance(source, str) else source).rows()
+        for row in rows:
+            example = encode(row)
+            if length(example) <= limit:
+                kept.append(example)
+            elif not self.drop_long:
+                raise ValueError(f"{row.origin}: {length(example)} tokens and the limit is {limit}; raise it or set drop_long: true")
+        self.dropped[stage] = len(rows) - len(kept)
+        if not kept:
+            raise ValueError(f"{rows[0].origin}: all {len(rows)} {stage} rows from here on are longer than {limit} tokens; raise the limit")
+        return kept
+
+    def report(self, stage: str, num_rows: int, detail: str) -> None:
+        """Prints one line about a loaded stage on rank 0."""
+        rank_zero_info(f"{stage}: {num_rows} rows, {self.dropped[stage]} dropped as too long, {detail}")
+
+    def step_loader(self, dataset: Dataset[Any], lengths: Sequence[int], weights: Sequence[int], batch_size: int) -> StepLoader:
+        """The training loader, at the position of a loaded checkpoint. Raises ValueError when its batches are not this run's."""
+        if self.trainer is None:
+            raise ValueError("the training loader needs a Trainer, which says how many micro-batches and ranks share a step; use trainer.fit")
+        if self.trainer.overfit_batches:
+            raise ValueError("overfit_batches replaces the sampler that plans the steps; use limit_train_batches and limit_val_batches")
+        trainer = self.trainer
+        self._sampler = StepSampler(
+            lengths,
+            weights,
+            batch_size,
+            accumulate=trainer.accumulate_grad_batches,
+            num_replicas=self.world_size,
+            rank=self.rank,
+            seed=self.seed,
+            current_epoch=lambda: trainer.current_epoch,
+        )
+        self._apply_resume()
+        return StepLoader(dataset, sampler=self._sampler, batch_size=None)
+
+    def held_out_loader(self, dataset: Dataset[Any], lengths: Sequence[int], weights: Sequence[int], batch_size: int) -> DataLoader[MicroBatch]:
+        """Rows in their order, a fixed set of micro-batches; the denominator is that of one micro-batch on all ranks."""
+        sampler = StepSampler(lengths, weights, batch_size, num_replicas=self.world_size, rank=self.rank, shuffle=False)
+        return DataLoader(dataset, sampler=sampler, batch_size=None)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Epoch, micro-batches trained on in it, and micro-batches of a whole epoch: three ints.
+
+        The Trainer's own counter falls back to 0 on a second resume, so the sampler counts and the Trainer only says whether a batch is in flight.
+        """
+        if self._sampler is None or self.trainer is None:
+            return {}
+        epoch, handed_out = self._sampler.begun
+        current = self.trainer.fit_loop.epoch_loop.batch_progress.current
+        in_flight = current.ready - current.processed
+        return {"epoch": epoch, "position": handed_out - in_flight, "length": len(self._sampler)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on where the checkpoint was written, also when the loader exists already."""
+        self._resume = dict(state_dict)
+        self._apply_resume()
+
+    def _apply_resume(self) -> None:
+        if self._resume is None or self._sampler is None:
+            return
+        resume, length = self._resume, len(self._sampler)
+        if 0 < resume["position"] < resume["length"] != length:
+            raise ValueError(
+                f"the checkpoint was written inside an epoch of {resume['length']} micro-batches and this run has {length}: "
+                "resume with the same rows, batch_size, accumulate_grad_batches and ranks, or from the end of an epoch"
+            )
+        self._sampler.start_at(resume["epoch"], resume["position"])
+
+    def forget_position(self) -> None:
+        """For ``setup``: a new run starts at the beginning unless a checkpoint is loaded after it."""
+        self._sampler, self._resume = None, None

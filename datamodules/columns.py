@@ -1,0 +1,126 @@
+"""From a raw row to an example: which column is the prompt, which the completion or the answer."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from datamodules.chat import Dialogue, Message
+from datamodules.sources.base import Row
+
+INSTRUCTION_SHAPES = (("messages",), ("prompt", "completion"), ("question", "completion"), ("instruction", "output"))
+VERIFIABLE_SHAPES = tuple((prompt, answer) for prompt in ("prompt", "question") for answer in ("answer", "solution", "ground_truth"))
+KNOWN = ("input", *sorted({name for shape in (*INSTRUCTION_SHAPES, *VERIFIABLE_SHAPES) for name in shape}))
+
+Columns = Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class InstructionExample:
+    """What to read and what to learn: both text, or both messages (then ``prompt`` may be empty)."""
+
+    prompt: Dialogue
+    completion: Dialogue
+    origin: str
+
+
+@dataclass(frozen=True)
+class VerifiableExample:
+    """A prompt and the answer that a reward checks against."""
+
+    prompt: Dialogue
+    answer: str | None
+    info: dict[str, Any]  # the row's other columns
+    origin: str
+    source: str
+
+
+def check_mapping(columns: Columns) -> None:
+    """Raises ValueError when the mapping (our name -> the data's name) uses a name of ours that does not exist."""
+    unknown = sorted(set(columns) - set(KNOWN))
+    if unknown:
+        raise ValueError(f"columns maps unknown names {', '.join(unknown)}; the names on the left may be {', '.join(KNOWN)}")
+
+
+def instruction_example(row: Row, columns: Columns) -> InstructionExample:
+    """``messages``, ``prompt`` or ``question`` + ``completion``, or Alpaca's ``instruction``, ``input``, ``output``.
+
+    Raises ValueError with the origin when the columns are missing or hold neither text nor messages.
+    """
+    record = _renamed(row, columns)
+    shape = _shape(record, INSTRUCTION_SHAPES, columns, row.origin)
+    if shape == ("messages",):
+        return InstructionExample([], _messages(record, "messages", row.origin), row.origin)
+    if shape == ("instruction", "output"):
+        return InstructionExample(alpaca_prompt(record, row.origin), _text(record, "output", row.origin), row.origin)
+    prompt, completion = (_dialogue(record, name, row.origin) for name in shape)
+    return InstructionExample(prompt, completion, row.origin)
+
+
+def verifiable_example(row: Row, columns: Columns) -> VerifiableExample:
+    """``prompt`` or ``question`` with ``answer``, ``solution`` or ``ground_truth``; a null answer stays None.
+
+    Raises ValueError with the origin when the columns are missing or hold the wrong type.
+    """
+    record = _renamed(row, columns)
+    prompt, answer = _shape(record, VERIFIABLE_SHAPES, columns, row.origin)
+    info = {name: value for name, value in record.items() if name not in (prompt, answer)}
+    if isinstance(record[answer], dict | list):
+        raise ValueError(f"{row.origin}: column {answer!r} holds a {type(record[answer]).__name__}, a single answer was expected")
+    return VerifiableExample(_dialogue(record, prompt, row.origin), final_answer(record[answer]), info, row.origin, row.source)
+
+
+def final_answer(answer: object) -> str | None:
+    """``#### 1,080`` behind a worked solution (GSM8K) becomes ``1080``; anything else is kept as text, None as None."""
+    if answer is None:
+        return None
+    _, mark, final = str(answer).rpartition("####")
+    return re.sub(r"(?<=\d),(?=\d{3})", "", final.strip()) if mark else str(answer)
+
+
+def alpaca_prompt(record: Mapping[str, Any], origin: str) -> str:
+    """The instruction, and the input under an empty line when there is one."""
+    instruction = _text(record, "instruction", origin)
+    given = _text(record, "input", origin) if record.get("input") is not None else ""
+    return f"{instruction}\n\n{given}" if given else instruction
+
+
+def _renamed(row: Row, columns: Columns) -> dict[str, Any]:
+    missing = [f"{theirs!r} (for {ours})" for ours, theirs in columns.items() if theirs not in row.columns]
+    if missing:
+        raise ValueError(f"{row.origin}: no column {', '.join(missing)}; found {', '.join(row.columns)}")
+    kept = {name: value for name, value in row.columns.items() if name not in columns.values()}
+    return kept | {ours: row.columns[theirs] for ours, theirs in columns.items()}
+
+
+def _shape(record: Mapping[str, Any], shapes: tuple[tuple[str, ...], ...], columns: Columns, origin: str) -> tuple[str, ...]:
+    preferred = sorted(shapes, key=lambda shape: -len(set(shape) & set(columns)))  # what was mapped by hand goes before what is found
+    for shape in preferred:
+        if all(name in record for name in shape):
+            return shape
+    wanted = " or ".join(" + ".join(shape) for shape in shapes)
+    raise ValueError(f"{origin}: found the columns {', '.join(record)}; looked for {wanted}; map others with columns")
+
+
+def _text(record: Mapping[str, Any], name: str, origin: str) -> str:
+    if not isinstance(record[name], str):
+        raise ValueError(f"{origin}: column {name!r} holds a {type(record[name]).__name__}, text was expected")
+    return record[name]
+
+
+def _dialogue(record: Mapping[str, Any], name: str, origin: str) -> Dialogue:
+    if isinstance(record[name], list):
+        return _messages(record, name, origin)
+    if isinstance(record[name], str):
+        return record[name]
+    raise ValueError(f"{origin}: column {name!r} holds a {type(record[name]).__name__}, text or a list of messages was expected")
+
+
+def _messages(record: Mapping[str, Any], name: str, origin: str) -> list[Message]:
+    turns = record[name]
+    if not isinstance(turns, list):
+        raise ValueError(f"{origin}: column {name!r} holds a {type(turns).__name__}, a list of messages was expected")
+    for index, turn in enumerate(turns):
+        if not isinstance(turn, dict) or not isinstance(turn.get("role"), str) or not isinstance(turn.get("content"), str):
+            raise ValueError(f"{origin}: message {index} of {name!r} must have a role and a content, both text")
+    return [Message(role=turn["role"], content=turn["content"]) for turn in turns]

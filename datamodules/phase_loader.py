@@ -1,0 +1,173 @@
+"""One rollout phase = one Trainer epoch: collect rollouts at the first ``next()``, then yield the micro-batches of all updates.
+
+The contracts that this file keeps, each with a test in ``tests/loop``: it is sized, equally on all ranks; the phase number is the
+Trainer's epoch; the position moves before the yield; its state travels in the DataModule's checkpoint entry, one entry per rank, made
+of tensors, numbers and strings only; everything random is a function of (seed, phase); collecting runs in the Trainer's precision
+context, without gradients and in eval mode.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from typing import Any, cast
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+
+from modules.types import Completion, PolicyBatch, PromptBatch, Rollout
+
+PROMPT_FIELDS = ("prompt_ids", "prompt_mask")
+PHASE_FIELDS = ("denominator", "row_count", "active")
+
+
+class PhaseLoader:
+    """The train loader of on-policy modules.
+
+    Args:
+        trainer: gives the phase (``current_epoch``), the micro-batches per update (``accumulate_grad_batches``) and the module,
+            whose ``collect(prompts)`` samples, scores and returns the phase's ``PolicyBatch``.
+        draw: phase -> this rank's prompts.
+        updates_per_phase: optimiser updates made from one phase's rollouts.
+        inner_epochs: passes over the rollouts; divides ``updates_per_phase``.
+        seed: for the shuffle of groups into updates.
+
+    Raises:
+        ValueError: the numbers do not divide, or differ between ranks.
+    """
+
+    def __init__(
+        self, trainer: Trainer, draw: Callable[[int], PromptBatch], updates_per_phase: int = 1, inner_epochs: int = 1, seed: int = 0
+    ) -> None:
+        if updates_per_phase < 1 or inner_epochs < 1 or updates_per_phase % inner_epochs:
+            raise ValueError(
+                f"updates_per_phase ({updates_per_phase}) must be a positive multiple of inner_epochs ({inner_epochs}): "
+                "each pass over the rollouts makes the same number of updates"
+            )
+        self.trainer, self.draw, self.seed = trainer, draw, seed
+        self.updates, self.inner_epochs = updates_per_phase, inner_epochs
+        self.phase, self.position = -1, 0
+        self.micro_batches: list[PolicyBatch] = []
+        lengths = {int(n) for n in trainer.strategy.all_gather(torch.tensor(len(self))).reshape(-1)}
+        if len(lengths) > 1:
+            raise ValueError(f"the ranks disagree on the micro-batches of a phase: {sorted(lengths)}; give them the same settings")
+
+    def __len__(self) -> int:
+        return self.updates * self.trainer.accumulate_grad_batches
+
+    def __iter__(self) -> Iterator[PolicyBatch]:
+        if self.phase != self.trainer.current_epoch:
+            self.phase, self.position = self.trainer.current_epoch, 0
+            self.micro_batches = self.plan(self.collect())
+        while self.position < len(self):
+            self.position += 1  # before the yield: nobody resumes this generator after the last item
+            yield self.micro_batches[self.position - 1]
+
+    def collect(self) -> PolicyBatch:
+        """Sample and score one phase in the Trainer's precision, without gradients, in eval mode; modes are put back."""
+        module = cast(LightningModule, self.trainer.lightning_module)
+        modes = {part: part.training for part in module.modules()}
+        module.eval()
+        try:
+            with torch.no_grad(), self.trainer.precision_plugin.forward_context():
+                return module.collect(self.draw(self.phase))  # type: ignore[operator]
+        finally:
+            for part, mode in modes.items():
+                part.training = mode
+
+    def plan(self, batch: PolicyBatch) -> list[PolicyBatch]:
+        """Split a phase into updates and these into micro-batches, each with its update's denominator over all ranks."""
+        micro, per_pass = self.trainer.accumulate_grad_batches, self.updates // self.inner_epochs
+        groups = batch["prompt_index"].unique()
+        updates: list[Tensor] = []
+        for number in range(self.inner_epochs):
+            generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.phase) * 1_009 + number)
+            shuffled = groups[torch.randperm(len(groups), generator=generator).to(groups.device)]
+            updates += [torch.isin(batch["prompt_index"], part).nonzero()[:, 0] for part in shuffled.tensor_split(per_pass)]
+        smallest = min(len(rows) for rows in updates)
+        if smallest < micro:
+            raise ValueError(
+                f"a phase of {len(groups)} prompts and {len(batch['prompt_index'])} completions on this rank cannot make {per_pass} updates "
+                f"of {micro} micro-batches (the smallest update has {smallest} completions): raise prompts_per_phase, or lower "
+                "updates_per_phase or accumulate_grad_batches"
+            )
+        counts = torch.stack([batch["row_count"][rows].sum() for rows in updates])
+        counts = self.trainer.strategy.reduce(counts, reduce_op="sum")
+        planned = zip(updates, counts, strict=True)
+        return [select(batch, rows, count) for update, count in planned for rows in split(batch, update, micro)]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Empty: only tells Lightning that the loader resumes; the state is ``snapshot``, kept by the DataModule."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing to do, see ``state_dict``."""
+
+    def snapshot(self) -> dict[str, Any]:
+        """State of all ranks for the checkpoint (collective): phase, position, buffered micro-batches, the module's rollouts."""
+        module = cast(LightningModule, self.trainer.lightning_module)
+        mine = {
+            "phase": self.phase,
+            "position": self.position,
+            "micro_batches": [dict(batch) for batch in self.micro_batches] if self.position < len(self) else [],
+            "rollouts": [asdict(rollout) for rollout in module.rollouts],  # type: ignore[union-attr, arg-type]
+            "phase_metrics": dict(module.phase_metrics),  # type: ignore[arg-type]
+        }
+        ranks: list[dict[str, Any]] = [mine]
+        if self.trainer.world_size > 1:
+            ranks = [{}] * self.trainer.world_size
+            torch.distributed.all_gather_object(ranks, mine)
+        return {"ranks": ranks}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take this rank's part of a ``snapshot``; ValueError inside a phase when the number of ranks has changed."""
+        ranks, world = state["ranks"], self.trainer.world_size
+        if len(ranks) != world:
+            if any(part["micro_batches"] for part in ranks):
+                raise ValueError(
+                    f"the checkpoint was written inside a phase on {len(ranks)} ranks and cannot go on with {world}: "
+                    f"resume on {len(ranks)}, or from a checkpoint written at the end of an epoch"
+                )
+            return
+        mine = ranks[self.trainer.global_rank]
+        module = cast(LightningModule, self.trainer.lightning_module)
+        self.phase, self.position, self.micro_batches = mine["phase"], mine["position"], mine["micro_batches"]
+        module.rollouts = [Rollout(**{**r, "completion": Completion(**r["completion"])}) for r in mine["rollouts"]]  # type: ignore[assignment]
+        module.phase_metrics = mine["phase_metrics"]
+
+
+def split(batch: PolicyBatch, rows: Tensor, parts: int) -> list[Tensor]:
+    """Deal the rows of one update to ``parts`` micro-batches with like token counts, whole groups where there are enough.
+
+    Rows without gradient are left out, unless a micro-batch would stay empty.
+    """
+    active = rows[batch["active"][rows]]
+    tokens = batch["completion_mask"].sum(1)
+    group = batch["prompt_index"][active]
+    units = [active[group == g] for g in group.unique()]
+    if len(units) < parts:
+        units = list(active.split(1))
+    if len(units) < parts:
+        idle = rows[~batch["active"][rows]]
+        units += list(idle[tokens[idle].argsort(stable=True)][: parts - len(units)].split(1))
+    bins: list[list[Tensor]] = [[] for _ in range(parts)]
+    loads = [0] * parts
+    for unit in sorted(units, key=lambda unit: -int(tokens[unit].sum())):
+        lightest = loads.index(min(loads))
+        bins[lightest].append(unit)
+        loads[lightest] += int(tokens[unit].sum())
+    return [torch.cat(units).sort().values for units in bins]
+
+
+def select(batch: PolicyBatch, rows: Tensor, denominator: Tensor) -> PolicyBatch:
+    """The micro-batch of these rows, with only their prompts and without columns that are padding in all of them."""
+    prompts, index = batch["prompt_index"][rows].unique(return_inverse=True)
+    tokens = int(batch["completion_mask"][rows].sum(1).max())
+    width = int(batch["prompt_mask"][prompts].sum(1).max())
+    chosen: dict[str, Tensor] = {"denominator": denominator}
+    for name, value in cast(dict[str, Tensor], batch).items():
+        if name in PROMPT_FIELDS:
+            chosen[name] = value[prompts, :width]
+        elif name not in PHASE_FIELDS:
+            chosen[name] = value[rows, :tokens] if value.dim() == 2 else value[rows]
+    chosen["prompt_index"] = index
+    return cast(PolicyBatch, chosen)

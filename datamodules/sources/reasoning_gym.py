@@ -1,0 +1,89 @@
+"""Procedurally generated problems with verifiable answers, from the reasoning-gym library."""
+
+from collections.abc import Iterator
+from typing import Any
+from zlib import crc32
+
+from datamodules.sources.base import Row, Source, optional_import
+
+HELD_OUT_ONE_IN = 10
+
+
+class ReasoningGym(Source):
+    """``size`` distinct problems of one task: columns ``question``, ``answer``, ``metadata`` and, if asked for, ``completion``.
+
+    About one question in ten is held out by a fixed hash of its text, so that a held-out problem occurs in no training set of any seed.
+
+    Args:
+        task: name in reasoning-gym, such as ``chain_sum``.
+        size: distinct problems, >= 1.
+        seed: problem i is generated from ``seed`` + i.
+        options: the task's own settings, such as ``{"max_terms": 2}``.
+        completion: format string with the fields ``{question}`` and ``{answer}`` for a supervised completion; none by default.
+        held_out: draw from the held-out questions instead of the training questions.
+    """
+
+    def __init__(
+        self,
+        task: str,
+        size: int,
+        seed: int = 0,
+        options: dict[str, Any] | None = None,
+        completion: str | None = None,
+        held_out: bool = False,
+    ) -> None:
+        if size < 1:
+            raise ValueError(f"size must be at least 1, got {size}")
+        self.task = task
+        self.size = size
+        self.seed = seed
+        self.options = options or {}
+        self.completion = completion
+        self.held_out = held_out
+        self._fill("", "")
+
+    def rows(self) -> list[Row]:
+        """``size`` rows, no question twice. Raises ValueError when the task does not hold that many."""
+        found: dict[str, dict[str, Any]] = {}
+        for block in self._blocks():
+            before = len(found)
+            for problem in block:
+                if is_held_out(problem["question"]) == self.held_out:
+                    found.setdefault(problem["question"], problem)
+                if len(found) == self.size:
+                    return [self._row(index, problem) for index, problem in enumerate(found.values())]
+            if len(found) == before:
+                break
+        side = "held-out" if self.held_out else "training"
+        raise ValueError(f"size is {self.size} but only {len(found)} distinct {side} problems of {self.task} were found with {self.options}")
+
+    def _blocks(self) -> Iterator[Any]:
+        gym = optional_import("reasoning_gym", "reasoning")
+        length = max(1000, 10 * self.size)
+        seed = self.seed
+        while True:
+            try:
+                block = gym.create_dataset(self.task, size=length, seed=seed, **self.options)
+            except (AssertionError, TypeError, ValueError) as error:
+                raise ValueError(f"reasoning-gym refuses task {self.task!r} with {self.options}: {error}") from error
+            yield block
+            seed += length
+
+    def _fill(self, question: str, answer: str) -> dict[str, str]:
+        if self.completion is None:
+            return {}
+        try:
+            return {"completion": self.completion.format(question=question, answer=answer)}
+        except (KeyError, IndexError, ValueError) as error:
+            raise ValueError(f"completion {self.completion!r} may only use the fields {{question}} and {{answer}}") from error
+
+    def _row(self, index: int, problem: dict[str, Any]) -> Row:
+        question, answer = problem["question"], str(problem["answer"])
+        columns = {"question": question, "answer": answer, "metadata": problem["metadata"], **self._fill(question, answer)}
+        side = "-held-out" if self.held_out else ""
+        return Row(columns, f"{self.task}{side}#{index}", self.task)
+
+
+def is_held_out(question: str) -> bool:
+    """Whether the question belongs to the held-out side; a fixed hash, the same in every process."""
+    return crc32(question.encode()) % HELD_OUT_ONE_IN == 0

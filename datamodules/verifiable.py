@@ -1,0 +1,180 @@
+"""Prompts with checkable answers, for methods that sample their own completions."""
+
+import random
+from dataclasses import dataclass
+from typing import Any
+
+from lightning.pytorch.utilities.types import EVAL_DATALOADERS
+from torch.utils.data import DataLoader, DistributedSampler
+from transformers import PreTrainedTokenizerBase
+
+from datamodules.base import AlignDataModule
+from datamodules.chat import encode_prompt
+from datamodules.columns import VerifiableExample, check_mapping, verifiable_example
+from datamodules.phase_loader import PhaseLoader
+from datamodules.sources import Row, Source
+from modules.types import PromptBatch
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One tokenised prompt."""
+
+    text: str  # as rendered
+    ids: list[int]
+    example: VerifiableExample
+
+
+class VerifiableDataModule(AlignDataModule):
+    """Phases of prompts (``PromptBatch``) for training, and held-out prompts in order.
+
+    Rows hold ``prompt`` or ``question`` (text or messages) with ``answer``, ``solution`` or ``ground_truth``; other columns travel in ``info``.
+
+    Args:
+        tokenizer: a tokenizer, or a path or hub id.
+        train: training rows: a source, or a file, a folder or a hub id.
+        val: held-out rows.
+        columns: our column name -> the data's.
+        system: system message in front of every chat that has none.
+        chat: render text prompts as one user message with the chat template.
+        max_prompt_length: tokens.
+        drop_long: drop longer prompts and count them; False makes them an error.
+        prompts_per_phase: over all ranks; a multiple of their number.
+        updates_per_phase: optimiser updates from one phase's rollouts, a multiple of ``inner_epochs``.
+        inner_epochs: passes over one phase's rollouts.
+        val_batch_size: held-out prompts per batch and rank.
+        seed: of the shuffles.
+
+    Raises:
+        ValueError: naming file and line, in ``setup``, before the first step.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase | str,
+        train: str | Source,
+        val: str | Source | None = None,
+        columns: dict[str, str] | None = None,
+        system: str | None = None,
+        chat: bool = False,
+        max_prompt_length: int = 512,
+        drop_long: bool = True,
+        prompts_per_phase: int = 32,
+        updates_per_phase: int = 1,
+        inner_epochs: int = 1,
+        val_batch_size: int = 64,
+        seed: int = 0,
+    ) -> None:
+        if min(prompts_per_phase, val_batch_size, max_prompt_length) < 1:
+            raise ValueError(
+                "prompts_per_phase, val_batch_size and max_prompt_length must be at least 1, "
+                f"got {prompts_per_phase}, {val_batch_size} and {max_prompt_length}"
+            )
+        check_mapping(columns or {})
+        super().__init__(tokenizer, train, val, columns, drop_long, seed)
+        self.system, self.chat, self.max_prompt_length = system, chat, max_prompt_length
+        self.prompts_per_phase, self.updates_per_phase, self.inner_epochs = prompts_per_phase, updates_per_phase, inner_epochs
+        self.val_batch_size = val_batch_size
+        self.train_prompts: list[Prompt] = []
+        self.val_prompts: list[Prompt] = []
+        self._loader: PhaseLoader | None = None
+        self._snapshot: dict[str, Any] | None = None
+
+    def setup(self, stage: str) -> None:
+        """Tokenises all prompts once; bad rows and a phase that the ranks cannot share fail here."""
+        self._loader, self._snapshot = None, None
+        if self.prompts_per_phase % self.world_size:
+            raise ValueError(f"prompts_per_phase ({self.prompts_per_phase}) must be a multiple of the number of ranks ({self.world_size})")
+        if not self.train_prompts:
+            self.train_prompts = self._load(self.train, "train")
+        if self.val is not None and not self.val_prompts:
+            self.val_prompts = self._load(self.val, "val")
+
+    def draw(self, phase: int) -> PromptBatch:
+        """This rank's prompts of ``phase`` (>= 0).
+
+        The rows, shuffled anew for each pass by (seed, pass), form one endless stream; a phase is a stretch of it, dealt to the ranks in turn.
+        """
+        first = phase * self.prompts_per_phase
+        places = range(first + self.rank, first + self.prompts_per_phase, self.world_size)
+        passes = {place // len(self.train_prompts) for place in places}
+        order = {number: self._order(number) for number in passes}
+        drawn = [divmod(place, len(self.train_prompts)) for place in places]
+        return prompt_batch([(self.train_prompts[order[number][index]], number) for number, index in drawn])
+
+    def train_dataloader(self) -> PhaseLoader:
+        """One rollout phase per epoch."""
+        if self.trainer is None:
+            raise ValueError("the training loader needs a Trainer, whose epochs are the phases; use trainer.fit")
+        self._loader = PhaseLoader(self.trainer, self.draw, updates_per_phase=self.updates_per_phase, inner_epochs=self.inner_epochs, seed=self.seed)
+        self._restore()
+        return self._loader
+
+    def val_dataloader(self) -> EVAL_DATALOADERS:
+        """Held-out prompts in order; rank r takes every world-th. As many batches on every rank."""
+        return self._in_order(self.val_prompts) if self.val_prompts else []
+
+    def test_dataloader(self) -> EVAL_DATALOADERS:
+        """The held-out prompts."""
+        return self.val_dataloader()
+
+    def predict_dataloader(self) -> EVAL_DATALOADERS:
+        """The training prompts once, in order: to filter or to sample data from."""
+        return self._in_order(self.train_prompts)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The phase loader's snapshot."""
+        return {"phase_loader": self._loader.snapshot()} if self._loader is not None else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Kept until the loader is built, unless it is there already."""
+        self._snapshot = state_dict["phase_loader"]
+        self._restore()
+
+    def encode(self, row: Row) -> Prompt:
+        """Tokens of one raw row. Raises ValueError with the row's origin."""
+        example = verifiable_example(row, self.columns)
+        return Prompt(*encode_prompt(self.tokenizer, example.prompt, row.origin, self.chat, self.system), example)
+
+    def _restore(self) -> None:
+        if self._loader is not None and self._snapshot is not None:
+            self._loader.restore(self._snapshot)
+
+    def _load(self, source: str | Source, stage: str) -> list[Prompt]:
+        prompts = self.encode_rows(source, stage, self.encode, lambda prompt: len(prompt.ids), self.max_prompt_length)
+        self.report(stage, len(prompts), f"{sum(len(prompt.ids) for prompt in prompts) / len(prompts):.0f} tokens a prompt")
+        return prompts
+
+    def _order(self, number: int) -> list[int]:
+        order = list(range(len(self.train_prompts)))
+        random.Random(f"{self.seed} {number}").shuffle(order)
+        return order
+
+    def _in_order(self, prompts: list[Prompt]) -> DataLoader[PromptBatch]:
+        smallest = len(prompts) // self.world_size
+        if smallest == 0:
+            raise ValueError(f"{len(prompts)} held-out prompts cannot be shared by {self.world_size} ranks; use fewer ranks or more prompts")
+        mine = prompts[self.rank :: self.world_size]
+        largest = -(-len(prompts) // self.world_size)
+        parts = min(-(-largest // self.val_batch_size), smallest)  # no batch is empty on any rank
+        cuts = [part * len(mine) // parts for part in range(parts + 1)]
+        batches = [prompt_batch([(prompt, 0) for prompt in mine[cuts[part] : cuts[part + 1]]]) for part in range(parts)]
+        # already this rank's share: the sampler of one replica keeps Lightning from sharing it out again
+        sampler = DistributedSampler(batches, num_replicas=1, rank=0, shuffle=False)  # type: ignore[arg-type, var-annotated]
+        return DataLoader(batches, sampler=sampler, batch_size=None, collate_fn=_as_is)  # type: ignore[arg-type]
+
+
+def prompt_batch(prompts: list[tuple[Prompt, int]]) -> PromptBatch:
+    """Prompts, each with the number of the pass it is drawn in, as one batch."""
+    return PromptBatch(
+        uid=[f"{prompt.example.origin}#{number}" for prompt, number in prompts],
+        prompt=[prompt.text for prompt, _ in prompts],
+        prompt_ids=[prompt.ids for prompt, _ in prompts],
+        answer=[prompt.example.answer for prompt, _ in prompts],
+        source=[prompt.example.source for prompt, _ in prompts],
+        info=[prompt.example.info for prompt, _ in prompts],
+    )
+
+
+def _as_is(batch: PromptBatch) -> PromptBatch:
+    return batch

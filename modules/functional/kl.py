@@ -1,0 +1,54 @@
+"""Per-token estimators of KL(policy || reference) from one sampled token (J. Schulman, "Approximating KL Divergence", 2020).
+
+With d = logprobs - ref_logprobs for a token drawn from the policy, in nats. As a value and as a loss they differ, because
+differentiating on samples does not differentiate the sampling distribution:
+
+============ =================== ============================= ================================
+function     formula             expected value                expected gradient
+============ =================== ============================= ================================
+k1           d                   KL(policy || reference)       0
+k2           d^2 / 2             biased, close to the KL       that of KL(policy || reference)
+k3           exp(-d) - 1 + d     KL(policy || reference)       that of KL(reference || policy)
+weighted_k3  w * k3, w == 1      KL(policy || reference)       that of KL(policy || reference)
+============ =================== ============================= ================================
+
+So: k1 detached as a penalty inside a reward, k2 or weighted_k3 as a loss. All are elementwise and know no mask: a caller whose padded
+columns may hold NaN or inf fills both log-probs there first, or the NaN comes back through the gradient. Nothing is clamped.
+"""
+
+import torch
+from torch import Tensor
+
+
+def k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """The log-ratio d. logprobs, ref_logprobs: the same shape, in nats. Returns that shape; unbiased value, either sign.
+
+    As a loss it does nothing: its expected gradient is 0.
+    """
+    return logprobs - ref_logprobs
+
+
+def k2(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """Half the squared log-ratio. logprobs, ref_logprobs: the same shape, in nats. Returns that shape, >= 0.
+
+    Biased as a value; as a loss its expected gradient is exactly that of the reverse KL(policy || reference).
+    """
+    return 0.5 * (logprobs - ref_logprobs).square()
+
+
+def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """exp(-d) - 1 + d. logprobs, ref_logprobs: the same shape, in nats. Returns that shape, >= 0.
+
+    Unbiased as a value with little variance; as a loss its expected gradient is that of the forward KL(reference || policy).
+    """
+    log_ratio = logprobs - ref_logprobs
+    return torch.expm1(-log_ratio) + log_ratio
+
+
+def weighted_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """k3 times exp(x - stop_gradient(x)), x = logprobs: a weight of value 1 that carries the gradient of the sampling.
+
+    logprobs, ref_logprobs: the same shape, in nats. Returns that shape, >= 0, equal to k3 in value; as a loss its expected
+    gradient is that of the reverse KL(policy || reference). Source: the bias correction of DeepSeek-V3.2 (2512.02556), on policy.
+    """
+    return torch.exp(logprobs - logprobs.detach()) * k3(logprobs, ref_logprobs)

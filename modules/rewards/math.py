@@ -1,0 +1,165 @@
+"""Verifiable rewards for answers: equal text, equal numbers, equal mathematics."""
+
+import importlib.util
+import math
+import re
+from collections import deque
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+
+from modules.rewards.base import compile_extractor, final_answer, final_text
+from modules.rewards.line_worker import LineWorker
+from modules.types import Reward, Rollout
+
+_UNSIGNED = r"(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<!\.)\.\d+)(?:[eE][-+]?\d+)?"
+# No number starts inside a word (x2, H2O); a minus after a letter, digit, bracket or minus is no sign (10-3, f(x)-3, --3).
+_PREFIX = r"(?<![A-Za-z0-9])(?P<prefix>(?:(?<![)\]}+-])[-+])?(?:\\?\$[-+]?)?)"
+_NUMBER = re.compile(rf"{_PREFIX}(?P<top>{_UNSIGNED})(?:/(?P<bottom>{_UNSIGNED}))?", re.ASCII)
+_MAX_CHARACTERS = 1000  # of one number; also the largest power of ten, so that exact arithmetic stays instant
+_MINUS = "\u2212"  # the typographic minus sign
+
+
+def _fraction(digits: str) -> Fraction | None:
+    """Exact value of an unsigned decimal, None when its power of ten is out of range."""
+    exponent = int(digits.lower().partition("e")[2] or "0")
+    return None if abs(exponent) > _MAX_CHARACTERS else Fraction(digits.replace(",", ""))
+
+
+def _value(match: re.Match[str] | None) -> Fraction | None:
+    """Exact value of a matched number, None for no match, a zero denominator or a number too long to be an answer."""
+    if match is None or len(match[0]) > _MAX_CHARACTERS:
+        return None
+    top, bottom = _fraction(match["top"]), _fraction(match["bottom"] or "1")
+    if top is None or not bottom:
+        return None
+    return -top / bottom if match["prefix"].count("-") == 1 else top / bottom
+
+
+def _whole_number(text: str) -> Fraction | None:
+    """Value of a text that is one number and nothing else but white space, a percent sign and a full stop."""
+    text = text.strip().removesuffix(".").removesuffix("%").removesuffix("\\")
+    return _value(_NUMBER.fullmatch(text.replace(_MINUS, "-")))
+
+
+def _last_number(text: str) -> Fraction | None:
+    """Value of the last number in a text."""
+    last = deque(_NUMBER.finditer(text.replace(_MINUS, "-")), maxlen=1)
+    return _value(last[0]) if last else None
+
+
+class ExactMatch(Reward):
+    """1.0 where the answer text is the gold answer, both stripped, else 0.0; None without a gold answer.
+
+    Args:
+        pattern: regular expression with exactly one group, the answer, matched against the whole completion (``re.fullmatch`` with DOTALL);
+            None = the whole completion is the answer. ``format.THINK_ANSWER`` is the strict one for think and answer tags.
+        name: label of the metric.
+
+    Raises:
+        ValueError: ``pattern`` is not a regular expression or has not exactly one group.
+    """
+
+    def __init__(self, pattern: str | None = None, name: str = "exact_match") -> None:
+        self.name = name
+        self.pattern = None if pattern is None else compile_extractor(pattern, "ExactMatch")
+
+    def __call__(self, rollouts: Sequence[Rollout]) -> list[float | None]:
+        """1.0, 0.0 or None per rollout."""
+        return [self._score(rollout.completion.text, rollout.answer) for rollout in rollouts]
+
+    def _score(self, text: str, answer: str | None) -> float | None:
+        if answer is None:
+            return None
+        found: str | None = text
+        if self.pattern is not None:
+            match = self.pattern.fullmatch(text)
+            found = match[1] if match else None
+        return float(found is not None and found.strip() == answer.strip())
+
+
+class NumericMatch(Reward):
+    """1.0 where the completion's number equals the gold number, else 0.0; None where the gold answer is not a number.
+
+    Numbers are compared exactly, as fractions. A number is: digits, with or without thousands commas (1,234), a decimal part (72.0, .5), a
+    power of ten (1e3), a sign and a dollar sign in front, and a fraction of two of these (1/2, no spaces). A percent sign is ignored. Mixed
+    numbers, powers, LaTeX and numbers over 1000 characters or 1e1000 are not read. The gold answer is what follows its last ``####``.
+
+    Args:
+        pattern: regular expression with exactly one group, which must be one number and nothing else, matched against the whole completion;
+            None = the last number of the completion, after ``</think>`` where there is one (see ``final_text``).
+        tolerance: largest absolute difference that still counts as equal.
+        name: label of the metric.
+
+    Raises:
+        ValueError: ``pattern`` is not a regular expression or has not exactly one group; ``tolerance`` is negative or not finite.
+    """
+
+    def __init__(self, pattern: str | None = None, tolerance: float = 0.0, name: str = "numeric_match") -> None:
+        if not 0.0 <= tolerance < math.inf:
+            raise ValueError(f"NumericMatch tolerance must be a finite number >= 0; got {tolerance}")
+        self.name = name
+        self.tolerance = Fraction(str(tolerance))  # as written: 0.1 is one tenth
+        self.pattern = None if pattern is None else compile_extractor(pattern, "NumericMatch")
+
+    def __call__(self, rollouts: Sequence[Rollout]) -> list[float | None]:
+        """1.0, 0.0 or None per rollout."""
+        return [self._score(rollout.completion.text, rollout.answer) for rollout in rollouts]
+
+    def _score(self, text: str, answer: str | None) -> float | None:
+        gold = None if answer is None else _whole_number(final_answer(answer))
+        if gold is None:
+            return None
+        found = self._read(text)
+        return float(found is not None and abs(found - gold) <= self.tolerance)
+
+    def _read(self, text: str) -> Fraction | None:
+        if self.pattern is None:
+            return _last_number(final_text(text))
+        match = self.pattern.fullmatch(text)
+        return _whole_number(match[1]) if match and match[1] else None
+
+
+class MathVerify(Reward):
+    """1.0 where math-verify finds the completion's answer mathematically equal to the gold answer, else 0.0.
+
+    The completion is searched after ``</think>`` (see ``final_text``), boxed answers first, by the library's own rules; nothing to parse
+    scores 0.0. The gold answer is read as LaTeX, what follows its last ``####``; words read as products of letters, so use ExactMatch for
+    them. None: no gold answer, one that cannot be parsed, or no verdict in time. Scoring runs in one child process per process, shared by
+    threads, killed and restarted when late: a huge power or factorial hangs sympy in C code that no signal or thread can interrupt.
+
+    Args:
+        timeout: seconds per rollout, start of the child not counted.
+        name: label of the metric.
+
+    Raises:
+        ImportError: math-verify is not installed.
+        ValueError: ``timeout`` is not a finite number > 0.
+        RuntimeError: on the first call, when the child process does not start.
+    """
+
+    def __init__(self, timeout: float = 5.0, name: str = "math_verify") -> None:
+        if importlib.util.find_spec("math_verify") is None:
+            raise ImportError("MathVerify needs the math-verify package; install it with: pip install 'lightning-align[math]'")
+        self.name = name
+        self.timeout = timeout
+        self._worker = LineWorker(Path(__file__).with_name("math_worker.py"), timeout)
+
+    @property
+    def timeouts(self) -> int:
+        """Rollouts without a verdict so far, because the child was late or crashed."""
+        return self._worker.failures
+
+    def __call__(self, rollouts: Sequence[Rollout]) -> list[float | None]:
+        """1.0, 0.0 or None per rollout."""
+        return [self._score(rollout.completion.text, rollout.answer) for rollout in rollouts]
+
+    def close(self) -> None:
+        """End the child process; a later call starts another."""
+        self._worker.close()
+
+    def _score(self, text: str, answer: str | None) -> float | None:
+        if answer is None:
+            return None
+        verdict: float | None = self._worker.ask({"gold": final_answer(answer), "completion": final_text(text)})
+        return verdict

@@ -1,0 +1,138 @@
+"""From sampled completions to what a policy loss needs: records, rewards, padded tensors, log-probs, and the numbers to log."""
+
+import hashlib
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from modules.functional.advantages import zero_std_fraction
+from modules.rewards.base import breakdown
+from modules.types import Completion, PolicyBatch, PromptBatch, Reward, Rollout
+
+SCORING_TOKENS = 16384  # tokens of one no-grad forward
+
+
+def sampling_seed(seed: int, phase: int, uid: str) -> int:
+    """Seed of a prompt's first completion, in [0, 2**62): a function of run seed, phase and prompt, so of no rank and no batch."""
+    digest = hashlib.blake2b(f"{seed}/{phase}/{uid}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 2
+
+
+def make_rollouts(prompts: PromptBatch, completions: list[list[Completion]], reward: Reward) -> list[Rollout]:
+    """One scored record per completion, prompt by prompt; ``group`` counts the prompts of the batch."""
+    rollouts = [
+        Rollout(
+            uid=prompts["uid"][i],
+            prompt=prompts["prompt"][i],
+            prompt_ids=prompts["prompt_ids"][i],
+            answer=prompts["answer"][i],
+            completion=completion,
+            group=i,
+            rewards={},
+            reward=None,
+            info=prompts["info"][i],
+        )
+        for i, group in enumerate(completions)
+        for completion in group
+    ]
+    parts, totals = breakdown(reward, rollouts)
+    return [replace(rollout, rewards=part, reward=total) for rollout, part, total in zip(rollouts, parts, totals, strict=True)]
+
+
+def pad(rows: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids int [R, T], padded on the right with 0, and the bool mask [R, T] made from the lengths."""
+    lengths = torch.tensor([len(row) for row in rows])
+    mask = torch.arange(max(1, int(lengths.max())))[None] < lengths[:, None]
+    ids = torch.zeros(mask.shape, dtype=torch.long)
+    ids[mask] = torch.tensor([token for row in rows for token in row], dtype=torch.long)
+    return ids.to(device), mask.to(device)
+
+
+def to_batch(rollouts: list[Rollout], device: torch.device) -> PolicyBatch:
+    """The tensors of a phase that rollouts alone determine; each prompt once. Log-probs and advantages come later."""
+    prompt_rows = {rollout.group: rollout.prompt_ids for rollout in rollouts}
+    position = {group: i for i, group in enumerate(prompt_rows)}
+    prompt_ids, prompt_mask = pad(list(prompt_rows.values()), device)
+    completion_ids, completion_mask = pad([rollout.completion.token_ids for rollout in rollouts], device)
+    sampler = torch.zeros(completion_mask.shape, device=device)
+    sampler[completion_mask] = torch.tensor([x for rollout in rollouts for x in rollout.completion.logprobs], device=device)
+    group = torch.tensor([position[rollout.group] for rollout in rollouts], device=device)
+    rewards = [float("nan") if rollout.reward is None else rollout.reward for rollout in rollouts]
+    batch = {
+        "prompt_ids": prompt_ids,
+        "prompt_mask": prompt_mask,
+        "completion_ids": completion_ids,
+        "completion_mask": completion_mask,
+        "prompt_index": group,
+        "sampler_logprobs": sampler,
+        "rewards": torch.tensor(rewards, device=device),
+        "group": group,
+    }
+    return cast(PolicyBatch, batch)
+
+
+def in_chunks(score: Callable[[PolicyBatch], tuple[Tensor, ...]], batch: PolicyBatch) -> tuple[Tensor, ...]:
+    """Apply ``score`` to whole groups of at most ``SCORING_TOKENS`` padded tokens at a time; each result is [N, Tc]."""
+    parts = [score(part) for part in prompt_chunks(batch)]
+    return tuple(torch.cat(column) for column in zip(*parts, strict=True))
+
+
+def prompt_chunks(batch: PolicyBatch) -> Iterable[PolicyBatch]:
+    """Consecutive prompts with their completions; rows must be ordered by prompt."""
+    index, width = batch["prompt_index"], batch["prompt_ids"].shape[1] + batch["completion_ids"].shape[1]
+    rows_per_prompt = index.bincount(minlength=len(batch["prompt_ids"]))
+    size = max(1, SCORING_TOKENS // (width * int(rows_per_prompt.max())))
+    for start in range(0, len(batch["prompt_ids"]), size):
+        rows = ((index >= start) & (index < start + size)).nonzero()[:, 0]
+        part = {name: batch[name][rows] for name in ("completion_ids", "completion_mask")}  # type: ignore[literal-required]
+        part |= {name: batch[name][start : start + size] for name in ("prompt_ids", "prompt_mask")}  # type: ignore[literal-required]
+        yield cast(PolicyBatch, part | {"prompt_index": index[rows] - start})
+
+
+def with_sums(rollouts: list[Rollout], entropies: Tensor, kl: Tensor | None, mask: Tensor) -> list[Rollout]:
+    """Rollouts with their mean token entropy and their summed log-ratio to the start, from [N, Tc] tensors."""
+    entropy = (entropies.sum(1) / mask.sum(1).clamp(min=1)).tolist()
+    sums = [None] * len(rollouts) if kl is None else (kl * mask).sum(1).tolist()
+    return [replace(rollout, entropy=e, kl=k) for rollout, e, k in zip(rollouts, entropy, sums, strict=True)]
+
+
+def rollout_metrics(rollouts: list[Rollout]) -> dict[str, float]:
+    """TRL's numbers of a set of rollouts: rewards, lengths in tokens, entropy and KL in nats per token."""
+    rewards = torch.tensor([float("nan") if r.reward is None else r.reward for r in rollouts])
+    lengths = torch.tensor([float(len(r.completion.token_ids)) for r in rollouts])
+    ended = torch.tensor([r.completion.finish == "stop" for r in rollouts])
+    group = torch.tensor([r.group for r in rollouts])
+    rewards_by_group = [rewards[group == g] for g in group.unique()]
+    metrics = {
+        "reward": mean(rewards),
+        "reward_std": mean(torch.tensor([std(values) for values in rewards_by_group])),
+        "frac_reward_zero_std": float(zero_std_fraction(rewards, group)),
+        "unscorable": float(rewards.isnan().sum()),
+        "completions/mean_length": mean(lengths),
+        "completions/min_length": float(lengths.min()),
+        "completions/max_length": float(lengths.max()),
+        "completions/clipped_ratio": mean((~ended).float()),
+        "completions/mean_terminated_length": mean(lengths[ended]),
+    }
+    for name in rollouts[0].rewards:
+        values = torch.tensor([float("nan") if r.rewards[name] is None else r.rewards[name] for r in rollouts])
+        metrics |= {f"rewards/{name}/mean": mean(values), f"rewards/{name}/std": std(values)}
+    if rollouts[0].entropy is not None:
+        entropy = torch.tensor([r.entropy or 0.0 for r in rollouts])
+        metrics["entropy"] = float((entropy * lengths).sum() / lengths.sum())
+    return metrics
+
+
+def mean(values: Tensor) -> float:
+    """Mean of the entries [N] that are not NaN; 0 where there is none."""
+    kept = values[~values.isnan()]
+    return float(kept.mean()) if len(kept) else 0.0
+
+
+def std(values: Tensor) -> float:
+    """Sample standard deviation of the entries [N] that are not NaN; 0 for fewer than two."""
+    kept = values[~values.isnan()]
+    return float(kept.std()) if len(kept) > 1 else 0.0

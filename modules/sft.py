@@ -1,0 +1,60 @@
+"""Supervised fine-tuning: maximum likelihood of the supervised tokens (arXiv 2203.02155; 2307.09288 section 3.1)."""
+
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor
+
+from modules.base import AlignmentModule
+from modules.functional.masked import aggregate
+from modules.networks.policy import TokenScores
+from modules.types import InstructionBatch
+
+
+class SFTModule(AlignmentModule):
+    """loss = - sum of log pi(token) over the supervised tokens / their number in the whole optimiser step.
+
+    Every supervised token counts the same, however the step is cut into micro-batches and ranks.
+
+    Args:
+        policy: ``tiny``, a Hugging Face folder, a GGUF file or a hub id.
+        optimizer: parameters -> optimizer; default AdamW, learning rate 2e-5.
+        scheduler: optimizer -> scheduler, stepped per update.
+    """
+
+    def __init__(
+        self,
+        policy: str,
+        optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=2e-5),
+        scheduler: LRSchedulerCallable | None = None,
+    ) -> None:
+        super().__init__(policy, optimizer, scheduler)
+
+    def scores(self, batch: InstructionBatch) -> TokenScores:
+        """Log-probs, entropies and hits [N, T] of the supervised tokens."""
+        return self.policy.token_scores(batch["input_ids"], batch["loss_mask"], batch.get("position_ids"), details=True)
+
+    def training_step(self, batch: InstructionBatch, batch_idx: int) -> Tensor:
+        """The loss [] of a micro-batch: its share of the step's token mean."""
+        scores = self.scores(batch)
+        loss = aggregate(-scores.logprobs, batch["loss_mask"], batch["denominator"])
+        tokens = int(batch["loss_mask"].sum())
+        self.count_tokens(int(batch["attention_mask"].sum()))
+        self.log_step(means(scores, tokens), tokens, prog_bar=True)
+        return self.step_loss(loss)
+
+    def validation_step(self, batch: InstructionBatch, batch_idx: int) -> None:
+        """Token means over the whole validation set."""
+        tokens = int(batch["loss_mask"].sum())
+        values = {f"val/{name}": value for name, value in means(self.scores(batch), tokens).items()}
+        self.log_dict(values, batch_size=max(1, tokens), sync_dist=True)
+
+
+def means(scores: TokenScores, tokens: int) -> dict[str, Tensor | float]:
+    """Token means of a micro-batch; zeros where it has no supervised token."""
+    assert scores.entropies is not None and scores.hits is not None
+    count = max(1, tokens)
+    return {
+        "loss": -scores.logprobs.detach().sum() / count,
+        "entropy": scores.entropies.sum() / count,
+        "mean_token_accuracy": scores.hits.sum() / count,
+    }

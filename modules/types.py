@@ -1,0 +1,107 @@
+"""What the packages hand each other: batches (dicts of tensors) and rollout records. Imports torch only.
+
+Letters: N sequences, P unique prompts, T tokens (Tp of a prompt, Tc of a completion), G completions per prompt, V vocabulary.
+Every mask is a keep-mask (True = counts). A per-token tensor is aligned to its own token: ``logprobs[i, t]`` is the
+log-probability of the token at ``[i, t]``. Floats are fp32.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NotRequired, TypedDict
+
+from torch import Tensor
+
+
+class InstructionBatch(TypedDict):
+    """Rows of tokens with the supervised ones marked. Padding is on the right."""
+
+    input_ids: Tensor  # int [N, T]
+    attention_mask: Tensor  # bool [N, T]
+    loss_mask: Tensor  # bool [N, T], True = supervised
+    denominator: Tensor  # [], supervised tokens of the whole optimiser step on all ranks
+    position_ids: NotRequired[Tensor]  # int [N, T], packed rows only
+
+
+class PreferenceBatch(TypedDict):
+    """Prompts with two or more ranked completions each."""
+
+    prompt_ids: Tensor  # int [P, Tp]
+    prompt_mask: Tensor  # bool [P, Tp]
+    completion_ids: Tensor  # int [N, Tc]
+    completion_mask: Tensor  # bool [N, Tc]
+    prompt_index: Tensor  # int [N], the prompt of each completion
+    rank: Tensor  # int [N], 0 = best
+    denominator: Tensor  # [], pairs of the whole optimiser step on all ranks
+    margin: NotRequired[Tensor]  # [N]
+    ref_logprobs: NotRequired[Tensor]  # [N], sequence sums under the frozen reference
+
+
+class PromptBatch(TypedDict):
+    """Prompts to sample from: equal-length lists, one entry per prompt."""
+
+    uid: list[str]  # names the prompt instance, the same in every phase and on every rank count
+    prompt: list[str]  # as rendered, for people
+    prompt_ids: list[list[int]]  # as the model reads it
+    answer: list[str | None]
+    source: list[str]  # the data set, for per-source metrics
+    info: list[dict[str, Any]]  # the row's other columns
+
+
+class PolicyBatch(TypedDict):
+    """Sampled completions with what a policy loss needs. Prompts and completions are padded on the right."""
+
+    prompt_ids: Tensor  # int [P, Tp]
+    prompt_mask: Tensor  # bool [P, Tp]
+    completion_ids: Tensor  # int [N, Tc]
+    completion_mask: Tensor  # bool [N, Tc], up to and including the end token
+    prompt_index: Tensor  # int [N]
+    old_logprobs: Tensor  # [N, Tc], at collection, in the trainer's numerics
+    advantages: Tensor  # [N, Tc]
+    rewards: Tensor  # [N], NaN = unscorable
+    group: Tensor  # int [N], rows of one prompt instance share a number
+    denominator: Tensor  # [], what the objective divides by, over the whole optimiser step and all ranks
+    row_count: NotRequired[Tensor]  # [N], what each row adds to the denominator; of a whole phase only
+    active: NotRequired[Tensor]  # bool [N], False = zero gradient, may be left out of compute; of a whole phase only
+    ref_logprobs: NotRequired[Tensor]  # [N, Tc], frozen reference
+    sampler_logprobs: NotRequired[Tensor]  # [N, Tc], the engine's own
+    values: NotRequired[Tensor]  # [N, Tc]
+    returns: NotRequired[Tensor]  # [N, Tc]
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One sampled answer."""
+
+    token_ids: list[int]  # the end token included when it was sampled
+    logprobs: list[float]  # of each token under the distribution it was drawn from; as long as token_ids
+    text: str  # decoded, without special tokens and without a stop string
+    finish: Literal["stop", "length", "abort"]  # end token or stop string; token budget used up; given up
+    policy_version: int = 0  # optimiser updates behind the weights that sampled it
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One prompt with one sampled completion and its scores."""
+
+    uid: str
+    prompt: str
+    prompt_ids: list[int]
+    answer: str | None
+    completion: Completion
+    group: int  # rollouts of one prompt instance share a number
+    rewards: dict[str, float | None]  # by reward name; None = unscorable
+    reward: float | None  # what is trained on; None = left out of its group
+    info: dict[str, Any] | None = None  # the row's other columns
+    entropy: float | None = None  # nats per token, mean over the completion, of the full next-token distribution
+    kl: float | None = None  # sum over the completion of log pi - log pi_start, in nats
+
+
+class Reward(ABC):
+    """Scores finished completions. ``name`` labels its metric ``rewards/<name>/mean``."""
+
+    name: str
+
+    @abstractmethod
+    def __call__(self, rollouts: Sequence[Rollout]) -> list[float | None]:
+        """One score per rollout, in order; None where the rollout cannot be scored."""

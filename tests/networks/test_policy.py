@@ -1,0 +1,179 @@
+"""Log-probs of the policy against whole logits of plain rows; shared prompts against separate rows; loading; dropout."""
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from modules.networks import policy as policy_file
+from modules.networks.policy import Policy, end_of_turn_id
+from modules.networks.tiny import tiny_tokenizer
+
+SMALL = {"vocab_size": 272, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+MODELS = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SMALL, num_key_value_heads=2)),
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SMALL, num_key_value_heads=2)),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SMALL, num_key_value_heads=2, head_dim=8)),
+    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=272, n_embd=32, n_layer=2, n_head=4, n_positions=128)),
+    "sliding": lambda: MistralForCausalLM(MistralConfig(**SMALL, num_key_value_heads=2, sliding_window=4)),
+}
+
+
+@pytest.fixture(params=MODELS)
+def policy(request, tmp_path) -> Policy:
+    torch.manual_seed(1)
+    MODELS[request.param]().save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    return Policy(str(tmp_path), dropout=False)
+
+
+def ragged_batch(prompt_lengths: list[int], completion_lengths: list[list[int]]) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(5, 261, (n,), generator=generator) for n in prompt_lengths]
+    completions = [torch.randint(5, 261, (n,), generator=generator) for group in completion_lengths for n in group]
+    index = torch.tensor([i for i, group in enumerate(completion_lengths) for _ in group])
+    pad = torch.nn.utils.rnn.pad_sequence
+    return {
+        "prompt_ids": pad(prompts, batch_first=True),
+        "prompt_mask": pad([torch.ones(len(p), dtype=torch.bool) for p in prompts], batch_first=True),
+        "completion_ids": pad(completions, batch_first=True),
+        "completion_mask": pad([torch.ones(len(c), dtype=torch.bool) for c in completions], batch_first=True),
+        "prompt_index": index,
+    }
+
+
+def naive(policy: Policy, batch: dict[str, Tensor], temperature: float) -> tuple[Tensor, Tensor]:
+    """One forward per row with nothing but its own tokens; whole logits; float32 log_softmax."""
+    mask = batch["completion_mask"]
+    logprobs, entropies = [], []
+    for i, p in enumerate(batch["prompt_index"].tolist()):
+        prompt = batch["prompt_ids"][p][batch["prompt_mask"][p]]
+        completion = batch["completion_ids"][i][mask[i]]
+        logits = policy.model(torch.cat([prompt, completion])[None]).logits[0, len(prompt) - 1 : -1]
+        table = (logits / temperature).log_softmax(-1)
+        row = table[torch.arange(len(completion)), completion]
+        spare = mask.shape[1] - len(completion)
+        logprobs.append(torch.nn.functional.pad(row, (0, spare)))
+        entropies.append(torch.nn.functional.pad(-(table.exp() * table).sum(-1), (0, spare)))
+    return torch.stack(logprobs), torch.stack(entropies)
+
+
+def gradients(policy: Policy, value: Tensor) -> list[Tensor]:
+    return torch.autograd.grad(value, list(policy.parameters()))
+
+
+@pytest.mark.parametrize("lengths", [[5, 5, 5], [3, 9, 6]], ids=["equal", "ragged"])
+def test_shared_prompts_equal_separate_rows(policy, lengths):
+    batch = ragged_batch(lengths, [[4, 1, 7], [2, 2], [6]])
+    scores = policy.completion_scores(batch, temperature=0.7, details=True)
+    expected, entropies = naive(policy, batch, 0.7)
+    torch.testing.assert_close(scores.logprobs, expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(scores.entropies, entropies, atol=1e-5, rtol=0)
+    assert not torch.allclose(scores.logprobs, naive(policy, batch, 1.0)[0], atol=1e-3)
+    weights = torch.linspace(-1, 1, expected.numel()).view_as(expected)
+    for mine, theirs in zip(gradients(policy, (scores.logprobs * weights).sum()), gradients(policy, (expected * weights).sum()), strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-4)
+
+
+def test_sharing_rule_is_explicit(policy):
+    assert policy.shares_prompts == (policy.model.config.model_type != "mistral")
+
+
+def test_one_token_completions(policy):
+    batch = ragged_batch([4, 2], [[1, 1], [1]])
+    torch.testing.assert_close(policy.completion_scores(batch).logprobs, naive(policy, batch, 1.0)[0], atol=1e-5, rtol=0)
+
+
+def test_chunks_change_nothing(policy, monkeypatch):
+    batch = ragged_batch([3, 9], [[4, 1, 7], [5, 5]])
+    whole = policy.completion_scores(batch, details=True)
+    reference = gradients(policy, whole.logprobs.sum())
+    monkeypatch.setattr(policy_file, "MAX_LOGITS", 272 * 3)
+    chunked = policy.completion_scores(batch, details=True)
+    for mine, theirs in zip(chunked, whole, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=0)
+    for mine, theirs in zip(gradients(policy, chunked.logprobs.sum()), reference, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_token_scores_of_rows_with_padding(policy):
+    ids = torch.tensor([[9, 8, 7, 6, 5], [20, 21, 22, 0, 0]])
+    mask = torch.tensor([[True, False, True, True, True], [True, True, True, False, False]])
+    scores = policy.token_scores(ids, mask, details=True)
+    for row, length in ((0, 5), (1, 3)):
+        table = policy.model(ids[row : row + 1, :length]).logits[0].log_softmax(-1)
+        for t in range(length):
+            wanted = table[t - 1, ids[row, t]].item() if t > 0 and mask[row, t] else 0.0
+            assert scores.logprobs[row, t].item() == pytest.approx(wanted, abs=1e-5)
+            hit = float(t > 0 and bool(mask[row, t]) and int(table[t - 1].argmax()) == int(ids[row, t]))
+            assert float(scores.hits[row, t]) == hit
+    assert scores.logprobs[1, 3:].eq(0).all() and scores.logprobs[:, 0].eq(0).all()
+
+
+def test_tiny_is_the_same_every_time_and_leaves_the_global_generator_alone():
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    first, second = Policy("tiny"), Policy("tiny")
+    assert torch.equal(before, torch.get_rng_state())
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+
+
+def test_stop_tokens_hold_eos_and_end_of_turn():
+    policy = Policy("tiny")
+    assert policy.stop_token_ids == {policy.tokenizer.convert_tokens_to_ids("<|eos|>"), policy.tokenizer.convert_tokens_to_ids("<|im_end|>")}
+    assert end_of_turn_id(policy.tokenizer) == policy.tokenizer.convert_tokens_to_ids("<|im_end|>")
+
+
+def test_dropout_off_makes_training_mode_deterministic(tmp_path):
+    GPT2LMHeadModel(GPT2Config(vocab_size=272, n_embd=32, n_layer=2, n_head=4, n_positions=128)).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    batch = ragged_batch([4, 2], [[3, 3], [5]])
+    for dropout in (True, False):
+        policy = Policy(str(tmp_path), dropout=dropout)
+        assert policy.model.training
+        same = torch.equal(policy.completion_scores(batch).logprobs, policy.completion_scores(batch).logprobs)
+        assert same != dropout
+
+
+def test_export_loads_with_equal_logits(policy, tmp_path):
+    folder = tmp_path / "export"
+    policy.save_pretrained(folder)
+    ids = torch.arange(5, 25)[None]
+    loaded = AutoModelForCausalLM.from_pretrained(folder).eval()
+    assert torch.equal(loaded(ids).logits, policy.model.eval()(ids).logits)
+    assert AutoTokenizer.from_pretrained(folder)("23+45=")["input_ids"] == policy.tokenizer("23+45=")["input_ids"]
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda d: str(d / "absent.gguf"), "no GGUF file"),
+        (lambda d: str(d), "without config.json"),
+        (lambda d: str(d / "absent"), "is not 'tiny', a Hugging Face model folder"),
+    ],
+)
+def test_unknown_paths_are_refused_in_one_sentence(tmp_path, monkeypatch, make, sentence):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(ValueError, match=sentence) as error:
+        Policy(make(tmp_path))
+    assert "\n" not in str(error.value)
+
+
+def test_tokenizer_larger_than_the_model_is_refused(tmp_path):
+    LlamaForCausalLM(LlamaConfig(**{**SMALL, "vocab_size": 100})).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="261 tokens, its model only 100"):
+        Policy(str(tmp_path))
