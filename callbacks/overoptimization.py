@@ -64,6 +64,7 @@ class Overoptimization(PhaseCallback):
         distances, gold = self.series("gold", "sqrt_kl")
         if len({distance for distance in distances if distance > 0}) < 3:
             return [], []
-        alpha, beta = overoptimization_fit(torch.tensor(distances).double(), torch.tensor(gold).double() - gold[0])
-        line = torch.linspace(max(distances) / 100, max(distances), 100).double()
+        rise = torch.tensor(gold, dtype=torch.float64) - gold[0]
+        alpha, beta = overoptimization_fit(torch.tensor(distances, dtype=torch.float64), rise)
+        line = torch.linspace(max(distances) / 100, max(distances), 100, dtype=torch.float64)
         return line.tolist(), (gold[0] + line * (alpha - beta * line.log())).tolist()

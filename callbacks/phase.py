@@ -112,12 +112,12 @@ class PhaseCallback(Callback):
             new_figure()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        rollouts = rollouts_of(pl_module)
-        values = self.derive(mean_over_ranks(trainer, pl_module.device, self.measure(rollouts)))
+        values = self.derive(mean_over_ranks(trainer, pl_module.device, self.measure(rollouts_of(pl_module))))
         if not values:
             return
         for name, value in values.items():
-            pl_module.log(f"train/{self.name}/{name}", value, sync_dist=True, batch_size=len(rollouts))
+            # Equal on all ranks by now. Lightning averages batch sizes over ranks as integers, so uneven ones would bias the value.
+            pl_module.log(f"train/{self.name}/{name}", value, sync_dist=True, batch_size=1)
         self.history.append({"phase": float(trainer.current_epoch), **values})
         if len(self.history) > MAX_PHASES:
             self.history = self.history[::2]

@@ -92,7 +92,7 @@ class AlignDataModule(LightningDataModule):
         """The training loader, at the position of a loaded checkpoint. Raises ValueError when its batches are not this run's."""
         if self.trainer is None:
             raise ValueError("the training loader needs a Trainer, which says how many micro-batches and ranks share a step; use trainer.fit")
-        if self.trainer.overfit_batches:
+        if self.trainer.overfit_batches:  # type: ignore[attr-defined]
             raise ValueError("overfit_batches replaces the sampler that plans the steps; use limit_train_batches and limit_val_batches")
         trainer = self.trainer
         self._sampler = StepSampler(
@@ -116,13 +116,13 @@ class AlignDataModule(LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         """Epoch, micro-batches trained on in it, and micro-batches of a whole epoch: three ints.
 
-        The Trainer's own counter falls back to 0 on a second resume, so the sampler counts and the Trainer only says whether a batch is in flight.
+        The Trainer's own counter can restart at 0 inside an epoch on a second resume, so the sampler counts and the Trainer only says whether a batch is in flight.
         """
         if self._sampler is None or self.trainer is None:
             return {}
         epoch, handed_out = self._sampler.begun
         current = self.trainer.fit_loop.epoch_loop.batch_progress.current
-        in_flight = current.ready - current.processed
+        in_flight = current.ready - current.processed  # type: ignore[attr-defined]
         return {"epoch": epoch, "position": handed_out - in_flight, "length": len(self._sampler)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -111,8 +111,9 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], origin: 
     """The conversation as text; ``open_turn`` ends it where the assistant is to go on. Raises ValueError with ``origin``."""
     if tokenizer.chat_template is None:
         raise ValueError(f"{origin}: messages need a chat template and this tokenizer has none (a base model?); use text prompts or set one")
+    conversation = [{"role": message["role"], "content": message["content"]} for message in messages]
     try:
-        rendered = tokenizer.apply_chat_template([dict(message) for message in messages], tokenize=False, add_generation_prompt=open_turn)
+        rendered = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=open_turn)
     except TemplateError as error:
         raise ValueError(f"{origin}: the chat template refuses these messages: {error}") from error
     return str(rendered)

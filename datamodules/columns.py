@@ -22,6 +22,7 @@ class InstructionExample:
     prompt: Dialogue
     completion: Dialogue
     origin: str
+    is_instruction: bool = False  # Alpaca: a user message wherever the tokenizer has a chat template
 
 
 @dataclass(frozen=True)
@@ -52,9 +53,9 @@ def instruction_example(row: Row, columns: Columns) -> InstructionExample:
     if shape == ("messages",):
         return InstructionExample([], _messages(record, "messages", row.origin), row.origin)
     if shape == ("instruction", "output"):
-        return InstructionExample(alpaca_prompt(record, row.origin), _text(record, "output", row.origin), row.origin)
-    prompt, completion = (_dialogue(record, name, row.origin) for name in shape)
-    return InstructionExample(prompt, completion, row.origin)
+        prompt, completion = alpaca_prompt(record, row.origin), _text(record, "output", row.origin)
+        return InstructionExample(prompt, completion, row.origin, is_instruction=True)
+    return InstructionExample(_dialogue(record, shape[0], row.origin), _dialogue(record, shape[1], row.origin), row.origin)
 
 
 def verifiable_example(row: Row, columns: Columns) -> VerifiableExample:

@@ -5,7 +5,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from datamodules.base import AlignDataModule
-from datamodules.chat import Message, Tokens, encode_example
+from datamodules.chat import Tokens, encode_example
 from datamodules.collate import InstructionDataset, MicroBatch
 from datamodules.columns import check_mapping, instruction_example
 from datamodules.sources import Row, Source
@@ -75,10 +75,8 @@ class InstructionDataModule(AlignDataModule):
     def encode(self, row: Row) -> Tokens:
         """Tokens of one raw row. Raises ValueError with the row's origin."""
         example = instruction_example(row, self.columns)
-        prompt, chat = example.prompt, self.chat
-        if "instruction" in row.columns and self.tokenizer.chat_template is not None and isinstance(prompt, str):
-            chat = True
-        return encode_example(self.tokenizer, prompt, example.completion, row.origin, chat, self.system)
+        chat = self.chat or (example.is_instruction and self.tokenizer.chat_template is not None)
+        return encode_example(self.tokenizer, example.prompt, example.completion, row.origin, chat, self.system)
 
     def _load(self, source: str | Source, stage: str) -> list[Tokens]:
         rows = self.encode_rows(source, stage, self.encode, lambda tokens: len(tokens.ids), self.max_length)

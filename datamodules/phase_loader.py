@@ -145,10 +145,10 @@ def split(batch: PolicyBatch, rows: Tensor, parts: int) -> list[Tensor]:
     group = batch["prompt_index"][active]
     units = [active[group == g] for g in group.unique()]
     if len(units) < parts:
-        units = list(active.split(1))
+        units = list(active[:, None])
     if len(units) < parts:
         idle = rows[~batch["active"][rows]]
-        units += list(idle[tokens[idle].argsort(stable=True)][: parts - len(units)].split(1))
+        units += list(idle[tokens[idle].argsort(stable=True)][: parts - len(units), None])
     bins: list[list[Tensor]] = [[] for _ in range(parts)]
     loads = [0] * parts
     for unit in sorted(units, key=lambda unit: -int(tokens[unit].sum())):

@@ -126,7 +126,7 @@ def cispo_loss(
     log_ratio = _log_ratio(logprobs, old_logprobs, mask)
     ratio = log_ratio.detach().exp()
     advantages = advantages.expand_as(logprobs).masked_fill(dropped, 0.0)
-    losses = -ratio.clamp(max=1 + clip_high) * advantages * logprobs.masked_fill(dropped, 0.0)  # [N, T]
+    losses = -ratio.clamp(max=1 + clip_high) * advantages * logprobs  # [N, T]
     metrics = {"cispo_clip_ratio": masked_mean(ratio > 1 + clip_high, ~dropped), "approx_kl": _approx_kl(log_ratio, mask)}
     return aggregate(losses, mask, denominator), metrics
 

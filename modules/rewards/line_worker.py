@@ -109,7 +109,8 @@ _WORKERS: "weakref.WeakSet[LineWorker]" = weakref.WeakSet()
 
 def _converse(child: "subprocess.Popen[bytes]", line: bytes, seconds: float) -> tuple[bytes | None, bool]:
     """Send a line (empty = none) and read one; (reply or None, whether the child was killed for lateness)."""
-    assert child.stdin is not None and child.stdout is not None
+    assert child.stdin is not None
+    assert child.stdout is not None
     late = threading.Event()
 
     def expire() -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlamaForCausalLM, MistralForCausalLM, PreTrainedModel, Qwen2ForCausalLM, Qwen3ForCausalLM
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaRMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
 FAMILY = {"llama": LlamaForCausalLM, "mistral": MistralForCausalLM, "qwen2": Qwen2ForCausalLM, "qwen3": Qwen3ForCausalLM}
@@ -137,13 +137,13 @@ class DecodeStep:
         return layout.turn(layout.linear(self.model.lm_head, layout.norm(self.model.model.norm, x)))
 
 
-def linear_layers(layer: nn.Module) -> list[nn.Module]:
+def linear_layers(layer: LlamaDecoderLayer) -> list[nn.Module]:
     """The seven matrices of a decoder layer."""
     attention, mlp = layer.self_attn, layer.mlp
     return [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
 
 
-def split_heads(attention: nn.Module, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def split_heads(attention: LlamaAttention | Qwen3Attention, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """[N, heads * D] each to [N, heads, D]; Qwen3 normalises queries and keys per head."""
     q, k, v = (x.unflatten(1, (-1, attention.head_dim)) for x in (q, k, v))
     if isinstance(attention, Qwen3Attention):

@@ -1,5 +1,6 @@
 """Samples in a real Trainer, and what TensorBoard's own Markdown renderer makes of hostile text."""
 
+import dataclasses
 from html import unescape
 from typing import Any
 
@@ -47,8 +48,6 @@ def test_hostile_text_is_shown_and_not_obeyed(make: Any) -> None:
 
 
 def test_names_cannot_break_the_table(make: Any) -> None:
-    import dataclasses
-
     rollout = dataclasses.replace(make(), uid="<b>row</b>\n# 1", rewards={"a|b`c`<i>*d*\n_e_": 0.5})
     html = markdown_to_safe_html(markdown([rollout]))
     assert html.count("<tr>") == 3 and html.count("<td>") == 4  # header, trained on, one reward

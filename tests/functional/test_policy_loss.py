@@ -217,9 +217,10 @@ def test_masked_columns_reach_neither_loss_nor_metrics_nor_gradient(function: Lo
     for bad in (math.nan, math.inf, -math.inf):
         leaf, dirty_old, dirty_advantages = (x.masked_fill(~mask, bad) for x in (logprobs, old, advantages))
         before = [x.clone() for x in (leaf, dirty_old, dirty_advantages, mask)]
-        loss, metrics = function(leaf.requires_grad_(), dirty_old, dirty_advantages, mask, denominator)
+        with torch.autograd.set_detect_anomaly(True):  # raises for a NaN anywhere on the way back
+            loss, metrics = function(leaf.requires_grad_(), dirty_old, dirty_advantages, mask, denominator)
+            torch.testing.assert_close(gradient(loss, leaf), expected, atol=1e-12, rtol=0)
         torch.testing.assert_close(loss, reference, atol=1e-12, rtol=0)
-        torch.testing.assert_close(gradient(loss, leaf), expected, atol=1e-12, rtol=0)
         assert metrics == reference_metrics and not any(x.requires_grad for x in metrics.values())
         torch.testing.assert_close([leaf.detach(), dirty_old, dirty_advantages, mask], before, atol=0, rtol=0, equal_nan=True)
     assert (expected[~mask] == 0).all() and (expected[mask] != 0).any()

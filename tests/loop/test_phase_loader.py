@@ -175,6 +175,8 @@ def test_split_leaves_out_rows_without_gradient_unless_a_part_would_be_empty():
     batch = phase_of([[3, 3], [2, 1]], [True, True, False, False])
     assert [part.tolist() for part in split(batch, torch.arange(4), 1)] == [[0, 1]]
     assert sorted(part.tolist() for part in split(batch, torch.arange(4), 3)) == [[0], [1], [3]]  # the shortest idle row
+    idle = phase_of([[3, 3], [2, 1]], [False] * 4)
+    assert [part.tolist() for part in split(idle, torch.arange(4), 2)] == [[2], [3]]  # a whole update without gradient
 
 
 def test_select_takes_only_the_prompts_and_columns_that_are_used():

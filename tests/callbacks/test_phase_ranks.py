@@ -1,0 +1,76 @@
+"""Two real ranks log what one rank with all rollouts logs, also where one of them has nothing to count."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from callbacks import Diversity, LengthBias, Overoptimization
+from modules.types import Reward, Rollout
+
+ADDITIVE = ["overoptimization/proxy", "overoptimization/gold", "overoptimization/gap", "overoptimization/sqrt_kl", "diversity/entropy"]
+ADDITIVE += ["diversity/distinct_answers", "diversity/frac_reward_zero_std"]
+ADDITIVE += ["length_bias/right_length", "length_bias/wrong_length", "length_bias/truncated"]
+
+SCRIPT = """
+import sys
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import ones
+from torch.utils.data import DataLoader
+from callbacks import Diversity, LengthBias, Overoptimization, Samples
+from conftest import Scripted, make_rollout
+from test_phase_ranks import LengthIsGold, rank_phases
+
+class Ranked(Scripted):
+    def on_fit_start(self):
+        self.phases = rank_phases(make_rollout)[self.global_rank]
+
+if __name__ == "__main__":
+    callbacks = [Overoptimization(LengthIsGold()), Diversity(), LengthBias(), Samples()]
+    trainer = Trainer(accelerator="cpu", devices=2, strategy="ddp", max_epochs=3, callbacks=callbacks, enable_checkpointing=False,
+                      logger=TensorBoardLogger(sys.argv[1], name="two", version=""), enable_progress_bar=False, enable_model_summary=False)
+    trainer.fit(Ranked([]), DataLoader([ones(1)] * 4))
+"""
+
+
+class LengthIsGold(Reward):
+    """Tokens of the completion; none for the empty one."""
+
+    name = "gold"
+
+    def __call__(self, rollouts: Sequence[Rollout]) -> list[float | None]:
+        return [len(rollout.completion.token_ids) or None for rollout in rollouts]
+
+
+def rank_phases(make: Callable[..., Rollout]) -> list[list[list[Rollout]]]:
+    """[rank][phase]. Phase 0: rank 1 has no wrong answer and no kl. Phase 1: rank 1 has nothing. Phase 2: uneven."""
+    wrong = make(0.0, [7] * 5, "b", 0, "length", entropy=2.0, kl=3.0)
+    right = make(1.0, [7] * 2, "a", 0, entropy=1.0, kl=1.0)
+    other = [make(1.0, [7] * 9, text, 1, entropy=0.5) for text in "aab"]
+    return [[[wrong, right], [right, right], [wrong]], [other, [], [*other, make(None, [], group=1)]]]
+
+
+def test_two_ranks_equal_one(make: Any, fit: Any, tmp_path: Path) -> None:
+    (tmp_path / "two_ranks.py").write_text(SCRIPT)
+    here = Path(__file__).parent
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(here.parents[1]), str(here)]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(tmp_path / "two_ranks.py"), str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+    first, second = rank_phases(make)
+    phases = [a + b for a, b in zip(first, second, strict=True)]
+    events = type(fit(Diversity(), [[]]))(tmp_path / "two")
+    for callback in (Overoptimization(LengthIsGold()), Diversity(), LengthBias()):
+        expected = fit(callback, phases)
+        for name in [name for name in ADDITIVE if name.startswith(callback.name)]:
+            assert events.scalars(f"train/{name}") == pytest.approx(expected.scalars(f"train/{name}"), abs=1e-6), name
+            assert len(expected.scalars(f"train/{name}")) >= 2
+    assert len(events.images("train/diversity")) == 1 and len(events.texts("train/samples")) == 1
+    mean_of_rank_means = (0.5 + 1.0) / 2
+    assert events.scalars("train/overoptimization/proxy")[0] == pytest.approx((0 + 1 + 1 + 1 + 1) / 5, abs=1e-6) != mean_of_rank_means

@@ -1,0 +1,171 @@
+"""Which tokens are learned, in text and in conversations, and which rows are refused."""
+
+import pytest
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
+
+from datamodules.chat import Dialogue, Message, Tokens, encode_example, encode_prompt, render
+from modules.networks.tiny import BOS, CHAT_TEMPLATE, END_OF_TURN, EOS, tiny_tokenizer
+
+STRIPPING = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+    "{{ m['content'].split('</think>')[-1] if m['role'] == 'assistant' and not loop.last else m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+PLAIN = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+LEADING_BOS = "{{ bos_token }}" + CHAT_TEMPLATE
+TWO_ENDS = CHAT_TEMPLATE.replace("<|im_end|>\\n", "<|im_end|><|eos|>\\n")
+
+
+def tokenizer_with(template: str = CHAT_TEMPLATE, adds: str = "") -> PreTrainedTokenizerFast:
+    """The tiny tokenizer, with another template, adding BOS and/or EOS by itself as Llama's and T5's do."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    single = [token for token in (BOS, "$A", EOS) if token == "$A" or token in adds]
+    special = [(token, tokenizer.convert_tokens_to_ids(token)) for token in (BOS, EOS)]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=single, special_tokens=special)
+    return tokenizer
+
+
+def pad_is_eos() -> PreTrainedTokenizerFast:
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def turns(*contents: str, system: str | None = None) -> list[Message]:
+    """User and assistant in turn."""
+    start = [Message(role="system", content=system)] if system else []
+    return start + [Message(role=("user", "assistant")[index % 2], content=content) for index, content in enumerate(contents)]
+
+
+def learned(tokenizer: PreTrainedTokenizerFast, tokens: Tokens) -> str:
+    """The supervised text, with | wherever unsupervised tokens stand between."""
+    parts: list[list[int]] = [[]]
+    for token, supervised in zip(tokens.ids, tokens.supervised, strict=True):
+        if supervised:
+            parts[-1].append(token)
+        elif parts[-1]:
+            parts.append([])
+    return "|".join(str(tokenizer.decode(part)) for part in parts if part)
+
+
+@pytest.mark.parametrize(
+    "tokenizer", [tiny_tokenizer(), pad_is_eos(), tokenizer_with(adds=BOS), tokenizer_with(adds=EOS), tokenizer_with(adds=BOS + EOS)]
+)
+def test_text_learns_the_completion_and_exactly_one_end(tokenizer: PreTrainedTokenizerFast) -> None:
+    tokens = encode_example(tokenizer, "What is 2+2?", "four", "row")
+    assert sum(tokens.supervised) == len("four") + 1  # one token per byte
+    assert tokens.ids[-1] == tokenizer.eos_token_id and tokens.supervised[-1]
+    assert tokens.ids.count(tokenizer.eos_token_id) == 1
+    assert tokens.supervised == sorted(tokens.supervised)
+    assert learned(tokenizer, tokens) == "four" + EOS
+
+
+def test_text_prompt_has_the_bos_that_the_tokenizer_adds_and_never_two() -> None:
+    assert encode_prompt(tiny_tokenizer(), "ab", "row")[1] == [102, 103]  # byte 97 is token 5 + 97
+    for adds in (BOS, BOS + EOS):
+        assert encode_prompt(tokenizer_with(adds=adds), "ab", "row")[1] == [1, 102, 103]
+        assert encode_prompt(tokenizer_with(adds=adds), BOS + "ab", "row")[1] == [1, 102, 103]
+        assert encode_example(tokenizer_with(adds=adds), BOS + "a", "b", "row").ids == [1, 102, 103, 2]
+
+
+def test_a_completion_that_brings_its_end_gets_no_second() -> None:
+    assert encode_example(tiny_tokenizer(), "a", "b" + EOS, "row") == encode_example(tiny_tokenizer(), "a", "b", "row")
+
+
+@pytest.mark.parametrize("tokenizer", [tiny_tokenizer(), pad_is_eos(), tokenizer_with(adds=BOS), tokenizer_with(adds=BOS + EOS)])
+def test_every_assistant_turn_is_learned_with_its_end_of_turn(tokenizer: PreTrainedTokenizerFast) -> None:
+    dialogue = turns("hi", "hello", "and?", "bye", system="be brief")
+    tokens = encode_example(tokenizer, [], dialogue, "row")
+    assert learned(tokenizer, tokens) == f"hello{END_OF_TURN}|bye{END_OF_TURN}"
+    assert sum(tokens.supervised) == len("hello") + 1 + len("bye") + 1
+    assert tokenizer.decode(tokens.ids) == render(tokenizer, dialogue, "row", open_turn=False)
+    assert not tokens.supervised[-1]  # the newline behind the last end of turn
+
+
+@pytest.mark.parametrize("adds", ["", BOS, BOS + EOS])
+def test_one_bos_behind_a_template_that_writes_it(adds: str) -> None:
+    tokenizer = tokenizer_with(LEADING_BOS, adds)
+    ids = encode_example(tokenizer, turns("hi"), turns("?", "hello")[1:], "row").ids
+    assert ids[0] == tokenizer.bos_token_id and ids.count(tokenizer.bos_token_id) == 1
+    end = tokenizer.get_vocab()[END_OF_TURN]
+    opening = 1 + 1 + len("\nassistant\n")  # the user's end of turn, the next start of turn, one token per byte
+    assert encode_prompt(tokenizer, turns("hi"), "row")[1] == ids[: ids.index(end) + opening]
+
+
+def test_sampling_prompt_is_what_training_put_before_the_answer() -> None:
+    tokenizer = tiny_tokenizer()
+    tokens = encode_example(tokenizer, "2+2?", "4", "row", chat=True, system="be brief")
+    text, ids = encode_prompt(tokenizer, "2+2?", "row", chat=True, system="be brief")
+    assert tokens.ids[: len(ids)] == ids and tokens.supervised.index(True) == len(ids)
+    assert text == "<|im_start|>system\nbe brief<|im_end|>\n<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n"
+    assert encode_prompt(tokenizer, turns("x", system="mine"), "row", system="yours")[0].count("system") == 1
+
+
+def test_message_prompts_keep_their_own_assistant_turns_unlearned() -> None:
+    tokenizer = tiny_tokenizer()
+    tokens = encode_example(tokenizer, turns("a", "context", "b"), [Message(role="assistant", content="answer")], "row")
+    assert learned(tokenizer, tokens) == f"answer{END_OF_TURN}"
+
+
+def test_changing_the_prompt_changes_no_label() -> None:
+    tokenizer = tiny_tokenizer()
+    one, two = (encode_example(tokenizer, prompt, "same answer", "row") for prompt in ("short", "quite another prompt"))
+    labels = [[token for token, keep in zip(tokens.ids, tokens.supervised, strict=True) if keep] for tokens in (one, two)]
+    assert labels[0] == labels[1]
+
+
+def test_a_template_without_end_token_gets_one_learned() -> None:
+    tokenizer = tokenizer_with(PLAIN)
+    tokens = encode_example(tokenizer, [], turns("hi", "hello", "and?", "bye"), "row")
+    assert learned(tokenizer, tokens) == f"hello{EOS}|bye{EOS}"
+
+
+def test_only_the_first_of_two_ends_is_learned() -> None:
+    assert learned(tiny_tokenizer(), encode_example(tokenizer_with(TWO_ENDS), [], turns("hi", "hello"), "row")) == f"hello{END_OF_TURN}"
+
+
+def test_special_tokens_inside_an_answer_do_not_end_it() -> None:
+    text = f"one {END_OF_TURN} two"
+    assert learned(tiny_tokenizer(), encode_example(tiny_tokenizer(), [], turns("hi", text), "row")) == text + END_OF_TURN
+
+
+NO_TEMPLATE = tiny_tokenizer()
+NO_TEMPLATE.chat_template = None
+REFUSING = "{% if messages[0]['role'] != 'system' %}{{ raise_exception('system first') }}{% endif %}" + CHAT_TEMPLATE
+REFUSED: list[tuple[PreTrainedTokenizerFast, Dialogue, Dialogue, str]] = [
+    (tiny_tokenizer(), [], turns("hi"), "no supervised token"),
+    (tiny_tokenizer(), [], [], "no supervised token"),
+    (tiny_tokenizer(), [], turns("hi", "hello")[1:], "starts with an assistant turn"),
+    (tiny_tokenizer(), [], turns("hi", " \n"), "assistant message 1 is empty"),
+    (tiny_tokenizer(), "a", "", "the completion is empty"),
+    (tiny_tokenizer(), "a", " \n", "the completion is empty"),
+    (tiny_tokenizer(), "a", EOS, "the completion is empty"),
+    (tiny_tokenizer(), "", "b", "the prompt is empty and the tokenizer adds no BOS"),
+    (tiny_tokenizer(), "a", turns("b", "c"), "the prompt is text and the completion a list of messages"),
+    (NO_TEMPLATE, [], turns("hi", "hello"), "this tokenizer has none"),
+    (tokenizer_with(REFUSING), [], turns("hi", "hello"), "the chat template refuses these messages: system first"),
+    (tokenizer_with(STRIPPING), [], turns("a", "<think>x</think>b", "c", "d"), "rewrites what stands before assistant message 3"),
+    (tokenizer_with(CHAT_TEMPLATE.replace("message['content']", "message['content'] | upper")), [], turns("hi", "hello"), "changes its text"),
+]
+
+
+@pytest.mark.parametrize(("tokenizer", "prompt", "completion", "message"), REFUSED)
+def test_rows_that_cannot_be_learned_are_refused_by_name(
+    tokenizer: PreTrainedTokenizerFast, prompt: Dialogue, completion: Dialogue, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message) as raised:
+        encode_example(tokenizer, prompt, completion, "data.jsonl:7")
+    assert str(raised.value).startswith("data.jsonl:7") and "\n" not in str(raised.value)
+
+
+def test_prompts_that_cannot_be_sampled_from_are_refused() -> None:
+    with pytest.raises(ValueError, match="row: the prompt is empty"):
+        encode_prompt(tiny_tokenizer(), "", "row")
+    with pytest.raises(ValueError, match="row: a system message needs a chat prompt"):
+        encode_prompt(tiny_tokenizer(), "a", "row", system="be brief")
+    no_end = tiny_tokenizer()
+    no_end.eos_token = None
+    with pytest.raises(ValueError, match="the tokenizer has no end token"):
+        encode_example(no_end, "a", "b", "row")

@@ -1,0 +1,140 @@
+"""Which columns are found, how others are mapped, and what a missing one is told."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from datamodules import InstructionDataModule, VerifiableDataModule
+from datamodules.columns import final_answer, instruction_example, verifiable_example
+from datamodules.sources import Row
+from modules.networks.tiny import tiny_tokenizer
+
+USER, ASSISTANT = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}
+
+
+def row(**columns: Any) -> Row:
+    return Row(columns, "data.jsonl:3", "data")
+
+
+def write(path: Path, *records: dict[str, Any]) -> str:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("columns", "mapping", "prompt", "completion"),
+    [
+        ({"messages": [USER, ASSISTANT], "prompt": "x", "completion": "y"}, {}, [], [USER, ASSISTANT]),
+        ({"messages": [USER, ASSISTANT], "q": "x", "a": "y"}, {"prompt": "q", "completion": "a"}, "x", "y"),
+        ({"prompt": "x", "completion": "y", "id": 3}, {}, "x", "y"),
+        ({"prompt": [USER], "completion": [ASSISTANT]}, {}, [USER], [ASSISTANT]),
+        ({"question": "x", "completion": "y"}, {}, "x", "y"),
+        ({"question": "x", "answer": "y"}, {"completion": "answer"}, "x", "y"),
+        ({"instruction": "x", "input": "", "output": "y"}, {}, "x", "y"),
+        ({"instruction": "x", "input": "more", "output": "y"}, {}, "x\n\nmore", "y"),
+        ({"instruction": "x", "response": "y"}, {"output": "response"}, "x", "y"),
+        ({"instruction": "x", "input": None, "output": "y"}, {}, "x", "y"),
+    ],
+)
+def test_instruction_columns(columns: dict[str, Any], mapping: dict[str, str], prompt: object, completion: object) -> None:
+    example = instruction_example(row(**columns), mapping)
+    assert (example.prompt, example.completion) == (prompt, completion)
+    assert example.is_instruction == ("instruction" in columns)
+
+
+@pytest.mark.parametrize(
+    ("columns", "mapping", "prompt", "answer", "info"),
+    [
+        ({"prompt": "x", "answer": "y", "level": 3}, {}, "x", "y", {"level": 3}),
+        ({"question": "x", "answer": "work\n#### 1,080"}, {}, "x", "1080", {}),
+        ({"question": "x", "ground_truth": 27.0}, {}, "x", "27.0", {}),
+        ({"prompt": [USER], "solution": None}, {}, [USER], None, {}),
+        ({"problem": "x", "answer": "025", "solution": "long"}, {"question": "problem"}, "x", "025", {"solution": "long"}),
+        ({"prompt": "x", "answer": "leak", "final": "y"}, {"answer": "final"}, "x", "y", {}),
+    ],
+)
+def test_verifiable_columns(columns: dict[str, Any], mapping: dict[str, str], prompt: object, answer: object, info: dict[str, Any]) -> None:
+    example = verifiable_example(row(**columns), mapping)
+    assert (example.prompt, example.answer, example.info) == (prompt, answer, info)
+    assert (example.origin, example.source) == ("data.jsonl:3", "data")
+
+
+def test_final_answers() -> None:
+    for given, expected in (
+        ("#### 5", "5"),
+        ("a #### b\n#### -1,234,567 ", "-1234567"),
+        ("(1,8,19), (2,700,13)", "(1,8,19), (2,700,13)"),
+        ("025", "025"),
+    ):
+        assert final_answer(given) == expected
+    assert final_answer(None) is None and final_answer(12) == "12"
+
+
+REFUSED = [
+    ({"text": "x", "label": 1}, {}, "found the columns text, label; looked for messages or prompt \\+ completion"),
+    ({"prompt": "x", "completion": "y"}, {"completion": "target"}, "no column 'target' \\(for completion\\); found prompt, completion"),
+    ({"prompt": "x", "completion": None}, {}, "column 'completion' holds a NoneType, text or a list of messages was expected"),
+    ({"prompt": "x", "completion": 5}, {}, "column 'completion' holds a int"),
+    ({"instruction": "x", "output": ["a", "b"]}, {}, "column 'output' holds a list, text was expected"),
+    ({"messages": "hi"}, {}, "column 'messages' holds a str, a list of messages was expected"),
+    ({"messages": [USER, {"from": "gpt", "value": "x"}]}, {}, "message 1 of 'messages' must have a role and a content"),
+    ({"messages": [{"role": "user", "content": None}]}, {}, "message 0 of 'messages' must have a role and a content"),
+]
+
+
+@pytest.mark.parametrize(("columns", "mapping", "message"), REFUSED)
+def test_bad_columns_are_refused_with_file_and_line_before_training(
+    tmp_path: Path, columns: dict[str, Any], mapping: dict[str, str], message: str
+) -> None:
+    good = {"messages": [USER, ASSISTANT]} if "messages" in columns else {"prompt": "x", "completion": "y", "target": "z"}
+    path = write(tmp_path / "data.jsonl", good, columns)
+    with pytest.raises(ValueError, match=message) as raised:
+        InstructionDataModule(tiny_tokenizer(), path, columns=mapping).setup("fit")
+    assert str(raised.value).startswith(f"{path}:2: ")
+
+
+def test_missing_verifiable_columns_are_refused_with_file_and_line(tmp_path: Path) -> None:
+    path = write(tmp_path / "data.jsonl", {"prompt": "x", "answer": "y"}, {"prompt": "x", "target": "y"})
+    with pytest.raises(ValueError, match=f"{path}:2: found the columns prompt, target; looked for prompt \\+ answer or"):
+        VerifiableDataModule(tiny_tokenizer(), path).setup("fit")
+    with pytest.raises(ValueError, match="column 'answer' holds a list, a single answer was expected"):
+        verifiable_example(row(prompt="x", answer=["a"]), {})
+
+
+def test_unknown_names_of_ours_are_refused_at_construction() -> None:
+    for module in (InstructionDataModule, VerifiableDataModule):
+        with pytest.raises(ValueError, match="columns maps unknown names promt; the names on the left may be input, answer"):
+            module(tiny_tokenizer(), "data.jsonl", columns={"promt": "question"})
+
+
+def test_alpaca_rows_are_chats_where_there_is_a_template(tmp_path: Path) -> None:
+    path = write(tmp_path / "data.jsonl", {"instruction": "add", "input": "1 2", "output": "3"})
+    tokenizer = tiny_tokenizer()
+    module = InstructionDataModule(tokenizer, path)
+    module.setup("fit")
+    chat = "<|im_start|>user\nadd\n\n1 2<|im_end|>\n<|im_start|>assistant\n3<|im_end|>\n"
+    assert tokenizer.decode(module.train_rows[0].ids) == chat
+    tokenizer.chat_template = None
+    module = InstructionDataModule(tokenizer, path)
+    module.setup("fit")
+    assert tokenizer.decode(module.train_rows[0].ids) == "add\n\n1 23<|eos|>"
+
+
+def test_long_rows_are_dropped_and_counted_or_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(tmp_path / "data.jsonl", {"prompt": "abc", "completion": "d"}, {"prompt": "abcd", "completion": "e"})
+    module = InstructionDataModule(tiny_tokenizer(), path, max_length=5)  # 3 + 1 + eos fit
+    module.setup("fit")
+    assert (len(module.train_rows), module.dropped) == (1, {"train": 1, "val": 0})
+    with pytest.raises(ValueError, match=f"{path}:2: 6 tokens and the limit is 5"):
+        InstructionDataModule(tiny_tokenizer(), path, max_length=5, drop_long=False).setup("fit")
+    with pytest.raises(ValueError, match="all 2 train rows from here on are longer than 4 tokens"):
+        InstructionDataModule(tiny_tokenizer(), path, max_length=4).setup("fit")
+
+
+def test_the_loaded_stage_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = write(tmp_path / "data.jsonl", {"prompt": "abc", "completion": "d"}, {"prompt": "abcdef", "completion": "g"})
+    with caplog.at_level("INFO"):
+        InstructionDataModule(tiny_tokenizer(), path, max_length=5).setup("fit")
+    assert "train: 1 rows, 1 dropped as too long, 40.0% of 5 tokens supervised" in caplog.text

@@ -1,0 +1,243 @@
+"""Files of every format, broken ones, and the generated sources."""
+
+import gzip
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from datamodules import Addition, Files, ReasoningGym
+from datamodules.chat import encode_prompt
+from datamodules.columns import verifiable_example
+from modules.networks.tiny import tiny_tokenizer
+
+GSM8K = Path(__file__).parents[3] / "shared" / "data" / "gsm8k"
+TEXTS = ["plain", "line\u2028separator\u2029and\x0btab\x85end", "", "0042", 'quote " comma , newline \n end']
+RECORDS = [{"id": f"00{index}", "text": text} for index, text in enumerate(TEXTS)]
+
+
+def write_jsonl(path: Path) -> None:
+    path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in RECORDS), encoding="utf-8", newline="")
+
+
+def write_csv(path: Path) -> None:
+    cells = [["id", "text"], *([record["id"], record["text"]] for record in RECORDS)]
+    path.write_bytes("".join(",".join('"' + cell.replace('"', '""') + '"' for cell in row) + "\r\n" for row in cells).encode())
+
+
+def write_table(path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pa.Table.from_pylist(RECORDS)
+    if path.suffix == ".parquet":
+        pq.write_table(table, path)
+        return
+    opened = pa.ipc.new_stream if path.stem == "stream" else pa.ipc.new_file
+    with opened(str(path), table.schema) as writer:
+        writer.write_table(table)
+
+
+def write(path: Path) -> None:
+    if path.suffix == ".gz":
+        write_jsonl(path)
+        path.write_bytes(gzip.compress(path.read_bytes()))
+    elif path.suffix == ".jsonl":
+        write_jsonl(path)
+    elif path.suffix == ".json":
+        content = RECORDS if path.stem == "array" else {"canary": "do not train", "examples": RECORDS}
+        path.write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")
+    elif path.suffix == ".csv":
+        write_csv(path)
+    else:
+        write_table(path)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "array.json", "object.json", "a.csv", "a.parquet", "stream.arrow", "file.arrow"])
+def test_every_format_gives_the_same_rows(tmp_path: Path, name: str) -> None:
+    write(tmp_path / name)
+    rows = Files(str(tmp_path / name)).rows()
+    assert [row.columns for row in rows] == RECORDS
+    assert all(row.origin.startswith(str(tmp_path / name)) for row in rows)
+    assert len({row.origin for row in rows}) == len(rows)
+
+
+def test_origins_are_lines_even_behind_cells_with_line_breaks(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text('question,answer\r\n"two\nlines",007\r\nlast,08\r\n', newline="")
+    rows = Files(str(path)).rows()
+    assert [row.origin for row in rows] == [f"{path}:2", f"{path}:4"]
+    assert [row.columns["answer"] for row in rows] == ["007", "08"]
+    path = tmp_path / "b.jsonl"
+    path.write_text('{"a": 1}\n\n{"a": 2}')
+    assert [row.origin for row in Files(str(path)).rows()] == [f"{path}:1", f"{path}:3"]
+
+
+def test_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    for name, content in (("a.jsonl", '{"a": "b"}\n'), ("a.csv", "a\nb\n"), ("a.json", '[{"a": "b"}]')):
+        (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + content.encode())
+        assert [row.columns for row in Files(str(tmp_path / name)).rows()] == [{"a": "b"}]
+
+
+def test_folder_reads_its_files_by_name(tmp_path: Path) -> None:
+    (tmp_path / "b.jsonl").write_text('{"a": "2"}\n')
+    (tmp_path / "a.csv").write_text("a\n1\n")
+    (tmp_path / "README.md").write_text("not data")
+    assert [row.columns["a"] for row in Files(str(tmp_path)).rows()] == ["1", "2"]
+
+
+def test_saved_data_sets(tmp_path: Path) -> None:
+    import datasets
+
+    saved = datasets.Dataset.from_list(RECORDS)
+    saved.save_to_disk(str(tmp_path / "one"))
+    datasets.DatasetDict({"train": saved, "test": saved.select([3])}).save_to_disk(str(tmp_path / "many"))
+    assert [row.columns for row in Files(str(tmp_path / "one")).rows()] == RECORDS
+    assert [row.columns for row in Files(str(tmp_path / "many"), split="test").rows()] == [RECORDS[3]]
+    with pytest.raises(ValueError, match="no split 'dev', it holds test, train"):
+        Files(str(tmp_path / "many"), split="dev").rows()
+
+
+BROKEN = [
+    ("a.jsonl", b'{"a": 1}\n{"a": \n{"a": 2}\n', r"a\.jsonl:2: not valid JSON"),
+    ("a.jsonl", b'{"a": 1}\n[1]\n', r"a\.jsonl:2: a row must be an object with named columns, this is a list"),
+    ("a.jsonl", b'{"a": 1}\n{"a": "\xff"}\n', r"a\.jsonl:2: not UTF-8 text \(byte 0xff\)"),
+    ("a.jsonl", b"", r"a\.jsonl: the file holds no rows"),
+    ("a.json", b"", r"a\.json: the file holds no rows"),
+    ("a.json", b'[{"a": 1},\n {"a" 2}]', r"a\.json:2: not valid JSON"),
+    ("a.json", b'["text"]', r"a\.json#0: a row must be an object"),
+    ("a.json", b"3", r"a\.json: expected an array of objects, found a int"),
+    ("a.json", b'{"a": [1], "b": []}', r"exactly one list of rows, this one has 2 among: a, b"),
+    ("a.json", b'{"a": 1}', r"exactly one list of rows, this one has 0"),
+    ("a.csv", b"a,b\n1,2\n3\n", r"a\.csv:3: the row has 1 cells and the header 2"),
+    ("a.csv", b"a,b\n1,2,3\n", r"a\.csv:2: the row has 3 cells and the header 2"),
+    ("a.csv", b'a,b\n1,"2\n3,4\n', r"a\.csv:2: not valid CSV"),
+    ("a.csv", b"a,b\n1,\xe9\n", r"a\.csv:2: not UTF-8"),
+    ("a.csv", b"a,b\n", r"a\.csv: the file holds no rows"),
+    ("a.parquet", b"no parquet", r"a\.parquet: not a readable parquet file"),
+    ("a.arrow", b"no arrow", r"a\.arrow: not a readable arrow file"),
+    ("a.jsonl.gz", b"no gzip", r"a\.jsonl\.gz: not a complete gzip file"),
+    ("a.txt", b"text", r"a\.txt: unknown kind of file, expected one that ends in \.jsonl"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "message"), BROKEN)
+def test_broken_files_say_where(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message) as raised:
+        Files(str(tmp_path / name)).rows()
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("path", ["missing.jsonl", "./missing", "/no/such/place", "~/no-such-place", "a/b/c", "missing.jsonl.gz"])
+def test_a_missing_path_is_not_looked_for_on_the_hub(path: str) -> None:
+    with pytest.raises(ValueError, match="no such file or folder"):
+        Files(path).rows()
+
+
+def test_empty_folder(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="the folder holds no file that ends in"):
+        Files(str(tmp_path)).rows()
+
+
+def test_unreachable_hub_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match=r"^nobody/nothing: neither a file or folder here nor loadable from the hub \(train split\): ") as raised:
+        Files("nobody/nothing").rows()
+    assert "\n" not in str(raised.value)
+
+
+def test_missing_library_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "reasoning_gym", None)
+    with pytest.raises(ImportError, match=r"pip install 'lightning-align\[reasoning\]'"):
+        ReasoningGym("chain_sum", 1).rows()
+
+
+def test_addition_writes_the_reversed_sum() -> None:
+    row = Addition(num_examples=1).rows()[0].columns
+    first, second = row["prompt"].rstrip("=").split("+")
+    assert len(first) == len(second) == 2
+    assert int(row["answer"][::-1]) == int(first) + int(second)
+    assert len(row["answer"]) == 3 and row["completion"] == row["answer"]
+    rows = {row.columns["prompt"]: row.columns["answer"] for row in [*Addition(8000).rows(), *Addition(900, held_out=True).rows()]}
+    assert [rows.get(prompt, answer) for prompt, answer in (("23+45=", "860"), ("99+99=", "891"), ("00+07=", "700"))] == ["860", "891", "700"]
+
+
+def pairs(source: Addition) -> list[frozenset[str]]:
+    return [frozenset(row.columns["prompt"].rstrip("=").split("+")) for row in source.rows()]
+
+
+def test_addition_holds_pairs_out_in_both_orders_under_every_seed() -> None:
+    held_out = set(pairs(Addition(200, held_out=True, seed=5)))
+    sizes = {side: available(side) for side in (False, True)}
+    assert sizes[False] + sizes[True] == 100 * 100 and 800 < sizes[True] < 1200
+    everything = Addition(sizes[False]).rows()
+    assert len({row.columns["prompt"] for row in everything}) == sizes[False]
+    assert held_out.isdisjoint(pairs(Addition(sizes[False])))
+    assert held_out.isdisjoint(pairs(Addition(500, seed=1)))
+
+
+def available(held_out: bool) -> int:
+    with pytest.raises(ValueError, match="has only") as raised:
+        Addition(10000, held_out=held_out).rows()
+    return int(str(raised.value).split("has only ")[1].split()[0])
+
+
+def test_addition_seeds_and_limits() -> None:
+    assert Addition(20, seed=1).rows() == Addition(20, seed=1).rows() != Addition(20, seed=2).rows()
+    with pytest.raises(ValueError, match="num_examples is 10000 but 2-digit addition has only"):
+        Addition(10000).rows()
+    with pytest.raises(ValueError, match="digits must be 1 to 3, got 4"):
+        Addition(1, digits=4)
+    with pytest.raises(ValueError, match="num_examples must be at least 1"):
+        Addition(0)
+
+
+def chain_sum(size: int, **settings: object) -> ReasoningGym:
+    return ReasoningGym("chain_sum", size, options={"max_terms": 2, "max_digits": 2}, **settings)  # type: ignore[arg-type]
+
+
+def test_reasoning_gym_rows() -> None:
+    rows = chain_sum(300, completion="<think>{question}</think><answer>{answer}</answer>").rows()
+    questions = [row.columns["question"] for row in rows]
+    assert len(set(questions)) == len(questions) == 300
+    for row in rows:
+        first, sign, second = row.columns["question"].removesuffix(" =").split(": ")[1].split()
+        assert int(row.columns["answer"]) == int(first) + (int(second) if sign == "+" else -int(second))
+        assert row.columns["completion"] == f"<think>{row.columns['question']}</think><answer>{row.columns['answer']}</answer>"
+    assert "completion" not in chain_sum(1).rows()[0].columns
+
+
+def test_reasoning_gym_holds_questions_out_under_every_seed() -> None:
+    held_out = {row.columns["question"] for row in chain_sum(150, held_out=True, seed=3).rows()}
+    training = {row.columns["question"] for seed in (0, 3, 99) for row in chain_sum(2000, seed=seed).rows()}
+    assert len(held_out) == 150 and held_out.isdisjoint(training)
+
+
+def test_reasoning_gym_refusals() -> None:
+    with pytest.raises(ValueError, match="size is 5000 but only .* distinct training problems of chain_sum"):
+        ReasoningGym("chain_sum", 5000, options={"max_terms": 2, "max_digits": 1}).rows()
+    with pytest.raises(ValueError, match="refuses task 'no_such_task'"):
+        ReasoningGym("no_such_task", 1).rows()
+    with pytest.raises(ValueError, match="refuses task 'chain_sum' with {'colour': 'red'}"):
+        ReasoningGym("chain_sum", 1, options={"colour": "red"}).rows()
+    with pytest.raises(ValueError, match="may only use the fields"):
+        ReasoningGym("chain_sum", 1, completion="{solution}")
+
+
+@pytest.mark.skipif(not GSM8K.is_dir(), reason="the public GSM8K files are not here")
+def test_gsm8k() -> None:
+    tokenizer = tiny_tokenizer()
+    for name, count, first, last in (("train", 7473, "72", "50"), ("test", 919, "18", "56")):
+        examples = [verifiable_example(row, {}) for row in Files(str(GSM8K / f"{name}.jsonl")).rows()]
+        assert len(examples) == count
+        raw = [json.loads(line)["answer"] for line in (GSM8K / f"{name}.jsonl").read_bytes().split(b"\n") if line]
+        assert [example.answer for example in examples] == [text[text.rindex("####") + 4 :].strip().replace(",", "") for text in raw]
+        assert all(str(int(example.answer or "")) == example.answer for example in examples)
+        assert (examples[0].answer, examples[-1].answer) == (first, last)
+        encode_prompt(tokenizer, examples[-1].prompt, examples[-1].origin)
