@@ -37,6 +37,7 @@ class Diversity(PhaseCallback):
         self.prefix_tokens = prefix_tokens
 
     def measure(self, rollouts: Sequence[Rollout]) -> dict[str, Mean]:
+        """See ``PhaseCallback``; the measures are explained above."""
         groups: dict[int, list[Rollout]] = defaultdict(list)
         for rollout in rollouts:
             groups[rollout.group].append(rollout)
@@ -55,6 +56,7 @@ class Diversity(PhaseCallback):
         return Mean(distinct_n(sequences, n) * num_ngrams, num_ngrams)
 
     def draw(self, figure: "Figure") -> None:
+        """See ``PhaseCallback``."""
         left, right = figure.subplots(1, 2)
         left.plot(*self.series("entropy"), marker="o", markersize=3)
         left.set(xlabel="phase", ylabel="entropy, nats per token")

@@ -12,7 +12,8 @@ from callbacks.phase import require_period
 class Saves(Protocol):
     """A policy that writes itself and its tokenizer as a Hugging Face folder."""
 
-    def save_pretrained(self, folder: Path) -> None: ...
+    def save_pretrained(self, folder: Path) -> None:
+        """Write model and tokenizer into an existing folder."""
 
 
 class HasPolicy(Protocol):
@@ -42,6 +43,7 @@ class Export(Callback):
         self.exported_step = -1
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse a folder that holds something else; put back one that a killed run left aside."""
         if stage != "fit":
             return
         if self.folder.is_file() or (self.folder.is_dir() and any(self.folder.iterdir()) and not (self.folder / "config.json").is_file()):
@@ -50,10 +52,12 @@ class Export(Callback):
             self._aside.rename(self.folder)  # a run was killed between the two renames of _write
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Export after each n epochs."""
         if self.every_n_epochs is not None and (trainer.current_epoch + 1) % self.every_n_epochs == 0:
             self._export(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Export the last weights."""
         if self.exported_step != trainer.global_step:
             self._export(trainer, pl_module)
 

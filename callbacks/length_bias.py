@@ -33,6 +33,7 @@ class LengthBias(PhaseCallback):
         self.right_above = right_above
 
     def measure(self, rollouts: Sequence[Rollout]) -> dict[str, Mean]:
+        """See ``PhaseCallback``; the measures are explained above."""
         scored = [(r.reward, len(r.completion.token_ids), r.group) for r in rollouts if r.reward is not None]
         rewards = torch.tensor([reward for reward, _, _ in scored], dtype=torch.float64)  # [N]
         lengths = torch.tensor([length for _, length, _ in scored], dtype=torch.float64)  # [N]
@@ -45,6 +46,7 @@ class LengthBias(PhaseCallback):
         }
 
     def draw(self, figure: "Figure") -> None:
+        """See ``PhaseCallback``."""
         left, right = figure.subplots(1, 2)
         for name, label in (("right_length", "right"), ("wrong_length", "wrong")):
             left.plot(*self.series(name), marker="o", markersize=3, label=label)

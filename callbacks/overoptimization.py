@@ -33,6 +33,7 @@ class Overoptimization(PhaseCallback):
         self.gold = gold
 
     def measure(self, rollouts: Sequence[Rollout]) -> dict[str, Mean]:
+        """See ``PhaseCallback``; the measures are explained above."""
         gold = self.gold(rollouts) if rollouts else []
         return {
             "proxy": Mean.of([rollout.reward for rollout in rollouts if rollout.reward is not None]),
@@ -41,6 +42,7 @@ class Overoptimization(PhaseCallback):
         }
 
     def derive(self, values: dict[str, float]) -> dict[str, float]:
+        """Gap and distance, from the means of the rewards and of the KL."""
         derived = {name: value for name, value in values.items() if name != "kl"}
         if "proxy" in values and "gold" in values:
             first = next((row for row in self.history if "gap" in row), derived)
@@ -50,6 +52,7 @@ class Overoptimization(PhaseCallback):
         return derived
 
     def draw(self, figure: "Figure") -> None:
+        """See ``PhaseCallback``."""
         over = "sqrt_kl" if any("sqrt_kl" in row for row in self.history) else "phase"
         axes = figure.subplots()
         for name, marker in (("proxy", "o"), ("gold", "s")):

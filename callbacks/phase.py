@@ -62,10 +62,8 @@ def require_period(name: str, period: int) -> None:
 
 def new_figure() -> "Figure":
     """An empty figure, outside pyplot's global list of figures, so that nothing leaks and no display is needed."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("Figures in TensorBoard need matplotlib: pip install 'lightning-align[logging]'.") from error
+    from matplotlib.figure import Figure
+
     return Figure(figsize=(9.0, 4.0), layout="constrained")
 
 
@@ -79,7 +77,6 @@ class PhaseCallback(Callback):
 
     Raises:
         ValueError: ``every_n_phases`` below 1.
-        ImportError: at setup, a TensorBoard logger without matplotlib.
     """
 
     name: str  # of the measurement: metrics are train/<name>/...
@@ -107,11 +104,8 @@ class PhaseCallback(Callback):
         rows = [row for row in self.history if name in row and over in row]
         return [row[over] for row in rows], [row[name] for row in rows]
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage == "fit" and tensorboards(trainer):
-            new_figure()
-
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure, log and, every n phases, draw."""
         values = self.derive(mean_over_ranks(trainer, pl_module.device, self.measure(rollouts_of(pl_module))))
         if not values:
             return
@@ -125,13 +119,16 @@ class PhaseCallback(Callback):
             self._publish(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draw the last phase."""
         if self.history and self.history[-1]["phase"] != self.drawn_phase:
             self._publish(trainer)
 
     def state_dict(self) -> dict[str, Any]:
+        """The part that a resumed run or a validation needs."""
         return {"history": self.history}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores what ``state_dict`` gave."""
         self.history = state_dict["history"]
 
     def _publish(self, trainer: Trainer) -> None:

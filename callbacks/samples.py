@@ -31,6 +31,7 @@ class Samples(Callback):
         self.unwritten = ""  # the last phase's text, kept because rollouts are gone at the end of the fit
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Render the phase's samples and, every n phases, write them."""
         rollouts = rollouts_of(pl_module)
         if not rollouts or not tensorboards(trainer):
             return
@@ -39,6 +40,7 @@ class Samples(Callback):
             self._write(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the last phase's samples."""
         if self.unwritten:
             self._write(trainer)
 

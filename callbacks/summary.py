@@ -20,7 +20,6 @@ class Summary(Callback):
 
     Raises:
         ValueError: after a validation that did not log one of the metrics.
-        ImportError: when printing, without rich.
     """
 
     def __init__(self, title: str, headline: str, metrics: list[str]) -> None:
@@ -31,20 +30,24 @@ class Summary(Callback):
         self.after: dict[str, float] = {}
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep the values: before training from the sanity check, after it from ``validate``."""
         if trainer.state.fn == "validate":
             self.after = self._read(trainer)
         elif trainer.sanity_checking and trainer.num_sanity_val_steps == float("inf") and not self.before:
             self.before = self._read(trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Print, at the end of ``validate``."""
         # Lightning prints its own results before this hook, so that the headline stays the last line.
         if stage == "validate" and trainer.is_global_zero and self.after:
             self._print(trainer)
 
     def state_dict(self) -> dict[str, Any]:
+        """The part that a resumed run or a validation needs."""
         return {"before": self.before}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores what ``state_dict`` gave."""
         self.before = state_dict["before"]
 
     def _read(self, trainer: Trainer) -> dict[str, float]:
@@ -54,11 +57,9 @@ class Summary(Callback):
         return {name: float(trainer.callback_metrics[name]) for name in self.metrics}
 
     def _print(self, trainer: Trainer) -> None:
-        try:
-            from rich.console import Console
-            from rich.table import Table
-        except ImportError as error:
-            raise ImportError("The summary table needs rich: pip install 'lightning-align[logging]'.") from error
+        from rich.console import Console
+        from rich.table import Table
+
         table = Table("metric", *(["before"] if self.before else []), "after")
         for name in self.metrics:
             table.add_row(name, *([_round(self.before[name])] if name in self.before else []), _round(self.after[name]))

@@ -116,7 +116,8 @@ class AlignDataModule(LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         """Epoch, micro-batches trained on in it, and micro-batches of a whole epoch: three ints.
 
-        The Trainer's own counter can restart at 0 inside an epoch on a second resume, so the sampler counts and the Trainer only says whether a batch is in flight.
+        The Trainer's own counter can restart at 0 inside an epoch on a second resume, so the sampler counts; the Trainer only tells
+        whether a batch is in flight.
         """
         if self._sampler is None or self.trainer is None:
             return {}

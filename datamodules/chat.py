@@ -1,6 +1,7 @@
 """The one place that renders a conversation and turns it into tokens, and that knows which of them are learned."""
 
 from dataclasses import dataclass
+from os.path import commonprefix
 from typing import TypedDict
 
 from jinja2 import TemplateError
@@ -100,7 +101,8 @@ def encode_messages(tokenizer: PreTrainedTokenizerBase, messages: list[Message],
         if not opened.startswith(done) or not closed.startswith(opened):
             raise ValueError(f"{origin}: the chat template rewrites what stands before assistant message {turn}; give each turn a row of its own")
         context = _ids(tokenizer, opened[len(done) :])
-        learned, rest = _assistant_ids(tokenizer, messages[turn]["content"], closed[len(opened) :], f"{origin}: assistant message {turn}")
+        body = _assistant_text(tokenizer, messages[: turn + 1], opened, closed, origin)
+        learned, rest = _assistant_ids(tokenizer, body, closed[len(opened) + len(body) :])
         ids += context + learned + rest
         supervised += [False] * len(context) + [True] * len(learned) + [False] * len(rest)
         done = closed
@@ -119,16 +121,21 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], origin: 
     return str(rendered)
 
 
-def _assistant_ids(tokenizer: PreTrainedTokenizerBase, content: str, tail: str, where: str) -> tuple[list[int], list[int]]:
-    """Splits what the template adds for one assistant turn into learned ids and the ids behind the end of turn."""
-    content = content.strip()
-    if not content:
+def _assistant_text(tokenizer: PreTrainedTokenizerBase, messages: list[Message], opened: str, closed: str, origin: str) -> str:
+    """The last turn as rendered, without what the template puts behind it: the two renderings part where one more letter would stand."""
+    content, where = messages[-1]["content"], f"{origin}: assistant message {len(messages) - 1}"
+    if not content.strip():
         raise ValueError(f"{where} is empty")
-    start = tail.rfind(content)
-    if start < 0:
+    longer = render(tokenizer, [*messages[:-1], Message(role="assistant", content=content + "\N{SNOWMAN}")], origin, open_turn=False)
+    body = commonprefix([closed, longer])[len(opened) :]
+    if content.strip() not in body:
         raise ValueError(f"{where}: the chat template changes its text; write it the way the template renders it")
-    end = start + len(content)
-    body, closing = _ids(tokenizer, tail[:end]), _ids(tokenizer, tail[end:])
+    return body
+
+
+def _assistant_ids(tokenizer: PreTrainedTokenizerBase, text: str, tail: str) -> tuple[list[int], list[int]]:
+    """The learned ids of a turn, its end-of-turn token included, and the ids that the template puts behind that."""
+    body, closing = _ids(tokenizer, text), _ids(tokenizer, tail)
     special = set(tokenizer.all_special_ids)
     ending = next((index for index, token in enumerate(closing) if token in special), None)
     if ending is None:

@@ -1,12 +1,14 @@
 """What every method shares: the policy, optimizer and scheduler from YAML, exact loss scaling, step metrics, checkpoint identity."""
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from torch import Tensor
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
 
 from modules.networks.policy import Policy
 from modules.types import Rollout
@@ -26,15 +28,14 @@ class AlignmentModule(LightningModule):
         phase_metrics: numbers of the current phase that its end logs.
     """
 
-    def __init__(
-        self, policy: str, optimizer: OptimizerCallable, scheduler: LRSchedulerCallable | None = None, dropout: bool = True
-    ) -> None:
+    def __init__(self, policy: str, optimizer: OptimizerCallable, scheduler: LRSchedulerCallable | None = None, dropout: bool = True) -> None:
         super().__init__()
         self.policy = Policy(policy, dropout=dropout)
         self.optimizer, self.scheduler = optimizer, scheduler
         self.rollouts: list[Rollout] = []
         self.phase_metrics: dict[str, float] = {}
         self.num_tokens = 0  # trained on so far, all ranks
+        self.means = nn.ModuleDict()  # of validation, by metric name
         self._step_tokens, self._step_start = 0, time.perf_counter()
 
     @property
@@ -61,10 +62,18 @@ class AlignmentModule(LightningModule):
         """Undo Lightning's division by the accumulation and by the ranks: ``denominator`` already counts the whole step."""
         return loss * self.trainer.accumulate_grad_batches * self.trainer.world_size
 
-    def log_step(self, metrics: dict[str, Tensor | float], weight: int = 1, prog_bar: bool = False) -> None:
+    def log_step(self, metrics: Mapping[str, Tensor | float], weight: int = 1, prog_bar: bool = False) -> None:
         """Log training metrics of a micro-batch as ``train/<name>``; ``weight`` is what a mean over micro-batches counts it with."""
         values = {f"train/{name}": value for name, value in metrics.items()}
         self.log_dict(values, on_step=True, on_epoch=False, batch_size=max(1, weight), prog_bar=prog_bar)
+
+    def log_mean(self, metrics: Mapping[str, Tensor | float], weight: float) -> None:
+        """Log evaluation metrics, averaged exactly over batches and ranks with ``weight``; all ranks must log the same names."""
+        for name, value in metrics.items():
+            if name not in self.means:
+                self.means[name] = MeanMetric().to(self.device)
+            self.means[name].update(value, weight)  # type: ignore[operator]
+            self.log(name, self.means[name], on_step=False, on_epoch=True)  # type: ignore[arg-type]
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Start the clock of the first micro-batch of a step."""

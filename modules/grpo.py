@@ -152,8 +152,7 @@ class GRPOModule(AlignmentModule):
             "greedy_accuracy": share_solved(greedy, self.accuracy, 1),
             **rollout_metrics(rollouts),
         }
-        for name, value in metrics.items():
-            self.log(f"{stage}/{name}", value, sync_dist=True, batch_size=len(rollouts))
+        self.log_mean({f"{stage}/{name}": value for name, value in metrics.items()}, len(prompts["uid"]))
 
     def sample(self, prompts: PromptBatch, num_generations: int, sampling: Sampling, phase: str) -> list[list[Completion]]:
         """``num_generations`` completions for each prompt from the current weights."""

@@ -110,6 +110,4 @@ class Clipped(PolicyObjective):
 
     def __call__(self, logprobs: Tensor, batch: PolicyBatch) -> tuple[Tensor, dict[str, Tensor]]:
         weights = self.aggregation.weights(batch["completion_mask"])
-        return clipped_policy_loss(
-            logprobs, batch["old_logprobs"], batch["advantages"], weights, batch["denominator"], self.clip_low, self.clip_high
-        )
+        return clipped_policy_loss(logprobs, batch["old_logprobs"], batch["advantages"], weights, batch["denominator"], self.clip_low, self.clip_high)

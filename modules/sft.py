@@ -45,8 +45,7 @@ class SFTModule(AlignmentModule):
     def validation_step(self, batch: InstructionBatch, batch_idx: int) -> None:
         """Token means over the whole validation set."""
         tokens = int(batch["loss_mask"].sum())
-        values = {f"val/{name}": value for name, value in means(self.scores(batch), tokens).items()}
-        self.log_dict(values, batch_size=max(1, tokens), sync_dist=True)
+        self.log_mean({f"val/{name}": value for name, value in means(self.scores(batch), tokens).items()}, tokens)
 
 
 def means(scores: TokenScores, tokens: int) -> dict[str, Tensor | float]:

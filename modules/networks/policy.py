@@ -5,7 +5,7 @@ This is the only file that shifts anything: everyone else sees per-token tensors
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -115,7 +115,11 @@ class Policy(nn.Module):
             chunks = [checkpoint(self._score_chunk, h, y, temperature, details, use_reentrant=False) for h, y in pairs]
         else:
             chunks = [self._score_chunk(h, y, temperature, details) for h, y in pairs]
-        return TokenScores(*(None if parts[0] is None else torch.cat(parts) for parts in zip(*chunks, strict=True)))
+        return TokenScores(
+            torch.cat([chunk.logprobs for chunk in chunks]),
+            torch.cat([chunk.entropies for chunk in chunks if chunk.entropies is not None]) if details else None,
+            torch.cat([chunk.hits for chunk in chunks if chunk.hits is not None]) if details else None,
+        )
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write model and tokenizer as a Hugging Face folder."""
@@ -150,7 +154,7 @@ class Policy(nn.Module):
         tokens = batch["completion_ids"][:, :-1]
         if tokens.shape[1] == 0:
             return last
-        for layer in cache.layers:
+        for layer in cast(list[Any], cache.layers):
             layer.keys, layer.values = layer.keys.index_select(0, index), layer.values.index_select(0, index)
         ragged = not bool(prompt_mask.all())
         hidden = self.model.base_model(
@@ -166,7 +170,9 @@ class Policy(nn.Module):
 def spread(scores: TokenScores, mask: Tensor) -> TokenScores:
     """Put scores [K] of the kept positions back into the shape of ``mask`` [N, T] (K True entries), zero elsewhere."""
     zeros = torch.zeros(mask.shape, device=mask.device)
-    return TokenScores(*(None if part is None else zeros.masked_scatter(mask, part) for part in scores))
+    logprobs, *details = (None if part is None else zeros.masked_scatter(mask, part) for part in scores)
+    assert logprobs is not None
+    return TokenScores(logprobs, *details)
 
 
 def load(path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -228,7 +234,7 @@ def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
         return None
     words = "end-of-turn probe"
     turns = [{"role": "user", "content": "probe"}, {"role": "assistant", "content": words}]
-    tail = tokenizer.apply_chat_template(turns, tokenize=False).rpartition(words)[2]
+    tail = str(tokenizer.apply_chat_template(turns, tokenize=False)).rpartition(words)[2]
     special = set(tokenizer.all_special_ids)
     return next((i for i in tokenizer(tail, add_special_tokens=False)["input_ids"] if i in special), None)
 

@@ -15,7 +15,7 @@ from modules.types import Completion, PolicyBatch, PromptBatch, Reward, Rollout
 SCORING_TOKENS = 16384  # tokens of one no-grad forward
 
 
-def sampling_seed(seed: int, phase: int, uid: str) -> int:
+def sampling_seed(seed: int, phase: str, uid: str) -> int:
     """Seed of a prompt's first completion, in [0, 2**62): a function of run seed, phase and prompt, so of no rank and no batch."""
     digest = hashlib.blake2b(f"{seed}/{phase}/{uid}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 2

@@ -35,6 +35,13 @@ def test_collapse(make: Any, fit: Any) -> None:
     assert events.scalars("train/diversity/frac_reward_zero_std") == pytest.approx([0.0, 1.0], abs=1e-6)
 
 
+def test_answers_are_compared_as_texts(make: Any, fit: Any) -> None:
+    rollouts = [make(token_ids=[1, 2], text="42"), make(token_ids=[3], text="42"), make(token_ids=[3], text="42 ")]
+    assert fit(Diversity(), [rollouts]).scalars("train/diversity/distinct_answers") == pytest.approx([2 / 3], abs=1e-6)
+    other = [make(token_ids=[1, 2], text="42"), make(token_ids=[3], text="42")]
+    assert fit(Diversity(), [other]).scalars("train/diversity/distinct_answers") == pytest.approx([1 / 2], abs=1e-6)
+
+
 def test_growth_does_not_lower_distinct_n(make: Any, fit: Any) -> None:
     short = [make(token_ids=[10 * i + t for t in range(4)]) for i in range(3)]
     long = [make(token_ids=[10 * i + t for t in range(4)] * 5) for i in range(3)]

@@ -80,7 +80,8 @@ def test_a_second_run_replaces_the_whole_folder(tmp_path: Path) -> None:
     (folder / "stale.txt").write_text("from the first export")
     module = Tuned()
     train(module, [Export(str(folder))], epochs=2)
-    assert "stale.txt" not in names(folder) and names(tmp_path) == {"model"}
+    assert "stale.txt" not in names(folder)
+    assert names(tmp_path) == {"model"}
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(folder)), logits(module.policy.model))
 
 

@@ -85,7 +85,8 @@ def test_history_resumes_as_if_never_stopped(make: Any, fit: Any, tmp_path: Path
     assert started + continued == expected
     assert second.history == whole.history
     saved = torch.load(tmp_path / "half.ckpt", weights_only=True)["callbacks"]["Overoptimization"]
-    assert saved == first.state_dict() and len(saved["history"]) == 2
+    assert saved == first.state_dict()
+    assert len(saved["history"]) == 2
 
 
 def test_long_history_is_thinned_but_keeps_the_first_phase(make: Any, fit: Any, monkeypatch: pytest.MonkeyPatch) -> None:

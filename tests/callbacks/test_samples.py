@@ -19,7 +19,8 @@ def test_text_holds_prompt_completion_answer_rewards_and_finish(make: Any, fit: 
     assert step == 2
     for part in ("    2 + 2 = ?", "    it is five", "    4", "| **trained on** | 0.250 |", "| exact | 0.250 |", "3 tokens, finish length"):
         assert part in text
-    assert "| exact | unscorable |" in text and "    (empty)" in text
+    assert "| exact | unscorable |" in text
+    assert "    (empty)" in text
 
 
 def test_texts_appear_every_n_phases_and_at_the_end(make: Any, fit: Any) -> None:
@@ -39,7 +40,10 @@ def test_samples_show_different_prompts(make: Any) -> None:
 
 def test_hostile_text_is_shown_and_not_obeyed(make: Any) -> None:
     html = markdown_to_safe_html(markdown([make(text=HOSTILE)]))
-    assert "<script" not in html and "<img" not in html and "<h1" not in html and "<a " not in html
+    assert "<script" not in html
+    assert "<img" not in html
+    assert "<h1" not in html
+    assert "<a " not in html
     shown = unescape(html)
     for line in ("a | b", "```", "<script>alert(1)</script>", "`tick` **bold** [link](javascript:alert(3))", "# title", "| x"):
         assert line in shown
@@ -49,10 +53,18 @@ def test_hostile_text_is_shown_and_not_obeyed(make: Any) -> None:
 
 def test_names_cannot_break_the_table(make: Any) -> None:
     rollout = dataclasses.replace(make(), uid="<b>row</b>\n# 1", rewards={"a|b`c`<i>*d*\n_e_": 0.5})
-    html = markdown_to_safe_html(markdown([rollout]))
-    assert html.count("<tr>") == 3 and html.count("<td>") == 4  # header, trained on, one reward
-    assert "<b>" not in html and "<i>" not in html and "<em>" not in html and "<h1" not in html and "<code>c" not in html
-    assert "a|b`c`<i>*d* _e_" in unescape(html) and "<b>row</b> # 1" in unescape(html)
+    text = markdown([rollout])
+    assert "<" not in text  # not left to the reader of the text to clean up
+    html = markdown_to_safe_html(text)
+    assert html.count("<tr>") == 3
+    assert html.count("<td>") == 4
+    assert "<b>" not in html
+    assert "<i>" not in html
+    assert "<em>" not in html
+    assert "<h1" not in html
+    assert "<code>c" not in html
+    assert "a|b`c`<i>*d* _e_" in unescape(html)
+    assert "<b>row</b> # 1" in unescape(html)
 
 
 def test_arguments_are_checked() -> None:

@@ -109,6 +109,14 @@ def test_nothing_is_printed_by_fit(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "toy:" not in capsys.readouterr().out
 
 
+def test_a_fit_after_validate_does_not_print_it_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shared = trainer(tmp_path, summary())
+    module = Counter()
+    shared.validate(module, loader(0.0, 2.0))
+    shared.fit(module, loader(1.0), loader(0.0, 2.0))
+    assert capsys.readouterr().out.count("toy:") == 1
+
+
 def test_a_misspelt_metric_is_named_before_training(tmp_path: Path) -> None:
     module = Counter()
     callback = Summary(title="toy", headline="val/pass@1", metrics=["val/rewards"])

@@ -127,8 +127,14 @@ def test_only_the_first_of_two_ends_is_learned() -> None:
 
 
 def test_special_tokens_inside_an_answer_do_not_end_it() -> None:
-    text = f"one {END_OF_TURN} two"
-    assert learned(tiny_tokenizer(), encode_example(tiny_tokenizer(), [], turns("hi", text), "row")) == text + END_OF_TURN
+    for text in (f"one {END_OF_TURN} two", "end", "|>", "assistant", END_OF_TURN, "trailing \n"):
+        assert learned(tiny_tokenizer(), encode_example(tiny_tokenizer(), [], turns("hi", text), "row")) == text + END_OF_TURN
+
+
+def test_what_a_template_writes_before_an_answer_is_learned_with_it() -> None:
+    thinking = CHAT_TEMPLATE.replace("message['content']", "('<think></think>' if message['role'] == 'assistant' else '') + message['content']")
+    tokens = encode_example(tokenizer_with(thinking), [], turns("hi", "think"), "row")
+    assert learned(tiny_tokenizer(), tokens) == f"<think></think>think{END_OF_TURN}"
 
 
 NO_TEMPLATE = tiny_tokenizer()

@@ -1,13 +1,12 @@
-"""Files of every format, broken ones, and the generated sources."""
+"""Files of every format, and broken ones."""
 
 import gzip
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
-from datamodules import Addition, Files, ReasoningGym
+from datamodules import Files
 from datamodules.chat import encode_prompt
 from datamodules.columns import verifiable_example
 from modules.networks.tiny import tiny_tokenizer
@@ -150,84 +149,6 @@ def test_unreachable_hub_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> Non
     with pytest.raises(ValueError, match=r"^nobody/nothing: neither a file or folder here nor loadable from the hub \(train split\): ") as raised:
         Files("nobody/nothing").rows()
     assert "\n" not in str(raised.value)
-
-
-def test_missing_library_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "reasoning_gym", None)
-    with pytest.raises(ImportError, match=r"pip install 'lightning-align\[reasoning\]'"):
-        ReasoningGym("chain_sum", 1).rows()
-
-
-def test_addition_writes_the_reversed_sum() -> None:
-    row = Addition(num_examples=1).rows()[0].columns
-    first, second = row["prompt"].rstrip("=").split("+")
-    assert len(first) == len(second) == 2
-    assert int(row["answer"][::-1]) == int(first) + int(second)
-    assert len(row["answer"]) == 3 and row["completion"] == row["answer"]
-    rows = {row.columns["prompt"]: row.columns["answer"] for row in [*Addition(8000).rows(), *Addition(900, held_out=True).rows()]}
-    assert [rows.get(prompt, answer) for prompt, answer in (("23+45=", "860"), ("99+99=", "891"), ("00+07=", "700"))] == ["860", "891", "700"]
-
-
-def pairs(source: Addition) -> list[frozenset[str]]:
-    return [frozenset(row.columns["prompt"].rstrip("=").split("+")) for row in source.rows()]
-
-
-def test_addition_holds_pairs_out_in_both_orders_under_every_seed() -> None:
-    held_out = set(pairs(Addition(200, held_out=True, seed=5)))
-    sizes = {side: available(side) for side in (False, True)}
-    assert sizes[False] + sizes[True] == 100 * 100 and 800 < sizes[True] < 1200
-    everything = Addition(sizes[False]).rows()
-    assert len({row.columns["prompt"] for row in everything}) == sizes[False]
-    assert held_out.isdisjoint(pairs(Addition(sizes[False])))
-    assert held_out.isdisjoint(pairs(Addition(500, seed=1)))
-
-
-def available(held_out: bool) -> int:
-    with pytest.raises(ValueError, match="has only") as raised:
-        Addition(10000, held_out=held_out).rows()
-    return int(str(raised.value).split("has only ")[1].split()[0])
-
-
-def test_addition_seeds_and_limits() -> None:
-    assert Addition(20, seed=1).rows() == Addition(20, seed=1).rows() != Addition(20, seed=2).rows()
-    with pytest.raises(ValueError, match="num_examples is 10000 but 2-digit addition has only"):
-        Addition(10000).rows()
-    with pytest.raises(ValueError, match="digits must be 1 to 3, got 4"):
-        Addition(1, digits=4)
-    with pytest.raises(ValueError, match="num_examples must be at least 1"):
-        Addition(0)
-
-
-def chain_sum(size: int, **settings: object) -> ReasoningGym:
-    return ReasoningGym("chain_sum", size, options={"max_terms": 2, "max_digits": 2}, **settings)  # type: ignore[arg-type]
-
-
-def test_reasoning_gym_rows() -> None:
-    rows = chain_sum(300, completion="<think>{question}</think><answer>{answer}</answer>").rows()
-    questions = [row.columns["question"] for row in rows]
-    assert len(set(questions)) == len(questions) == 300
-    for row in rows:
-        first, sign, second = row.columns["question"].removesuffix(" =").split(": ")[1].split()
-        assert int(row.columns["answer"]) == int(first) + (int(second) if sign == "+" else -int(second))
-        assert row.columns["completion"] == f"<think>{row.columns['question']}</think><answer>{row.columns['answer']}</answer>"
-    assert "completion" not in chain_sum(1).rows()[0].columns
-
-
-def test_reasoning_gym_holds_questions_out_under_every_seed() -> None:
-    held_out = {row.columns["question"] for row in chain_sum(150, held_out=True, seed=3).rows()}
-    training = {row.columns["question"] for seed in (0, 3, 99) for row in chain_sum(2000, seed=seed).rows()}
-    assert len(held_out) == 150 and held_out.isdisjoint(training)
-
-
-def test_reasoning_gym_refusals() -> None:
-    with pytest.raises(ValueError, match="size is 5000 but only .* distinct training problems of chain_sum"):
-        ReasoningGym("chain_sum", 5000, options={"max_terms": 2, "max_digits": 1}).rows()
-    with pytest.raises(ValueError, match="refuses task 'no_such_task'"):
-        ReasoningGym("no_such_task", 1).rows()
-    with pytest.raises(ValueError, match="refuses task 'chain_sum' with {'colour': 'red'}"):
-        ReasoningGym("chain_sum", 1, options={"colour": "red"}).rows()
-    with pytest.raises(ValueError, match="may only use the fields"):
-        ReasoningGym("chain_sum", 1, completion="{solution}")
 
 
 @pytest.mark.skipif(not GSM8K.is_dir(), reason="the public GSM8K files are not here")

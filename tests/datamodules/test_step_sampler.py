@@ -9,7 +9,7 @@ import torch
 from datamodules.chat import Tokens
 from datamodules.collate import InstructionDataset, MicroBatch, StepSampler, pad_right
 
-LENGTHS = [random.Random(0).randint(2, 60) for _ in range(29)]
+LENGTHS = random.Random(0).choices(range(2, 60), k=29)
 WEIGHTS = [length // 2 for length in LENGTHS]
 Step = tuple[frozenset[int], int]
 
@@ -68,7 +68,7 @@ def test_a_rank_without_a_row_gets_a_filler() -> None:
 
 
 def test_micro_batches_hold_rows_of_like_length_and_ranks_like_loads() -> None:
-    lengths = [random.Random(1).randint(1, 500) for _ in range(256)]
+    lengths = random.Random(1).choices(range(1, 501), k=256)
     ranks = [list(StepSampler(lengths, lengths, 4, 8, 2, rank)) for rank in range(2)]
     padded = sum(max(lengths[row] for row in batch.indices) * 4 for batches in ranks for batch in batches)
     assert padded < 1.15 * sum(lengths)  # in the shuffled order it would be about 1.6
@@ -78,6 +78,11 @@ def test_micro_batches_hold_rows_of_like_length_and_ranks_like_loads() -> None:
             assert min(lengths[row] for row in longer.indices) >= max(lengths[row] for row in shorter.indices)
         loads = [sum(lengths[row] for batch in part for row in batch.indices) for part in (window[:8], window[8:])]
         assert abs(loads[0] - loads[1]) < 0.02 * sum(loads)
+
+
+def test_ranks_take_turns_with_the_longer_row() -> None:
+    loads = [[sum(row + 1 for row in batch.indices) for batch in StepSampler(range(1, 9), [1] * 8, 4, 1, 2, rank)] for rank in range(2)]
+    assert loads == [[8 + 5 + 4 + 1], [7 + 6 + 3 + 2]]
 
 
 def test_without_shuffling_steps_follow_the_rows() -> None:

@@ -26,8 +26,10 @@ class OnRank(VerifiableDataModule):
         return self.place[1]
 
 
-def on_rank(rank: int, world: int, train: str | Source, val: str | Source | None = None, prompts_per_phase: int = 4, seed: int = 0) -> OnRank:
-    module = OnRank(tiny_tokenizer(), train, val, prompts_per_phase=prompts_per_phase, seed=seed, val_batch_size=3)
+def on_rank(
+    rank: int, world: int, train: str | Source, val: str | Source | None = None, prompts_per_phase: int = 4, seed: int = 0, val_batch_size: int = 3
+) -> OnRank:
+    module = OnRank(tiny_tokenizer(), train, val, prompts_per_phase=prompts_per_phase, seed=seed, val_batch_size=val_batch_size)
     module.place = (rank, world)
     module.setup("fit")
     return module
@@ -100,6 +102,12 @@ def test_held_out_prompts_come_in_order_in_as_many_batches_on_every_rank(ten_row
     assert all(1 <= len(batch["uid"]) <= 3 for rank in batches for batch in rank)
     for number, rank in enumerate(batches):
         assert [prompt for batch in rank for prompt in batch["prompt"]] == [f"p{index}" for index in range(number, 10, world)]
+
+
+def test_single_held_out_prompts_still_make_as_many_batches_on_every_rank(ten_rows: str) -> None:
+    for rank in range(3):  # 4, 3 and 3 prompts
+        loader = on_rank(rank, 3, ten_rows, ten_rows, prompts_per_phase=3, val_batch_size=1).val_dataloader()
+        assert [len(batch["uid"]) for batch in loader] == ([1, 1, 2] if rank == 0 else [1, 1, 1])
 
 
 def test_held_out_batches_are_plain_lists(ten_rows: str) -> None:

@@ -25,7 +25,7 @@ def close(actual: Tensor, expected: Tensor, atol: float = 1e-9) -> None:
 
 
 @pytest.mark.parametrize(
-    "lam, expected",
+    ("lam", "expected"),
     [
         (1.0, (0.5, 0.62, 0.38)),
         (0.95, (0.45095, 0.601, 0.38)),  # deltas (-.12, .24, .38): .24 + .95 * .38 = .601; -.12 + .95 * .601 = .45095

@@ -43,7 +43,7 @@ def test_hand_numbers() -> None:
     assert not math.isclose(k3(ref_logprobs, logprobs).item(), k3(logprobs, ref_logprobs).item())  # the direction matters
 
 
-@pytest.mark.parametrize("estimator, expected", [(k1, 0.177386), (k2, 0.162928), (k3, 0.177386), (weighted_k3, 0.177386)])
+@pytest.mark.parametrize(("estimator", "expected"), [(k1, 0.177386), (k2, 0.162928), (k3, 0.177386), (weighted_k3, 0.177386)])
 def test_expected_values(estimator: Estimator, expected: float) -> None:
     assert expectation(estimator)[0] == pytest.approx(expected, abs=1e-6)
     if estimator is not k2:
@@ -54,7 +54,7 @@ def test_expected_values(estimator: Estimator, expected: float) -> None:
 
 
 @pytest.mark.parametrize(
-    "estimator, expected",
+    ("estimator", "expected"),
     [
         (k1, (0.0, 0.0, 0.0)),
         (k2, (0.138796, -0.219580, 0.080784)),

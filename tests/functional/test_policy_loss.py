@@ -54,7 +54,7 @@ def gradient(loss: Tensor, leaf: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "advantage, ratio, dual_clip, expected, cut",
+    ("advantage", "ratio", "dual_clip", "expected", "cut"),
     [
         (1, 1.5, None, -1.2, "high"),
         (1, 0.5, None, -0.5, None),
@@ -76,7 +76,7 @@ def test_clip_table(advantage: float, ratio: float, dual_clip: float | None, exp
     assert metrics["approx_kl"].item() == pytest.approx(ratio - 1 - math.log(ratio), abs=1e-12)
 
 
-@pytest.mark.parametrize("ratio, advantage, clip_low, clip_high, expected", [
+@pytest.mark.parametrize(("ratio", "advantage", "clip_low", "clip_high", "expected"), [
     (1.25, 1.0, 0.2, 0.28, -1.25), (1.25, 1.0, 0.28, 0.2, -1.2), (0.75, -1.0, 0.28, 0.2, 0.75), (0.75, -1.0, 0.2, 0.28, 0.8),
 ])  # fmt: skip
 def test_each_clip_acts_on_its_own_side(ratio: float, advantage: float, clip_low: float, clip_high: float, expected: float) -> None:
@@ -162,7 +162,7 @@ def test_sequence_loss_against_a_loop_with_an_empty_row() -> None:
 
 
 @pytest.mark.parametrize("advantage", [1.0, -1.0])
-@pytest.mark.parametrize("ratio, weight", [(1.5, 1.2), (1.1, 1.1), (0.5, 0.5)])
+@pytest.mark.parametrize(("ratio", "weight"), [(1.5, 1.2), (1.1, 1.1), (0.5, 0.5)])
 def test_cispo_caps_the_weight_and_keeps_the_gradient(ratio: float, weight: float, advantage: float) -> None:
     case = single(ratio, advantage)
     loss, metrics = cispo(*case)

@@ -66,7 +66,9 @@ class ToyData(LightningDataModule):
         return PhaseLoader(self.trainer, lambda phase: {"phase": phase}, **self.settings)  # type: ignore[arg-type, return-value]
 
 
-def fit(module: Toy, accumulate: int = 1, callbacks: tuple[Callback, ...] = (), phases: int = 2, precision: str = "32-true", **settings: int) -> Trainer:
+def fit(
+    module: Toy, accumulate: int = 1, callbacks: tuple[Callback, ...] = (), phases: int = 2, precision: str = "32-true", **settings: int
+) -> Trainer:
     trainer = Trainer(
         accelerator="cpu",
         devices=1,

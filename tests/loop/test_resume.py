@@ -82,7 +82,8 @@ def test_resume_is_bitwise_from_every_checkpoint(tmp_path, limit):
 @pytest.mark.parametrize("aggregation", [TokenMean(), SequenceMean(), ConstantNorm(4)], ids=lambda a: type(a).__name__)
 def test_accumulation_changes_no_result(tmp_path, aggregation):
     runs = [
-        fit(grpo(objective=Clipped(aggregation=aggregation), beta=0.1), tmp_path / str(n), accumulate=n, updates=1, max_epochs=1).after[1] for n in (1, 4)
+        fit(grpo(objective=Clipped(aggregation=aggregation), beta=0.1), tmp_path / str(n), accumulate=n, updates=1, max_epochs=1).after[1]
+        for n in (1, 4)
     ]
     start = list(grpo().parameters())
     for whole, cut, first in zip(*runs, start, strict=True):

@@ -1,5 +1,6 @@
 import copy
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -16,10 +17,10 @@ def engine_for(policy: Holder, max_batch_tokens: int = 65536) -> InProcessEngine
     return engine
 
 
-def settings(**values: object) -> Sampling:
+def settings(**values: Any) -> Sampling:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return Sampling(**values)  # type: ignore[arg-type]
+        return Sampling(**values)
 
 
 def tokens(groups: list[list[Completion]]) -> list[list[list[int]]]:
@@ -120,25 +121,27 @@ def test_finish_reasons_and_text(either: Holder) -> None:
         assert [(completion.finish, len(completion.token_ids)) for completion in group] == [("length", 8)] * 4
 
 
-def test_stop_strings_end_a_completion_and_leave_its_text(either: Holder) -> None:
+@pytest.mark.parametrize("characters", [2, 1])  # 1: a character of two bytes, each a token
+def test_stop_strings_end_a_completion_and_leave_its_text(either: Holder, characters: int) -> None:
     """The string is taken from an unstopped run, over a token border; the run is the same up to the token that completes it."""
-    either.stop_token_ids = frozenset()
-    prompt, seeds = [20, 21], [4]
-    sampling = Sampling(max_completion_length=40)
-    free = engine_for(either).generate([prompt], 30, sampling, seeds)[0]
-    decode = either.tokenizer.decode
-    pairs = [
-        (c, i) for c in free for i in range(9, 30) if "\ufffd" not in decode(c.token_ids[i : i + 2]) and len(decode(c.token_ids[i : i + 2])) == 2
-    ]
-    first, at = pairs[0]
-    stop = decode(first.token_ids[at : at + 2])
-    stopped = engine_for(either).generate([prompt], 30, Sampling(max_completion_length=40, stop=("never", stop)), seeds)[0]
-    assert "stop" in {completion.finish for completion in stopped}
+    prompt, decode = [20, 21], either.tokenizer.decode
+    free = engine_for(either).generate([prompt], 30, Sampling(max_completion_length=40), [4])[0]
+    pairs = [completion.token_ids[at : at + 2] for completion in free for at in range(9, len(completion.token_ids) - 1)]
+    texts = [str(decode(pair)) for pair in pairs if all(5 <= token < 261 for token in pair)]
+    stop = next(text for text in texts if len(text) == characters and "\ufffd" not in text)
+    stopped = engine_for(either).generate([prompt], 30, Sampling(max_completion_length=40, stop=("never", stop)), [4])[0]
+    assert [completion.token_ids for completion in stopped] != [completion.token_ids for completion in free]
     for before, after in zip(free, stopped, strict=True):
-        length = next((n for n in range(1, 41) if stop in decode(before.token_ids[:n], skip_special_tokens=True)), None)
-        assert after.token_ids == before.token_ids[:length]
-        assert after.finish == ("length" if length is None else "stop")
+        ends = [n for n in range(1, len(before.token_ids) + 1) if stop in decode(before.token_ids[:n], skip_special_tokens=True)]
+        assert after.token_ids == before.token_ids[: ends[0] if ends else None]
+        assert after.finish == ("stop" if ends else before.finish)
         assert after.text == before.text.split(stop)[0]
+
+
+def test_end_tokens_still_end_when_there_are_stop_strings(either: Holder) -> None:
+    either.stop_token_ids = frozenset(range(0, 300, 2))
+    plain, stop = (Sampling(max_completion_length=8, stop=stop) for stop in ((), ("never",)))
+    assert engine_for(either).generate([[7]], 8, stop, [1]) == engine_for(either).generate([[7]], 8, plain, [1])
 
 
 def test_a_prompt_is_computed_once(qwen3: Holder) -> None:

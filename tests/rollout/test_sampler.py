@@ -1,5 +1,6 @@
 import math
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from modules.rollout import Sampling
 from modules.rollout.sampler import invert_cdf, sample, truncate
 
 
-def sampling(**settings: float) -> Sampling:
+def sampling(**settings: Any) -> Sampling:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return Sampling(**settings)

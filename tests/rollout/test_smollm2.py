@@ -59,7 +59,7 @@ def test_greedy_equals_transformers_generate_on_smollm2() -> None:
     width = max(map(len, PROMPTS))
     ids = torch.tensor([[2] * (width - len(prompt)) + prompt for prompt in PROMPTS])
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in PROMPTS])
-    out = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=24, eos_token_id=2, pad_token_id=2)
+    out = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=24, eos_token_id=2, pad_token_id=2)  # type: ignore[misc]
     for (completion,), row in zip(groups, out[:, width:].tolist(), strict=True):
         assert completion.token_ids == row[: len(completion.token_ids)]
         assert len(completion.token_ids) == 24 or completion.token_ids[-1] == 2
