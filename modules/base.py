@@ -73,7 +73,7 @@ class AlignmentModule(LightningModule):
             if name not in self.means:
                 self.means[name] = MeanMetric().to(self.device)
             self.means[name].update(value, weight)  # type: ignore[operator]
-            self.log(name, self.means[name], on_step=False, on_epoch=True)  # type: ignore[arg-type]
+            self.log(name, self.means[name], metric_attribute=f"means.{name}")  # type: ignore[arg-type]
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Start the clock of the first micro-batch of a step."""

@@ -119,7 +119,7 @@ def overoptimization_fit(distance: Tensor, gold: Tensor) -> tuple[float, float]:
 def best_of_n_fit(distance: Tensor, gold: Tensor) -> tuple[float, float]:
     """(alpha, beta) of R_bon(d) = d (alpha - beta d), by least squares of R/d on (1, -d) (Gao et al. 2210.10760, eq. 1).
 
-    Arguments and errors as ``overoptimization_fit``; d = sqrt(best_of_n_kl(n)).
+    distance, gold [N] and errors as in ``overoptimization_fit``; d = sqrt(best_of_n_kl(n)).
     """
     distance, slope = _fit_points(distance, gold)
     return _fit_line(distance, slope)
@@ -167,7 +167,7 @@ def best_of_n_curve(proxy: Tensor, gold: Tensor, n: int) -> float:
 
 
 def best_of_n_kl(n: int) -> float:
-    """KL(best of n || start) in nats: log n - (n - 1)/n; exact where outputs are distinct, else an upper bound (Gao et al. 2210.10760).
+    """KL(best of n || start) [] in nats: log n - (n - 1)/n; exact where outputs are distinct, else an upper bound (Gao et al. 2210.10760).
 
     Raises:
         ValueError: ``n`` below 1.

@@ -21,7 +21,7 @@ from torch import Tensor
 
 
 def k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """The log-ratio d. logprobs, ref_logprobs: the same shape, in nats. Returns that shape; unbiased value, either sign.
+    """The log-ratio d. logprobs, ref_logprobs: [...], in nats. Returns [...]; unbiased value, either sign.
 
     As a loss it does nothing: its expected gradient is 0.
     """
@@ -29,7 +29,7 @@ def k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 
 
 def k2(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """Half the squared log-ratio. logprobs, ref_logprobs: the same shape, in nats. Returns that shape, >= 0.
+    """Half the squared log-ratio. logprobs, ref_logprobs: [...], in nats. Returns [...], >= 0.
 
     Biased as a value; as a loss its expected gradient is exactly that of the reverse KL(policy || reference).
     """
@@ -37,7 +37,7 @@ def k2(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 
 
 def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """exp(-d) - 1 + d. logprobs, ref_logprobs: the same shape, in nats. Returns that shape, >= 0.
+    """exp(-d) - 1 + d. logprobs, ref_logprobs: [...], in nats. Returns [...], >= 0.
 
     Unbiased as a value with little variance; as a loss its expected gradient is that of the forward KL(reference || policy).
     """
@@ -48,7 +48,7 @@ def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 def weighted_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """k3 times exp(x - stop_gradient(x)), x = logprobs: a weight of value 1 that carries the gradient of the sampling.
 
-    logprobs, ref_logprobs: the same shape, in nats. Returns that shape, >= 0, equal to k3 in value; as a loss its expected
+    logprobs, ref_logprobs: [...], in nats. Returns [...], >= 0, equal to k3 in value; as a loss its expected
     gradient is that of the reverse KL(policy || reference). Source: the bias correction of DeepSeek-V3.2 (2512.02556), on policy.
     """
     return torch.exp(logprobs - logprobs.detach()) * k3(logprobs, ref_logprobs)

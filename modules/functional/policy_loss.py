@@ -64,7 +64,7 @@ def clipped_policy_loss(
 ) -> tuple[Tensor, Metrics]:
     """-min(ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A) per token (PPO, 1707.06347, eq. 7, as a loss).
 
-    Tensors: see the module. clip_low, clip_high: >= 0, equal in PPO and GRPO, 0.2 / 0.28 in DAPO (2503.14476). dual_clip: None, or
+    Tensors [N, T] as above. clip_low, clip_high: >= 0, equal in PPO and GRPO, 0.2 / 0.28 in DAPO (2503.14476). dual_clip: None, or
     c > 1 to bound the loss of a token with A < 0 by -c A (1912.09729). Metrics: clip_ratio/low_mean, clip_ratio/high_mean and
     clip_ratio/region_mean (shares of kept tokens whose gradient clip_low or clip_high cuts), approx_kl.
     Raises ValueError for shapes that differ and for dual_clip <= 1.
@@ -93,7 +93,7 @@ def sequence_clipped_policy_loss(
 ) -> tuple[Tensor, Metrics]:
     """-min(s A, clip(s, 1 - clip_low, 1 + clip_high) A), one per row, with s = exp(mean over kept tokens of log ratio) (GSPO, 2507.18071).
 
-    Tensors: see the module; A is the mean advantage of the row's kept tokens, a row with none adds 0, float weights in mask weigh
+    Tensors [N, T] as above; A is the mean advantage of the row's kept tokens, a row with none adds 0, float weights in mask weigh
     both means, and denominator counts rows. clip_low, clip_high: >= 0; the paper uses 3e-4 and 4e-4, since s is a geometric mean and
     0.2 hardly ever clips. Metrics: as in clipped_policy_loss, with clip_ratio/* over rows. Raises ValueError for shapes that differ.
     """
@@ -117,7 +117,7 @@ def cispo_loss(
 ) -> tuple[Tensor, Metrics]:
     """-stop_gradient(min(ratio, 1 + clip_high)) A logprobs per token: a capped weight, so no token loses its gradient.
 
-    Tensors: see the module. clip_high: >= 0, on top of 1; no lower bound, as the paper tunes only the upper one. Metrics:
+    Tensors [N, T] as above. clip_high: >= 0, on top of 1; no lower bound, as the paper tunes only the upper one. Metrics:
     cispo_clip_ratio (share of kept tokens whose weight is capped, whatever the sign of A), approx_kl. Raises ValueError for
     shapes that differ. Source: MiniMax-M1 (2506.13585, eqs. 4-5).
     """

@@ -64,7 +64,7 @@ class ContinuousBatch:
         while busy:
             logits = self.step(self.tokens, self.positions, self.cache, self.horizon)
             self.tokens, finished = self.ledger.draw(logits, self.requests)
-            self.positions += self.requests != self.ledger.idle
+            self.positions += 1  # idle slots start again at 0 with every refill, so they stay behind the busy ones
             self.horizon += 1
             self.stats["decode_steps"] += 1
             if bool(finished.any()):

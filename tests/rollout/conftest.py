@@ -31,7 +31,7 @@ FAST = {
 }
 GENERAL = {
     "gpt2": GPT2Config(vocab_size=300, n_embd=64, n_layer=2, n_head=4, n_positions=128, initializer_range=0.2, bos_token_id=1, eos_token_id=2),
-    "mistral-sliding": MistralConfig(**SIZES, sliding_window=5),
+    "mistral-sliding": MistralConfig(**SIZES, sliding_window=20),
 }
 
 

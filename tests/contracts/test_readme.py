@@ -1,0 +1,64 @@
+"""The README tells the truth: its metric table against what runs log, and the commands and files it names."""
+
+import re
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from modules.__main__ import main
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+SHORT = ["--trainer.accelerator", "cpu", "--trainer.devices", "1", "--trainer.log_every_n_steps", "1", "--trainer.enable_progress_bar", "false"]
+LIMITS = {
+    "sft": ["--trainer.limit_train_batches=3", "--trainer.max_epochs=1", "--trainer.max_steps=-1"],
+    # plain ASCII: an untrained model fulfils it now and then, so that there are right and wrong completions
+    "grpo": ["--trainer.max_epochs=2", "--trainer.check_val_every_n_epoch=1", "--model.reward=RegexFormat", r"--model.reward.pattern=[\x00-\x7f]*"],
+}
+
+
+def metric_patterns() -> dict[str, re.Pattern[str]]:
+    names = re.findall(r"`((?:train|val)/[^`]+)`", README.split("## Metrics")[1].split("## ")[0])
+    return {name: re.compile(re.sub(r"<\w+>|\\\*", "[^/]+", re.escape(name).replace("\\<", "<").replace("\\>", ">"))) for name in names}
+
+
+def logged(folder: Path) -> set[str]:
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return {tag for tag in events.Tags()["scalars"] if tag != "epoch"}
+
+
+@pytest.fixture(scope="module")
+def tags(tmp_path_factory) -> set[str]:
+    folder = tmp_path_factory.mktemp("runs")
+    found: set[str] = set()
+    for method, limit in LIMITS.items():
+        logger = ["--trainer.logger.save_dir", str(folder)]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(folder)  # exports and checkpoints of the shipped config go to runs/ below the current folder
+            main(["fit", "--config", str(ROOT / f"configs/{method}.yaml"), *SHORT, *limit, *logger])
+        found |= logged(folder / method)
+    return found
+
+
+def test_every_logged_metric_is_in_the_table(tags):
+    patterns = metric_patterns().values()
+    assert sorted(tag for tag in tags if not any(pattern.fullmatch(tag) for pattern in patterns)) == []
+
+
+def test_every_metric_in_the_table_is_logged(tags):
+    silent = [name for name, pattern in metric_patterns().items() if not any(pattern.fullmatch(tag) for tag in tags)]
+    assert silent == []
+
+
+def test_no_metric_is_explained_twice():
+    names = re.findall(r"^\| (`.*?`) \|", README.split("## Metrics")[1], flags=re.MULTILINE)
+    assert len(names) == len(set(names))
+    assert len(names) > 30
+
+
+def test_named_files_exist():
+    for name in re.findall(r"configs/[\w/-]+\.yaml|\.github/[\w.]+|CONTRIBUTING\.md", README):
+        if "<" not in name and name != "configs/x.yaml":
+            assert (ROOT / name).exists(), name
