@@ -62,10 +62,13 @@ class AlignmentModule(LightningModule):
         """Undo Lightning's division by the accumulation and by the ranks: ``denominator`` already counts the whole step."""
         return loss * self.trainer.accumulate_grad_batches * self.trainer.world_size
 
-    def log_step(self, metrics: Mapping[str, Tensor | float], weight: int = 1, prog_bar: bool = False) -> None:
-        """Log training metrics of a micro-batch as ``train/<name>``; ``weight`` is what a mean over micro-batches counts it with."""
-        values = {f"train/{name}": value for name, value in metrics.items()}
-        self.log_dict(values, on_step=True, on_epoch=False, batch_size=max(1, weight), prog_bar=prog_bar)
+    def log_step(self, metrics: Mapping[str, Tensor | float]) -> None:
+        """Log training metrics of a micro-batch as ``train/<name>``."""
+        self.log_dict({f"train/{name}": value for name, value in metrics.items()}, on_step=True, on_epoch=False, batch_size=1)
+
+    def show(self, metrics: Mapping[str, Tensor | float]) -> None:
+        """Show numbers in the progress bar, under names short enough for it."""
+        self.log_dict(dict(metrics), prog_bar=True, logger=False, batch_size=1)
 
     def log_mean(self, metrics: Mapping[str, Tensor | float], weight: float) -> None:
         """Log evaluation metrics, averaged exactly over batches and ranks with ``weight``; all ranks must log the same names."""

@@ -116,7 +116,7 @@ class GRPOModule(AlignmentModule):
             loss = loss + self.beta * aggregate(self.kl_loss(logprobs, batch["ref_logprobs"]), weights, batch["denominator"])
         tokens = int(batch["completion_mask"].sum())
         self.count_tokens(tokens + int(batch["prompt_mask"].sum()))
-        self.log_step(metrics, tokens)
+        self.log_step(metrics)
         return self.step_loss(loss)
 
     def on_train_epoch_end(self) -> None:
@@ -124,9 +124,9 @@ class GRPOModule(AlignmentModule):
         times = {**self.phase_metrics, "time/training": time.perf_counter() - self._training_start}
         seconds = sum(value for name, value in times.items() if name.startswith("time/"))
         metrics = rollout_metrics(self.rollouts) | times | {"completions_per_second": len(self.rollouts) / seconds}
-        shown = ("reward", "completions/mean_length", "kl")
         for name, value in metrics.items():
-            self.log(f"train/{name}", value, prog_bar=name in shown, sync_dist=True, batch_size=len(self.rollouts))
+            self.log(f"train/{name}", value, sync_dist=True, batch_size=len(self.rollouts))
+        self.show({"reward": metrics["reward"], "length": metrics["completions/mean_length"], "kl": metrics.get("kl", 0.0)})
 
     def validation_step(self, prompts: PromptBatch, batch_idx: int) -> None:
         """pass@1 and pass@k of sampled completions and greedy accuracy on held-out prompts."""

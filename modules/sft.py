@@ -39,7 +39,9 @@ class SFTModule(AlignmentModule):
         loss = aggregate(-scores.logprobs, batch["loss_mask"], batch["denominator"])
         tokens = int(batch["loss_mask"].sum())
         self.count_tokens(int(batch["attention_mask"].sum()))
-        self.log_step(means(scores, tokens), tokens, prog_bar=True)
+        metrics = means(scores, tokens)
+        self.log_step(metrics)
+        self.show({"loss": metrics["loss"]})
         return self.step_loss(loss)
 
     def validation_step(self, batch: InstructionBatch, batch_idx: int) -> None:
