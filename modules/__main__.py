@@ -17,8 +17,19 @@ import modules.rewards
 from modules.base import AlignmentModule
 
 NOISE = ("Does not validate against", "Subtypes:", "Errors:", "Expected a <class 'NoneType'>", "Expected a path but", "Given value")
-QUIET = (".*does not have many workers.*", ".*isinstance.treespec, LeafSpec.*", ".*callbacks used to create the checkpoint need to be provided.*")
+BANNERS = ("GPU available", "TPU available", "HPU available", "\N{ELECTRIC LIGHT BULB} Tip")
+QUIET = (
+    ".*does not have many workers.*",
+    ".*isinstance.treespec, LeafSpec.*",
+    ".*callbacks used to create the checkpoint need to be provided.*",
+    ".*Total length of `list` across ranks is zero.*",  # a run without validation data
+)
 NAMES = [*modules.__all__, *modules.rewards.__all__, *datamodules.__all__, *callbacks.__all__]
+
+
+def is_news(record: logging.LogRecord) -> bool:
+    """Whether a message of Lightning says something about this run."""
+    return not record.getMessage().startswith(BANNERS)
 
 
 def sentence(message: str) -> str:
@@ -28,9 +39,14 @@ def sentence(message: str) -> str:
     unknown = re.search(r"Expected a dot import path string: (\S+)", kept)
     if unknown is None:
         return kept
-    close = difflib.get_close_matches(unknown[1], NAMES, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(close)}?" if close else f"known are {', '.join(NAMES)}"
-    return kept.replace(unknown[0], f"there is no class '{unknown[1]}'; {hint}")
+    hint = did_you_mean(unknown[1], NAMES) or f"; known are {', '.join(NAMES)}"
+    return kept.replace(unknown[0], f"there is no class '{unknown[1]}'{hint}")
+
+
+def did_you_mean(name: str, known: list[str]) -> str:
+    """The known names that are nearest to a misspelt one, as the end of a sentence; empty when none is near."""
+    close = difflib.get_close_matches(name, set(known), n=3, cutoff=0.5)
+    return f"; did you mean {' or '.join(close)}?" if close else ""
 
 
 class Parser(LightningArgumentParser):
@@ -38,7 +54,13 @@ class Parser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """End with the sentence and exit status 2."""
-        super().error(sentence(message), ex)
+        unknown = re.match(r"unrecognized arguments: (--[^\s=]+)", message)
+        super().error(sentence(message) + (did_you_mean(unknown[1], self.options()) if unknown else ""), ex)
+
+    def options(self) -> list[str]:
+        """Every option of this parser and of its commands."""
+        commands = [parser for action in self._actions if isinstance(action.choices, dict) for parser in action.choices.values()]
+        return [name for parser in (self, *commands) for name in parser._option_string_actions]
 
     def print_usage(self, file: Any = None) -> None:
         """Print nothing: ``--help`` tells the usage."""
@@ -54,7 +76,7 @@ class AlignmentCLI(LightningCLI):
 
 def main(args: list[str] | None = None) -> None:
     """Run the command line; a ``ValueError`` or a missing file is the user's and ends in one sentence and exit status 1."""
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(is_news)
     for message in QUIET:
         warnings.filterwarnings("ignore", message=message)
     try:
@@ -65,6 +87,7 @@ def main(args: list[str] | None = None) -> None:
             subclass_mode_data=True,
             auto_configure_optimizers=False,
             parser_class=Parser,
+            parser_kwargs={"allow_abbrev": False},
             save_config_kwargs={"overwrite": True},
             args=args,
         )

@@ -70,6 +70,14 @@ class AlignmentModule(LightningModule):
         """Show numbers in the progress bar, under names short enough for it."""
         self.log_dict(dict(metrics), prog_bar=True, logger=False, batch_size=1)
 
+    def on_validation_start(self) -> None:
+        """Begin with new means: Lightning resets the old ones in inference mode, after which a later fit could not update them."""
+        self.means = nn.ModuleDict()
+
+    def on_test_start(self) -> None:
+        """As for validation."""
+        self.on_validation_start()
+
     def log_mean(self, metrics: Mapping[str, Tensor | float], weight: float) -> None:
         """Log evaluation metrics, averaged exactly over batches and ranks with ``weight``; all ranks must log the same names."""
         for name, value in metrics.items():

@@ -1,5 +1,6 @@
 """Bad input through the real command line: one clear sentence, before the first step."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -40,12 +41,12 @@ def test_bad_files(tmp_path, capsys, name, text, config, sentence):
     assert sentence in refusal(capsys, tmp_path, "--config", config, "--data.train", str(file), "--data.val", "null", "--data.drop_long", "false")
 
 
-def test_long_prompts_are_dropped_and_counted_by_default(tmp_path, capsys):
+def test_long_prompts_are_dropped_and_counted_by_default(tmp_path, caplog):
     file = tmp_path / "long.jsonl"
     file.write_text(f"{GOOD}\n{LONG}\n" + GOOD.replace("1+1", "1+2"))
     few = ["--data.prompts_per_phase", "2", "--model.num_generations", "2", "--trainer.default_root_dir", str(tmp_path)]
     main(["fit", "--config", GRPO, "--data.train", str(file), "--data.val", "null", *QUIET, *few])
-    assert "1 dropped as too long" in capsys.readouterr().err
+    assert "1 dropped as too long" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -55,7 +56,7 @@ def test_long_prompts_are_dropped_and_counted_by_default(tmp_path, capsys):
         (["--model.policy", "absent.gguf"], "no GGUF file at 'absent.gguf'"),
         (["--model.policy", "./nowhere"], "'./nowhere' is not 'tiny', a Hugging Face model folder"),
         (["--model.num_generation", "4"], "GRPOModule': Option 'num_generation' is not accepted"),
-        (["--trainer.max_epoch", "4"], "'trainer.max_epoch'"),
+        (["--trainer.max_epoch", "4"], "unrecognized arguments: --trainer.max_epoch 4; did you mean --trainer.max_epochs"),
         (["--trainer.precision", "bf16-true"], "precision 'bf16-true' rounds"),
         (["--model.num_generations", "1"], "num_generations is 1: a group needs at least 2"),
         (["--model.reward", "ExactMtch"], "there is no class 'ExactMtch'; did you mean ExactMatch?"),
@@ -82,7 +83,8 @@ def test_checkpoint_of_another_model_or_method_is_refused(tmp_path, capsys):
 
     from modules.networks.tiny import tiny_tokenizer
 
-    saved = ["--trainer.enable_checkpointing", "true", "--trainer.callbacks", "ModelCheckpoint", "--trainer.callbacks.dirpath", str(tmp_path)]
+    checkpoint = {"class_path": "ModelCheckpoint", "init_args": {"dirpath": str(tmp_path), "every_n_train_steps": 1}}
+    saved = ["--trainer.enable_checkpointing", "true", "--trainer.callbacks", json.dumps([checkpoint])]
     small = ["--data.prompts_per_phase", "2", "--model.num_generations", "2", "--trainer.default_root_dir", str(tmp_path)]
     main(["fit", "--config", GRPO, *QUIET, *saved, *small])
     (checkpoint,) = tmp_path.glob("*.ckpt")

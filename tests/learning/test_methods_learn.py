@@ -32,7 +32,7 @@ class Shuffled(Reward):
 
 
 def trained_pass_rate(reward: Reward, lr: float, advantage: Advantage | None = None, beta: float = 0.0) -> tuple[float, float]:
-    """pass@1 of plain ASCII on held-out prompts, before and after 15 phases of 8 prompts x 8."""
+    """pass@1 of plain ASCII on held-out prompts, before and after 25 phases of 8 prompts x 8."""
     seed_everything(0)
     module = GRPOModule(
         "tiny",
@@ -45,7 +45,7 @@ def trained_pass_rate(reward: Reward, lr: float, advantage: Advantage | None = N
         optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=lr),
     )
     data = VerifiableDataModule(module.tokenizer, Addition(200), val=Addition(40, held_out=True), prompts_per_phase=8)
-    trainer = Trainer(max_epochs=15, limit_val_batches=1, check_val_every_n_epoch=15, gradient_clip_val=1.0, **QUIET)
+    trainer = Trainer(max_epochs=25, limit_val_batches=1, check_val_every_n_epoch=25, gradient_clip_val=1.0, **QUIET)
     (before,) = trainer.validate(module, data, verbose=False)
     trainer.fit(module, data)
     return before["val/pass@1"], float(trainer.callback_metrics["val/pass@1"])
@@ -53,19 +53,19 @@ def trained_pass_rate(reward: Reward, lr: float, advantage: Advantage | None = N
 
 @pytest.mark.parametrize("advantage", [GroupZScore(), GroupCenter(), LeaveOneOut()], ids=lambda advantage: type(advantage).__name__)
 def test_grpo_learns_what_is_rewarded(advantage):
-    before, after = trained_pass_rate(ASCII, lr=1e-3, advantage=advantage)
+    before, after = trained_pass_rate(ASCII, lr=3e-3, advantage=advantage)
     assert before < 0.35
     assert after > 0.8
 
 
-@pytest.mark.parametrize(("reward", "lr"), [(Shuffled(), 1e-3), (ASCII, 0.0)], ids=["shuffled", "lr0"])
+@pytest.mark.parametrize(("reward", "lr"), [(Shuffled(), 3e-3), (ASCII, 0.0)], ids=["shuffled", "lr0"])
 def test_controls_do_not_learn(reward, lr):
     before, after = trained_pass_rate(reward, lr)
     assert after < before + 0.2
 
 
 def test_a_strong_kl_keeps_the_policy_at_its_start():
-    free, held = (trained_pass_rate(ASCII, lr=1e-3, beta=beta)[1] for beta in (0.0, 10.0))
+    free, held = (trained_pass_rate(ASCII, lr=3e-3, beta=beta)[1] for beta in (0.0, 10.0))
     assert held < free - 0.3
 
 
