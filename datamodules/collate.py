@@ -59,8 +59,11 @@ class StepSampler(DistributedSampler[MicroBatch]):
         self._start = (-1, 0)
 
     def start_at(self, epoch: int, position: int) -> None:
-        """Makes ``epoch`` begin at micro-batch ``position``; other epochs begin at 0."""
-        self._start = (epoch, position)
+        """Makes ``epoch`` begin at micro-batch ``position``, or before it at the start of its optimiser step; other epochs begin at 0.
+
+        Gradients of half a step are in no checkpoint, so its first micro-batches are computed again.
+        """
+        self._start = (epoch, position if position == len(self) else position - position % self.accumulate)
 
     def __len__(self) -> int:
         """Micro-batches of a whole epoch, the same on every rank."""

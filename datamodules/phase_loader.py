@@ -47,7 +47,8 @@ class PhaseLoader:
         self.updates, self.inner_epochs = updates_per_phase, inner_epochs
         self.phase, self.position = -1, 0
         self.micro_batches: list[PolicyBatch] = []
-        lengths = {int(n) for n in trainer.strategy.all_gather(torch.tensor(len(self))).reshape(-1)}
+        length = torch.tensor(len(self), device=trainer.strategy.root_device)
+        lengths = {int(n) for n in trainer.strategy.all_gather(length).reshape(-1)}
         if len(lengths) > 1:
             raise ValueError(f"the ranks disagree on the micro-batches of a phase: {sorted(lengths)}; give them the same settings")
 
@@ -55,34 +56,36 @@ class PhaseLoader:
         return self.updates * self.trainer.accumulate_grad_batches
 
     def __iter__(self) -> Iterator[PolicyBatch]:
-        if self.phase != self.trainer.current_epoch:
-            self.phase, self.position = self.trainer.current_epoch, 0
-            self.micro_batches = self.plan(self.collect())
+        phase = self.trainer.current_epoch
+        if self.phase != phase:
+            micro_batches = self.plan(self.collect(phase), phase)
+            self.phase, self.position, self.micro_batches = phase, 0, micro_batches  # together: collecting may be interrupted
         while self.position < len(self):
             self.position += 1  # before the yield: nobody resumes this generator after the last item
             yield self.micro_batches[self.position - 1]
 
-    def collect(self) -> PolicyBatch:
-        """Sample and score one phase in the Trainer's precision, without gradients, in eval mode; modes are put back."""
+    def collect(self, phase: int) -> PolicyBatch:
+        """Sample and score a phase in the Trainer's precision, without gradients, in eval mode; modes are put back."""
         module = cast(LightningModule, self.trainer.lightning_module)
         modes = {part: part.training for part in module.modules()}
         module.eval()
         try:
             with torch.no_grad(), self.trainer.precision_plugin.forward_context():
-                return module.collect(self.draw(self.phase))  # type: ignore[operator]
+                return module.collect(self.draw(phase))  # type: ignore[operator]
         finally:
             for part, mode in modes.items():
                 part.training = mode
 
-    def plan(self, batch: PolicyBatch) -> list[PolicyBatch]:
-        """Split a phase into updates and these into micro-batches, each with its update's denominator over all ranks."""
+    def plan(self, batch: PolicyBatch, phase: int) -> list[PolicyBatch]:
+        """Split a phase into updates and these into micro-batches, each with its update's denominator over all ranks.
+
+        An update is a stretch of the drawn prompts, whose order is random already: so k ranks, which drew in turn, make the updates
+        that one rank would. Passes after the first visit the updates in another order.
+        """
         micro, per_pass = self.trainer.accumulate_grad_batches, self.updates // self.inner_epochs
         groups = batch["prompt_index"].unique()
-        updates: list[Tensor] = []
-        for number in range(self.inner_epochs):
-            generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.phase) * 1_009 + number)
-            shuffled = groups[torch.randperm(len(groups), generator=generator).to(groups.device)]
-            updates += [torch.isin(batch["prompt_index"], part).nonzero()[:, 0] for part in shuffled.tensor_split(per_pass)]
+        stretches = [torch.isin(batch["prompt_index"], part).nonzero()[:, 0] for part in groups.tensor_split(per_pass)]
+        updates = [stretches[i] for number in range(self.inner_epochs) for i in self.order(phase, number, per_pass)]
         smallest = min(len(rows) for rows in updates)
         if smallest < micro:
             raise ValueError(
@@ -94,6 +97,13 @@ class PhaseLoader:
         counts = self.trainer.strategy.reduce(counts, reduce_op="sum")
         planned = zip(updates, counts, strict=True)
         return [select(batch, rows, count) for update, count in planned for rows in split(batch, update, micro)]
+
+    def order(self, phase: int, number: int, updates: int) -> list[int]:
+        """The order of a pass's updates, a function of (seed, phase, number of the pass): as drawn in the first pass."""
+        if number == 0:
+            return list(range(updates))
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + phase) * 1_009 + number)
+        return torch.randperm(updates, generator=generator).tolist()
 
     def state_dict(self) -> dict[str, Any]:
         """Empty: only tells Lightning that the loader resumes; the state is ``snapshot``, kept by the DataModule."""
@@ -108,7 +118,7 @@ class PhaseLoader:
         mine = {
             "phase": self.phase,
             "position": self.position,
-            "micro_batches": [dict(batch) for batch in self.micro_batches] if self.position < len(self) else [],
+            "micro_batches": [on(batch, torch.device("cpu")) for batch in self.micro_batches] if self.position < len(self) else [],
             "rollouts": [asdict(rollout) for rollout in module.rollouts],  # type: ignore[union-attr, arg-type]
             "phase_metrics": dict(module.phase_metrics),  # type: ignore[arg-type]
         }
@@ -119,7 +129,10 @@ class PhaseLoader:
         return {"ranks": ranks}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Take this rank's part of a ``snapshot``; ValueError inside a phase when the number of ranks has changed."""
+        """Take this rank's part of a ``snapshot``, at the last whole update: gradients of half an update are in no checkpoint.
+
+        ValueError inside a phase when the ranks or the micro-batches of a phase are others than they were.
+        """
         ranks, world = state["ranks"], self.trainer.world_size
         if len(ranks) != world:
             if any(part["micro_batches"] for part in ranks):
@@ -129,10 +142,23 @@ class PhaseLoader:
                 )
             return
         mine = ranks[self.trainer.global_rank]
+        saved = len(mine["micro_batches"])
+        if saved and saved != len(self):
+            raise ValueError(
+                f"the checkpoint was written inside a phase of {saved} micro-batches and this run has {len(self)}: resume with the same "
+                "updates_per_phase and accumulate_grad_batches, or from a checkpoint written at the end of an epoch"
+            )
         module = cast(LightningModule, self.trainer.lightning_module)
-        self.phase, self.position, self.micro_batches = mine["phase"], mine["position"], mine["micro_batches"]
+        self.phase = mine["phase"]
+        self.position = mine["position"] - mine["position"] % self.trainer.accumulate_grad_batches if saved else len(self)
+        self.micro_batches = [on(batch, self.trainer.strategy.root_device) for batch in mine["micro_batches"]]
         module.rollouts = [Rollout(**{**r, "completion": Completion(**r["completion"])}) for r in mine["rollouts"]]  # type: ignore[assignment]
         module.phase_metrics = mine["phase_metrics"]
+
+
+def on(batch: PolicyBatch, device: torch.device) -> PolicyBatch:
+    """The batch with its tensors on ``device``."""
+    return cast(PolicyBatch, {name: value.to(device) for name, value in cast(dict[str, Tensor], batch).items()})
 
 
 def split(batch: PolicyBatch, rows: Tensor, parts: int) -> list[Tensor]:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningModule
@@ -36,7 +36,8 @@ class AlignmentModule(LightningModule):
         self.phase_metrics: dict[str, float] = {}
         self.num_tokens = 0  # trained on so far, all ranks
         self.means = nn.ModuleDict()  # of validation, by metric name
-        self._step_tokens, self._step_start = 0, time.perf_counter()
+        self._step: dict[str, Tensor] = {}  # (total, weight) of each metric over the micro-batches of an optimiser step so far
+        self._step_start = time.perf_counter()
 
     @property
     def tokenizer(self) -> Any:
@@ -62,13 +63,21 @@ class AlignmentModule(LightningModule):
         """Undo Lightning's division by the accumulation and by the ranks: ``denominator`` already counts the whole step."""
         return loss * self.trainer.accumulate_grad_batches * self.trainer.world_size
 
-    def log_step(self, metrics: Mapping[str, Tensor | float]) -> None:
-        """Log training metrics of a micro-batch as ``train/<name>``."""
-        self.log_dict({f"train/{name}": value for name, value in metrics.items()}, on_step=True, on_epoch=False, batch_size=1)
+    def log_step(self, metrics: Mapping[str, Tensor | float], weight: float | None = None) -> None:
+        """Collect numbers of a micro-batch for ``train/<name>``, logged once per optimiser step over its micro-batches and all ranks.
+
+        With ``weight`` they are averaged with it; without, they are shares of the step and summed. All ranks give the same names.
+        """
+        for name, value in metrics.items():
+            number = torch.as_tensor(value, dtype=torch.float32, device=self.device).detach()
+            pair = (
+                torch.stack([number, torch.zeros_like(number)]) if weight is None else torch.stack([number * weight, torch.full_like(number, weight)])
+            )
+            self._step[name] = self._step[name] + pair if name in self._step else pair
 
     def show(self, metrics: Mapping[str, Tensor | float]) -> None:
-        """Show numbers in the progress bar, under names short enough for it."""
-        self.log_dict(dict(metrics), prog_bar=True, logger=False, batch_size=1)
+        """Show numbers that are equal on all ranks in the progress bar, under names short enough for it."""
+        self.log_dict(dict(metrics), prog_bar=True, logger=False, batch_size=1, rank_zero_only=True)
 
     def on_validation_start(self) -> None:
         """Begin with new means: Lightning resets the old ones in inference mode, after which a later fit could not update them."""
@@ -87,39 +96,49 @@ class AlignmentModule(LightningModule):
             self.log(name, self.means[name], metric_attribute=f"means.{name}")  # type: ignore[arg-type]
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Start the clock of the first micro-batch of a step."""
+        """Start the clock and the metrics of a step at its first micro-batch."""
         if batch_idx % self.trainer.accumulate_grad_batches == 0:
-            self._step_start, self._step_tokens = time.perf_counter(), 0
+            self._step, self._step_start = {}, time.perf_counter()
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Log the gradient norm before clipping, the learning rate, and the throughput of the step on this rank."""
+        """Log the step: what ``log_step`` collected, gradient norm before clipping, learning rate, tokens."""
         gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
-        seconds = time.perf_counter() - self._step_start
-        metrics = {
-            "grad_norm": torch.nn.utils.get_total_norm(gradients),
+        metrics = self.step_metrics()
+        tokens = metrics.pop("tokens")
+        self.num_tokens += round(tokens)
+        metrics |= {
+            "num_tokens": float(self.num_tokens),
+            "tokens_per_second": tokens / (time.perf_counter() - self._step_start),
             "learning_rate": optimizer.param_groups[0]["lr"],
-            "tokens_per_second": self._step_tokens / seconds,
+            "grad_norm": float(torch.nn.utils.get_total_norm(gradients)),
         }
-        self.log_step(metrics)
+        self.log_dict({f"train/{name}": value for name, value in metrics.items()}, on_step=True, on_epoch=False, batch_size=1)
+        if "loss" in metrics:
+            self.show({"loss": metrics["loss"]})
 
-    def count_tokens(self, batch_tokens: int) -> None:
-        """Count the tokens of a micro-batch (as if every rank had as many) towards ``num_tokens`` and the throughput."""
-        self._step_tokens += batch_tokens
-        self.num_tokens += batch_tokens * self.trainer.world_size
-        self.log_step({"num_tokens": float(self.num_tokens)})
+    def step_metrics(self) -> dict[str, float]:
+        """The collected metrics over the micro-batches of the step and all ranks (collective)."""
+        pairs = self.trainer.strategy.reduce(torch.stack(list(self._step.values())), reduce_op="sum")
+        totals = zip(self._step, cast(Tensor, pairs).tolist(), strict=True)
+        return {name: total / weight if weight > 0 else total for name, (total, weight) in totals}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Say what the checkpoint is of, so that another model refuses it in one sentence."""
         checkpoint["alignment"] = {**self.identity(), "num_tokens": self.num_tokens}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """ValueError for the checkpoint of another method or of a model of another shape."""
+        """ValueError for the checkpoint of another method or of a model of another shape. Then mend the position, see ``at_whole_step``."""
         saved = dict(checkpoint.get("alignment", {}))
         self.num_tokens = saved.pop("num_tokens", 0)
         mine = self.identity()
         if saved != mine:
             differ = [f"{key} {saved.get(key, 'unknown')!r} there, {mine[key]!r} here" for key in mine if saved.get(key) != mine[key]]
             raise ValueError(f"the checkpoint is of another model: {'; '.join(differ)}")
+        if "loops" in checkpoint:
+            loop, every = checkpoint["loops"]["fit_loop"], self.trainer.check_val_every_n_epoch
+            epoch = loop["epoch_progress"]["current"]["processed"]
+            validates = self.trainer.enable_validation and every is not None and (epoch + 1) % every == 0
+            at_whole_step(loop, self.trainer.accumulate_grad_batches, validates, by_steps=self.trainer.max_epochs == -1)
 
     def identity(self) -> dict[str, str | int]:
         """What must agree between a checkpoint and the run that loads it."""
@@ -130,3 +149,40 @@ class AlignmentModule(LightningModule):
             "parameters": sum(parameter.numel() for parameter in self.policy.parameters()),
             "vocab_size": config.vocab_size,
         }
+
+
+def at_whole_step(loop: dict[str, Any], accumulate: int, validates: bool, by_steps: bool) -> None:
+    """Make the Trainer's saved loop state, in place, one from which it resumes exactly.
+
+    Inside an accumulation it goes back to the last optimiser step, since no checkpoint holds gradients (the DataModules do the same).
+    Saved behind the last micro-batch of an epoch, Lightning 2.6 would skip that epoch's validation and end, and with them its
+    metrics: so the micro-batch is marked as completed, and the validation, if the epoch ``validates``, as begun. Saved at the end of
+    an epoch, a run limited ``by_steps`` would end that epoch once more: so the next one is put at its start.
+    """
+    progress, steps, restarts_epoch = loop["epoch_loop.batch_progress"], loop["epoch_loop.state_dict"], False
+    current, total = progress["current"], progress["total"]
+    extra = 0 if progress["is_last_batch"] else current["ready"] % accumulate
+    if extra:
+        whole = current["ready"] - extra
+        for name in current:
+            total[name] -= current[name] - whole
+            current[name] = whole
+        restarts_epoch = whole == 0
+    elif progress["is_last_batch"] and current["completed"] == current["processed"] - 1:
+        current["completed"] += 1
+        total["completed"] += 1
+        if validates:
+            validation = loop["epoch_loop.val_loop.batch_progress"]
+            validation["current"] = {"ready": 0, "started": 0, "processed": 0, "completed": 0}
+            validation["total"] = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
+        else:
+            steps["_batches_that_stepped"] += 1  # what follows a validation would have counted the step
+    epoch = loop["epoch_progress"]
+    if epoch["current"]["completed"] == epoch["current"]["processed"] - 1:  # saved at the very end of an epoch
+        for part in ("current", "total"):
+            epoch[part]["completed"] += 1
+        progress["current"] = dict.fromkeys(current, 0)
+        progress["is_last_batch"] = False
+        restarts_epoch = by_steps
+    if restarts_epoch and validates:
+        steps["_batches_that_stepped"] -= 1  # the loop will count a step before the first micro-batch

@@ -10,14 +10,14 @@ from torch import Tensor
 
 from modules.base import AlignmentModule
 from modules.functional import kl
-from modules.functional.diagnostics import pass_at_k
-from modules.functional.masked import aggregate, masked_mean
+from modules.functional.masked import aggregate
 from modules.networks.frozen import Frozen
 from modules.objectives import Advantage, Clipped, GroupZScore, PolicyObjective
 from modules.rollout.engine import RolloutEngine, Sampling
 from modules.rollout.in_process import InProcessEngine
-from modules.rollout.scoring import in_chunks, make_rollouts, rollout_metrics, sampling_seed, to_batch, with_sums
-from modules.types import Completion, PolicyBatch, PromptBatch, Reward, Rollout
+from modules.rollout.metrics import Outcome, from_all_ranks, gap_metrics, outcomes, rollout_metrics, share_solved
+from modules.rollout.scoring import in_chunks, make_rollouts, sampling_seed, to_batch, with_sums
+from modules.types import Completion, PolicyBatch, PromptBatch, Reward
 
 
 class GRPOModule(AlignmentModule):
@@ -77,6 +77,7 @@ class GRPOModule(AlignmentModule):
         self.beta, self.kl_loss = beta, kl_loss
         self.reference = Frozen(self.policy) if beta > 0 or measure_kl else None
         self._training_start = time.perf_counter()
+        self.evaluated: list[tuple[list[Outcome], list[Outcome]]] = []  # sampled and greedy, by batch of held-out prompts
 
     def on_fit_start(self) -> None:
         """The frozen start policy goes where the trained one is."""
@@ -92,17 +93,19 @@ class GRPOModule(AlignmentModule):
         batch = to_batch(rollouts, self.device)
         mask = batch["completion_mask"]
         batch["old_logprobs"], entropies = in_chunks(self.policy_scores, batch)
-        log_ratio = None
+        log_ratio = k3 = None
         if self.reference is not None:
             (batch["ref_logprobs"],) = in_chunks(self.reference_scores, batch)
             log_ratio = batch["old_logprobs"] - batch["ref_logprobs"]
             self.check_start(log_ratio)
+            k3 = kl.k3(batch["old_logprobs"], batch["ref_logprobs"])
         advantages = self.advantage(batch["rewards"], batch["group"])  # [N]
         batch["advantages"] = advantages[:, None] * mask
         batch["row_count"] = self.objective.aggregation.row_count(mask)
         batch["active"] = (advantages != 0) | (self.beta > 0)
         self.rollouts = with_sums(rollouts, entropies, log_ratio, mask)
-        self.phase_metrics = phase_metrics(batch) | {"time/sampling": sampled - start, "time/scoring": time.perf_counter() - sampled}
+        self.phase_metrics = gap_metrics(mask, batch["old_logprobs"], batch["sampler_logprobs"], k3)
+        self.phase_metrics |= {"time/sampling": sampled - start, "time/scoring": time.perf_counter() - sampled}
         self._training_start = time.perf_counter()
         return batch
 
@@ -110,49 +113,63 @@ class GRPOModule(AlignmentModule):
         """The loss [] of a micro-batch: its share of the step's objective."""
         logprobs = self.policy.completion_scores(batch, self.sampling.temperature).logprobs
         loss, metrics = self.objective(logprobs, batch)
-        metrics["policy_loss"] = loss.detach()
+        tokens = float(batch["completion_mask"].sum())
+        self.log_step(metrics, weight=tokens)
+        self.log_step({"policy_loss": loss, "tokens": tokens + float(batch["prompt_mask"].sum())})
         if self.beta > 0:
             weights = self.objective.aggregation.weights(batch["completion_mask"])
             loss = loss + self.beta * aggregate(self.kl_loss(logprobs, batch["ref_logprobs"]), weights, batch["denominator"])
-        tokens = int(batch["completion_mask"].sum())
-        self.count_tokens(tokens + int(batch["prompt_mask"].sum()))
-        self.log_step(metrics)
         return self.step_loss(loss)
 
     def on_train_epoch_end(self) -> None:
-        """Log the phase: rewards, lengths, entropy, KL, and where the time went."""
+        """Log the phase, over all ranks: rewards, lengths, entropy, KL, and where the time went."""
         times = {**self.phase_metrics, "time/training": time.perf_counter() - self._training_start}
         seconds = sum(value for name, value in times.items() if name.startswith("time/"))
-        metrics = rollout_metrics(self.rollouts) | times | {"completions_per_second": len(self.rollouts) / seconds}
-        for name, value in metrics.items():
-            self.log(f"train/{name}", value, sync_dist=True, batch_size=len(self.rollouts))
+        metrics = rollout_metrics(from_all_ranks(outcomes(self.rollouts))) | times
+        metrics["completions_per_second"] = len(self.rollouts) * self.trainer.world_size / seconds
+        self.log_dict({f"train/{name}": value for name, value in metrics.items()}, sync_dist=True, batch_size=1)
         self.show({"reward": metrics["reward"], "length": metrics["completions/mean_length"], "kl": metrics.get("kl", 0.0)})
 
+    def on_validation_epoch_start(self) -> None:
+        """Forget what an interrupted evaluation left."""
+        self.evaluated = []
+
     def validation_step(self, prompts: PromptBatch, batch_idx: int) -> None:
-        """pass@1 and pass@k of sampled completions and greedy accuracy on held-out prompts."""
+        """Sampled and greedy completions of held-out prompts; the same seeds every time, so that two evaluations compare."""
         self.evaluate(prompts, "val")
 
     def test_step(self, prompts: PromptBatch, batch_idx: int) -> None:
-        """The same under ``test/``."""
+        """The same for ``test``."""
         self.evaluate(prompts, "test")
 
-    def predict_step(self, prompts: PromptBatch, batch_idx: int) -> list[Rollout]:
-        """``num_generations`` scored completions per prompt."""
-        return make_rollouts(prompts, self.sample(prompts, self.num_generations, self.sampling, "predict"), self.reward)
+    def on_validation_epoch_end(self) -> None:
+        """Log pass@1, pass@k, greedy accuracy and the numbers of the sampled completions, over all batches and ranks."""
+        self.log_evaluation("val")
+
+    def on_test_epoch_end(self) -> None:
+        """The same under ``test/``."""
+        self.log_evaluation("test")
+
+    def predict_step(self, prompts: PromptBatch, batch_idx: int) -> None:
+        """Leaves ``num_generations`` scored completions per prompt in ``rollouts``, for callbacks to write."""
+        self.rollouts = make_rollouts(prompts, self.sample(prompts, self.num_generations, self.sampling, "predict"), self.reward)
 
     def evaluate(self, prompts: PromptBatch, stage: str) -> None:
-        """Log what the policy does with these prompts; the same seeds every time, so that two evaluations compare."""
+        """Keep what the policy does with a batch of held-out prompts."""
         rollouts = make_rollouts(prompts, self.sample(prompts, self.val_generations, self.sampling, stage), self.reward)
         batch = to_batch(rollouts, self.device)
         _, entropies = in_chunks(self.policy_scores, batch)
         rollouts = with_sums(rollouts, entropies, None, batch["completion_mask"])
         greedy = make_rollouts(prompts, self.sample(prompts, 1, replace(self.sampling, temperature=0.0), stage), self.reward)
-        metrics = {
-            **{f"pass@{k}": share_solved(rollouts, self.accuracy, k) for k in {1, self.val_generations}},
-            "greedy_accuracy": share_solved(greedy, self.accuracy, 1),
-            **rollout_metrics(rollouts),
-        }
-        self.log_mean({f"{stage}/{name}": value for name, value in metrics.items()}, len(prompts["uid"]))
+        self.evaluated.append((outcomes(rollouts, self.accuracy), outcomes(greedy, self.accuracy)))
+
+    def log_evaluation(self, stage: str) -> None:
+        """Log what was kept, of all ranks, and forget it."""
+        sampled, greedy = (from_all_ranks([outcome for batch in kept for outcome in batch]) for kept in zip(*self.evaluated, strict=True))
+        self.evaluated = []
+        metrics = {f"pass@{k}": share_solved(sampled, k) for k in {1, self.val_generations}}
+        metrics |= {"greedy_accuracy": share_solved(greedy, 1), **rollout_metrics(sampled)}
+        self.log_dict({f"{stage}/{name}": value for name, value in metrics.items()}, sync_dist=True, batch_size=1)
 
     def sample(self, prompts: PromptBatch, num_generations: int, sampling: Sampling, phase: str) -> list[list[Completion]]:
         """``num_generations`` completions for each prompt from the current weights."""
@@ -174,28 +191,5 @@ class GRPOModule(AlignmentModule):
     def check_start(self, log_ratio: Tensor) -> None:
         """At step 0 policy and reference are the same model; anything else is a wrong reference. RuntimeError then."""
         gap = float(log_ratio.abs().max())
-        if self.global_step == 0 and gap > 1e-3:
+        if self.global_step == 0 and not gap <= 1e-3:
             raise RuntimeError(f"policy and reference differ before the first update (log-probs by up to {gap:.3g}): the KL would be meaningless")
-
-
-def share_solved(rollouts: list[Rollout], accuracy: Reward, k: int) -> float:
-    """pass@k: mean over prompts of the chance that one of k of its completions is right; unscorable ones do not count."""
-    scores: dict[int, list[bool]] = {}
-    for rollout, score in zip(rollouts, accuracy(rollouts), strict=True):
-        if score is not None:
-            scores.setdefault(rollout.group, []).append(score > 0.5)
-    solved = [pass_at_k(len(right), sum(right), min(k, len(right))) for right in scores.values()]
-    return sum(solved) / max(1, len(solved))
-
-
-def phase_metrics(batch: PolicyBatch) -> dict[str, float]:
-    """How far the sampler's log-probs are from the trainer's, and the KL to the start policy (k3, nats per token)."""
-    mask = batch["completion_mask"]
-    difference = (batch["old_logprobs"] - batch["sampler_logprobs"]).abs()[mask]
-    metrics = {
-        "sampling/sampling_logp_difference/mean": float(difference.mean()),
-        "sampling/sampling_logp_difference/max": float(difference.max()),
-    }
-    if "ref_logprobs" in batch:
-        metrics["kl"] = float(masked_mean(kl.k3(batch["old_logprobs"], batch["ref_logprobs"]), mask))
-    return metrics

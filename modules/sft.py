@@ -36,24 +36,28 @@ class SFTModule(AlignmentModule):
     def training_step(self, batch: InstructionBatch, batch_idx: int) -> Tensor:
         """The loss [] of a micro-batch: its share of the step's token mean."""
         scores = self.scores(batch)
-        loss = aggregate(-scores.logprobs, batch["loss_mask"], batch["denominator"])
-        tokens = int(batch["loss_mask"].sum())
-        self.count_tokens(int(batch["attention_mask"].sum()))
-        metrics = means(scores, tokens)
-        self.log_step(metrics)
-        self.show({"loss": metrics["loss"]})
-        return self.step_loss(loss)
+        trained = batch["attention_mask"][batch["loss_mask"].any(1)]
+        self.log_step(token_means(scores, batch["denominator"]) | {"tokens": float(trained.sum())})
+        return self.step_loss(aggregate(-scores.logprobs, batch["loss_mask"], batch["denominator"]))
 
     def validation_step(self, batch: InstructionBatch, batch_idx: int) -> None:
         """Token means over the whole validation set."""
-        tokens = int(batch["loss_mask"].sum())
-        self.log_mean({f"val/{name}": value for name, value in means(self.scores(batch), tokens).items()}, tokens)
+        self.evaluate(batch, "val")
+
+    def test_step(self, batch: InstructionBatch, batch_idx: int) -> None:
+        """The same under ``test/``."""
+        self.evaluate(batch, "test")
+
+    def evaluate(self, batch: InstructionBatch, stage: str) -> None:
+        """Log what the policy makes of held-out rows."""
+        tokens = batch["loss_mask"].sum()
+        means = token_means(self.scores(batch), tokens.clamp(min=1))
+        self.log_mean({f"{stage}/{name}": value for name, value in means.items()}, float(tokens))
 
 
-def means(scores: TokenScores, tokens: int) -> dict[str, Tensor | float]:
-    """Token means of a micro-batch; zeros where it has no supervised token."""
+def token_means(scores: TokenScores, count: Tensor) -> dict[str, Tensor | float]:
+    """Sums over the supervised tokens of a micro-batch, divided by ``count`` []: its own tokens, or those of the whole step."""
     assert scores.entropies is not None and scores.hits is not None
-    count = max(1, tokens)
     return {
         "loss": -scores.logprobs.detach().sum() / count,
         "entropy": scores.entropies.sum() / count,

@@ -73,8 +73,8 @@ def clipped_policy_loss(
     if dual_clip is not None and dual_clip <= 1:
         raise ValueError(f"clipped_policy_loss: dual_clip is {dual_clip}, expected > 1; use None to switch it off.")
     log_ratio = _log_ratio(logprobs, old_logprobs, mask)
-    ratio = log_ratio.exp()
     advantages = advantages.expand_as(logprobs).masked_fill(mask == 0, 0.0)
+    ratio = log_ratio.masked_fill(advantages == 0, 0.0).exp()  # an overflow times an advantage of 0 would be NaN
     losses = _clipped_losses(ratio, advantages, clip_low, clip_high)  # [N, T]
     if dual_clip is not None:
         losses = torch.where(advantages < 0, torch.minimum(losses, -dual_clip * advantages), losses)

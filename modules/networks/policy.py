@@ -3,25 +3,22 @@
 This is the only file that shifts anything: everyone else sees per-token tensors aligned to their own token.
 """
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
-from transformers.utils.logging import disable_progress_bar
 
 from modules.functional.logprobs import token_entropies, token_logprobs
-from modules.networks.tiny import tiny_model, tiny_tokenizer
+from modules.networks.loading import check_supported, load, remove_dropout, stop_token_ids
 from modules.types import PolicyBatch, PreferenceBatch
 
-disable_progress_bar()  # of weight loading: the Trainer's bar is the one to watch
-
 MAX_LOGITS = 2**24  # entries of one chunk of logits: 64 MB in fp32
-SCALED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
+SHARING = ("gpt2", "llama", "mistral", "qwen2", "qwen3")  # architectures whose shared prompts are tested against separate rows
+PROBE = ((3, 1, 4, 1, 5), (9, 2, 6))  # two ragged rows
 
 
 class TokenScores(NamedTuple):
@@ -60,12 +57,34 @@ class Policy(nn.Module):
             self.tokenizer.pad_token = self.tokenizer.eos_token
         self.stop_token_ids = stop_token_ids(self.model, self.tokenizer)
         check_supported(path, self.model, self.tokenizer)
+        self.check_scores()
 
     @property
     def shares_prompts(self) -> bool:
-        """Whether a prompt may be computed once for all its completions: every layer caches plain keys and values."""
+        """Whether a prompt may be computed once for all its completions: a tested architecture whose layers all cache plain keys and values.
+
+        Sliding windows and position biases count columns, and padding between prompt and completion would shift them.
+        """
         layers = DynamicCache(config=self.model.config).layers
-        return not self.model.config.is_encoder_decoder and all(type(layer) is DynamicLayer for layer in layers)
+        return self.model.config.model_type in SHARING and all(type(layer) is DynamicLayer for layer in layers)
+
+    @torch.no_grad()
+    def check_scores(self) -> None:
+        """ValueError where our log-probabilities of two short rows differ from those of the model's own forward by over 1e-3 nats."""
+        modes = {module: module.training for module in self.model.modules()}
+        self.model.eval()
+        for tokens in PROBE:
+            ids = torch.tensor([tokens]) % self.model.config.vocab_size
+            padded = nn.functional.pad(ids, (0, 2))
+            mine = self.token_scores(padded, torch.arange(padded.shape[1])[None] < len(tokens)).logprobs[:, 1 : len(tokens)]
+            gap = float((mine - token_logprobs(self.model(ids).logits[:, :-1], ids[:, 1:])).abs().max())
+            if not gap <= 1e-3:
+                raise ValueError(
+                    f"policy: '{self.path}' ({self.model.config.model_type}) makes its logits in a way that is not supported yet: "
+                    f"log-probabilities from its hidden states are off by {gap:.3g} nats"
+                )
+        for module, training in modes.items():
+            module.training = training
 
     def token_scores(self, input_ids: Tensor, mask: Tensor, position_ids: Tensor | None = None, details: bool = False) -> TokenScores:
         """Log-probability of each token of whole rows given those before it.
@@ -173,79 +192,3 @@ def spread(scores: TokenScores, mask: Tensor) -> TokenScores:
     logprobs, *details = (None if part is None else zeros.masked_scatter(mask, part) for part in scores)
     assert logprobs is not None
     return TokenScores(logprobs, *details)
-
-
-def load(path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The fp32 model and the tokenizer behind ``path`` (see ``Policy``); ValueError when there is none."""
-    if path == "tiny":
-        return tiny_model(), tiny_tokenizer()
-    local = Path(path).expanduser()
-    if path.endswith(".gguf"):
-        if not local.is_file():
-            raise ValueError(f"policy: no GGUF file at '{path}'")
-        return load_gguf(local)
-    if local.is_dir() and not (local / "config.json").is_file():
-        raise ValueError(f"policy: '{path}' is a folder without config.json; name a Hugging Face model folder")
-    source = str(local) if local.is_dir() else path
-    try:
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-        return model, AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(
-            f"policy: '{path}' is not 'tiny', a Hugging Face model folder, a .gguf file or a hub id that can be read ({reason})"
-        ) from error
-
-
-def load_gguf(file: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model and tokenizer from a GGUF file, rebuilt from a clean config: with a quantization entry it would refuse to be saved."""
-    try:
-        import gguf  # noqa: F401
-    except ImportError as error:
-        raise ValueError("policy: reading a GGUF file needs the package gguf: pip install 'lightning-align[gguf]'") from error
-    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    source = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-    fields = {key: value for key, value in source.config.to_dict().items() if key != "quantization_config"}
-    model = AutoModelForCausalLM.from_config(type(source.config)(**fields), dtype=torch.float32)
-    model.load_state_dict(source.state_dict())
-    return model, tokenizer
-
-
-def remove_dropout(model: PreTrainedModel) -> None:
-    """Set every dropout rate to zero: dropout modules, and the rates that attention layers keep as numbers."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        for name, value in vars(module).items():
-            if name.endswith("dropout") and isinstance(value, float):
-                setattr(module, name, 0.0)
-
-
-def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """The eos tokens of tokenizer and generation config, and the token that ends an assistant turn in the chat template."""
-    configured = model.generation_config.eos_token_id if model.generation_config is not None else None
-    listed: Iterable[int | None] = configured if isinstance(configured, list) else [configured]
-    return frozenset(int(i) for i in (*listed, tokenizer.eos_token_id, end_of_turn_id(tokenizer)) if i is not None)
-
-
-def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """First special token after an assistant's words in the chat template; None without a template or such a token."""
-    if tokenizer.chat_template is None:
-        return None
-    words = "end-of-turn probe"
-    turns = [{"role": "user", "content": "probe"}, {"role": "assistant", "content": words}]
-    tail = str(tokenizer.apply_chat_template(turns, tokenize=False)).rpartition(words)[2]
-    special = set(tokenizer.all_special_ids)
-    return next((i for i in tokenizer(tail, add_special_tokens=False)["input_ids"] if i in special), None)
-
-
-def check_supported(path: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """ValueError for a model whose log-probabilities would come out wrong."""
-    config = model.config.to_dict()
-    if len(tokenizer) > config["vocab_size"]:
-        raise ValueError(f"policy: the tokenizer of '{path}' has {len(tokenizer)} tokens, its model only {config['vocab_size']}")
-    if tokenizer.eos_token_id is None:
-        raise ValueError(f"policy: the tokenizer of '{path}' has no eos token, so nothing could end a completion")
-    for name in SCALED_LOGITS:
-        if config.get(name) not in (None, 1.0):
-            raise ValueError(f"policy: '{path}' ({config['model_type']}) transforms its logits by {name}, which is not supported yet")

@@ -6,7 +6,8 @@ from contextlib import contextmanager
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
 from modules.rollout.continuous import ContinuousBatch
 from modules.rollout.decode import supports
@@ -45,6 +46,9 @@ class InProcessEngine(RolloutEngine):
     def sync_weights(self, policy: SampledPolicy, version: int) -> None:
         """Remember the policy, whose parameters are shared, and the version."""
         if policy is not self._policy:
+            layers = DynamicCache(config=policy.model.config).layers
+            if not all(isinstance(layer, DynamicLayer) for layer in layers):
+                raise ValueError(f"InProcessEngine cannot sample from {type(policy.model).__name__}: some of its layers keep no keys and values")
             self._run = run_static
             if supports(policy.model):
                 gap = parity_gap(policy)

@@ -1,5 +1,6 @@
 """The record of one ``generate`` call: what each request has drawn so far, and when it is finished."""
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,14 +25,17 @@ class Ledger:
         self.sampling = sampling
         self.idle = len(seeds)
         self._tokenizer = policy.tokenizer
-        device, shape = policy.model.device, (len(seeds) + 1, sampling.max_completion_length)
+        # Sampling sums in float64, which Apple's MPS does not have.
+        device = torch.device("cpu") if policy.model.device.type == "mps" else policy.model.device
+        shape = (len(seeds) + 1, sampling.max_completion_length)
         self._uniforms = uniform_rows([] if sampling.temperature == 0 else seeds, shape).to(device)
         self._tokens = torch.zeros(shape, dtype=torch.long, device=device)
         self._logprobs = torch.zeros(shape, device=device)
         self._counts = torch.zeros(shape[0], dtype=torch.long, device=device)
         self._ended = torch.zeros(shape[0], dtype=torch.bool, device=device)
         self._is_end = torch.zeros(policy.model.config.vocab_size, dtype=torch.bool, device=device)
-        self._is_end[list(policy.stop_token_ids)] = True
+        special = {token.content: i for i, token in policy.tokenizer.added_tokens_decoder.items() if token.special}
+        self._is_end[[*policy.stop_token_ids, *(special[stop] for stop in sampling.stop if stop in special)]] = True
         self._may_complete: dict[int, bool] = {}
         # A token holds at least one byte of text, so this many tokens cover a stop string; four more finish a cut character.
         self._tail = max((len(stop.encode()) for stop in sampling.stop), default=0) + 4
@@ -46,6 +50,8 @@ class Ledger:
         Returns:
             tokens int [N]; finished bool [N], True where a request just got its last token (never for ``idle``).
         """
+        home = logits.device
+        logits, requests = logits.to(self._counts.device), requests.to(self._counts.device)
         steps = self._counts[requests]
         tokens, logprobs = sample(logits.float(), self._uniforms[requests, steps], self.sampling)
         self._tokens[requests, steps] = tokens
@@ -56,7 +62,8 @@ class Ledger:
         if self.sampling.stop:
             ended |= self._completes_stop_string(tokens, requests, steps)
         self._ended[requests] = ended
-        return tokens, (ended | (steps + 1 == self.sampling.max_completion_length)) & (requests != self.idle)
+        finished = (ended | (steps + 1 == self.sampling.max_completion_length)) & (requests != self.idle)
+        return tokens.to(home), finished.to(home)
 
     def completions(self, version: int) -> list[Completion]:
         """All requests as plain records, in order; ValueError where the policy's logits were not finite."""
@@ -100,7 +107,7 @@ class Ledger:
 def uniform_rows(seeds: list[int], shape: tuple[int, int]) -> Tensor:
     """float64 ``shape`` in [0, 1): row i from a generator of its own, seeded with ``seeds[i]``; rows without a seed are zero."""
     rows = torch.zeros(shape, dtype=torch.float64)
-    generator = torch.Generator()
     for row, seed in zip(rows, seeds, strict=False):
-        row.uniform_(generator=generator.manual_seed(seed))
+        # not torch's generator, which looks at 32 bits of its seed only
+        row.copy_(torch.from_numpy(np.random.default_rng(seed).random(shape[1])))
     return rows

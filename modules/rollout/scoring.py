@@ -1,4 +1,4 @@
-"""From sampled completions to what a policy loss needs: records, rewards, padded tensors, log-probs, and the numbers to log."""
+"""From sampled completions to what a policy loss needs: records, rewards, padded tensors, log-probs."""
 
 import hashlib
 from collections.abc import Callable, Iterable
@@ -8,7 +8,6 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from modules.functional.advantages import zero_std_fraction
 from modules.rewards.base import breakdown
 from modules.types import Completion, PolicyBatch, PromptBatch, Reward, Rollout
 
@@ -97,42 +96,3 @@ def with_sums(rollouts: list[Rollout], entropies: Tensor, kl: Tensor | None, mas
     entropy = (entropies.sum(1) / mask.sum(1).clamp(min=1)).tolist()
     sums = [None] * len(rollouts) if kl is None else (kl * mask).sum(1).tolist()
     return [replace(rollout, entropy=e, kl=k) for rollout, e, k in zip(rollouts, entropy, sums, strict=True)]
-
-
-def rollout_metrics(rollouts: list[Rollout]) -> dict[str, float]:
-    """TRL's numbers of a set of rollouts: rewards, lengths in tokens, entropy and KL in nats per token."""
-    rewards = torch.tensor([float("nan") if r.reward is None else r.reward for r in rollouts])
-    lengths = torch.tensor([float(len(r.completion.token_ids)) for r in rollouts])
-    ended = torch.tensor([r.completion.finish == "stop" for r in rollouts])
-    group = torch.tensor([r.group for r in rollouts])
-    rewards_by_group = [rewards[group == g] for g in group.unique()]
-    metrics = {
-        "reward": mean(rewards),
-        "reward_std": mean(torch.tensor([std(values) for values in rewards_by_group])),
-        "frac_reward_zero_std": float(zero_std_fraction(rewards, group)),
-        "unscorable": float(rewards.isnan().sum()),
-        "completions/mean_length": mean(lengths),
-        "completions/min_length": float(lengths.min()),
-        "completions/max_length": float(lengths.max()),
-        "completions/clipped_ratio": mean((~ended).float()),
-        "completions/mean_terminated_length": mean(lengths[ended]),
-    }
-    for name in rollouts[0].rewards:
-        values = torch.tensor([float("nan") if r.rewards[name] is None else r.rewards[name] for r in rollouts])
-        metrics |= {f"rewards/{name}/mean": mean(values), f"rewards/{name}/std": std(values)}
-    if rollouts[0].entropy is not None:
-        entropy = torch.tensor([r.entropy or 0.0 for r in rollouts])
-        metrics["entropy"] = float((entropy * lengths).sum() / lengths.sum())
-    return metrics
-
-
-def mean(values: Tensor) -> float:
-    """Mean of the entries [N] that are not NaN; 0 where there is none."""
-    kept = values[~values.isnan()]
-    return float(kept.mean()) if len(kept) else 0.0
-
-
-def std(values: Tensor) -> float:
-    """Sample standard deviation of the entries [N] that are not NaN; 0 for fewer than two."""
-    kept = values[~values.isnan()]
-    return float(kept.std()) if len(kept) > 1 else 0.0

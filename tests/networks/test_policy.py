@@ -19,7 +19,8 @@ from transformers import (
 )
 
 from modules.networks import policy as policy_file
-from modules.networks.policy import Policy, end_of_turn_id
+from modules.networks.loading import end_of_turn_id
+from modules.networks.policy import Policy
 from modules.networks.tiny import tiny_tokenizer
 
 SMALL = {"vocab_size": 272, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
