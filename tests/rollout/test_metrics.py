@@ -1,0 +1,98 @@
+"""The numbers of rollouts: hand-computed, and the same however the rollouts come in batches."""
+
+import math
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+
+from datamodules import Addition, VerifiableDataModule
+from modules import GRPOModule
+from modules.rewards import RegexFormat, WeightedSum
+from modules.rollout.engine import Sampling
+from modules.rollout.metrics import Outcome, gap_metrics, outcomes, rollout_metrics, share_solved
+from modules.types import Completion, Reward, Rollout
+
+FIRST = r"[\x00-\x7f].*"
+
+
+def outcome(uid: str, reward: float | None, length: int, stopped: bool = True, entropy: float | None = 1.0, right: bool | None = None) -> Outcome:
+    return Outcome(uid, reward, {"exact": reward, "form": 1.0}, length, stopped, entropy, right)
+
+
+def test_numbers_of_a_phase():
+    found = [outcome("a", 1.0, 2), outcome("a", 0.0, 4, entropy=2.0), outcome("b", None, 6, stopped=False), outcome("b", 0.5, 8)]
+    metrics = rollout_metrics(found)
+    assert metrics["reward"] == pytest.approx((1.0 + 0.0 + 0.5) / 3)
+    assert metrics["reward_std"] == pytest.approx((math.sqrt(0.5) + 0.0) / 2)  # std of (1, 0) with ddof 1; one scorable reward has none
+    assert metrics["frac_reward_zero_std"] == pytest.approx(1 / 2)
+    assert metrics["unscorable"] == 1
+    assert (metrics["completions/mean_length"], metrics["completions/min_length"], metrics["completions/max_length"]) == (5.0, 2.0, 8.0)
+    assert metrics["completions/clipped_ratio"] == pytest.approx(1 / 4)
+    assert metrics["completions/mean_terminated_length"] == pytest.approx((2 + 4 + 8) / 3)
+    assert metrics["rewards/exact/mean"] == pytest.approx(0.5)
+    assert metrics["rewards/exact/std"] == pytest.approx(0.5)  # of 1, 0, 0.5
+    assert metrics["rewards/form/std"] == 0.0
+    assert metrics["entropy"] == pytest.approx((2 * 1 + 4 * 2 + 6 * 1 + 8 * 1) / 20)  # per token
+
+
+def test_pass_at_k_is_over_prompts_with_enough_scorable_completions():
+    right = {"a": [True, False, False], "b": [True, None, True], "c": [None, None, False]}
+    found = [outcome(uid, None, 1, right=value) for uid, values in right.items() for value in values]
+    assert share_solved(found, 1) == pytest.approx((1 / 3 + 1.0 + 0.0) / 3)
+    assert share_solved(found, 2) == pytest.approx((1 - (2 * 1) / (3 * 2) + 1.0) / 2)  # 1 - C(2, 2) / C(3, 2) = 2/3; c has one
+    assert share_solved([], 1) == 0.0
+
+
+def test_outcomes_keep_what_was_scored():
+    rollout = Rollout("u", "p", [1], "x", Completion([3, 4], [0.0, 0.0], "x", "length"), 0, {"r": 1.0}, 1.0, entropy=0.5)
+    assert outcomes([rollout], RegexFormat("x")) == [Outcome("u", 1.0, {"r": 1.0}, 2, False, 0.5, True)]
+    assert outcomes([rollout])[0].right is None
+
+
+def test_gaps_are_means_over_kept_tokens():
+    mask = torch.tensor([[True, True], [True, False]])
+    old, sampler = torch.tensor([[0.0, 1.0], [2.0, 9.0]]), torch.tensor([[0.5, 1.0], [1.0, float("nan")]])
+    gaps = gap_metrics(mask, old, sampler, torch.tensor([[1.0, 2.0], [6.0, float("nan")]]))
+    assert gaps == {"sampling/sampling_logp_difference/mean": 0.5, "sampling/sampling_logp_difference/max": 1.0, "kl": 3.0}
+
+
+class Partly(Reward):
+    """Cannot score every third completion or so."""
+
+    name = "partly"
+
+    def __call__(self, rollouts):
+        return [None if r.completion.token_ids[-1] % 3 == 0 else RegexFormat(FIRST)([r])[0] for r in rollouts]
+
+
+def test_evaluation_does_not_depend_on_the_batch_size():
+    results = []
+    for size in (1, 3, 8):
+        module = GRPOModule("tiny", WeightedSum([Partly(), RegexFormat(FIRST)]), val_generations=3, sampling=Sampling(max_completion_length=4))
+        data = VerifiableDataModule(module.tokenizer, Addition(8), val=Addition(8, held_out=True), val_batch_size=size)
+        trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+        (found,) = trainer.validate(module, data, verbose=False)
+        results.append(found)
+    assert results[0]["val/unscorable"] > 0
+    assert results[0]["val/completions/max_length"] == 4
+    for other in results[1:]:
+        assert other == pytest.approx(results[0], abs=1e-6)
+
+
+def test_step_metrics_and_unscorable_rewards_do_not_depend_on_accumulation():
+    results = []
+    for accumulate in (1, 4):
+        module = GRPOModule("tiny", Partly(), num_generations=4, sampling=Sampling(max_completion_length=4))
+        data = VerifiableDataModule(module.tokenizer, Addition(40), prompts_per_phase=8)
+        trainer = Trainer(
+            accelerator="cpu", max_epochs=1, accumulate_grad_batches=accumulate, logger=False, enable_checkpointing=False, enable_progress_bar=False
+        )
+        trainer.fit(module, data)
+        results.append({name: float(value) for name, value in trainer.callback_metrics.items() if "time" not in name and "per_second" not in name})
+    assert results[0]["train/unscorable"] > 0
+    assert results[0]["train/grad_norm"] > 0
+    assert results[0].keys() == results[1].keys()
+    for name, value in results[0].items():
+        if name != "train/num_tokens":  # a prompt whose completions two micro-batches share is computed in both
+            assert results[1][name] == pytest.approx(value, abs=1e-5), name
