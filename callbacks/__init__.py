@@ -4,7 +4,8 @@ from callbacks.diversity import Diversity
 from callbacks.export import Export
 from callbacks.length_bias import LengthBias
 from callbacks.overoptimization import Overoptimization
+from callbacks.prediction_writer import PredictionWriter
 from callbacks.samples import Samples
 from callbacks.summary import Summary
 
-__all__ = ["Diversity", "Export", "LengthBias", "Overoptimization", "Samples", "Summary"]
+__all__ = ["Diversity", "Export", "LengthBias", "Overoptimization", "PredictionWriter", "Samples", "Summary"]

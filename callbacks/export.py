@@ -75,6 +75,9 @@ class Export(Callback):
         partial.mkdir(parents=True)
         try:
             policy.save_pretrained(partial)
+            mode = (partial / "config.json").stat().st_mode
+            for file in partial.rglob("*.safetensors"):
+                file.chmod(mode)  # safetensors lets only the owner read, whatever the umask
             shutil.rmtree(self._aside, ignore_errors=True)
             if self.folder.exists():
                 self.folder.rename(self._aside)

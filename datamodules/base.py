@@ -1,7 +1,7 @@
 """What every DataModule here shares: rows from sources, the tokenizer, dropped rows, and resuming in the middle of an epoch."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
@@ -12,6 +12,20 @@ from datamodules.collate import MicroBatch, StepSampler
 from datamodules.sources import Files, Row, Source
 
 Example = TypeVar("Example")
+
+
+@runtime_checkable
+class HasPolicy(Protocol):
+    """A module around a causal language model."""
+
+    policy: Any
+
+
+@runtime_checkable
+class Samples(Protocol):
+    """A module that samples completions."""
+
+    sampling: Any
 
 
 class StepLoader(DataLoader[Any]):
@@ -83,6 +97,30 @@ class AlignDataModule(LightningDataModule):
         if not kept:
             raise ValueError(f"{rows[0].origin}: all {len(rows)} {stage} rows from here on are longer than {limit} tokens; raise the limit")
         return kept
+
+    def require_held_out(self, stage: str) -> None:
+        """ValueError for a ``setup(stage)`` that only reads held-out rows when there are none."""
+        if stage in ("validate", "test") and self.val is None:
+            raise ValueError("there are no held-out rows to evaluate; set data.val")
+
+    def check_positions(self, stage: str, longest: int, setting: str) -> None:
+        """ValueError when the longest row (tokens), with a completion where the module samples, exceeds the positions of the Trainer's model.
+
+        ``setting`` is the name of the limit to lower.
+        """
+        module: Any = self.trainer.lightning_module if self.trainer else None
+        if not isinstance(module, HasPolicy):
+            return
+        config = module.policy.model.config
+        positions = config.to_dict().get(config.attribute_map.get("max_position_embeddings", "max_position_embeddings"))
+        budget = module.sampling.max_completion_length if isinstance(module, Samples) else 0
+        if positions is None or longest + budget <= positions:
+            return
+        and_completion = f" and a completion up to {budget} more (model.sampling.max_completion_length)" if budget else ""
+        raise ValueError(
+            f"the longest {stage} row has {longest} tokens{and_completion}, but the model has only {positions} positions: "
+            f"lower data.{setting} (longer rows are dropped)" + (" or max_completion_length" if budget else "")
+        )
 
     def report(self, stage: str, num_rows: int, detail: str) -> None:
         """Prints one line about a loaded stage on rank 0."""

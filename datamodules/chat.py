@@ -152,11 +152,11 @@ def _checked(tokens: Tokens, origin: str) -> Tokens:
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False).input_ids)
+    return list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)  # silent about length: long rows are counted later
 
 
 def _prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    plain, ids = _ids(tokenizer, prompt), list(tokenizer(prompt).input_ids)
+    plain, ids = _ids(tokenizer, prompt), list(tokenizer(prompt, verbose=False).input_ids)
     if plain and ids[-1] == tokenizer.eos_token_id and ids[-len(plain) :] != plain:
         ids = ids[:-1]  # an end token that the tokenizer puts behind every text
     if tokenizer.bos_token_id is not None and ids[:2] == [tokenizer.bos_token_id] * 2:

@@ -1,5 +1,6 @@
 """From a raw row to an example: which column is the prompt, which the completion or the answer."""
 
+import datetime
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ class VerifiableExample:
 
     prompt: Dialogue
     answer: str | None
-    info: dict[str, Any]  # the row's other columns
+    info: dict[str, Any]  # the row's other columns, as plain values
     origin: str
     source: str
 
@@ -59,21 +60,36 @@ def instruction_example(row: Row, columns: Columns) -> InstructionExample:
 
 
 def verifiable_example(row: Row, columns: Columns) -> VerifiableExample:
-    """``prompt`` or ``question`` with ``answer``, ``solution`` or ``ground_truth``; a null answer stays None.
+    """``prompt`` or ``question`` with ``answer``, ``solution`` or ``ground_truth``; a null answer (None or NaN) is None.
 
     Raises ValueError with the origin when the columns are missing or hold the wrong type.
     """
     record = _renamed(row, columns)
-    prompt, answer = _shape(record, VERIFIABLE_SHAPES, columns, row.origin)
-    info = {name: value for name, value in record.items() if name not in (prompt, answer)}
-    if isinstance(record[answer], dict | list):
-        raise ValueError(f"{row.origin}: column {answer!r} holds a {type(record[answer]).__name__}, a single answer was expected")
-    return VerifiableExample(_dialogue(record, prompt, row.origin), final_answer(record[answer]), info, row.origin, row.source)
+    prompt, name = _shape(record, VERIFIABLE_SHAPES, columns, row.origin)
+    info = plain({key: value for key, value in record.items() if key not in (prompt, name)})
+    answer = record[name]
+    if isinstance(answer, list) and len(answer) == 1:
+        answer = answer[0]
+    if isinstance(answer, dict | list):
+        raise ValueError(f"{row.origin}: column {name!r} holds a {type(answer).__name__}, a single answer was expected")
+    return VerifiableExample(_dialogue(record, prompt, row.origin), final_answer(answer), info, row.origin, row.source)
+
+
+def plain(value: Any) -> Any:
+    """The value made of None, bool, int, float, str, list and dict alone, since it travels in checkpoints, which are loaded with torch's safe
+    loading. Dates become ISO text, anything else its own text."""
+    if isinstance(value, dict):
+        return {str(key): plain(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(part) for part in value]
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    return value.isoformat() if isinstance(value, datetime.date | datetime.time) else str(value)
 
 
 def final_answer(answer: object) -> str | None:
-    """``#### 1,080`` behind a worked solution (GSM8K) becomes ``1080``; anything else is kept as text, None as None."""
-    if answer is None:
+    """``#### 1,080`` behind a worked solution (GSM8K) becomes ``1080``; anything else is kept as text, None and NaN become None."""
+    if answer is None or answer != answer:  # NaN, which tables hold where a cell is empty
         return None
     _, mark, final = str(answer).rpartition("####")
     return re.sub(r"(?<=\d),(?=\d{3})", "", final.strip()) if mark else str(answer)
@@ -87,11 +103,21 @@ def alpaca_prompt(record: Mapping[str, Any], origin: str) -> str:
 
 
 def _renamed(row: Row, columns: Columns) -> dict[str, Any]:
-    missing = [f"{theirs!r} (for {ours})" for ours, theirs in columns.items() if theirs not in row.columns]
+    """The record under our names. Theirs may be a path into nested columns, such as ``reward_model.ground_truth``."""
+    given = {ours: _cells(row.columns, theirs) for ours, theirs in columns.items()}
+    missing = [f"{columns[ours]!r} (for {ours})" for ours, cells in given.items() if not cells]
     if missing:
         raise ValueError(f"{row.origin}: no column {', '.join(missing)}; found {', '.join(row.columns)}")
     kept = {name: value for name, value in row.columns.items() if name not in columns.values()}
-    return kept | {ours: row.columns[theirs] for ours, theirs in columns.items()}
+    return kept | {ours: cells[0] for ours, cells in given.items()}
+
+
+def _cells(record: Mapping[str, Any], name: str) -> list[Any]:
+    """The value of a column in a list, or of a dotted path into columns that hold objects; an empty list when it is not there."""
+    if name in record:
+        return [record[name]]
+    first, dot, rest = name.partition(".")
+    return _cells(record[first], rest) if dot and isinstance(record.get(first), dict) else []
 
 
 def _shape(record: Mapping[str, Any], shapes: tuple[tuple[str, ...], ...], columns: Columns, origin: str) -> tuple[str, ...]:
@@ -100,7 +126,9 @@ def _shape(record: Mapping[str, Any], shapes: tuple[tuple[str, ...], ...], colum
         if all(name in record for name in shape):
             return shape
     wanted = " or ".join(" + ".join(shape) for shape in shapes)
-    raise ValueError(f"{origin}: found the columns {', '.join(record)}; looked for {wanted}; map others with columns")
+    asked, said = ([name for name in names if name in record] for names in (("prompt", "question"), ("answer", "solution", "response")))
+    hint = f", such as --data.columns '{{prompt: {asked[0]}, completion: {said[0]}}}'" if asked and said else ""
+    raise ValueError(f"{origin}: found the columns {', '.join(record)}; looked for {wanted}; map others with columns{hint}")
 
 
 def _text(record: Mapping[str, Any], name: str, origin: str) -> str:

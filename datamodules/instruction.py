@@ -9,6 +9,7 @@ from datamodules.chat import Tokens, encode_example
 from datamodules.collate import InstructionDataset, MicroBatch
 from datamodules.columns import check_mapping, instruction_example
 from datamodules.sources import Row, Source
+from modules.types import InstructionBatch
 
 
 class InstructionDataModule(AlignDataModule):
@@ -32,6 +33,8 @@ class InstructionDataModule(AlignDataModule):
     Raises:
         ValueError: naming file and line, in ``setup``, before the first step.
     """
+
+    batch_type = InstructionBatch  # what a module must read
 
     def __init__(
         self,
@@ -57,6 +60,7 @@ class InstructionDataModule(AlignDataModule):
     def setup(self, stage: str) -> None:
         """Tokenises everything once; bad rows fail here."""
         self.forget_position()
+        self.require_held_out(stage)
         if not self.train_rows:
             self.train_rows = self._load(self.train, "train")
         if self.val is not None and not self.val_rows:
@@ -72,6 +76,10 @@ class InstructionDataModule(AlignDataModule):
             return []
         return self.held_out_loader(self._dataset(self.val_rows), *_sizes(self.val_rows), self.batch_size)
 
+    def test_dataloader(self) -> EVAL_DATALOADERS:
+        """The held-out rows."""
+        return self.val_dataloader()
+
     def encode(self, row: Row) -> Tokens:
         """Tokens of one raw row. Raises ValueError with the row's origin."""
         example = instruction_example(row, self.columns)
@@ -81,6 +89,7 @@ class InstructionDataModule(AlignDataModule):
     def _load(self, source: str | Source, stage: str) -> list[Tokens]:
         rows = self.encode_rows(source, stage, self.encode, lambda tokens: len(tokens.ids), self.max_length)
         lengths, supervised = _sizes(rows)
+        self.check_positions(stage, max(lengths), "max_length")
         self.report(stage, len(rows), f"{sum(supervised) / sum(lengths):.1%} of {sum(lengths)} tokens supervised")
         return rows
 

@@ -49,6 +49,8 @@ class VerifiableDataModule(AlignDataModule):
         ValueError: naming file and line, in ``setup``, before the first step.
     """
 
+    batch_type = PromptBatch  # what a module must read
+
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase | str,
@@ -83,10 +85,14 @@ class VerifiableDataModule(AlignDataModule):
     def setup(self, stage: str) -> None:
         """Tokenises all prompts once; bad rows and a phase that the ranks cannot share fail here."""
         self._loader, self._snapshot = None, None
+        self.require_held_out(stage)
         if self.prompts_per_phase % self.world_size:
             raise ValueError(f"prompts_per_phase ({self.prompts_per_phase}) must be a multiple of the number of ranks ({self.world_size})")
         if not self.train_prompts:
             self.train_prompts = self._load(self.train, "train")
+        if stage == "fit" and all(prompt.example.answer is None for prompt in self.train_prompts):
+            origin = self.train_prompts[0].example.origin
+            raise ValueError(f"{origin}: all {len(self.train_prompts)} train rows from here on have no answer; name its column with data.columns")
         if self.val is not None and not self.val_prompts:
             self.val_prompts = self._load(self.val, "val")
 
@@ -142,6 +148,7 @@ class VerifiableDataModule(AlignDataModule):
 
     def _load(self, source: str | Source, stage: str) -> list[Prompt]:
         prompts = self.encode_rows(source, stage, self.encode, lambda prompt: len(prompt.ids), self.max_prompt_length)
+        self.check_positions(stage, max(len(prompt.ids) for prompt in prompts), "max_prompt_length")
         self.report(stage, len(prompts), f"{sum(len(prompt.ids) for prompt in prompts) / len(prompts):.0f} tokens a prompt")
         return prompts
 

@@ -4,20 +4,21 @@ import csv
 import gzip
 import io
 import json
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from datamodules.sources.base import Row, Source, optional_import
+from datamodules.sources.base import Row, Source
 
 Located = tuple[str, Any]  # origin, record
 
 
 class Files(Source):
-    """A JSONL, JSON, CSV, Parquet or Arrow file, a folder of such files, a ``save_to_disk`` folder, else a hub id.
+    """A JSONL, JSON, CSV, TSV, Parquet or Arrow file, a folder of such files, a ``save_to_disk`` folder, else a hub id.
 
-    ``.jsonl``, ``.json`` and ``.csv`` may be gzipped (``.gz``). JSONL ends its records at "\\n" only, since text may hold other line
-    separators; JSON is an array of objects, or one object with exactly one list; CSV has a header line and its cells stay text.
+    Text files may be gzipped (``.gz``). JSONL ends its records at "\\n" only, since text may hold other line separators; JSON is an
+    array of objects, or one object with exactly one list; CSV and TSV have a header line and their cells stay text; TSV knows no quotes.
 
     Args:
         path: file, folder or hub id.
@@ -44,11 +45,13 @@ class Files(Source):
             return self._read_saved(folder)
         files = sorted(path for path in folder.iterdir() if path.is_file() and _format(path) in READERS)
         if not files:
-            raise ValueError(f"{folder}: the folder holds no file that ends in {', '.join(READERS)}")
+            raise ValueError(f"{folder}: the folder holds no file that ends in {', '.join(READERS)}; subfolders are not read")
         return [row for path in files for row in read_file(path)]
 
     def _read_saved(self, folder: Path) -> list[Row]:
-        saved = optional_import("datasets", "data").load_from_disk(str(folder))
+        from datasets import load_from_disk
+
+        saved: Any = load_from_disk(str(folder))
         if (folder / "dataset_dict.json").is_file():
             if self.split not in saved:
                 raise ValueError(f"{folder}: no split {self.split!r}, it holds {', '.join(sorted(saved))}")
@@ -56,9 +59,10 @@ class Files(Source):
         return _named_rows(str(folder), saved)
 
     def _read_hub(self) -> list[Row]:
-        datasets = optional_import("datasets", "data")
+        from datasets import load_dataset
+
         try:
-            loaded = datasets.load_dataset(self.path, split=self.split)
+            loaded = load_dataset(self.path, split=self.split)
         except (OSError, ValueError, RuntimeError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise ValueError(f"{self.path}: neither a file or folder here nor loadable from the hub ({self.split} split): {reason}") from error
@@ -100,7 +104,7 @@ def _bytes(path: Path) -> bytes:
         return raw
     try:
         return gzip.decompress(raw)
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{path}: not a complete gzip file ({error})") from error
 
 
@@ -119,11 +123,21 @@ def _parse(text: str, path: Path, first_line: int) -> Any:
         raise ValueError(f"{path}:{first_line + error.lineno - 1}: not valid JSON: {error.msg} (column {error.colno})") from error
 
 
+def _encodable(record: Any, text: str, origin: str) -> Any:
+    """The record parsed from ``text``. ValueError when an escape in it is half of a character, which no tokenizer can encode."""
+    if "\\ud" in text.lower():  # \ud800 to \udfff, which UTF-8 holds only as escapes
+        try:
+            json.dumps(record, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{origin}: the text holds half of a character (an unpaired surrogate such as \\ud83d); remove it") from error
+    return record
+
+
 def _jsonl(path: Path) -> Iterator[Located]:
     for number, line in enumerate(_bytes(path).split(b"\n"), start=1):
         text = _decode(line, path, number)
         if text.strip(" \t\r\n"):
-            yield f"{path}:{number}", _parse(text, path, number)
+            yield f"{path}:{number}", _encodable(_parse(text, path, number), text, f"{path}:{number}")
 
 
 def _json(path: Path) -> Iterator[Located]:
@@ -136,11 +150,15 @@ def _json(path: Path) -> Iterator[Located]:
         content = lists[0]
     if not isinstance(content, list):
         raise ValueError(f"{path}: expected an array of objects, found a {type(content).__name__}")
-    yield from ((f"{path}#{index}", record) for index, record in enumerate(content))
+    yield from ((f"{path}#{index}", _encodable(record, text, f"{path}#{index}")) for index, record in enumerate(content))
 
 
-def _csv(path: Path) -> Iterator[Located]:
-    reader = csv.reader(io.StringIO(_decode(_bytes(path), path, 1), newline=""), strict=True)
+def _tsv(path: Path) -> Iterator[Located]:
+    return _csv(path, delimiter="\t", quoting=csv.QUOTE_NONE)
+
+
+def _csv(path: Path, delimiter: str = ",", quoting: Any = csv.QUOTE_MINIMAL) -> Iterator[Located]:
+    reader = csv.reader(io.StringIO(_decode(_bytes(path), path, 1), newline=""), strict=True, delimiter=delimiter, quoting=quoting)
     header: list[str] | None = None
     line = 1
     try:
@@ -157,12 +175,14 @@ def _csv(path: Path) -> Iterator[Located]:
 
 
 def _parquet(path: Path) -> Iterator[Located]:
-    parquet = optional_import("pyarrow.parquet", "data")
+    from pyarrow import parquet
+
     yield from _table(path, parquet.read_table)
 
 
 def _arrow(path: Path) -> Iterator[Located]:
-    ipc = optional_import("pyarrow.ipc", "data")
+    from pyarrow import ipc
+
     with path.open("rb") as file:  # the file format starts with a magic word, the stream format that save_to_disk writes does not
         read = ipc.open_file if file.read(6) == b"ARROW1" else ipc.open_stream
     yield from _table(path, lambda name: read(name.read_bytes()).read_all())
@@ -176,4 +196,5 @@ def _table(path: Path, read: Callable[[Path], Any]) -> Iterator[Located]:
     yield from ((f"{path}#{index}", record) for index, record in enumerate(records))
 
 
-READERS: dict[str, Callable[[Path], Iterator[Located]]] = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet, ".arrow": _arrow}
+READERS: dict[str, Callable[[Path], Iterator[Located]]]
+READERS = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".tsv": _tsv, ".parquet": _parquet, ".arrow": _arrow}

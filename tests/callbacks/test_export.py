@@ -1,5 +1,7 @@
 """Export in a real Trainer: a folder that the Auto classes load, replaced whole or not at all."""
 
+import os
+import stat
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -72,6 +74,17 @@ def test_auto_classes_load_the_trained_weights(tmp_path: Path) -> None:
     text = "2 + 2 = \u00e9"
     assert AutoTokenizer.from_pretrained(tmp_path / "out" / "model")(text).input_ids == tiny_tokenizer()(text).input_ids
     assert names(tmp_path / "out") == {"model"}
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o027])
+def test_everybody_who_may_read_one_file_may_read_all(tmp_path: Path, mask: int) -> None:
+    before = os.umask(mask)
+    try:
+        train(Tuned(), [Export(str(tmp_path / "model"))])
+    finally:
+        os.umask(before)
+    modes = {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "model").iterdir()}
+    assert modes == {0o666 & ~mask}
 
 
 def test_a_second_run_replaces_the_whole_folder(tmp_path: Path) -> None:

@@ -6,47 +6,54 @@ from pathlib import Path
 import pytest
 import torch
 
-from modules.__main__ import main
-
-ROOT = Path(__file__).parents[2]
-GRPO, SFT = (str(ROOT / f"configs/{name}.yaml") for name in ("grpo", "sft"))
-QUIET = ["--config", str(ROOT / "configs/overlays/cpu_tiny.yaml"), "--trainer.enable_progress_bar", "false"]
 LONG = '{"prompt": "' + "a" * 600 + '", "answer": "b"}'
 GOOD = '{"prompt": "1+1=", "answer": "2"}'
+NAN = '{"prompt": "1+1=", "answer": NaN}'
+FEW = ["--data.prompts_per_phase", "2", "--model.num_generations", "2"]
 
 FILES = [
-    ("empty.jsonl", "", GRPO, "empty.jsonl: the file holds no rows"),
-    ("broken.jsonl", f'{GOOD}\n{{"prompt": \n', GRPO, "broken.jsonl:2: not valid JSON"),
-    ("columns.jsonl", '{"text_a": 1, "text_b": 2}\n', GRPO, "columns.jsonl:1: found the columns text_a, text_b; looked for prompt + answer"),
-    ("columns.jsonl", '{"text_a": 1, "text_b": 2}\n', SFT, "columns.jsonl:1: found the columns text_a, text_b; looked for messages"),
-    ("silent.jsonl", '{"messages": [{"role": "user", "content": "hi"}]}\n', SFT, "silent.jsonl:1: no supervised token"),
-    ("long.jsonl", f"{GOOD}\n{LONG}\n", GRPO, "long.jsonl:2: 600 tokens and the limit is 512"),
+    ("empty.jsonl", "", "grpo", "empty.jsonl: the file holds no rows"),
+    ("broken.jsonl", f'{GOOD}\n{{"prompt": \n', "grpo", "broken.jsonl:2: not valid JSON"),
+    ("columns.jsonl", '{"text_a": 1, "text_b": 2}\n', "grpo", "columns.jsonl:1: found the columns text_a, text_b; looked for prompt + answer"),
+    ("columns.jsonl", '{"text_a": 1, "text_b": 2}\n', "sft", "columns.jsonl:1: found the columns text_a, text_b; looked for messages"),
+    ("answers.jsonl", '{"question": "x", "answer": "y"}\n', "sft", "such as --data.columns '{prompt: question, completion: answer}'"),
+    ("silent.jsonl", '{"messages": [{"role": "user", "content": "hi"}]}\n', "sft", "silent.jsonl:1: no supervised token"),
+    ("long.jsonl", f"{GOOD}\n{LONG}\n", "grpo", "long.jsonl:2: 600 tokens and the limit is 512"),
+    ("scalars.jsonl", "1\n2\n", "grpo", "scalars.jsonl:1: a row must be an object with named columns, this is a int"),
+    ("half.jsonl", f'{GOOD}\n{{"prompt": "a\\ud83d", "answer": "2"}}\n', "grpo", "half.jsonl:2: the text holds half of a character"),
+    ("nulls.jsonl", f"{NAN}\n{NAN}\n", "grpo", "nulls.jsonl:1: all 2 train rows from here on have no answer; name its column with data.columns"),
+    ("header.csv", "prompt,answer\n", "grpo", "header.csv: the file holds no rows"),
+    ("cells.csv", "prompt,answer\n1+1=,2,3\n", "grpo", "cells.csv:2: the row has 3 cells and the header 2"),
+    ("table.parquet", "PAR1 prompt: x", "grpo", "table.parquet: not a readable parquet file"),
+    ("rows.jsonl.gz", "\x1f prompt: x", "grpo", "rows.jsonl.gz: not a complete gzip file"),
+    ("notes.txt", "prompt: x\n", "grpo", "notes.txt: unknown kind of file, expected one that ends in .jsonl"),
 ]
 
 
-def refusal(capsys: pytest.CaptureFixture[str], tmp_path: Path, *arguments: str) -> str:
-    """The sentence that ends the run: a sys.exit message, or what the parser wrote last."""
-    with pytest.raises(SystemExit) as stop:
-        main(["fit", *arguments, *QUIET, "--trainer.default_root_dir", str(tmp_path)])
-    said = stop.value.code if isinstance(stop.value.code, str) else capsys.readouterr().err.strip().splitlines()[-1]
-    assert said.startswith("error: ")
-    assert "\n" not in said
-    return said
-
-
-@pytest.mark.parametrize(("name", "text", "config", "sentence"), FILES, ids=[f"{name}-{Path(config).stem}" for name, _, config, _ in FILES])
-def test_bad_files(tmp_path, capsys, name, text, config, sentence):
+@pytest.mark.parametrize(("name", "text", "method", "sentence"), FILES, ids=[f"{name}-{method}" for name, _, method, _ in FILES])
+def test_bad_files(tmp_path, refusal, name, text, method, sentence):
     file = tmp_path / name
     file.write_text(text)
-    assert sentence in refusal(capsys, tmp_path, "--config", config, "--data.train", str(file), "--data.val", "null", "--data.drop_long", "false")
+    assert sentence in refusal(method, "--data.train", str(file), "--data.val", "null", "--data.drop_long", "false")
 
 
-def test_long_prompts_are_dropped_and_counted_by_default(tmp_path, caplog):
+def test_long_prompts_are_dropped_and_counted_by_default(tmp_path, run, caplog):
     file = tmp_path / "long.jsonl"
     file.write_text(f"{GOOD}\n{LONG}\n" + GOOD.replace("1+1", "1+2"))
-    few = ["--data.prompts_per_phase", "2", "--model.num_generations", "2", "--trainer.default_root_dir", str(tmp_path)]
-    main(["fit", "--config", GRPO, "--data.train", str(file), "--data.val", "null", *QUIET, *few])
+    run("grpo", "--data.train", str(file), "--data.val", "null", *FEW)
     assert "1 dropped as too long" in caplog.text
+
+
+@pytest.mark.parametrize("in_yaml", [False, True])
+@pytest.mark.parametrize(
+    ("name", "text"), [("my.csv", "prompt,answer\n1+1=,2\n"), ("my.tsv", 'prompt\tanswer\n1+1=\t"2\n'), ("my.json", f"[{GOOD}]")]
+)
+def test_a_data_file_stays_a_path(tmp_path, monkeypatch, run, caplog, name, text, in_yaml):
+    monkeypatch.chdir(tmp_path)
+    Path(name).write_text(text)
+    Path("more.yaml").write_text(f"data: {{init_args: {{train: {name}, val: null}}}}\n")
+    run("grpo", *(["--config", "more.yaml"] if in_yaml else ["--data.train", name, "--data.val", "null"]), *FEW)
+    assert "train: 1 rows" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -58,41 +65,130 @@ def test_long_prompts_are_dropped_and_counted_by_default(tmp_path, caplog):
         (["--model.num_generation", "4"], "GRPOModule': Option 'num_generation' is not accepted"),
         (["--trainer.max_epoch", "4"], "unrecognized arguments: --trainer.max_epoch 4; did you mean --trainer.max_epochs"),
         (["--trainer.precision", "bf16-true"], "precision 'bf16-true' rounds"),
-        (["--model.num_generations", "1"], "num_generations is 1: a group needs at least 2"),
+        (["--model.num_generations", "1"], "error: num_generations is 1: a group needs at least 2"),
         (["--model.reward", "ExactMtch"], "there is no class 'ExactMtch'; did you mean ExactMatch?"),
+        (["--model.advantage", "GroupCentre"], "there is no class 'GroupCentre'; did you mean GroupCenter"),
         (["--model.sampling.temperature", "0"], "sampling.temperature is 0.0: greedy completions"),
+        (["--model.sampling.top_p", "2"], "error: sampling: top_p 2.0 must lie in (0, 1]"),
+        (["--model.optimizer.lr", "fast"], "\"lr\": expected type float, got 'fast'"),
         (["--trainer.accumulate_grad_batches", "300"], "cannot make 1 updates of 300 micro-batches"),
-        (["--data.prompts_per_phase", "0"], "prompts_per_phase"),
+        (["--trainer.overfit_batches", "1"], "trainer.overfit_batches replaces the samplers"),
+        (["--data.prompts_per_phase", "0"], "error: prompts_per_phase, val_batch_size and max_prompt_length must be at least 1"),
+        (["--data.columns", "{promt: question}"], "error: columns maps unknown names promt; the names on the left may be"),
+        (["--data.train.num_examples", "0"], "error: num_examples must be at least 1, got 0"),
+        (["--trainer.callbacks", "Diversity", "--trainer.callbacks.every_n_phases", "0"], "error: every_n_phases must be at least 1, got 0."),
+        (["--trainer.callbacks", "Diversty"], "\"trainer.callbacks\": there is no class 'Diversty'; did you mean Diversity?"),
+        (["--model.sampling.max_completion_length", "1020"], "longest train row has 6 tokens and a completion up to 1020 more"),
         (["--ckpt_path", "absent.ckpt"], "absent.ckpt"),
     ],
-    ids=lambda value: value[0] if isinstance(value, list) else "",
+    ids=lambda value: " ".join(value[:2]) if isinstance(value, list) else "",
 )
-def test_bad_settings(tmp_path, capsys, monkeypatch, arguments, sentence):
+def test_bad_settings(refusal, monkeypatch, arguments, sentence):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert sentence in refusal(capsys, tmp_path, "--config", GRPO, *arguments)
+    said = refusal("grpo", *arguments)
+    assert sentence in said
+    assert "Namespace(" not in said
+    assert "Subclass types" not in said
+    assert len(said) < 400
 
 
-def test_misspelt_yaml_key_names_the_key(tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("command", "method", "arguments", "sentence"),
+    [
+        ("predict", "sft", [], "SFTModule has no predict_step, so there is nothing to predict"),
+        ("validate", "sft", ["--data.val", "null"], "there are no held-out rows to evaluate; set data.val"),
+        ("test", "grpo", ["--data.val", "null"], "there are no held-out rows to evaluate; set data.val"),
+        ("fit", "sft", ["--trainer.overfit_batches", "1"], "trainer.overfit_batches replaces the samplers"),
+        ("fit", "grpo", ["--data", "InstructionDataModule"], "GRPOModule reads PromptBatch and InstructionDataModule gives InstructionBatch"),
+        ("fit", "sft", ["--data", "VerifiableDataModule"], "VerifiableDataModule gives PromptBatch; set data to InstructionDataModule"),
+    ],
+)
+def test_combinations_that_cannot_run(refusal, command, method, arguments, sentence):
+    assert sentence in refusal(method, *arguments, command=command)
+
+
+def test_only_classes_that_can_be_made_are_suggested(refusal):
+    said = refusal("grpo", "--model.reward", "xyzxyz")
+    assert "GroupZScore, " in said
+    assert "TokenMean, " in said
+    assert "breakdown" not in said
+    assert " Source" not in said
+
+
+def test_rows_beyond_the_models_positions_are_named_before_the_first_step(tmp_path, refusal):
+    file = tmp_path / "long.jsonl"
+    file.write_text(json.dumps({"prompt": "a" * 1100, "completion": "b"}))
+    said = refusal("sft", "--data.train", str(file), "--data.val", "null", "--data.max_length", "2048")
+    assert "the longest train row has 1102 tokens, but the model has only 1024 positions: lower data.max_length" in said
+
+
+def test_an_optional_package_that_is_missing_is_named(refusal, monkeypatch):
+    import importlib.util
+
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, package=None: None if name == "math_verify" else found(name, package))
+    assert "pip install 'lightning-align[math]'" in refusal("grpo", "--model.reward", "MathVerify")
+
+
+def test_misspelt_yaml_key_names_the_key(tmp_path, refusal):
     file = tmp_path / "more.yaml"
     file.write_text("trainer:\n  max_epoch: 3\n")
-    assert "'trainer.max_epoch'" in refusal(capsys, tmp_path, "--config", GRPO, "--config", str(file))
+    assert "'trainer.max_epoch'" in refusal("grpo", "--config", str(file))
 
 
-def test_checkpoint_of_another_model_or_method_is_refused(tmp_path, capsys):
+def test_the_tip_is_a_command_that_works(capsys, run):
+    with pytest.raises(SystemExit):
+        run("grpo", "--model.reward", "ExactMtch")
+    assert "tip: For details of accepted options run: python -m modules fit --help" in capsys.readouterr().err
+
+
+@pytest.fixture
+def checkpoint(tmp_path, run) -> Path:
+    """Of two epochs of GRPO on the tiny model."""
+    when = {"every_n_epochs": 2, "save_on_train_epoch_end": True}
+    callback = {"class_path": "ModelCheckpoint", "init_args": {"dirpath": str(tmp_path), "filename": "good", **when}}
+    saved = ["--trainer.enable_checkpointing", "true", "--trainer.callbacks", json.dumps([callback]), "--trainer.max_epochs", "2"]
+    run("grpo", *saved, *FEW)
+    return tmp_path / "good.ckpt"
+
+
+def test_checkpoint_of_another_model_or_method_is_refused(tmp_path, refusal, checkpoint):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from modules.networks.tiny import tiny_tokenizer
 
-    checkpoint = {"class_path": "ModelCheckpoint", "init_args": {"dirpath": str(tmp_path), "every_n_train_steps": 1}}
-    saved = ["--trainer.enable_checkpointing", "true", "--trainer.callbacks", json.dumps([checkpoint])]
-    small = ["--data.prompts_per_phase", "2", "--model.num_generations", "2", "--trainer.default_root_dir", str(tmp_path)]
-    main(["fit", "--config", GRPO, *QUIET, *saved, *small])
-    (checkpoint,) = tmp_path.glob("*.ckpt")
     assert torch.load(checkpoint, weights_only=True)["alignment"]["method"] == "GRPOModule"
     other = tmp_path / "other"
     config = LlamaConfig(vocab_size=261, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
     LlamaForCausalLM(config).save_pretrained(other)
     tiny_tokenizer().save_pretrained(other)
-    said = refusal(capsys, tmp_path, "--config", GRPO, "--model.policy", str(other), "--ckpt_path", str(checkpoint))
+    said = refusal("grpo", "--model.policy", str(other), "--ckpt_path", str(checkpoint))
     assert "the checkpoint is of another model: parameters 886528 there" in said
-    assert "method 'GRPOModule' there, 'SFTModule' here" in refusal(capsys, tmp_path, "--config", SFT, "--ckpt_path", str(checkpoint))
+    assert "method 'GRPOModule' there, 'SFTModule' here" in refusal("sft", "--ckpt_path", str(checkpoint))
+
+
+def test_files_that_are_no_checkpoint_are_refused(tmp_path, refusal, checkpoint):
+    whole = torch.load(checkpoint, weights_only=True)
+    contents = {
+        "cut.ckpt": checkpoint.read_bytes()[:50_000],
+        "text.ckpt": b"hello",
+        "damaged.ckpt": checkpoint.read_bytes().replace(b"state_dict", b"\xff" * 10),
+    }
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+    torch.save({"state_dict": {}}, tmp_path / "bare.ckpt")
+    torch.save({key: value for key, value in whole.items() if key not in ("loops", "optimizer_states")}, tmp_path / "weights.ckpt")
+    for name, sentence in (
+        ("cut.ckpt", "is cut off or no checkpoint"),
+        ("text.ckpt", "is cut off or no checkpoint"),
+        ("damaged.ckpt", "is damaged, or no checkpoint of this program"),
+        ("bare.ckpt", "is not a checkpoint of a training run: it holds no loops, optimizer_states, pytorch-lightning_version"),
+        ("weights.ckpt", "is not a checkpoint of a training run: it holds no loops, optimizer_states"),
+        (".", "is a folder; name the .ckpt file in it"),
+    ):
+        assert refusal("grpo", "--ckpt_path", str(tmp_path / name)) == f"error: ckpt_path: '{tmp_path / name}' {sentence}"
+
+
+def test_resuming_with_fewer_epochs_is_refused(refusal, checkpoint):
+    said = refusal("grpo", "--ckpt_path", str(checkpoint), "--trainer.max_epochs", "1", "--trainer.max_steps=-1")
+    assert "checkpoint with current_epoch=2, but you have set Trainer(max_epochs=1)" in said

@@ -23,6 +23,7 @@ def layer(module: str) -> str:
 
 ALLOWED = {
     "types": set(),
+    "explain": set(),
     "functional": {"types"},
     **{part: {"types", "functional", *PARTS} for part in PARTS},
     "base": {"types", "functional", *PARTS},
@@ -51,7 +52,7 @@ def wrong_imports(module: str, names: list[str]) -> list[str]:
         return []
     inner = [name for name in names if name.split(".")[0] in PACKAGES]
     wrong = [name for name in inner if layer(name) not in ALLOWED[mine] | ({mine} - {"method"})]
-    if mine in ("types", "functional"):
+    if mine in ("types", "explain", "functional"):
         wrong += [name for name in names if name.split(".")[0] in FRAMEWORKS]
     return wrong
 

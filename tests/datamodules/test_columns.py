@@ -1,10 +1,17 @@
 """Which columns are found, how others are mapped, and what a missing one is told."""
 
 import json
+import logging
+import pickle
+import re
+from datetime import UTC, datetime
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import yaml
 
 from datamodules import InstructionDataModule, VerifiableDataModule
 from datamodules.columns import final_answer, instruction_example, verifiable_example
@@ -53,6 +60,10 @@ def test_instruction_columns(columns: dict[str, Any], mapping: dict[str, str], p
         ({"prompt": [USER], "solution": None}, {}, [USER], None, {}),
         ({"problem": "x", "answer": "025", "solution": "long"}, {"question": "problem"}, "x", "025", {"solution": "long"}),
         ({"prompt": "x", "answer": "leak", "final": "y"}, {"answer": "final"}, "x", "y", {}),
+        ({"prompt": "x", "answer": ["y"]}, {}, "x", "y", {}),
+        ({"prompt": "x", "answer": float("nan")}, {}, "x", None, {}),
+        ({"prompt": "x", "a.b": "y"}, {"answer": "a.b"}, "x", "y", {}),
+        ({"prompt": "x", "check": {"gold": {"text": "y"}}}, {"answer": "check.gold.text"}, "x", "y", {"check": {"gold": {"text": "y"}}}),
     ],
 )
 def test_verifiable_columns(columns: dict[str, Any], mapping: dict[str, str], prompt: object, answer: object, info: dict[str, Any]) -> None:
@@ -100,7 +111,92 @@ def test_missing_verifiable_columns_are_refused_with_file_and_line(tmp_path: Pat
     with pytest.raises(ValueError, match=f"{path}:2: found the columns prompt, target; looked for prompt \\+ answer or"):
         VerifiableDataModule(tiny_tokenizer(), path).setup("fit")
     with pytest.raises(ValueError, match="column 'answer' holds a list, a single answer was expected"):
-        verifiable_example(row(prompt="x", answer=["a"]), {})
+        verifiable_example(row(prompt="x", answer=["a", "b"]), {})
+
+
+def test_nested_columns_of_a_parquet_file(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = tmp_path / "nested.parquet"
+    pq.write_table(pa.Table.from_pylist([{"prompt": [USER], "reward_model": {"ground_truth": "34", "style": "rule"}}]), path)
+    module = VerifiableDataModule(tiny_tokenizer(), str(path), columns={"answer": "reward_model.ground_truth"})
+    module.setup("fit")
+    assert module.train_prompts[0].example.answer == "34"
+    with pytest.raises(ValueError, match=r"no column 'reward_model.answer' \(for answer\); found prompt, reward_model"):
+        VerifiableDataModule(tiny_tokenizer(), str(path), columns={"answer": "reward_model.answer"}).setup("fit")
+
+
+def test_other_columns_are_plain_enough_for_torchs_safe_loading(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    when = datetime(2024, 2, 1, 12, 30, tzinfo=UTC)
+    other = {"when": when, "day": when.date(), "price": Decimal("1.50"), "raw": b"ab", "parts": [{"at": when.time()}, None], "n": 3, "x": 0.5}
+    pq.write_table(pa.Table.from_pylist([{"prompt": "x", "answer": "y", **other}]), tmp_path / "typed.parquet")
+    module = VerifiableDataModule(tiny_tokenizer(), str(tmp_path / "typed.parquet"))
+    module.setup("fit")
+    info = module.train_prompts[0].example.info
+    parts = [{"at": "12:30:00"}, None]
+    assert info == {
+        "when": "2024-02-01T12:30:00+00:00",
+        "day": "2024-02-01",
+        "price": "1.50",
+        "raw": "b'ab'",
+        "parts": parts,
+        "n": 3,
+        "x": 0.5,
+    }
+    torch.save(info, tmp_path / "info.pt")
+    assert torch.load(tmp_path / "info.pt", weights_only=True) == info
+    torch.save(other, tmp_path / "raw.pt")
+    with pytest.raises(pickle.UnpicklingError):  # as they came they would have made the checkpoint unreadable
+        torch.load(tmp_path / "raw.pt", weights_only=True)
+
+
+def test_a_long_row_is_dropped_without_a_warning_about_its_length(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    path = write(tmp_path / "data.jsonl", {"prompt": "a", "completion": "b"}, {"prompt": "a" * 1100, "completion": "b"})
+    logger = logging.getLogger("transformers")
+    logger.addHandler(caplog.handler)
+    try:
+        InstructionDataModule(tiny_tokenizer(), path).setup("fit")
+        assert "sequence length is longer" not in caplog.text
+        tiny_tokenizer()("a" * 1100)
+        assert "sequence length is longer" in caplog.text  # what was avoided
+    finally:
+        logger.removeHandler(caplog.handler)
+
+
+@pytest.mark.parametrize(
+    ("columns", "hint"),
+    [
+        ({"question": "x", "answer": "y"}, "{prompt: question, completion: answer}"),
+        ({"prompt": "x", "response": "y"}, "{prompt: prompt, completion: response}"),
+    ],
+)
+def test_missing_columns_suggest_a_mapping_that_works(columns: dict[str, Any], hint: str) -> None:
+    with pytest.raises(ValueError, match=f"map others with columns, such as --data.columns '{re.escape(hint)}'$"):
+        instruction_example(row(**columns), {})
+    example = instruction_example(row(**columns), yaml.safe_load(hint))
+    assert (example.prompt, example.completion) == ("x", "y")
+
+
+def test_a_training_set_without_any_answer_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "data.jsonl", {"prompt": "x", "answer": None}, {"prompt": "y", "answer": float("nan")})
+    module = VerifiableDataModule(tiny_tokenizer(), path)
+    with pytest.raises(ValueError, match=f"{path}:1: all 2 train rows from here on have no answer; name its column with data.columns"):
+        module.setup("fit")
+    module.setup("predict")  # sampling needs no answers
+    write(tmp_path / "data.jsonl", {"prompt": "x", "answer": None}, {"prompt": "y", "answer": "z"})
+    VerifiableDataModule(tiny_tokenizer(), path).setup("fit")
+
+
+def test_evaluating_without_held_out_rows_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "data.jsonl", {"prompt": "x", "answer": "y", "completion": "z"})
+    for kind in (InstructionDataModule, VerifiableDataModule):
+        for stage in ("validate", "test"):
+            with pytest.raises(ValueError, match="no held-out rows to evaluate; set data.val"):
+                kind(tiny_tokenizer(), path).setup(stage)
 
 
 def test_unknown_names_of_ours_are_refused_at_construction() -> None:

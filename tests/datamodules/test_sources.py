@@ -86,6 +86,23 @@ def test_folder_reads_its_files_by_name(tmp_path: Path) -> None:
     assert [row.columns["a"] for row in Files(str(tmp_path)).rows()] == ["1", "2"]
 
 
+def test_subfolders_are_not_read_and_the_message_says_so(tmp_path: Path) -> None:
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "a.jsonl").write_text('{"a": "1"}\n')
+    with pytest.raises(ValueError, match=r"the folder holds no file that ends in .*; subfolders are not read$"):
+        Files(str(tmp_path)).rows()
+
+
+def test_tab_separated_cells_keep_their_quotes(tmp_path: Path) -> None:
+    (tmp_path / "a.tsv").write_text('question\tanswer\nsay "hi"\t"2\n')
+    assert [row.columns for row in Files(str(tmp_path / "a.tsv")).rows()] == [{"question": 'say "hi"', "answer": '"2'}]
+
+
+def test_whole_characters_outside_the_basic_plane_are_text(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"a": "\\ud83d\\ude00"}\n{"a": "back\\\\ud83dslash"}\n')
+    assert [row.columns["a"] for row in Files(str(tmp_path / "a.jsonl")).rows()] == ["\U0001f600", "back\\ud83dslash"]
+
+
 def test_saved_data_sets(tmp_path: Path) -> None:
     import datasets
 
@@ -117,6 +134,10 @@ BROKEN = [
     ("a.parquet", b"no parquet", r"a\.parquet: not a readable parquet file"),
     ("a.arrow", b"no arrow", r"a\.arrow: not a readable arrow file"),
     ("a.jsonl.gz", b"no gzip", r"a\.jsonl\.gz: not a complete gzip file"),
+    ("a.jsonl.gz", gzip.compress(b'{"a": 1}')[:12] + b"\xff\xff\xff\xff" * 4, r"a\.jsonl\.gz: not a complete gzip file"),
+    ("a.tsv", b"a\tb\n1\n", r"a\.tsv:2: the row has 1 cells and the header 2"),
+    ("a.jsonl", b'{"a": 1}\n{"a": "\\ud83d"}\n', r"a\.jsonl:2: the text holds half of a character"),
+    ("a.json", b'[{"a": 1}, {"a": ["\\uDE00 x"]}]', r"a\.json#1: the text holds half of a character"),
     ("a.txt", b"text", r"a\.txt: unknown kind of file, expected one that ends in \.jsonl"),
 ]
 

@@ -1,0 +1,76 @@
+"""PredictionWriter in a real Trainer: one line per completion, a whole file or none."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch.utils.data import DataLoader
+
+from callbacks import PredictionWriter
+from modules.types import Rollout
+
+
+class Sampler(LightningModule):
+    """Batch i samples ``batches[i]``; a batch None stands for a failure."""
+
+    def __init__(self, batches: list[list[Rollout] | None]) -> None:
+        super().__init__()
+        self.batches, self.rollouts = batches, []
+
+    def predict_step(self, batch: torch.Tensor, batch_idx: int) -> None:
+        found = self.batches[batch_idx]
+        if found is None:
+            raise RuntimeError("killed")
+        self.rollouts = found
+
+
+def predict(path: Path, batches: list[list[Rollout] | None], **options: Any) -> None:
+    options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, **options}
+    data: DataLoader[torch.Tensor] = DataLoader([torch.ones(1)] * len(batches))  # type: ignore[arg-type]
+    Trainer(accelerator="cpu", callbacks=[PredictionWriter(str(path))], **options).predict(Sampler(batches), data)
+
+
+def test_one_line_per_completion_in_order(tmp_path: Path, make: Any) -> None:
+    path = tmp_path / "new" / "out.jsonl"
+    predict(path, [[make(1.0, [1, 2, 3], "\u00e9\n\u2028", group=0), make(None, group=0)], [make(0.5, text="x", group=1, finish="length")]])
+    rows = [json.loads(line) for line in path.read_bytes().decode().split("\n")[:-1]]
+    assert rows[0] == {
+        "uid": "row0",
+        "prompt": "2 + 2 = ?",
+        "completion": "\u00e9\n\u2028",
+        "answer": "4",
+        "reward": 1.0,
+        "rewards": {"exact": 1.0},
+        "finish": "stop",
+        "num_tokens": 3,
+    }
+    assert [(row["uid"], row["reward"], row["finish"]) for row in rows[1:]] == [("row0", None, "stop"), ("row1", 0.5, "length")]
+    assert [file.name for file in path.parent.iterdir()] == ["out.jsonl"]
+
+
+def test_a_failed_run_leaves_the_old_file_and_nothing_else(tmp_path: Path, make: Any) -> None:
+    path = tmp_path / "out.jsonl"
+    predict(path, [[make(text="old")]])
+    before = path.read_bytes()
+    with pytest.raises(RuntimeError, match="killed"):
+        predict(path, [[make(text="new")], None])
+    predict(path, [[make(text="new")]], fast_dev_run=True)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_rank_zero_joins_the_parts_in_the_order_of_the_ranks(tmp_path: Path) -> None:
+    writer = PredictionWriter(str(tmp_path / "out.jsonl"))
+    for rank, text in enumerate(("zero\n", "one\n", "two\n")):
+        writer._part(rank).write_text(text)
+    writer._join(3)
+    assert (tmp_path / "out.jsonl").read_text() == "zero\none\ntwo\n"
+    assert [file.name for file in tmp_path.iterdir()] == ["out.jsonl"]
+
+
+def test_a_folder_is_refused_before_sampling(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"PredictionWriter: {tmp_path} is a folder; name a file"):
+        predict(tmp_path, [None])

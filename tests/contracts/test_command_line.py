@@ -1,0 +1,108 @@
+"""What a run leaves behind: its configuration, its checkpoints, its predictions."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from modules import GRPOModule, SFTModule
+from modules.__main__ import main
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+QUICK = ["--trainer.accelerator", "cpu", "--trainer.devices", "1", "--trainer.enable_progress_bar", "false", "--data.val", "null"]
+SHORT = [*QUICK, "--data.train.num_examples", "40", "--trainer.max_epochs", "1"]
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The shipped configs write below the current folder."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def shipped(command: str, method: str, *arguments: str) -> None:
+    main([command, "--config", str(CONFIGS / f"{method}.yaml"), *arguments])
+
+
+def test_predict_writes_every_scored_completion():
+    shipped("predict", "grpo", *SHORT[:-2], "--model.num_generations", "2", "--trainer.limit_predict_batches", "1")
+    rows = [json.loads(line) for line in Path("runs/grpo/predictions.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert len(rows) == 80
+    assert list(rows[0]) == ["uid", "prompt", "completion", "answer", "reward", "rewards", "finish", "num_tokens"]
+    assert rows[0]["uid"] == rows[1]["uid"] == "addition-training#0#0"
+    assert rows[0]["rewards"] == {"numeric_match": rows[0]["reward"]}
+    assert all(0 < row["num_tokens"] <= 8 for row in rows)
+
+
+def test_a_second_run_replaces_the_last_checkpoint():
+    for seed in ("1", "2"):
+        shipped("fit", "grpo", *SHORT, "--model.num_generations", "2", "--data.prompts_per_phase", "2", "--seed_everything", seed)
+    assert [path.name for path in Path("runs/grpo/checkpoints").iterdir()] == ["last.ckpt"]
+
+
+def test_the_config_is_that_of_the_last_run_that_began(capsys):
+    small = [*SHORT, "--model.num_generations", "2", "--data.prompts_per_phase", "2"]
+    shipped("fit", "grpo", *small, "--seed_everything", "5")
+    saved = Path("runs/grpo/config.yaml")
+    assert yaml.safe_load(saved.read_text())["seed_everything"] == 5
+    for refused in (["--trainer.precision", "bf16-true"], ["--trainer.accumulate_grad_batches", "300"]):
+        with pytest.raises(SystemExit):
+            shipped("fit", "grpo", *small, "--seed_everything", "6", *refused)
+        assert yaml.safe_load(saved.read_text())["seed_everything"] == 5
+    shipped("fit", "grpo", *small, "--ckpt_path", "runs/grpo/checkpoints/last.ckpt", "--trainer.max_epochs", "2", "--seed_everything", "7")
+    config = yaml.safe_load(saved.read_text())
+    assert (config["seed_everything"], config["ckpt_path"]) == (7, None)
+    shipped("validate", "grpo", *QUICK[:-2], "--data.val.num_examples", "4", "--seed_everything", "8")
+    assert yaml.safe_load(saved.read_text())["seed_everything"] == 7
+
+
+def test_no_config_is_written_without_a_logger():
+    shipped("fit", "sft", *SHORT, "--trainer.logger", "false", "--trainer.callbacks", "null", "--trainer.enable_checkpointing", "false")
+    assert list(Path().iterdir()) == []
+
+
+def test_a_saved_config_runs_again():
+    shipped("fit", "sft", *SHORT)
+    main(["fit", "--config", "runs/sft/config.yaml"])
+
+
+@pytest.mark.parametrize(
+    ("method", "kind", "killed", "left", "small"),
+    [
+        ("sft", SFTModule, 102, 100, ["--data.batch_size", "1", "--data.train.num_examples", "60"]),
+        ("grpo", GRPOModule, 12, 10, ["--data.prompts_per_phase", "2", "--model.num_generations", "2"]),
+    ],
+)
+def test_a_killed_run_has_lost_only_its_last_steps(monkeypatch, method, kind, killed, left, small):
+    step = kind.training_step
+
+    def until_killed(self, batch, batch_idx):
+        if self.global_step == killed:
+            raise RuntimeError("killed")
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(kind, "training_step", until_killed)
+    with pytest.raises(RuntimeError, match="killed"):
+        shipped("fit", method, *QUICK, *small)
+    assert torch.load(f"runs/{method}/checkpoints/last.ckpt", weights_only=True)["global_step"] == left
+
+
+def test_own_worked_answers_raise_no_alarm():
+    """GSM8K's way of writing: the training reward and the gold reward of the shipped config agree on right and wrong."""
+    from jsonargparse import ArgumentParser
+
+    from modules.types import Completion, Reward, Rollout
+
+    config = yaml.safe_load((CONFIGS / "grpo.yaml").read_text())
+    (gold,) = (call["init_args"]["gold"] for call in config["trainer"]["callbacks"] if call["class_path"] == "Overoptimization")
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(Reward, "proxy")
+    parser.add_subclass_arguments(Reward, "gold")
+    rewards = parser.instantiate(parser.parse_object({"proxy": config["model"]["init_args"]["reward"], "gold": gold}))
+    texts = ["48/2 = 24\n48 + 24 = 72\n#### 72", "In total she sold 48 + 24 = 72 clips.", "72", "so it is 1,080.", "70", ""]
+    answers = ["72", "72", "72", "1080", "72", "72"]
+    rollouts = [Rollout("u", "p", [1], a, Completion([1], [0.0], t, "stop"), 0, {}, None) for t, a in zip(texts, answers, strict=True)]
+    assert type(rewards.proxy) is not type(rewards.gold)
+    assert rewards.proxy(rollouts) == rewards.gold(rollouts) == [1.0, 1.0, 1.0, 1.0, 0.0, 0.0]
