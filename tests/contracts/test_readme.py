@@ -1,6 +1,7 @@
 """The README tells the truth: its metric table against what runs log, and the commands and files it names."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -62,3 +63,18 @@ def test_named_files_exist():
     for name in re.findall(r"configs/[\w/-]+\.yaml|\.github/[\w.]+|CONTRIBUTING\.md", README):
         if "<" not in name and name != "configs/x.yaml":
             assert (ROOT / name).exists(), name
+
+
+FORMS = re.findall(r"^\| [^`|].*\| `(--model[^`]+)` \|$", README, flags=re.MULTILINE)
+
+
+def test_forms_of_grpo_are_there():
+    assert len(FORMS) == 4
+
+
+@pytest.mark.parametrize("arguments", FORMS)
+def test_forms_of_grpo_parse(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", "--config", str(ROOT / "configs/grpo.yaml"), *shlex.split(arguments), "--print_config"])
+    assert stop.value.code in (0, None)
+    assert arguments.split()[-1] in capsys.readouterr().out
