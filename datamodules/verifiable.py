@@ -39,7 +39,7 @@ class VerifiableDataModule(AlignDataModule):
         chat: render text prompts as one user message with the chat template.
         max_prompt_length: tokens.
         drop_long: drop longer prompts and count them; False makes them an error.
-        prompts_per_phase: over all ranks; a multiple of their number.
+        prompts_per_phase: over all ranks; with several, a multiple of their number times the updates of a pass.
         updates_per_phase: optimiser updates from one phase's rollouts, a multiple of ``inner_epochs``.
         inner_epochs: passes over one phase's rollouts.
         val_batch_size: held-out prompts per batch and rank.
@@ -86,8 +86,12 @@ class VerifiableDataModule(AlignDataModule):
         """Tokenises all prompts once; bad rows and a phase that the ranks cannot share fail here."""
         self._loader, self._snapshot = None, None
         self.require_held_out(stage)
-        if self.prompts_per_phase % self.world_size:
-            raise ValueError(f"prompts_per_phase ({self.prompts_per_phase}) must be a multiple of the number of ranks ({self.world_size})")
+        shares = self.world_size * max(1, self.updates_per_phase // max(1, self.inner_epochs))
+        if self.world_size > 1 and self.prompts_per_phase % shares:
+            raise ValueError(
+                f"prompts_per_phase ({self.prompts_per_phase}) must be a multiple of {shares}: {self.world_size} ranks share each of the "
+                f"{shares // self.world_size} updates of a pass equally"
+            )
         if not self.train_prompts:
             self.train_prompts = self._load(self.train, "train")
         if stage == "fit" and all(prompt.example.answer is None for prompt in self.train_prompts):

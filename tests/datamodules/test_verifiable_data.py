@@ -87,7 +87,7 @@ def test_a_phase_may_be_longer_than_the_data(ten_rows: str) -> None:
 
 
 def test_numbers_that_do_not_fit_are_named(ten_rows: str) -> None:
-    with pytest.raises(ValueError, match=r"prompts_per_phase \(4\) must be a multiple of the number of ranks \(3\)"):
+    with pytest.raises(ValueError, match=r"prompts_per_phase \(4\) must be a multiple of 3: 3 ranks share each of the 1 updates"):
         on_rank(0, 3, ten_rows)
     with pytest.raises(ValueError, match="must be at least 1, got 0, 64 and 512"):
         VerifiableDataModule(tiny_tokenizer(), ten_rows, prompts_per_phase=0)

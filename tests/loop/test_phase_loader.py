@@ -6,6 +6,7 @@ import pytest
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from datamodules.phase_loader import PhaseLoader, select, split
 from modules.types import Rollout
@@ -140,6 +141,61 @@ def test_length_is_updates_times_accumulation_and_validation_runs_once_a_phase()
     length = Length()
     fit(Toy(), accumulate=3, callbacks=(length,), updates_per_phase=2)
     assert length.found == 6
+
+
+class Validated(Toy):
+    """Counts its validations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.validated: list[tuple[int, int]] = []
+
+    def validation_step(self, batch: torch.Tensor, batch_idx: int) -> None:
+        self.validated.append((self.current_epoch, self.global_step))
+
+
+class ValidatedData(ToyData):
+    def val_dataloader(self) -> torch.utils.data.DataLoader:
+        return torch.utils.data.DataLoader(torch.zeros(1))
+
+
+def test_validation_runs_once_a_phase_behind_its_updates():
+    module = Validated()
+    trainer = Trainer(max_epochs=2, num_sanity_val_steps=0, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    trainer.fit(module, datamodule=ValidatedData(updates_per_phase=2))
+    assert module.validated == [(0, 2), (1, 4)]
+
+
+class Disagreeing(SingleDeviceStrategy):
+    """Another rank whose phase has one micro-batch more."""
+
+    def all_gather(self, tensor: torch.Tensor, group: Any = None, sync_grads: bool = False) -> torch.Tensor:
+        return torch.stack([tensor, tensor + 1])
+
+
+def test_ranks_with_phases_of_different_lengths_are_refused():
+    trainer = Trainer(strategy=Disagreeing("cpu"), max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    with pytest.raises(ValueError, match=r"the ranks disagree on the micro-batches of a phase: \[2, 3\]"):
+        trainer.fit(Toy(), datamodule=ToyData(updates_per_phase=2))
+
+
+class Interrupted(Toy):
+    """Sampling fails in the second phase."""
+
+    def collect(self, prompts: dict[str, Any]) -> dict[str, torch.Tensor]:
+        if self.current_epoch == 1:
+            raise RuntimeError("engine lost")
+        return super().collect(prompts)
+
+
+def test_an_interrupted_collection_leaves_the_finished_phase_behind():
+    module = Interrupted()
+    trainer = Trainer(max_epochs=2, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    with pytest.raises(RuntimeError, match="engine lost"):
+        trainer.fit(module, datamodule=ToyData(updates_per_phase=2))
+    loader = trainer.train_dataloader
+    assert (loader.phase, loader.position) == (0, 2)
+    assert loader.snapshot()["ranks"][0]["micro_batches"] == []  # nothing of phase 0 can pass for phase 1
 
 
 @pytest.mark.parametrize(
