@@ -19,7 +19,8 @@ class ReasoningGym(Source):
         size: distinct problems, >= 1.
         seed: problem i is generated from ``seed`` + i.
         options: the task's own settings, such as ``{"max_terms": 2}``.
-        completion: format string with the fields ``{question}`` and ``{answer}`` for a supervised completion; none by default.
+        completion: format string with the fields ``{question}``, ``{answer}`` and those of the task's metadata, such as ``{expression}``,
+            for a supervised completion; none by default.
         held_out: draw from the held-out questions instead of the training questions.
     """
 
@@ -40,7 +41,6 @@ class ReasoningGym(Source):
         self.options = options or {}
         self.completion = completion
         self.held_out = held_out
-        self._fill("", "")
 
     def rows(self) -> list[Row]:
         """``size`` rows, no question twice. Raises ValueError when the task does not hold that many."""
@@ -69,17 +69,17 @@ class ReasoningGym(Source):
             yield block
             seed += length
 
-    def _fill(self, question: str, answer: str) -> dict[str, str]:
+    def _fill(self, fields: dict[str, Any]) -> dict[str, str]:
         if self.completion is None:
             return {}
         try:
-            return {"completion": self.completion.format(question=question, answer=answer)}
+            return {"completion": self.completion.format(**fields)}
         except (KeyError, IndexError, ValueError) as error:
-            raise ValueError(f"completion {self.completion!r} may only use the fields {{question}} and {{answer}}") from error
+            raise ValueError(f"completion {self.completion!r} of {self.task} may only use the fields {', '.join(fields)}") from error
 
     def _row(self, index: int, problem: dict[str, Any]) -> Row:
         question, answer = problem["question"], str(problem["answer"])
-        columns = {"question": question, "answer": answer, "metadata": problem["metadata"], **self._fill(question, answer)}
+        columns = {"question": question, "answer": answer, "metadata": problem["metadata"], **self._fill({"question": question, "answer": answer, **problem["metadata"]})}
         side = "-held-out" if self.held_out else ""
         return Row(columns, f"{self.task}{side}#{index}", self.task)
 

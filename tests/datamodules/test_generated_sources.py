@@ -66,6 +66,8 @@ def test_reasoning_gym_rows() -> None:
         assert int(row.columns["answer"]) == int(first) + (int(second) if sign == "+" else -int(second))
         assert row.columns["completion"] == f"<think>{row.columns['question']}</think><answer>{row.columns['answer']}</answer>"
     assert "completion" not in chain_sum(1).rows()[0].columns
+    row = chain_sum(1, completion="{expression} = {answer}").rows()[0].columns
+    assert row["completion"] == f"{row['metadata']['expression']} = {row['answer']}"
 
 
 def test_reasoning_gym_holds_questions_out_under_every_seed() -> None:
@@ -82,4 +84,4 @@ def test_reasoning_gym_refusals() -> None:
     with pytest.raises(ValueError, match="refuses task 'chain_sum' with {'colour': 'red'}"):
         ReasoningGym("chain_sum", 1, options={"colour": "red"}).rows()
     with pytest.raises(ValueError, match="may only use the fields"):
-        ReasoningGym("chain_sum", 1, completion="{solution}")
+        ReasoningGym("chain_sum", 1, completion="{solution}").rows()
