@@ -78,8 +78,8 @@ class ReasoningGym(Source):
             raise ValueError(f"completion {self.completion!r} of {self.task} may only use the fields {', '.join(fields)}") from error
 
     def _row(self, index: int, problem: dict[str, Any]) -> Row:
-        question, answer = problem["question"], str(problem["answer"])
-        columns = {"question": question, "answer": answer, "metadata": problem["metadata"], **self._fill({"question": question, "answer": answer, **problem["metadata"]})}
+        known = {"question": problem["question"], "answer": str(problem["answer"])}
+        columns = {**known, "metadata": problem["metadata"], **self._fill({**problem["metadata"], **known})}
         side = "-held-out" if self.held_out else ""
         return Row(columns, f"{self.task}{side}#{index}", self.task)
 
