@@ -272,3 +272,11 @@ def test_errors_say_what_is_wrong() -> None:
             function(logprobs, old, advantages[:, 0], mask, denominator)
     with pytest.raises(ValueError, match="shapes"):
         mirror_descent_loss(logprobs, old[:, :-1], mask, REWARDS, GROUP, tau=0.3)
+
+
+def test_an_overflowing_ratio_without_advantage_adds_nothing():
+    now = torch.tensor([[500.0, -1.0]], requires_grad=True)  # exp(500) is inf in float32
+    loss, metrics = clipped_policy_loss(now, torch.tensor([[-1.0, -1.0]]), torch.tensor([[0.0, 1.0]]), torch.ones(1, 2, dtype=torch.bool), 2.0)
+    (gradient,) = torch.autograd.grad(loss, now)
+    assert loss.item() == -0.5
+    assert gradient.tolist() == [[0.0, -0.5]]

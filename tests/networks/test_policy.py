@@ -6,8 +6,12 @@ from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    Gemma2Config,
+    Gemma2ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -178,3 +182,38 @@ def test_tokenizer_larger_than_the_model_is_refused(tmp_path):
     tiny_tokenizer().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="261 tokens, its model only 100"):
         Policy(str(tmp_path))
+
+
+REFUSED = {
+    "softcap": (lambda: Gemma2ForCausalLM(Gemma2Config(**SMALL, num_key_value_heads=2, head_dim=8)), "final_logit_softcapping"),
+    "dynamic": (lambda: LlamaForCausalLM(LlamaConfig(**SMALL, rope_parameters=DYNAMIC)), "dynamic rotary positions"),
+}
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_models_whose_scores_would_be_wrong_are_refused(tmp_path, name):
+    make, sentence = REFUSED[name]
+    make().save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=sentence):
+        Policy(str(tmp_path))
+
+
+def test_scores_that_differ_from_the_models_own_are_refused(policy, monkeypatch):
+    head = policy.model.get_output_embeddings()
+    monkeypatch.setattr(policy.model, "get_output_embeddings", lambda: lambda hidden: 2 * head(hidden))  # as a model with a hidden scale
+    with pytest.raises(ValueError, match="log-probabilities from its hidden states are off by"):
+        policy.check_scores()
+
+
+def test_untested_architectures_do_not_share_and_are_right(tmp_path):
+    torch.manual_seed(1)
+    layers = {"attention_types": [[["global", "local"], 1]], "window_size": 4}
+    config = GPTNeoConfig(vocab_size=272, hidden_size=32, num_layers=2, num_heads=4, max_position_embeddings=128, **layers)
+    GPTNeoForCausalLM(config).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    policy = Policy(str(tmp_path), dropout=False)
+    assert not policy.shares_prompts
+    batch = ragged_batch([3, 9, 6], [[4, 1, 7], [2, 2], [6]])
+    torch.testing.assert_close(policy.completion_scores(batch).logprobs, naive(policy, batch, 1.0)[0], atol=1e-5, rtol=0)

@@ -17,7 +17,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from modules.networks.tiny import tiny_tokenizer
+from modules.networks.tiny import tiny_model, tiny_tokenizer
 
 SIZES: dict[str, Any] = {"vocab_size": 300, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
 SIZES |= {"num_key_value_heads": 2, "max_position_embeddings": 128, "initializer_range": 0.2, "bos_token_id": 1, "eos_token_id": 2}
@@ -28,6 +28,7 @@ FAST = {
     "mistral": MistralConfig(**SIZES, sliding_window=None, head_dim=24),
     "qwen2": Qwen2Config(**SIZES),
     "qwen3": Qwen3Config(**SIZES, head_dim=32),
+    "tiny": tiny_model().config,
 }
 GENERAL = {
     "gpt2": GPT2Config(vocab_size=300, n_embd=64, n_layer=2, n_head=4, n_positions=128, initializer_range=0.2, bos_token_id=1, eos_token_id=2),

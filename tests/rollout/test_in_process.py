@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import FAST, Holder, build, ragged
+from transformers import MambaConfig
 
 from modules.rollout import InProcessEngine, Sampling
 from modules.rollout import in_process as in_process_module
@@ -92,6 +93,30 @@ def test_generation_g_uses_the_seed_plus_g(either: Holder) -> None:
     assert len({tuple(completion.token_ids) for completion in group}) == 3
     longer = engine.generate([prompt], 1, Sampling(max_completion_length=15), [50])[0][0]
     assert longer.token_ids[:10] == group[0].token_ids[:10]
+
+
+def test_all_bits_of_a_seed_count(either: Holder) -> None:
+    engine, sampling = engine_for(either), Sampling(max_completion_length=10)
+    draws = [engine.generate([[7, 8, 9]], 1, sampling, [seed])[0][0].token_ids for seed in (50, 50 + 2**32, 50 + 2**61)]
+    assert len(set(map(tuple, draws))) == 3
+
+
+def test_a_special_token_may_be_a_stop_string(either: Holder) -> None:
+    turn = either.tokenizer.convert_tokens_to_ids("<|im_start|>")
+    engine, prompts = engine_for(either), [[5 + i] for i in range(40)]
+    free = engine.generate(prompts, 8, Sampling(max_completion_length=20), list(range(0, 400, 10)))
+    cut = engine.generate(prompts, 8, Sampling(max_completion_length=20, stop=("<|im_start|>",)), list(range(0, 400, 10)))
+    pairs = [pair for groups in zip(free, cut, strict=True) for pair in zip(*groups, strict=True) if turn in pair[0].token_ids]
+    assert pairs
+    for whole, short in pairs:
+        assert short.token_ids == whole.token_ids[: whole.token_ids.index(turn) + 1]
+        assert short.finish == "stop"
+
+
+def test_models_without_keys_and_values_are_refused() -> None:
+    mamba = build(MambaConfig(vocab_size=300, hidden_size=32, num_hidden_layers=2))
+    with pytest.raises(ValueError, match="cannot sample from MambaForCausalLM: some of its layers keep no keys and values"):
+        InProcessEngine().sync_weights(mamba, 0)
 
 
 def test_samples_follow_the_model(qwen3: Holder) -> None:
