@@ -74,9 +74,17 @@ def to_batch(rollouts: list[Rollout], device: torch.device) -> PolicyBatch:
 
 
 def in_chunks(score: Callable[[PolicyBatch], tuple[Tensor, ...]], batch: PolicyBatch) -> tuple[Tensor, ...]:
-    """Apply ``score`` to whole groups of at most ``SCORING_TOKENS`` padded tokens at a time; each result is [N, Tc]."""
-    parts = [score(part) for part in prompt_chunks(batch)]
-    return tuple(torch.cat(column) for column in zip(*parts, strict=True))
+    """Apply ``score`` to whole groups of at most ``SCORING_TOKENS`` padded tokens at a time; each result is [N, Tc].
+
+    A completion that a prompt got several times is scored once: late in training most are such.
+    """
+    lengths = batch["completion_mask"].sum(1, keepdim=True)
+    rows = torch.cat([batch["prompt_index"][:, None], lengths, batch["completion_ids"]], 1)
+    distinct, copies = rows.unique(dim=0, return_inverse=True)  # sorted, so still by prompt
+    mask = torch.arange(batch["completion_ids"].shape[1], device=rows.device) < distinct[:, 1:2]
+    once = {**batch, "prompt_index": distinct[:, 0], "completion_ids": distinct[:, 2:], "completion_mask": mask}
+    parts = [score(part) for part in prompt_chunks(cast(PolicyBatch, once))]
+    return tuple(torch.cat(column)[copies] for column in zip(*parts, strict=True))
 
 
 def prompt_chunks(batch: PolicyBatch) -> Iterable[PolicyBatch]:
