@@ -70,6 +70,8 @@ class GRPOModule(AlignmentModule):
             raise ValueError(f"num_generations is {num_generations}: a group needs at least 2 completions to compare")
         if sampling.temperature <= 0:
             raise ValueError(f"sampling.temperature is {sampling.temperature}: greedy completions of a prompt are all the same")
+        if beta < 0 or val_generations < 1:
+            raise ValueError(f"beta must be >= 0 and val_generations at least 1, got {beta} and {val_generations}")
         self.reward, self.accuracy = reward, accuracy or reward
         self.num_generations, self.val_generations, self.sampling, self.seed = num_generations, val_generations, sampling, seed
         self.engine = engine or InProcessEngine()

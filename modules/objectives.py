@@ -79,6 +79,8 @@ class ConstantNorm(Aggregation):
     """
 
     def __init__(self, max_length: int) -> None:
+        if max_length < 1:
+            raise ValueError(f"ConstantNorm max_length must be at least 1 token, got {max_length}")
         self.max_length = max_length
 
     def row_count(self, mask: Tensor) -> Tensor:
@@ -105,6 +107,8 @@ class Clipped(PolicyObjective):
     """
 
     def __init__(self, clip_low: float = 0.2, clip_high: float = 0.28, aggregation: Aggregation | None = None) -> None:
+        if min(clip_low, clip_high) < 0:
+            raise ValueError(f"clip_low and clip_high must be >= 0, got {clip_low} and {clip_high}")
         self.clip_low, self.clip_high = clip_low, clip_high
         self.aggregation = aggregation or TokenMean()
 
