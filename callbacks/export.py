@@ -1,8 +1,8 @@
-"""Writes the policy as a Hugging Face folder that the next stage, or anybody's tools, can load."""
+"""Writes the trained model as a Hugging Face folder that the next stage, or anybody's tools, can load."""
 
 import shutil
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Protocol, cast, runtime_checkable
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
@@ -10,10 +10,18 @@ from callbacks.phase import require_period
 
 
 class Saves(Protocol):
-    """A policy that writes itself and its tokenizer as a Hugging Face folder."""
+    """A model that writes itself and its tokenizer as a Hugging Face folder."""
 
     def save_pretrained(self, folder: Path) -> None:
         """Write model and tokenizer into an existing folder."""
+
+
+@runtime_checkable
+class Exports(Saves, Protocol):
+    """A module that is more than its policy and writes itself."""
+
+    def before_export(self) -> None:
+        """Called on all ranks first, for what they must do together."""
 
 
 class HasPolicy(Protocol):
@@ -64,17 +72,19 @@ class Export(Callback):
     def _export(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.fast_dev_run:  # type: ignore[attr-defined]  # Trainer sets it without declaring it
             return
+        if isinstance(pl_module, Exports):
+            pl_module.before_export()
         if trainer.is_global_zero:
-            self._write(cast(HasPolicy, pl_module).policy)
+            self._write(pl_module if isinstance(pl_module, Exports) else cast(HasPolicy, pl_module).policy)
         self.exported_step = trainer.global_step
         trainer.strategy.barrier("export")
 
-    def _write(self, policy: Saves) -> None:
+    def _write(self, model: Saves) -> None:
         partial = self._sibling("partial")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         try:
-            policy.save_pretrained(partial)
+            model.save_pretrained(partial)
             mode = (partial / "config.json").stat().st_mode
             for file in partial.rglob("*.safetensors"):
                 file.chmod(mode)  # safetensors lets only the owner read, whatever the umask

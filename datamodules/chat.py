@@ -109,6 +109,23 @@ def encode_messages(tokenizer: PreTrainedTokenizerBase, messages: list[Message],
     return Tokens(ids, supervised)
 
 
+def encode_rendered(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str, origin: str) -> Tokens | None:
+    """Tokens of a prompt that the chat template has rendered already and of the assistant's text behind it, supervised with its end of turn.
+
+    None when the prompt does not end the way the template opens an assistant turn behind a user message: it is plain text.
+    """
+    if tokenizer.chat_template is None:
+        return None
+    user, assistant = Message(role="user", content="\N{SNOWMAN}"), Message(role="assistant", content="\N{SNOWMAN}")
+    opening = render(tokenizer, [user], origin, open_turn=True).rpartition("\N{SNOWMAN}")[2]
+    if not opening.strip() or not prompt.endswith(opening):
+        return None
+    closing = render(tokenizer, [user, assistant], origin, open_turn=False).rpartition("\N{SNOWMAN}")[2]
+    before = _ids(tokenizer, prompt)
+    learned, _ = _assistant_ids(tokenizer, completion, closing)
+    return Tokens(before + learned, [False] * len(before) + [True] * len(learned))
+
+
 def render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], origin: str, open_turn: bool) -> str:
     """The conversation as text; ``open_turn`` ends it where the assistant is to go on. Raises ValueError with ``origin``."""
     if tokenizer.chat_template is None:

@@ -2,7 +2,7 @@
 
 import datetime
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,11 +37,11 @@ class VerifiableExample:
     source: str
 
 
-def check_mapping(columns: Columns) -> None:
+def check_mapping(columns: Columns, known: Collection[str] = KNOWN) -> None:
     """Raises ValueError when the mapping (our name -> the data's name) uses a name of ours that does not exist."""
-    unknown = sorted(set(columns) - set(KNOWN))
+    unknown = sorted(set(columns) - set(known))
     if unknown:
-        raise ValueError(f"columns maps unknown names {', '.join(unknown)}; the names on the left may be {', '.join(KNOWN)}")
+        raise ValueError(f"columns maps unknown names {', '.join(unknown)}; the names on the left may be {', '.join(known)}")
 
 
 def instruction_example(row: Row, columns: Columns) -> InstructionExample:
@@ -49,7 +49,7 @@ def instruction_example(row: Row, columns: Columns) -> InstructionExample:
 
     Raises ValueError with the origin when the columns are missing or hold neither text nor messages.
     """
-    record = _renamed(row, columns)
+    record = renamed(row, columns)
     shape = _shape(record, INSTRUCTION_SHAPES, columns, row.origin)
     if shape == ("messages",):
         return InstructionExample([], _messages(record, "messages", row.origin), row.origin)
@@ -64,7 +64,7 @@ def verifiable_example(row: Row, columns: Columns) -> VerifiableExample:
 
     Raises ValueError with the origin when the columns are missing or hold the wrong type.
     """
-    record = _renamed(row, columns)
+    record = renamed(row, columns)
     prompt, name = _shape(record, VERIFIABLE_SHAPES, columns, row.origin)
     info = plain({key: value for key, value in record.items() if key not in (prompt, name)})
     answer = record[name]
@@ -102,7 +102,7 @@ def alpaca_prompt(record: Mapping[str, Any], origin: str) -> str:
     return f"{instruction}\n\n{given}" if given else instruction
 
 
-def _renamed(row: Row, columns: Columns) -> dict[str, Any]:
+def renamed(row: Row, columns: Columns) -> dict[str, Any]:
     """The record under our names. Theirs may be a path into nested columns, such as ``reward_model.ground_truth``."""
     given = {ours: _cells(row.columns, theirs) for ours, theirs in columns.items()}
     missing = [f"{columns[ours]!r} (for {ours})" for ours, cells in given.items() if not cells]

@@ -170,11 +170,15 @@ def split(batch: PolicyBatch, rows: Tensor, parts: int) -> list[Tensor]:
     tokens = batch["completion_mask"].sum(1)
     group = batch["prompt_index"][active]
     units = [active[group == g] for g in group.unique()]
-    if len(units) < parts:
+    if len(units) < parts and "rank" not in batch:  # compared completions stay together
         units = list(active[:, None])
     if len(units) < parts:
         idle = rows[~batch["active"][rows]]
         units += list(idle[tokens[idle].argsort(stable=True)][: parts - len(units), None])
+    if len(units) < parts:
+        raise ValueError(
+            f"an update of {len(units)} pairs cannot make {parts} micro-batches: raise prompts_per_phase or lower accumulate_grad_batches"
+        )
     bins: list[list[Tensor]] = [[] for _ in range(parts)]
     loads = [0] * parts
     for unit in sorted(units, key=lambda unit: -int(tokens[unit].sum())):

@@ -1,6 +1,10 @@
 """Post-training methods as LightningModules; the names here are the short names of the command line."""
 
+from modules.dpo import DPOModule
 from modules.grpo import GRPOModule
+from modules.label import LabelModule
+from modules.online_dpo import OnlineDPOModule
+from modules.reward import RewardModule
 from modules.sft import SFTModule
 
-__all__ = ["GRPOModule", "SFTModule"]
+__all__ = ["DPOModule", "GRPOModule", "LabelModule", "OnlineDPOModule", "RewardModule", "SFTModule"]

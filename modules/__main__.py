@@ -25,9 +25,8 @@ import modules.rewards
 from modules.base import AlignmentModule
 from modules.explain import did_you_mean, sentence
 
-PACKAGES = (modules, modules.rewards, datamodules, callbacks)
+PACKAGES = (modules, modules.objectives, modules.rewards, datamodules, callbacks)
 CHOICES = [vars(package)[name] for package in PACKAGES for name in package.__all__]
-CHOICES += [choice for choice in vars(modules.objectives).values() if inspect.getmodule(choice) is modules.objectives]
 NAMES = sorted(choice.__name__ for choice in CHOICES if isinstance(choice, type) and not inspect.isabstract(choice))
 NEEDED = {
     "fit": ("training_step", "train_dataloader"),

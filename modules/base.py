@@ -10,6 +10,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
+from modules.networks.lora import Lora
 from modules.networks.policy import Policy
 from modules.types import Rollout
 
@@ -22,15 +23,18 @@ class AlignmentModule(LightningModule):
         optimizer: parameters -> optimizer.
         scheduler: optimizer -> learning-rate scheduler, stepped once per optimiser update; None = constant.
         dropout: False switches the model's dropout off.
+        lora: train low-rank adapters instead of all weights.
 
     Attributes:
         rollouts: this rank's rollouts of the current phase, valid from its first micro-batch to the end of the epoch.
         phase_metrics: numbers of the current phase that its end logs.
     """
 
-    def __init__(self, policy: str, optimizer: OptimizerCallable, scheduler: LRSchedulerCallable | None = None, dropout: bool = True) -> None:
+    def __init__(
+        self, policy: str, optimizer: OptimizerCallable, scheduler: LRSchedulerCallable | None = None, dropout: bool = True, lora: Lora | None = None
+    ) -> None:
         super().__init__()
-        self.policy = Policy(policy, dropout=dropout)
+        self.policy = Policy(policy, dropout=dropout, lora=lora)
         self.optimizer, self.scheduler = optimizer, scheduler
         self.rollouts: list[Rollout] = []
         self.phase_metrics: dict[str, float] = {}

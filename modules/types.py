@@ -24,16 +24,20 @@ class InstructionBatch(TypedDict):
 
 
 class PreferenceBatch(TypedDict):
-    """Prompts with two or more ranked completions each."""
+    """Examples: each a prompt with completions that are ranked against each other, or with one completion that is labelled.
+
+    Two completions of a prompt make a pair where their ranks differ.
+    """
 
     prompt_ids: Tensor  # int [P, Tp]
     prompt_mask: Tensor  # bool [P, Tp]
     completion_ids: Tensor  # int [N, Tc]
-    completion_mask: Tensor  # bool [N, Tc]
+    completion_mask: Tensor  # bool [N, Tc], the end token included
     prompt_index: Tensor  # int [N], the prompt of each completion
-    rank: Tensor  # int [N], 0 = best
-    denominator: Tensor  # [], pairs of the whole optimiser step on all ranks
-    margin: NotRequired[Tensor]  # [N]
+    rank: Tensor  # int [N], 0 = best; a labelled completion: 0 = desirable, 1 = undesirable; -1 = filler, computed and not counted
+    row: Tensor  # int [N], the completion's number in its data set, by which its reference log-probs are kept
+    denominator: Tensor  # [], examples of the whole optimiser step on all ranks
+    margin: NotRequired[Tensor]  # [P], how much better the better completion should score
     ref_logprobs: NotRequired[Tensor]  # [N], sequence sums under the frozen reference
 
 
@@ -63,6 +67,7 @@ class PolicyBatch(TypedDict):
     denominator: Tensor  # [], what the objective divides by, over the whole optimiser step and all ranks
     row_count: NotRequired[Tensor]  # [N], what each row adds to the denominator; of a whole phase only
     active: NotRequired[Tensor]  # bool [N], False = zero gradient, may be left out of compute; of a whole phase only
+    rank: NotRequired[Tensor]  # int [N], where completions are compared: 0 = best, 1 = worst of its prompt, -1 = not compared
     ref_logprobs: NotRequired[Tensor]  # [N, Tc], frozen reference
     sampler_logprobs: NotRequired[Tensor]  # [N, Tc], the engine's own
     values: NotRequired[Tensor]  # [N, Tc]
@@ -95,6 +100,21 @@ class Rollout:
     info: dict[str, Any] | None = None  # the row's other columns
     entropy: float | None = None  # nats per token, mean over the completion, of the full next-token distribution
     kl: float | None = None  # sum over the completion of log pi - log pi_start, in nats
+
+
+@dataclass(frozen=True)
+class ScoredPair:
+    """Two completions of a prompt, the chosen one better by the data, with the scores that a model gives them."""
+
+    prompt: str  # equal = the same prompt
+    prompt_length: int  # tokens
+    chosen: str
+    rejected: str
+    chosen_length: int  # tokens, the end token included
+    rejected_length: int
+    chosen_score: float  # a reward, or the implicit reward of a policy
+    rejected_score: float
+    margin: float | None = None  # strength of the preference as the data say it
 
 
 class Reward(ABC):

@@ -51,3 +51,12 @@ def aggregate(loss: Tensor, mask: Tensor, denominator: Tensor | float) -> Tensor
     """
     nothing_kept = (mask == 0).all().to(loss.dtype)
     return masked_sum(loss, mask) / (denominator + nothing_kept)
+
+
+def pad(rows: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids int [R, T], padded on the right with 0, and the bool mask [R, T] made from the lengths."""
+    lengths = torch.tensor([len(row) for row in rows])
+    mask = torch.arange(max(1, int(lengths.max())))[None] < lengths[:, None]
+    ids = torch.zeros(mask.shape, dtype=torch.long)
+    ids[mask] = torch.tensor([token for row in rows for token in row], dtype=torch.long)
+    return ids.to(device), mask.to(device)

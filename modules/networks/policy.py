@@ -14,6 +14,7 @@ from transformers.cache_utils import DynamicLayer
 
 from modules.functional.logprobs import token_entropies, token_logprobs
 from modules.networks.loading import check_supported, load, remove_dropout, stop_token_ids
+from modules.networks.lora import Lora, add_adapters, merged
 from modules.types import PolicyBatch, PreferenceBatch
 
 MAX_LOGITS = 2**24  # entries of one chunk of logits: 64 MB in fp32
@@ -35,6 +36,7 @@ class Policy(nn.Module):
     Args:
         path: ``tiny`` (built in, no download), a folder with ``config.json``, a ``.gguf`` file, or a hub id.
         dropout: False sets every dropout rate of the model to zero (reinforcement learning, preference losses).
+        lora: train low-rank adapters of the linear layers and leave the model's own weights alone; None trains all weights.
 
     Attributes:
         model: the Hugging Face model, fp32.
@@ -46,10 +48,13 @@ class Policy(nn.Module):
             architecture transforms its logits in a way that the chunked log-probabilities do not know.
     """
 
-    def __init__(self, path: str, dropout: bool = True) -> None:
+    def __init__(self, path: str, dropout: bool = True, lora: Lora | None = None) -> None:
         super().__init__()
         self.path = path
         self.model, self.tokenizer = load(path)
+        self.has_adapters = lora is not None
+        if lora is not None:
+            add_adapters(self.model, lora)
         self.model.train()  # from_pretrained leaves it in eval mode, and fit does not change that
         if not dropout:
             remove_dropout(self.model)
@@ -115,9 +120,13 @@ class Policy(nn.Module):
             scores [N, Tc], aligned to their own token.
         """
         mask = batch["completion_mask"]
-        shared = self.shares_prompts and len(batch["prompt_index"]) > len(batch["prompt_ids"])
-        hidden = self._hidden_shared(batch) if shared else self._hidden_rows(batch)
+        hidden = self._hidden_shared(batch, batch["completion_ids"][:, :-1]) if self._shares(batch) else self._hidden_rows(batch)[:, :-1]
         return spread(self.score(hidden[mask], batch["completion_ids"][mask], temperature, details), mask)
+
+    def completion_states(self, batch: PolicyBatch | PreferenceBatch) -> Tensor:
+        """Hidden state [N, H] at the last kept token of each completion, what a scalar head reads."""
+        hidden = self._hidden_shared(batch, batch["completion_ids"]) if self._shares(batch) else self._hidden_rows(batch)
+        return hidden[torch.arange(len(hidden), device=hidden.device), batch["completion_mask"].sum(1)]
 
     def hidden_states(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
         """Last hidden states [N, T, H] of right-padded rows; ``hidden[:, t]`` predicts token ``t + 1``."""
@@ -141,8 +150,8 @@ class Policy(nn.Module):
         )
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write model and tokenizer as a Hugging Face folder."""
-        self.model.save_pretrained(folder)
+        """Write model and tokenizer as a Hugging Face folder, adapters merged into the weights."""
+        (merged(self.model) if self.has_adapters else self.model).save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 
     def _score_chunk(self, hidden: Tensor, targets: Tensor, temperature: float, details: bool) -> TokenScores:
@@ -153,24 +162,29 @@ class Policy(nn.Module):
         detached = logits.detach().float()
         return TokenScores(logprobs, token_entropies(detached / temperature)[0], (detached[0].argmax(-1) == targets).float())
 
+    def _shares(self, batch: PolicyBatch | PreferenceBatch) -> bool:
+        return self.shares_prompts and len(batch["prompt_index"]) > len(batch["prompt_ids"])
+
     def _hidden_rows(self, batch: PolicyBatch | PreferenceBatch) -> Tensor:
-        """[N, Tc, H]: prompt and completion as one row each, moved together so that padding is on the right only."""
+        """[N, Tc + 1, H], after the prompt and after each completion token: one row each, moved together so that padding is on the right only."""
         lengths = batch["prompt_mask"].sum(1)[batch["prompt_index"]]  # [N]
-        columns = torch.arange(batch["completion_ids"].shape[1], device=lengths.device)
-        at = lengths[:, None] + columns  # [N, Tc], where each completion token goes
+        columns = torch.arange(batch["completion_ids"].shape[1] + 1, device=lengths.device)
+        at = lengths[:, None] + columns  # [N, Tc + 1], where each completion token goes, and one more
         prompts = batch["prompt_ids"][batch["prompt_index"]]
-        rows = nn.functional.pad(prompts, (0, len(columns))).scatter(1, at, batch["completion_ids"])
+        rows = nn.functional.pad(prompts, (0, len(columns) - 1)).scatter(1, at[:, :-1], batch["completion_ids"])
         hidden = self.hidden_states(rows)
         return hidden.gather(1, (at - 1)[..., None].expand(-1, -1, hidden.shape[-1]))
 
-    def _hidden_shared(self, batch: PolicyBatch | PreferenceBatch) -> Tensor:
-        """[N, Tc, H]: each prompt once with a cache, the cache repeated, then the completions; gradients flow through it."""
+    def _hidden_shared(self, batch: PolicyBatch | PreferenceBatch, tokens: Tensor) -> Tensor:
+        """[N, T + 1, H], after the prompt and after each of ``tokens`` [N, T], the first of the completions.
+
+        Each prompt runs once with a cache, which is repeated for its completions; gradients flow through it.
+        """
         index, prompt_mask = batch["prompt_index"], batch["prompt_mask"]
         lengths = prompt_mask.sum(1)  # [P]
         cache = DynamicCache(config=self.model.config)
         prompts = self.model.base_model(input_ids=batch["prompt_ids"], past_key_values=cache, use_cache=True).last_hidden_state
         last = prompts[torch.arange(len(prompts), device=index.device), lengths - 1][index][:, None]  # [N, 1, H]
-        tokens = batch["completion_ids"][:, :-1]
         if tokens.shape[1] == 0:
             return last
         for layer in cast(list[Any], cache.layers):

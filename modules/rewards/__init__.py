@@ -1,7 +1,27 @@
 """Rewards, chosen by class name in YAML."""
 
 from modules.rewards.base import WeightedSum, breakdown
+from modules.rewards.chat_client import HttpChat, LocalChat
 from modules.rewards.format import RegexFormat, ThinkAnswerFormat
+from modules.rewards.judge import PairwiseJudge, RubricJudge
+from modules.rewards.learned import LearnedReward
+from modules.rewards.length import LengthPenalty
 from modules.rewards.math import ExactMatch, MathVerify, NumericMatch
+from modules.rewards.versus import Versus
 
-__all__ = ["ExactMatch", "MathVerify", "NumericMatch", "RegexFormat", "ThinkAnswerFormat", "WeightedSum", "breakdown"]
+__all__ = [
+    "ExactMatch",
+    "HttpChat",
+    "LearnedReward",
+    "LengthPenalty",
+    "LocalChat",
+    "MathVerify",
+    "NumericMatch",
+    "PairwiseJudge",
+    "RegexFormat",
+    "RubricJudge",
+    "ThinkAnswerFormat",
+    "Versus",
+    "WeightedSum",
+    "breakdown",
+]

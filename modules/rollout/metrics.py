@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
 
 from modules.functional.advantages import zero_std_fraction
 from modules.functional.diagnostics import pass_at_k
+from modules.functional.ranks import from_all_ranks
 from modules.types import Reward, Rollout
 
 
@@ -88,15 +89,6 @@ def std(values: Tensor) -> float:
     """Sample standard deviation of the entries [N] that are not NaN; 0 for fewer than two."""
     kept = values[~values.isnan()]
     return float(kept.std()) if len(kept) > 1 else 0.0
-
-
-def from_all_ranks(items: list[Any]) -> list[Any]:
-    """The items of all ranks, in the order of the ranks (collective)."""
-    if not distributed.is_initialized():
-        return items
-    parts: list[list[Any]] = [[] for _ in range(distributed.get_world_size())]
-    distributed.all_gather_object(parts, items)
-    return [item for part in parts for item in part]
 
 
 def gap_metrics(mask: Tensor, old_logprobs: Tensor, sampler_logprobs: Tensor, kl: Tensor | None) -> dict[str, float]:

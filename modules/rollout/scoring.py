@@ -8,6 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from modules.functional.masked import pad
 from modules.rewards.base import breakdown
 from modules.types import Completion, PolicyBatch, PromptBatch, Reward, Rollout
 
@@ -39,15 +40,6 @@ def make_rollouts(prompts: PromptBatch, completions: list[list[Completion]], rew
     ]
     parts, totals = breakdown(reward, rollouts)
     return [replace(rollout, rewards=part, reward=total) for rollout, part, total in zip(rollouts, parts, totals, strict=True)]
-
-
-def pad(rows: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token ids int [R, T], padded on the right with 0, and the bool mask [R, T] made from the lengths."""
-    lengths = torch.tensor([len(row) for row in rows])
-    mask = torch.arange(max(1, int(lengths.max())))[None] < lengths[:, None]
-    ids = torch.zeros(mask.shape, dtype=torch.long)
-    ids[mask] = torch.tensor([token for row in rows for token in row], dtype=torch.long)
-    return ids.to(device), mask.to(device)
 
 
 def to_batch(rollouts: list[Rollout], device: torch.device) -> PolicyBatch:

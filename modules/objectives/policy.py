@@ -1,4 +1,4 @@
-"""Choices that a YAML names by class: how rewards become advantages, how token losses are averaged, which loss is taken."""
+"""Choices of on-policy methods: how rewards become advantages, how token losses are averaged, which loss is taken."""
 
 from abc import ABC, abstractmethod
 

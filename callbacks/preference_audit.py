@@ -1,0 +1,213 @@
+"""Does the score prefer what people prefer, or only what is longer?"""
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast, runtime_checkable
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from callbacks.phase import new_figure, tensorboards
+from modules.functional.preference_audit import audit_report
+from modules.functional.ranks import from_all_ranks
+from modules.types import PreferenceBatch, ScoredPair
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Split = Literal["train", "val"]
+MAX_CORRELATION = 0.5  # of score and length within prompts, above which a score is suspect
+NUM_BINS = 10  # of the reliability diagram, over [0, 1]
+
+
+@runtime_checkable
+class ScoresPairs(Protocol):
+    """What is read of the module: a reward model, or a policy with its implicit reward."""
+
+    scored_pairs: list[ScoredPair]  # this rank's, of the current evaluation batch
+
+    def score_pairs(self, batch: PreferenceBatch) -> list[ScoredPair]:
+        """The pairs of a batch, which is on the module's device; fillers make none."""
+
+
+@runtime_checkable
+class HasRowsInOrder(Protocol):
+    """What is read of the DataModule."""
+
+    val: object | None  # None = no held-out rows
+
+    def in_order(self, stage: Split) -> DataLoader[PreferenceBatch]:
+        """This rank's rows, each once; as many batches on every rank."""
+
+
+class PreferenceAudit(Callback):
+    """Judges a reward model or a DPO policy by its scores of ranked completions, over all ranks.
+
+    Logs ``val/audit/<key>`` at the end of every validation, for the keys of ``audit_report``. At the end of a fit it judges the final weights,
+    on the held-out pairs, else on training pairs: a JSON file with ``split``, ``step`` and ``report``; ``audit`` in TensorBoard, as a figure and
+    as a table; one line in the console, and a warning where the score may be little more than length: where within prompts it
+    correlates with length above ``MAX_CORRELATION``, or agrees with the data less often than "the longer one wins".
+    A ``fast_dev_run`` writes nothing.
+
+    Args:
+        path: the JSON file; its parents are made and an earlier file is replaced. None = ``audit.json`` in TensorBoard's folder, if there is one.
+        max_pairs: training pairs to score at the end of a fit without held-out rows.
+
+    Raises:
+        ValueError: ``max_pairs`` below 1; in ``setup``, a module or DataModule without preference pairs, or a ``path`` that is a folder.
+    """
+
+    def __init__(self, path: str | None = None, max_pairs: int = 2000) -> None:
+        if max_pairs < 1:
+            raise ValueError(f"max_pairs must be at least 1, got {max_pairs}.")
+        self.path = None if path is None else Path(path)
+        self.max_pairs = max_pairs
+        self.pairs: list[ScoredPair] = []  # this rank's during a validation, all ranks' after it
+        self.validated_step = -1  # global_step of the weights that gave ``pairs``
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forget an earlier run; refuse what cannot be audited before anything is trained."""
+        self.pairs, self.validated_step = [], -1
+        if not isinstance(pl_module, ScoresPairs):
+            raise ValueError(f"PreferenceAudit judges modules that score preference pairs, not a {type(pl_module).__name__}: remove the callback.")
+        if stage == "fit" and not isinstance(trainer.datamodule, HasRowsInOrder):  # type: ignore[attr-defined]
+            raise ValueError("PreferenceAudit reads rows of preferences from the DataModule: fit with a PreferenceDataModule or remove the callback.")
+        if self.path is not None and self.path.is_dir():
+            raise ValueError(f"PreferenceAudit: {self.path} is a folder; name a file, such as {self.path / 'audit.json'}")
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget the last validation."""
+        self.pairs, self.validated_step = [], -1
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Keep the pairs of the batch."""
+        self.pairs += cast(ScoresPairs, pl_module).scored_pairs
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the report on the pairs of all ranks; not in the sanity check, which may see a few rows only."""
+        if trainer.sanity_checking:
+            return
+        self.pairs, self.validated_step = from_all_ranks(self.pairs), trainer.global_step
+        for key, value in audit_report(self.pairs).items():
+            pl_module.log(f"val/audit/{key}", value, sync_dist=True, batch_size=1)  # equal on all ranks by now
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Judge the final weights: by the last validation, if it was of them."""
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]  # Trainer sets it without declaring it
+            return
+        data: HasRowsInOrder = trainer.datamodule  # type: ignore[attr-defined]
+        split: Split = "train" if data.val is None else "val"
+        if self.validated_step != trainer.global_step:
+            self.pairs = self._score(trainer, pl_module, data.in_order(split), None if split == "val" else self.max_pairs)
+        if trainer.is_global_zero:
+            self._publish(trainer, split)
+
+    def _score(self, trainer: Trainer, pl_module: LightningModule, loader: DataLoader[PreferenceBatch], limit: int | None) -> list[ScoredPair]:
+        """The first ``limit`` pairs of all ranks, scored as in a validation (collective)."""
+        pairs: list[ScoredPair] = []
+        with evaluating(pl_module), torch.no_grad(), trainer.precision_plugin.val_step_context():
+            for batch in loader:
+                pairs += from_all_ranks(cast(ScoresPairs, pl_module).score_pairs(trainer.strategy.batch_to_device(batch)))
+                if limit is not None and len(pairs) >= limit:
+                    break  # on all ranks together
+        return pairs[:limit]
+
+    def _publish(self, trainer: Trainer, split: Split) -> None:
+        if not self.pairs:
+            rank_zero_warn("audit: no two completions of a prompt have different ranks, so there is nothing to judge")
+            return
+        report = audit_report(self.pairs)
+        loggers = tensorboards(trainer)
+        for logger in loggers:
+            figure = new_figure()
+            draw(figure, self.pairs, report)
+            logger.experiment.add_figure("audit", figure, global_step=trainer.global_step)
+            logger.experiment.add_text("audit", table(report), global_step=trainer.global_step)
+        path = self.path or next((Path(logger.log_dir) / "audit.json" for logger in loggers), None)
+        if path is not None:
+            write(path, {"split": split, "step": trainer.global_step, "report": report})
+        rank_zero_info(summary(report) + ("" if path is None else f": {path}"))
+        if smells_of_length(report):
+            rank_zero_warn("audit: the score may be little more than length; see accuracy_chosen_shorter and score_length_pearson_within_prompt")
+
+
+@contextmanager
+def evaluating(module: torch.nn.Module) -> Iterator[None]:
+    """Evaluation mode; each part goes back to its own mode after it."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
+
+
+def summary(report: dict[str, float]) -> str:
+    """The report in one line."""
+    shorter, longer, correlation = (
+        f"{report[key]:.2f}" if key in report else "unknown"
+        for key in ("accuracy_chosen_shorter", "accuracy_chosen_longer", "score_length_pearson_within_prompt")
+    )
+    return (
+        f"audit: accuracy {report['accuracy']:.2f} (chosen shorter {shorter}, longer {longer}), "
+        f"longer-wins baseline {report['longer_wins']:.2f}, length correlation within prompts {correlation}"
+    )
+
+
+def smells_of_length(report: dict[str, float]) -> bool:
+    """Whether the score may be little more than length."""
+    return report.get("score_length_pearson_within_prompt", 0.0) > MAX_CORRELATION or report["accuracy"] < report["longer_wins"]
+
+
+def table(report: dict[str, float]) -> str:
+    """The report as Markdown."""
+    return "\n".join(["| measure | value |", "|---|---|", *(f"| {key} | {value:.3f} |" for key, value in report.items())])
+
+
+def write(path: Path, content: dict[str, Any]) -> None:
+    """JSON, renamed into its place when it is complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def reliability(delta: Tensor) -> tuple[Tensor, Tensor]:
+    """(mean confidence, accuracy) of each bin that holds pairs, both [<= NUM_BINS], by rising confidence.
+
+    A pair's confidence is sigma(abs(delta)), the chance that the completion with the higher score is the better one. It is right where
+    ``delta`` > 0, half right where it is 0; bins are those of ``ece``.
+
+    Args:
+        delta: [N], score of the chosen completion minus that of the rejected one.
+    """
+    confidence, right = delta.abs().sigmoid(), (delta.sign() + 1) / 2  # [N]
+    bins = ((confidence * NUM_BINS).ceil().long() - 1).clamp(min=0)  # [N], closed on the right
+    _, index, counts = torch.unique(bins, return_inverse=True, return_counts=True)
+    means = [delta.new_zeros(len(counts)).index_add(0, index, values) / counts for values in (confidence, right)]
+    return means[0], means[1]
+
+
+def draw(figure: "Figure", pairs: Sequence[ScoredPair], report: dict[str, float]) -> None:
+    """Left the score's differences over those in length, right whether its confidence is deserved."""
+    left, right = figure.subplots(1, 2)
+    delta = torch.tensor([pair.chosen_score - pair.rejected_score for pair in pairs], dtype=torch.float64)  # [N]
+    left.scatter([pair.chosen_length - pair.rejected_length for pair in pairs], delta.tolist(), s=6, alpha=0.5)
+    left.axhline(0.0, color="gray", linewidth=0.8)
+    left.axvline(0.0, color="gray", linewidth=0.8)
+    left.set(xlabel="tokens, chosen - rejected", ylabel="score, chosen - rejected")
+    cases = ("shorter", "longer")
+    left.set_title("accuracy: " + ", ".join(f"chosen {case} {report[key]:.2f}" for case in cases if (key := f"accuracy_chosen_{case}") in report))
+    confidence, accuracy = reliability(delta)
+    right.plot([0.5, 1.0], [0.5, 1.0], linestyle="--", color="gray", label="calibrated")
+    right.plot(confidence.tolist(), accuracy.tolist(), marker="o", label="score")
+    right.set(xlabel="confidence, sigma(|score difference|)", ylabel="share right", ylim=(-0.02, 1.02), title=f"ECE {report['ece']:.2f}")
+    right.legend()

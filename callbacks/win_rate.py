@@ -1,0 +1,113 @@
+"""How often does the policy beat a baseline, and how often would it at equal length?"""
+
+from collections import defaultdict
+from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from modules.functional.ranks import from_all_ranks
+from modules.functional.win_rate import length_controlled_win_rate, win_rate, win_rate_standard_error
+from modules.types import Reward, Rollout
+
+
+class HasHeldOutRollouts(Protocol):
+    """What is read of the module."""
+
+    held_out_rollouts: list[Rollout]  # this rank's, of the current validation batch; ``answer`` is the baseline's completion
+
+
+@runtime_checkable
+class Reports(Protocol):
+    """A judge that says how well it judged."""
+
+    def report(self) -> dict[str, float]:
+        """This rank's numbers so far."""
+
+
+class Comparison(NamedTuple):
+    """One completion against the baseline's."""
+
+    preference: float | None  # 1 = win, 0.5 = tie, 0 = loss, None = unscorable
+    length: int  # characters
+    baseline_length: int
+
+
+class WinRate(Callback):
+    """The policy's sampled completions against a baseline's, which are the held-out rows' answers.
+
+    Logs after every validation, the sanity check included, over all ranks: ``val/win_rate`` in percent, a tie counting half;
+    ``val/win_rate_standard_error`` in percent; ``val/length_controlled_win_rate``, the percentage at equal length in characters
+    (Dubois et al. 2404.04475, the form without instruction difficulties); ``val/win_rate_ties`` and ``val/win_rate_unscorable`` in percent,
+    of the scorable and of all comparisons. Unscorable ones count in no other number. ``val/judge/<key>`` are the judge's own numbers,
+    mean over ranks, where it has a ``report``.
+
+    Args:
+        judge: scores a completion against its rollout's ``answer``: 1 win, 0.5 tie, 0 loss, None unscorable.
+
+    Raises:
+        ValueError: in validation, a row without an answer, or a score outside [0, 1].
+    """
+
+    def __init__(self, judge: Reward) -> None:
+        self.judge = judge
+        self.comparisons: list[Comparison] = []  # this rank's of the current validation
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget what an interrupted validation left."""
+        self.comparisons = []
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Judge the completions of the batch."""
+        rollouts = cast(HasHeldOutRollouts, pl_module).held_out_rollouts
+        answers = [baseline(rollout) for rollout in rollouts]
+        scores = self.judge(rollouts)
+        for rollout, answer, score in zip(rollouts, answers, scores, strict=True):
+            if score is not None and not 0 <= score <= 1:
+                raise ValueError(f"WinRate: {self.judge.name} scored {score} for {rollout.uid}; a judge gives 1 (win), 0.5 (tie), 0 (loss) or None.")
+            self.comparisons.append(Comparison(score, len(rollout.completion.text), len(answer)))
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the rates over all batches and ranks."""
+        metrics = rates(from_all_ranks(self.comparisons))
+        if isinstance(self.judge, Reports):
+            metrics |= {f"judge/{key}": value for key, value in mean_report(from_all_ranks([self.judge.report()])).items()}
+        for name, value in metrics.items():
+            pl_module.log(f"val/{name}", value, sync_dist=True, batch_size=1)  # equal on all ranks by now
+        self.comparisons = []
+
+
+def baseline(rollout: Rollout) -> str:
+    """The completion to beat. ValueError without one."""
+    if rollout.answer is None:
+        raise ValueError(
+            f"WinRate: {rollout.uid} has no baseline completion to be compared with; set data.columns.answer to the column that holds it."
+        )
+    return rollout.answer
+
+
+def rates(comparisons: list[Comparison]) -> dict[str, float]:
+    """Metric name -> percent; only the share of unscorable ones where nothing could be scored."""
+    scored = [(preference, mine, other) for preference, mine, other in comparisons if preference is not None]
+    unscorable = {"win_rate_unscorable": 100.0 * (len(comparisons) - len(scored)) / max(1, len(comparisons))}
+    if not scored:
+        return unscorable
+    preference, lengths, baseline_lengths = torch.tensor(scored, dtype=torch.float64).unbind(dim=1)  # [N] each
+    return {
+        "win_rate": win_rate(preference),
+        "win_rate_standard_error": win_rate_standard_error(preference),
+        "length_controlled_win_rate": length_controlled_win_rate(preference, lengths, baseline_lengths),
+        "win_rate_ties": 100.0 * (preference == 0.5).double().mean().item(),
+        **unscorable,
+    }
+
+
+def mean_report(reports: list[dict[str, float]]) -> dict[str, float]:
+    """Mean of each key over the ranks that have it."""
+    values: dict[str, list[float]] = defaultdict(list)
+    for report in reports:
+        for key, value in report.items():
+            values[key].append(value)
+    return {key: sum(numbers) / len(numbers) for key, numbers in values.items()}

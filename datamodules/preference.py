@@ -1,0 +1,217 @@
+"""Preference data: pairs, ranked lists and labelled completions."""
+
+import random
+from collections import defaultdict
+from itertools import compress
+from typing import Literal
+
+from lightning.pytorch.utilities.types import EVAL_DATALOADERS
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase
+
+from datamodules.base import AlignDataModule
+from datamodules.chat import encode_example, encode_rendered
+from datamodules.collate import MicroBatch
+from datamodules.collate_preference import PreferenceDataset, PreferenceTokens
+from datamodules.columns import check_mapping
+from datamodules.preference_columns import KNOWN, PreferenceExample, preference_example
+from datamodules.sources import Row, Source
+from modules.types import PreferenceBatch
+
+Stage = Literal["train", "val"]
+Kind = Literal["pairs", "labels"]
+
+
+class PreferenceDataModule(AlignDataModule):
+    """Batches of examples (``PreferenceBatch``), the same examples per optimiser step for every micro-batch size and rank count.
+
+    An example is a prompt with ranked completions, or with one labelled completion; a data set holds one kind. Rows hold ``prompt`` (or
+    ``question``, ``context``, ``conversations``, ``instruction`` and ``input``) with one of
+    ``chosen`` and ``rejected``; ``completions``, best first or with ``ranks`` (0 = best) or ``scores``; ``output_1`` and ``output_2`` with
+    ``preference`` or ``label`` (1 or 2, graded between them, 0 or null for a tie); ``completion`` with ``label`` (true or false).
+    Without a prompt it is the turns that the answers share, in messages or in transcripts ("\\n\\nHuman: ...\\n\\nAssistant: ...").
+    Instructions and transcripts are chats when the tokenizer has a chat template. A text prompt that ends as the chat template opens an
+    assistant turn is read as rendered. Ties are dropped and counted in ``ties``. No answer is cut: the cut would tell it apart.
+
+    Args:
+        tokenizer: a tokenizer, or a path or hub id.
+        train: training rows: a source, or a file, a folder or a hub id.
+        val: held-out rows.
+        columns: our column name -> the data's.
+        max_length: tokens of a prompt with its longest completion.
+        drop_long: drop longer examples whole and count them in ``dropped``; False makes them an error.
+        batch_size: examples per micro-batch and rank; a memory setting as long as its product with accumulation and ranks stays.
+        chat: render text prompts as one user message with the chat template.
+        system: system message in front of every chat that has none.
+        margins: label in column ``strength`` -> how much better the chosen answer should score. Llama 2 (table 27), from "significantly
+            better" over "better" and "slightly better" to "negligibly better or unsure": small 1, 2/3, 1/3, 0; large 3, 2, 1, 0. The key
+            ``preference`` stands for a sure verdict where verdicts are graded from 1 to 2. A column ``margin`` needs none.
+        balance_length: drop training pairs until as many have the longer answer chosen as the shorter, in each bin of length differences
+            (1, 2 to 3, 4 to 7, ... tokens); counted in ``unbalanced``.
+        on_bad_row: ``drop`` leaves out rows that cannot be read and counts them in ``bad``.
+        seed: of the shuffle, with the epoch, and of the balancing.
+
+    Raises:
+        ValueError: naming file and line, in ``setup``, before the first step; also where two answers of different rank are identical.
+    """
+
+    batch_type = PreferenceBatch  # what a module must read
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase | str,
+        train: str | Source,
+        val: str | Source | None = None,
+        columns: dict[str, str] | None = None,
+        max_length: int = 1024,
+        drop_long: bool = True,
+        batch_size: int = 8,
+        chat: bool = False,
+        system: str | None = None,
+        margins: dict[str, float] | None = None,
+        balance_length: bool = False,
+        on_bad_row: Literal["raise", "drop"] = "raise",
+        seed: int = 0,
+    ) -> None:
+        if batch_size < 1 or max_length < 2:
+            raise ValueError(f"batch_size must be at least 1 and max_length at least 2, got {batch_size} and {max_length}")
+        if on_bad_row not in ("raise", "drop"):
+            raise ValueError(f"on_bad_row must be raise or drop, got {on_bad_row!r}")
+        check_mapping(columns or {}, KNOWN)
+        super().__init__(tokenizer, train, val, columns, drop_long, seed)
+        self.max_length, self.batch_size, self.chat, self.system = max_length, batch_size, chat, system
+        self.margins, self.balance_length, self.on_bad_row = margins, balance_length, on_bad_row
+        self.train_rows: list[PreferenceTokens] = []
+        self.val_rows: list[PreferenceTokens] = []
+        self.kind: Kind | None = None  # known after ``setup``
+        self.ties = {"train": 0, "val": 0}
+        self.bad = {"train": 0, "val": 0}
+        self.unbalanced = 0  # training pairs left out by balance_length
+
+    def setup(self, stage: str) -> None:
+        """Tokenises everything once; bad rows fail here."""
+        self.forget_position()
+        self.require_held_out(stage)
+        if not self.train_rows:
+            self.train_rows = self._load(self.train, "train")
+        if self.val is not None and not self.val_rows:
+            self.val_rows = self._load(self.val, "val")
+
+    def train_dataloader(self) -> DataLoader[MicroBatch]:
+        """Shuffled by (seed, epoch)."""
+        return self.step_loader(self._dataset(self.train_rows), *_sizes(self.train_rows), self.batch_size)
+
+    def val_dataloader(self) -> EVAL_DATALOADERS:
+        """Held-out examples in order; none without ``val``."""
+        return self.in_order("val") if self.val_rows else []
+
+    def test_dataloader(self) -> EVAL_DATALOADERS:
+        """The held-out examples."""
+        return self.val_dataloader()
+
+    def in_order(self, stage: Stage) -> DataLoader[MicroBatch]:
+        """All examples of a stage, each once over all ranks, near their order; as many batches on every rank (fillers have rank -1)."""
+        rows = self.train_rows if stage == "train" else self.val_rows
+        if not rows:
+            raise ValueError(f"there are no {stage} rows: " + ("set data.val" if stage == "val" and self.val is None else "call setup first"))
+        return self.held_out_loader(self._dataset(rows), *_sizes(rows), self.batch_size)
+
+    def encode(self, row: Row) -> PreferenceTokens | None:
+        """Tokens of one raw row; None = a tie. Raises ValueError with the row's origin."""
+        example = preference_example(row, self.columns, self.tokenizer.chat_template is not None, self.margins)
+        return None if example is None else self._tokens(example)
+
+    def _tokens(self, example: PreferenceExample) -> PreferenceTokens:
+        prompt: list[int] = []
+        completions: list[list[int]] = []
+        for text in example.completions:
+            rendered = encode_rendered(self.tokenizer, example.prompt, text, example.origin) if isinstance(example.prompt, str) else None
+            tokens = rendered or encode_example(self.tokenizer, example.prompt, text, example.origin, self.chat, self.system)
+            prompt = tokens.ids[: tokens.supervised.index(True)]
+            completions.append(list(compress(tokens.ids, tokens.supervised)))
+        first: dict[tuple[int, ...], int] = {}  # rank of each distinct completion
+        for ids, rank in zip(completions, example.ranks, strict=True):
+            if first.setdefault(tuple(ids), rank) != rank:
+                raise ValueError(f"{example.origin}: two answers are identical, so neither is better; remove the row or set on_bad_row: drop")
+        return PreferenceTokens(prompt, completions, example.ranks, example.margin, example.origin)
+
+    def _load(self, source: str | Source, stage: Stage) -> list[PreferenceTokens]:
+        self.ties[stage] = self.bad[stage] = 0
+        problem = ""
+
+        def encode(row: Row) -> PreferenceTokens | None:
+            nonlocal problem
+            try:
+                tokens = self.encode(row)
+            except ValueError as error:
+                if self.on_bad_row == "raise":
+                    raise
+                problem = problem or str(error)
+                self.bad[stage] += 1
+                return None
+            self.ties[stage] += tokens is None
+            return tokens
+
+        kept = self.encode_rows(source, stage, encode, lambda tokens: tokens.longest if tokens else 0, self.max_length)
+        rows = [tokens for tokens in kept if tokens]
+        if not rows:
+            left_out = f"{self.ties[stage]} ties, {self.bad[stage]} bad rows, {self.dropped[stage]} longer than {self.max_length} tokens"
+            raise ValueError(f"no {stage} row is left: {left_out}" + (f"; the first bad row is {problem}" if problem else ""))
+        self._check_kind(rows)
+        if stage == "train" and self.balance_length:
+            rows = self._balanced(rows)
+        if self.margins is not None and all(row.margin is None for row in rows):
+            raise ValueError(f"{rows[0].origin}: margins is set and no {stage} row has a strength; map its column with columns")
+        self.check_positions(stage, max(row.longest for row in rows), "max_length")
+        self.report(stage, len(rows), self._summary(rows, stage))
+        return rows
+
+    def _check_kind(self, rows: list[PreferenceTokens]) -> None:
+        for row in rows:
+            kind: Kind = "pairs" if len(row.completions) > 1 else "labels"
+            self.kind = self.kind or kind
+            if kind != self.kind:
+                raise ValueError(f"{row.origin}: {_KINDS[kind]}, and the rows before it are {_KINDS[self.kind]}; give each kind a run of its own")
+
+    def _balanced(self, rows: list[PreferenceTokens]) -> list[PreferenceTokens]:
+        bins: dict[int, tuple[list[int], list[int]]] = defaultdict(lambda: ([], []))
+        for index, row in enumerate(rows):
+            if len(row.completions) != 2:
+                raise ValueError(f"{row.origin}: balance_length needs pairs and this row has {len(row.completions)} completions")
+            if (longer_by := chosen_longer_by(row)) != 0:
+                bins[abs(longer_by).bit_length()][longer_by > 0].append(index)
+        left_out: set[int] = set()
+        for number, (shorter, longer) in sorted(bins.items()):
+            more, surplus = max(shorter, longer, key=len), abs(len(shorter) - len(longer))
+            left_out.update(random.Random(f"{self.seed} {number}").sample(more, surplus))
+        self.unbalanced = len(left_out)
+        if len(left_out) == len(rows):
+            raise ValueError(f"{rows[0].origin}: balance_length leaves none of {len(rows)} pairs, for none has its opposite of like lengths")
+        return [row for index, row in enumerate(rows) if index not in left_out]
+
+    def _summary(self, rows: list[PreferenceTokens], stage: Stage) -> str:
+        left_out = f"{self.ties[stage]} ties and {self.bad[stage]} bad rows left out"
+        if self.kind == "labels":
+            return f"{left_out}, {sum(row.ranks == [0] for row in rows) / len(rows):.1%} desirable"
+        pairs = [row for row in rows if len(row.completions) == 2]
+        longer = f", the longer answer chosen in {sum(chosen_longer_by(row) > 0 for row in pairs) / len(pairs):.1%} of pairs" if pairs else ""
+        balance = f", {self.unbalanced} more to balance lengths" if stage == "train" and self.balance_length else ""
+        return f"{left_out}{balance}{longer}"
+
+    def _dataset(self, rows: list[PreferenceTokens]) -> PreferenceDataset:
+        pad = self.tokenizer.pad_token_id
+        return PreferenceDataset(rows, self.tokenizer.eos_token_id if pad is None else pad)
+
+
+_KINDS = {"pairs": "ranked completions", "labels": "labelled completions"}
+
+
+def chosen_longer_by(row: PreferenceTokens) -> int:
+    """Tokens by which the better of two completions is longer."""
+    first, second = (len(ids) for ids in row.completions)
+    return first - second if row.ranks[0] < row.ranks[1] else second - first
+
+
+def _sizes(rows: list[PreferenceTokens]) -> tuple[list[int], list[int]]:
+    """Tokens of each example, and 1 for each, so that the denominator is a number of examples."""
+    return [row.num_tokens for row in rows], [1] * len(rows)

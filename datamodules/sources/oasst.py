@@ -1,0 +1,164 @@
+"""OpenAssistant conversation trees (arXiv 2304.07327): where one prompt got several ranked replies."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
+from pathlib import Path
+from typing import Any, Literal
+from zlib import crc32
+
+from datamodules.sources.base import Row, Source
+from datamodules.sources.files import read_file
+
+HELD_OUT_ONE_IN = 10
+ROLES = {"prompter": "user", "assistant": "assistant"}
+
+
+@dataclass
+class Node:
+    """A message of a tree."""
+
+    message: dict[str, Any]
+    parent: str | None  # message_id
+    origin: str
+    replies: list["Node"] = field(default_factory=list)
+
+
+class OasstTrees(Source):
+    """Each group of ranked assistant replies as a row: ``prompt`` (the thread as messages), ``completions``, ``ranks`` (0 = best).
+
+    Reads trees (one a line, messages nested in ``replies``) and flat messages (one a line, with ``parent_id``), as Files reads them. Trees
+    are split once and for all by a hash of their id, about one in ten held out, so that no thread has a part in both. A message that is
+    deleted, failed its review, is synthetic or in another language is left out with all that follows it, and so are trees that are not
+    ready for export. Replies without a rank are never compared, and neither are replies of equal rank.
+
+    Args:
+        path: file.
+        split: ``train``, or ``val`` for the held-out trees.
+        languages: of all messages of a thread.
+        include_synthetic: keep messages that a model wrote.
+        pairs: give each pair of a group as ``prompt``, ``chosen``, ``rejected`` instead.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        split: Literal["train", "val"] = "train",
+        languages: Sequence[str] = ("en",),
+        include_synthetic: bool = False,
+        pairs: bool = False,
+    ) -> None:
+        if split not in ("train", "val"):
+            raise ValueError(f"split must be train or val, got {split!r}")
+        self.path, self.split, self.languages = path, split, tuple(languages)
+        self.include_synthetic, self.pairs = include_synthetic, pairs
+
+    def rows(self) -> list[Row]:
+        """In file order. Raises ValueError naming file and line, or when no group is left."""
+        path = Path(self.path).expanduser()
+        if not path.is_file():
+            raise ValueError(f"{self.path}: no such file")
+        records = read_file(path)
+        roots = [root for root in _trees(records) if is_held_out(_tree_id(root)) == (self.split == "val")]
+        rows = [row for root in roots for row in self._groups(root, records[0].source)]
+        if not rows:
+            raise ValueError(f"{path}: no group of ranked replies in the {len(roots)} {self.split} trees, with languages {self.languages}")
+        return rows
+
+    def _groups(self, root: Node, source: str) -> Iterator[Row]:
+        open_threads = [(root, [_turn(root)])] if self._kept(root) else []
+        while open_threads:
+            node, thread = open_threads.pop()
+            replies = [(reply, [*thread, _turn(reply)]) for reply in node.replies if self._kept(reply)]
+            open_threads += reversed(replies)
+            ranked = [(reply, _rank(reply)) for reply, _ in replies if reply.message["role"] == "assistant"]
+            group = sorted(((rank, reply) for reply, rank in ranked if rank is not None), key=lambda item: item[0])
+            origin = f"{node.origin} replies to {node.message['message_id']}"
+            if self.pairs:
+                for (best, chosen), (worst, rejected) in combinations(group, 2):
+                    if best < worst:
+                        pair = {"chosen": chosen.message["text"], "rejected": rejected.message["text"]}
+                        yield Row({"prompt": thread, **pair}, origin, source)
+            elif len({rank for rank, _ in group}) > 1:
+                texts, ranks = [reply.message["text"] for _, reply in group], [rank for rank, _ in group]
+                yield Row({"prompt": thread, "completions": texts, "ranks": ranks}, origin, source)
+
+    def _kept(self, node: Node) -> bool:
+        message = node.message
+        if message.get("deleted") or message.get("review_result") is False or message.get("tree_state", READY) != READY:
+            return False
+        return message.get("lang") in (None, *self.languages) and (self.include_synthetic or not message.get("synthetic"))
+
+
+READY = "ready_for_export"
+
+
+def is_held_out(tree_id: str) -> bool:
+    """Whether the tree belongs to the held-out side; a fixed hash, the same in every process."""
+    return crc32(tree_id.encode()) % HELD_OUT_ONE_IN == 0
+
+
+def _tree_id(root: Node) -> str:
+    return str(root.message.get("message_tree_id") or root.message["message_id"])
+
+
+def _turn(node: Node) -> dict[str, str]:
+    role, text = node.message.get("role"), node.message.get("text")
+    if role not in ROLES:
+        raise ValueError(f"{node.origin}: message {node.message['message_id']} has the role {role!r}, known are {', '.join(ROLES)}")
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(f"{node.origin}: message {node.message['message_id']} has no text")
+    return {"role": ROLES[role], "content": text}
+
+
+def _rank(node: Node) -> int | None:
+    rank = node.message.get("rank")
+    if rank is None:
+        return None
+    if isinstance(rank, bool) or not isinstance(rank, int | float) or rank != int(rank):
+        raise ValueError(f"{node.origin}: message {node.message['message_id']} has the rank {rank!r}, a whole number or null was expected")
+    return int(rank)
+
+
+def _trees(records: list[Row]) -> list[Node]:
+    """The roots, their messages linked. Raises ValueError for messages that no root leads to."""
+    nodes: dict[str, Node] = {}
+    for record in records:
+        for node in _messages(record):
+            name = node.message["message_id"]
+            if name in nodes:
+                raise ValueError(f"{node.origin}: message {name} is there twice, first in {nodes[name].origin}")
+            nodes[name] = node
+    for node in nodes.values():
+        if node.parent is not None and node.parent not in nodes:
+            raise ValueError(f"{node.origin}: message {node.message['message_id']} answers {node.parent}, which is not in the file")
+        if node.parent is not None:
+            nodes[node.parent].replies.append(node)
+    roots = [node for node in nodes.values() if node.parent is None]
+    reached: set[str] = set()
+    waiting = list(roots)
+    while waiting:
+        node = waiting.pop()
+        reached.add(node.message["message_id"])
+        waiting += node.replies
+    for name, node in nodes.items():
+        if name not in reached:
+            raise ValueError(f"{node.origin}: message {name} is its own ancestor; the parents of a tree must not form a circle")
+    return roots
+
+
+def _messages(record: Row) -> Iterator[Node]:
+    """The messages of one line: a tree, a message with its replies, or one message."""
+    root = record.columns.get("prompt", record.columns)
+    if isinstance(root, dict) and root is not record.columns:
+        root = {**root, **{name: record.columns[name] for name in ("message_tree_id", "tree_state") if name in record.columns}}
+    waiting: list[tuple[Any, str | None]] = [(root, root.get("parent_id") if isinstance(root, dict) else None)]
+    while waiting:
+        message, parent = waiting.pop()
+        replies = (message.get("replies") or []) if isinstance(message, dict) else None
+        if not isinstance(message, dict) or not isinstance(name := message.get("message_id"), str) or not isinstance(replies, list):
+            raise ValueError(f"{record.origin}: not a conversation tree: a message needs a message_id, a text and a role, and replies are a list")
+        yield Node(message, parent, record.origin)
+        if (said := message.get("parent_id")) not in (None, parent):
+            raise ValueError(f"{record.origin}: message {name} stands below {parent} and says that its parent is {said}")
+        waiting += [(reply, name) for reply in reversed(replies)]

@@ -1,0 +1,81 @@
+"""Preferences from sampled and scored completions: iterative preference optimisation and rejection sampling."""
+
+import math
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal
+
+from lightning.pytorch.utilities import rank_zero_info
+
+from datamodules.sources.base import Row, Source
+from datamodules.sources.files import read_file
+
+COLUMNS = ("uid", "prompt", "completion", "reward")
+
+
+class Scored(Source):
+    """The JSONL of ``predict`` (one line per completion: uid, prompt, completion, reward, finish) as rows ``prompt``, ``completions``, ``ranks``.
+
+    Completions of one uid are compared. Left out are those without a reward, those that did not stop by themselves (an end token would be
+    put into their mouth) and repeated texts, so that no text is compared with itself. Prompts whose rewards differ by no more than
+    ``min_gap`` are left out and counted in ``skipped``. The prompt is as the model read it, rendered, and the data module reads it so.
+
+    Args:
+        path: the file.
+        pairs: ``best_worst`` compares the best with the worst; ``all`` ranks all, and a new rank begins where the reward falls by more than
+            ``min_gap``, so that no compared pair differs by less.
+        min_gap: >= 0, in units of the reward.
+    """
+
+    def __init__(self, path: str, pairs: Literal["best_worst", "all"] = "best_worst", min_gap: float = 0.0) -> None:
+        if pairs not in ("best_worst", "all") or not min_gap >= 0:
+            raise ValueError(f"pairs must be best_worst or all and min_gap at least 0, got {pairs!r} and {min_gap}")
+        self.path, self.pairs, self.min_gap = path, pairs, min_gap
+        self.skipped = 0  # prompts, of the last ``rows()``
+
+    def rows(self) -> list[Row]:
+        """One row per prompt, in file order. Raises ValueError naming file and line, or when nothing is left."""
+        path = Path(self.path).expanduser()
+        if not path.is_file():
+            raise ValueError(f"{self.path}: no such file")
+        groups: dict[str, list[Row]] = {}
+        for row in read_file(path):
+            _check(row)
+            group = groups.setdefault(str(row.columns["uid"]), [])
+            if group and group[0].columns["prompt"] != row.columns["prompt"]:
+                raise ValueError(f"{row.origin}: another prompt than {group[0].origin}, which has the same uid")
+            group.append(row)
+        rows = [made for group in groups.values() for made in self._compared(group)]
+        self.skipped = len(groups) - len(rows)
+        if not rows:
+            raise ValueError(f"{path}: none of {len(groups)} prompts has two finished completions whose rewards differ by more than {self.min_gap}")
+        rank_zero_info(f"{path}: {len(rows)} prompts compared, {self.skipped} skipped")
+        return rows
+
+    def _compared(self, group: list[Row]) -> Iterator[Row]:
+        rewards: dict[str, float] = {}
+        for row in group:
+            if row.columns["reward"] is not None and row.columns.get("finish", "stop") == "stop" and row.columns["completion"].strip():
+                rewards.setdefault(row.columns["completion"], row.columns["reward"])
+        ordered = sorted(rewards.items(), key=lambda item: -item[1])
+        if self.pairs == "best_worst":
+            ordered = [ordered[0], ordered[-1]] if len(ordered) > 1 else []
+        ranks = [0] * bool(ordered)
+        for (_, better), (_, worse) in pairwise(ordered):
+            ranks.append(ranks[-1] + (better - worse > self.min_gap))
+        if len(set(ranks)) > 1:
+            columns = {"prompt": group[0].columns["prompt"], "completions": [text for text, _ in ordered], "ranks": ranks}
+            yield Row(columns, group[0].origin, group[0].source)
+
+
+def _check(row: Row) -> None:
+    columns: dict[str, Any] = row.columns
+    if missing := [name for name in COLUMNS if name not in columns]:
+        raise ValueError(f"{row.origin}: no {', '.join(missing)}; expected what PredictionWriter writes: {', '.join(COLUMNS)}")
+    for name in ("prompt", "completion"):
+        if not isinstance(columns[name], str):
+            raise ValueError(f"{row.origin}: {name} holds a {type(columns[name]).__name__}, text was expected")
+    reward = columns["reward"]
+    if reward is not None and (isinstance(reward, bool) or not isinstance(reward, int | float) or not math.isfinite(reward)):
+        raise ValueError(f"{row.origin}: reward is {reward!r}, a number or null was expected")

@@ -1,0 +1,190 @@
+"""Direct Preference Optimization (arXiv 2305.18290), and the losses on preferences that came after it."""
+
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from modules.base import AlignmentModule
+from modules.networks.frozen import Frozen
+from modules.networks.lora import Lora
+from modules.networks.policy import TokenScores
+from modules.networks.reference import ReferenceLogprobs, reference_logprobs
+from modules.objectives.pairs import describe, pairs_of
+from modules.objectives.preference import PairObjective, PreferenceObjective, Sequences, Sigmoid, preference_metrics, sequences_of
+from modules.types import PreferenceBatch, ScoredPair
+
+
+class DPOModule(AlignmentModule):
+    """loss = mean over examples of -log sigma(beta h), h = log pi/pi_ref of the chosen completion minus that of the rejected.
+
+    Log-probs are sums over the completion and its end token. A prompt is computed once for all its completions. The reference is the policy as it
+    starts; its log-probs of all rows are computed once before the first step and kept on disk, and it is then let go. With ``lora`` it
+    is the policy with its initial adapters and takes no memory of its own.
+
+    Args:
+        policy: ``tiny``, a Hugging Face folder, a GGUF file or a hub id; as a rule one that was fine-tuned on such data first.
+        beta: strength of the tie to the reference, > 0; default the objective's own (0.1 for most).
+        objective: the loss; default ``Sigmoid``, DPO's own. ``KTO`` takes labelled completions, the others pairs.
+        reference_free: take the reference as uniform: h is the difference of log-probs.
+        nll_weight: >= 0; adds the negative log-likelihood per token of the chosen completion (RPO, arXiv 2404.19733), which keeps it from falling.
+        lora: train low-rank adapters instead of all weights.
+        cache_dir: folder of the reference log-probs, named by model, rows and precision; None = none.
+        optimizer: parameters -> optimizer; default AdamW, learning rate 1e-6.
+        scheduler: optimizer -> scheduler, stepped per update.
+    """
+
+    def __init__(
+        self,
+        policy: str,
+        beta: float | None = None,
+        objective: PreferenceObjective | None = None,
+        reference_free: bool = False,
+        nll_weight: float = 0.0,
+        lora: Lora | None = None,
+        cache_dir: str | None = "runs/reference",
+        optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=1e-6),
+        scheduler: LRSchedulerCallable | None = None,
+    ) -> None:
+        super().__init__(policy, optimizer, scheduler, dropout=False, lora=lora)
+        self.objective = objective or Sigmoid()
+        self.beta = self.objective.beta if beta is None else beta
+        if self.beta <= 0 or nll_weight < 0:
+            raise ValueError(f"beta must be > 0 and nll_weight >= 0, got {self.beta} and {nll_weight}")
+        self.nll_weight, self.cache_dir = nll_weight, cache_dir
+        needed = self.objective.uses_reference and not reference_free
+        self.reference = Frozen(self.policy) if needed else None
+        self.tables: dict[str, ReferenceLogprobs] = {}  # by stage of the data
+        self.scored_pairs: list[ScoredPair] = []  # of the current evaluation batch
+        self._warned = False
+
+    def setup(self, stage: str) -> None:
+        """Refuse rows that the objective cannot learn from."""
+        super().setup(stage)
+        if not self.paired and isinstance(self.objective, PairObjective):
+            raise ValueError(f"{type(self.objective).__name__} compares completions and these rows hold one labelled completion each: use KTO")
+        if self.objective.compares_mismatched and getattr(self.data, "batch_size", 2) < 2:
+            raise ValueError("KTO puts completions behind the other prompts of a micro-batch: data.batch_size must be at least 2")
+
+    @property
+    def paired(self) -> bool:
+        """Whether the data are comparisons, not labelled completions."""
+        return bool(getattr(self.data, "kind", "pairs") == "pairs")
+
+    @property
+    def data(self) -> Any:
+        """The DataModule: ``in_order`` gives its rows, ``val`` says whether some are held out."""
+        return self.trainer.datamodule  # type: ignore[attr-defined]
+
+    def on_fit_start(self) -> None:
+        """Compute the reference's log-probs of all rows, or read them, and let the reference go where it costs memory."""
+        self.precompute("train", "val")
+        if self.reference is not None and not (self.policy.has_adapters or self.objective.compares_mismatched):
+            self.reference = None
+
+    def on_validation_start(self) -> None:
+        """The same of the held-out rows, for ``validate`` and ``test``."""
+        super().on_validation_start()
+        self.precompute("val")
+
+    def precompute(self, *stages: str) -> None:
+        """Fill ``tables`` for the stages that are not there yet."""
+        for stage in stages:
+            if self.reference is not None and stage not in self.tables and (stage == "train" or self.data.val is not None):
+                self.reference.to(self.device)
+                folder = Path(self.cache_dir) if self.cache_dir else None
+                with self.trainer.precision_plugin.forward_context():
+                    batches, place = self.data.in_order(stage), self.trainer.strategy.batch_to_device
+                    self.tables[stage] = reference_logprobs(self.reference, batches, place, folder, str(self.trainer.precision))
+
+    def sequences(self, batch: PreferenceBatch, stage: str) -> tuple[Sequences, TokenScores]:
+        """The batch's completions under policy and reference, and the policy's token scores."""
+        scores = self.policy.completion_scores(batch, details=True)
+        reference = self.tables[stage].of(batch) if stage in self.tables else None
+        return sequences_of(self.objective, scores.logprobs, reference, batch), scores
+
+    def loss(self, sequences: Sequences, batch: PreferenceBatch) -> Tensor:
+        """Sum [] over the examples of the batch."""
+        kl = self.mismatched_kl(batch) if self.objective.compares_mismatched else sequences.logps.new_zeros(())
+        loss = self.objective.total(sequences, batch["prompt_index"], batch["rank"], self.beta, kl)
+        if self.nll_weight > 0:
+            pairs = pairs_of(batch)
+            loss = loss - self.nll_weight * (sequences.logps / sequences.lengths)[pairs.better] @ pairs.weight
+        return loss + 0 * sequences.logps.sum()  # a filler has a gradient too, of zero
+
+    def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
+        """The loss [] of a micro-batch: its share of the mean over the step's examples."""
+        sequences, scores = self.sequences(batch, "train")
+        self.check_start(sequences)
+        loss = self.loss(sequences, batch) / batch["denominator"]
+        tokens = float(batch["completion_mask"].sum())
+        self.log_step({"loss": loss, "tokens": tokens + float(batch["prompt_mask"].sum())})
+        for name, (value, weight) in self.metrics(sequences, scores, batch).items():
+            self.log_step({name: value}, weight)
+        return self.step_loss(loss)
+
+    def on_train_epoch_end(self) -> None:
+        """Warn once when the policy gives up likelihood of both sides (likelihood displacement)."""
+        metrics = self.trainer.callback_metrics
+        fallen = [name for name in ("chosen", "rejected") if float(metrics.get(f"train/rewards/{name}", 0.0)) < 0]
+        if self.tables and len(fallen) == 2 and not self._warned:
+            self._warned = True
+            rank_zero_warn(
+                "chosen and rejected completions have both become less likely than under the reference (likelihood displacement): "
+                "the probability goes to answers that nobody compared; raise model.nll_weight or model.beta, or lower the learning rate"
+            )
+
+    def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
+        """Means over the held-out examples; the pairs with their implicit rewards stay in ``scored_pairs`` for callbacks."""
+        self.evaluate(batch, "val")
+
+    def test_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
+        """The same under ``test/``."""
+        self.evaluate(batch, "test")
+
+    def evaluate(self, batch: PreferenceBatch, stage: str) -> None:
+        """Log what the policy makes of held-out examples."""
+        sequences, scores = self.sequences(batch, "val")
+        examples = float(batch["prompt_index"][batch["rank"] >= 0].unique().numel())
+        self.log_mean({f"{stage}/loss": self.loss(sequences, batch) / max(examples, 1.0)}, examples)
+        for name, (value, weight) in self.metrics(sequences, scores, batch).items():
+            self.log_mean({f"{stage}/{name}": value}, weight)
+        self.scored_pairs = describe(self.tokenizer, batch, self.objective.implicit_rewards(sequences, self.beta), pairs_of(batch))
+
+    @torch.no_grad()
+    def score_pairs(self, batch: PreferenceBatch, stage: str = "val") -> list[ScoredPair]:
+        """Every pair of a batch of the ``train`` or ``val`` rows with its implicit rewards and texts."""
+        sequences, _ = self.sequences(batch, stage)
+        return describe(self.tokenizer, batch, self.objective.implicit_rewards(sequences, self.beta), pairs_of(batch))
+
+    def metrics(self, sequences: Sequences, scores: TokenScores, batch: PreferenceBatch) -> dict[str, tuple[Tensor, float]]:
+        """Means [] with their weights, under TRL's names."""
+        assert scores.entropies is not None and scores.hits is not None
+        rewards = self.objective.implicit_rewards(sequences, self.beta)
+        tokens = float(batch["completion_mask"].sum())
+        found = preference_metrics(rewards, sequences.logps, batch["prompt_index"], batch["rank"], paired=self.paired)
+        return found | {"entropy": (scores.entropies.sum() / tokens, tokens), "mean_token_accuracy": (scores.hits.sum() / tokens, tokens)}
+
+    @torch.no_grad()
+    def mismatched_kl(self, batch: PreferenceBatch) -> Tensor:
+        """KTO's z0 []: mean log-ratio of completions behind the next prompt of the micro-batch, over all ranks, at least 0."""
+        assert self.reference is not None
+        others = cast(PreferenceBatch, {**batch, "prompt_index": (batch["prompt_index"] + 1) % len(batch["prompt_ids"])})
+        differ = (batch["prompt_ids"][others["prompt_index"]] != batch["prompt_ids"][batch["prompt_index"]]).any(1) & (batch["rank"] >= 0)
+        ratio = (self.policy.completion_scores(others).logprobs - self.reference.completion_logprobs(others)).sum(1)[differ]
+        total, count = cast(Tensor, self.trainer.strategy.reduce(torch.stack([ratio.sum(), differ.sum().float()]), reduce_op="sum"))
+        return (total / count.clamp(min=1)).clamp(min=0)
+
+    def check_start(self, sequences: Sequences) -> None:
+        """At step 0 policy and reference are the same model; anything else is a wrong reference. RuntimeError then."""
+        if self.global_step == 0 and self.tables:
+            gap = (sequences.logps - sequences.ref_logps).detach().abs()
+            allowed = torch.full_like(gap, 1e-3) if self.trainer.precision.startswith(("32", "64")) else 0.1 * sequences.lengths  # 16 bits round
+            if not bool((gap <= allowed).all()):
+                raise RuntimeError(
+                    f"policy and reference differ before the first update (log-probs of a completion by up to {float(gap.max()):.3g}): "
+                    f"empty {self.cache_dir} or name the right policy"
+                )

@@ -1,0 +1,90 @@
+"""Log-probs of a whole data set under the frozen reference: computed once, kept on disk, looked up by row."""
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from modules.functional.ranks import from_all_ranks
+from modules.networks.frozen import Frozen
+from modules.types import PreferenceBatch
+
+
+class ReferenceLogprobs:
+    """Token log-probs by completion.
+
+    Args:
+        logprobs: float [sum of lengths], all completions one after the other.
+        starts: int [rows + 1], where each begins, and the end.
+    """
+
+    def __init__(self, logprobs: Tensor, starts: Tensor) -> None:
+        self.logprobs, self.starts = logprobs, starts
+
+    def of(self, batch: PreferenceBatch) -> Tensor:
+        """Log-probs [N, Tc] of the batch's completions, zero where masked. IndexError for rows that it does not hold."""
+        mask = batch["completion_mask"]
+        if int(batch["row"].max()) + 1 >= len(self.starts):
+            raise IndexError(f"row {int(batch['row'].max())} is not among the {len(self.starts) - 1} completions with reference log-probs")
+        places = (self.starts.to(mask.device)[batch["row"]][:, None] + torch.arange(mask.shape[1], device=mask.device))[mask]
+        return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, self.logprobs.to(mask.device)[places])
+
+
+def reference_logprobs(
+    reference: Frozen, batches: Iterable[PreferenceBatch], place: Callable[[PreferenceBatch], PreferenceBatch], folder: Path | None, precision: str
+) -> ReferenceLogprobs:
+    """The table of all rows, from ``folder`` if the same model, rows and precision were there before, else computed and put there (collective).
+
+    Args:
+        reference: the frozen model.
+        batches: this rank's batches; together the ranks have every row.
+        place: moves a batch to the model's device.
+        folder: of the cache; None = no cache.
+        precision: of the Trainer, such as ``32-true``.
+    """
+    kept = [batch for batch in batches if int(batch["rank"].min()) >= 0]  # without fillers
+    rows = from_all_ranks([(int(row), ids[mask].tolist()) for batch in kept for row, ids, mask in _completions(batch)])
+    lengths = torch.tensor([len(ids) for _, ids in sorted(dict(rows).items())])
+    starts = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+    file = None if folder is None else folder / f"{digest(reference, kept, precision)}.safetensors"
+    if file is not None and all(from_all_ranks([file.is_file()])):
+        return ReferenceLogprobs(load_file(file)["logprobs"], starts)
+    mine = [
+        (int(row), scores[mask].tolist())
+        for batch in kept
+        for scores in [reference.completion_logprobs(place(batch)).cpu()]
+        for (row, _, mask), scores in zip(_completions(batch), scores, strict=True)
+    ]
+    found = dict(from_all_ranks(mine))
+    table = ReferenceLogprobs(torch.tensor([value for row in sorted(found) for value in found[row]]), starts)
+    if file is not None and (not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_name(f".{file.name}.{os.getpid()}")
+        save_file({"logprobs": table.logprobs}, partial)
+        partial.replace(file)
+    return table
+
+
+def digest(reference: Frozen, batches: Iterable[PreferenceBatch], precision: str) -> str:
+    """Names the table: a hash of the reference's weights, the precision and the tokens of all ranks' rows, so of the template too (collective)."""
+    rows = hashlib.blake2b()
+    for batch in batches:
+        prompts = [ids[mask].tolist() for ids, mask in zip(batch["prompt_ids"], batch["prompt_mask"], strict=True)]
+        for (row, ids, mask), index in zip(_completions(batch), batch["prompt_index"].tolist(), strict=True):
+            rows.update(repr((int(row), prompts[index], ids[mask].tolist())).encode())
+    weights = hashlib.blake2b(precision.encode())
+    model = reference.policy.model
+    for name, weight in [*model.state_dict().items(), *(reference.weights.items() if reference.policy.has_adapters else ())]:
+        weights.update(name.encode())
+        weights.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    whole = hashlib.blake2b("".join(from_all_ranks([rows.hexdigest(), weights.hexdigest()])).encode(), digest_size=16)
+    return whole.hexdigest()
+
+
+def _completions(batch: PreferenceBatch) -> Iterable[tuple[Tensor, Tensor, Tensor]]:
+    """(row, ids, mask) of each completion."""
+    return zip(batch["row"].cpu(), batch["completion_ids"].cpu(), batch["completion_mask"].cpu(), strict=True)

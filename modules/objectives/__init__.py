@@ -1,0 +1,53 @@
+"""Choices that a YAML names by class: what a method's page leaves open."""
+
+from modules.objectives.policy import (
+    Advantage,
+    Aggregation,
+    Clipped,
+    ConstantNorm,
+    GroupCenter,
+    GroupZScore,
+    LeaveOneOut,
+    PolicyObjective,
+    SequenceMean,
+    TokenMean,
+)
+from modules.objectives.preference import (
+    IPO,
+    KTO,
+    ORPO,
+    Hinge,
+    LengthDesensitized,
+    LengthMargin,
+    LengthNormalized,
+    PairObjective,
+    PreferenceObjective,
+    Robust,
+    Sigmoid,
+    SimPO,
+)
+
+__all__ = [
+    "IPO",
+    "KTO",
+    "ORPO",
+    "Advantage",
+    "Aggregation",
+    "Clipped",
+    "ConstantNorm",
+    "GroupCenter",
+    "GroupZScore",
+    "Hinge",
+    "LeaveOneOut",
+    "LengthDesensitized",
+    "LengthMargin",
+    "LengthNormalized",
+    "PairObjective",
+    "PolicyObjective",
+    "PreferenceObjective",
+    "Robust",
+    "SequenceMean",
+    "Sigmoid",
+    "SimPO",
+    "TokenMean",
+]

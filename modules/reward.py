@@ -1,0 +1,230 @@
+"""Reward model: learns from ranked completions what a better completion is (InstructGPT, arXiv 2203.02155, section 3.5)."""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+
+from modules.base import AlignmentModule
+from modules.functional.preference_loss import bradley_terry_loss, preference_pairs
+from modules.functional.ranks import from_all_ranks
+from modules.networks.lora import Lora, merged
+from modules.networks.scalar_head import HEADS_FILE, ScalarHead, sequence_classifier, with_scoring_pad
+from modules.types import PreferenceBatch, ScoredPair
+
+MAX_CALIBRATION = 4096  # completions that the mean and standard deviation of the scores are taken of
+
+
+@runtime_checkable
+class HasRowsInOrder(Protocol):
+    """What is read of the DataModule."""
+
+    val: object | None  # None = no held-out rows
+
+    def in_order(self, stage: Any) -> DataLoader[PreferenceBatch]:
+        """This rank's rows of ``train`` or ``val``, each once; as many batches on every rank."""
+
+
+class Pairs(NamedTuple):
+    """The pairs of a micro-batch: M times a better and a worse completion of one prompt."""
+
+    better: Tensor  # int [M], row of the completion
+    worse: Tensor  # int [M]
+    weight: Tensor  # [M], 1 / pairs of the example
+    margin: Tensor | None  # [M]
+
+
+class RewardModule(AlignmentModule):
+    """loss = - sum over examples of mean over their pairs of log sigma(r_better - r_worse - margin) / examples in the whole optimiser step.
+
+    The score r is a linear function of the backbone's state at the last kept token of a completion, the end token; each completion is
+    computed once for all its pairs. Margins are those of the data (Llama 2, arXiv 2307.09288, eq. 2). Scores of different prompts cannot be
+    compared as trained, since the loss knows only differences; ``centering`` and ``normalize`` both help.
+
+    The metrics have the names of TRL's RewardTrainer, ``accuracy``, ``margin`` (the score difference) and ``mean_reward``, and of its DPOTrainer,
+    ``rewards/chosen`` and ``rewards/rejected``: means over examples of the mean over an example's pairs. TRL's smallest and largest reward are
+    left out: they say more of the batch than of the model.
+
+    Exported is what ``AutoModelForSequenceClassification`` loads, in TRL and elsewhere: it scores with one label, raw, at the last token that
+    is not the pad token. ``LearnedReward`` reads it with the normalisation. As the ``policy`` of a new module it gives its backbone only.
+
+    Args:
+        policy: the backbone, whose output head is not used: ``tiny``, a Hugging Face folder, a GGUF file or a hub id. Dropout is off.
+        centering: weight of (r_better + r_worse)^2, which pulls scores to 0; 0 = none, 0.01 is advised (arXiv 2312.09244).
+        num_heads: heads that differ by their start, an ensemble whose mean is the score. Their common backbone makes their errors alike, so they
+            disagree less than separately trained models do.
+        lora: train adapters and the head; None trains all weights.
+        normalize: at export, measure mean and standard deviation of the scores on the held-out completions, or on training ones where there are
+            none, and store them (in the manner of Ziegler et al., arXiv 1909.08593, who sample the completions).
+        optimizer: parameters -> optimizer; default AdamW, learning rate 1e-5.
+        scheduler: optimizer -> scheduler, stepped per update.
+
+    Raises:
+        ValueError: values out of range; an architecture without sequence classification; in ``setup``, data that hold no pairs.
+    """
+
+    def __init__(
+        self,
+        policy: str,
+        centering: float = 0.0,
+        num_heads: int = 1,
+        lora: Lora | None = None,
+        normalize: bool = True,
+        optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=1e-5),
+        scheduler: LRSchedulerCallable | None = None,
+    ) -> None:
+        super().__init__(policy, optimizer, scheduler, dropout=False, lora=lora)
+        if centering < 0 or num_heads < 1:
+            raise ValueError(f"centering must be >= 0 and num_heads at least 1, got {centering} and {num_heads}")
+        if num_heads > 1 and not normalize:
+            raise ValueError("several heads have offsets of their own, so their ensemble needs normalize: true")
+        config = self.policy.model.config
+        if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+            raise ValueError(f"policy: '{policy}' ({config.model_type}) has no form for sequence classification, so its scores could not be exported")
+        self.head = ScalarHead(config.hidden_size, num_heads)
+        output = self.policy.model.get_output_embeddings()
+        if output.weight is not self.policy.model.get_input_embeddings().weight:
+            output.requires_grad_(False)  # never used, and DDP waits for the gradient of every parameter
+        self.centering, self.normalize = centering, normalize
+        self.moments: Tensor | None = None  # [1 + heads, 2], mean and standard deviation of the score and of each head's
+        self.scored_pairs: list[ScoredPair] = []  # of the current validation batch
+
+    def setup(self, stage: str) -> None:
+        """Refuse data without pairs, and without rows to normalise on."""
+        super().setup(stage)
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        if getattr(data, "kind", None) == "labels":
+            raise ValueError("a reward model learns from pairs and these rows hold one labelled completion each: use rows with chosen and rejected")
+        if stage == "fit" and self.normalize and not isinstance(data, HasRowsInOrder):
+            raise ValueError("scores are normalised on the DataModule's rows: fit with a PreferenceDataModule or set model.normalize to false")
+
+    def head_scores(self, batch: PreferenceBatch) -> Tensor:
+        """Raw scores [N, heads] of the completions."""
+        scores: Tensor = self.head(self.policy.completion_states(batch))
+        return scores
+
+    def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
+        """The loss [] of a micro-batch: its share of the step's mean over examples."""
+        scores, pairs = self.head_scores(batch), pairs_of(batch)
+        sums = self.sums(scores, pairs)
+        counted = batch["rank"] >= 0
+        tokens = batch["completion_mask"][counted].sum() + batch["prompt_mask"][batch["prompt_index"][counted].unique()].sum()
+        self.log_step({name: total / batch["denominator"] for name, total in sums.items()} | {"tokens": float(tokens)})
+        return self.step_loss(sums["loss"] / batch["denominator"])
+
+    def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
+        """Means over the held-out examples; the scored pairs stay in ``scored_pairs`` for callbacks."""
+        self.evaluate(batch, "val")
+
+    def test_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
+        """The same under ``test/``."""
+        self.evaluate(batch, "test")
+
+    def evaluate(self, batch: PreferenceBatch, stage: str) -> None:
+        """Log how the held-out pairs of a batch are scored, and keep them."""
+        scores, pairs = self.head_scores(batch), pairs_of(batch)
+        examples = float(pairs.weight.sum())
+        self.log_mean({f"{stage}/{name}": total / max(examples, 1.0) for name, total in self.sums(scores, pairs).items()}, examples)
+        self.scored_pairs = self.describe(batch, scores.mean(1), pairs)
+
+    def sums(self, scores: Tensor, pairs: Pairs) -> dict[str, Tensor]:
+        """Loss and metrics of raw scores [N, heads], each a weighted sum [] over the pairs. Each head has its own loss; they are averaged."""
+        margin = None if pairs.margin is None else pairs.margin[:, None]
+        losses = bradley_terry_loss(scores[pairs.better], scores[pairs.worse], margin, self.centering).mean(1)  # [M]
+        mean = scores.detach().mean(1)
+        chosen, rejected = mean[pairs.better], mean[pairs.worse]
+        values = {
+            "loss": losses,
+            "accuracy": (chosen > rejected).float(),
+            "margin": chosen - rejected,
+            "mean_reward": (chosen + rejected) / 2,  # without ties, the mean over completions: each is in equally many pairs
+            "rewards/chosen": chosen,
+            "rewards/rejected": rejected,
+        }
+        return {name: (value * pairs.weight).sum() for name, value in values.items()}
+
+    def score_pairs(self, batch: PreferenceBatch) -> list[ScoredPair]:
+        """Every pair of a batch with its scores and texts."""
+        return self.describe(batch, self.head_scores(batch).mean(1), pairs_of(batch))
+
+    def describe(self, batch: PreferenceBatch, scores: Tensor, pairs: Pairs) -> list[ScoredPair]:
+        """The pairs of a batch whose completions have ``scores`` [N]."""
+        prompts, prompt_lengths = self.texts(batch["prompt_ids"], batch["prompt_mask"])
+        texts, lengths = self.texts(batch["completion_ids"], batch["completion_mask"])
+        index, score = batch["prompt_index"].tolist(), scores.tolist()
+        margins = [None] * len(pairs.better) if pairs.margin is None else pairs.margin.tolist()
+        return [
+            ScoredPair(prompts[index[i]], prompt_lengths[index[i]], texts[i], texts[j], lengths[i], lengths[j], score[i], score[j], margin)
+            for i, j, margin in zip(pairs.better.tolist(), pairs.worse.tolist(), margins, strict=True)
+        ]
+
+    def texts(self, ids: Tensor, mask: Tensor) -> tuple[list[str], list[int]]:
+        """The kept tokens of rows [R, T] as texts without special tokens, and their numbers."""
+        rows = [row[kept].tolist() for row, kept in zip(ids, mask, strict=True)]
+        return self.tokenizer.batch_decode(rows, skip_special_tokens=True), [len(row) for row in rows]
+
+    @torch.no_grad()
+    def before_export(self) -> None:
+        """Measure the scores that ``normalize`` asks for with the weights as they are, on all ranks together (collective)."""
+        if not self.normalize:
+            return
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        scores: list[list[float]] = []
+        with self.trainer.precision_plugin.forward_context():
+            for batch in data.in_order("train" if data.val is None else "val"):
+                batch = self.trainer.strategy.batch_to_device(batch)
+                scores += from_all_ranks(self.head_scores(batch)[batch["rank"] >= 0].tolist())
+                if len(scores) >= MAX_CALIBRATION:
+                    break  # on all ranks together
+        self.moments = moments(torch.tensor(scores, dtype=torch.float64))
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write a sequence classifier with one label and its tokenizer; ``reward_mean`` and ``reward_std`` in its config.
+
+        With several heads the label is their mean; they themselves are in ``reward_heads.safetensors``, their means and deviations in the config.
+        """
+        folder = Path(folder)
+        tokenizer = with_scoring_pad(self.tokenizer, self.policy.stop_token_ids)
+        model = merged(self.policy.model) if self.policy.has_adapters else self.policy.model
+        weight = self.head.weight.detach().cpu()
+        sequence_classifier(model, weight.mean(0), tokenizer).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        if len(weight) > 1:
+            save_file({"weight": weight.contiguous()}, folder / HEADS_FILE)
+        write_moments(folder / "config.json", self.moments)
+
+    def identity(self) -> dict[str, str | int]:
+        """As for every module, and the number of heads."""
+        return {**super().identity(), "num_heads": len(self.head.weight)}
+
+
+def pairs_of(batch: PreferenceBatch) -> Pairs:
+    """All pairs of all examples of a batch; fillers make none."""
+    better, worse, weight = preference_pairs(batch["prompt_index"], batch["rank"])
+    return Pairs(better, worse, weight, batch["margin"][batch["prompt_index"][better]] if "margin" in batch else None)
+
+
+def moments(scores: Tensor) -> Tensor:
+    """Mean and population standard deviation [1 + heads, 2] of ``scores`` [S, heads]: of the mean over heads, then of each head.
+
+    A deviation of 0 becomes 1, so that everything can be divided by it.
+    """
+    columns = torch.cat([scores.mean(1, keepdim=True), scores], 1)
+    deviation = columns.std(0, correction=0)
+    return torch.stack([columns.mean(0), torch.where(deviation > 0, deviation, 1.0)], 1)
+
+
+def write_moments(file: Path, found: Tensor | None) -> None:
+    """Put the moments [1 + heads, 2] into a ``config.json``, and take out those of an earlier export that the backbone came from."""
+    config = {key: value for key, value in json.loads(file.read_text(encoding="utf-8")).items() if not key.startswith("reward_")}
+    if found is not None:
+        (config["reward_mean"], config["reward_std"]), *heads = found.tolist()
+        if len(heads) > 1:
+            config["reward_head_means"], config["reward_head_stds"] = map(list, zip(*heads, strict=True))
+    file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
