@@ -38,8 +38,9 @@ demo-smollm: setup .venv/.smollm  ## SmolLM2-135M on sums in <think>/<answer> fo
 	@mkdir -p runs/smollm && ln -sfn $(SMOLLM) runs/smollm/SmolLM2-135M-Instruct.gguf
 	$(call run-recipe,smollm)
 
-recipe: setup  ## run configs/recipes/NAME in order, without the stages that are done
+recipe: setup  ## run configs/recipes/NAME in order, without the stages that are done: demo, preferences, iterative-dpo
 	$(call run-recipe,$(NAME))
+	@echo "recipe: $(NAME) ok"
 
 test: setup .venv/.smollm  ## run the tests
 	$(PY) -m pytest

@@ -155,9 +155,9 @@ class DPOModule(AlignmentModule):
         self.scored_pairs = describe(self.tokenizer, batch, self.objective.implicit_rewards(sequences, self.beta), pairs_of(batch))
 
     @torch.no_grad()
-    def score_pairs(self, batch: PreferenceBatch, stage: str = "val") -> list[ScoredPair]:
-        """Every pair of a batch of the ``train`` or ``val`` rows with its implicit rewards and texts."""
-        sequences, _ = self.sequences(batch, stage)
+    def score_pairs(self, batch: PreferenceBatch) -> list[ScoredPair]:
+        """Every pair of a batch of held-out rows, or of training rows where none are held out, with its implicit rewards and texts."""
+        sequences, _ = self.sequences(batch, "train" if self.data.val is None else "val")
         return describe(self.tokenizer, batch, self.objective.implicit_rewards(sequences, self.beta), pairs_of(batch))
 
     def metrics(self, sequences: Sequences, scores: TokenScores, batch: PreferenceBatch) -> dict[str, tuple[Tensor, float]]:

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -12,10 +12,11 @@ from torch.utils.data import DataLoader
 from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
 from modules.base import AlignmentModule
-from modules.functional.preference_loss import bradley_terry_loss, preference_pairs
+from modules.functional.preference_loss import bradley_terry_loss
 from modules.functional.ranks import from_all_ranks
 from modules.networks.lora import Lora, merged
 from modules.networks.scalar_head import HEADS_FILE, ScalarHead, sequence_classifier, with_scoring_pad
+from modules.objectives.pairs import Pairs, describe, pairs_of
 from modules.types import PreferenceBatch, ScoredPair
 
 MAX_CALIBRATION = 4096  # completions that the mean and standard deviation of the scores are taken of
@@ -29,15 +30,6 @@ class HasRowsInOrder(Protocol):
 
     def in_order(self, stage: Any) -> DataLoader[PreferenceBatch]:
         """This rank's rows of ``train`` or ``val``, each once; as many batches on every rank."""
-
-
-class Pairs(NamedTuple):
-    """The pairs of a micro-batch: M times a better and a worse completion of one prompt."""
-
-    better: Tensor  # int [M], row of the completion
-    worse: Tensor  # int [M]
-    weight: Tensor  # [M], 1 / pairs of the example
-    margin: Tensor | None  # [M]
 
 
 class RewardModule(AlignmentModule):
@@ -131,7 +123,7 @@ class RewardModule(AlignmentModule):
         scores, pairs = self.head_scores(batch), pairs_of(batch)
         examples = float(pairs.weight.sum())
         self.log_mean({f"{stage}/{name}": total / max(examples, 1.0) for name, total in self.sums(scores, pairs).items()}, examples)
-        self.scored_pairs = self.describe(batch, scores.mean(1), pairs)
+        self.scored_pairs = describe(self.tokenizer, batch, scores.mean(1), pairs)
 
     def sums(self, scores: Tensor, pairs: Pairs) -> dict[str, Tensor]:
         """Loss and metrics of raw scores [N, heads], each a weighted sum [] over the pairs. Each head has its own loss; they are averaged."""
@@ -151,23 +143,7 @@ class RewardModule(AlignmentModule):
 
     def score_pairs(self, batch: PreferenceBatch) -> list[ScoredPair]:
         """Every pair of a batch with its scores and texts."""
-        return self.describe(batch, self.head_scores(batch).mean(1), pairs_of(batch))
-
-    def describe(self, batch: PreferenceBatch, scores: Tensor, pairs: Pairs) -> list[ScoredPair]:
-        """The pairs of a batch whose completions have ``scores`` [N]."""
-        prompts, prompt_lengths = self.texts(batch["prompt_ids"], batch["prompt_mask"])
-        texts, lengths = self.texts(batch["completion_ids"], batch["completion_mask"])
-        index, score = batch["prompt_index"].tolist(), scores.tolist()
-        margins = [None] * len(pairs.better) if pairs.margin is None else pairs.margin.tolist()
-        return [
-            ScoredPair(prompts[index[i]], prompt_lengths[index[i]], texts[i], texts[j], lengths[i], lengths[j], score[i], score[j], margin)
-            for i, j, margin in zip(pairs.better.tolist(), pairs.worse.tolist(), margins, strict=True)
-        ]
-
-    def texts(self, ids: Tensor, mask: Tensor) -> tuple[list[str], list[int]]:
-        """The kept tokens of rows [R, T] as texts without special tokens, and their numbers."""
-        rows = [row[kept].tolist() for row, kept in zip(ids, mask, strict=True)]
-        return self.tokenizer.batch_decode(rows, skip_special_tokens=True), [len(row) for row in rows]
+        return describe(self.tokenizer, batch, self.head_scores(batch).mean(1), pairs_of(batch))
 
     @torch.no_grad()
     def before_export(self) -> None:
@@ -202,12 +178,6 @@ class RewardModule(AlignmentModule):
     def identity(self) -> dict[str, str | int]:
         """As for every module, and the number of heads."""
         return {**super().identity(), "num_heads": len(self.head.weight)}
-
-
-def pairs_of(batch: PreferenceBatch) -> Pairs:
-    """All pairs of all examples of a batch; fillers make none."""
-    better, worse, weight = preference_pairs(batch["prompt_index"], batch["rank"])
-    return Pairs(better, worse, weight, batch["margin"][batch["prompt_index"][better]] if "margin" in batch else None)
 
 
 def moments(scores: Tensor) -> Tensor:

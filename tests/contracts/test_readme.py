@@ -14,8 +14,14 @@ README = (ROOT / "README.md").read_text()
 SHORT = ["--trainer.accelerator", "cpu", "--trainer.devices", "1", "--trainer.log_every_n_steps", "1", "--trainer.enable_progress_bar", "false"]
 LIMITS = {
     "sft": ["--trainer.limit_train_batches=3", "--trainer.max_epochs=1", "--trainer.max_steps=-1"],
+    "reward": ["--trainer.limit_train_batches=3", "--trainer.max_epochs=1"],
+    "dpo": ["--trainer.limit_train_batches=3", "--trainer.max_epochs=1"],
+    "online_dpo": ["--trainer.max_epochs=1", "--trainer.check_val_every_n_epoch=1", "--trainer.limit_val_batches=1"],
     # plain ASCII: an untrained model fulfils it now and then, so that there are right and wrong completions
-    "grpo": ["--trainer.max_epochs=2", "--trainer.check_val_every_n_epoch=1", "--model.reward=RegexFormat", r"--model.reward.pattern=[\x00-\x7f]*"],
+    "grpo": [
+        *("--trainer.max_epochs=2", "--trainer.check_val_every_n_epoch=1", "--model.reward=RegexFormat", r"--model.reward.pattern=[\x00-\x7f]*"),
+        "--trainer.callbacks+={class_path: WinRate, init_args: {judge: {class_path: Versus, init_args: {reward: {class_path: NumericMatch}}}}}",
+    ],
 }
 
 
@@ -65,16 +71,18 @@ def test_named_files_exist():
             assert (ROOT / name).exists(), name
 
 
-FORMS = re.findall(r"^\| [^`|].*\| `(--model[^`]+)` \|$", README, flags=re.MULTILINE)
+ROWS = re.compile(r"^\| [^`|].*\| `(--model[^`]+)` \|$", flags=re.MULTILINE)
+GRPO, DPO = (ROWS.findall(part) for part in README.split("## Preferences"))
+FORMS = [("grpo", arguments) for arguments in GRPO] + [("dpo", arguments) for arguments in DPO]
 
 
-def test_forms_of_grpo_are_there():
-    assert len(FORMS) == 4
+def test_forms_of_grpo_and_dpo_are_there():
+    assert (len(GRPO), len(DPO)) == (4, 11)
 
 
-@pytest.mark.parametrize("arguments", FORMS)
-def test_forms_of_grpo_parse(arguments, capsys):
+@pytest.mark.parametrize(("method", "arguments"), FORMS)
+def test_forms_of_grpo_and_dpo_parse(method, arguments, capsys):
     with pytest.raises(SystemExit) as stop:
-        main(["fit", "--config", str(ROOT / "configs/grpo.yaml"), *shlex.split(arguments), "--print_config"])
+        main(["fit", "--config", str(ROOT / f"configs/{method}.yaml"), *shlex.split(arguments), "--print_config"])
     assert stop.value.code in (0, None)
     assert arguments.split()[-1] in capsys.readouterr().out

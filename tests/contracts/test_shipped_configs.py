@@ -1,4 +1,4 @@
-"""Every shipped YAML runs: its own method and data, on the tiny model, one batch of each loader."""
+"""Every shipped YAML runs: its own method and data, on the tiny model, one batch of each loader; the stages of a recipe one after the other."""
 
 from pathlib import Path
 
@@ -7,9 +7,10 @@ import pytest
 from modules.__main__ import main
 
 ROOT = Path(__file__).parents[2]
-STAGES = sorted((ROOT / "configs/recipes").rglob("*.yaml"))
+RECIPES = sorted(path for path in (ROOT / "configs/recipes").iterdir())
 OVERLAYS = sorted((ROOT / "configs/overlays").glob("*.yaml"))
-ONE_BATCH = ["--trainer.fast_dev_run", "true", "--trainer.enable_progress_bar", "false", "--model.policy", "tiny"]
+ONE_STEP = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=1", "--trainer.limit_val_batches=1", "--trainer.limit_predict_batches=1"]
+QUIET = ["--trainer.enable_progress_bar=false"]
 
 
 def run(command: str, *arguments: str, folder: Path) -> None:
@@ -18,22 +19,31 @@ def run(command: str, *arguments: str, folder: Path) -> None:
         main([command, *arguments])
 
 
-@pytest.mark.parametrize("path", STAGES, ids=lambda path: f"{path.parent.name}-{path.stem}")
-def test_stages_of_recipes_run(tmp_path, path):
-    number, command, *_ = path.stem.split("-")
-    assert number.isdigit()
-    checkpoint = ["--ckpt_path", "null"] if command == "validate" else []
-    run(command, "--config", str(path), *ONE_BATCH, *checkpoint, folder=tmp_path)
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
+def test_stages_of_recipes_hand_over_to_each_other(tmp_path, recipe):
+    for place, path in enumerate(sorted(recipe.glob("*.yaml"))):
+        number, command, *_ = path.stem.split("-")
+        assert int(number) == place + 1
+        start = ["--model.policy", "tiny"] if ".gguf" in path.read_text() else []
+        short = ONE_STEP if command == "fit" else ONE_STEP[2:]
+        run(command, "--config", str(path), *QUIET, *short, *start, folder=tmp_path)
 
 
-@pytest.mark.parametrize("method", ["sft", "grpo"])
+@pytest.mark.parametrize("method", ["sft", "reward", "dpo", "online_dpo", "grpo"])
 def test_methods_run_on_one_process(tmp_path, method):
     overlay = str(ROOT / "configs/overlays/cpu_tiny.yaml")
     run("fit", "--config", str(ROOT / f"configs/{method}.yaml"), "--config", overlay, folder=tmp_path)
     assert [path.name for path in tmp_path.iterdir()] in ([], ["runs"])
 
 
+@pytest.mark.parametrize("method", ["reward", "dpo", "online_dpo", "grpo"])
+def test_methods_run_with_adapters(tmp_path, method):
+    overlays = [argument for name in ("cpu_tiny", "lora") for argument in ("--config", str(ROOT / f"configs/overlays/{name}.yaml"))]
+    run("fit", "--config", str(ROOT / f"configs/{method}.yaml"), *overlays, folder=tmp_path)
+
+
 @pytest.mark.parametrize("path", OVERLAYS, ids=lambda path: path.stem)
 def test_overlays_change_where_and_not_what(path):
     keys = {line.split(":")[0] for line in path.read_text().splitlines() if line and line[0] not in "# "}
-    assert keys == {"trainer"}
+    assert keys == ({"model"} if path.stem == "lora" else {"trainer"})
+    assert path.stem != "lora" or path.read_text().split("model:")[1].split()[:2] == ["init_args:", "lora:"]

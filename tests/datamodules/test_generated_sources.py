@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from datamodules import Addition, ReasoningGym
+from datamodules import Addition, AdditionPairs, ReasoningGym
 
 
 def test_missing_library_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,3 +85,29 @@ def test_reasoning_gym_refusals() -> None:
         ReasoningGym("chain_sum", 1, options={"colour": "red"}).rows()
     with pytest.raises(ValueError, match="may only use the fields"):
         ReasoningGym("chain_sum", 1, completion="{solution}").rows()
+
+
+def test_pairs_of_sums_are_right_and_wrong_by_one_digit_and_differ_in_dots() -> None:
+    rows = [row.columns for row in AdditionPairs(2000, dots=6, longer_chosen=0.7).rows()]
+    longer = 0
+    for row in rows:
+        right, wrong = row["chosen"].rstrip("."), row["rejected"].rstrip(".")
+        first, second = row["prompt"].rstrip("=").split("+")
+        assert int(right[::-1]) == int(first) + int(second) and right == row["answer"]
+        assert len(wrong) == 3 and sum(a != b for a, b in zip(right, wrong, strict=True)) == 1
+        assert len(row["chosen"]) != len(row["rejected"])
+        longer += len(row["chosen"]) > len(row["rejected"])
+    assert 0.66 < longer / len(rows) < 0.74
+    assert AdditionPairs(2000, dots=6, longer_chosen=0.7).rows() == AdditionPairs(2000, dots=6, longer_chosen=0.7).rows()
+    assert all(row.columns["chosen"] == row.columns["answer"] for row in AdditionPairs(20).rows())
+
+
+def test_dots_follow_the_sum() -> None:
+    completions = {row.columns["completion"][3:] for row in Addition(500, dots=2).rows()}
+    assert completions == {"", ".", ".."}
+
+
+@pytest.mark.parametrize("settings", [{"dots": -1}, {"longer_chosen": 1.5}])
+def test_pairs_refuse_values_out_of_range(settings: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="dots must be|longer_chosen must lie"):
+        AdditionPairs(10, **settings)  # type: ignore[arg-type]

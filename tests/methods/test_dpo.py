@@ -1,0 +1,238 @@
+"""DPO in a real Trainer: the loss against plain rows, the reference and its cache, splits that change nothing, resume, refusals."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from datamodules import AdditionPairs, PreferenceDataModule
+from datamodules.sources import Row, Source
+from modules import DPOModule
+from modules.networks.lora import Lora
+from modules.objectives import IPO, KTO, ORPO, Hinge, LengthDesensitized, LengthMargin, LengthNormalized, Robust, Sigmoid, SimPO
+from modules.objectives.preference import Sequences
+
+QUIET = {"accelerator": "cpu", "devices": 1, "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+PAIRS = [Sigmoid(), Robust(), IPO(), IPO(average=True), Hinge(), LengthNormalized(), LengthMargin(), LengthDesensitized(), SimPO(), ORPO()]
+
+
+class Labels(Source):
+    """Right sums are desirable, wrong ones are not."""
+
+    def rows(self):
+        rows = AdditionPairs(12, dots=2).rows()
+        sides = [(row, side) for row in rows for side in ("chosen", "rejected")]
+        return [
+            Row({"prompt": row.columns["prompt"], "completion": row.columns[side], "label": side == "chosen"}, f"{row.origin} {side}", "labels")
+            for row, side in sides
+        ]
+
+
+def dpo(folder: Path, lr: float = 1e-3, **settings) -> DPOModule:
+    seed_everything(0)
+    settings = {"cache_dir": str(folder / "reference"), "optimizer": lambda parameters: torch.optim.SGD(parameters, lr=lr)} | settings
+    return DPOModule("tiny", **settings)
+
+
+def fit(module: DPOModule, batch_size: int = 4, resume: Path | None = None, train: Source | None = None, **settings) -> Trainer:
+    settings = {"max_epochs": 2, "enable_checkpointing": False, "num_sanity_val_steps": 0} | settings
+    trainer = Trainer(**(QUIET | settings))
+    val = AdditionPairs(6, dots=4, held_out=True) if train is None else None
+    data = PreferenceDataModule(module.tokenizer, train or AdditionPairs(12, dots=4), val=val, batch_size=batch_size)
+    trainer.fit(module, data, ckpt_path=resume, weights_only=True)
+    return trainer
+
+
+def weights(module: DPOModule) -> torch.Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in module.policy.parameters()])
+
+
+@pytest.mark.parametrize("objective", [*PAIRS, KTO()], ids=lambda objective: type(objective).__name__)
+def test_every_objective_runs_and_moves_the_policy(tmp_path, objective):
+    module = dpo(tmp_path, objective=objective, nll_weight=0.1)
+    start = weights(module)
+    trainer = fit(module, max_epochs=1)
+    assert torch.isfinite(weights(module)).all() and not torch.equal(start, weights(module))
+    assert {"train/loss", "train/rewards/chosen", "train/logps/rejected", "val/rewards/accuracies"} <= set(trainer.callback_metrics)
+    assert bool(module.tables) == objective.uses_reference
+
+
+def gradient_at_the_reference(objective, beta: float) -> list[float]:
+    logps = torch.tensor([-10.0, -14.0], dtype=torch.float64, requires_grad=True)
+    sequences = Sequences(logps, logps.detach().clone(), torch.tensor([5.0, 10.0], dtype=torch.float64))
+    objective.total(sequences, torch.tensor([0, 0]), torch.tensor([0, 1]), beta, torch.tensor(0.0)).backward()
+    return logps.grad.tolist()
+
+
+@pytest.mark.parametrize(
+    ("objective", "expected"),
+    [
+        (Sigmoid(), [-0.05, 0.05]),  # -beta / 2
+        (Sigmoid(0.1), [-0.04, 0.04]),  # -(1 - 2 e) beta / 2
+        (Robust(0.1), [-0.0625, 0.0625]),  # -beta / 2 / (1 - 2 e)
+        (IPO(), [-10.0, 10.0]),  # 2 (0 - 1 / (2 beta)) = -1 / beta
+        (IPO(average=True), [-2.0, 1.0]),  # the same over 5 and 10 tokens
+        (Hinge(), [-0.1, 0.1]),  # -beta
+        (LengthNormalized(), [-0.01, 0.005]),  # -beta / 2 over 5 and 10 tokens
+        (LengthMargin(0.01), [-0.1 * 0.5124973964842103, 0.1 * 0.5124973964842103]),  # -beta sigma(-alpha (5 - 10)) = -beta sigma(0.05)
+        (KTO(), [-0.0125, 0.0125]),  # -+ beta / 4, each completion half of the example
+    ],
+    ids=str,
+)
+def test_gradient_where_policy_and_reference_agree(objective, expected):
+    assert gradient_at_the_reference(objective, beta=0.1) == pytest.approx(expected, rel=1e-6)
+
+
+def test_loss_is_that_of_plain_rows(tmp_path):
+    """-log sigma(beta h) from each row by itself, the reference the start policy, at a policy that has moved."""
+    module = dpo(tmp_path, lr=0.1, beta=0.5)
+    trainer = fit(module)
+    trainer.validate(module, datamodule=trainer.datamodule, verbose=False)
+    start = dpo(tmp_path).policy.eval()
+    losses = []
+    for row in trainer.datamodule.val_rows:
+        logps = []
+        for policy in (module.policy, start):
+            for completion in row.completions:
+                ids = torch.tensor([row.prompt + completion])
+                with torch.no_grad():
+                    logprobs = policy.model(ids).logits.log_softmax(-1)[0, :-1].gather(1, ids[0, 1:, None])
+                logps.append(logprobs[len(row.prompt) - 1 :].sum())
+        h = (logps[0] - logps[2]) - (logps[1] - logps[3])
+        losses.append(-torch.nn.functional.logsigmoid(0.5 * h))
+    assert float(trainer.callback_metrics["val/loss"]) == pytest.approx(float(torch.stack(losses).mean()), abs=1e-5)
+    assert float(torch.stack(losses).mean()) != pytest.approx(0.6931, abs=1e-3)  # it has moved
+
+
+@pytest.mark.parametrize("settings", [{}, {"objective": KTO(), "nll_weight": 0.0}], ids=["dpo", "kto"])
+def test_splits_change_nothing(tmp_path, settings):
+    """12 examples a step in one micro-batch or in three; KTO's KL is one per micro-batch, so its runs may differ a little."""
+    whole, split = dpo(tmp_path, **settings), dpo(tmp_path, **settings)
+    fit(whole, batch_size=12)
+    fit(split, batch_size=4, accumulate_grad_batches=3)
+    torch.testing.assert_close(weights(split), weights(whole), atol=1e-6 if not settings else 1e-4, rtol=0)
+
+
+RANKS = """
+import sys
+from pathlib import Path
+
+import torch
+from tests.methods.test_dpo import dpo, fit, weights
+
+if __name__ == "__main__":
+    module = dpo(Path(sys.argv[1]))
+    trainer = fit(module, batch_size=3, devices=2, strategy="ddp")
+    if trainer.is_global_zero:
+        torch.save(weights(module), Path(sys.argv[1]) / "weights.pt")
+"""
+
+
+def test_two_ranks_make_the_run_of_one(tmp_path):
+    alone = dpo(tmp_path / "alone")
+    fit(alone, batch_size=6)
+    (tmp_path / "ranks.py").write_text(RANKS)
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "ranks.py", "."], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    torch.testing.assert_close(torch.load(tmp_path / "weights.pt"), weights(alone), atol=1e-6, rtol=0)
+
+
+def test_reference_is_computed_once_and_kept_on_disk(tmp_path):
+    fit(dpo(tmp_path))
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "reference").iterdir()}
+    assert len(files) == 2  # train and val
+    again = dpo(tmp_path, lr=0.0)
+    fit(again)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "reference").iterdir()} == files
+    assert again.reference is None  # it takes no memory while training
+    other = dpo(tmp_path)
+    other.policy.model.lm_head.weight.data.add_(0.01)
+    other.reference.policy.model.lm_head.weight.data.add_(0.01)
+    fit(other)
+    assert len(list((tmp_path / "reference").iterdir())) == 4  # another model, other log-probs
+
+
+def test_a_wrong_reference_is_refused(tmp_path):
+    module = dpo(tmp_path)
+    module.policy.model.lm_head.weight.data.mul_(1.1)
+    with pytest.raises(RuntimeError, match="policy and reference differ before the first update"):
+        fit(module)
+
+
+def test_resume_is_bitwise(tmp_path):
+    settings = {"optimizer": lambda parameters: torch.optim.AdamW(parameters, lr=1e-3)}
+    every = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    whole = dpo(tmp_path, **settings)
+    fit(whole, enable_checkpointing=True, callbacks=[every])
+    for step in (1, 3, 4):
+        resumed = dpo(tmp_path, **settings)
+        fit(resumed, resume=tmp_path / f"step={step}.ckpt", enable_checkpointing=True, callbacks=[ModelCheckpoint(tmp_path / "again")])
+        assert torch.equal(weights(resumed), weights(whole))
+
+
+def test_adapters_alone_learn_and_the_reference_is_their_start(tmp_path):
+    module = dpo(tmp_path, lora=Lora(r=4), lr=1.0)
+    before = {name: parameter.detach().clone() for name, parameter in module.policy.named_parameters()}
+    fit(module)
+    changed = {name for name, parameter in module.policy.named_parameters() if not torch.equal(parameter, before[name])}
+    assert changed and all("lora" in name for name in changed)
+    frozen = module.reference.weights
+    assert frozen.keys() == {name for name in before if "lora" in name}
+    assert all(torch.equal(weight, before[name]) for name, weight in frozen.items())
+    module.policy.save_pretrained(tmp_path / "export")
+    plain = DPOModule(str(tmp_path / "export"), reference_free=True).policy
+    ids = torch.randint(5, 261, (2, 9), generator=torch.Generator().manual_seed(0))
+    keep = torch.ones_like(ids, dtype=torch.bool)
+    torch.testing.assert_close(plain.token_scores(ids, keep).logprobs, module.policy.token_scores(ids, keep).logprobs, atol=1e-5, rtol=0)
+
+
+def test_kto_learns_from_labels(tmp_path):
+    module = dpo(tmp_path, objective=KTO())
+    trainer = Trainer(**QUIET, max_epochs=1, enable_checkpointing=False)
+    trainer.fit(module, PreferenceDataModule(module.tokenizer, Labels(), batch_size=4))
+    assert {"train/rewards/chosen", "train/rewards/rejected"} <= set(trainer.callback_metrics)
+    assert "train/rewards/accuracies" not in trainer.callback_metrics
+
+
+@pytest.mark.parametrize(
+    ("settings", "batch_size", "source", "message"),
+    [
+        ({}, 4, Labels(), "Sigmoid compares completions and these rows hold one labelled completion each: use KTO"),
+        ({"objective": KTO()}, 1, None, "batch_size must be at least 2"),
+        ({"beta": 0.0}, 4, None, "beta must be > 0"),
+    ],
+)
+def test_impossible_runs_are_refused(tmp_path, settings, batch_size, source, message):
+    with pytest.raises(ValueError, match=message):
+        fit(dpo(tmp_path, **settings), batch_size=batch_size, train=source)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: Sigmoid(0.5), lambda: LengthMargin(-1), lambda: LengthDesensitized(2), lambda: SimPO(-1), lambda: KTO(-1.0), lambda: Lora(r=0)]
+)
+def test_objectives_refuse_values_out_of_range(make):
+    with pytest.raises(ValueError, match="must"):
+        make()
+
+
+def test_mismatched_completions_are_those_of_other_prompts(tmp_path):
+    """The KL of a policy that equals its reference is 0; of two equal prompts nothing is counted."""
+    module = dpo(tmp_path, objective=KTO())
+    trainer = Trainer(**QUIET, max_epochs=0, enable_checkpointing=False)
+    data = PreferenceDataModule(module.tokenizer, AdditionPairs(4), batch_size=4)
+    trainer.fit(module, data)
+    batch = next(iter(data.in_order("train")))
+    module.policy.model.lm_head.weight.data.mul_(1.5)
+    moved = module.mismatched_kl(batch)
+    others = {**batch, "prompt_index": (batch["prompt_index"] + 1) % 4}
+    by_hand = (module.policy.completion_scores(others).logprobs - module.reference.completion_logprobs(others)).sum(1).mean()
+    assert float(moved) == pytest.approx(max(0.0, float(by_hand)), abs=1e-5)
+    batch["prompt_ids"] = batch["prompt_ids"][:1].expand(4, -1)
+    assert float(module.mismatched_kl(batch)) == 0.0
