@@ -66,7 +66,7 @@ def test_a_data_file_stays_a_path(tmp_path, monkeypatch, run, caplog, name, text
         (["--trainer.max_epoch", "4"], "unrecognized arguments: --trainer.max_epoch 4; did you mean --trainer.max_epochs"),
         (["--trainer.precision", "bf16-true"], "precision 'bf16-true' rounds"),
         (["--model.num_generations", "1"], "error: num_generations is 1: a group needs at least 2"),
-        (["--model.beta", "-1"], "error: beta must be >= 0 and val_generations at least 1, got -1.0 and 1"),
+        (["--model.beta", "-1"], "error: beta must be >= 0, got -1.0"),
         (["--model.objective", "Clipped", "--model.objective.clip_low", "-1"], "error: clip_low and clip_high must be >= 0, got -1.0 and 0.28"),
         (["--model.reward", "ExactMtch"], "there is no class 'ExactMtch'; did you mean ExactMatch?"),
         (["--model.advantage", "GroupCentre"], "there is no class 'GroupCentre'; did you mean GroupCenter"),

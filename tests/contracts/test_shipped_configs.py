@@ -24,9 +24,13 @@ def test_stages_of_recipes_hand_over_to_each_other(tmp_path, recipe):
     for place, path in enumerate(sorted(recipe.glob("*.yaml"))):
         number, command, *_ = path.stem.split("-")
         assert int(number) == place + 1
-        start = ["--model.policy", "tiny"] if ".gguf" in path.read_text() else []
+        changes = ["--model.policy", "tiny"] if ".gguf" in path.read_text() else []
+        if command == "predict":  # after so short a start no sum is right, and nothing could be compared
+            changes += ["--model.reward=RegexFormat", "--model.reward.pattern=.[0-4].*"]
+        if path.stem == "01-fit-sft":  # long enough for completions to end by themselves
+            changes += ["--trainer.limit_train_batches=60"]
         short = ONE_STEP if command == "fit" else ONE_STEP[2:]
-        run(command, "--config", str(path), *QUIET, *short, *start, folder=tmp_path)
+        run(command, "--config", str(path), *QUIET, *short, *changes, folder=tmp_path)
 
 
 @pytest.mark.parametrize("method", ["sft", "reward", "dpo", "online_dpo", "grpo"])
