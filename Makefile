@@ -33,7 +33,7 @@ demo: setup  ## tiny model on two-digit addition: warm-up, GRPO, evaluation (3 m
 	@rm -rf runs/demo
 	$(call run-recipe,demo)
 
-demo-smollm: setup .venv/.smollm  ## SmolLM2-135M on sums in <think>/<answer> form: cold start, GRPO, evaluation (21 minutes on 2 cores)
+demo-smollm: setup .venv/.smollm  ## SmolLM2-135M on sums in <think>/<answer> form: cold start, GRPO, evaluation (20 minutes on 2 cores)
 	@rm -rf runs/smollm
 	@mkdir -p runs/smollm && ln -sfn $(SMOLLM) runs/smollm/SmolLM2-135M-Instruct.gguf
 	$(call run-recipe,smollm)
