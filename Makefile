@@ -9,7 +9,7 @@ define run-recipe
 @set -e; mkdir -p runs/$(1); for file in configs/recipes/$(1)/*.yaml; do \
   stage=$$(basename $$file .yaml); verb=$$(echo $$stage | cut -d- -f2); \
   if [ -e runs/$(1)/$$stage.done ]; then echo "$$stage: done before, skipped"; continue; fi; \
-  echo "== $(1) $$stage"; $(PY) -m modules $$verb --config $$file $(2); touch runs/$(1)/$$stage.done; done
+  echo "== $(1) $$stage"; $(PY) -m modules $$verb --config $$file $(2); [ $$verb = validate ] || touch runs/$(1)/$$stage.done; done
 endef
 
 .PHONY: help setup demo demo-smollm recipe test lint types format
@@ -38,7 +38,7 @@ demo-smollm: setup .venv/.smollm  ## SmolLM2-135M on sums in <think>/<answer> fo
 	@mkdir -p runs/smollm && ln -sfn $(SMOLLM) runs/smollm/SmolLM2-135M-Instruct.gguf
 	$(call run-recipe,smollm)
 
-recipe: setup  ## run configs/recipes/NAME in order, without the stages that are done: demo, preferences, iterative-dpo
+recipe: setup  ## run configs/recipes/NAME in order, without the fits and predictions that are done: demo, preferences, iterative-dpo
 	$(call run-recipe,$(NAME))
 	@echo "recipe: $(NAME) ok"
 

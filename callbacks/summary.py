@@ -64,7 +64,7 @@ class Summary(Callback):
         for name in self.metrics:
             table.add_row(name, *([_round(self.before[name])] if name in self.before else []), _round(self.after[name]))
         Console().print(table)
-        if not self.before:
+        if not self.before and trainer.ckpt_path:
             print("The values before training are unknown: fit with --trainer.num_sanity_val_steps -1 and validate with that run's checkpoint.")
         print(f"tensorboard --logdir {shlex.quote(_log_folder(trainer))}")
         values = [state[self.headline] for state in (self.before, self.after) if self.headline in state]

@@ -53,6 +53,11 @@ class WinRate(Callback):
         self.judge = judge
         self.comparisons: list[Comparison] = []  # this rank's of the current validation
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """ValueError for a module that does not sample."""
+        if not hasattr(pl_module, "held_out_rollouts"):
+            raise ValueError(f"WinRate compares sampled completions and {type(pl_module).__name__} samples none: remove the callback.")
+
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget what an interrupted validation left."""
         self.comparisons = []

@@ -86,11 +86,12 @@ class PhaseLoader:
         groups = batch["prompt_index"].unique()
         stretches = [torch.isin(batch["prompt_index"], part).nonzero()[:, 0] for part in groups.tensor_split(per_pass)]
         updates = [stretches[i] for number in range(self.inner_epochs) for i in self.order(phase, number, per_pass)]
-        smallest = min(len(rows) for rows in updates)
+        unit = "prompts" if "rank" in batch else "completions"  # compared completions stay together
+        smallest = min(len(batch["prompt_index"][rows].unique()) if unit == "prompts" else len(rows) for rows in updates)
         if smallest < micro:
             raise ValueError(
                 f"a phase of {len(groups)} prompts and {len(batch['prompt_index'])} completions on this rank cannot make {per_pass} updates "
-                f"of {micro} micro-batches (the smallest update has {smallest} completions): raise prompts_per_phase, or lower "
+                f"of {micro} micro-batches (the smallest update has {smallest} {unit}): raise prompts_per_phase, or lower "
                 "updates_per_phase or accumulate_grad_batches"
             )
         counts = torch.stack([batch["row_count"][rows].sum() for rows in updates])
@@ -175,10 +176,6 @@ def split(batch: PolicyBatch, rows: Tensor, parts: int) -> list[Tensor]:
     if len(units) < parts:
         idle = rows[~batch["active"][rows]]
         units += list(idle[tokens[idle].argsort(stable=True)][: parts - len(units), None])
-    if len(units) < parts:
-        raise ValueError(
-            f"an update of {len(units)} pairs cannot make {parts} micro-batches: raise prompts_per_phase or lower accumulate_grad_batches"
-        )
     bins: list[list[Tensor]] = [[] for _ in range(parts)]
     loads = [0] * parts
     for unit in sorted(units, key=lambda unit: -int(tokens[unit].sum())):

@@ -20,6 +20,8 @@ from modules.types import PreferenceBatch
 
 Stage = Literal["train", "val"]
 Kind = Literal["pairs", "labels"]
+LEVELS = ("significantly better", "better", "slightly better", "negligibly better / unsure")
+MARGINS = {"small": dict(zip(LEVELS, (1.0, 2 / 3, 1 / 3, 0.0), strict=True)), "large": dict(zip(LEVELS, (3.0, 2.0, 1.0, 0.0), strict=True))}
 
 
 class PreferenceDataModule(AlignDataModule):
@@ -43,9 +45,9 @@ class PreferenceDataModule(AlignDataModule):
         batch_size: examples per micro-batch and rank; a memory setting as long as its product with accumulation and ranks stays.
         chat: render text prompts as one user message with the chat template.
         system: system message in front of every chat that has none.
-        margins: label in column ``strength`` -> how much better the chosen answer should score. Llama 2 (table 27), from "significantly
-            better" over "better" and "slightly better" to "negligibly better or unsure": small 1, 2/3, 1/3, 0; large 3, 2, 1, 0. The key
-            ``preference`` stands for a sure verdict where verdicts are graded from 1 to 2. A column ``margin`` needs none.
+        margins: label in column ``strength`` -> how much better the chosen answer should score, or one of Llama 2's tables (27), ``small`` or
+            ``large``, for the labels in ``MARGINS``. The key ``preference`` stands for a sure verdict where verdicts are graded from 1 to 2.
+            A column ``margin`` needs none.
         balance_length: drop training pairs until as many have the longer answer chosen as the shorter, in each bin of length differences
             (1, 2 to 3, 4 to 7, ... tokens); counted in ``unbalanced``.
         on_bad_row: ``drop`` leaves out rows that cannot be read and counts them in ``bad``.
@@ -68,7 +70,7 @@ class PreferenceDataModule(AlignDataModule):
         batch_size: int = 8,
         chat: bool = False,
         system: str | None = None,
-        margins: dict[str, float] | None = None,
+        margins: dict[str, float] | Literal["small", "large"] | None = None,
         balance_length: bool = False,
         on_bad_row: Literal["raise", "drop"] = "raise",
         seed: int = 0,
@@ -80,7 +82,8 @@ class PreferenceDataModule(AlignDataModule):
         check_mapping(columns or {}, KNOWN)
         super().__init__(tokenizer, train, val, columns, drop_long, seed)
         self.max_length, self.batch_size, self.chat, self.system = max_length, batch_size, chat, system
-        self.margins, self.balance_length, self.on_bad_row = margins, balance_length, on_bad_row
+        self.margins = MARGINS[margins] if isinstance(margins, str) else margins
+        self.balance_length, self.on_bad_row = balance_length, on_bad_row
         self.train_rows: list[PreferenceTokens] = []
         self.val_rows: list[PreferenceTokens] = []
         self.kind: Kind | None = None  # known after ``setup``

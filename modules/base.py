@@ -41,6 +41,7 @@ class AlignmentModule(LightningModule):
         self.num_tokens = 0  # trained on so far, all ranks
         self.means = nn.ModuleDict()  # of validation, by metric name
         self._step: dict[str, Tensor] = {}  # (total, weight) of each metric over the micro-batches of an optimiser step so far
+        self._means: set[str] = set()  # names that are averaged
         self._step_start = time.perf_counter()
 
     @property
@@ -72,6 +73,8 @@ class AlignmentModule(LightningModule):
 
         With ``weight`` they are averaged with it; without, they are shares of the step and summed. All ranks give the same names.
         """
+        if weight is not None:
+            self._means.update(metrics)
         for name, value in metrics.items():
             number = torch.as_tensor(value, dtype=torch.float32, device=self.device).detach()
             pair = (
@@ -121,10 +124,11 @@ class AlignmentModule(LightningModule):
             self.show({"loss": metrics["loss"]})
 
     def step_metrics(self) -> dict[str, float]:
-        """The collected metrics over the micro-batches of the step and all ranks (collective)."""
+        """The collected metrics over the micro-batches of the step and all ranks (collective); a mean of nothing is left out."""
         pairs = self.trainer.strategy.reduce(torch.stack(list(self._step.values())), reduce_op="sum")
         totals = zip(self._step, cast(Tensor, pairs).tolist(), strict=True)
-        return {name: total / weight if weight > 0 else total for name, (total, weight) in totals}
+        kept = [(name, total, weight) for name, (total, weight) in totals if name not in self._means or weight > 0]
+        return {name: total / weight if name in self._means else total for name, total, weight in kept}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Say what the checkpoint is of, so that another model refuses it in one sentence."""

@@ -9,12 +9,13 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from modules.base import AlignmentModule
+from modules.functional.masked import masked_mean
 from modules.networks.frozen import Frozen
 from modules.networks.lora import Lora
 from modules.networks.policy import TokenScores
 from modules.networks.reference import ReferenceLogprobs, reference_logprobs
-from modules.objectives.pairs import describe, pairs_of
-from modules.objectives.preference import PairObjective, PreferenceObjective, Sequences, Sigmoid, preference_metrics, sequences_of
+from modules.objectives.pairs import describe, pairs_of, preference_metrics
+from modules.objectives.preference import PairObjective, PreferenceObjective, Sequences, Sigmoid, sequences_of
 from modules.types import PreferenceBatch, ScoredPair
 
 
@@ -54,18 +55,28 @@ class DPOModule(AlignmentModule):
         self.beta = self.objective.beta if beta is None else beta
         if self.beta <= 0 or nll_weight < 0:
             raise ValueError(f"beta must be > 0 and nll_weight >= 0, got {self.beta} and {nll_weight}")
+        if reference_free and self.objective.compares_mismatched:
+            raise ValueError("KTO measures the KL to a reference: reference_free must be false")
         self.nll_weight, self.cache_dir = nll_weight, cache_dir
         needed = self.objective.uses_reference and not reference_free
         self.reference = Frozen(self.policy) if needed else None
+        self.needs_reference = needed
         self.tables: dict[str, ReferenceLogprobs] = {}  # by stage of the data
+        self._tables_of: Any = None  # the DataModule that they are of
         self.scored_pairs: list[ScoredPair] = []  # of the current evaluation batch
+        self._fallen = {"rewards/chosen": 0.0, "rewards/rejected": 0.0}  # sum of each side's over the epoch, on this rank
         self._warned = False
+        self.kl: Tensor | None = None  # KTO's of the last micro-batch
 
     def setup(self, stage: str) -> None:
         """Refuse rows that the objective cannot learn from."""
         super().setup(stage)
         if not self.paired and isinstance(self.objective, PairObjective):
             raise ValueError(f"{type(self.objective).__name__} compares completions and these rows hold one labelled completion each: use KTO")
+        if self.nll_weight > 0 and not self.paired:
+            raise ValueError("nll_weight raises chosen completions, and these rows hold labelled ones: set it to 0")
+        if self._tables_of is not self.data:
+            self.tables, self._tables_of = {}, self.data
         if self.objective.compares_mismatched and getattr(self.data, "batch_size", 2) < 2:
             raise ValueError("KTO puts completions behind the other prompts of a micro-batch: data.batch_size must be at least 2")
 
@@ -93,12 +104,15 @@ class DPOModule(AlignmentModule):
     def precompute(self, *stages: str) -> None:
         """Fill ``tables`` for the stages that are not there yet."""
         for stage in stages:
-            if self.reference is not None and stage not in self.tables and (stage == "train" or self.data.val is not None):
-                self.reference.to(self.device)
-                folder = Path(self.cache_dir) if self.cache_dir else None
-                with self.trainer.precision_plugin.forward_context():
-                    batches, place = self.data.in_order(stage), self.trainer.strategy.batch_to_device
-                    self.tables[stage] = reference_logprobs(self.reference, batches, place, folder, str(self.trainer.precision))
+            if not self.needs_reference or stage in self.tables or (stage == "val" and self.data.val is None):
+                continue
+            if self.reference is None:
+                raise ValueError("the reference was let go when the first fit began: make a new DPOModule for other data")
+            self.reference.to(self.device)
+            folder = Path(self.cache_dir) if self.cache_dir else None
+            with self.trainer.precision_plugin.forward_context():
+                batches, place = self.data.in_order(stage), self.trainer.strategy.batch_to_device
+                self.tables[stage] = reference_logprobs(self.reference, batches, place, folder, str(self.trainer.precision))
 
     def sequences(self, batch: PreferenceBatch, stage: str) -> tuple[Sequences, TokenScores]:
         """The batch's completions under policy and reference, and the policy's token scores."""
@@ -108,11 +122,13 @@ class DPOModule(AlignmentModule):
 
     def loss(self, sequences: Sequences, batch: PreferenceBatch) -> Tensor:
         """Sum [] over the examples of the batch."""
-        kl = self.mismatched_kl(batch) if self.objective.compares_mismatched else sequences.logps.new_zeros(())
+        kl = sequences.logps.new_zeros(())
+        if self.objective.compares_mismatched:
+            self.kl = kl = self.mismatched_kl(batch)
         loss = self.objective.total(sequences, batch["prompt_index"], batch["rank"], self.beta, kl)
         if self.nll_weight > 0:
             pairs = pairs_of(batch)
-            loss = loss - self.nll_weight * (sequences.logps / sequences.lengths)[pairs.better] @ pairs.weight
+            loss = loss - self.nll_weight * (sequences.plain / sequences.lengths)[pairs.better] @ pairs.weight
         return loss + 0 * sequences.logps.sum()  # a filler has a gradient too, of zero
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
@@ -124,13 +140,17 @@ class DPOModule(AlignmentModule):
         self.log_step({"loss": loss, "tokens": tokens + float(batch["prompt_mask"].sum())})
         for name, (value, weight) in self.metrics(sequences, scores, batch).items():
             self.log_step({name: value}, weight)
+            if name in self._fallen:
+                self._fallen[name] += float(value) * weight
         return self.step_loss(loss)
 
+    def on_train_epoch_start(self) -> None:
+        """Begin to add up what the epoch does to both sides of the pairs."""
+        self._fallen = dict.fromkeys(self._fallen, 0.0)
+
     def on_train_epoch_end(self) -> None:
-        """Warn once when the policy gives up likelihood of both sides (likelihood displacement)."""
-        metrics = self.trainer.callback_metrics
-        fallen = [name for name in ("chosen", "rejected") if float(metrics.get(f"train/rewards/{name}", 0.0)) < 0]
-        if self.tables and len(fallen) == 2 and not self._warned:
+        """Warn once when the policy gave up likelihood of both sides over the epoch (likelihood displacement)."""
+        if self.tables and max(self._fallen.values()) < 0 and not self._warned:
             self._warned = True
             rank_zero_warn(
                 "chosen and rejected completions have both become less likely than under the reference (likelihood displacement): "
@@ -164,25 +184,36 @@ class DPOModule(AlignmentModule):
         """Means [] with their weights, under TRL's names."""
         assert scores.entropies is not None and scores.hits is not None
         rewards = self.objective.implicit_rewards(sequences, self.beta)
-        tokens = float(batch["completion_mask"].sum())
-        found = preference_metrics(rewards, sequences.logps, batch["prompt_index"], batch["rank"], paired=self.paired)
-        return found | {"entropy": (scores.entropies.sum() / tokens, tokens), "mean_token_accuracy": (scores.hits.sum() / tokens, tokens)}
+        counted = batch["completion_mask"] & (batch["rank"] >= 0)[:, None]
+        tokens = float(counted.sum())
+        found = {} if self.kl is None else {"kl": (self.kl, tokens)}
+        found |= preference_metrics(rewards, sequences.plain, batch["prompt_index"], batch["rank"], self.paired, referenced=bool(self.tables))
+        details = {"entropy": scores.entropies, "mean_token_accuracy": scores.hits}
+        return found | {name: (masked_mean(values, counted), tokens) for name, values in details.items()}
 
     @torch.no_grad()
     def mismatched_kl(self, batch: PreferenceBatch) -> Tensor:
         """KTO's z0 []: mean log-ratio of completions behind the next prompt of the micro-batch, over all ranks, at least 0."""
         assert self.reference is not None
-        others = cast(PreferenceBatch, {**batch, "prompt_index": (batch["prompt_index"] + 1) % len(batch["prompt_ids"])})
-        differ = (batch["prompt_ids"][others["prompt_index"]] != batch["prompt_ids"][batch["prompt_index"]]).any(1) & (batch["rank"] >= 0)
-        ratio = (self.policy.completion_scores(others).logprobs - self.reference.completion_logprobs(others)).sum(1)[differ]
-        total, count = cast(Tensor, self.trainer.strategy.reduce(torch.stack([ratio.sum(), differ.sum().float()]), reduce_op="sum"))
+        mask, index, width = batch["completion_mask"], batch["prompt_index"], batch["prompt_mask"].sum(1)
+        behind = (index + 1) % len(width)
+        differ = (batch["prompt_ids"][behind] != batch["prompt_ids"][index]).any(1) & (batch["rank"] >= 0)
+        fits = width[behind] + mask.sum(1) <= (width[index] + mask.sum(1)).max()  # no longer than the longest row that there really is
+        rows = (differ & fits).nonzero()[:, 0]
+        ratio = batch["completion_mask"].new_zeros(0).float()
+        if len(rows):
+            parts = {"completion_ids": batch["completion_ids"][rows], "completion_mask": mask[rows], "prompt_index": behind[rows]}
+            others = cast(PreferenceBatch, {**batch, **parts})
+            ratio = (self.policy.completion_scores(others).logprobs - self.reference.completion_logprobs(others)).sum(1)
+        total, count = cast(Tensor, self.trainer.strategy.reduce(torch.stack([ratio.sum(), ratio.new_tensor(float(len(ratio)))]), reduce_op="sum"))
         return (total / count.clamp(min=1)).clamp(min=0)
 
     def check_start(self, sequences: Sequences) -> None:
         """At step 0 policy and reference are the same model; anything else is a wrong reference. RuntimeError then."""
         if self.global_step == 0 and self.tables:
             gap = (sequences.logps - sequences.ref_logps).detach().abs()
-            allowed = torch.full_like(gap, 1e-3) if self.trainer.precision.startswith(("32", "64")) else 0.1 * sequences.lengths  # 16 bits round
+            whole = self.trainer.precision.startswith(("32", "64"))
+            allowed = (1e-6 * sequences.lengths).clamp(min=5e-4) if whole else 0.1 * sequences.lengths.sqrt()  # 5e-4: then h < 1e-3
             if not bool((gap <= allowed).all()):
                 raise RuntimeError(
                     f"policy and reference differ before the first update (log-probs of a completion by up to {float(gap.max()):.3g}): "

@@ -7,7 +7,8 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
 from modules.networks.lora import Lora
-from modules.objectives.preference import PairObjective, Sigmoid, preference_metrics, sequences_of
+from modules.objectives.pairs import preference_metrics
+from modules.objectives.preference import PairObjective, Sigmoid, sequences_of
 from modules.on_policy import OnPolicyModule
 from modules.rollout.engine import RolloutEngine, Sampling
 from modules.types import PolicyBatch, Reward
@@ -76,6 +77,8 @@ class OnlineDPOModule(OnPolicyModule):
         self.beta = self.objective.beta if beta is None else beta
         if self.beta <= 0 or min_gap < 0 or refresh_every < 1:
             raise ValueError(f"beta must be > 0, min_gap >= 0 and refresh_every >= 1, got {self.beta}, {min_gap} and {refresh_every}")
+        if refresh == "soft" and lora is not None:
+            raise ValueError("refresh: soft averages weights, and the average of adapters is not the adapter of the average: use phase")
         self.min_gap, self.refresh, self.refresh_every = min_gap, refresh, refresh_every
 
     def finish(self, batch: PolicyBatch) -> None:
@@ -92,8 +95,8 @@ class OnlineDPOModule(OnPolicyModule):
         total = self.objective.total(sequences, index, rank, self.beta, logprobs.new_zeros(()))
         loss = total / batch["denominator"].clamp(min=1) + 0 * logprobs.sum()  # a phase without a pair has a gradient too, of zero
         self.log_step({"loss": loss, "tokens": float(batch["completion_mask"].sum() + batch["prompt_mask"].sum())})
-        rewards = self.objective.implicit_rewards(sequences, self.beta)
-        for name, (value, weight) in preference_metrics(rewards, sequences.logps, index, rank, paired=True).items():
+        rewards, referenced = self.objective.implicit_rewards(sequences, self.beta), self.objective.uses_reference
+        for name, (value, weight) in preference_metrics(rewards, sequences.plain, index, rank, paired=True, referenced=referenced).items():
             self.log_step({name: value}, weight)
         return self.step_loss(loss)
 

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from modules.base import AlignmentModule
 from modules.functional.masked import aggregate
+from modules.networks.lora import Lora
 from modules.networks.policy import TokenScores
 from modules.types import InstructionBatch
 
@@ -17,6 +18,7 @@ class SFTModule(AlignmentModule):
 
     Args:
         policy: ``tiny``, a Hugging Face folder, a GGUF file or a hub id.
+        lora: train low-rank adapters instead of all weights.
         optimizer: parameters -> optimizer; default AdamW, learning rate 2e-5.
         scheduler: optimizer -> scheduler, stepped per update.
     """
@@ -24,10 +26,11 @@ class SFTModule(AlignmentModule):
     def __init__(
         self,
         policy: str,
+        lora: Lora | None = None,
         optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=2e-5),
         scheduler: LRSchedulerCallable | None = None,
     ) -> None:
-        super().__init__(policy, optimizer, scheduler)
+        super().__init__(policy, optimizer, scheduler, lora=lora)
 
     def scores(self, batch: InstructionBatch) -> TokenScores:
         """Log-probs, entropies and hits [N, T] of the supervised tokens."""

@@ -59,7 +59,9 @@ class Frozen:
         try:
             for name, weight in now.items():
                 weight.data = self.weights[name]
+            torch.clear_autocast_cache()  # it holds 16-bit copies by parameter, whatever its data are now
             yield
         finally:
             for name, weight in now.items():
                 weight.data = theirs[name]
+            torch.clear_autocast_cache()

@@ -172,8 +172,9 @@ class Policy(nn.Module):
         at = lengths[:, None] + columns  # [N, Tc + 1], where each completion token goes, and one more
         prompts = batch["prompt_ids"][batch["prompt_index"]]
         rows = nn.functional.pad(prompts, (0, len(columns) - 1)).scatter(1, at[:, :-1], batch["completion_ids"])
-        hidden = self.hidden_states(rows)
-        return hidden.gather(1, (at - 1)[..., None].expand(-1, -1, hidden.shape[-1]))
+        width = int((lengths + batch["completion_mask"].sum(1)).max())  # the longest prompt need not have the longest completion
+        hidden = self.hidden_states(rows[:, :width])
+        return hidden.gather(1, (at - 1).clamp(max=width - 1)[..., None].expand(-1, -1, hidden.shape[-1]))
 
     def _hidden_shared(self, batch: PolicyBatch | PreferenceBatch, tokens: Tensor) -> Tensor:
         """[N, T + 1, H], after the prompt and after each of ``tokens`` [N, T], the first of the completions.
@@ -190,10 +191,11 @@ class Policy(nn.Module):
         for layer in cast(list[Any], cache.layers):
             layer.keys, layer.values = layer.keys.index_select(0, index), layer.values.index_select(0, index)
         ragged = not bool(prompt_mask.all())
+        last_place = int((lengths[index] + batch["completion_mask"].sum(1)).max()) - 1  # of a real token; padding must not go beyond it
         hidden = self.model.base_model(
             input_ids=tokens,
             attention_mask=torch.cat([prompt_mask[index], torch.ones_like(tokens, dtype=torch.bool)], 1) if ragged else None,
-            position_ids=lengths[index][:, None] + torch.arange(tokens.shape[1], device=index.device),
+            position_ids=(lengths[index][:, None] + torch.arange(tokens.shape[1], device=index.device)).clamp(max=last_place),
             past_key_values=cache,
             use_cache=True,
         ).last_hidden_state

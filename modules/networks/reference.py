@@ -30,8 +30,8 @@ class ReferenceLogprobs:
         mask = batch["completion_mask"]
         if int(batch["row"].max()) + 1 >= len(self.starts):
             raise IndexError(f"row {int(batch['row'].max())} is not among the {len(self.starts) - 1} completions with reference log-probs")
-        places = (self.starts.to(mask.device)[batch["row"]][:, None] + torch.arange(mask.shape[1], device=mask.device))[mask]
-        return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, self.logprobs.to(mask.device)[places])
+        places = (self.starts[batch["row"].cpu()][:, None] + torch.arange(mask.shape[1]))[mask.cpu()]
+        return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, self.logprobs[places].to(mask.device))
 
 
 def reference_logprobs(
@@ -47,20 +47,20 @@ def reference_logprobs(
         precision: of the Trainer, such as ``32-true``.
     """
     kept = [batch for batch in batches if int(batch["rank"].min()) >= 0]  # without fillers
-    rows = from_all_ranks([(int(row), ids[mask].tolist()) for batch in kept for row, ids, mask in _completions(batch)])
-    lengths = torch.tensor([len(ids) for _, ids in sorted(dict(rows).items())])
+    rows = from_all_ranks([(int(row), int(mask.sum())) for batch in kept for row, _, mask in _completions(batch)])
+    lengths = torch.tensor([length for _, length in sorted(dict(rows).items())])
     starts = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
     file = None if folder is None else folder / f"{digest(reference, kept, precision)}.safetensors"
     if file is not None and all(from_all_ranks([file.is_file()])):
         return ReferenceLogprobs(load_file(file)["logprobs"], starts)
     mine = [
-        (int(row), scores[mask].tolist())
+        (int(row), scores[mask])
         for batch in kept
-        for scores in [reference.completion_logprobs(place(batch)).cpu()]
+        for scores in [reference.completion_logprobs(place(batch)).float().cpu()]
         for (row, _, mask), scores in zip(_completions(batch), scores, strict=True)
     ]
     found = dict(from_all_ranks(mine))
-    table = ReferenceLogprobs(torch.tensor([value for row in sorted(found) for value in found[row]]), starts)
+    table = ReferenceLogprobs(torch.cat([found[row] for row in sorted(found)]), starts)
     if file is not None and (not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0):
         file.parent.mkdir(parents=True, exist_ok=True)
         partial = file.with_name(f".{file.name}.{os.getpid()}")
@@ -77,8 +77,9 @@ def digest(reference: Frozen, batches: Iterable[PreferenceBatch], precision: str
         for (row, ids, mask), index in zip(_completions(batch), batch["prompt_index"].tolist(), strict=True):
             rows.update(repr((int(row), prompts[index], ids[mask].tolist())).encode())
     weights = hashlib.blake2b(precision.encode())
-    model = reference.policy.model
-    for name, weight in [*model.state_dict().items(), *(reference.weights.items() if reference.policy.has_adapters else ())]:
+    mine = reference.weights if reference.policy.has_adapters else {}  # in place of the adapters that the policy has by now
+    frozen = {name: weight for name, weight in reference.policy.state_dict().items() if name not in mine}
+    for name, weight in [*frozen.items(), *mine.items()]:
         weights.update(name.encode())
         weights.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     whole = hashlib.blake2b("".join(from_all_ranks([rows.hexdigest(), weights.hexdigest()])).encode(), digest_size=16)

@@ -1,7 +1,8 @@
-"""The pairs of a batch, and what a model makes of them, as records for callbacks."""
+"""The pairs of a batch, and what a model makes of them: as metrics, and as records for callbacks."""
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from modules.functional.preference_loss import preference_pairs
@@ -39,3 +40,28 @@ def _texts(tokenizer: Any, ids: Tensor, mask: Tensor) -> tuple[list[str], list[i
     """The kept tokens of rows [R, T] as texts without special tokens, and their numbers."""
     rows = [row[kept].tolist() for row, kept in zip(ids, mask, strict=True)]
     return tokenizer.batch_decode(rows, skip_special_tokens=True), [len(row) for row in rows]
+
+
+def preference_metrics(
+    rewards: Tensor, logps: Tensor, prompt_index: Tensor, rank: Tensor, paired: bool, referenced: bool
+) -> dict[str, tuple[Tensor, float]]:
+    """TRL's names, each a mean [] and its weight (0 where there is nothing to average); labelled ones have no accuracy and no margin.
+
+    rewards, logps [N]: implicit rewards and sequence log-probs. prompt_index, rank int [N]. paired: False for labelled completions, one a
+    prompt. referenced: whether the rewards are measured against a reference, below which both sides may fall.
+    """
+    better, worse, weight = preference_pairs(prompt_index, rank)
+    if not paired:
+        better, worse = (rank == 0).nonzero()[:, 0], (rank > 0).nonzero()[:, 0]
+    sides = {"chosen": better, "rejected": worse}
+    found = {f"rewards/{name}": rewards[rows] for name, rows in sides.items()} | {f"logps/{name}": logps[rows] for name, rows in sides.items()}
+    if paired:
+        gap = rewards[better] - rewards[worse]
+        found |= {"rewards/accuracies": (gap > 0).float(), "rewards/margins": gap}
+    if paired and referenced:
+        found["likelihood_displacement"] = ((rewards[better] < 0) & (rewards[worse] < 0)).float()
+    means = {}
+    for name, value in found.items():
+        weights = weight if paired else torch.ones_like(value)
+        means[name] = ((value.detach() * weights).sum() / weights.sum().clamp(min=1e-9), float(weights.sum()))
+    return means

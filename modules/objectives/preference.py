@@ -17,6 +17,7 @@ class Sequences(NamedTuple):
     logps: Tensor  # [N], sum of the token log-probs (each times its weight), with gradient
     ref_logps: Tensor  # [N], the same under the reference; zeros without one
     lengths: Tensor  # [N], tokens, the end token included
+    plain: Tensor  # [N], logps without the weights
 
     def at(self, rows: Tensor) -> "Sequences":
         """Those of ``rows`` [M]."""
@@ -98,6 +99,9 @@ class IPO(PairObjective):
 
     def __init__(self, average: bool = False) -> None:
         self.average = average
+
+    def implicit_rewards(self, sequences: Sequences, beta: float) -> Tensor:
+        return super().implicit_rewards(_means(sequences) if self.average else sequences, beta)
 
     def losses(self, chosen: Sequences, rejected: Sequences, beta: float) -> Tensor:
         sides = [_means(side) if self.average else side for side in (chosen, rejected)]
@@ -219,7 +223,7 @@ class KTO(PreferenceObjective):
 
 def _means(sequences: Sequences) -> Sequences:
     """Per token."""
-    return Sequences(sequences.logps / sequences.lengths, sequences.ref_logps / sequences.lengths, sequences.lengths)
+    return sequences._replace(logps=sequences.logps / sequences.lengths, ref_logps=sequences.ref_logps / sequences.lengths)
 
 
 def _noise(share: float) -> float:
@@ -230,27 +234,6 @@ def _noise(share: float) -> float:
 
 def sequences_of(objective: PreferenceObjective, logprobs: Tensor, ref_logprobs: Tensor | None, batch: PreferenceBatch | PolicyBatch) -> Sequences:
     """Token log-probs [N, Tc] (the reference's may be missing) summed as the objective wants."""
-    weights = objective.token_weights(batch)
+    weights, mask = objective.token_weights(batch), batch["completion_mask"]
     reference = torch.zeros(len(weights), device=weights.device) if ref_logprobs is None else sequence_logprobs(ref_logprobs, weights)
-    return Sequences(sequence_logprobs(logprobs, weights), reference, batch["completion_mask"].sum(1).float())
-
-
-def preference_metrics(rewards: Tensor, logps: Tensor, prompt_index: Tensor, rank: Tensor, paired: bool) -> dict[str, tuple[Tensor, float]]:
-    """TRL's names, each a mean [] and its weight (0 where there is nothing to average); labelled ones have no accuracy and no margin.
-
-    rewards, logps [N]: implicit rewards and sequence log-probs. prompt_index, rank int [N]. paired: False for labelled completions, one a prompt.
-    """
-    better, worse, weight = losses.preference_pairs(prompt_index, rank)
-    if not paired:
-        better, worse = (rank == 0).nonzero()[:, 0], (rank > 0).nonzero()[:, 0]
-    values = {f"rewards/{name}": (rewards[rows], rows) for name, rows in (("chosen", better), ("rejected", worse))}
-    values |= {f"logps/{name}": (logps[rows], rows) for name, rows in (("chosen", better), ("rejected", worse))}
-    weights = {name: weight if paired else torch.ones(len(rows), device=rank.device) for name, (_, rows) in values.items()}
-    found = {name: value for name, (value, _) in values.items()}
-    if paired:
-        gap = rewards[better] - rewards[worse]
-        both_fall = (rewards[better] < 0) & (rewards[worse] < 0)
-        found |= {"rewards/accuracies": (gap > 0).float(), "rewards/margins": gap, "likelihood_displacement": both_fall.float()}
-        weights |= {name: weight for name in found if name not in weights}
-    totals = {name: float(each.sum()) for name, each in weights.items()}
-    return {name: ((value.detach() * weights[name]).sum() / max(totals[name], 1e-9), totals[name]) for name, value in found.items()}
+    return Sequences(sequence_logprobs(logprobs, weights), reference, mask.sum(1).float(), sequence_logprobs(logprobs, mask))

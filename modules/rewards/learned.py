@@ -85,6 +85,9 @@ class LearnedReward(Reward):
     def _score(self, scorer: Scorer, rows: list[tuple[int, ...]]) -> Tensor:
         """Normalised scores [N, heads] of rows of tokens, each distinct row computed once."""
         distinct = sorted(dict.fromkeys(rows), key=len)
+        positions = getattr(scorer.model.config, "max_position_embeddings", None)
+        if positions is not None and len(distinct[-1]) > positions:
+            raise ValueError(f"LearnedReward: a row of {len(distinct[-1])} tokens is longer than the {positions} positions of its model")
         with torch.autocast(scorer.weight.device.type, enabled=False):
             states = torch.cat([last_states(scorer, chunk) for chunk in chunked(distinct, self.batch_tokens)])
             raw = nn.functional.linear(states, scorer.weight).double()  # [distinct rows, heads]

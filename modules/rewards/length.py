@@ -26,7 +26,10 @@ class LengthPenalty(Reward):
         self.reward, self.per_token = reward, per_token
 
     def __call__(self, rollouts: Sequence[Rollout]) -> list[float | None]:
-        """Penalised score or None per rollout."""
+        """Penalised score or None per rollout. ValueError for a completion that is text alone, whose length nobody knows."""
+        bare = [rollout.uid for rollout in rollouts if rollout.completion.text and not rollout.completion.token_ids]
+        if bare:
+            raise ValueError(f"{bare[0]}: LengthPenalty counts tokens and this completion has none (a baseline of Versus?): use the bare reward")
         scores = self.reward(rollouts)
         return [
             None if score is None else score - self.per_token * len(rollout.completion.token_ids)

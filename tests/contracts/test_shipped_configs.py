@@ -1,5 +1,6 @@
 """Every shipped YAML runs: its own method and data, on the tiny model, one batch of each loader; the stages of a recipe one after the other."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,14 @@ def test_methods_run_on_one_process(tmp_path, method):
 def test_methods_run_with_adapters(tmp_path, method):
     overlays = [argument for name in ("cpu_tiny", "lora") for argument in ("--config", str(ROOT / f"configs/overlays/{name}.yaml"))]
     run("fit", "--config", str(ROOT / f"configs/{method}.yaml"), *overlays, folder=tmp_path)
+
+
+def test_a_judge_labels_a_file(tmp_path, chat_server, rules):
+    (tmp_path / "my.jsonl").write_text('{"prompt": "Say hello.", "completions": ["Hi", "Hello there"]}\n')
+    url = f"--model.judge.client.base_url={chat_server(rules['longer wins']).url}"
+    run("predict", "--config", str(ROOT / "configs/label.yaml"), *QUIET, url, folder=tmp_path)
+    (row,) = (tmp_path / "runs/label/preferences.jsonl").read_text().splitlines()
+    assert json.loads(row)["ranks"] == [1, 0]
 
 
 @pytest.mark.parametrize("path", OVERLAYS, ids=lambda path: path.stem)

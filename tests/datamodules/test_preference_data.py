@@ -69,6 +69,12 @@ def test_a_filler_makes_no_pair() -> None:
     assert batch["completion_mask"].all()
 
 
+@pytest.mark.parametrize(("name", "margin"), [("small", 2 / 3), ("large", 2.0)])
+def test_margins_of_llama_2(name: Any, margin: float) -> None:
+    data = module(pair("a", "b", strength="better"), margins=name)
+    assert data.train_rows[0].margin == margin
+
+
 def test_margins_are_in_every_batch_or_in_none() -> None:
     records = [pair("a", "b", strength="much"), pair("c", "d", margin=2.5), pair("e", "f")]
     assert all("margin" not in batch for batch in module(*records[::2], batch_size=1).in_order("train"))

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -64,7 +65,7 @@ def test_every_objective_runs_and_moves_the_policy(tmp_path, objective):
 
 def gradient_at_the_reference(objective, beta: float) -> list[float]:
     logps = torch.tensor([-10.0, -14.0], dtype=torch.float64, requires_grad=True)
-    sequences = Sequences(logps, logps.detach().clone(), torch.tensor([5.0, 10.0], dtype=torch.float64))
+    sequences = Sequences(logps, logps.detach().clone(), torch.tensor([5.0, 10.0], dtype=torch.float64), logps)
     objective.total(sequences, torch.tensor([0, 0]), torch.tensor([0, 1]), beta, torch.tensor(0.0)).backward()
     return logps.grad.tolist()
 
@@ -80,6 +81,10 @@ def gradient_at_the_reference(objective, beta: float) -> list[float]:
         (Hinge(), [-0.1, 0.1]),  # -beta
         (LengthNormalized(), [-0.01, 0.005]),  # -beta / 2 over 5 and 10 tokens
         (LengthMargin(0.01), [-0.1 * 0.5124973964842103, 0.1 * 0.5124973964842103]),  # -beta sigma(-alpha (5 - 10)) = -beta sigma(0.05)
+        (LengthDesensitized(), [-0.05, 0.05]),  # its weights are in the sums already
+        (SimPO(0.5), [-0.1 * 0.6364525402815664 / 5, 0.1 * 0.6364525402815664 / 10]),  # -beta sigma(0.56) over 5 and 10, 0.56 = 0.5 - 0.1 (-2 + 1.4)
+        # log odds -0.7377415, s = sigma(0.7377415) = 0.6765018: -(1 + beta s / (1 - e^-2)) / 5 and beta s / (1 - e^-1.4) / 10
+        (ORPO(), [-(1 + 0.1 * 0.6765017863168391 / 0.8646647167633873) / 5, 0.1 * 0.6765017863168391 / 0.7534030360583935 / 10]),
         (KTO(), [-0.0125, 0.0125]),  # -+ beta / 4, each completion half of the example
     ],
     ids=str,
@@ -120,6 +125,7 @@ def test_splits_change_nothing(tmp_path, settings):
 
 RANKS = """
 import sys
+import warnings
 from pathlib import Path
 
 import torch
@@ -166,6 +172,13 @@ def test_a_wrong_reference_is_refused(tmp_path):
         fit(module)
 
 
+def test_other_data_need_another_reference(tmp_path):
+    module = dpo(tmp_path)
+    fit(module, max_epochs=1)
+    with pytest.raises(ValueError, match="make a new DPOModule for other data"):
+        fit(module, train=AdditionPairs(8, seed=1))
+
+
 def test_resume_is_bitwise(tmp_path):
     settings = {"optimizer": lambda parameters: torch.optim.AdamW(parameters, lr=1e-3)}
     every = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
@@ -193,11 +206,26 @@ def test_adapters_alone_learn_and_the_reference_is_their_start(tmp_path):
     torch.testing.assert_close(plain.token_scores(ids, keep).logprobs, module.policy.token_scores(ids, keep).logprobs, atol=1e-5, rtol=0)
 
 
+def test_it_warns_when_both_sides_lose_likelihood(tmp_path):
+    """Only the pressed-down log-probs of both sides warn: a likelihood term keeps the chosen one up."""
+    big = {"optimizer": lambda parameters: torch.optim.AdamW(parameters, lr=1e-2), "beta": 0.01}
+    with pytest.warns(UserWarning, match="likelihood displacement"):
+        fit(dpo(tmp_path, **big), max_epochs=4)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*likelihood displacement.*")
+        fit(dpo(tmp_path, nll_weight=1.0, **big), max_epochs=4)
+
+
+def test_displacement_needs_a_reference(tmp_path):
+    trainer = fit(dpo(tmp_path, objective=SimPO()), max_epochs=1)
+    assert "train/rewards/margins" in trainer.callback_metrics and "train/likelihood_displacement" not in trainer.callback_metrics
+
+
 def test_kto_learns_from_labels(tmp_path):
     module = dpo(tmp_path, objective=KTO())
     trainer = Trainer(**QUIET, max_epochs=1, enable_checkpointing=False)
     trainer.fit(module, PreferenceDataModule(module.tokenizer, Labels(), batch_size=4))
-    assert {"train/rewards/chosen", "train/rewards/rejected"} <= set(trainer.callback_metrics)
+    assert {"train/rewards/chosen", "train/rewards/rejected", "train/kl"} <= set(trainer.callback_metrics)
     assert "train/rewards/accuracies" not in trainer.callback_metrics
 
 
@@ -207,6 +235,8 @@ def test_kto_learns_from_labels(tmp_path):
         ({}, 4, Labels(), "Sigmoid compares completions and these rows hold one labelled completion each: use KTO"),
         ({"objective": KTO()}, 1, None, "batch_size must be at least 2"),
         ({"beta": 0.0}, 4, None, "beta must be > 0"),
+        ({"objective": KTO(), "reference_free": True}, 4, None, "KTO measures the KL to a reference"),
+        ({"objective": KTO(), "nll_weight": 1.0}, 4, Labels(), "nll_weight raises chosen completions"),
     ],
 )
 def test_impossible_runs_are_refused(tmp_path, settings, batch_size, source, message):

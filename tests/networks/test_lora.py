@@ -82,6 +82,21 @@ def test_frozen_start_has_the_adapters_it_started_from(policy):
     torch.testing.assert_close(reference.completion_logprobs(BATCH), now, atol=0, rtol=0)
 
 
+@pytest.mark.parametrize("policy_first", [True, False])
+def test_frozen_start_under_autocast(policy, policy_first):
+    """Autocast keeps 16-bit copies of parameters for as long as its context lasts; the swap must not be served the other's."""
+    reference = Frozen(policy)
+    expected = reference.completion_logprobs(BATCH)
+    now = moved(policy).completion_scores(BATCH).logprobs.detach()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        early = reference.completion_logprobs(BATCH) if not policy_first else None
+        mine = policy.completion_scores(BATCH).logprobs
+        theirs = reference.completion_logprobs(BATCH) if early is None else early
+    torch.testing.assert_close(mine, now, atol=0.1, rtol=0)
+    torch.testing.assert_close(theirs, expected, atol=0.1, rtol=0)
+    assert float((mine - theirs).abs().max()) > 0.3
+
+
 def test_sampling_uses_the_adapters(policy, tmp_path):
     moved(policy).save_pretrained(tmp_path)
     found = []

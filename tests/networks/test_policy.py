@@ -102,6 +102,17 @@ def test_one_token_completions(policy):
     torch.testing.assert_close(policy.completion_scores(batch).logprobs, naive(policy, batch, 1.0)[0], atol=1e-5, rtol=0)
 
 
+def test_rows_may_use_every_position(tmp_path):
+    """The longest prompt has a short completion and the other way round: no row is longer than the model's positions."""
+    GPT2LMHeadModel(GPT2Config(vocab_size=272, n_embd=32, n_layer=2, n_head=4, n_positions=32)).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    policy = Policy(str(tmp_path), dropout=False)
+    for lengths, completions in (([25, 3], [[7, 5], [29, 20]]), ([25, 3], [[7], [29]])):
+        batch = ragged_batch(lengths, completions)
+        torch.testing.assert_close(policy.completion_scores(batch).logprobs, naive(policy, batch, 1.0)[0], atol=1e-5, rtol=0)
+        assert policy.completion_states(batch).shape == (len(batch["prompt_index"]), 32)
+
+
 def test_chunks_change_nothing(policy, monkeypatch):
     batch = ragged_batch([3, 9], [[4, 1, 7], [5, 5]])
     whole = policy.completion_scores(batch, details=True)
