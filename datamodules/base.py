@@ -5,7 +5,7 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from datamodules.collate import MicroBatch, StepSampler
@@ -146,6 +146,11 @@ class AlignDataModule(LightningDataModule):
         self._apply_resume()
         return StepLoader(dataset, sampler=self._sampler, batch_size=None)
 
+    def ready_loader(self, batches: Sequence[Any]) -> DataLoader[Any]:
+        """This rank's finished batches, in order. A sampler of one replica keeps Lightning from sharing them out again."""
+        sampler = DistributedSampler(batches, num_replicas=1, rank=0, shuffle=False)  # type: ignore[arg-type, var-annotated]
+        return DataLoader(batches, sampler=sampler, batch_size=None, collate_fn=_as_is)  # type: ignore[arg-type]
+
     def held_out_loader(self, dataset: Dataset[Any], lengths: Sequence[int], weights: Sequence[int], batch_size: int) -> DataLoader[MicroBatch]:
         """Rows in their order, a fixed set of micro-batches; the denominator is that of one micro-batch on all ranks."""
         sampler = StepSampler(lengths, weights, batch_size, num_replicas=self.world_size, rank=self.rank, shuffle=False)
@@ -183,3 +188,7 @@ class AlignDataModule(LightningDataModule):
     def forget_position(self) -> None:
         """For ``setup``: a new run starts at the beginning unless a checkpoint is loaded after it."""
         self._sampler, self._resume = None, None
+
+
+def _as_is(batch: Any) -> Any:
+    return batch

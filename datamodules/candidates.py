@@ -8,7 +8,6 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import EVAL_DATALOADERS
-from torch.utils.data import DataLoader, DistributedSampler
 from transformers import PreTrainedTokenizerBase
 
 from datamodules.base import AlignDataModule
@@ -83,9 +82,7 @@ class CandidatesDataModule(AlignDataModule):
         digest = hashlib.blake2b(json.dumps([[row.prompt, row.completions] for row in self.rows]).encode(), digest_size=8).hexdigest()
         mine = range(self.rank, len(self.rows), self.world_size)
         batches = [self.batch(mine[start : start + self.batch_size], digest) for start in range(0, len(mine), self.batch_size)]
-        # already this rank's share: the sampler of one replica keeps Lightning from sharing it out again
-        sampler = DistributedSampler(batches, num_replicas=1, rank=0, shuffle=False)  # type: ignore[arg-type, var-annotated]
-        return DataLoader(batches, sampler=sampler, batch_size=None, collate_fn=_as_is)  # type: ignore[arg-type]
+        return self.ready_loader(batches)
 
     def batch(self, places: range, digest: str) -> PromptBatch:
         """The rows at these places."""
@@ -159,7 +156,3 @@ def _text(value: Any, name: str, origin: str) -> str:
     if not isinstance(value, str):
         raise ValueError(f"{origin}: column {name!r} holds a {type(value).__name__}, text was expected")
     return value
-
-
-def _as_is(batch: PromptBatch) -> PromptBatch:
-    return batch

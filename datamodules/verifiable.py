@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning.pytorch.utilities.types import EVAL_DATALOADERS
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from datamodules.base import AlignDataModule
@@ -170,9 +170,7 @@ class VerifiableDataModule(AlignDataModule):
         parts = min(-(-largest // self.val_batch_size), smallest)  # no batch is empty on any rank
         cuts = [part * len(mine) // parts for part in range(parts + 1)]
         batches = [prompt_batch([(prompt, 0) for prompt in mine[cuts[part] : cuts[part + 1]]]) for part in range(parts)]
-        # already this rank's share: the sampler of one replica keeps Lightning from sharing it out again
-        sampler = DistributedSampler(batches, num_replicas=1, rank=0, shuffle=False)  # type: ignore[arg-type, var-annotated]
-        return DataLoader(batches, sampler=sampler, batch_size=None, collate_fn=_as_is)  # type: ignore[arg-type]
+        return self.ready_loader(batches)
 
 
 def prompt_batch(prompts: list[tuple[Prompt, int]]) -> PromptBatch:
@@ -185,7 +183,3 @@ def prompt_batch(prompts: list[tuple[Prompt, int]]) -> PromptBatch:
         source=[prompt.example.source for prompt, _ in prompts],
         info=[prompt.example.info for prompt, _ in prompts],
     )
-
-
-def _as_is(batch: PromptBatch) -> PromptBatch:
-    return batch

@@ -24,7 +24,7 @@ class DPOModule(AlignmentModule):
 
     Log-probs are sums over the completion and its end token. A prompt is computed once for all its completions. The reference is the policy as it
     starts; its log-probs of all rows are computed once before the first step and kept on disk, and it is then let go. With ``lora`` it
-    is the policy with its initial adapters and takes no memory of its own.
+    is the policy with its initial adapters and takes no memory of its own. Margins of the data are for the audit; no loss here reads them.
 
     Args:
         policy: ``tiny``, a Hugging Face folder, a GGUF file or a hub id; as a rule one that was fine-tuned on such data first.
@@ -58,15 +58,13 @@ class DPOModule(AlignmentModule):
         if reference_free and self.objective.compares_mismatched:
             raise ValueError("KTO measures the KL to a reference: reference_free must be false")
         self.nll_weight, self.cache_dir = nll_weight, cache_dir
-        needed = self.objective.uses_reference and not reference_free
-        self.reference = Frozen(self.policy) if needed else None
-        self.needs_reference = needed
+        self.needs_reference = self.objective.uses_reference and not reference_free
+        self.reference = Frozen(self.policy) if self.needs_reference else None
         self.tables: dict[str, ReferenceLogprobs] = {}  # by stage of the data
         self._tables_of: Any = None  # the DataModule that they are of
         self.scored_pairs: list[ScoredPair] = []  # of the current evaluation batch
         self._fallen = {"rewards/chosen": 0.0, "rewards/rejected": 0.0}  # sum of each side's over the epoch, on this rank
         self._warned = False
-        self.kl: Tensor | None = None  # KTO's of the last micro-batch
 
     def setup(self, stage: str) -> None:
         """Refuse rows that the objective cannot learn from."""
@@ -120,11 +118,8 @@ class DPOModule(AlignmentModule):
         reference = self.tables[stage].of(batch) if stage in self.tables else None
         return sequences_of(self.objective, scores.logprobs, reference, batch), scores
 
-    def loss(self, sequences: Sequences, batch: PreferenceBatch) -> Tensor:
-        """Sum [] over the examples of the batch."""
-        kl = sequences.logps.new_zeros(())
-        if self.objective.compares_mismatched:
-            self.kl = kl = self.mismatched_kl(batch)
+    def loss(self, sequences: Sequences, batch: PreferenceBatch, kl: Tensor) -> Tensor:
+        """Sum [] over the examples of the batch; ``kl`` [] is that of ``mismatched_kl``."""
         loss = self.objective.total(sequences, batch["prompt_index"], batch["rank"], self.beta, kl)
         if self.nll_weight > 0:
             pairs = pairs_of(batch)
@@ -135,10 +130,12 @@ class DPOModule(AlignmentModule):
         """The loss [] of a micro-batch: its share of the mean over the step's examples."""
         sequences, scores = self.sequences(batch, "train")
         self.check_start(sequences)
-        loss = self.loss(sequences, batch) / batch["denominator"]
-        tokens = float(batch["completion_mask"].sum())
-        self.log_step({"loss": loss, "tokens": tokens + float(batch["prompt_mask"].sum())})
-        for name, (value, weight) in self.metrics(sequences, scores, batch).items():
+        kl = self.mismatched_kl(batch)
+        loss = self.loss(sequences, batch, kl) / batch["denominator"]
+        counted = batch["rank"] >= 0
+        tokens = batch["completion_mask"][counted].sum() + batch["prompt_mask"][batch["prompt_index"][counted].unique()].sum()
+        self.log_step({"loss": loss, "tokens": float(tokens)})
+        for name, (value, weight) in self.metrics(sequences, scores, batch, kl).items():
             self.log_step({name: value}, weight)
             if name in self._fallen:
                 self._fallen[name] += float(value) * weight
@@ -169,8 +166,9 @@ class DPOModule(AlignmentModule):
         """Log what the policy makes of held-out examples."""
         sequences, scores = self.sequences(batch, "val")
         examples = float(batch["prompt_index"][batch["rank"] >= 0].unique().numel())
-        self.log_mean({f"{stage}/loss": self.loss(sequences, batch) / max(examples, 1.0)}, examples)
-        for name, (value, weight) in self.metrics(sequences, scores, batch).items():
+        kl = self.mismatched_kl(batch)
+        self.log_mean({f"{stage}/loss": self.loss(sequences, batch, kl) / max(examples, 1.0)}, examples)
+        for name, (value, weight) in self.metrics(sequences, scores, batch, kl).items():
             self.log_mean({f"{stage}/{name}": value}, weight)
         self.scored_pairs = describe(self.tokenizer, batch, self.objective.implicit_rewards(sequences, self.beta), pairs_of(batch))
 
@@ -180,20 +178,22 @@ class DPOModule(AlignmentModule):
         sequences, _ = self.sequences(batch, "train" if self.data.val is None else "val")
         return describe(self.tokenizer, batch, self.objective.implicit_rewards(sequences, self.beta), pairs_of(batch))
 
-    def metrics(self, sequences: Sequences, scores: TokenScores, batch: PreferenceBatch) -> dict[str, tuple[Tensor, float]]:
+    def metrics(self, sequences: Sequences, scores: TokenScores, batch: PreferenceBatch, kl: Tensor) -> dict[str, tuple[Tensor, float]]:
         """Means [] with their weights, under TRL's names."""
         assert scores.entropies is not None and scores.hits is not None
         rewards = self.objective.implicit_rewards(sequences, self.beta)
         counted = batch["completion_mask"] & (batch["rank"] >= 0)[:, None]
         tokens = float(counted.sum())
-        found = {} if self.kl is None else {"kl": (self.kl, tokens)}
+        found = {"kl": (kl, tokens)} if self.objective.compares_mismatched else {}
         found |= preference_metrics(rewards, sequences.plain, batch["prompt_index"], batch["rank"], self.paired, referenced=bool(self.tables))
         details = {"entropy": scores.entropies, "mean_token_accuracy": scores.hits}
         return found | {name: (masked_mean(values, counted), tokens) for name, values in details.items()}
 
     @torch.no_grad()
     def mismatched_kl(self, batch: PreferenceBatch) -> Tensor:
-        """KTO's z0 []: mean log-ratio of completions behind the next prompt of the micro-batch, over all ranks, at least 0."""
+        """KTO's z0 []: mean log-ratio of completions behind the next prompt of the micro-batch, over all ranks, at least 0; 0 for other losses."""
+        if not self.objective.compares_mismatched:
+            return torch.zeros((), device=self.device)
         assert self.reference is not None
         mask, index, width = batch["completion_mask"], batch["prompt_index"], batch["prompt_mask"].sum(1)
         behind = (index + 1) % len(width)

@@ -68,6 +68,7 @@ def logistic_regression(features: Tensor, outcome: Tensor, ridge: Tensor) -> Ten
     rows = len(features)
 
     def loss(weights: Tensor) -> Tensor:
+        """[] at weights [F]."""
         logits = features @ weights  # [N]
         return (softplus(logits) - outcome * logits).mean() + (ridge * weights.square()).sum() / 2
 
