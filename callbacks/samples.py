@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from html import escape
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
@@ -10,13 +11,14 @@ from modules.types import Rollout
 
 
 class Samples(Callback):
-    """A few rollouts of the phase as text in TensorBoard, ``train/samples``: prompt, completion, expected answer and every reward.
+    """A few rollouts as text in TensorBoard: prompt, completion, expected answer and every reward.
 
-    They are spread evenly over rank zero's rollouts, so that they show different prompts.
+    ``train/samples`` are of a phase, ``val/samples`` of the first held-out batch; spread evenly over rank zero's rollouts, so that they
+    show different prompts.
 
     Args:
         num_samples: rollouts to show, at least 1.
-        every_n_phases: phases between texts; one more is written at the end of the fit.
+        every_n_phases: phases between texts of training; one more is written at the end of the fit.
 
     Raises:
         ValueError: an argument below 1.
@@ -38,6 +40,15 @@ class Samples(Callback):
         self.unwritten = markdown(spread(rollouts, self.num_samples))
         if (trainer.current_epoch + 1) % self.every_n_phases == 0:
             self._write(trainer)
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Write the samples of the first held-out batch."""
+        rollouts = getattr(pl_module, "held_out_rollouts", [])
+        if batch_idx == 0 and rollouts:
+            for logger in tensorboards(trainer):
+                logger.experiment.add_text("val/samples", markdown(spread(rollouts, self.num_samples)), global_step=trainer.global_step)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the last phase's samples."""

@@ -1,7 +1,7 @@
 """What every DataModule here shares: rows from sources, the tokenizer, dropped rows, and resuming in the middle of an epoch."""
 
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
@@ -46,25 +46,38 @@ class AlignDataModule(LightningDataModule):
     Args:
         tokenizer: a tokenizer, or a path or hub id for ``AutoTokenizer``.
         train: training rows: a source, or what :class:`Files` takes (file, folder, hub id).
-        val: held-out rows, or None for no validation.
+        val: held-out rows, where a DataModule has domains several sets by name, or None for no validation.
         columns: our column name -> the data's, where detection does not suffice.
         drop_long: drop rows that are too long and count them; False makes them an error.
+        on_bad_row: ``drop`` leaves out rows that cannot be read and counts them; ``raise`` makes them an error.
         seed: of the shuffles.
+
+    Attributes:
+        dropped: rows left out for their length, by stage.
+        bad: rows left out because they could not be read, by stage.
+
+    Raises:
+        ValueError: ``on_bad_row`` is neither.
     """
 
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase | str,
         train: str | Source,
-        val: str | Source | None,
+        val: str | Source | Mapping[str, str | Source] | None,
         columns: dict[str, str] | None,
         drop_long: bool,
+        on_bad_row: Literal["raise", "drop"],
         seed: int,
     ) -> None:
         super().__init__()
+        if on_bad_row not in ("raise", "drop"):
+            raise ValueError(f"on_bad_row must be raise or drop, got {on_bad_row!r}")
         self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(tokenizer) if isinstance(tokenizer, str) else tokenizer
-        self.train, self.val, self.columns, self.drop_long, self.seed = train, val, columns or {}, drop_long, seed
-        self.dropped = {"train": 0, "val": 0}  # rows left out for their length
+        self.train, self.columns, self.drop_long, self.on_bad_row, self.seed = train, columns or {}, drop_long, on_bad_row, seed
+        self.val: Any = val
+        self.dropped = {"train": 0, "val": 0}
+        self.bad = {"train": 0, "val": 0}
         self._sampler: StepSampler | None = None
         self._resume: dict[str, int] | None = None
 
@@ -79,23 +92,39 @@ class AlignDataModule(LightningDataModule):
         return self.trainer.world_size if self.trainer else 1
 
     def encode_rows(
-        self, source: str | Source, stage: str, encode: Callable[[Row], Example], length: Callable[[Example], int], limit: int
+        self, source: str | Source, stage: str, encode: Callable[[Row], Example | None], length: Callable[[Example], int], limit: int
     ) -> list[Example]:
-        """Encodes all rows of a source and drops the ones longer than ``limit`` tokens, counted in ``dropped[stage]``.
+        """Encodes the rows of a source, without those for which ``encode`` gives None, the ones longer than ``limit`` tokens, added to
+        ``dropped[stage]``, and, if rows may be bad, those for which it raises ValueError, added to ``bad[stage]``.
 
-        Raises ValueError for bad rows, when nothing is left, and for long rows unless ``drop_long``.
+        Raises ValueError for bad rows unless ``on_bad_row`` is drop, for long rows unless ``drop_long``, and when nothing is left.
         """
         kept: list[Example] = []
-        rows = (Files(source) if isinstance(source, str) else source).rows()
+        problem: ValueError | None = None
+        skipped = too_long = bad = 0
+        rows = read_rows(source)
         for row in rows:
-            example = encode(row)
-            if length(example) <= limit:
+            try:
+                example = encode(row)
+            except ValueError as error:
+                if self.on_bad_row == "raise":
+                    raise
+                problem, bad = problem or error, bad + 1
+                continue
+            if example is None:
+                skipped += 1
+            elif length(example) <= limit:
                 kept.append(example)
-            elif not self.drop_long:
+            elif self.drop_long:
+                too_long += 1
+            else:
                 raise ValueError(f"{row.origin}: {length(example)} tokens and the limit is {limit}; raise it or set drop_long: true")
-        self.dropped[stage] = len(rows) - len(kept)
+        self.dropped[stage] += too_long
+        self.bad[stage] += bad
         if not kept:
-            raise ValueError(f"{rows[0].origin}: all {len(rows)} {stage} rows from here on are longer than {limit} tokens; raise the limit")
+            first = f"; the first bad row is {problem}" if problem else ""
+            left_out = f"{skipped} left out, {bad} bad, {too_long} longer than {limit} tokens"
+            raise ValueError(f"{rows[0].origin}: of {len(rows)} {stage} rows from here on none is left: {left_out}{first}")
         return kept
 
     def require_held_out(self, stage: str) -> None:
@@ -122,9 +151,10 @@ class AlignDataModule(LightningDataModule):
             f"lower data.{setting} (longer rows are dropped)" + (" or max_completion_length" if budget else "")
         )
 
-    def report(self, stage: str, num_rows: int, detail: str) -> None:
-        """Prints one line about a loaded stage on rank 0."""
-        rank_zero_info(f"{stage}: {num_rows} rows, {self.dropped[stage]} dropped as too long, {detail}")
+    def report(self, stage: str, num_rows: int, detail: str, name: str | None = None) -> None:
+        """Prints one line about a loaded stage, or one set of rows of it, on rank 0."""
+        bad = f", {self.bad[stage]} bad rows dropped" if self.on_bad_row == "drop" else ""
+        rank_zero_info(f"{name or stage}: {num_rows} rows, {self.dropped[stage]} dropped as too long{bad}, {detail}")
 
     def step_loader(self, dataset: Dataset[Any], lengths: Sequence[int], weights: Sequence[int], batch_size: int) -> StepLoader:
         """The training loader, at the position of a loaded checkpoint. Raises ValueError when its batches are not this run's."""
@@ -188,6 +218,11 @@ class AlignDataModule(LightningDataModule):
     def forget_position(self) -> None:
         """For ``setup``: a new run starts at the beginning unless a checkpoint is loaded after it."""
         self._sampler, self._resume = None, None
+
+
+def read_rows(source: str | Source) -> list[Row]:
+    """The rows of a source, or of what :class:`Files` takes."""
+    return (Files(source) if isinstance(source, str) else source).rows()
 
 
 def _as_is(batch: Any) -> Any:

@@ -10,9 +10,9 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import EVAL_DATALOADERS
 from transformers import PreTrainedTokenizerBase
 
-from datamodules.base import AlignDataModule
+from datamodules.base import AlignDataModule, read_rows
 from datamodules.columns import Columns, alpaca_prompt, check_mapping, renamed
-from datamodules.sources import Files, Row, Source
+from datamodules.sources import Row, Source
 from modules.types import PromptBatch
 
 PROMPTS = ("prompt", "question", "instruction", "input")
@@ -63,15 +63,14 @@ class CandidatesDataModule(AlignDataModule):
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         check_mapping(columns or {}, KNOWN)
-        super().__init__(tokenizer, train, None, columns, drop_long=False, seed=0)
+        super().__init__(tokenizer, train, None, columns, drop_long=False, on_bad_row="raise", seed=0)
         self.batch_size = batch_size
         self.rows: list[Candidates] = []
 
     def setup(self, stage: str) -> None:
         """Read all rows; bad ones fail here."""
         if not self.rows:
-            raw = (Files(self.train) if isinstance(self.train, str) else self.train).rows()
-            self.rows = [candidates(row, self.columns) for row in raw]
+            self.rows = [candidates(row, self.columns) for row in read_rows(self.train)]
             labelled = sum(row.given is not None for row in self.rows)
             rank_zero_info(f"candidates: {len(self.rows)} rows, {labelled} with a given label")
 

@@ -1,46 +1,72 @@
 """The one place that renders a conversation and turns it into tokens, and that knows which of them are learned."""
 
-from dataclasses import dataclass
+from collections.abc import Collection
 from os.path import commonprefix
-from typing import TypedDict
+from typing import Any, Literal, NotRequired, TypedDict
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from datamodules.tokens import Tokens, encode_text, end_id, prompt_ids, shortened, token_ids, token_picture, without_end
+
 
 class Message(TypedDict):
-    """One turn."""
+    """One turn, as chat templates read it."""
 
     role: str
     content: str
+    reasoning_content: NotRequired[str]  # thoughts before an answer
+    tool_calls: NotRequired[list[dict[str, Any]]]  # {"type": "function", "function": {"name": ..., "arguments": {...}}}
+    tool_call_id: NotRequired[str]
+    name: NotRequired[str]
 
 
 Dialogue = str | list[Message]
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """A tokenised row: two lists of one length."""
-
-    ids: list[int]
-    supervised: list[bool]  # True = learned
+Tools = list[dict[str, Any]]
+LossOn = Literal["assistant", "last", "all"]
 
 
 def encode_example(
-    tokenizer: PreTrainedTokenizerBase, prompt: Dialogue, completion: Dialogue, origin: str, chat: bool = False, system: str | None = None
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Dialogue,
+    completion: Dialogue,
+    origin: str,
+    chat: bool = False,
+    system: str | None = None,
+    loss_on: LossOn = "assistant",
+    tools: Tools | None = None,
+    unlearned: Collection[int] = (),
 ) -> Tokens:
     """Tokens of a supervised row; ``chat`` and ``system`` as in :func:`encode_prompt`.
 
-    Text: the prompt, then the supervised completion and one supervised end token. Messages: every assistant turn of ``completion`` is
-    supervised up to and including its end-of-turn token. Raises ValueError with ``origin`` for rows that cannot be learned from.
+    Text: the prompt, then the supervised completion and one supervised end token. Messages: assistant turns are supervised up to and
+    including their end-of-turn token; what stands behind the last of them is left out. An end token written as text behind an answer is cut.
+
+    Args:
+        loss_on: ``assistant`` = every assistant turn of ``completion``; ``last`` = the last of these alone, so that templates may rewrite the
+            turns before it; ``all`` = every token but the first.
+        tools: JSON schemas that the chat template writes.
+        unlearned: numbers of messages of ``completion`` that are not learned.
+
+    Raises:
+        ValueError: with ``origin``, for rows that cannot be learned from.
     """
+    if not isinstance(completion, str) and [message["role"] for message in completion[:1]] == ["system"]:
+        system = None  # the row's own wins
     prompt = as_dialogue(prompt, chat, system, origin)
     if isinstance(prompt, str) and isinstance(completion, str):
-        return _checked(encode_text(tokenizer, prompt, completion, origin), origin)
-    if isinstance(prompt, str):
+        tokens = encode_text(tokenizer, prompt, completion, origin)
+    elif isinstance(prompt, str):
         raise ValueError(f"{origin}: the prompt is text and the completion a list of messages; use text for both or messages for both")
-    turns = [Message(role="assistant", content=completion)] if isinstance(completion, str) else completion
-    return _checked(encode_messages(tokenizer, prompt + turns, origin, first=len(prompt)), origin)
+    else:
+        messages = prompt + ([Message(role="assistant", content=completion)] if isinstance(completion, str) else completion)
+        turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+        if loss_on != "all":
+            turns = [turn for turn in turns if turn >= len(prompt) and turn - len(prompt) not in unlearned]
+        tokens = encode_messages(tokenizer, messages, origin, turns[-1:] if loss_on == "last" else turns, tools)
+    if loss_on == "all" and any(tokens.supervised):
+        tokens = Tokens(tokens.ids, [False, *[True] * (len(tokens.ids) - 1)])
+    return _checked(tokenizer, tokens, origin)
 
 
 def encode_prompt(
@@ -54,10 +80,10 @@ def encode_prompt(
     """
     prompt = as_dialogue(prompt, chat, system, origin)
     if isinstance(prompt, str):
-        text, ids = prompt, _prompt_ids(tokenizer, prompt)
+        text, ids = prompt, prompt_ids(tokenizer, prompt)
     else:
         text = render(tokenizer, prompt, origin, open_turn=True)
-        ids = _ids(tokenizer, text)
+        ids = token_ids(tokenizer, text)
     if not ids:
         raise ValueError(f"{origin}: the prompt is empty")
     return text, ids
@@ -74,39 +100,43 @@ def as_dialogue(prompt: Dialogue, chat: bool, system: str | None, origin: str) -
     return [Message(role="system", content=system), *prompt]
 
 
-def encode_text(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str, origin: str) -> Tokens:
-    """Prompt tokens with the BOS that the tokenizer itself adds; completion tokens and exactly one end token, supervised."""
-    before, learned = _prompt_ids(tokenizer, prompt), _ids(tokenizer, completion)
-    end = _end_id(tokenizer)
-    learned = learned if learned[-1:] == [end] else [*learned, end]
-    if not completion.strip() or len(learned) < 2:
-        raise ValueError(f"{origin}: the completion is empty")
-    return Tokens(before + learned, [False] * len(before) + [True] * len(learned))
-
-
-def encode_messages(tokenizer: PreTrainedTokenizerBase, messages: list[Message], origin: str, first: int = 0) -> Tokens:
-    """Tokens of a conversation, the assistant turns from number ``first`` on supervised with their end-of-turn token.
+def encode_messages(
+    tokenizer: PreTrainedTokenizerBase, messages: list[Message], origin: str, turns: Collection[int], tools: Tools | None = None
+) -> Tokens:
+    """Tokens of a conversation up to the last of ``turns``, the numbers of the assistant messages that are supervised.
 
     The template is rendered up to each such turn and behind it, and the pieces are tokenised one by one. Raises ValueError when the
     template rewrites earlier turns, for then a sampled conversation would not be the one that was learned.
     """
-    if messages and messages[0]["role"] == "assistant":
+    messages = [_trimmed(tokenizer, message, f"{origin}: {message['role']} message {index}") for index, message in enumerate(messages)]
+    if next((message["role"] for message in messages if message["role"] != "system"), None) == "assistant":
         raise ValueError(f"{origin}: the conversation starts with an assistant turn, so there is no prompt")
-    ids: list[int] = []
-    supervised: list[bool] = []
+    if tools and render(tokenizer, messages, origin, False, tools) == render(tokenizer, messages, origin, False):
+        raise ValueError(f"{origin}: the row has tools and the chat template does not write them; use a template that reads tools")
+    if not turns:
+        ids = token_ids(tokenizer, render(tokenizer, messages, origin, False, tools)) if messages else []
+        return Tokens(ids, [False] * len(ids))
+    tokens = Tokens([], [])
     done = ""
-    for turn in (index for index, message in enumerate(messages) if message["role"] == "assistant" and index >= first):
-        opened = render(tokenizer, messages[:turn], origin, open_turn=True)
-        closed = render(tokenizer, messages[: turn + 1], origin, open_turn=False)
-        if not opened.startswith(done) or not closed.startswith(opened):
-            raise ValueError(f"{origin}: the chat template rewrites what stands before assistant message {turn}; give each turn a row of its own")
-        context = _ids(tokenizer, opened[len(done) :])
-        body = _assistant_text(tokenizer, messages[: turn + 1], opened, closed, origin)
-        learned, rest = _assistant_ids(tokenizer, body, closed[len(opened) + len(body) :])
-        ids += context + learned + rest
-        supervised += [False] * len(context) + [True] * len(learned) + [False] * len(rest)
+    for turn in turns:
+        opened = render(tokenizer, messages[:turn], origin, True, tools)
+        closed = render(tokenizer, messages[: turn + 1], origin, False, tools)
+        if not opened.startswith(done):
+            raise ValueError(
+                f"{origin}: the chat template rewrites what stands before assistant message {turn}, such as <think> of earlier turns; "
+                f"set data.loss_on: last, or give each turn a row of its own: {token_picture(tokenizer, tokens)}"
+            )
+        if not closed.startswith(opened):
+            raise ValueError(
+                f"{origin}: the chat template writes assistant message {turn} unlike the prompt that it gives for it: "
+                f"{shortened(closed[len(commonprefix([opened, closed])) :])} where the prompt ends in {shortened(opened[-40:])}"
+            )
+        context = token_ids(tokenizer, opened[len(done) :])
+        learned, rest = _assistant_ids(tokenizer, *_assistant_text(tokenizer, messages[: turn + 1], opened, closed, origin, tools))
+        tokens.ids.extend(context + learned + rest)
+        tokens.supervised.extend([False] * len(context) + [True] * len(learned) + [False] * len(rest))
         done = closed
-    return Tokens(ids, supervised)
+    return tokens
 
 
 def encode_rendered(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str, origin: str) -> Tokens | None:
@@ -121,67 +151,73 @@ def encode_rendered(tokenizer: PreTrainedTokenizerBase, prompt: str, completion:
     if not opening.strip() or not prompt.endswith(opening):
         return None
     closing = render(tokenizer, [user, assistant], origin, open_turn=False).rpartition("\N{SNOWMAN}")[2]
-    before = _ids(tokenizer, prompt)
-    learned, _ = _assistant_ids(tokenizer, completion, closing)
+    before = token_ids(tokenizer, prompt)
+    learned, _ = _assistant_ids(tokenizer, without_end(tokenizer, completion), closing)
     return Tokens(before + learned, [False] * len(before) + [True] * len(learned))
 
 
-def render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], origin: str, open_turn: bool) -> str:
+def render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], origin: str, open_turn: bool, tools: Tools | None = None) -> str:
     """The conversation as text; ``open_turn`` ends it where the assistant is to go on. Raises ValueError with ``origin``."""
     if tokenizer.chat_template is None:
         raise ValueError(f"{origin}: messages need a chat template and this tokenizer has none (a base model?); use text prompts or set one")
-    conversation = [{"role": message["role"], "content": message["content"]} for message in messages]
+    conversation: list[Any] = [dict(message) for message in messages]
     try:
-        rendered = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=open_turn)
+        rendered = tokenizer.apply_chat_template(conversation, tools=tools, tokenize=False, add_generation_prompt=open_turn)  # type: ignore[arg-type]
     except TemplateError as error:
         raise ValueError(f"{origin}: the chat template refuses these messages: {error}") from error
     return str(rendered)
 
 
-def _assistant_text(tokenizer: PreTrainedTokenizerBase, messages: list[Message], opened: str, closed: str, origin: str) -> str:
-    """The last turn as rendered, without what the template puts behind it: the two renderings part where one more letter would stand."""
-    content, where = messages[-1]["content"], f"{origin}: assistant message {len(messages) - 1}"
-    if not content.strip():
+def _trimmed(tokenizer: PreTrainedTokenizerBase, message: Message, where: str) -> Message:
+    """An assistant turn without an end token in its text. ValueError for an empty turn."""
+    if message["role"] == "assistant":
+        message = {**message, "content": without_end(tokenizer, message["content"])}
+    if not message["content"].strip() and not message.get("tool_calls") and message["role"] != "tool":
         raise ValueError(f"{where} is empty")
-    longer = render(tokenizer, [*messages[:-1], Message(role="assistant", content=content + "\N{SNOWMAN}")], origin, open_turn=False)
-    body = commonprefix([closed, longer])[len(opened) :]
-    if content.strip() not in body:
-        raise ValueError(f"{where}: the chat template changes its text; write it the way the template renders it")
-    return body
+    return message
+
+
+def _assistant_text(
+    tokenizer: PreTrainedTokenizerBase, messages: list[Message], opened: str, closed: str, origin: str, tools: Tools | None
+) -> tuple[str, str]:
+    """The last turn as rendered, and what the template puts behind it.
+
+    An answer ends where one more letter would stand; behind tool calls, the last special token belongs to the template.
+    """
+    message, turn = messages[-1], closed[len(opened) :]
+    end = len(turn)
+    if message.get("tool_calls"):
+        end = max((turn.rfind(token) for token in tokenizer.all_special_tokens if token in turn), default=end)
+    else:
+        longer: Message = {**message, "content": message["content"] + "\N{SNOWMAN}"}
+        end = len(commonprefix([closed, render(tokenizer, [*messages[:-1], longer], origin, False, tools)])) - len(opened)
+    parts = {"text": message["content"], "reasoning": message.get("reasoning_content", "")}
+    parts |= {"tool call": call["function"]["name"] for call in message.get("tool_calls", [])}
+    for what, text in parts.items():
+        if text.strip() not in turn[:end]:
+            picture = token_picture(tokenizer, Tokens(ids := token_ids(tokenizer, turn), [True] * len(ids)))
+            hint = "write it the way the template renders it" if what == "text" else f"use a template that writes a {what}"
+            raise ValueError(f"{origin}: assistant message {len(messages) - 1}: the chat template changes its {what}; {hint}: {picture}")
+    return turn[:end], turn[end:]
 
 
 def _assistant_ids(tokenizer: PreTrainedTokenizerBase, text: str, tail: str) -> tuple[list[int], list[int]]:
     """The learned ids of a turn, its end-of-turn token included, and the ids that the template puts behind that."""
-    body, closing = _ids(tokenizer, text), _ids(tokenizer, tail)
+    body, closing = token_ids(tokenizer, text), token_ids(tokenizer, tail)
     special = set(tokenizer.all_special_ids)
     ending = next((index for index, token in enumerate(closing) if token in special), None)
     if ending is None:
-        return [*body, _end_id(tokenizer)], closing
+        return [*body, end_id(tokenizer)], closing
     return body + closing[: ending + 1], closing[ending + 1 :]
 
 
-def _checked(tokens: Tokens, origin: str) -> Tokens:
+def _checked(tokenizer: PreTrainedTokenizerBase, tokens: Tokens, origin: str) -> Tokens:
+    """Raises ValueError when nothing is learned, or the first token, or when the row begins with two BOS tokens."""
     if not any(tokens.supervised):
-        raise ValueError(f"{origin}: no supervised token; the row has no assistant turn to learn")
+        raise ValueError(f"{origin}: no supervised token; the row has no assistant turn to learn: {token_picture(tokenizer, tokens)}")
+    if tokenizer.bos_token_id is not None and tokens.ids[:2] == [tokenizer.bos_token_id] * 2:
+        picture = token_picture(tokenizer, tokens)
+        raise ValueError(f"{origin}: two BOS tokens at the start, from the chat template and the row's own text; remove one: {picture}")
     if tokens.supervised[0]:
         raise ValueError(f"{origin}: the prompt is empty and the tokenizer adds no BOS, so the first token has nothing to be predicted from")
     return tokens
-
-
-def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)  # silent about length: long rows are counted later
-
-
-def _prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    plain, ids = _ids(tokenizer, prompt), list(tokenizer(prompt, verbose=False).input_ids)
-    if plain and ids[-1] == tokenizer.eos_token_id and ids[-len(plain) :] != plain:
-        ids = ids[:-1]  # an end token that the tokenizer puts behind every text
-    if tokenizer.bos_token_id is not None and ids[:2] == [tokenizer.bos_token_id] * 2:
-        ids = ids[1:]  # the text brought its own
-    return ids
-
-
-def _end_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    if tokenizer.eos_token_id is None:
-        raise ValueError("the tokenizer has no end token (eos_token), so a model could never learn to stop; set one")
-    return int(tokenizer.eos_token_id)

@@ -1,4 +1,7 @@
-"""Supervised fine-tuning data: conversations, prompts with completions, Alpaca rows."""
+"""Supervised fine-tuning data: conversations, prompts with completions, Alpaca rows, plain text."""
+
+from dataclasses import replace
+from typing import Literal
 
 from lightning.pytorch.utilities.types import EVAL_DATALOADERS
 from torch.utils.data import DataLoader
@@ -7,28 +10,43 @@ from transformers import PreTrainedTokenizerBase
 from datamodules.base import AlignDataModule
 from datamodules.chat import Tokens, encode_example
 from datamodules.collate import InstructionDataset, MicroBatch
-from datamodules.columns import check_mapping, instruction_example
+from datamodules.columns import KNOWN, check_mapping, instruction_example
 from datamodules.sources import Row, Source
 from modules.types import InstructionBatch
+
+LossOn = Literal["assistant", "last", "all"]  # TODO(lead): from datamodules.chat
+IDK = "I don't know."
+UNKNOWN = ("WeaklyKnown", "Unknown")  # categories of the column ``knowledge`` that ``unknown: drop`` leaves out
 
 
 class InstructionDataModule(AlignDataModule):
     """Batches of supervised rows (``InstructionBatch``), the same rows per optimiser step for every micro-batch size and rank count.
 
-    Rows hold ``messages``, or ``prompt`` (or ``question``) with ``completion``, both text or both messages, or Alpaca's ``instruction``,
-    ``input``, ``output`` (a chat when the tokenizer has a chat template, else text). Learned are the completion and its end token.
+    Rows hold ``messages``; ShareGPT's ``conversations``; ``prompt`` (or ``question``) with ``completion``, both text or both messages;
+    Alpaca's ``instruction``, ``input``, ``output``; or plain ``text``, which is learned whole. ``datamodules/instruction_columns.py`` lists them.
 
     Args:
         tokenizer: a tokenizer, or a path or hub id.
         train: training rows: a source, or a file, a folder or a hub id.
-        val: held-out rows.
+        val: held-out rows, or several sets of them by domain.
         columns: our column name -> the data's.
+        format: of the rows, by name; None = found from their columns.
+        loss_on: what is learned of a conversation: every ``assistant`` turn with its end of turn, the ``last`` of them only, or ``all`` tokens.
         max_length: tokens of a row, prompt and completion together.
         drop_long: drop longer rows and count them; False makes them an error.
-        batch_size: rows per micro-batch and rank; a memory setting as long as its product with accumulation and ranks stays.
-        chat: render text prompts as one user message with the chat template.
+        on_bad_row: ``drop`` leaves out rows that cannot be read and counts them in ``bad``.
+        packing: put several training rows into one of ``max_length`` tokens, where they do not see each other.
+        batch_size: rows (packed ones, if they are) per micro-batch and rank; a memory setting as long as its product with accumulation and
+            ranks stays.
+        chat: render text prompts as one user message with the chat template. None: Alpaca rows alone, if there is a template; else they get
+            Alpaca's own prompt.
         system: system message in front of every chat that has none.
+        unknown: for training rows with a column ``knowledge`` (arXiv 2405.04905): ``drop`` keeps HighlyKnown and MaybeKnown rows; ``idk`` answers
+            the Unknown ones with "I don't know."
         seed: of the shuffle, with the epoch.
+
+    Attributes:
+        domains: held-out rows by domain, ``val`` where ``val`` is one set.
 
     Raises:
         ValueError: naming file and line, in ``setup``, before the first step.
@@ -40,64 +58,103 @@ class InstructionDataModule(AlignDataModule):
         self,
         tokenizer: PreTrainedTokenizerBase | str,
         train: str | Source,
-        val: str | Source | None = None,
+        val: str | Source | dict[str, str | Source] | None = None,
         columns: dict[str, str] | None = None,
+        format: str | None = None,
+        loss_on: LossOn = "assistant",
         max_length: int = 1024,
         drop_long: bool = True,
+        on_bad_row: Literal["raise", "drop"] = "raise",
+        packing: bool = False,
         batch_size: int = 8,
-        chat: bool = False,
+        chat: bool | None = None,
         system: str | None = None,
+        unknown: Literal["keep", "drop", "idk"] = "keep",
         seed: int = 0,
     ) -> None:
         if batch_size < 1 or max_length < 2:
             raise ValueError(f"batch_size must be at least 1 and max_length at least 2, got {batch_size} and {max_length}")
-        check_mapping(columns or {})
-        super().__init__(tokenizer, train, val, columns, drop_long, seed)
-        self.max_length, self.batch_size, self.chat, self.system = max_length, batch_size, chat, system
+        check_mapping(columns or {}, KNOWN)
+        # TODO(lead): check_format(format) of instruction_columns
+        super().__init__(tokenizer, train, val, columns, drop_long, on_bad_row, seed)
+        self.format, self.loss_on, self.max_length, self.packing, self.batch_size = format, loss_on, max_length, packing, batch_size
+        self.chat, self.system, self.unknown = chat, system, unknown
         self.train_rows: list[Tokens] = []
-        self.val_rows: list[Tokens] = []
+        self.domains: dict[str, list[Tokens]] = {}
+
+    @property
+    def val_rows(self) -> list[Tokens]:
+        """Held-out rows of all domains."""
+        return [row for rows in self.domains.values() for row in rows]
 
     def setup(self, stage: str) -> None:
         """Tokenises everything once; bad rows fail here."""
         self.forget_position()
         self.require_held_out(stage)
         if not self.train_rows:
-            self.train_rows = self._load(self.train, "train")
-        if self.val is not None and not self.val_rows:
-            self.val_rows = self._load(self.val, "val")
+            self.train_rows = self.load_training()
+        if self.val is not None and not self.domains:
+            sets = self.val if isinstance(self.val, dict) else {"val": self.val}
+            self.domains = {name: self.load(source, "val", name) for name, source in sets.items()}
 
     def train_dataloader(self) -> DataLoader[MicroBatch]:
         """Shuffled by (seed, epoch)."""
-        return self.step_loader(self._dataset(self.train_rows), *_sizes(self.train_rows), self.batch_size)
+        return self.step_loader(self._dataset(self.train_rows), *sizes(self.train_rows), self.batch_size)
 
     def val_dataloader(self) -> EVAL_DATALOADERS:
         """Held-out rows in order; none without ``val``."""
-        if not self.val_rows:
-            return []
-        return self.held_out_loader(self._dataset(self.val_rows), *_sizes(self.val_rows), self.batch_size)
+        rows = self.val_rows
+        return self.held_out_loader(self._dataset(rows), *sizes(rows), self.batch_size) if rows else []
 
     def test_dataloader(self) -> EVAL_DATALOADERS:
         """The held-out rows."""
         return self.val_dataloader()
 
-    def encode(self, row: Row) -> Tokens:
-        """Tokens of one raw row. Raises ValueError with the row's origin."""
-        example = instruction_example(row, self.columns)
-        chat = self.chat or (example.is_instruction and self.tokenizer.chat_template is not None)
-        return encode_example(self.tokenizer, example.prompt, example.completion, row.origin, chat, self.system)
+    def domain_loader(self, name: str) -> DataLoader[MicroBatch]:
+        """This rank's share of one domain's rows, in order; as many batches on every rank."""
+        rows = self.domains[name]
+        return self.held_out_loader(self._dataset(rows), *sizes(rows), self.batch_size)
 
-    def _load(self, source: str | Source, stage: str) -> list[Tokens]:
-        rows = self.encode_rows(source, stage, self.encode, lambda tokens: len(tokens.ids), self.max_length)
-        lengths, supervised = _sizes(rows)
-        self.check_positions(stage, max(lengths), "max_length")
-        self.report(stage, len(rows), f"{sum(supervised) / sum(lengths):.1%} of {sum(lengths)} tokens supervised")
+    def load_training(self) -> list[Tokens]:
+        """The training rows, packed if asked."""
+        rows = self.load(self.train, "train", "train")
+        if self.packing:
+            from datamodules.packing import pack  # TODO(lead): at the top
+
+            return pack(rows, self.max_length)
         return rows
+
+    def load(self, source: str | Source, stage: Literal["train", "val"], name: str) -> list[Tokens]:
+        """Tokens of all rows of a source."""
+
+        def encode(row: Row) -> Tokens | None:
+            return self.encode(row, self.unknown if stage == "train" else "keep")
+
+        rows = self.encode_rows(source, stage, encode, lambda tokens: len(tokens.ids), self.max_length)
+        lengths, supervised = sizes(rows)
+        self.check_positions(stage, max(lengths), "max_length")
+        self.report(stage, len(rows), f"{sum(supervised) / sum(lengths):.1%} of {sum(lengths)} tokens supervised", name)
+        return rows
+
+    def encode(self, row: Row, unknown: str = "keep") -> Tokens | None:
+        """Tokens of one raw row; None = left out as not known. Raises ValueError with the row's origin."""
+        # TODO(lead): becomes instruction_example(row, self.columns, self.format) of instruction_columns and
+        # encode_instruction(self.tokenizer, example, self.chat, self.system, self.loss_on) -> Tokens of chat.py or instruction_columns.py,
+        # which does all of: whole texts, Alpaca's prompt where chat is off or there is no template, loss_on, tools
+        example = instruction_example(row, self.columns)
+        knowledge = row.columns.get("knowledge")
+        if unknown == "drop" and knowledge in UNKNOWN:
+            return None
+        if unknown == "idk" and knowledge == "Unknown":
+            example = replace(example, completion=IDK)
+        chat = bool(self.chat) or (self.chat is None and example.is_instruction and self.tokenizer.chat_template is not None)
+        return encode_example(self.tokenizer, example.prompt, example.completion, row.origin, chat, self.system)
 
     def _dataset(self, rows: list[Tokens]) -> InstructionDataset:
         pad = self.tokenizer.pad_token_id
         return InstructionDataset(rows, self.tokenizer.eos_token_id if pad is None else pad)
 
 
-def _sizes(rows: list[Tokens]) -> tuple[list[int], list[int]]:
+def sizes(rows: list[Tokens]) -> tuple[list[int], list[int]]:
     """Tokens and supervised tokens of each row."""
     return [len(row.ids) for row in rows], [sum(row.supervised) for row in rows]

@@ -77,18 +77,15 @@ class PreferenceDataModule(AlignDataModule):
     ) -> None:
         if batch_size < 1 or max_length < 2:
             raise ValueError(f"batch_size must be at least 1 and max_length at least 2, got {batch_size} and {max_length}")
-        if on_bad_row not in ("raise", "drop"):
-            raise ValueError(f"on_bad_row must be raise or drop, got {on_bad_row!r}")
         check_mapping(columns or {}, KNOWN)
-        super().__init__(tokenizer, train, val, columns, drop_long, seed)
+        super().__init__(tokenizer, train, val, columns, drop_long, on_bad_row, seed)
         self.max_length, self.batch_size, self.chat, self.system = max_length, batch_size, chat, system
         self.margins = MARGINS[margins] if isinstance(margins, str) else margins
-        self.balance_length, self.on_bad_row = balance_length, on_bad_row
+        self.balance_length = balance_length
         self.train_rows: list[PreferenceTokens] = []
         self.val_rows: list[PreferenceTokens] = []
         self.kind: Kind | None = None  # known after ``setup``
         self.ties = {"train": 0, "val": 0}
-        self.bad = {"train": 0, "val": 0}
         self.unbalanced = 0  # training pairs left out by balance_length
 
     def setup(self, stage: str) -> None:
@@ -139,27 +136,14 @@ class PreferenceDataModule(AlignDataModule):
         return PreferenceTokens(prompt, completions, example.ranks, example.margin, example.origin)
 
     def _load(self, source: str | Source, stage: Stage) -> list[PreferenceTokens]:
-        self.ties[stage] = self.bad[stage] = 0
-        problem = ""
+        self.ties[stage] = self.bad[stage] = self.dropped[stage] = 0
 
         def encode(row: Row) -> PreferenceTokens | None:
-            nonlocal problem
-            try:
-                tokens = self.encode(row)
-            except ValueError as error:
-                if self.on_bad_row == "raise":
-                    raise
-                problem = problem or str(error)
-                self.bad[stage] += 1
-                return None
+            tokens = self.encode(row)
             self.ties[stage] += tokens is None
             return tokens
 
-        kept = self.encode_rows(source, stage, encode, lambda tokens: tokens.longest if tokens else 0, self.max_length)
-        rows = [tokens for tokens in kept if tokens]
-        if not rows:
-            left_out = f"{self.ties[stage]} ties, {self.bad[stage]} bad rows, {self.dropped[stage]} longer than {self.max_length} tokens"
-            raise ValueError(f"no {stage} row is left: {left_out}" + (f"; the first bad row is {problem}" if problem else ""))
+        rows = self.encode_rows(source, stage, encode, lambda tokens: tokens.longest, self.max_length)
         self._check_kind(rows)
         if stage == "train" and self.balance_length:
             rows = self._balanced(rows)
@@ -193,7 +177,7 @@ class PreferenceDataModule(AlignDataModule):
         return [row for index, row in enumerate(rows) if index not in left_out]
 
     def _summary(self, rows: list[PreferenceTokens], stage: Stage) -> str:
-        left_out = f"{self.ties[stage]} ties and {self.bad[stage]} bad rows left out"
+        left_out = f"{self.ties[stage]} ties left out"
         if self.kind == "labels":
             return f"{left_out}, {sum(row.ranks == [0] for row in rows) / len(rows):.1%} desirable"
         pairs = [row for row in rows if len(row.completions) == 2]

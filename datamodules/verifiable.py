@@ -2,7 +2,7 @@
 
 import random
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from lightning.pytorch.utilities.types import EVAL_DATALOADERS
 from torch.utils.data import DataLoader
@@ -39,6 +39,7 @@ class VerifiableDataModule(AlignDataModule):
         chat: render text prompts as one user message with the chat template.
         max_prompt_length: tokens.
         drop_long: drop longer prompts and count them; False makes them an error.
+        on_bad_row: ``drop`` leaves out rows that cannot be read and counts them in ``bad``.
         prompts_per_phase: over all ranks; with several, a multiple of their number times the updates of a pass.
         updates_per_phase: optimiser updates from one phase's rollouts, a multiple of ``inner_epochs``.
         inner_epochs: passes over one phase's rollouts.
@@ -61,6 +62,7 @@ class VerifiableDataModule(AlignDataModule):
         chat: bool = False,
         max_prompt_length: int = 512,
         drop_long: bool = True,
+        on_bad_row: Literal["raise", "drop"] = "raise",
         prompts_per_phase: int = 32,
         updates_per_phase: int = 1,
         inner_epochs: int = 1,
@@ -73,7 +75,7 @@ class VerifiableDataModule(AlignDataModule):
                 f"got {prompts_per_phase}, {val_batch_size} and {max_prompt_length}"
             )
         check_mapping(columns or {})
-        super().__init__(tokenizer, train, val, columns, drop_long, seed)
+        super().__init__(tokenizer, train, val, columns, drop_long, on_bad_row, seed)
         self.system, self.chat, self.max_prompt_length = system, chat, max_prompt_length
         self.prompts_per_phase, self.updates_per_phase, self.inner_epochs = prompts_per_phase, updates_per_phase, inner_epochs
         self.val_batch_size = val_batch_size

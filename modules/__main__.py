@@ -22,10 +22,11 @@ import datamodules
 import modules
 import modules.objectives
 import modules.rewards
+import modules.schedulers
 from modules.base import AlignmentModule
 from modules.explain import did_you_mean, sentence
 
-PACKAGES = (modules, modules.objectives, modules.rewards, datamodules, callbacks)
+PACKAGES = (modules, modules.objectives, modules.rewards, modules.schedulers, datamodules, callbacks)
 CHOICES = [vars(package)[name] for package in PACKAGES for name in package.__all__]
 NAMES = sorted(choice.__name__ for choice in CHOICES if isinstance(choice, type) and not inspect.isabstract(choice))
 NEEDED = {

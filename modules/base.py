@@ -1,7 +1,7 @@
 """What every method shares: the policy, optimizer and scheduler from YAML, exact loss scaling, step metrics, checkpoint identity."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -12,6 +12,8 @@ from torchmetrics import MeanMetric
 
 from modules.networks.lora import Lora
 from modules.networks.policy import Policy
+from modules.rollout.engine import Sampling
+from modules.rollout.in_process import InProcessEngine
 from modules.types import Rollout
 
 
@@ -85,6 +87,22 @@ class AlignmentModule(LightningModule):
     def show(self, metrics: Mapping[str, Tensor | float]) -> None:
         """Show numbers that are equal on all ranks in the progress bar, under names short enough for it."""
         self.log_dict(dict(metrics), prog_bar=True, logger=False, batch_size=1, rank_zero_only=True)
+
+    def respond(self, conversations: Sequence[list[dict[str, str]]], max_completion_length: int = 256) -> list[str]:
+        """Greedy answers of the current weights, on this rank alone; the policy's modes and the random state stay as they are.
+
+        Args:
+            conversations: messages, each with ``role`` and ``content``; without a chat template one user message, put into Alpaca's prompt.
+            max_completion_length: tokens of an answer.
+
+        Raises:
+            ValueError: several messages without a chat template.
+        """
+        prompts = [self.policy.prompt_ids(messages) for messages in conversations]
+        engine = InProcessEngine()
+        engine.sync_weights(self.policy, self.global_step)
+        sampling = Sampling(temperature=0.0, max_completion_length=max_completion_length)
+        return [group[0].text for group in engine.generate(prompts, 1, sampling, [0] * len(prompts))]
 
     def on_validation_start(self) -> None:
         """Begin with new means: Lightning resets the old ones in inference mode, after which a later fit could not update them."""

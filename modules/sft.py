@@ -1,14 +1,24 @@
 """Supervised fine-tuning: maximum likelihood of the supervised tokens (arXiv 2203.02155; 2307.09288 section 3.1)."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
 from modules.base import AlignmentModule
 from modules.functional.masked import aggregate
+from modules.functional.ranks import from_all_ranks
 from modules.networks.lora import Lora
+from modules.networks.noise import embedding_noise
 from modules.networks.policy import TokenScores
-from modules.types import InstructionBatch
+from modules.rollout.engine import Sampling
+from modules.rollout.held_out import last_answers
+from modules.rollout.in_process import InProcessEngine
+from modules.rollout.metrics import Outcome, outcomes, rollout_metrics
+from modules.rollout.scoring import make_rollouts, sampling_seed
+from modules.types import InstructionBatch, Reward, Rollout
 
 
 class SFTModule(AlignmentModule):
@@ -18,44 +28,106 @@ class SFTModule(AlignmentModule):
 
     Args:
         policy: ``tiny``, a Hugging Face folder, a GGUF file or a hub id.
+        label_smoothing: share e of each target that goes to the whole vocabulary: - (1 - e) log pi(token) - e mean over v of log pi(v).
+        neftune_noise_alpha: noise on the embeddings in training, uniform in +- alpha / sqrt(tokens x width) (NEFTune, arXiv 2310.05914).
+        reward: scores sampled answers to the held-out rows, whose last answer is the ``answer`` that it may look at: ``val/reward``, by which
+            InstructGPT chose its checkpoint (arXiv 2203.02155 section 3.5).
+        sampling: how held-out answers are sampled; default with a reward: greedy, up to 256 tokens; without: none are.
         lora: train low-rank adapters instead of all weights.
         optimizer: parameters -> optimizer; default AdamW, learning rate 2e-5.
         scheduler: optimizer -> scheduler, stepped per update.
+
+    Attributes:
+        held_out_rollouts: sampled answers of the current validation batch.
     """
 
     def __init__(
         self,
         policy: str,
+        label_smoothing: float = 0.0,
+        neftune_noise_alpha: float | None = None,
+        reward: Reward | None = None,
+        sampling: Sampling | None = None,
         lora: Lora | None = None,
         optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=2e-5),
         scheduler: LRSchedulerCallable | None = None,
     ) -> None:
         super().__init__(policy, optimizer, scheduler, lora=lora)
+        if not 0 <= label_smoothing < 1 or (neftune_noise_alpha is not None and neftune_noise_alpha < 0):
+            raise ValueError(f"label_smoothing must be in [0, 1) and neftune_noise_alpha >= 0, got {label_smoothing} and {neftune_noise_alpha}")
+        self.label_smoothing, self.neftune_noise_alpha, self.reward = label_smoothing, neftune_noise_alpha, reward
+        self.answering = sampling or (Sampling(temperature=0.0, max_completion_length=256) if reward is not None else None)
+        self.engine = InProcessEngine()
+        self.held_out_rollouts: list[Rollout] = []
+        self.answered: list[Outcome] = []
 
-    def scores(self, batch: InstructionBatch) -> TokenScores:
+    def scores(self, batch: InstructionBatch, means: bool = False) -> TokenScores:
         """Log-probs, entropies and hits [N, T] of the supervised tokens."""
-        return self.policy.token_scores(batch["input_ids"], batch["loss_mask"], batch.get("position_ids"), details=True)
+        return self.policy.token_scores(batch["input_ids"], batch["loss_mask"], batch.get("position_ids"), details=True, means=means)
 
     def training_step(self, batch: InstructionBatch, batch_idx: int) -> Tensor:
         """The loss [] of a micro-batch: its share of the step's token mean."""
-        scores = self.scores(batch)
+        with self.noise(batch, batch_idx):
+            scores = self.scores(batch, means=self.label_smoothing > 0)
         trained = batch["attention_mask"][batch["loss_mask"].any(1)]
         self.log_step(token_means(scores, batch["denominator"]) | {"tokens": float(trained.sum())})
-        return self.step_loss(aggregate(-scores.logprobs, batch["loss_mask"], batch["denominator"]))
+        self.log_step({"supervised_fraction": batch["loss_mask"].sum() / trained.sum().clamp(min=1)}, weight=float(trained.sum()))
+        losses = -scores.logprobs
+        if scores.means is not None:
+            losses = (1 - self.label_smoothing) * losses - self.label_smoothing * scores.means
+        return self.step_loss(aggregate(losses, batch["loss_mask"], batch["denominator"]))
+
+    @contextmanager
+    def noise(self, batch: InstructionBatch, batch_idx: int) -> Iterator[None]:
+        """NEFTune inside, if asked; a function of step, micro-batch and rank, so that a resumed run draws the same."""
+        if not self.neftune_noise_alpha:
+            yield
+            return
+        generator = torch.Generator().manual_seed(sampling_seed(self.global_rank, f"{self.global_step}/{batch_idx}", "neftune"))
+        with embedding_noise(self.policy.model, batch, self.neftune_noise_alpha, generator):
+            yield
 
     def validation_step(self, batch: InstructionBatch, batch_idx: int) -> None:
-        """Token means over the whole validation set."""
+        """Token means over the whole validation set, and what the policy answers."""
         self.evaluate(batch, "val")
 
     def test_step(self, batch: InstructionBatch, batch_idx: int) -> None:
         """The same under ``test/``."""
         self.evaluate(batch, "test")
 
+    def on_validation_epoch_start(self) -> None:
+        """Forget what an interrupted evaluation left."""
+        self.answered = []
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the answers of all batches and ranks."""
+        self.log_answers("val")
+
+    def on_test_epoch_end(self) -> None:
+        """The same under ``test/``."""
+        self.log_answers("test")
+
     def evaluate(self, batch: InstructionBatch, stage: str) -> None:
-        """Log what the policy makes of held-out rows."""
+        """Log what the policy makes of held-out rows, and keep its own answers to them."""
         tokens = batch["loss_mask"].sum()
         means = token_means(self.scores(batch), tokens.clamp(min=1))
         self.log_mean({f"{stage}/{name}": value for name, value in means.items()}, float(tokens))
+        if self.answering is not None:
+            prompts = last_answers(batch, self.tokenizer)
+            self.engine.sync_weights(self.policy, self.global_step)
+            seeds = [sampling_seed(0, stage, uid) for uid in prompts["uid"]]
+            self.held_out_rollouts = make_rollouts(prompts, self.engine.generate(prompts["prompt_ids"], 1, self.answering, seeds), self.reward)
+            self.answered += outcomes(self.held_out_rollouts)
+
+    def log_answers(self, stage: str) -> None:
+        """Log the rewards and lengths of the answers and forget them."""
+        answered, self.answered = from_all_ranks(self.answered), []
+        if not answered:
+            return
+        metrics = rollout_metrics(answered)
+        if self.reward is None:
+            metrics = {name: value for name, value in metrics.items() if name.startswith("completions/")}
+        self.log_dict({f"{stage}/{name}": value for name, value in metrics.items()}, sync_dist=True, batch_size=1)
 
 
 def token_means(scores: TokenScores, count: Tensor) -> dict[str, Tensor | float]:

@@ -12,6 +12,17 @@ from typing import Any, Literal, NotRequired, TypedDict
 
 from torch import Tensor
 
+# How a lone instruction reads without a chat template: Stanford Alpaca's prompts, which end without a line break.
+ALPACA_PROMPT = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:"
+)
+ALPACA_PROMPT_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
+)
+
 
 class InstructionBatch(TypedDict):
     """Rows of tokens with the supervised ones marked. Padding is on the right."""

@@ -35,6 +35,15 @@ def token_entropies(logits: Tensor) -> Tensor:
     return -(probabilities * logprobs.masked_fill(probabilities == 0, 0.0)).sum(-1)
 
 
+def mean_logprobs(logits: Tensor) -> Tensor:
+    """Mean log-probability over the whole vocabulary, what label smoothing pulls up.
+
+    logits: [N, T, V]. Returns [N, T] in nats, <= -log V, in float32 or wider.
+    """
+    logits = _at_least_float32(logits)
+    return logits.mean(-1) - logits.logsumexp(-1)
+
+
 def sequence_logprobs(logprobs: Tensor, mask: Tensor) -> Tensor:
     """Log-probability of each whole completion: the sum of its kept tokens' log-probabilities.
 

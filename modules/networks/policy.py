@@ -12,10 +12,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from modules.functional.logprobs import token_entropies, token_logprobs
+from modules.functional.logprobs import mean_logprobs, token_entropies, token_logprobs
 from modules.networks.loading import check_supported, load, remove_dropout, stop_token_ids
 from modules.networks.lora import Lora, add_adapters, merged
-from modules.types import PolicyBatch, PreferenceBatch
+from modules.types import ALPACA_PROMPT, PolicyBatch, PreferenceBatch
 
 MAX_LOGITS = 2**24  # entries of one chunk of logits: 64 MB in fp32
 SHARING = ("gpt2", "llama", "mistral", "qwen2", "qwen3")  # architectures whose shared prompts are tested against separate rows
@@ -26,8 +26,10 @@ class TokenScores(NamedTuple):
     """What the next-token distributions say of given tokens: per token, zero where it was not asked."""
 
     logprobs: Tensor  # nats, with gradient
-    entropies: Tensor | None  # nats, of the whole distribution, no gradient
-    hits: Tensor | None  # 1 where the token is the most likely one, else 0
+    entropies: Tensor | None = None  # nats, of the whole distribution, no gradient
+    hits: Tensor | None = None  # 1 where the token is the most likely one, else 0
+    mean_logits: Tensor | None = None  # mean of the logits over the vocabulary, no gradient
+    means: Tensor | None = None  # nats, mean of the log-probs over the vocabulary, with gradient
 
 
 class Policy(nn.Module):
@@ -63,6 +65,12 @@ class Policy(nn.Module):
         self.stop_token_ids = stop_token_ids(self.model, self.tokenizer)
         check_supported(path, self.model, self.tokenizer)
         self.check_scores()
+        self.packing_checked = False
+
+    @property
+    def flattens(self) -> bool:
+        """Whether packed rows are laid end to end: flash attention kernels keep documents apart in a single row only."""
+        return "flash" in (self.model.config._attn_implementation or "")
 
     @property
     def shares_prompts(self) -> bool:
@@ -91,21 +99,51 @@ class Policy(nn.Module):
         for module, training in modes.items():
             module.training = training
 
-    def token_scores(self, input_ids: Tensor, mask: Tensor, position_ids: Tensor | None = None, details: bool = False) -> TokenScores:
+    @torch.no_grad()
+    def check_packing(self) -> None:
+        """ValueError for models that mix the documents of a packed row (state-space and convolution layers, positions counted by column).
+
+        Behind a document stands another: its log-probabilities must not move by 1e-5 nats when the first document is another one of that
+        length, nor by 1e-3 when it is alone (0.1 where a flash attention kernel computes in 16 bits).
+        """
+        self.packing_checked = True
+        modes = {module: module.training for module in self.model.modules()}
+        self.model.eval()
+        device = self.model.get_input_embeddings().weight.device
+        first, second = (torch.tensor(tokens, device=device) for tokens in PROBE)
+        found = []
+        with torch.autocast(device.type, enabled=self.flattens):
+            for documents in ((first, second), (first + 7, second), (second,)):
+                ids = torch.cat(documents)[None] % self.model.config.vocab_size
+                positions = torch.cat([torch.arange(len(document), device=device) for document in documents])[None]
+                scores = self.token_scores(ids, torch.ones_like(ids, dtype=torch.bool), positions)
+                found.append(scores.logprobs[0, -len(second) :])
+        for module, training in modes.items():
+            module.training = training
+        leak, shift = (float((found[0] - other).abs().max()) for other in found[1:])
+        if not (leak <= 1e-5 and shift <= (0.1 if self.flattens else 1e-3)):
+            raise ValueError(
+                f"policy: '{self.path}' ({self.model.config.model_type}) mixes the documents of a packed row: log-probabilities "
+                f"are off by {max(leak, shift):.2g} nats; use data without packing, or another model"
+            )
+
+    def token_scores(
+        self, input_ids: Tensor, mask: Tensor, position_ids: Tensor | None = None, details: bool = False, means: bool = False
+    ) -> TokenScores:
         """Log-probability of each token of whole rows given those before it.
 
         Args:
             input_ids: int [N, T], padded on the right (a causal model never looks there, so no attention mask is needed).
             mask: bool [N, T], True = wanted. Logits are computed for these positions only; column 0 is predicted by nothing.
             position_ids: int [N, T] where rows hold several documents, each starting at 0.
-            details: also entropies and hits.
+            details: also entropies, hits and mean logits.
 
         Returns:
             scores [N, T], aligned to their own token.
         """
-        wanted = mask[:, 1:]
+        wanted = mask[:, 1:] if position_ids is None else mask[:, 1:] & (position_ids[:, 1:] > 0)
         hidden = self.hidden_states(input_ids, position_ids)[:, :-1]
-        scores = self.score(hidden[wanted], input_ids[:, 1:][wanted], details=details)
+        scores = self.score(hidden[wanted], input_ids[:, 1:][wanted], details=details, means=means)
         return spread(scores, nn.functional.pad(wanted, (1, 0)))
 
     def completion_scores(self, batch: PolicyBatch | PreferenceBatch, temperature: float = 1.0, details: bool = False) -> TokenScores:
@@ -114,7 +152,7 @@ class Policy(nn.Module):
         Args:
             batch: ``prompt_ids``, ``prompt_mask`` [P, Tp], ``completion_ids``, ``completion_mask`` [N, Tc], ``prompt_index`` [N].
             temperature: logits are divided by it, so that the result describes the distribution that was sampled.
-            details: also entropies and hits.
+            details: also entropies, hits and mean logits.
 
         Returns:
             scores [N, Tc], aligned to their own token.
@@ -129,10 +167,19 @@ class Policy(nn.Module):
         return hidden[torch.arange(len(hidden), device=hidden.device), batch["completion_mask"].sum(1)]
 
     def hidden_states(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
-        """Last hidden states [N, T, H] of right-padded rows; ``hidden[:, t]`` predicts token ``t + 1``."""
-        return self.model.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
+        """Last hidden states [N, T, H] of right-padded rows; ``hidden[:, t]`` predicts token ``t + 1``.
 
-    def score(self, hidden: Tensor, targets: Tensor, temperature: float = 1.0, details: bool = False) -> TokenScores:
+        Without a cache and an attention mask transformers reads from ``position_ids`` where a document starts and keeps documents apart.
+        Raises ValueError for models that mix them all the same, when the first packed rows arrive.
+        """
+        if position_ids is not None and not self.packing_checked:
+            self.check_packing()
+        shape = input_ids.shape
+        if position_ids is not None and self.flattens:
+            input_ids, position_ids = input_ids.reshape(1, -1), position_ids.reshape(1, -1)
+        return self.model.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state.view(*shape, -1)
+
+    def score(self, hidden: Tensor, targets: Tensor, temperature: float = 1.0, details: bool = False, means: bool = False) -> TokenScores:
         """Scores [K] of ``targets`` [K] from ``hidden`` [K, H], a chunk of logits at a time.
 
         With gradients, a chunk's logits are dropped and computed again in the backward pass; a single chunk is simply kept.
@@ -140,27 +187,40 @@ class Policy(nn.Module):
         size = max(1, MAX_LOGITS // self.model.config.vocab_size)
         pairs = list(zip(hidden.split(size), targets.split(size), strict=True))
         if torch.is_grad_enabled() and len(pairs) > 1:
-            chunks = [checkpoint(self._score_chunk, h, y, temperature, details, use_reentrant=False) for h, y in pairs]
+            chunks = [checkpoint(self._score_chunk, h, y, temperature, details, means, use_reentrant=False) for h, y in pairs]
         else:
-            chunks = [self._score_chunk(h, y, temperature, details) for h, y in pairs]
-        return TokenScores(
-            torch.cat([chunk.logprobs for chunk in chunks]),
-            torch.cat([chunk.entropies for chunk in chunks if chunk.entropies is not None]) if details else None,
-            torch.cat([chunk.hits for chunk in chunks if chunk.hits is not None]) if details else None,
-        )
+            chunks = [self._score_chunk(h, y, temperature, details, means) for h, y in pairs]
+        logprobs, *others = (None if column[0] is None else torch.cat(column) for column in zip(*chunks, strict=True))
+        assert logprobs is not None
+        return TokenScores(logprobs, *others)
+
+    def prompt_ids(self, messages: list[dict[str, str]]) -> list[int]:
+        """Tokens of a conversation, ready for the assistant to go on; without a chat template of one user message in Alpaca's prompt.
+
+        Raises ValueError for several messages without a chat template.
+        """
+        if self.tokenizer.chat_template is not None:
+            text = str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+            return list(self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+        if [message["role"] for message in messages] != ["user"]:
+            raise ValueError(f"policy: '{self.path}' has no chat template (a base model?), so it can be asked one user message alone")
+        return list(self.tokenizer(ALPACA_PROMPT.format(instruction=messages[0]["content"]), verbose=False).input_ids)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write model and tokenizer as a Hugging Face folder, adapters merged into the weights."""
         (merged(self.model) if self.has_adapters else self.model).save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 
-    def _score_chunk(self, hidden: Tensor, targets: Tensor, temperature: float, details: bool) -> TokenScores:
+    def _score_chunk(self, hidden: Tensor, targets: Tensor, temperature: float, details: bool, means: bool) -> TokenScores:
         logits = self.model.get_output_embeddings()(hidden)[None]  # [1, K, V]
-        logprobs = token_logprobs(logits, targets[None], temperature)[0]
-        if not details:
-            return TokenScores(logprobs, None, None)
-        detached = logits.detach().float()
-        return TokenScores(logprobs, token_entropies(detached / temperature)[0], (detached[0].argmax(-1) == targets).float())
+        scores = TokenScores(token_logprobs(logits, targets[None], temperature)[0])
+        if means:
+            scores = scores._replace(means=mean_logprobs(logits / temperature)[0])
+        if details:
+            detached = logits.detach().float()
+            hits = (detached[0].argmax(-1) == targets).float()
+            scores = scores._replace(entropies=token_entropies(detached / temperature)[0], hits=hits, mean_logits=detached[0].mean(-1))
+        return scores
 
     def _shares(self, batch: PolicyBatch | PreferenceBatch) -> bool:
         return self.shares_prompts and len(batch["prompt_index"]) > len(batch["prompt_ids"])

@@ -21,8 +21,8 @@ def sampling_seed(seed: int, phase: str, uid: str) -> int:
     return int.from_bytes(digest, "big") >> 2
 
 
-def make_rollouts(prompts: PromptBatch, completions: list[list[Completion]], reward: Reward) -> list[Rollout]:
-    """One scored record per completion, prompt by prompt; ``group`` counts the prompts of the batch."""
+def make_rollouts(prompts: PromptBatch, completions: list[list[Completion]], reward: Reward | None) -> list[Rollout]:
+    """One record per completion, prompt by prompt, scored if there is a reward; ``group`` counts the prompts of the batch."""
     rollouts = [
         Rollout(
             uid=prompts["uid"][i],
@@ -38,6 +38,8 @@ def make_rollouts(prompts: PromptBatch, completions: list[list[Completion]], rew
         for i, group in enumerate(completions)
         for completion in group
     ]
+    if reward is None:
+        return rollouts
     parts, totals = breakdown(reward, rollouts)
     return [replace(rollout, rewards=part, reward=total) for rollout, part, total in zip(rollouts, parts, totals, strict=True)]
 

@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGES = ("modules", "datamodules", "callbacks")
 FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 FRAMEWORKS = {"lightning", "transformers", "datasets", "jsonargparse", "torchmetrics"}
-METHODS = {"sft", "reward", "dpo", "online_dpo", "grpo", "label"}
+METHODS = {"sft", "reward", "dpo", "online_dpo", "grpo", "label", "knowledge", "self_instruct"}
 PARTS = {"networks", "rewards", "rollout", "objectives"}
 
 
@@ -26,6 +26,7 @@ ALLOWED = {
     "explain": set(),
     "functional": {"types"},
     **{part: {"types", "functional", *PARTS} for part in PARTS},
+    "schedulers": {"functional"},
     "base": {"types", "functional", *PARTS},
     "on_policy": {"types", "functional", *PARTS, "base"},
     "method": {"types", "functional", *PARTS, "base", "on_policy"},

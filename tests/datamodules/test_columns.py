@@ -225,7 +225,7 @@ def test_long_rows_are_dropped_and_counted_or_an_error(tmp_path: Path, capsys: p
     assert (len(module.train_rows), module.dropped) == (1, {"train": 1, "val": 0})
     with pytest.raises(ValueError, match=f"{path}:2: 6 tokens and the limit is 5"):
         InstructionDataModule(tiny_tokenizer(), path, max_length=5, drop_long=False).setup("fit")
-    with pytest.raises(ValueError, match="all 2 train rows from here on are longer than 4 tokens"):
+    with pytest.raises(ValueError, match="of 2 train rows from here on none is left: 0 left out, 0 bad, 2 longer than 4 tokens"):
         InstructionDataModule(tiny_tokenizer(), path, max_length=4).setup("fit")
 
 

@@ -1,0 +1,40 @@
+"""Noise on the embeddings of a language model in training (NEFTune, arXiv 2310.05914)."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from modules.types import InstructionBatch
+
+
+@contextmanager
+def embedding_noise(model: PreTrainedModel, batch: InstructionBatch, alpha: float, generator: torch.Generator) -> Iterator[None]:
+    """Inside, the embeddings of the batch's tokens get noise, uniform in +- alpha / sqrt(L x width) with L the tokens of their document.
+
+    The generator is on the CPU, so that every device draws the same.
+    """
+    scale = alpha * (batch["attention_mask"] * document_lengths(batch).clamp(min=1).rsqrt())[..., None]  # [N, T, 1]
+
+    def add(module: Any, inputs: Any, embeddings: Tensor) -> Tensor:
+        noise = torch.rand(embeddings.shape, generator=generator).to(embeddings) * 2 - 1
+        return embeddings + noise * (scale * embeddings.shape[-1] ** -0.5).to(embeddings)
+
+    hook = model.get_input_embeddings().register_forward_hook(add)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def document_lengths(batch: InstructionBatch) -> Tensor:
+    """[N, T], the tokens of the document that each token belongs to; 0 on padding."""
+    mask = batch["attention_mask"]
+    if "position_ids" not in batch:
+        return mask * mask.sum(1, keepdim=True).float()
+    document = (batch["position_ids"] == 0).cumsum(1) - 1  # [N, T], its number in the row
+    counts = torch.zeros(mask.shape, device=mask.device).scatter_add(1, document, mask.float())
+    return mask * counts.gather(1, document)
