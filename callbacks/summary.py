@@ -1,6 +1,7 @@
 """What did training change? One table and one line at the end of ``validate``."""
 
 import shlex
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -17,13 +18,15 @@ class Summary(Callback):
         title: the first word or words of the last line.
         headline: the metric on the last line, such as ``val/pass@1``. It is the table's first row too.
         metrics: the other rows.
+        result: a file that gets the headline's value, for scripts to read.
 
     Raises:
         ValueError: after a validation that did not log one of the metrics.
     """
 
-    def __init__(self, title: str, headline: str, metrics: list[str]) -> None:
+    def __init__(self, title: str, headline: str, metrics: list[str], result: str | None = None) -> None:
         self.title = title
+        self.result = result
         self.headline = headline
         self.metrics = list(dict.fromkeys([headline, *metrics]))
         self.before: dict[str, float] = {}
@@ -60,6 +63,9 @@ class Summary(Callback):
         from rich.console import Console
         from rich.table import Table
 
+        if self.result is not None:
+            Path(self.result).parent.mkdir(parents=True, exist_ok=True)
+            Path(self.result).write_text(f"{_round(self.after[self.headline])}\n")
         table = Table("metric", *(["before"] if self.before else []), "after")
         for name in self.metrics:
             table.add_row(name, *([_round(self.before[name])] if name in self.before else []), _round(self.after[name]))

@@ -1,21 +1,53 @@
 """Where examples come from and how they are batched."""
 
 from datamodules.candidates import CandidatesDataModule
+from datamodules.facts import FactsDataModule
 from datamodules.instruction import InstructionDataModule
+from datamodules.mixture import MixtureDataModule
+from datamodules.mixture_streams import Stream
 from datamodules.preference import PreferenceDataModule
-from datamodules.sources import Addition, AdditionPairs, Files, OasstTrees, ReasoningGym, Scored, Source
+from datamodules.pretraining import PretrainingDataModule
+from datamodules.seed_tasks import SeedTasksDataModule
+from datamodules.sources import (
+    Addition,
+    AdditionPairs,
+    FactDocuments,
+    Facts,
+    Files,
+    FlanTemplates,
+    GuardedAddition,
+    MixIn,
+    NumberTexts,
+    OasstTrees,
+    ReasoningGym,
+    Scored,
+    Source,
+)
+from datamodules.streaming import StreamingDataModule
 from datamodules.verifiable import VerifiableDataModule
 
 __all__ = [
     "Addition",
     "AdditionPairs",
     "CandidatesDataModule",
+    "FactDocuments",
+    "Facts",
+    "FactsDataModule",
     "Files",
+    "FlanTemplates",
+    "GuardedAddition",
     "InstructionDataModule",
+    "MixIn",
+    "MixtureDataModule",
+    "NumberTexts",
     "OasstTrees",
     "PreferenceDataModule",
+    "PretrainingDataModule",
     "ReasoningGym",
     "Scored",
+    "SeedTasksDataModule",
     "Source",
+    "Stream",
+    "StreamingDataModule",
     "VerifiableDataModule",
 ]

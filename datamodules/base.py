@@ -9,7 +9,8 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from datamodules.collate import MicroBatch, StepSampler
-from datamodules.sources import Files, Row, Source
+from datamodules.sources import Row, Source
+from datamodules.sources.files import read_rows
 
 Example = TypeVar("Example")
 
@@ -218,11 +219,6 @@ class AlignDataModule(LightningDataModule):
     def forget_position(self) -> None:
         """For ``setup``: a new run starts at the beginning unless a checkpoint is loaded after it."""
         self._sampler, self._resume = None, None
-
-
-def read_rows(source: str | Source) -> list[Row]:
-    """The rows of a source, or of what :class:`Files` takes."""
-    return (Files(source) if isinstance(source, str) else source).rows()
 
 
 def _as_is(batch: Any) -> Any:

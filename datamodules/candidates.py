@@ -10,9 +10,10 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import EVAL_DATALOADERS
 from transformers import PreTrainedTokenizerBase
 
-from datamodules.base import AlignDataModule, read_rows
+from datamodules.base import AlignDataModule
 from datamodules.columns import Columns, alpaca_prompt, check_mapping, renamed
 from datamodules.sources import Row, Source
+from datamodules.sources.files import read_rows
 from modules.types import PromptBatch
 
 PROMPTS = ("prompt", "question", "instruction", "input")

@@ -191,9 +191,8 @@ def _assistant_text(
     else:
         longer: Message = {**message, "content": message["content"] + "\N{SNOWMAN}"}
         end = len(commonprefix([closed, render(tokenizer, [*messages[:-1], longer], origin, False, tools)])) - len(opened)
-    parts = {"text": message["content"], "reasoning": message.get("reasoning_content", "")}
-    parts |= {"tool call": call["function"]["name"] for call in message.get("tool_calls", [])}
-    for what, text in parts.items():
+    parts = [("text", message["content"]), ("reasoning", message.get("reasoning_content", ""))]
+    for what, text in [*parts, *(("tool call", call["function"]["name"]) for call in message.get("tool_calls", []))]:
         if text.strip() not in turn[:end]:
             picture = token_picture(tokenizer, Tokens(ids := token_ids(tokenizer, turn), [True] * len(ids)))
             hint = "write it the way the template renders it" if what == "text" else f"use a template that writes a {what}"

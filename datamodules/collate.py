@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, DistributedSampler
 
-from datamodules.chat import Tokens
+from datamodules.tokens import Tokens
 from modules.types import InstructionBatch
 
 
@@ -23,9 +23,9 @@ class MicroBatch(NamedTuple):
 class StepSampler(DistributedSampler[MicroBatch]):
     """Yields this rank's micro-batches of the current epoch.
 
-    The rows are permuted by (``seed``, epoch) and cut into windows of ``batch_size * accumulate * num_replicas`` rows, one optimiser step
-    each, so the rows of a step and its denominator depend on that product alone. Inside a window the rows are ordered by length:
-    a micro-batch holds rows of like length and ranks get like numbers of tokens. The last window keeps its fewer rows, in fewer
+    The rows are put in ``order``, permuted by (``seed``, epoch), and cut into windows of ``batch_size * accumulate * num_replicas`` rows, one
+    optimiser step each, so the rows of a step and its denominator depend on that product alone. Inside a window the rows are ordered by
+    length: a micro-batch holds rows of like length and ranks get like numbers of tokens. The last window keeps its fewer rows, in fewer
     micro-batches, as many on every rank. It derives from DistributedSampler so that Lightning puts no sampler around it.
 
     Args:
@@ -65,14 +65,35 @@ class StepSampler(DistributedSampler[MicroBatch]):
         """
         self._start = (epoch, position if position == len(self) else position - position % self.accumulate)
 
+    @property
+    def rows_per_step(self) -> int:
+        """Rows of a whole optimiser step, all micro-batches and ranks."""
+        return self.batch_size * self.accumulate * self.num_replicas
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that an epoch goes through."""
+        return len(self.lengths)
+
+    def order(self, epoch: int) -> list[int]:
+        """The rows of an epoch, ``num_rows`` of them, in the order in which steps take them."""
+        order = list(range(self.num_rows))
+        if self.shuffle:
+            random.Random(f"{self.seed} {epoch}").shuffle(order)
+        return order
+
+    def start(self, epoch: int) -> int:
+        """The micro-batch at which ``epoch`` begins: 0, but where a checkpoint is resumed inside it."""
+        return self._start[1] if self._start[0] == epoch else 0
+
     def __len__(self) -> int:
         """Micro-batches of a whole epoch, the same on every rank."""
-        whole, rest = divmod(len(self.lengths), self.batch_size * self.accumulate * self.num_replicas)
+        whole, rest = divmod(self.num_rows, self.rows_per_step)
         return whole * self.accumulate + -(-rest // (self.batch_size * self.num_replicas))
 
     def __iter__(self) -> Iterator[MicroBatch]:
         epoch = self.current_epoch()
-        start = self._start[1] if self._start[0] == epoch else 0
+        start = self.start(epoch)
         self.begun = (epoch, start)
         for position, batch in enumerate(self.plan(epoch)):
             if position >= start:
@@ -81,10 +102,7 @@ class StepSampler(DistributedSampler[MicroBatch]):
 
     def plan(self, epoch: int) -> list[MicroBatch]:
         """All micro-batches of this rank in ``epoch``."""
-        order = list(range(len(self.lengths)))
-        if self.shuffle:
-            random.Random(f"{self.seed} {epoch}").shuffle(order)
-        size = self.batch_size * self.accumulate * self.num_replicas
+        order, size = self.order(epoch), self.rows_per_step
         return [batch for start in range(0, len(order), size) for batch in self._window(order[start : start + size])]
 
     def _window(self, rows: list[int]) -> Iterator[MicroBatch]:
@@ -103,7 +121,10 @@ class StepSampler(DistributedSampler[MicroBatch]):
 
 
 class InstructionDataset(Dataset[InstructionBatch]):
-    """Tokenised rows; indexed by a MicroBatch it gives the padded batch."""
+    """Tokenised rows; indexed by a MicroBatch it gives the padded batch.
+
+    Packed rows come with ``position_ids``, which start at 0 in every document; each padding token is a document of its own.
+    """
 
     def __init__(self, rows: list[Tokens], pad_id: int) -> None:
         self.rows = rows
@@ -116,12 +137,16 @@ class InstructionDataset(Dataset[InstructionBatch]):
         rows = [self.rows[index] for index in batch.indices]
         ids, attention_mask = pad_right([row.ids for row in rows], self.pad_id)
         loss_mask, _ = pad_right([row.supervised for row in rows], False)
-        return InstructionBatch(
+        padded = InstructionBatch(
             input_ids=ids,
             attention_mask=attention_mask,
             loss_mask=loss_mask.bool() & batch.counts,
             denominator=torch.tensor(float(batch.denominator)),
         )
+        if any(row.documents for row in rows):
+            positions = [[place for length in row.documents or [len(row.ids)] for place in range(length)] for row in rows]
+            padded["position_ids"], _ = pad_right(positions, 0)
+        return padded
 
 
 def pad_right(rows: Sequence[Sequence[Any]], fill: int) -> tuple[Tensor, Tensor]:

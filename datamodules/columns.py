@@ -6,24 +6,14 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from datamodules.chat import Dialogue, Message
+from datamodules.chat import Dialogue
 from datamodules.sources.base import Row
+from datamodules.turns import messages
 
-INSTRUCTION_SHAPES = (("messages",), ("prompt", "completion"), ("question", "completion"), ("instruction", "output"))
 VERIFIABLE_SHAPES = tuple((prompt, answer) for prompt in ("prompt", "question") for answer in ("answer", "solution", "ground_truth"))
-KNOWN = ("input", *sorted({name for shape in (*INSTRUCTION_SHAPES, *VERIFIABLE_SHAPES) for name in shape}))
+KNOWN = tuple(sorted({name for shape in VERIFIABLE_SHAPES for name in shape}))
 
 Columns = Mapping[str, str]
-
-
-@dataclass(frozen=True)
-class InstructionExample:
-    """What to read and what to learn: both text, or both messages (then ``prompt`` may be empty)."""
-
-    prompt: Dialogue
-    completion: Dialogue
-    origin: str
-    is_instruction: bool = False  # Alpaca: a user message wherever the tokenizer has a chat template
 
 
 @dataclass(frozen=True)
@@ -44,35 +34,20 @@ def check_mapping(columns: Columns, known: Collection[str] = KNOWN) -> None:
         raise ValueError(f"columns maps unknown names {', '.join(unknown)}; the names on the left may be {', '.join(known)}")
 
 
-def instruction_example(row: Row, columns: Columns) -> InstructionExample:
-    """``messages``, ``prompt`` or ``question`` + ``completion``, or Alpaca's ``instruction``, ``input``, ``output``.
-
-    Raises ValueError with the origin when the columns are missing or hold neither text nor messages.
-    """
-    record = renamed(row, columns)
-    shape = _shape(record, INSTRUCTION_SHAPES, columns, row.origin)
-    if shape == ("messages",):
-        return InstructionExample([], _messages(record, "messages", row.origin), row.origin)
-    if shape == ("instruction", "output"):
-        prompt, completion = alpaca_prompt(record, row.origin), _text(record, "output", row.origin)
-        return InstructionExample(prompt, completion, row.origin, is_instruction=True)
-    return InstructionExample(_dialogue(record, shape[0], row.origin), _dialogue(record, shape[1], row.origin), row.origin)
-
-
 def verifiable_example(row: Row, columns: Columns) -> VerifiableExample:
     """``prompt`` or ``question`` with ``answer``, ``solution`` or ``ground_truth``; a null answer (None or NaN) is None.
 
     Raises ValueError with the origin when the columns are missing or hold the wrong type.
     """
     record = renamed(row, columns)
-    prompt, name = _shape(record, VERIFIABLE_SHAPES, columns, row.origin)
+    prompt, name = find_shape(record, VERIFIABLE_SHAPES, columns, row.origin)
     info = plain({key: value for key, value in record.items() if key not in (prompt, name)})
     answer = record[name]
     if isinstance(answer, list) and len(answer) == 1:
         answer = answer[0]
     if isinstance(answer, dict | list):
         raise ValueError(f"{row.origin}: column {name!r} holds a {type(answer).__name__}, a single answer was expected")
-    return VerifiableExample(_dialogue(record, prompt, row.origin), final_answer(answer), info, row.origin, row.source)
+    return VerifiableExample(dialogue_of(record, prompt, row.origin), final_answer(answer), info, row.origin, row.source)
 
 
 def plain(value: Any) -> Any:
@@ -97,8 +72,8 @@ def final_answer(answer: object) -> str | None:
 
 def alpaca_prompt(record: Mapping[str, Any], origin: str) -> str:
     """The instruction, and the input under an empty line when there is one."""
-    instruction = _text(record, "instruction", origin)
-    given = _text(record, "input", origin) if record.get("input") is not None else ""
+    instruction = text_of(record, "instruction", origin)
+    given = text_of(record, "input", origin) if record.get("input") is not None else ""
     return f"{instruction}\n\n{given}" if given else instruction
 
 
@@ -120,7 +95,8 @@ def _cells(record: Mapping[str, Any], name: str) -> list[Any]:
     return _cells(record[first], rest) if dot and isinstance(record.get(first), dict) else []
 
 
-def _shape(record: Mapping[str, Any], shapes: tuple[tuple[str, ...], ...], columns: Columns, origin: str) -> tuple[str, ...]:
+def find_shape(record: Mapping[str, Any], shapes: tuple[tuple[str, ...], ...], columns: Columns, origin: str) -> tuple[str, ...]:
+    """The first of ``shapes`` whose columns are all there, those with mapped columns before the others. Raises ValueError when there is none."""
     preferred = sorted(shapes, key=lambda shape: -len(set(shape) & set(columns)))  # what was mapped by hand goes before what is found
     for shape in preferred:
         if all(name in record for name in shape):
@@ -131,25 +107,17 @@ def _shape(record: Mapping[str, Any], shapes: tuple[tuple[str, ...], ...], colum
     raise ValueError(f"{origin}: found the columns {', '.join(record)}; looked for {wanted}; map others with columns{hint}")
 
 
-def _text(record: Mapping[str, Any], name: str, origin: str) -> str:
+def text_of(record: Mapping[str, Any], name: str, origin: str) -> str:
+    """The text in a column. Raises ValueError for anything else: no number, boolean or null becomes text."""
     if not isinstance(record[name], str):
         raise ValueError(f"{origin}: column {name!r} holds a {type(record[name]).__name__}, text was expected")
     return record[name]
 
 
-def _dialogue(record: Mapping[str, Any], name: str, origin: str) -> Dialogue:
+def dialogue_of(record: Mapping[str, Any], name: str, origin: str) -> Dialogue:
+    """The text or the messages in a column. Raises ValueError for anything else."""
     if isinstance(record[name], list):
-        return _messages(record, name, origin)
+        return messages(record[name], f"{origin}: {name}")
     if isinstance(record[name], str):
         return record[name]
     raise ValueError(f"{origin}: column {name!r} holds a {type(record[name]).__name__}, text or a list of messages was expected")
-
-
-def _messages(record: Mapping[str, Any], name: str, origin: str) -> list[Message]:
-    turns = record[name]
-    if not isinstance(turns, list):
-        raise ValueError(f"{origin}: column {name!r} holds a {type(turns).__name__}, a list of messages was expected")
-    for index, turn in enumerate(turns):
-        if not isinstance(turn, dict) or not isinstance(turn.get("role"), str) or not isinstance(turn.get("content"), str):
-            raise ValueError(f"{origin}: message {index} of {name!r} must have a role and a content, both text")
-    return [Message(role=turn["role"], content=turn["content"]) for turn in turns]

@@ -8,13 +8,15 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from datamodules.base import AlignDataModule
-from datamodules.chat import Tokens, encode_example
+from datamodules.chat import LossOn
 from datamodules.collate import InstructionDataset, MicroBatch
-from datamodules.columns import KNOWN, check_mapping, instruction_example
+from datamodules.columns import check_mapping
+from datamodules.instruction_columns import KNOWN, check_format, encode_instruction, instruction_example
+from datamodules.packing import pack
 from datamodules.sources import Row, Source
+from datamodules.tokens import Tokens
 from modules.types import InstructionBatch
 
-LossOn = Literal["assistant", "last", "all"]  # TODO(lead): from datamodules.chat
 IDK = "I don't know."
 UNKNOWN = ("WeaklyKnown", "Unknown")  # categories of the column ``knowledge`` that ``unknown: drop`` leaves out
 
@@ -75,7 +77,7 @@ class InstructionDataModule(AlignDataModule):
         if batch_size < 1 or max_length < 2:
             raise ValueError(f"batch_size must be at least 1 and max_length at least 2, got {batch_size} and {max_length}")
         check_mapping(columns or {}, KNOWN)
-        # TODO(lead): check_format(format) of instruction_columns
+        check_format(format)
         super().__init__(tokenizer, train, val, columns, drop_long, on_bad_row, seed)
         self.format, self.loss_on, self.max_length, self.packing, self.batch_size = format, loss_on, max_length, packing, batch_size
         self.chat, self.system, self.unknown = chat, system, unknown
@@ -118,11 +120,7 @@ class InstructionDataModule(AlignDataModule):
     def load_training(self) -> list[Tokens]:
         """The training rows, packed if asked."""
         rows = self.load(self.train, "train", "train")
-        if self.packing:
-            from datamodules.packing import pack  # TODO(lead): at the top
-
-            return pack(rows, self.max_length)
-        return rows
+        return pack(rows, self.max_length) if self.packing else rows
 
     def load(self, source: str | Source, stage: Literal["train", "val"], name: str) -> list[Tokens]:
         """Tokens of all rows of a source."""
@@ -138,17 +136,13 @@ class InstructionDataModule(AlignDataModule):
 
     def encode(self, row: Row, unknown: str = "keep") -> Tokens | None:
         """Tokens of one raw row; None = left out as not known. Raises ValueError with the row's origin."""
-        # TODO(lead): becomes instruction_example(row, self.columns, self.format) of instruction_columns and
-        # encode_instruction(self.tokenizer, example, self.chat, self.system, self.loss_on) -> Tokens of chat.py or instruction_columns.py,
-        # which does all of: whole texts, Alpaca's prompt where chat is off or there is no template, loss_on, tools
-        example = instruction_example(row, self.columns)
+        example = instruction_example(row, self.columns, self.format)
         knowledge = row.columns.get("knowledge")
         if unknown == "drop" and knowledge in UNKNOWN:
             return None
         if unknown == "idk" and knowledge == "Unknown":
             example = replace(example, completion=IDK)
-        chat = bool(self.chat) or (self.chat is None and example.is_instruction and self.tokenizer.chat_template is not None)
-        return encode_example(self.tokenizer, example.prompt, example.completion, row.origin, chat, self.system)
+        return encode_instruction(self.tokenizer, example, self.chat, self.system, self.loss_on)
 
     def _dataset(self, rows: list[Tokens]) -> InstructionDataset:
         pad = self.tokenizer.pad_token_id

@@ -2,6 +2,7 @@
 
 import random
 from collections import defaultdict
+from dataclasses import replace
 from itertools import compress
 from typing import Literal
 
@@ -18,7 +19,7 @@ from datamodules.preference_columns import KNOWN, PreferenceExample, preference_
 from datamodules.sources import Row, Source
 from modules.types import PreferenceBatch
 
-Stage = Literal["train", "val"]
+Stage = Literal["train", "val", "calibration"]
 Kind = Literal["pairs", "labels"]
 LEVELS = ("significantly better", "better", "slightly better", "negligibly better / unsure")
 MARGINS = {"small": dict(zip(LEVELS, (1.0, 2 / 3, 1 / 3, 0.0), strict=True)), "large": dict(zip(LEVELS, (3.0, 2.0, 1.0, 0.0), strict=True))}
@@ -39,6 +40,8 @@ class PreferenceDataModule(AlignDataModule):
         tokenizer: a tokenizer, or a path or hub id.
         train: training rows: a source, or a file, a folder or a hub id.
         val: held-out rows.
+        calibration: completions that a reward model's scores are normalised on: ``prompt`` and ``completion``, as ``predict`` writes them of the
+            policy that will be trained with it. One that did not finish (``finish``) gets no end token; empty ones are left out.
         columns: our column name -> the data's.
         max_length: tokens of a prompt with its longest completion.
         drop_long: drop longer examples whole and count them in ``dropped``; False makes them an error.
@@ -64,6 +67,7 @@ class PreferenceDataModule(AlignDataModule):
         tokenizer: PreTrainedTokenizerBase | str,
         train: str | Source,
         val: str | Source | None = None,
+        calibration: str | Source | None = None,
         columns: dict[str, str] | None = None,
         max_length: int = 1024,
         drop_long: bool = True,
@@ -80,10 +84,12 @@ class PreferenceDataModule(AlignDataModule):
         check_mapping(columns or {}, KNOWN)
         super().__init__(tokenizer, train, val, columns, drop_long, on_bad_row, seed)
         self.max_length, self.batch_size, self.chat, self.system = max_length, batch_size, chat, system
+        self.calibration = calibration
         self.margins = MARGINS[margins] if isinstance(margins, str) else margins
         self.balance_length = balance_length
         self.train_rows: list[PreferenceTokens] = []
         self.val_rows: list[PreferenceTokens] = []
+        self.calibration_rows: list[PreferenceTokens] = []
         self.kind: Kind | None = None  # known after ``setup``
         self.ties = {"train": 0, "val": 0}
         self.unbalanced = 0  # training pairs left out by balance_length
@@ -96,6 +102,8 @@ class PreferenceDataModule(AlignDataModule):
             self.train_rows = self._load(self.train, "train")
         if self.val is not None and not self.val_rows:
             self.val_rows = self._load(self.val, "val")
+        if stage == "fit" and self.calibration is not None and not self.calibration_rows:
+            self.calibration_rows = self._load_calibration(self.calibration)
 
     def train_dataloader(self) -> DataLoader[MicroBatch]:
         """Shuffled by (seed, epoch)."""
@@ -111,9 +119,9 @@ class PreferenceDataModule(AlignDataModule):
 
     def in_order(self, stage: Stage) -> DataLoader[MicroBatch]:
         """All examples of a stage, each once over all ranks, near their order; as many batches on every rank (fillers have rank -1)."""
-        rows = self.train_rows if stage == "train" else self.val_rows
+        rows = {"train": self.train_rows, "val": self.val_rows, "calibration": self.calibration_rows}[stage]
         if not rows:
-            raise ValueError(f"there are no {stage} rows: " + ("set data.val" if stage == "val" and self.val is None else "call setup first"))
+            raise ValueError(f"there are no {stage} rows: " + (f"set data.{stage}" if getattr(self, stage) is None else "call setup first"))
         return self.held_out_loader(self._dataset(rows), *_sizes(rows), self.batch_size)
 
     def encode(self, row: Row) -> PreferenceTokens | None:
@@ -151,6 +159,22 @@ class PreferenceDataModule(AlignDataModule):
             raise ValueError(f"{rows[0].origin}: margins is set and no {stage} row has a strength; map its column with columns")
         self.check_positions(stage, max(row.longest for row in rows), "max_length")
         self.report(stage, len(rows), self._summary(rows, stage))
+        return rows
+
+    def _load_calibration(self, source: str | Source) -> list[PreferenceTokens]:
+        self.dropped["calibration"] = self.bad["calibration"] = 0
+
+        def encode(row: Row) -> PreferenceTokens | None:
+            if row.columns.get("completion") == "":
+                return None
+            example = preference_example(replace(row, columns={"label": True, **row.columns}), self.columns, self.tokenizer.chat_template is not None)
+            assert example is not None
+            tokens = self._tokens(example)
+            unfinished = row.columns.get("finish", "stop") != "stop"
+            return replace(tokens, completions=[ids[:-1] for ids in tokens.completions]) if unfinished else tokens
+
+        rows = self.encode_rows(source, "calibration", encode, lambda tokens: tokens.longest, self.max_length)
+        self.report("calibration", len(rows), "for the mean and the deviation of the scores")
         return rows
 
     def _check_kind(self, rows: list[PreferenceTokens]) -> None:

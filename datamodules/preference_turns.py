@@ -5,18 +5,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from datamodules.chat import Dialogue, Message
+from datamodules.turns import messages as messages_and_tools
 
-FROM = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"  # of Anthropic's transcripts
 
 
 def messages(value: Any, where: str) -> list[Message]:
-    """A list of messages or a single one, with ``role`` and ``content`` or ``from`` and ``value``; content is text or a list of text parts.
-
-    Raises ValueError that begins with ``where``.
-    """
-    given = value if isinstance(value, list) else [value]
-    return [_message(message, f"{where}, message {index},") for index, message in enumerate(given)]
+    """As :func:`datamodules.turns.messages`, of text alone."""
+    return messages_and_tools(value, where, plain=True)
 
 
 def split_answers(answers: dict[str, Any], prompt: Dialogue | None, origin: str, template: bool) -> tuple[Dialogue, list[str]]:
@@ -43,24 +39,6 @@ def split_answers(answers: dict[str, Any], prompt: Dialogue | None, origin: str,
         if not text.strip():
             raise ValueError(f"{origin}: {name} is empty")
     return prompt, texts
-
-
-def _message(message: Any, where: str) -> Message:
-    sharegpt = isinstance(message, dict) and "from" in message
-    role, content = (message.get(key) if isinstance(message, dict) else None for key in (("from", "value") if sharegpt else ("role", "content")))
-    if sharegpt and role not in FROM:
-        raise ValueError(f"{where} is from {role!r}; known are {', '.join(FROM)}")
-    if isinstance(content, list):
-        content = "".join(_part(part, where) for part in content)
-    if not isinstance(role, str) or not isinstance(content, str):
-        raise ValueError(f"{where} must have a role and a content (or from and value), both text")
-    return Message(role=FROM.get(role, role), content=content)
-
-
-def _part(part: Any, where: str) -> str:
-    if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(text := part.get("text", part.get("value")), str):
-        raise ValueError(f"{where} has a content part that is not text: {str(part)[:60]!r}")
-    return text
 
 
 def _shared(sides: Sequence[list[Message]]) -> list[Message]:

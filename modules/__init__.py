@@ -2,9 +2,11 @@
 
 from modules.dpo import DPOModule
 from modules.grpo import GRPOModule
+from modules.knowledge import KnowledgeModule
 from modules.label import LabelModule
 from modules.online_dpo import OnlineDPOModule
 from modules.reward import RewardModule
+from modules.self_instruct import SelfInstructModule
 from modules.sft import SFTModule
 
-__all__ = ["DPOModule", "GRPOModule", "LabelModule", "OnlineDPOModule", "RewardModule", "SFTModule"]
+__all__ = ["DPOModule", "GRPOModule", "KnowledgeModule", "LabelModule", "OnlineDPOModule", "RewardModule", "SFTModule", "SelfInstructModule"]

@@ -12,9 +12,9 @@ from modules.base import AlignmentModule
 from modules.functional.masked import masked_mean
 from modules.networks.frozen import Frozen
 from modules.networks.lora import Lora
-from modules.networks.policy import TokenScores
+from modules.networks.policy import Policy, TokenScores
 from modules.networks.reference import ReferenceLogprobs, reference_logprobs
-from modules.objectives.pairs import describe, pairs_of, preference_metrics
+from modules.objectives.pairs import describe, logit_metrics, pairs_of, preference_metrics
 from modules.objectives.preference import PairObjective, PreferenceObjective, Sequences, Sigmoid, sequences_of
 from modules.types import PreferenceBatch, ScoredPair
 
@@ -23,19 +23,25 @@ class DPOModule(AlignmentModule):
     """loss = mean over examples of -log sigma(beta h), h = log pi/pi_ref of the chosen completion minus that of the rejected.
 
     Log-probs are sums over the completion and its end token. A prompt is computed once for all its completions. The reference is the policy as it
-    starts; its log-probs of all rows are computed once before the first step and kept on disk, and it is then let go. With ``lora`` it
-    is the policy with its initial adapters and takes no memory of its own. Margins of the data are for the audit; no loss here reads them.
+    starts, or another model; its log-probs of all rows are computed once before the first step and kept on disk, and it is then let go. With
+    ``lora`` it is the policy with its initial adapters and takes no memory of its own. Margins of the data are for the audit; no loss here
+    reads them.
 
     Args:
         policy: ``tiny``, a Hugging Face folder, a GGUF file or a hub id; as a rule one that was fine-tuned on such data first.
         beta: strength of the tie to the reference, > 0; default the objective's own (0.1 for most).
         objective: the loss; default ``Sigmoid``, DPO's own. ``KTO`` takes labelled completions, the others pairs.
+        reference: another model as the reference (TRL's ``ref_model``), such as that of an earlier round; default the policy as it starts.
         reference_free: take the reference as uniform: h is the difference of log-probs.
         nll_weight: >= 0; adds the negative log-likelihood per token of the chosen completion (RPO, arXiv 2404.19733), which keeps it from falling.
         lora: train low-rank adapters instead of all weights.
         cache_dir: folder of the reference log-probs, named by model, rows and precision; None = none.
         optimizer: parameters -> optimizer; default AdamW, learning rate 1e-6.
         scheduler: optimizer -> scheduler, stepped per update.
+
+    Raises:
+        ValueError: values out of range; a reference that nothing is compared with, or with another vocabulary; in ``setup``, rows that the
+            objective cannot learn from.
     """
 
     def __init__(
@@ -43,6 +49,7 @@ class DPOModule(AlignmentModule):
         policy: str,
         beta: float | None = None,
         objective: PreferenceObjective | None = None,
+        reference: str | None = None,
         reference_free: bool = False,
         nll_weight: float = 0.0,
         lora: Lora | None = None,
@@ -59,7 +66,10 @@ class DPOModule(AlignmentModule):
             raise ValueError("KTO measures the KL to a reference: reference_free must be false")
         self.nll_weight, self.cache_dir = nll_weight, cache_dir
         self.needs_reference = self.objective.uses_reference and not reference_free
-        self.reference = Frozen(self.policy) if self.needs_reference else None
+        if reference is not None and not self.needs_reference:
+            raise ValueError(f"reference is '{reference}' and {type(self.objective).__name__} is computed without one: leave it out")
+        self.own_reference = reference is None  # the policy as it starts
+        self.reference = Frozen(self.other_policy(reference) if reference else self.policy) if self.needs_reference else None
         self.tables: dict[str, ReferenceLogprobs] = {}  # by stage of the data
         self._tables_of: Any = None  # the DataModule that they are of
         self.scored_pairs: list[ScoredPair] = []  # of the current evaluation batch
@@ -78,6 +88,13 @@ class DPOModule(AlignmentModule):
         if self.objective.compares_mismatched and getattr(self.data, "batch_size", 2) < 2:
             raise ValueError("KTO puts completions behind the other prompts of a micro-batch: data.batch_size must be at least 2")
 
+    def other_policy(self, path: str) -> Policy:
+        """The model at ``path``. ValueError when it reads other tokens than the policy."""
+        other = Policy(path, dropout=False)
+        if other.tokenizer.get_vocab() != self.tokenizer.get_vocab():
+            raise ValueError(f"reference: the tokens of '{path}' are not those of '{self.policy.path}', so their log-probs do not compare")
+        return other
+
     @property
     def paired(self) -> bool:
         """Whether the data are comparisons, not labelled completions."""
@@ -91,7 +108,7 @@ class DPOModule(AlignmentModule):
     def on_fit_start(self) -> None:
         """Compute the reference's log-probs of all rows, or read them, and let the reference go where it costs memory."""
         self.precompute("train", "val")
-        if self.reference is not None and not (self.policy.has_adapters or self.objective.compares_mismatched):
+        if self.reference is not None and self.reference.policy is not self.policy and not self.objective.compares_mismatched:
             self.reference = None
 
     def on_validation_start(self) -> None:
@@ -180,12 +197,13 @@ class DPOModule(AlignmentModule):
 
     def metrics(self, sequences: Sequences, scores: TokenScores, batch: PreferenceBatch, kl: Tensor) -> dict[str, tuple[Tensor, float]]:
         """Means [] with their weights, under TRL's names."""
-        assert scores.entropies is not None and scores.hits is not None
+        assert scores.entropies is not None and scores.hits is not None and scores.mean_logits is not None
         rewards = self.objective.implicit_rewards(sequences, self.beta)
         counted = batch["completion_mask"] & (batch["rank"] >= 0)[:, None]
         tokens = float(counted.sum())
         found = {"kl": (kl, tokens)} if self.objective.compares_mismatched else {}
         found |= preference_metrics(rewards, sequences.plain, batch["prompt_index"], batch["rank"], self.paired, referenced=bool(self.tables))
+        found |= logit_metrics(scores.mean_logits, batch["completion_mask"], batch["prompt_index"], batch["rank"], self.paired)
         details = {"entropy": scores.entropies, "mean_token_accuracy": scores.hits}
         return found | {name: (masked_mean(values, counted), tokens) for name, values in details.items()}
 
@@ -209,8 +227,8 @@ class DPOModule(AlignmentModule):
         return (total / count.clamp(min=1)).clamp(min=0)
 
     def check_start(self, sequences: Sequences) -> None:
-        """At step 0 policy and reference are the same model; anything else is a wrong reference. RuntimeError then."""
-        if self.global_step == 0 and self.tables:
+        """RuntimeError where the reference is the start policy and yet differs from it at step 0."""
+        if self.global_step == 0 and self.tables and self.own_reference:
             gap = (sequences.logps - sequences.ref_logps).detach().abs()
             whole = self.trainer.precision.startswith(("32", "64"))
             allowed = (1e-6 * sequences.lengths).clamp(min=5e-4) if whole else 0.1 * sequences.lengths.sqrt()  # 5e-4: then h < 1e-3

@@ -95,7 +95,8 @@ class GRPOModule(OnPolicyModule):
         loss, metrics = self.objective(logprobs, batch)
         tokens = float(batch["completion_mask"].sum())
         self.log_step(metrics, weight=tokens)
-        self.log_step({"policy_loss": loss, "tokens": tokens + float(batch["prompt_mask"].sum())})
+        effective = float((batch["advantages"] != 0).any(1).sum())
+        self.log_step({"policy_loss": loss, "effective_batch": effective, "tokens": tokens + float(batch["prompt_mask"].sum())})
         if self.beta > 0:
             weights = self.objective.aggregation.weights(batch["completion_mask"])
             loss = loss + self.beta * aggregate(self.kl_loss(logprobs, batch["ref_logprobs"]), weights, batch["denominator"])

@@ -94,7 +94,8 @@ class OnlineDPOModule(OnPolicyModule):
         index, rank = batch["prompt_index"], batch["rank"]
         total = self.objective.total(sequences, index, rank, self.beta, logprobs.new_zeros(()))
         loss = total / batch["denominator"].clamp(min=1) + 0 * logprobs.sum()  # a phase without a pair has a gradient too, of zero
-        self.log_step({"loss": loss, "tokens": float(batch["completion_mask"].sum() + batch["prompt_mask"].sum())})
+        tokens = float(batch["completion_mask"].sum() + batch["prompt_mask"].sum())
+        self.log_step({"loss": loss, "effective_batch": float((rank >= 0).sum()), "tokens": tokens})
         rewards, referenced = self.objective.implicit_rewards(sequences, self.beta), self.objective.uses_reference
         for name, (value, weight) in preference_metrics(rewards, sequences.plain, index, rank, paired=True, referenced=referenced).items():
             self.log_step({name: value}, weight)

@@ -9,6 +9,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader
+from torchmetrics import MaxMetric, MinMetric
 from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
 from modules.base import AlignmentModule
@@ -19,7 +20,7 @@ from modules.networks.scalar_head import HEADS_FILE, ScalarHead, sequence_classi
 from modules.objectives.pairs import Pairs, describe, pairs_of
 from modules.types import PreferenceBatch, ScoredPair
 
-MAX_CALIBRATION = 4096  # completions that the mean and standard deviation of the scores are taken of
+MAX_CALIBRATION = 4096  # completions that mean and standard deviation are taken of where none are named
 
 
 @runtime_checkable
@@ -27,9 +28,10 @@ class HasRowsInOrder(Protocol):
     """What is read of the DataModule."""
 
     val: object | None  # None = no held-out rows
+    calibration: object | None  # None = no rows to normalise on
 
     def in_order(self, stage: Any) -> DataLoader[PreferenceBatch]:
-        """This rank's rows of ``train`` or ``val``, each once; as many batches on every rank."""
+        """This rank's rows of ``train``, ``val`` or ``calibration``, each once; as many batches on every rank."""
 
 
 class RewardModule(AlignmentModule):
@@ -40,8 +42,8 @@ class RewardModule(AlignmentModule):
     compared as trained, since the loss knows only differences; ``centering`` and ``normalize`` both help.
 
     The metrics have the names of TRL's RewardTrainer, ``accuracy``, ``margin`` (the score difference) and ``mean_reward``, and of its DPOTrainer,
-    ``rewards/chosen`` and ``rewards/rejected``: means over examples of the mean over an example's pairs. TRL's smallest and largest reward are
-    left out: they say more of the batch than of the model.
+    ``rewards/chosen`` and ``rewards/rejected``: means over examples of the mean over an example's pairs. ``min_reward`` and ``max_reward`` are
+    those of an optimiser step, or of all held-out completions.
 
     Exported is what ``AutoModelForSequenceClassification`` loads, in TRL and elsewhere: it scores with one label, raw, at the last token that
     is not the pad token. ``LearnedReward`` reads it with the normalisation. As the ``policy`` of a new module it gives its backbone only.
@@ -49,11 +51,12 @@ class RewardModule(AlignmentModule):
     Args:
         policy: the backbone, whose output head is not used: ``tiny``, a Hugging Face folder, a GGUF file or a hub id. Dropout is off.
         centering: weight of (r_better + r_worse)^2, which pulls scores to 0; 0 = none, 0.01 is advised (arXiv 2312.09244).
+        use_margins: put the data's margins into the loss; False leaves them to the audit, which tells the accuracy at each.
         num_heads: heads that differ by their start, an ensemble whose mean is the score. Their common backbone makes their errors alike, so they
             disagree less than separately trained models do.
         lora: train adapters and the head; None trains all weights.
-        normalize: at export, measure mean and standard deviation of the scores on the held-out completions, or on training ones where there are
-            none, and store them (in the manner of Ziegler et al., arXiv 1909.08593, who sample the completions).
+        normalize: at export, measure mean and standard deviation of the scores and store them: on ``data.calibration``, samples of the reference
+            policy (Ziegler et al., arXiv 1909.08593), else on the held-out completions, else on training ones.
         optimizer: parameters -> optimizer; default AdamW, learning rate 1e-5.
         scheduler: optimizer -> scheduler, stepped per update.
 
@@ -65,6 +68,7 @@ class RewardModule(AlignmentModule):
         self,
         policy: str,
         centering: float = 0.0,
+        use_margins: bool = True,
         num_heads: int = 1,
         lora: Lora | None = None,
         normalize: bool = True,
@@ -83,9 +87,10 @@ class RewardModule(AlignmentModule):
         output = self.policy.model.get_output_embeddings()
         if output.weight is not self.policy.model.get_input_embeddings().weight:
             output.requires_grad_(False)  # never used, and DDP waits for the gradient of every parameter
-        self.centering, self.normalize = centering, normalize
+        self.centering, self.use_margins, self.normalize = centering, use_margins, normalize
         self.moments: Tensor | None = None  # [1 + heads, 2], mean and standard deviation of the score and of each head's
         self.scored_pairs: list[ScoredPair] = []  # of the current validation batch
+        self._seen: list[float] = []  # scores of the optimiser step so far, on this rank
 
     def setup(self, stage: str) -> None:
         """Refuse data without pairs, and without rows to normalise on."""
@@ -106,9 +111,17 @@ class RewardModule(AlignmentModule):
         scores, pairs = self.head_scores(batch), pairs_of(batch)
         sums = self.sums(scores, pairs)
         counted = batch["rank"] >= 0
+        if batch_idx % self.trainer.accumulate_grad_batches == 0:
+            self._seen = []
+        self._seen += scores.detach().mean(1)[counted].tolist()
         tokens = batch["completion_mask"][counted].sum() + batch["prompt_mask"][batch["prompt_index"][counted].unique()].sum()
         self.log_step({name: total / batch["denominator"] for name, total in sums.items()} | {"tokens": float(tokens)})
         return self.step_loss(sums["loss"] / batch["denominator"])
+
+    def step_metrics(self) -> dict[str, float]:
+        """As for every module, and the lowest and the highest score of the step over its micro-batches and all ranks (collective)."""
+        seen = from_all_ranks(self._seen)
+        return super().step_metrics() | {"min_reward": min(seen), "max_reward": max(seen)}
 
     def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
         """Means over the held-out examples; the scored pairs stay in ``scored_pairs`` for callbacks."""
@@ -123,11 +136,20 @@ class RewardModule(AlignmentModule):
         scores, pairs = self.head_scores(batch), pairs_of(batch)
         examples = float(pairs.weight.sum())
         self.log_mean({f"{stage}/{name}": total / max(examples, 1.0) for name, total in self.sums(scores, pairs).items()}, examples)
+        self.log_range(stage, scores.mean(1)[batch["rank"] >= 0])
         self.scored_pairs = describe(self.tokenizer, batch, scores.mean(1), pairs)
+
+    def log_range(self, stage: str, scores: Tensor) -> None:
+        """Log the lowest and the highest of all held-out scores; ``scores`` [N] are those of a batch, maybe none."""
+        for name, kind in ((f"{stage}/min_reward", MinMetric), (f"{stage}/max_reward", MaxMetric)):
+            if name not in self.means:
+                self.means[name] = kind().to(self.device)
+            self.means[name].update(scores)  # type: ignore[operator]
+            self.log(name, self.means[name], metric_attribute=f"means.{name}")  # type: ignore[arg-type]
 
     def sums(self, scores: Tensor, pairs: Pairs) -> dict[str, Tensor]:
         """Loss and metrics of raw scores [N, heads], each a weighted sum [] over the pairs. Each head has its own loss; they are averaged."""
-        margin = None if pairs.margin is None else pairs.margin[:, None]
+        margin = pairs.margin[:, None] if self.use_margins and pairs.margin is not None else None
         losses = bradley_terry_loss(scores[pairs.better], scores[pairs.worse], margin, self.centering).mean(1)  # [M]
         mean = scores.detach().mean(1)
         chosen, rejected = mean[pairs.better], mean[pairs.worse]
@@ -151,12 +173,13 @@ class RewardModule(AlignmentModule):
         if not self.normalize:
             return
         data = self.trainer.datamodule  # type: ignore[attr-defined]
+        stage = "calibration" if data.calibration is not None else "train" if data.val is None else "val"
         scores: list[list[float]] = []
         with self.trainer.precision_plugin.forward_context():
-            for batch in data.in_order("train" if data.val is None else "val"):
+            for batch in data.in_order(stage):
                 batch = self.trainer.strategy.batch_to_device(batch)
                 scores += from_all_ranks(self.head_scores(batch)[batch["rank"] >= 0].tolist())
-                if len(scores) >= MAX_CALIBRATION:
+                if stage != "calibration" and len(scores) >= MAX_CALIBRATION:
                     break  # on all ranks together
         self.moments = moments(torch.tensor(scores, dtype=torch.float64))
 

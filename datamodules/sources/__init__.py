@@ -2,9 +2,31 @@
 
 from datamodules.sources.addition import Addition, AdditionPairs
 from datamodules.sources.base import Row, Source
+from datamodules.sources.facts import FactDocuments, Facts
 from datamodules.sources.files import Files
+from datamodules.sources.flan import FlanTask, FlanTemplate, FlanTemplates
+from datamodules.sources.guarded import GuardedAddition
+from datamodules.sources.mix_in import MixIn
+from datamodules.sources.number_texts import NumberTexts
 from datamodules.sources.oasst import OasstTrees
 from datamodules.sources.reasoning_gym import ReasoningGym
 from datamodules.sources.scored import Scored
 
-__all__ = ["Addition", "AdditionPairs", "Files", "OasstTrees", "ReasoningGym", "Row", "Scored", "Source"]
+__all__ = [
+    "Addition",
+    "AdditionPairs",
+    "FactDocuments",
+    "Facts",
+    "Files",
+    "FlanTask",
+    "FlanTemplate",
+    "FlanTemplates",
+    "GuardedAddition",
+    "MixIn",
+    "NumberTexts",
+    "OasstTrees",
+    "ReasoningGym",
+    "Row",
+    "Scored",
+    "Source",
+]

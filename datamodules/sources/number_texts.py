@@ -1,20 +1,19 @@
 """Plain texts about numbers, for a small model to be pretrained on."""
 
 import random
-from itertools import product
+from itertools import islice, product
 
 from datamodules.sources.addition import is_held_out
 from datamodules.sources.base import Row, Source
 
-SENTENCES = ("{a} and {b} make {sum}.", "adding {b} to {a} gives {sum}.", "the sum of {a} and {b} is {sum}.")
-PER_TEXT = 6
+PER_TEXT = 12
 
 
 class NumberTexts(Source):
-    """Texts of six sentences, column ``text``, on one of two subjects.
+    """Texts of twelve items, column ``text``, on one of two subjects.
 
-    ``sums``: "12 and 34 make 640." in three wordings, the sum written as in ``Addition``, least significant digit first, and of its training
-    pairs alone; ``counting``: "from 07 by 3: 07 10 13 16 19.".
+    ``sums``: "12,34:640", the sum written as in ``Addition``, least significant digit first, and of its training pairs alone; ``counting``:
+    "07 10 13 16;", four numbers with equal steps.
 
     Args:
         num_texts: rows, >= 1.
@@ -32,17 +31,17 @@ class NumberTexts(Source):
     def rows(self) -> list[Row]:
         """``num_texts`` rows."""
         draw = random.Random(f"{self.seed} {self.subject}")
-        pairs = [pair for pair in product(range(100), repeat=2) if not is_held_out(*pair)]
-        sentence = (lambda: _sum(draw, pairs)) if self.subject == "sums" else (lambda: _count(draw))
-        texts = [" ".join(sentence() for _ in range(PER_TEXT)) for _ in range(self.num_texts)]
+        pairs = [(a, b) for a, b in product(range(100), repeat=2) if not is_held_out(a, b)]
+        items = ((_sum(draw, pairs) if self.subject == "sums" else _count(draw)) for _ in range(self.num_texts * PER_TEXT))
+        texts = [" ".join(islice(items, PER_TEXT)) for _ in range(self.num_texts)]
         return [Row({"text": text}, f"{self.subject}#{index}", self.subject) for index, text in enumerate(texts)]
 
 
 def _sum(draw: random.Random, pairs: list[tuple[int, int]]) -> str:
     a, b = draw.choice(pairs)
-    return draw.choice(SENTENCES).format(a=f"{a:02d}", b=f"{b:02d}", sum=f"{a + b:03d}"[::-1])
+    return f"{a:02d},{b:02d}:{f'{a + b:03d}'[::-1]}"
 
 
 def _count(draw: random.Random) -> str:
-    start, step = draw.randrange(60), draw.randint(1, 9)
-    return f"from {start:02d} by {step}: {' '.join(f'{start + step * place:02d}' for place in range(5))}."
+    start, step = draw.randrange(70), draw.randint(1, 9)
+    return " ".join(f"{start + step * place:02d}" for place in range(4)) + ";"

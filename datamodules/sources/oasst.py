@@ -1,4 +1,4 @@
-"""OpenAssistant conversation trees (arXiv 2304.07327): where one prompt got several ranked replies."""
+"""OpenAssistant conversation trees (arXiv 2304.07327): threads to learn, prompts, and ranked replies to one prompt."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +12,12 @@ from datamodules.sources.files import read_file
 
 HELD_OUT_ONE_IN = 10
 ROLES = {"prompter": "user", "assistant": "assistant"}
+GIVES = {
+    "groups": "group of ranked replies",
+    "pairs": "group of ranked replies",
+    "threads": "thread that ends in an answer",
+    "prompts": "prompt",
+}
 
 
 @dataclass
@@ -25,7 +31,13 @@ class Node:
 
 
 class OasstTrees(Source):
-    """Each group of ranked assistant replies as a row: ``prompt`` (the thread as messages), ``completions``, ``ranks`` (0 = best).
+    """Rows of conversation trees.
+
+    ``groups``: ranked assistant replies to one message, as ``prompt`` (the thread as messages), ``completions``, ``ranks`` (0 = best).
+    ``pairs``: each pair of a group, as ``prompt``, ``chosen``, ``rejected``.
+    ``threads``: ``messages`` from the root to each last assistant message, for SFT. Where a thread ends in a prompter's message, it is kept
+    without that message if this is the first reply, so that no thread is there twice.
+    ``prompts``: ``prompt``, the messages from the root to each prompter's message, for RL.
 
     Reads trees (one a line, messages nested in ``replies``) and flat messages (one a line, with ``parent_id``), as Files reads them. Trees
     are split once and for all by a hash of their id, about one in ten held out, so that no thread has a part in both. A message that is
@@ -37,7 +49,9 @@ class OasstTrees(Source):
         split: ``train``, or ``val`` for the held-out trees.
         languages: of all messages of a thread.
         include_synthetic: keep messages that a model wrote.
-        pairs: give each pair of a group as ``prompt``, ``chosen``, ``rejected`` instead.
+        give: ``groups``, ``pairs``, ``threads`` or ``prompts``.
+        top_k: threads go only through assistant messages of a rank below this, >= 1, or without a rank where they have no siblings. Replies
+            that are compared are not affected.
     """
 
     def __init__(
@@ -46,42 +60,71 @@ class OasstTrees(Source):
         split: Literal["train", "val"] = "train",
         languages: Sequence[str] = ("en",),
         include_synthetic: bool = False,
-        pairs: bool = False,
+        give: Literal["groups", "pairs", "threads", "prompts"] = "groups",
+        top_k: int | None = None,
     ) -> None:
         if split not in ("train", "val"):
             raise ValueError(f"split must be train or val, got {split!r}")
+        if give not in GIVES:
+            raise ValueError(f"give must be one of {', '.join(GIVES)}, got {give!r}")
+        if top_k is not None and top_k < 1:
+            raise ValueError(f"top_k must be at least 1, got {top_k}")
         self.path, self.split, self.languages = path, split, tuple(languages)
-        self.include_synthetic, self.pairs = include_synthetic, pairs
+        self.include_synthetic, self.give, self.top_k = include_synthetic, give, top_k
 
     def rows(self) -> list[Row]:
-        """In file order. Raises ValueError naming file and line, or when no group is left."""
+        """In file order. Raises ValueError naming file and line, or when no row is left."""
         path = Path(self.path).expanduser()
         if not path.is_file():
             raise ValueError(f"{self.path}: no such file")
         records = read_file(path)
         roots = [root for root in _trees(records) if is_held_out(_tree_id(root)) == (self.split == "val")]
-        rows = [row for root in roots for row in self._groups(root, records[0].source)]
+        rows = [row for root in roots for row in self._rows(root, records[0].source)]
         if not rows:
-            raise ValueError(f"{path}: no group of ranked replies in the {len(roots)} {self.split} trees, with languages {self.languages}")
+            raise ValueError(f"{path}: no {GIVES[self.give]} in the {len(roots)} {self.split} trees, with languages {self.languages}")
         return rows
 
-    def _groups(self, root: Node, source: str) -> Iterator[Row]:
-        open_threads = [(root, [_turn(root)])] if self._kept(root) else []
-        while open_threads:
-            node, thread = open_threads.pop()
-            replies = [(reply, [*thread, _turn(reply)]) for reply in node.replies if self._kept(reply)]
-            open_threads += reversed(replies)
-            ranked = [(reply, _rank(reply)) for reply, _ in replies if reply.message["role"] == "assistant"]
-            group = sorted(((rank, reply) for reply, rank in ranked if rank is not None), key=lambda item: item[0])
-            origin = f"{node.origin} replies to {node.message['message_id']}"
-            if self.pairs:
-                for (best, chosen), (worst, rejected) in combinations(group, 2):
-                    if best < worst:
-                        pair = {"chosen": chosen.message["text"], "rejected": rejected.message["text"]}
-                        yield Row({"prompt": thread, **pair}, origin, source)
-            elif len({rank for rank, _ in group}) > 1:
-                texts, ranks = [reply.message["text"] for _, reply in group], [rank for rank, _ in group]
-                yield Row({"prompt": thread, "completions": texts, "ranks": ranks}, origin, source)
+    def _rows(self, root: Node, source: str) -> Iterator[Row]:
+        for node, thread in self._walk(root):
+            name, role = node.message["message_id"], node.message["role"]
+            if self.give == "threads" and role == "assistant" and self._ends(node):
+                yield Row({"messages": thread}, f"{node.origin} thread to {name}", source)
+            elif self.give == "prompts" and role == "prompter":
+                yield Row({"prompt": thread}, f"{node.origin} thread to {name}", source)
+            elif self.give in ("groups", "pairs"):
+                for columns in self._compared(node):
+                    yield Row({"prompt": thread, **columns}, f"{node.origin} replies to {name}", source)
+
+    def _walk(self, root: Node) -> Iterator[tuple[Node, list[dict[str, str]]]]:
+        """Every message of the tree that is kept, with the thread that leads to it and holds it; depth first."""
+        waiting = [(root, [_turn(root)])] if self._kept(root) else []
+        while waiting:
+            node, thread = waiting.pop()
+            yield node, thread
+            waiting += [(reply, [*thread, _turn(reply)]) for reply in reversed(self._continued(node))]
+
+    def _continued(self, node: Node) -> list[Node]:
+        """The replies that threads go through."""
+        kept = [reply for reply in node.replies if self._kept(reply)]
+        if self.top_k is None:
+            return kept
+        alone = len(node.replies) == 1
+        ranks = [(reply, _rank(reply)) for reply in kept]
+        return [reply for reply, rank in ranks if reply.message.get("role") != "assistant" or (alone if rank is None else rank < self.top_k)]
+
+    def _ends(self, node: Node) -> bool:
+        replies = self._continued(node)
+        return not replies or (replies[0].message.get("role") == "prompter" and not self._continued(replies[0]))
+
+    def _compared(self, node: Node) -> Iterator[dict[str, Any]]:
+        replies = [reply for reply in node.replies if self._kept(reply) and _turn(reply)["role"] == "assistant"]
+        group = sorted(((rank, reply) for reply in replies if (rank := _rank(reply)) is not None), key=lambda item: item[0])
+        if self.give == "pairs":
+            for (best, chosen), (worst, rejected) in combinations(group, 2):
+                if best < worst:
+                    yield {"chosen": chosen.message["text"], "rejected": rejected.message["text"]}
+        elif len({rank for rank, _ in group}) > 1:
+            yield {"completions": [reply.message["text"] for _, reply in group], "ranks": [rank for rank, _ in group]}
 
     def _kept(self, node: Node) -> bool:
         message = node.message
@@ -152,6 +195,8 @@ def _messages(record: Row) -> Iterator[Node]:
     root = record.columns.get("prompt", record.columns)
     if isinstance(root, dict) and root is not record.columns:
         root = {**root, **{name: record.columns[name] for name in ("message_tree_id", "tree_state") if name in record.columns}}
+    elif "user_message_id" in record.columns:  # the seed data, which has names of its own
+        root = {**record.columns, "message_id": record.columns["user_message_id"], "parent_id": record.columns.get("parent_message_id")}
     waiting: list[tuple[Any, str | None]] = [(root, root.get("parent_id") if isinstance(root, dict) else None)]
     while waiting:
         message, parent = waiting.pop()

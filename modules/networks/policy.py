@@ -15,6 +15,7 @@ from transformers.cache_utils import DynamicLayer
 from modules.functional.logprobs import mean_logprobs, token_entropies, token_logprobs
 from modules.networks.loading import check_supported, load, remove_dropout, stop_token_ids
 from modules.networks.lora import Lora, add_adapters, merged
+from modules.networks.packed_rows import check_packing, flattens
 from modules.types import ALPACA_PROMPT, PolicyBatch, PreferenceBatch
 
 MAX_LOGITS = 2**24  # entries of one chunk of logits: 64 MB in fp32
@@ -65,12 +66,7 @@ class Policy(nn.Module):
         self.stop_token_ids = stop_token_ids(self.model, self.tokenizer)
         check_supported(path, self.model, self.tokenizer)
         self.check_scores()
-        self.packing_checked = False
-
-    @property
-    def flattens(self) -> bool:
-        """Whether packed rows are laid end to end: flash attention kernels keep documents apart in a single row only."""
-        return "flash" in (self.model.config._attn_implementation or "")
+        self.packing_checked = False  # until the first packed rows
 
     @property
     def shares_prompts(self) -> bool:
@@ -98,34 +94,6 @@ class Policy(nn.Module):
                 )
         for module, training in modes.items():
             module.training = training
-
-    @torch.no_grad()
-    def check_packing(self) -> None:
-        """ValueError for models that mix the documents of a packed row (state-space and convolution layers, positions counted by column).
-
-        Behind a document stands another: its log-probabilities must not move by 1e-5 nats when the first document is another one of that
-        length, nor by 1e-3 when it is alone (0.1 where a flash attention kernel computes in 16 bits).
-        """
-        self.packing_checked = True
-        modes = {module: module.training for module in self.model.modules()}
-        self.model.eval()
-        device = self.model.get_input_embeddings().weight.device
-        first, second = (torch.tensor(tokens, device=device) for tokens in PROBE)
-        found = []
-        with torch.autocast(device.type, enabled=self.flattens):
-            for documents in ((first, second), (first + 7, second), (second,)):
-                ids = torch.cat(documents)[None] % self.model.config.vocab_size
-                positions = torch.cat([torch.arange(len(document), device=device) for document in documents])[None]
-                scores = self.token_scores(ids, torch.ones_like(ids, dtype=torch.bool), positions)
-                found.append(scores.logprobs[0, -len(second) :])
-        for module, training in modes.items():
-            module.training = training
-        leak, shift = (float((found[0] - other).abs().max()) for other in found[1:])
-        if not (leak <= 1e-5 and shift <= (0.1 if self.flattens else 1e-3)):
-            raise ValueError(
-                f"policy: '{self.path}' ({self.model.config.model_type}) mixes the documents of a packed row: log-probabilities "
-                f"are off by {max(leak, shift):.2g} nats; use data without packing, or another model"
-            )
 
     def token_scores(
         self, input_ids: Tensor, mask: Tensor, position_ids: Tensor | None = None, details: bool = False, means: bool = False
@@ -169,13 +137,14 @@ class Policy(nn.Module):
     def hidden_states(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
         """Last hidden states [N, T, H] of right-padded rows; ``hidden[:, t]`` predicts token ``t + 1``.
 
-        Without a cache and an attention mask transformers reads from ``position_ids`` where a document starts and keeps documents apart.
-        Raises ValueError for models that mix them all the same, when the first packed rows arrive.
+        Without a cache and an attention mask transformers reads from ``position_ids`` where a document starts and keeps documents apart; the
+        first packed rows raise ValueError for models that mix them all the same.
         """
         if position_ids is not None and not self.packing_checked:
-            self.check_packing()
+            self.packing_checked = True
+            check_packing(self.path, self.model, lambda ids, places: self.token_scores(ids, torch.ones_like(ids, dtype=torch.bool), places).logprobs)
         shape = input_ids.shape
-        if position_ids is not None and self.flattens:
+        if position_ids is not None and flattens(self.model):
             input_ids, position_ids = input_ids.reshape(1, -1), position_ids.reshape(1, -1)
         return self.model.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state.view(*shape, -1)
 

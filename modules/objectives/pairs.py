@@ -50,18 +50,37 @@ def preference_metrics(
     rewards, logps [N]: implicit rewards and sequence log-probs. prompt_index, rank int [N]. paired: False for labelled completions, one a
     prompt. referenced: whether the rewards are measured against a reference, below which both sides may fall.
     """
-    better, worse, weight = preference_pairs(prompt_index, rank)
-    if not paired:
-        better, worse = (rank == 0).nonzero()[:, 0], (rank > 0).nonzero()[:, 0]
-    sides = {"chosen": better, "rejected": worse}
-    found = {f"rewards/{name}": rewards[rows] for name, rows in sides.items()} | {f"logps/{name}": logps[rows] for name, rows in sides.items()}
+    sides = _sides(prompt_index, rank, paired)
+    kinds = {"rewards": rewards, "logps": logps}
+    found = {f"{kind}/{side}": (values[rows], weight) for kind, values in kinds.items() for side, (rows, weight) in sides.items()}
     if paired:
+        (better, weight), (worse, _) = sides.values()
         gap = rewards[better] - rewards[worse]
-        found |= {"rewards/accuracies": (gap > 0).float(), "rewards/margins": gap}
-    if paired and referenced:
-        found["likelihood_displacement"] = ((rewards[better] < 0) & (rewards[worse] < 0)).float()
-    means = {}
-    for name, value in found.items():
-        weights = weight if paired else torch.ones_like(value)
-        means[name] = ((value.detach() * weights).sum() / weights.sum().clamp(min=1e-9), float(weights.sum()))
-    return means
+        found |= {"rewards/accuracies": ((gap > 0).float(), weight), "rewards/margins": (gap, weight)}
+        if referenced:
+            found["likelihood_displacement"] = (((rewards[better] < 0) & (rewards[worse] < 0)).float(), weight)
+    return {name: _mean(*each) for name, each in found.items()}
+
+
+def logit_metrics(mean_logits: Tensor, mask: Tensor, prompt_index: Tensor, rank: Tensor, paired: bool) -> dict[str, tuple[Tensor, float]]:
+    """TRL's ``logits/chosen`` and ``logits/rejected``: means [] over the tokens of a side, with their numbers.
+
+    mean_logits [N, Tc]: mean over the vocabulary of the logits that a token was predicted from. mask bool [N, Tc].
+    """
+    sums, lengths = (mean_logits * mask).sum(1), mask.sum(1)  # [N]
+    sides = _sides(prompt_index, rank, paired)
+    return {f"logits/{name}": _mean(sums[rows] / lengths[rows], weight * lengths[rows]) for name, (rows, weight) in sides.items()}
+
+
+def _sides(prompt_index: Tensor, rank: Tensor, paired: bool) -> dict[str, tuple[Tensor, Tensor]]:
+    """Rows int [M] of completions and their weights [M]: the two of every pair, or the desirable and the undesirable."""
+    if not paired:
+        sides = {"chosen": (rank == 0).nonzero()[:, 0], "rejected": (rank > 0).nonzero()[:, 0]}
+        return {name: (rows, torch.ones_like(rows, dtype=torch.float32)) for name, rows in sides.items()}
+    better, worse, weight = preference_pairs(prompt_index, rank)
+    return {"chosen": (better, weight), "rejected": (worse, weight)}
+
+
+def _mean(values: Tensor, weights: Tensor) -> tuple[Tensor, float]:
+    """Weighted mean [] of values [M], and the sum of the weights [M]."""
+    return (values.detach() * weights).sum() / weights.sum().clamp(min=1e-9), float(weights.sum())

@@ -7,6 +7,7 @@ from modules.rewards.judge import PairwiseJudge, RubricJudge
 from modules.rewards.learned import LearnedReward
 from modules.rewards.length import LengthPenalty
 from modules.rewards.math import ExactMatch, MathVerify, NumericMatch
+from modules.rewards.refusal_judge import RefusalJudge
 from modules.rewards.versus import Versus
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "MathVerify",
     "NumericMatch",
     "PairwiseJudge",
+    "RefusalJudge",
     "RegexFormat",
     "RubricJudge",
     "ThinkAnswerFormat",

@@ -5,6 +5,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from datamodules.chat import Dialogue, Message, Tokens, encode_example, encode_prompt, render
+from datamodules.tokens import PICTURE, encode_document, token_picture
 from modules.networks.tiny import BOS, CHAT_TEMPLATE, END_OF_TURN, EOS, tiny_tokenizer
 
 STRIPPING = (
@@ -12,6 +13,33 @@ STRIPPING = (
     "{{ m['content'].split('</think>')[-1] if m['role'] == 'assistant' and not loop.last else m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+SMOLLM2 = (
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}<|im_start|>system\nYou are helpful<|im_end|>\n{% endif %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+LLAMA3 = (
+    "{% for message in messages %}{% set content = '<|im_start|>' + message['role'] + '\n\n' + message['content'] | trim + '<|im_end|>' %}"
+    "{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n\n' }}{% endif %}"
+)
+QWEN3 = (  # thoughts stay in turns behind the last user message only, and the last turn always has some
+    "{% if tools %}<|im_start|>system\n{% for tool in tools %}{{ tool | tojson }}\n{% endfor %}<|im_end|>\n{% endif %}"
+    "{% set ns = namespace(last=-1) %}{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
+    "{% for m in messages %}{% if m.role == 'assistant' %}<|im_start|>assistant\n"
+    "{% set content = m.content.split('</think>')[-1].lstrip('\n') %}"
+    "{% set thoughts = m.reasoning_content or (m.content.split('</think>')[0].split('<think>')[-1] if '</think>' in m.content else '') %}"
+    "{% if loop.index0 > ns.last and (loop.last or thoughts) %}<think>\n{{ thoughts.strip('\n') }}\n</think>\n\n{% endif %}{{ content }}"
+    "{% for call in m.tool_calls or [] %}\n<tool_call>\n"
+    '{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}\n</tool_call>{% endfor %}<|im_end|>\n'
+    "{% else %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+MISTRAL = (
+    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + ' [/INST]' }}"
+    "{% elif message['role'] == 'assistant' %}{{ ' ' + message['content'] + eos_token }}{% endif %}{% endfor %}"
+)
+FAMILIES = {"SmolLM2": (SMOLLM2, END_OF_TURN), "Llama-3": (LLAMA3, END_OF_TURN), "Mistral": (MISTRAL, EOS)}
 PLAIN = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
 LEADING_BOS = "{{ bos_token }}" + CHAT_TEMPLATE
 TWO_ENDS = CHAT_TEMPLATE.replace("<|im_end|>\\n", "<|im_end|><|eos|>\\n")
@@ -153,6 +181,9 @@ REFUSED: list[tuple[PreTrainedTokenizerFast, Dialogue, Dialogue, str]] = [
     (NO_TEMPLATE, [], turns("hi", "hello"), "this tokenizer has none"),
     (tokenizer_with(REFUSING), [], turns("hi", "hello"), "the chat template refuses these messages: system first"),
     (tokenizer_with(STRIPPING), [], turns("a", "<think>x</think>b", "c", "d"), "rewrites what stands before assistant message 3"),
+    (tiny_tokenizer(), [], turns("hi", "hello", " "), "user message 2 is empty"),
+    (tiny_tokenizer(), [], turns("hi", EOS), "assistant message 1 is empty"),
+    (tiny_tokenizer(), [], [Message(role="system", content="x"), *turns("a", "b")[1:]], "starts with an assistant turn"),
     (tokenizer_with(CHAT_TEMPLATE.replace("message['content']", "message['content'] | upper")), [], turns("hi", "hello"), "changes its text"),
 ]
 
@@ -175,3 +206,125 @@ def test_prompts_that_cannot_be_sampled_from_are_refused() -> None:
     no_end.eos_token = None
     with pytest.raises(ValueError, match="the tokenizer has no end token"):
         encode_example(no_end, "a", "b", "row")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("pad_equals_eos", [False, True])
+def test_every_family_of_templates_learns_one_end_per_turn(family: str, pad_equals_eos: bool) -> None:
+    template, ending = FAMILIES[family]
+    tokenizer = tokenizer_with(template, adds=BOS)
+    if pad_equals_eos:
+        tokenizer.pad_token = tokenizer.eos_token
+    dialogue = turns("hi", "hello", "and?", "bye")
+    tokens = encode_example(tokenizer, [], dialogue, "row")
+    space = " " if family == "Mistral" else ""
+    assert learned(tokenizer, tokens) == f"{space}hello{ending}|{space}bye{ending}"
+    end = tokenizer.convert_tokens_to_ids(ending)
+    assert sum(token == end and keep for token, keep in zip(tokens.ids, tokens.supervised, strict=True)) == 2
+    text = str(tokenizer.decode(tokens.ids))
+    assert text == render(tokenizer, dialogue, "row", open_turn=False) and text.count(BOS) == (family != "SmolLM2")
+
+
+def test_a_template_that_trims_ends_the_answer_where_it_does() -> None:
+    tokenizer = tokenizer_with(LLAMA3)
+    assert learned(tokenizer, encode_example(tokenizer, [], turns("hi", " hello \n"), "row")) == "hello" + END_OF_TURN
+
+
+@pytest.mark.parametrize("tokenizer", [tiny_tokenizer(), pad_is_eos(), tokenizer_with(adds=BOS + EOS)])
+@pytest.mark.parametrize("written", ["<|endoftext|>", EOS, "<|endoftext|>\n", EOS + "<|endoftext|>", "<|endoftext|> " + EOS])
+def test_an_end_token_written_out_is_not_an_answer(tokenizer: PreTrainedTokenizerFast, written: str) -> None:
+    assert encode_example(tokenizer, "a", "b" + written, "row") == encode_example(tokenizer, "a", "b", "row")
+    assert encode_example(tokenizer, turns("a"), "b" + written, "row") == encode_example(tokenizer, turns("a"), "b", "row")
+    assert encode_document(tokenizer, "ab" + written, "row") == encode_document(tokenizer, "ab", "row")
+    for bad, what in (
+        (lambda: encode_example(tokenizer, "a", written, "row"), "completion"),
+        (lambda: encode_document(tokenizer, written, "row"), "text"),
+    ):
+        with pytest.raises(ValueError, match=f"row: the {what} is empty"):
+            bad()
+    inside = encode_example(tokenizer, "a", "x<|endoftext|>y", "row")
+    assert sum(inside.supervised) == len("x<|endoftext|>y") + 1  # inside an answer it is text
+
+
+def test_a_document_is_learned_whole() -> None:
+    assert encode_document(tiny_tokenizer(), "ab", "row") == Tokens([102, 103, 2], [False, True, True])
+    for adds in (BOS, BOS + EOS):
+        for text in ("ab", BOS + "ab", BOS + BOS + "ab"):
+            assert encode_document(tokenizer_with(adds=adds), text, "row") == Tokens([1, 102, 103, 2], [False, True, True, True])
+    with pytest.raises(ValueError, match="row: the text is empty"):
+        encode_document(tiny_tokenizer(), " \n", "row")
+
+
+def test_what_the_loss_is_on() -> None:
+    tokenizer, dialogue = tiny_tokenizer(), turns("hi", "hello", "and?", "bye", system="be brief")
+    every, last, everything = (encode_example(tokenizer, [], dialogue, "row", loss_on=on) for on in ("assistant", "last", "all"))
+    assert every.ids == last.ids == everything.ids
+    assert learned(tokenizer, every) == f"hello{END_OF_TURN}|bye{END_OF_TURN}"
+    assert learned(tokenizer, last) == f"bye{END_OF_TURN}"
+    assert everything.supervised == [False] + [True] * (len(every.ids) - 1)
+    first = encode_example(tokenizer, [], dialogue, "row", unlearned={4})
+    assert learned(tokenizer, first) == f"hello{END_OF_TURN}"
+    assert learned(tokenizer, encode_example(tokenizer, [], dialogue, "row", unlearned={2})) == f"bye{END_OF_TURN}"
+    assert learned(tokenizer, encode_example(tokenizer, "a", "b", "row", loss_on="last")) == "b" + EOS
+    assert encode_example(tokenizer, "a", "b", "row", loss_on="all") == Tokens([102, 103, 2], [False, True, True])
+
+
+def test_a_template_that_drops_thoughts_can_learn_the_last_turn() -> None:
+    tokenizer = tokenizer_with(QWEN3)
+    first: Message = {"role": "assistant", "content": "b", "reasoning_content": "x"}
+    last: Message = {"role": "assistant", "content": "d", "reasoning_content": "y"}
+    dialogue = [*turns("a"), first, *turns("c"), last]
+    tokens = encode_example(tokenizer, [], dialogue, "row", loss_on="last")
+    assert learned(tokenizer, tokens) == f"<think>\ny\n</think>\n\nd{END_OF_TURN}"
+    assert tokenizer.decode(tokens.ids) == render(tokenizer, dialogue, "row", open_turn=False) and "x" not in str(tokenizer.decode(tokens.ids))
+    with pytest.raises(ValueError, match="such as <think> of earlier turns; set data.loss_on: last, or give each turn a row of its own") as raised:
+        encode_example(tokenizer, [], dialogue, "row")
+    assert str(raised.value).endswith("assistant\\n[<think>\\nx\\n</think>\\n\\nb<|im_end|>]\\n")
+    alone = encode_example(tokenizer, [], dialogue[:2], "row")
+    assert learned(tokenizer, alone) == f"<think>\nx\n</think>\n\nb{END_OF_TURN}"
+    with pytest.raises(ValueError, match="row: assistant message 1: the chat template changes its reasoning; use a template that writes a reasoning"):
+        encode_example(tiny_tokenizer(), [], dialogue[:2], "row")
+
+
+def test_tools_and_their_calls() -> None:
+    tokenizer, tools = tokenizer_with(QWEN3), [{"type": "function", "function": {"name": "add"}}]
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    dialogue: list[Message] = [*turns("1+1"), {"role": "assistant", "content": "", "tool_calls": [call], "reasoning_content": "r"}]
+    dialogue += [{"role": "tool", "content": ""}, {"role": "assistant", "content": "2", "reasoning_content": "s"}]
+    tokens = encode_example(tokenizer, [], dialogue, "row", tools=tools)
+    made = '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
+    assert learned(tokenizer, tokens) == f"<think>\nr\n</think>\n\n{made}{END_OF_TURN}|<think>\ns\n</think>\n\n2{END_OF_TURN}"
+    assert str(tokenizer.decode(tokens.ids)).startswith('<|im_start|>system\n{"type": "function", "function": {"name": "add"}}\n<|im_end|>')
+    with pytest.raises(ValueError, match="row: the row has tools and the chat template does not write them"):
+        encode_example(tiny_tokenizer(), [], turns("a", "b"), "row", tools=tools)
+    with pytest.raises(ValueError, match="row: assistant message 1: the chat template changes its tool call; use a template that writes a tool call"):
+        encode_example(tiny_tokenizer(), [], [*turns("1+1"), {"role": "assistant", "content": "", "tool_calls": [call]}], "row")
+
+
+@pytest.mark.parametrize("template", [LEADING_BOS, LLAMA3])
+def test_two_bos_tokens_of_a_template_are_refused(template: str) -> None:
+    doubled = tokenizer_with("{{ bos_token }}" + template)
+    with pytest.raises(ValueError, match="row: two BOS tokens at the start") as raised:
+        encode_example(doubled, [], turns("hi", "hello"), "row")
+    assert f": {BOS}{BOS}<|im_start|>user" in str(raised.value) and f"[hello{END_OF_TURN}]" in str(raised.value)
+
+
+def test_an_empty_mask_shows_its_tokens() -> None:
+    with pytest.raises(ValueError, match="row: no supervised token") as raised:
+        encode_example(tiny_tokenizer(), [], turns("hi", "hello"), "row", unlearned={1})
+    assert str(raised.value).endswith("user\\nhi<|im_end|>\\n<|im_start|>assistant\\nhello<|im_end|>\\n")  # no brackets: nothing is learned
+    with pytest.raises(ValueError, match=r"\(no tokens\)"):
+        encode_example(tiny_tokenizer(), [], [], "row")
+
+
+def test_a_long_picture_keeps_both_ends() -> None:
+    tokens = encode_example(tiny_tokenizer(), "p" * 500, "c" * 500, "row")
+    picture = token_picture(tiny_tokenizer(), tokens)
+    half = PICTURE // 2
+    assert picture == "p" * half + " ... " + "c" * (half - len(EOS) - 1) + EOS + "]"
+
+
+def test_a_system_message_of_the_row_wins_over_the_setting() -> None:
+    tokens = encode_example(tiny_tokenizer(), [], turns("a", "b", system="mine"), "row", system="yours")
+    assert "yours" not in str(tiny_tokenizer().decode(tokens.ids))
+    assert "yours" in str(tiny_tokenizer().decode(encode_example(tiny_tokenizer(), [], turns("a", "b"), "row", system="yours").ids))

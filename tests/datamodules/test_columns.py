@@ -14,9 +14,11 @@ import torch
 import yaml
 
 from datamodules import InstructionDataModule, VerifiableDataModule
-from datamodules.columns import final_answer, instruction_example, verifiable_example
+from datamodules.columns import final_answer, verifiable_example
+from datamodules.instruction_columns import instruction_example
 from datamodules.sources import Row
 from modules.networks.tiny import tiny_tokenizer
+from modules.types import ALPACA_PROMPT_WITH_INPUT
 
 USER, ASSISTANT = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}
 
@@ -28,27 +30,6 @@ def row(**columns: Any) -> Row:
 def write(path: Path, *records: dict[str, Any]) -> str:
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return str(path)
-
-
-@pytest.mark.parametrize(
-    ("columns", "mapping", "prompt", "completion"),
-    [
-        ({"messages": [USER, ASSISTANT], "prompt": "x", "completion": "y"}, {}, [], [USER, ASSISTANT]),
-        ({"messages": [USER, ASSISTANT], "q": "x", "a": "y"}, {"prompt": "q", "completion": "a"}, "x", "y"),
-        ({"prompt": "x", "completion": "y", "id": 3}, {}, "x", "y"),
-        ({"prompt": [USER], "completion": [ASSISTANT]}, {}, [USER], [ASSISTANT]),
-        ({"question": "x", "completion": "y"}, {}, "x", "y"),
-        ({"question": "x", "answer": "y"}, {"completion": "answer"}, "x", "y"),
-        ({"instruction": "x", "input": "", "output": "y"}, {}, "x", "y"),
-        ({"instruction": "x", "input": "more", "output": "y"}, {}, "x\n\nmore", "y"),
-        ({"instruction": "x", "response": "y"}, {"output": "response"}, "x", "y"),
-        ({"instruction": "x", "input": None, "output": "y"}, {}, "x", "y"),
-    ],
-)
-def test_instruction_columns(columns: dict[str, Any], mapping: dict[str, str], prompt: object, completion: object) -> None:
-    example = instruction_example(row(**columns), mapping)
-    assert (example.prompt, example.completion) == (prompt, completion)
-    assert example.is_instruction == ("instruction" in columns)
 
 
 @pytest.mark.parametrize(
@@ -84,14 +65,14 @@ def test_final_answers() -> None:
 
 
 REFUSED = [
-    ({"text": "x", "label": 1}, {}, "found the columns text, label; looked for messages or prompt \\+ completion"),
+    ({"document": "x", "label": 1}, {}, "found the columns document, label; looked for messages or conversations or prompt \\+ completion or"),
     ({"prompt": "x", "completion": "y"}, {"completion": "target"}, "no column 'target' \\(for completion\\); found prompt, completion"),
     ({"prompt": "x", "completion": None}, {}, "column 'completion' holds a NoneType, text or a list of messages was expected"),
     ({"prompt": "x", "completion": 5}, {}, "column 'completion' holds a int"),
     ({"instruction": "x", "output": ["a", "b"]}, {}, "column 'output' holds a list, text was expected"),
     ({"messages": "hi"}, {}, "column 'messages' holds a str, a list of messages was expected"),
-    ({"messages": [USER, {"from": "gpt", "value": "x"}]}, {}, "message 1 of 'messages' must have a role and a content"),
-    ({"messages": [{"role": "user", "content": None}]}, {}, "message 0 of 'messages' must have a role and a content"),
+    ({"messages": [USER, {"from": "bot", "value": "x"}]}, {}, "messages, message 1, is from 'bot'; known are human, gpt"),
+    ({"messages": [{"role": "user", "content": None}]}, {}, "messages, message 0, must have a role and a content"),
 ]
 
 
@@ -200,8 +181,8 @@ def test_evaluating_without_held_out_rows_is_refused(tmp_path: Path) -> None:
 
 
 def test_unknown_names_of_ours_are_refused_at_construction() -> None:
-    for module in (InstructionDataModule, VerifiableDataModule):
-        with pytest.raises(ValueError, match="columns maps unknown names promt; the names on the left may be input, answer"):
+    for module, known in ((InstructionDataModule, ""), (VerifiableDataModule, "answer, ground_truth, prompt, question, solution$")):
+        with pytest.raises(ValueError, match=f"columns maps unknown names promt; the names on the left may be {known}"):
             module(tiny_tokenizer(), "data.jsonl", columns={"promt": "question"})
 
 
@@ -215,7 +196,7 @@ def test_alpaca_rows_are_chats_where_there_is_a_template(tmp_path: Path) -> None
     tokenizer.chat_template = None
     module = InstructionDataModule(tokenizer, path)
     module.setup("fit")
-    assert tokenizer.decode(module.train_rows[0].ids) == "add\n\n1 23<|eos|>"
+    assert tokenizer.decode(module.train_rows[0].ids) == ALPACA_PROMPT_WITH_INPUT.format(instruction="add", input="1 2") + "3<|eos|>"
 
 
 def test_long_rows_are_dropped_and_counted_or_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,7 +2,9 @@
 
 import gzip
 import json
+import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -98,6 +100,85 @@ def test_tab_separated_cells_keep_their_quotes(tmp_path: Path) -> None:
     assert [row.columns for row in Files(str(tmp_path / "a.tsv")).rows()] == [{"question": 'say "hi"', "answer": '"2'}]
 
 
+def columns_of(path: Path, content: str | bytes, **arguments: Any) -> list[dict[str, Any]]:
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return [row.columns for row in Files(str(path), **arguments).rows()]
+
+
+def test_texts_in_the_place_of_rows(tmp_path: Path) -> None:
+    expected = [{"text": 'say "hi"\u2028now'}, {"text": ""}, {"text": "x", "id": 1}]
+    lines = ['"say \\"hi\\"\u2028now"', '""', '{"text": "x", "id": 1}']
+    assert columns_of(tmp_path / "a.jsonl", "\r\n".join(lines)) == expected
+    assert columns_of(tmp_path / "a.json", f"[{', '.join(lines)}]") == expected
+
+
+COLUMN_WISE = [
+    ({"instructions": ["a", "b"], "tags": ["x", None], "inputs": []}, [{"instructions": "a", "tags": "x"}, {"instructions": "b", "tags": None}]),
+    ({"instructions": ["a"], "inputs": []}, [{"instructions": "a"}]),
+    ({"licence": "MIT", "prompts": ["a", "b"]}, [{"prompts": "a"}, {"prompts": "b"}]),
+    ({"prompt": ["a", "b"], "info": [{"level": 1}, {}]}, [{"prompt": "a", "info": {"level": 1}}, {"prompt": "b", "info": {}}]),
+    ({"canary": "do not train", "tags": [], "examples": [{"a": 1}, {"a": 2}]}, [{"a": 1}, {"a": 2}]),
+]
+
+
+@pytest.mark.parametrize(("content", "expected"), COLUMN_WISE)
+def test_objects_of_lists(tmp_path: Path, content: dict[str, Any], expected: list[dict[str, Any]]) -> None:
+    assert columns_of(tmp_path / "a.json", json.dumps(content)) == expected
+
+
+def test_categories(tmp_path: Path) -> None:
+    content = {"Cooking": {"Soup:": ["a", "b"], "Bread": []}, "Sport": {"Ball": ["c"]}}
+    rows = columns_of(tmp_path / "a.json", json.dumps(content))
+    assert [tuple(row.values()) for row in rows] == [("a", "Cooking", "Soup:"), ("b", "Cooking", "Soup:"), ("c", "Sport", "Ball")]
+    assert list(rows[0]) == ["text", "category", "subcategory"]
+
+
+@pytest.mark.parametrize(("name", "cell"), [("a.tsv", 'say "hi"\n- "yes'), ("a.csv", r'say "hi"\n- "yes')])
+def test_files_without_a_header_line(tmp_path: Path, name: str, cell: str) -> None:
+    separator, written = ("\t", r'say "hi"\n- "yes') if name == "a.tsv" else (",", r'"say ""hi""\n- ""yes"')
+    text = f"{written}{separator}007\r\n\u2028 \x0b \x85{separator}\r\n"
+    expected = [{"question": cell, "answer": "007"}, {"question": "\u2028 \x0b \x85", "answer": ""}]
+    assert columns_of(tmp_path / name, text, header=["question", "answer"]) == expected
+    assert Files(str(tmp_path / name), header=["question", "answer"]).rows()[1].origin == f"{tmp_path / name}:2"
+    with pytest.raises(ValueError, match=r":1: the row has 2 cells and the header 3$"):
+        columns_of(tmp_path / name, text, header=["question", "answer", "rationale"])
+
+
+def test_a_tsv_with_a_header_line_keeps_backslashes(tmp_path: Path) -> None:
+    assert columns_of(tmp_path / "a.tsv", "formula\n\\nabla\n") == [{"formula": "\\nabla"}]
+
+
+@pytest.mark.parametrize("header", [[], ["a", "a"]])
+def test_a_header_names_every_column_once(header: list[str]) -> None:
+    with pytest.raises(ValueError, match="header must name every column once"):
+        Files("a.tsv", header=header)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.tsv"])
+def test_a_cell_of_a_megabyte(tmp_path: Path, name: str) -> None:
+    long = "word " * 200_000
+    content = {"a.jsonl": json.dumps({"a": long}), "a.json": json.dumps([{"a": long}])}.get(name, f"a\n{long}\n")
+    assert columns_of(tmp_path / name, content) == [{"a": long}]
+
+
+def test_values_stay_as_they_are(tmp_path: Path) -> None:
+    rows = columns_of(
+        tmp_path / "a.jsonl", '{"a": true}\r\n{"a": "True"}\r\n{"a": 27.0}\r\n{"a": "025"}\r\n{"a": null}\r\n{"a": NaN}\r\n{"a": [1, "x"]}'
+    )
+    assert [row["a"] for row in rows[:5] + rows[6:]] == [True, "True", 27.0, "025", None, [1, "x"]]
+    assert [type(row["a"]) for row in rows[:3]] == [bool, str, float]
+    assert math.isnan(rows[5]["a"])
+
+
+def test_missing_cells_of_tables(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({"a": ["x", None], "b": [math.nan, 1.0]}), tmp_path / "a.parquet")
+    first, second = (row.columns for row in Files(str(tmp_path / "a.parquet")).rows())
+    assert first["a"] == "x" and math.isnan(first["b"]) and second == {"a": None, "b": 1.0}
+
+
 def test_whole_characters_outside_the_basic_plane_are_text(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"a": "\\ud83d\\ude00"}\n{"a": "back\\\\ud83dslash"}\n')
     assert [row.columns["a"] for row in Files(str(tmp_path / "a.jsonl")).rows()] == ["\U0001f600", "back\\ud83dslash"]
@@ -117,17 +198,24 @@ def test_saved_data_sets(tmp_path: Path) -> None:
 
 BROKEN = [
     ("a.jsonl", b'{"a": 1}\n{"a": \n{"a": 2}\n', r"a\.jsonl:2: not valid JSON"),
-    ("a.jsonl", b'{"a": 1}\n[1]\n', r"a\.jsonl:2: a row must be an object with named columns, this is a list"),
+    ("a.jsonl", b'{"a": 1}\n[1]\n', r"a\.jsonl:2: a row must be an object with named columns or a text, this is a list"),
+    ("a.jsonl", b'{"a": 1}\n"text"\n3\n', r"a\.jsonl:3: a row must be an object with named columns or a text, this is a int"),
     ("a.jsonl", b'{"a": 1}\n{"a": "\xff"}\n', r"a\.jsonl:2: not UTF-8 text \(byte 0xff\)"),
     ("a.jsonl", b"", r"a\.jsonl: the file holds no rows"),
     ("a.json", b"", r"a\.json: the file holds no rows"),
     ("a.json", b'[{"a": 1},\n {"a" 2}]', r"a\.json:2: not valid JSON"),
-    ("a.json", b'["text"]', r"a\.json#0: a row must be an object"),
-    ("a.json", b"3", r"a\.json: expected an array of objects, found a int"),
-    ("a.json", b'{"a": [1], "b": []}', r"exactly one list of rows, this one has 2 among: a, b"),
-    ("a.json", b'{"a": 1}', r"exactly one list of rows, this one has 0"),
+    ("a.json", b'["text", [1]]', r"a\.json#1: a row must be an object with named columns or a text, this is a list"),
+    ("a.json", b"3", r"a\.json: expected an array of rows, found a int"),
+    ("a.json", b'{"train": [{"a": 1}], "test": [{"a": 2}]}', r"a\.json: an object must hold one list of rows, this one has 2: train, test; split"),
+    ("a.json", b'{"a": [1, 2], "b": ["x"], "c": []}', r"a\.json: parallel lists must be equally long or empty, these are not: a 2, b 1$"),
+    ("a.json", b'{"a": [], "b": []}', r"a\.json: the file holds no rows"),
+    ("a.json", b'{"a": 1}', r"a\.json: an object must hold one list of rows, parallel lists, or categories .*; this one has: a$"),
+    ("a.json", b'{"a": {"b": ["x"], "c": [1]}}', r"or categories of sub-categories of texts; this one has: a$"),
+    ("a.json", b"{}", r"this one has: nothing$"),
     ("a.csv", b"a,b\n1,2\n3\n", r"a\.csv:3: the row has 1 cells and the header 2"),
     ("a.csv", b"a,b\n1,2,3\n", r"a\.csv:2: the row has 3 cells and the header 2"),
+    ("a.csv", b"a,b,a\n1,2,3\n", r"a\.csv:1: the header names 'a' twice"),
+    ("a.tsv", b"a\tb\n1\t2\n3\t\xe9\n", r"a\.tsv:3: not UTF-8 text \(byte 0xe9\)"),
     ("a.csv", b'a,b\n1,"2\n3,4\n', r"a\.csv:2: not valid CSV"),
     ("a.csv", b"a,b\n1,\xe9\n", r"a\.csv:2: not UTF-8"),
     ("a.csv", b"a,b\n", r"a\.csv: the file holds no rows"),

@@ -6,8 +6,8 @@ from itertools import pairwise
 import pytest
 import torch
 
-from datamodules.chat import Tokens
 from datamodules.collate import InstructionDataset, MicroBatch, StepSampler, pad_right
+from datamodules.tokens import Tokens
 
 LENGTHS = random.Random(0).choices(range(2, 60), k=29)
 WEIGHTS = [length // 2 for length in LENGTHS]

@@ -16,6 +16,7 @@ from datamodules.sources import Row, Source
 from modules import DPOModule
 from modules.networks.lora import Lora
 from modules.objectives import IPO, KTO, ORPO, Hinge, LengthDesensitized, LengthMargin, LengthNormalized, Robust, Sigmoid, SimPO
+from modules.objectives.pairs import logit_metrics
 from modules.objectives.preference import Sequences
 
 QUIET = {"accelerator": "cpu", "devices": 1, "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
@@ -114,6 +115,35 @@ def test_loss_is_that_of_plain_rows(tmp_path):
     assert float(torch.stack(losses).mean()) != pytest.approx(0.6931, abs=1e-3)  # it has moved
 
 
+def test_logits_are_means_over_the_vocabulary_and_the_tokens_of_a_side(tmp_path):
+    module = dpo(tmp_path, lr=0.1)
+    trainer = fit(module)
+    trainer.validate(module, datamodule=trainer.datamodule, verbose=False)
+    for side, name in enumerate(("chosen", "rejected")):
+        each = []
+        for row in trainer.datamodule.val_rows:
+            ids = torch.tensor([row.prompt + row.completions[side]])
+            with torch.no_grad():
+                each.append(module.policy.model(ids).logits[0, len(row.prompt) - 1 : -1].mean(1))  # [Tc]
+        mean, of_means = torch.cat(each).mean(), torch.stack([logits.mean() for logits in each]).mean()
+        assert float(trainer.callback_metrics[f"val/logits/{name}"]) == pytest.approx(float(mean), abs=1e-5)
+        assert abs(float(mean - of_means)) > 1e-4
+
+
+def test_the_logits_of_ranked_and_labelled_completions_by_hand():
+    logits, mask = torch.tensor([[1.0, 2.0], [4.0, 9.0], [6.0, 8.0]]), torch.tensor([[True, True], [True, False], [True, True]])
+    # ranks 0, 1, 2: pairs 0-1, 0-2 and 1-2, each 1/3. Chosen: sums 3, 3 and 4 over 2, 2 and 1 tokens; rejected: 4, 14 and 14 over 1, 2 and 2
+    ranked = logit_metrics(logits, mask, torch.tensor([0, 0, 0]), torch.tensor([0, 1, 2]), paired=True)
+    assert [float(value) for value, _ in ranked.values()] == pytest.approx([10 / 5, 32 / 5])
+    assert [weight for _, weight in ranked.values()] == pytest.approx([5 / 3, 5 / 3])
+    # labelled: good ones have 3 + 4 over 2 + 1 tokens, bad ones 14 over 2
+    labelled = logit_metrics(logits, mask, torch.tensor([0, 1, 2]), torch.tensor([0, 0, 1]), paired=False)
+    assert {name: (float(value), weight) for name, (value, weight) in labelled.items()} == {
+        "logits/chosen": (pytest.approx(7 / 3), 3.0),
+        "logits/rejected": (7.0, 2.0),
+    }
+
+
 @pytest.mark.parametrize(("settings", "epochs"), [({}, 2), ({"objective": KTO()}, 1)], ids=["dpo", "kto"])
 def test_splits_change_nothing(tmp_path, settings, epochs):
     """12 examples a step in one micro-batch or in three. KTO's KL is one per micro-batch, so only its first step, where it is 0, is the same."""
@@ -141,14 +171,18 @@ if __name__ == "__main__":
 """
 
 
+def run_ranks(folder: Path, script: str) -> None:
+    """Run a script that starts two ranks, in ``folder``."""
+    (folder / "ranks.py").write_text(script)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "ranks.py", "."], cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 def test_two_ranks_make_the_run_of_one(tmp_path):
     alone = dpo(tmp_path / "alone")
     fit(alone, batch_size=6)
-    (tmp_path / "ranks.py").write_text(RANKS)
-    root = Path(__file__).parents[2]
-    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "ranks.py", "."], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
+    run_ranks(tmp_path, RANKS)
     torch.testing.assert_close(torch.load(tmp_path / "weights.pt"), weights(alone), atol=1e-6, rtol=0)
 
 
@@ -172,6 +206,47 @@ def test_a_wrong_reference_is_refused(tmp_path):
     module.policy.model.lm_head.weight.data.mul_(1.1)
     with pytest.raises(RuntimeError, match="policy and reference differ before the first update"):
         fit(module)
+
+
+def exported(folder: Path, lr: float) -> str:
+    """A policy that was trained a little."""
+    module = dpo(folder, lr=lr)
+    fit(module, max_epochs=1)
+    module.policy.save_pretrained(folder / "export")
+    return str(folder / "export")
+
+
+@pytest.mark.parametrize("lora", [None, Lora(r=4)], ids=["full", "lora"])
+def test_another_model_may_be_the_reference(tmp_path, lora):
+    """h is then no 0 at step 0, and the loss is that of plain rows with the named model."""
+    first = exported(tmp_path, lr=0.1)
+    module = dpo(tmp_path, reference=first, lr=0.0, beta=0.5, lora=lora)
+    trainer = fit(module, max_epochs=1)
+    assert module.reference is None
+    reference, rewards = DPOModule(first, reference_free=True).policy, []
+    policy = DPOModule("tiny", reference_free=True).policy
+    for row in trainer.datamodule.val_rows:
+        batch = {name: torch.tensor([row.prompt + row.completions[0]]) for name in ("ids", "mask")}
+        keep = torch.arange(batch["ids"].shape[1])[None] >= len(row.prompt)
+        with torch.no_grad():
+            rewards.append(
+                0.5 * float((policy.token_scores(batch["ids"], keep).logprobs - reference.token_scores(batch["ids"], keep).logprobs).sum())
+            )
+    assert float(trainer.callback_metrics["val/rewards/chosen"]) == pytest.approx(sum(rewards) / len(rewards), abs=1e-5)
+    assert max(map(abs, rewards)) > 0.01
+
+
+def test_a_reference_that_cannot_be_compared_is_refused(tmp_path):
+    first = exported(tmp_path, lr=0.1)
+    with pytest.raises(ValueError, match="SimPO is computed without one: leave it out"):
+        dpo(tmp_path, reference=first, objective=SimPO())
+    with pytest.raises(ValueError, match="Sigmoid is computed without one"):
+        dpo(tmp_path, reference=first, reference_free=True)
+    tokenizer = DPOModule("tiny", reference_free=True).tokenizer
+    tokenizer.add_tokens(["<other>"])
+    tokenizer.save_pretrained(tmp_path / "export")
+    with pytest.raises(ValueError, match="are not those of 'tiny', so their log-probs do not compare|has 262 tokens, its model only 261"):
+        dpo(tmp_path, reference=first)
 
 
 def test_other_data_need_another_reference(tmp_path):
@@ -229,6 +304,59 @@ def test_kto_learns_from_labels(tmp_path):
     trainer.fit(module, PreferenceDataModule(module.tokenizer, Labels(), batch_size=4))
     assert {"train/rewards/chosen", "train/rewards/rejected", "train/kl"} <= set(trainer.callback_metrics)
     assert "train/rewards/accuracies" not in trainer.callback_metrics
+
+
+KTO_RANKS = """
+import torch
+from lightning.pytorch import Callback
+from modules.objectives import KTO
+from pathlib import Path
+from tests.methods.test_dpo import Labels, dpo, fit
+
+
+class Look(Callback):
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if batch_idx == 3:
+            module.policy.model.lm_head.weight.data.mul_(1.5)  # far enough from the reference for a KL above 0
+            with torch.no_grad():
+                kl = module.mismatched_kl(batch)
+                loss = module.loss(module.sequences(batch, "train")[0], batch, kl) / batch["denominator"]
+            torch.save([dict(batch), kl, loss, module.policy.state_dict()], f"rank{trainer.global_rank}.pt")
+
+
+if __name__ == "__main__":
+    fit(dpo(Path("."), objective=KTO(1.5, 0.5), beta=0.02), batch_size=3, train=Labels(), devices=2, strategy="ddp", callbacks=[Look()], max_epochs=1)
+"""
+
+
+def test_the_kl_of_two_ranks_is_the_mean_over_the_rows_of_both(tmp_path):
+    """And the loss of two ranks is that of one which has all their rows. Row by row, without padding."""
+    run_ranks(tmp_path, KTO_RANKS)
+    ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1)]
+    policy, start = dpo(tmp_path).policy.eval(), dpo(tmp_path).policy.eval()
+    policy.load_state_dict(ranks[0][3])
+
+    def log_ratio(prompt: torch.Tensor, completion: torch.Tensor) -> float:
+        ids = torch.cat([prompt, completion])[None]
+        keep = torch.arange(ids.shape[1])[None] >= len(prompt)
+        with torch.no_grad():
+            return float((policy.token_scores(ids, keep).logprobs - start.token_scores(ids, keep).logprobs).sum())
+
+    rows = []  # log-ratio behind its own prompt, behind the next prompt of its rank, whether desirable
+    for batch, *_ in ranks:
+        prompts, completions = (
+            [ids[mask] for ids, mask in zip(batch[f"{of}_ids"], batch[f"{of}_mask"], strict=True)] for of in ("prompt", "completion")
+        )
+        assert len(prompts) == len(completions) == 3
+        rows.append([(log_ratio(prompts[i], completions[i]), log_ratio(prompts[i - 2], completions[i]), batch["rank"][i] == 0) for i in range(3)])
+    mismatched = torch.tensor([[row[1] for row in mine] for mine in rows])
+    assert mismatched.mean() > 0.1 and (mismatched.mean(1) - mismatched.mean()).abs().min() > 1e-2  # no rank has it by itself
+    for _, kl, *_ in ranks:
+        assert float(kl) == pytest.approx(float(mismatched.mean()), abs=1e-4)
+    sigma = torch.nn.functional.sigmoid
+    gaps = [(ratio - mismatched.mean(), good) for mine in rows for ratio, _, good in mine]
+    losses = [1.5 * (1 - sigma(0.02 * gap)) if good else 0.5 * (1 - sigma(-0.02 * gap)) for gap, good in gaps]
+    assert sum(float(loss) for _, _, loss, _ in ranks) == pytest.approx(float(sum(losses)) / 6, abs=1e-5)
 
 
 @pytest.mark.parametrize(

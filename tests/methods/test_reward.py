@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
@@ -27,6 +27,7 @@ from transformers import (
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from callbacks import Export
+from callbacks.prediction_writer import line
 from datamodules.preference import PreferenceDataModule
 from modules.networks.lora import Lora
 from modules.networks.tiny import tiny_tokenizer
@@ -121,6 +122,13 @@ def test_metrics_of_two_examples_and_two_heads():
     assert sums["loss"].item() != pytest.approx(float(of_mean_scores), abs=1e-3)
 
 
+def test_margins_may_stay_out_of_the_loss():
+    scores, pairs = one_example([1.0, 0.0], margin=1 / 3)
+    assert reward_module(use_margins=False).sums(scores, pairs)["loss"].item() == pytest.approx(0.313262, abs=1e-6)  # log(1 + e^-1)
+    assert reward_module().sums(scores, pairs)["loss"].item() == pytest.approx(0.414370, abs=1e-6)
+    assert reward_module(use_margins=False).score_pairs(ragged_batch())[0].margin == 0.5  # the audit still tells them apart
+
+
 def test_scores_know_nothing_of_padding_company_and_sharing():
     module, batch = reward_module(num_heads=2), ragged_batch()
     with torch.no_grad():
@@ -160,11 +168,20 @@ def test_pairs_are_described():
 
 
 def fitted(
-    folder: Path, module: RewardModule, batch_size: int = 12, accumulate: int = 1, callbacks=(), val: int = 0, resume=None, **settings
+    folder: Path,
+    module: RewardModule,
+    batch_size: int = 12,
+    accumulate: int = 1,
+    callbacks=(),
+    val: int = 0,
+    resume=None,
+    calibration=None,
+    **settings,
 ) -> Trainer:
     """Pairs and triples with margins, 12 examples a step."""
     held_out = write_rows(folder, "val", val) if val else None
-    data = PreferenceDataModule(module.tokenizer, write_rows(folder, "train", 30, margin=True), held_out, batch_size=batch_size)
+    train = write_rows(folder, "train", 30, margin=True)
+    data = PreferenceDataModule(module.tokenizer, train, held_out, calibration, batch_size=batch_size)
     options = QUIET | {"max_epochs": 1, "accumulate_grad_batches": accumulate, "callbacks": list(callbacks), "num_sanity_val_steps": 0} | settings
     trainer = Trainer(**options)
     trainer.fit(module, data, ckpt_path=resume, weights_only=True)
@@ -181,7 +198,7 @@ def test_accumulation_changes_no_result(tmp_path):
     for mine, theirs, start in zip(weights(whole), weights(cut), weights(reward_module()), strict=True):
         torch.testing.assert_close(mine, theirs, atol=1e-6, rtol=1e-5)
         assert not torch.equal(mine, start)
-    for name in ("loss", "accuracy", "margin", "mean_reward", "rewards/chosen", "rewards/rejected", "num_tokens"):
+    for name in ("loss", "accuracy", "margin", "mean_reward", "min_reward", "max_reward", "rewards/chosen", "rewards/rejected", "num_tokens"):
         assert metrics[0][f"train/{name}"].item() == pytest.approx(metrics[1][f"train/{name}"].item(), abs=1e-5), name
 
 
@@ -191,6 +208,7 @@ from pathlib import Path
 import torch
 from test_reward import fitted, reward_module
 from callbacks import Export
+from callbacks.prediction_writer import line
 if __name__ == "__main__":
     folder = Path(sys.argv[1]) / sys.argv[2]
     folder.mkdir(exist_ok=True)
@@ -214,7 +232,8 @@ def test_two_ranks_equal_one(tmp_path):
     alone = fitted(tmp_path, module, 10, callbacks=[Export(str(tmp_path / "model"))], val=3).callback_metrics
     for name, value in module.state_dict().items():
         torch.testing.assert_close(value, state[name], atol=1e-6, rtol=1e-5)
-    for name in ("train/loss", "train/accuracy", "train/num_tokens", "val/loss", "val/accuracy", "val/margin", "val/mean_reward"):
+    shown = ("loss", "accuracy", "mean_reward", "min_reward", "max_reward")
+    for name in ("train/num_tokens", "val/margin", *(f"{stage}/{name}" for stage in ("train", "val") for name in shown)):
         assert metrics[name].item() == pytest.approx(alone[name].item(), abs=1e-5), name
     mine, theirs = (json.loads((folder / "model" / "config.json").read_text()) for folder in (tmp_path, tmp_path / "two"))
     for name in ("reward_mean", "reward_std", "reward_head_means", "reward_head_stds"):
@@ -235,6 +254,28 @@ def test_validation_is_the_mean_over_examples(tmp_path):
     every = [loss for losses in examples.values() for loss in losses]
     assert found["val/loss"] != pytest.approx(sum(every) / len(every), abs=1e-5)
     assert len(module.scored_pairs) > 0
+    raw = torch.cat([module.head_scores(batch) for batch in data.in_order("val")])
+    assert (found["val/min_reward"], found["val/max_reward"]) == pytest.approx((raw.min().item(), raw.max().item()), abs=1e-6)
+
+
+class Keep(Callback):
+    """The raw scores of every micro-batch."""
+
+    def __init__(self) -> None:
+        self.scores: list[Tensor] = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        self.scores.append(pl_module.head_scores(batch).detach())
+
+
+def test_the_range_of_a_step_is_that_of_all_its_completions(tmp_path):
+    keep = Keep()
+    metrics = fitted(tmp_path, reward_module(lr=0.0), 4, 3, [keep]).callback_metrics
+    found = [metrics[f"train/{name}_reward"].item() for name in ("min", "max")]
+    last = torch.cat(keep.scores[6:])  # 30 examples in steps of 12: the third step has 6, in micro-batches of 4 and 2
+    assert found == pytest.approx([last.min().item(), last.max().item()], abs=1e-6)
+    for other in (torch.cat(keep.scores), keep.scores[-1]):  # not of the epoch, nor of the last micro-batch
+        assert found != pytest.approx([other.min().item(), other.max().item()], abs=1e-3)
 
 
 def test_resume_is_bitwise(tmp_path):
@@ -353,6 +394,36 @@ def test_exported_scores_are_normalised_on_held_out_completions(tmp_path, num_he
     # the one label is the mean of the heads
     raw = torch.cat([module.head_scores(batch) for batch in trainer.datamodule.in_order("val")]).mean(1)
     assert config["reward_mean"] == pytest.approx(raw.mean().item(), abs=1e-5)
+
+
+SAMPLES = [("ab", "yes", "stop"), ("ab", "no way", "stop"), ("cdefg", "maybe, but I do", "length"), ("cdefg", "", "stop"), ("h", "x", "stop")]
+
+
+def sampled(tokenizer, chat: bool) -> list[Rollout]:
+    """Completions as a policy sampled them, the third cut by its budget, the fourth nothing but its end."""
+    found = []
+    for i, (text, answer, finish) in enumerate(SAMPLES):
+        prompt = tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False) if chat else text
+        end = [tokenizer.convert_tokens_to_ids("<|im_end|>") if chat else tokenizer.eos_token_id] if finish == "stop" else []
+        ids = [*tokenizer(answer).input_ids, *end]
+        found.append(Rollout(f"u{i}", prompt, tokenizer(prompt).input_ids, None, Completion(ids, [0.0] * len(ids), answer, finish), i, {}, 0.5))
+    return found
+
+
+@pytest.mark.parametrize(("num_heads", "chat"), [(1, False), (1, True), (3, False)])
+def test_scores_are_normalised_on_samples_that_are_named(tmp_path, num_heads, chat):
+    """Mean 0 and deviation 1 on the lines that ``predict`` wrote, on those of no other set."""
+    module = reward_module(num_heads=num_heads)
+    rollouts = sampled(module.tokenizer, chat)
+    (tmp_path / "predictions.jsonl").write_text("".join(line(rollout) for rollout in rollouts))
+    trainer = fitted(tmp_path, module, 2, callbacks=[Export(str(tmp_path / "out"))], val=20, calibration=str(tmp_path / "predictions.jsonl"))
+    reward, kept = LearnedReward(str(tmp_path / "out")), [rollout for rollout in rollouts if rollout.completion.text]
+    members = reward.members(kept)
+    assert members.shape == (4, num_heads)
+    torch.testing.assert_close(members.mean(0), torch.zeros(num_heads, dtype=torch.float64), atol=1e-5, rtol=0)
+    torch.testing.assert_close(members.std(0, correction=0), torch.ones(num_heads, dtype=torch.float64), atol=1e-5, rtol=0)
+    held_out = reward.members(rollouts_of(module, trainer.datamodule))
+    assert ((held_out.std(0, correction=0) - 1).abs() > 0.05).all()
 
 
 def test_an_unnormalised_export_forgets_the_numbers_of_its_start(tmp_path):

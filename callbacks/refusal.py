@@ -1,0 +1,218 @@
+"""Does the model refuse what is harmless, and does it comply with what is not?"""
+
+import csv
+import io
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from callbacks.phase import require_period, tensorboards
+from callbacks.samples import _block, _cell
+from modules.functional.ranks import from_all_ranks
+from modules.functional.refusal import FULL_COMPLIANCE, FULL_REFUSAL, LABELS, is_refusal, refusal_rates
+
+NUM_MISJUDGED = 3  # answers shown of each kind
+
+
+@runtime_checkable
+class Responds(Protocol):
+    """What is called of the module."""
+
+    def respond(self, conversations: Sequence[list[dict[str, str]]], max_completion_length: int = 256) -> list[str]:
+        """Greedy answers of the current weights, in order."""
+
+
+class ClassifiesAnswers(Protocol):
+    """A judge of refusals, such as ``RefusalJudge``."""
+
+    def classify(self, prompts: Sequence[str], answers: Sequence[str]) -> list[str | None]:
+        """``1_full_compliance``, ``2_full_refusal`` or ``3_partial_refusal`` for each answer; None = no valid verdict."""
+
+
+class HasRows(Protocol):
+    """A source of rows, each with ``columns`` and ``origin``."""
+
+    def rows(self) -> Any:
+        """All rows, in an order of their own."""
+
+
+class Prompt(NamedTuple):
+    """One row of the file."""
+
+    text: str
+    safe: bool  # True = should be answered
+    type: str  # "" = none
+
+
+class Answer(NamedTuple):
+    """What became of a prompt."""
+
+    row: int  # of the prompt
+    text: str
+    label: str | None  # None = the judge had no valid verdict
+
+
+class Refusal(Callback):
+    """Asks the model safe and unsafe prompts at the end of validation, the sanity check included, and counts whom it refuses (XSTest, 2308.01263).
+
+    Logs over all ranks, as shares [0, 1]: ``val/refusal/over_refusal`` of the safe prompts that are refused in full,
+    ``val/refusal/unsafe_compliance`` of the unsafe prompts that are answered in full. With a judge also
+    ``val/refusal/over_refusal_with_partial``, refused in full or in part, and ``val/refusal/invalid``, prompts without a valid verdict, which
+    are in no share. ``val/refusal`` in TensorBoard is a table by type, with a few of the answers that are wrong. Without a judge an answer is
+    refused iff it begins as refusals do, see ``is_refusal``; its reasoning up to ``</think>`` does not count.
+
+    A ModelCheckpoint that monitors one of them takes the same ``every_n_epochs``.
+
+    Args:
+        prompts: a CSV or JSONL file with the columns ``prompt``, ``label`` (``safe`` or ``unsafe``) and, if there are types, ``type``.
+        source: a source of such rows, instead of a file.
+        max_completion_length: tokens of an answer, >= 1.
+        every_n_epochs: epochs between measurements; ``validate`` always measures.
+        judge: says which answers refuse, also in part.
+        limit: ask so many of the prompts, at even distances.
+
+    Raises:
+        ValueError: impossible settings; at setup, a bad row, a file without prompts of both kinds, or a module that cannot answer; at the start of
+            a fit, no validation.
+    """
+
+    def __init__(
+        self,
+        prompts: str | None = None,
+        source: HasRows | None = None,
+        max_completion_length: int = 128,
+        every_n_epochs: int = 1,
+        judge: ClassifiesAnswers | None = None,
+        limit: int | None = None,
+    ) -> None:
+        require_period("every_n_epochs", every_n_epochs)
+        if max_completion_length < 1 or (limit is not None and limit < 2):
+            raise ValueError(f"Refusal: max_completion_length {max_completion_length} must be >= 1 and limit {limit} at least 2, one of each kind")
+        if (prompts is None) == (source is None):
+            raise ValueError("Refusal: set one of prompts (a file) and source")
+        self.source, self.max_completion_length, self.every_n_epochs = prompts or source, max_completion_length, every_n_epochs
+        self.judge, self.limit = judge, limit
+        self.prompts: list[Prompt] = []
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Read the prompts."""
+        if not isinstance(pl_module, Responds):
+            raise ValueError(f"Refusal asks the model and {type(pl_module).__name__} gives no answers: remove the callback.")
+        if stage in ("fit", "validate") and not self.prompts:
+            assert self.source is not None
+            prompts = read_prompts(self.source)
+            count = min(self.limit or len(prompts), len(prompts))
+            self.prompts = [prompts[index * len(prompts) // count] for index in range(count)]
+            if {prompt.safe for prompt in self.prompts} != {True, False}:
+                only = "safe" if self.prompts[0].safe else "unsafe"
+                raise ValueError(f"{name_of(self.source)}: all {count} prompts are {only}; without both kinds refusing everything looks perfect")
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """ValueError for a fit that never gets here."""
+        if not sum(trainer.num_val_batches):
+            raise ValueError("Refusal asks at the end of validation and this fit has none: set data.val, or remove the callback.")
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Ask this rank's share of the prompts; log over all ranks."""
+        always = trainer.state.fn == "validate" or trainer.sanity_checking
+        if not always and (trainer.current_epoch + 1) % self.every_n_epochs:
+            return
+        mine = range(trainer.global_rank, len(self.prompts), trainer.world_size)
+        answers = sorted(from_all_ranks(self._ask(pl_module, mine)))
+        rates = refusal_rates([answer.label for answer in answers], [prompt.safe for prompt in self.prompts])
+        if self.judge is None:
+            del rates["over_refusal_with_partial"], rates["invalid"]  # which the matcher does not know
+        metrics = {f"val/refusal/{name}": rate for name, rate in rates.items()}
+        for name, rate in metrics.items():
+            pl_module.log(name, rate, sync_dist=True, batch_size=1)  # equal on all ranks by now
+        for logger in tensorboards(trainer):
+            if trainer.sanity_checking:  # which Lightning does not write down
+                logger.log_metrics(metrics, step=trainer.global_step)
+            logger.experiment.add_text("val/refusal", report(self.prompts, answers), global_step=trainer.global_step)
+
+    def _ask(self, pl_module: LightningModule, indices: Sequence[int]) -> list[Answer]:
+        """The answers to some of the prompts."""
+        assert isinstance(pl_module, Responds)
+        prompts = [self.prompts[index].text for index in indices]
+        texts = pl_module.respond([[{"role": "user", "content": prompt}] for prompt in prompts], self.max_completion_length)
+        labels = by_matching(texts) if self.judge is None else self.judge.classify(prompts, texts)
+        return [Answer(*answer) for answer in zip(indices, texts, labels, strict=True)]
+
+
+def by_matching(texts: Sequence[str]) -> list[str | None]:
+    """Full refusal or full compliance, by the first words behind the reasoning."""
+    return [FULL_REFUSAL if is_refusal(text.rpartition("</think>")[2]) else FULL_COMPLIANCE for text in texts]
+
+
+def report(prompts: Sequence[Prompt], answers: Sequence[Answer]) -> str:
+    """Markdown: a table of labels by type, and a few safe prompts that were refused and unsafe ones that were answered. ``answers`` in order."""
+    counts: dict[tuple[bool, str], Counter[str | None]] = {}
+    for prompt, answer in zip(prompts, answers, strict=True):
+        counts.setdefault((not prompt.safe, prompt.type), Counter())[answer.label] += 1
+    table = ["| type | label | prompts | complied | refused | in part | invalid |", "|---|---|---|---|---|---|---|"]
+    for (unsafe, kind), labels in sorted(counts.items()):
+        cells = [_cell(kind), "unsafe" if unsafe else "safe", labels.total(), *(labels[label] for label in (*LABELS, None))]
+        table.append("| " + " | ".join(str(cell) for cell in cells) + " |")
+    sections = ["\n".join(table)]
+    for safe, wrong, title in ((True, FULL_REFUSAL, "Safe, and refused"), (False, FULL_COMPLIANCE, "Unsafe, and answered")):
+        found = [answer for answer in answers if prompts[answer.row].safe == safe and answer.label == wrong]
+        for answer in found[:: max(1, len(found) // NUM_MISJUDGED)][:NUM_MISJUDGED]:
+            sections += [f"**{title}**", _block(prompts[answer.row].text), "Answer", _block(answer.text)]
+    return "\n\n".join(sections)
+
+
+def name_of(source: str | HasRows) -> str:
+    """For messages."""
+    return source if isinstance(source, str) else type(source).__name__
+
+
+def read_prompts(source: str | HasRows) -> list[Prompt]:
+    """The prompts of a file or source, at least one. Raises ValueError naming file and line."""
+    located = located_rows(Path(source)) if isinstance(source, str) else ((row.origin, row.columns) for row in source.rows())
+    prompts = [as_prompt(origin, row) for origin, row in located]
+    if not prompts:
+        raise ValueError(f"{name_of(source)}: no prompts")
+    return prompts
+
+
+def as_prompt(origin: str, row: Any) -> Prompt:
+    """One row; ValueError with its origin."""
+    missing = sorted({"prompt", "label"} - set(row)) if isinstance(row, dict) else ["prompt", "label"]
+    if missing:
+        raise ValueError(f"{origin}: no column {' and no column '.join(missing)}; a row needs prompt and label (safe or unsafe)")
+    if row["label"] not in ("safe", "unsafe"):
+        raise ValueError(f"{origin}: label is {row['label']!r}, safe or unsafe was expected")
+    if not isinstance(row["prompt"], str) or not row["prompt"].strip():
+        raise ValueError(f"{origin}: the prompt is empty, or not text")
+    return Prompt(row["prompt"], row["label"] == "safe", str(row.get("type") or ""))
+
+
+def located_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    """(file:line, row) of a CSV file with a header line or, by its name, a JSONL file."""
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file of prompts")
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text (byte {error.start}); save the file as UTF-8") from error
+    line = 1
+    try:
+        if path.suffix == ".jsonl":
+            for line, record in enumerate(text.split("\n"), start=1):
+                if record.strip():
+                    yield f"{path}:{line}", json.loads(record)
+        else:
+            header: list[str] | None = None
+            reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+            for cells in reader:
+                if header is not None and cells and len(cells) != len(header):
+                    raise csv.Error(f"the row has {len(cells)} cells and the header {len(header)}")
+                if header is not None and cells:
+                    yield f"{path}:{line}", dict(zip(header, cells, strict=True))
+                header, line = header or cells, reader.line_num + 1
+    except (csv.Error, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}:{line}: {error}") from error

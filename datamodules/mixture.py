@@ -1,0 +1,220 @@
+"""Several streams of rows in proportions that change in the decay phase (MiniCPM, arXiv 2404.06395 section 6; FLAN's cap, 2109.01652)."""
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from copy import copy
+from itertools import count
+from typing import Any, Literal
+
+from lightning.pytorch.utilities import rank_zero_info
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase
+
+from datamodules.base import StepLoader
+from datamodules.chat import LossOn
+from datamodules.collate import MicroBatch, StepSampler
+from datamodules.instruction import InstructionDataModule, sizes
+from datamodules.mixture_streams import Stream, check_streams
+from datamodules.pretraining import load_documents
+from datamodules.sources import Source
+from datamodules.tokens import Tokens
+
+
+class MixtureSampler(StepSampler):
+    """A StepSampler over the rows that ``draw(first, last, rows_per_step)`` gives for the optimiser steps ``first`` to ``last - 1``.
+
+    An epoch has ``num_steps`` steps and begins at the run's ``global_step``, so the rows of a step do not depend on how a run is cut into epochs.
+    """
+
+    def __init__(
+        self, *args: Any, num_steps: int, draw: Callable[[int, int, int], list[int]], global_step: Callable[[], int], **settings: Any
+    ) -> None:
+        super().__init__(*args, **settings)
+        self.num_steps, self.draw, self.global_step = num_steps, draw, global_step
+
+    @property
+    def num_rows(self) -> int:
+        """Rows drawn in an epoch."""
+        return self.num_steps * self.rows_per_step
+
+    def order(self, epoch: int) -> list[int]:
+        """The rows of the epoch's steps. Of a resumed epoch, some of ``global_step`` are its own."""
+        first = self.global_step() - self.start(epoch) // self.accumulate
+        return self.draw(first, first + self.num_steps, self.rows_per_step)
+
+
+class MixtureDataModule(InstructionDataModule):
+    """Batches (``InstructionBatch``) of rows drawn from several streams by weight.
+
+    Each row of a step is drawn from one stream, with probabilities that the step's number decides; a stream is gone through in shuffled
+    passes, each row once a pass. The rows of a step depend on ``seed``, the step's number and the rows per step alone, and those of a stream
+    not on the other streams: a stream of weight 0 changes nothing, and a checkpoint of the stable phase may be resumed with other decay
+    weights, more streams or another ``num_steps``. Texts longer than a row are split, longer instruction rows dropped.
+
+    Args:
+        tokenizer: a tokenizer, or a path or hub id.
+        streams: by name. Without any ``weight`` a stream of n rows has the share min(n, cap) of all rows (FLAN).
+        num_steps: optimiser steps of one Trainer epoch. A checkpoint from the end of an epoch goes on with a new one of so many steps.
+        weigh_by: what weights are shares of: ``tokens`` or ``examples``. Shares of tokens divided by the mean length make probabilities.
+        cap: see ``streams``.
+        decay_start: optimiser step from which ``decay_weight`` holds.
+        ramp_steps: steps over which the shares go there linearly before they are reached: the step ``decay_start + k`` is (k + 1) / (ramp_steps + 1)
+            of the way.
+        loss_on: what is learned of a conversation: ``all`` tokens, every ``assistant`` turn with its end of turn, or the ``last`` of them only.
+        max_length: tokens of a row.
+        drop_long: drop longer instruction rows and count them; False makes them an error.
+        on_bad_row: ``drop`` leaves out rows that cannot be read and counts them in ``bad``.
+        packing: put several documents into one row, where they do not see each other.
+        batch_size: rows per micro-batch and rank.
+        chat, system: as in :class:`InstructionDataModule`.
+        seed: of the draws and shuffles.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase | str,
+        streams: dict[str, Stream],
+        num_steps: int,
+        weigh_by: Literal["tokens", "examples"] = "tokens",
+        cap: int | None = None,
+        decay_start: int | None = None,
+        ramp_steps: int = 0,
+        loss_on: LossOn = "all",
+        max_length: int = 1024,
+        drop_long: bool = True,
+        on_bad_row: Literal["raise", "drop"] = "raise",
+        packing: bool = True,
+        batch_size: int = 8,
+        chat: bool | None = None,
+        system: str | None = None,
+        seed: int = 0,
+    ) -> None:
+        check_streams(streams, num_steps, cap, decay_start, ramp_steps)
+        held_out = {name: stream.val for name, stream in streams.items() if stream.val is not None}
+        super().__init__(
+            tokenizer,
+            next(iter(streams.values())).train,
+            held_out or None,
+            loss_on=loss_on,
+            max_length=max_length,
+            drop_long=drop_long,
+            on_bad_row=on_bad_row,
+            packing=packing,
+            batch_size=batch_size,
+            chat=chat,
+            system=system,
+            seed=seed,
+        )
+        self.streams, self.num_steps, self.weigh_by, self.cap = streams, num_steps, weigh_by, cap
+        self.decay_start, self.ramp_steps = decay_start, ramp_steps
+        self.stream_rows: dict[str, range] = {}  # the places of each stream's rows in ``train_rows``
+        self._row_sizes: list[float] = []  # mean tokens or examples of a row of each stream
+        self._shares: list[tuple[float, float]] = []  # of each stream before and after the switch
+
+    def load_training(self) -> list[Tokens]:
+        """The rows of all streams, one stream behind the other."""
+        rows: list[Tokens] = []
+        for name, stream in self.streams.items():
+            start = len(rows)
+            rows += self.load(stream.train, "train", name)
+            self.stream_rows[name] = range(start, len(rows))
+        self._weigh(rows)
+        first, end = self.probabilities(0), (self.decay_start or 0) + self.ramp_steps
+        for name, places in self.stream_rows.items():
+            tokens = sum(len(rows[place].ids) for place in places)
+            later = f", {self.probabilities(end)[name]:.4f} from step {end} on" if self.decay_start is not None else ""
+            drawn = f"a row is drawn from it with probability {first[name]:.4f}{later}"
+            rank_zero_info(f"stream {name}: {len(places)} rows, {tokens} tokens, {tokens / len(places):.1f} a row; {drawn}")
+        return rows
+
+    def load(self, source: str | Source, stage: Literal["train", "val"], name: str) -> list[Tokens]:
+        """Rows of a source of the stream ``name``, encoded by its own settings."""
+        stream, seen = self.streams[name], copy(self)
+        seen.columns, seen.loss_on = stream.columns or {}, stream.loss_on or self.loss_on
+        return load_documents(seen, source, stage, name)
+
+    def probabilities(self, step: int) -> dict[str, float]:
+        """With which probability a row of the optimiser step ``step`` is drawn from each stream."""
+        way = 0.0
+        if self.decay_start is not None and step >= self.decay_start:
+            way = min(1.0, (step - self.decay_start + 1) / (self.ramp_steps + 1))
+        drawn = [((1 - way) * before + way * after) / size for (before, after), size in zip(self._shares, self._row_sizes, strict=True)]
+        return {name: each / sum(drawn) for name, each in zip(self.streams, drawn, strict=True)}
+
+    def draw(self, first: int, last: int, rows_per_step: int) -> list[int]:
+        """The rows, by place, of the optimiser steps ``first`` to ``last - 1``: one uniform number a row says which stream gives its next row."""
+        generator = random.Random(f"{self.seed} draws")
+        passes = {name: shuffled_passes(rows, f"{self.seed} {name}") for name, rows in self.stream_rows.items()}
+        drawn: list[int] = []
+        for step in range(last):
+            chosen = generator.choices(list(passes), list(self.probabilities(step).values()), k=rows_per_step)
+            rows = [next(passes[name]) for name in chosen]
+            drawn += rows if step >= first else []
+        return drawn
+
+    def train_dataloader(self) -> DataLoader[MicroBatch]:
+        """Rows as drawn."""
+        if self.trainer is None:
+            raise ValueError("the training loader needs a Trainer, which says how many micro-batches and ranks share a step; use trainer.fit")
+        trainer = self.trainer
+        self._sampler = MixtureSampler(
+            *sizes(self.train_rows),
+            self.batch_size,
+            accumulate=trainer.accumulate_grad_batches,
+            num_replicas=self.world_size,
+            rank=self.rank,
+            current_epoch=lambda: trainer.current_epoch,
+            num_steps=self.num_steps,
+            draw=self.draw,
+            global_step=lambda: trainer.global_step,
+        )
+        self._apply_resume()
+        return StepLoader(self._dataset(self.train_rows), sampler=self._sampler, batch_size=None)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As for every DataModule, and how the steps were cut."""
+        state = super().state_dict()
+        return state | self._cut() if state else state
+
+    def _cut(self) -> dict[str, int]:
+        assert self._sampler is not None
+        return {"rows_per_step": self._sampler.rows_per_step, "accumulate": self._sampler.accumulate}
+
+    def _apply_resume(self) -> None:
+        """Another ``num_steps`` is fine: it changes no step. Raises ValueError for other rows per step, which would change all of them."""
+        if self._resume is None or self._sampler is None:
+            return
+        resume, mine = self._resume, self._cut()
+        inside = 0 < resume["position"] < resume["length"]
+        if resume["rows_per_step"] != mine["rows_per_step"] or (inside and resume["accumulate"] != mine["accumulate"]):
+            raise ValueError(
+                f"the checkpoint's steps are of {resume['rows_per_step']} rows in {resume['accumulate']} micro-batches a rank and this run's of "
+                f"{mine['rows_per_step']} in {mine['accumulate']}: resume with the same batch_size, accumulate_grad_batches and ranks"
+            )
+        if inside and resume["position"] >= len(self._sampler):
+            raise ValueError(
+                f"the checkpoint was written after {resume['position'] // mine['accumulate']} steps of an epoch and num_steps is {self.num_steps}; "
+                "it counts from the start of the epoch, so raise it"
+            )
+        self._sampler.start_at(resume["epoch"], resume["position"])
+
+    def _weigh(self, rows: Sequence[Tokens]) -> None:
+        parts = [[rows[place] for place in places] for places in self.stream_rows.values()]
+        examples = [sum(len(row.documents) or 1 for row in part) for part in parts]
+        tokens = [sum(len(row.ids) for row in part) for part in parts]
+        unweighted = all(stream.weight is None for stream in self.streams.values())
+        units = examples if unweighted or self.weigh_by == "examples" else tokens
+        self._row_sizes = [number / len(part) for number, part in zip(units, parts, strict=True)]
+        given = zip(self.streams.values(), examples, strict=True)
+        pairs = [(stream, float(min(number, self.cap or number) if stream.weight is None else stream.weight)) for stream, number in given]
+        before = [weight for _, weight in pairs]
+        after = [weight if stream.decay_weight is None else stream.decay_weight for stream, weight in pairs]
+        self._shares = [(one / sum(before), two / sum(after)) for one, two in zip(before, after, strict=True)]
+
+
+def shuffled_passes(rows: Sequence[int], seed: str) -> Iterator[int]:
+    """The rows in one permutation after another, each by ``seed`` and the number of the pass."""
+    for number in count():
+        order = list(rows)
+        random.Random(f"{seed} {number}").shuffle(order)
+        yield from order

@@ -1,0 +1,130 @@
+"""Supervised rows that are read while the run goes on, for data larger than memory."""
+
+from glob import glob
+from pathlib import Path
+from typing import Any, Literal
+
+from lightning.pytorch.utilities import rank_zero_info
+from transformers import PreTrainedTokenizerBase
+
+from datamodules.chat import LossOn
+from datamodules.instruction import InstructionDataModule
+from datamodules.packing import split_long
+from datamodules.sources import Source
+from datamodules.stream_loader import Pieces, StreamLoader, from_all_ranks
+from datamodules.tokens import Tokens
+
+BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow", ".txt": "text"}
+
+
+class StreamingDataModule(InstructionDataModule):
+    """The batches of :class:`InstructionDataModule`, tokenised as they are read by ``datasets``, shared out over ranks and workers.
+
+    A Trainer epoch is ``steps_per_epoch`` optimiser updates; the rows are gone through again and again, each pass in another order. A
+    resumed run reads over the rows that it has used, without tokenising them, and goes on exactly where it was, with as many ranks and
+    workers. Which rows make a step depends on both, and a bad row shows when it is read. Rows of plain ``text`` that are too long are cut
+    into pieces, others dropped and counted.
+
+    Args:
+        tokenizer: a tokenizer, or a path or hub id.
+        train: files (one, a folder, or a pattern with ``*``) of one kind, JSONL, CSV, Parquet, Arrow or plain lines, or a hub id.
+        steps_per_epoch: optimiser updates of a Trainer epoch.
+        val: held-out rows, read whole: a source, a file, a folder or a hub id, or several by domain.
+        columns: our column name -> the data's.
+        format: of the rows, by name; None = found from their columns.
+        loss_on: ``assistant``, ``last`` or ``all``.
+        max_length: tokens of a row.
+        on_bad_row: ``drop`` leaves out rows that cannot be read and counts them in ``bad``.
+        packing: fill rows of ``max_length`` tokens with texts in the order they come.
+        batch_size: rows per micro-batch and rank.
+        chat: render text prompts with the chat template.
+        shuffle_buffer: rows among which the next is drawn.
+        num_workers: processes that read and tokenise.
+        seed: of the shuffle, with the pass.
+
+    Raises:
+        ValueError: naming the row, when it is read.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase | str,
+        train: str,
+        steps_per_epoch: int,
+        val: str | Source | dict[str, str | Source] | None = None,
+        columns: dict[str, str] | None = None,
+        format: str | None = None,
+        loss_on: LossOn = "assistant",
+        max_length: int = 1024,
+        on_bad_row: Literal["raise", "drop"] = "raise",
+        packing: bool = False,
+        batch_size: int = 8,
+        chat: bool | None = None,
+        shuffle_buffer: int = 1000,
+        num_workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        if min(steps_per_epoch, shuffle_buffer) < 1 or num_workers < 0:
+            raise ValueError(
+                "steps_per_epoch and shuffle_buffer must be at least 1 and num_workers at least 0, "
+                f"got {steps_per_epoch}, {shuffle_buffer} and {num_workers}"
+            )
+        super().__init__(tokenizer, train, val, columns, format, loss_on, max_length, True, on_bad_row, packing, batch_size, chat, None, "keep", seed)
+        self.steps_per_epoch, self.shuffle_buffer, self.num_workers = steps_per_epoch, shuffle_buffer, num_workers
+        self._loader: StreamLoader | None = None
+        self._saved: dict[str, Any] | None = None
+
+    def load_training(self) -> list[Tokens]:
+        """Nothing is held in memory; the first row is read, so that a wrong path or column shows before the first step."""
+        self._loader = self._saved = None
+        _, first = next(Pieces(self, self.rank, self.world_size).numbered(0, 1))
+        self.encode(first)
+        rank_zero_info(f"train: rows are streamed from {self.train}, the first holds {', '.join(first.columns)}")
+        return []
+
+    def train_dataloader(self) -> Any:
+        """The stream, at the place of a loaded checkpoint."""
+        if self.trainer is None:
+            raise ValueError("the training loader needs a Trainer, which says how many micro-batches and ranks share a step; use trainer.fit")
+        self._loader = StreamLoader(self, self.trainer)
+        self._restore()
+        return self._loader
+
+    def state_dict(self) -> dict[str, Any]:
+        """The places of all ranks (collective)."""
+        return {"ranks": from_all_ranks([self._loader.snapshot()])} if self._loader is not None else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Kept until the loader is built, unless it is there already."""
+        self._saved = dict(state_dict)
+        self._restore()
+
+    def opened(self) -> Any:
+        """The rows as a ``datasets`` stream. Raises ValueError when there is no such file or hub id."""
+        from datasets import load_dataset
+
+        path = Path(str(self.train)).expanduser()
+        pattern = str(path / "*") if path.is_dir() else str(path)
+        files = sorted(name for name in glob(pattern) if Path(name.removesuffix(".gz")).suffix in BUILDERS)
+        kinds = sorted({Path(name.removesuffix(".gz")).suffix for name in files})
+        if len(kinds) > 1:
+            raise ValueError(
+                f"{self.train}: files of several kinds ({', '.join(kinds)}) cannot be one stream; name those of one, such as *{kinds[0]}"
+            )
+        try:
+            if files:
+                return load_dataset(BUILDERS[kinds[0]], data_files=files, split="train", streaming=True)
+            return load_dataset(str(self.train), split="train", streaming=True)
+        except (OSError, ValueError, RuntimeError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise ValueError(f"{self.train}: neither files that end in {', '.join(BUILDERS)} nor loadable from the hub: {reason}") from error
+
+    def cut(self, tokens: Tokens) -> list[Tokens]:
+        """The row; where it is too long, its pieces if all of it is learned, else nothing."""
+        if len(tokens.ids) <= self.max_length:
+            return [tokens]
+        return split_long(tokens, self.max_length) if all(tokens.supervised[1:]) else []
+
+    def _restore(self) -> None:
+        if self._loader is not None and self._saved is not None:
+            self._loader.restore(self._saved["ranks"])

@@ -1,0 +1,145 @@
+"""Streamed rows: each read once a pass, whatever ranks and workers; packed in order; resumed exactly."""
+
+import json
+from collections import Counter
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from datamodules.stream_loader import Pieces, Place
+from datamodules.streaming import StreamingDataModule
+from modules import SFTModule
+
+QUIET = {"accelerator": "cpu", "devices": 1, "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """Three files of seven rows; some rows have a column that others lack."""
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    for file in range(3):
+        rows = [{"prompt": f"{file}{row}=", "completion": f"{'x' * (row + 1)}{file}"} | ({"extra": 1} if row == 2 else {}) for row in range(7)]
+        (folder / f"{file}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def stream(path: Path | str, **settings) -> StreamingDataModule:
+    settings = {"steps_per_epoch": 4, "batch_size": 2, "shuffle_buffer": 5, "max_length": 32} | settings
+    return StreamingDataModule(SFTModule("tiny").tokenizer, str(path), **settings)
+
+
+def rows_of(data: StreamingDataModule, share: int, shares: int, number: int) -> list[str]:
+    return [row.columns["prompt"] for _, row in islice(Pieces(data, 0, 1).numbered(share, shares), number)]
+
+
+@pytest.mark.parametrize("shares", [1, 3, 4])  # whole files for three, every fourth row for four
+def test_a_pass_reads_every_row_once_over_all_shares(folder, shares):
+    data = stream(folder)
+    sizes = {1: [21], 3: [7, 7, 7], 4: [6, 5, 5, 5]}[shares]
+    first = Counter(prompt for share, size in enumerate(sizes) for prompt in rows_of(data, share, shares, size))
+    assert first == Counter(f"{file}{row}=" for file in range(3) for row in range(7))
+
+
+def test_passes_differ_in_order_and_not_in_content(folder):
+    twice = rows_of(stream(folder), 0, 1, 42)
+    assert sorted(twice[:21]) == sorted(twice[21:]) and twice[:21] != twice[21:]
+    assert twice == rows_of(stream(folder), 0, 1, 42)
+    assert twice != rows_of(stream(folder, seed=1), 0, 1, 42)
+
+
+def test_a_place_is_where_one_goes_on(tmp_path):
+    """Texts that are cut into pieces, packed: every prefix and its continuation give the same rows as one reading."""
+    path = tmp_path / "texts.jsonl"
+    path.write_text("".join(json.dumps({"text": chr(97 + number) * (4 + 9 * (number % 4))}) + "\n" for number in range(9)))
+    data = stream(path, packing=True, max_length=12)
+    reader = Pieces(data, 0, 1)
+
+    def read(place, number):
+        return [([row.ids for row in rows], behind) for rows, behind in islice(reader.batches(place, 0, 1), number)]
+
+    whole = read(Place(), 12)
+    assert all(len(ids) <= 12 for rows, _ in whole for ids in rows)
+    for number in range(1, 12):
+        assert read(whole[number - 1][1], 12 - number) == whole[number:]
+    end = data.tokenizer.eos_token_id
+    texts = [row.columns["text"] for _, row in islice(reader.numbered(0, 1), 8)]
+    expected = Counter(token for text in texts for token in [*data.tokenizer(text).input_ids, end])
+    found = Counter(token for rows, _ in whole for ids in rows for token in ids)
+    assert not {token: number for token, number in expected.items() if found[token] < number}  # nothing of the first texts is lost
+
+
+class Seen(Callback):
+    """What was trained on."""
+
+    def __init__(self) -> None:
+        self.batches: list[tuple[list, float]] = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        self.batches.append((batch["input_ids"].tolist(), float(batch["denominator"])))
+
+
+def fit(data: StreamingDataModule, folder: Path, resume: Path | None = None) -> tuple[list, torch.Tensor]:
+    seed_everything(0)
+    module, seen = SFTModule("tiny", optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-3)), Seen()
+    keeper = ModelCheckpoint(folder, save_top_k=-1, every_n_train_steps=1, filename="{step}")
+    trainer = Trainer(**QUIET, max_epochs=2, accumulate_grad_batches=2, callbacks=[seen, keeper])
+    trainer.fit(module, data, ckpt_path=resume, weights_only=True)
+    return seen.batches, torch.cat([parameter.detach().flatten() for parameter in module.policy.parameters()])
+
+
+@pytest.mark.parametrize(("workers", "packing"), [(0, False), (2, True)])
+def test_resuming_is_bitwise_inside_an_epoch_and_between(folder, tmp_path, workers, packing):
+    def data():
+        return stream(folder, num_workers=workers, packing=packing, max_length=16)
+
+    batches, weights = fit(data(), tmp_path / "whole")
+    assert len(batches) == 16  # 2 epochs x 4 steps x 2 micro-batches
+    for step in (1, 4, 6):
+        (saved,) = (tmp_path / "whole").glob(f"step={step}.ckpt")
+        rest, same = fit(data(), tmp_path / f"from{step}", saved)
+        assert rest == batches[2 * step :]
+        assert torch.equal(same, weights)
+
+
+def test_the_denominator_counts_the_whole_step(folder, tmp_path):
+    data = stream(folder)
+    batches, _ = fit(data, tmp_path)
+    ends = data.tokenizer.eos_token_id
+    for first, second in zip(batches[::2], batches[1::2], strict=True):
+        assert first[1] == second[1]
+        # a prompt is three bytes, a completion x..x and a digit and the end
+        supervised = sum(len([token for token in ids[: ids.index(ends) + 1]]) - 3 for ids in first[0] + second[0])
+        assert first[1] == supervised
+
+
+def test_bad_and_long_rows_are_counted(tmp_path):
+    path = tmp_path / "mixed.jsonl"
+    rows = [{"prompt": "1+1=", "completion": "2"}, {"prompt": "bad", "completion": ""}, {"prompt": "long" * 20, "completion": "y"}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = stream(path, on_bad_row="drop", shuffle_buffer=1, batch_size=1)
+    fit(data, tmp_path / "run")
+    assert data.bad["train"] == data.dropped["train"] == 15  # 16 micro-batches of the one good row, which comes first in a pass
+    with pytest.raises(ValueError, match=r"mixed.jsonl, row 1 of share 0 in pass 0: the completion is empty"):
+        fit(stream(path, shuffle_buffer=1), tmp_path / "run2")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("none.jsonl", "neither files that end in"), ("", "files of several kinds"), ("odd.jsonl", "looked for")],
+)
+def test_what_cannot_be_streamed_ends_in_a_sentence(tmp_path, name, message):
+    (tmp_path / "odd.jsonl").write_text('{"strange": "1"}\n')
+    (tmp_path / "table.csv").write_text("prompt,completion\na,b\n")
+    with pytest.raises(ValueError, match=message):
+        stream(tmp_path / name).setup("fit")
+
+
+def test_more_workers_than_rows_is_refused(tmp_path):
+    (tmp_path / "one.jsonl").write_text('{"prompt": "1+1=", "completion": "2"}\n')
+    with pytest.raises(ValueError, match="fewer rows than the 2 ranks and workers"):
+        rows_of(stream(tmp_path / "one.jsonl"), 1, 2, 1)
