@@ -69,11 +69,11 @@ class Refusal(Callback):
 
     Args:
         prompts: a CSV or JSONL file with the columns ``prompt``, ``label`` (``safe`` or ``unsafe``) and, if there are types, ``type``.
-        source: a source of such rows, instead of a file.
         max_completion_length: tokens of an answer, >= 1.
         every_n_epochs: epochs between measurements; ``validate`` always measures.
         judge: says which answers refuse, also in part.
-        limit: ask so many of the prompts, at even distances.
+        limit: ask so many of the prompts, at least 2, at even distances among the unsafe and then the safe ones.
+        source: a source of such rows instead of a file.
 
     Raises:
         ValueError: impossible settings; at setup, a bad row, a file without prompts of both kinds, or a module that cannot answer; at the start of
@@ -83,19 +83,19 @@ class Refusal(Callback):
     def __init__(
         self,
         prompts: str | None = None,
-        source: HasRows | None = None,
         max_completion_length: int = 128,
         every_n_epochs: int = 1,
         judge: ClassifiesAnswers | None = None,
         limit: int | None = None,
+        source: HasRows | None = None,
     ) -> None:
         require_period("every_n_epochs", every_n_epochs)
         if max_completion_length < 1 or (limit is not None and limit < 2):
             raise ValueError(f"Refusal: max_completion_length {max_completion_length} must be >= 1 and limit {limit} at least 2, one of each kind")
         if (prompts is None) == (source is None):
             raise ValueError("Refusal: set one of prompts (a file) and source")
-        self.source, self.max_completion_length, self.every_n_epochs = prompts or source, max_completion_length, every_n_epochs
-        self.judge, self.limit = judge, limit
+        self.source = prompts if prompts is not None else source
+        self.max_completion_length, self.every_n_epochs, self.judge, self.limit = max_completion_length, every_n_epochs, judge, limit
         self.prompts: list[Prompt] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -104,7 +104,7 @@ class Refusal(Callback):
             raise ValueError(f"Refusal asks the model and {type(pl_module).__name__} gives no answers: remove the callback.")
         if stage in ("fit", "validate") and not self.prompts:
             assert self.source is not None
-            prompts = read_prompts(self.source)
+            prompts = sorted(read_prompts(self.source), key=lambda prompt: prompt.safe)
             count = min(self.limit or len(prompts), len(prompts))
             self.prompts = [prompts[index * len(prompts) // count] for index in range(count)]
             if {prompt.safe for prompt in self.prompts} != {True, False}:

@@ -157,14 +157,21 @@ class AlignDataModule(LightningDataModule):
         bad = f", {self.bad[stage]} bad rows dropped" if self.on_bad_row == "drop" else ""
         rank_zero_info(f"{name or stage}: {num_rows} rows, {self.dropped[stage]} dropped as too long{bad}, {detail}")
 
-    def step_loader(self, dataset: Dataset[Any], lengths: Sequence[int], weights: Sequence[int], batch_size: int) -> StepLoader:
+    def step_loader(
+        self,
+        dataset: Dataset[Any],
+        lengths: Sequence[int],
+        weights: Sequence[int],
+        batch_size: int,
+        sampler: Callable[..., StepSampler] = StepSampler,
+    ) -> StepLoader:
         """The training loader, at the position of a loaded checkpoint. Raises ValueError when its batches are not this run's."""
         if self.trainer is None:
             raise ValueError("the training loader needs a Trainer, which says how many micro-batches and ranks share a step; use trainer.fit")
         if self.trainer.overfit_batches:  # type: ignore[attr-defined]
             raise ValueError("overfit_batches replaces the sampler that plans the steps; use limit_train_batches and limit_val_batches")
         trainer = self.trainer
-        self._sampler = StepSampler(
+        self._sampler = sampler(
             lengths,
             weights,
             batch_size,

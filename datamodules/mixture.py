@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy
+from functools import partial
 from itertools import count
 from typing import Any, Literal
 
@@ -10,7 +11,6 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from datamodules.base import StepLoader
 from datamodules.chat import LossOn
 from datamodules.collate import MicroBatch, StepSampler
 from datamodules.instruction import InstructionDataModule, sizes
@@ -154,22 +154,8 @@ class MixtureDataModule(InstructionDataModule):
 
     def train_dataloader(self) -> DataLoader[MicroBatch]:
         """Rows as drawn."""
-        if self.trainer is None:
-            raise ValueError("the training loader needs a Trainer, which says how many micro-batches and ranks share a step; use trainer.fit")
-        trainer = self.trainer
-        self._sampler = MixtureSampler(
-            *sizes(self.train_rows),
-            self.batch_size,
-            accumulate=trainer.accumulate_grad_batches,
-            num_replicas=self.world_size,
-            rank=self.rank,
-            current_epoch=lambda: trainer.current_epoch,
-            num_steps=self.num_steps,
-            draw=self.draw,
-            global_step=lambda: trainer.global_step,
-        )
-        self._apply_resume()
-        return StepLoader(self._dataset(self.train_rows), sampler=self._sampler, batch_size=None)
+        sampler = partial(MixtureSampler, num_steps=self.num_steps, draw=self.draw, global_step=lambda: self.trainer.global_step)  # type: ignore[union-attr]
+        return self.step_loader(self._dataset(self.train_rows), *sizes(self.train_rows), self.batch_size, sampler)
 
     def state_dict(self) -> dict[str, Any]:
         """As for every DataModule, and how the steps were cut."""
