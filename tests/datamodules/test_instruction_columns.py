@@ -220,3 +220,10 @@ def test_a_chat_template_with_its_own_bos_gets_no_second() -> None:
     tokenizer.chat_template = "{{ bos_token }}" + CHAT_TEMPLATE
     tokens = encode_instruction(tokenizer, instruction_example(row(**ALPACA), {}))
     assert tokens.ids.count(tokenizer.convert_tokens_to_ids(BOS)) == 1
+
+
+@pytest.mark.parametrize("extra", [{"label": False}, {"chosen": "a", "rejected": "b"}], ids=["labelled", "compared"])
+def test_a_preference_is_not_taken_for_an_example(extra):
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Go away"}]
+    with pytest.raises(ValueError, match=r"x#0: the row is a preference .*set data to PreferenceDataModule"):
+        instruction_example(Row({"messages": turns, **extra}, "x#0", "x"), {})

@@ -57,7 +57,6 @@ def gpt(record: dict[str, Any]) -> list[str]:
 FILES: list[tuple[str, int, dict[str, str], Answers]] = [
     ("llama-factory/identity.json", 64, {}, lambda record: [record["output"]]),
     ("llama-factory/v1_sft_demo.jsonl", 140, {}, lambda record: [record["messages"][-1]["content"][0]["value"]]),
-    ("llama-factory/kto_en_demo.json", 140, {}, lambda record: [turn["content"] for turn in record["messages"] if turn["role"] == "assistant"]),
     ("fastchat/dummy_conversation.json", 350, {}, gpt),
     ("torchtune/chat_tiny.json", 1, {}, gpt),
     ("torchtune/instruct_tiny.json", 2, {}, lambda record: [record["response"]]),

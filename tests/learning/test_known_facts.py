@@ -17,7 +17,7 @@ QUIET = {
     "enable_progress_bar": False,
     "enable_model_summary": False,
 }
-KNOWN, TUNED = 24, 24  # facts 0 to 47 are taught; the last 24 of them, and 24 new ones behind them, are tuned on
+KNOWN = TUNED = NEW = 16  # facts 0 to 31 are taught; the last 16 of them, and 16 new ones behind them, are tuned on
 
 
 def fit(policy: str, lr: float, first: int, num_facts: int, steps: int) -> SFTModule:
@@ -46,14 +46,14 @@ def accuracy(module: SFTModule, first: int, num_facts: int) -> float:
 def start(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = str(tmp_path_factory.mktemp("start"))
     module = fit("tiny", 2e-3, 0, KNOWN + TUNED, 240)
-    assert accuracy(module, 0, KNOWN) == 1.0
-    assert accuracy(module, KNOWN + TUNED, 24) == 0.0
+    assert accuracy(module, 0, KNOWN) > 0.9
+    assert accuracy(module, KNOWN + TUNED, NEW) == 0.0
     module.policy.save_pretrained(folder)
     return folder
 
 
 def test_new_facts_cost_known_ones(start: str) -> None:
-    everything, known = (fit(start, 3e-4, KNOWN, num_facts, 200) for num_facts in (TUNED + 24, TUNED))
-    assert accuracy(everything, KNOWN + TUNED, 24) > 0.9  # converged: the new facts are learned
+    everything, known = (fit(start, 3e-4, KNOWN, num_facts, 160) for num_facts in (TUNED + NEW, TUNED))
+    assert accuracy(everything, KNOWN + TUNED, NEW) > 0.9  # converged: the new facts are learned
     assert accuracy(known, 0, KNOWN) > 0.9
     assert accuracy(everything, 0, KNOWN) < accuracy(known, 0, KNOWN) - 0.2
