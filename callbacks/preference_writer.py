@@ -4,9 +4,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from lightning.pytorch import Trainer
 
-from callbacks.resumable_jsonl import Labels, ResumableJsonl, open_whole_lines, write_whole
-
-__all__ = ["PreferenceWriter", "open_whole_lines", "write_whole"]
+from callbacks.resumable_jsonl import Labels, ResumableJsonl
 
 
 @runtime_checkable

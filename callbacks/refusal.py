@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from callbacks.phase import require_period, tensorboards
-from callbacks.samples import _block, _cell
+from callbacks.samples import block, cell
 from modules.functional.ranks import from_all_ranks
 from modules.functional.refusal import FULL_COMPLIANCE, FULL_REFUSAL, LABELS, is_refusal, refusal_rates
 
@@ -155,13 +155,13 @@ def report(prompts: Sequence[Prompt], answers: Sequence[Answer]) -> str:
         counts.setdefault((not prompt.safe, prompt.type), Counter())[answer.label] += 1
     table = ["| type | label | prompts | complied | refused | in part | invalid |", "|---|---|---|---|---|---|---|"]
     for (unsafe, kind), labels in sorted(counts.items()):
-        cells = [_cell(kind), "unsafe" if unsafe else "safe", labels.total(), *(labels[label] for label in (*LABELS, None))]
+        cells = [cell(kind), "unsafe" if unsafe else "safe", labels.total(), *(labels[label] for label in (*LABELS, None))]
         table.append("| " + " | ".join(str(cell) for cell in cells) + " |")
     sections = ["\n".join(table)]
     for safe, wrong, title in ((True, FULL_REFUSAL, "Safe, and refused"), (False, FULL_COMPLIANCE, "Unsafe, and answered")):
         found = [answer for answer in answers if prompts[answer.row].safe == safe and answer.label == wrong]
         for answer in found[:: max(1, len(found) // NUM_MISJUDGED)][:NUM_MISJUDGED]:
-            sections += [f"**{title}**", _block(prompts[answer.row].text), "Answer", _block(answer.text)]
+            sections += [f"**{title}**", block(prompts[answer.row].text), "Answer", block(answer.text)]
     return "\n\n".join(sections)
 
 

@@ -75,16 +75,16 @@ def markdown(rollouts: Sequence[Rollout]) -> str:
 def _section(rollout: Rollout) -> str:
     completion = rollout.completion
     rows = ["| reward | score |", "|---|---|", f"| **trained on** | {_score(rollout.reward)} |"]
-    rows += [f"| {_cell(name)} | {_score(score)} |" for name, score in rollout.rewards.items()]
+    rows += [f"| {cell(name)} | {_score(score)} |" for name, score in rollout.rewards.items()]
     return "\n\n".join(
         [
-            f"**{_cell(rollout.uid)}**: {len(completion.token_ids)} tokens, finish {completion.finish}",
+            f"**{cell(rollout.uid)}**: {len(completion.token_ids)} tokens, finish {completion.finish}",
             "Prompt",
-            _block(rollout.prompt),
+            block(rollout.prompt),
             "Completion",
-            _block(completion.text),
+            block(completion.text),
             "Expected answer",
-            _block("(none)" if rollout.answer is None else rollout.answer),
+            block("(none)" if rollout.answer is None else rollout.answer),
             "\n".join(rows),
         ]
     )
@@ -94,12 +94,12 @@ def _score(value: float | None) -> str:
     return "unscorable" if value is None else f"{value:.3f}"
 
 
-def _block(text: str) -> str:
+def block(text: str) -> str:
     """``text`` as an indented code block: every kind of line break starts a new indented line."""
     return "\n".join(f"    {line}" for line in text.splitlines()) or "    (empty)"
 
 
-def _cell(text: str) -> str:
+def cell(text: str) -> str:
     """``text`` on one line, with what means something to Markdown, tables or HTML as character references."""
     line = escape(" ".join(text.split()))
     return "".join(f"&#{ord(character)};" if character in "|`*_[]\\" else character for character in line)

@@ -43,7 +43,7 @@ class InstructionDataModule(AlignDataModule):
         chat: render text prompts as one user message with the chat template. None: Alpaca rows alone, if there is a template; else they get
             Alpaca's own prompt.
         system: system message in front of every chat that has none.
-        unknown: for training rows with a column ``knowledge`` (arXiv 2405.04905): ``drop`` keeps HighlyKnown and MaybeKnown rows; ``idk`` answers
+        unknown: for training rows with a column ``knowledge`` (arXiv 2405.05904): ``drop`` keeps HighlyKnown and MaybeKnown rows; ``idk`` answers
             the Unknown ones with "I don't know."
         seed: of the shuffle, with the epoch.
 

@@ -56,7 +56,7 @@ def refuse(error: Exception) -> NoReturn:
     sys.exit(1)
 
 
-def build(kind: type, *args: Any, **kwargs: Any) -> Any:
+def build(kind: type, /, *args: Any, **kwargs: Any) -> Any:
     """Make an object that the configuration names. What its constructor refuses ends the run here, or the parser would bury it."""
     try:
         return kind(*args, **kwargs)

@@ -7,11 +7,14 @@ from typing import Any, cast
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
+from modules.functional.memory import memory_line, training_memory
+from modules.networks.frozen import Frozen
 from modules.networks.lora import Lora
-from modules.networks.policy import Policy
+from modules.networks.policy import MAX_LOGITS, Policy
 from modules.rollout.engine import Sampling
 from modules.rollout.in_process import InProcessEngine
 from modules.types import Rollout
@@ -31,6 +34,8 @@ class AlignmentModule(LightningModule):
         rollouts: this rank's rollouts of the current phase, valid from its first micro-batch to the end of the epoch.
         phase_metrics: numbers of the current phase that its end logs.
     """
+
+    forms_logits = True  # whether training computes logits
 
     def __init__(
         self, policy: str, optimizer: OptimizerCallable, scheduler: LRSchedulerCallable | None = None, dropout: bool = True, lora: Lora | None = None
@@ -119,6 +124,13 @@ class AlignmentModule(LightningModule):
                 self.means[name] = MeanMetric().to(self.device)
             self.means[name].update(value, weight)  # type: ignore[operator]
             self.log(name, self.means[name], metric_attribute=f"means.{name}")  # type: ignore[arg-type]
+
+    def on_train_start(self) -> None:
+        """Say how much memory training needs, as far as it is known."""
+        frozen = (weight for part in vars(self).values() if isinstance(part, Frozen) for weight in part.weights.values())
+        logits = MAX_LOGITS if self.forms_logits else 0
+        memory = training_memory([*self.parameters(), *self.buffers(), *frozen], self.trainer.optimizers[0], logits)
+        rank_zero_info(memory_line(memory))
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Start the clock and the metrics of a step at its first micro-batch."""

@@ -46,7 +46,9 @@ class RewardModule(AlignmentModule):
     those of an optimiser step, or of all held-out completions.
 
     Exported is what ``AutoModelForSequenceClassification`` loads, in TRL and elsewhere: it scores with one label, raw, at the last token that
-    is not the pad token. ``LearnedReward`` reads it with the normalisation. As the ``policy`` of a new module it gives its backbone only.
+    is not the pad token, here the end token. TRL's rows of text end there too; its rows of messages go on to the end of the chat template, in
+    ChatML a line break, where no score was learned. ``LearnedReward`` reads the export with the normalisation. As the ``policy`` of a new
+    module it gives its backbone only.
 
     Args:
         policy: the backbone, whose output head is not used: ``tiny``, a Hugging Face folder, a GGUF file or a hub id. Dropout is off.
@@ -63,6 +65,8 @@ class RewardModule(AlignmentModule):
     Raises:
         ValueError: values out of range; an architecture without sequence classification; in ``setup``, data that hold no pairs.
     """
+
+    forms_logits = False
 
     def __init__(
         self,

@@ -13,7 +13,11 @@ ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 SHORT = ["--trainer.accelerator", "cpu", "--trainer.devices", "1", "--trainer.log_every_n_steps", "1", "--trainer.enable_progress_bar", "false"]
 LIMITS = {
-    "sft": ["--trainer.limit_train_batches=3", "--trainer.max_epochs=1", "--trainer.max_steps=-1"],
+    "sft": [
+        *("--trainer.limit_train_batches=3", "--trainer.max_epochs=1", "--trainer.max_steps=-1", "--trainer.callbacks+=Forgetting"),
+        "--trainer.callbacks+={class_path: Refusal, init_args: {max_completion_length: 2, source: "
+        "{class_path: datamodules.GuardedAddition, init_args: {num_examples: 4, kind: prompts}}}}",
+    ],
     "reward": ["--trainer.limit_train_batches=3", "--trainer.max_epochs=1"],
     "dpo": ["--trainer.limit_train_batches=3", "--trainer.max_epochs=1"],
     "online_dpo": ["--trainer.max_epochs=1", "--trainer.check_val_every_n_epoch=1", "--trainer.limit_val_batches=1"],

@@ -25,16 +25,16 @@ class FirstOfEveryOtherGroup(Reward):
         return scores
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-@pytest.mark.parametrize(
-    ("method", "expected"),
-    # groups 0, 2 and 4 of six differ, of four completions each; in group 4 one has no score
-    [(GRPOModule, 4 + 4 + 3), (OnlineDPOModule, 3 * 2)],
-)
-def test_effective_batch_counts_what_has_a_gradient(method, expected, accumulate):
+# groups 0, 2 and 4 of six differ, of four completions each; in group 4 one has no score
+CASES = [(GRPOModule, {}, 4 + 4 + 3), (GRPOModule, {"beta": 0.1}, 4 + 4 + 3), (OnlineDPOModule, {}, 3 * 2)]
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])  # four micro-batches: more than there are pairs, and with the KL every completion is in one
+@pytest.mark.parametrize(("method", "settings", "expected"), CASES)
+def test_effective_batch_counts_what_the_reward_teaches(method, settings, expected, accumulate):
     seed_everything(0)
-    sampling = Sampling(max_completion_length=4)
-    module = method("tiny", FirstOfEveryOtherGroup(), num_generations=4, sampling=sampling, optimizer=lambda parameters: torch.optim.SGD(parameters))
+    settings = {"num_generations": 4, "sampling": Sampling(max_completion_length=4)} | settings
+    module = method("tiny", FirstOfEveryOtherGroup(), optimizer=lambda parameters: torch.optim.SGD(parameters), **settings)
     trainer = Trainer(**QUIET, max_epochs=1, enable_checkpointing=False, accumulate_grad_batches=accumulate)
     trainer.fit(module, VerifiableDataModule(module.tokenizer, Addition(50), prompts_per_phase=6))
     assert float(trainer.callback_metrics["train/effective_batch"]) == expected
