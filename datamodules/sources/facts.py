@@ -15,7 +15,7 @@ class Facts(Source):
 
     Fact i is a function of i alone: subject i // 4, relation i % 4, and an object drawn by a fixed hash from 10000. So a stage that is given
     facts 0 to 399 teaches those, and facts from 400 on are new to its model. Columns ``question``, ``answer``, ``relation``, and for tuning
-    ``prompt`` (the question and ``=``) with ``completion``.
+    ``prompt`` (the question and ``=``, as ``FactDocuments`` have it) with ``completion``; ``asked`` is the question with a question mark.
 
     Args:
         num_facts: rows, >= 1, in the order of their numbers.
@@ -79,7 +79,7 @@ def fact(number: int) -> dict[str, str]:
     """The columns of one fact."""
     subject, relation = name(number // len(RELATIONS) * 7919 % NUM_NAMES), RELATIONS[number % len(RELATIONS)]
     question, answer = f"{relation} {subject}", name(crc32(f"{relation} of {subject}".encode()) % NUM_NAMES)
-    return {"question": question, "answer": answer, "relation": relation, "prompt": f"{question}=", "completion": answer}
+    return {"question": question, "answer": answer, "relation": relation, "asked": f"{question}?", "prompt": f"{question}=", "completion": answer}
 
 
 def name(number: int) -> str:

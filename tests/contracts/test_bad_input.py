@@ -19,7 +19,7 @@ FILES = [
     ("answers.jsonl", '{"question": "x", "answer": "y"}\n', "sft", "such as --data.columns '{prompt: question, completion: answer}'"),
     ("silent.jsonl", '{"messages": [{"role": "user", "content": "hi"}]}\n', "sft", "silent.jsonl:1: no supervised token"),
     ("long.jsonl", f"{GOOD}\n{LONG}\n", "grpo", "long.jsonl:2: 600 tokens and the limit is 512"),
-    ("scalars.jsonl", "1\n2\n", "grpo", "scalars.jsonl:1: a row must be an object with named columns, this is a int"),
+    ("scalars.jsonl", "1\n2\n", "grpo", "scalars.jsonl:1: a row must be an object with named columns or a text, this is a int"),
     ("half.jsonl", f'{GOOD}\n{{"prompt": "a\\ud83d", "answer": "2"}}\n', "grpo", "half.jsonl:2: the text holds half of a character"),
     ("nulls.jsonl", f"{NAN}\n{NAN}\n", "grpo", "nulls.jsonl:1: all 2 train rows from here on have no answer; name its column with data.columns"),
     ("header.csv", "prompt,answer\n", "grpo", "header.csv: the file holds no rows"),

@@ -1,10 +1,12 @@
 """Addition and reasoning-gym: right answers, and held-out problems that no training set shows."""
 
+import re
 import sys
 
 import pytest
 
-from datamodules import Addition, AdditionPairs, ReasoningGym
+from datamodules import Addition, AdditionPairs, NumberTexts, ReasoningGym
+from datamodules.sources.addition import is_held_out
 
 
 def test_missing_library_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,3 +113,20 @@ def test_dots_follow_the_sum() -> None:
 def test_pairs_refuse_values_out_of_range(settings: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="dots must be|longer_chosen must lie"):
         AdditionPairs(10, **settings)  # type: ignore[arg-type]
+
+
+def test_texts_of_sums_are_right_and_hold_no_held_out_pair():
+    rows = NumberTexts(200).rows()
+    found = [re.fullmatch(r"(\d\d),(\d\d):(\d{3})", item) for row in rows for item in row.columns["text"].split(" ")]
+    assert len(found) == 200 * 12 and all(found)
+    for a, b, total in (match.groups() for match in found):
+        assert int(a) + int(b) == int(total[::-1]) and not is_held_out(int(a), int(b))
+    assert rows == NumberTexts(200).rows() != NumberTexts(200, seed=1).rows()
+
+
+def test_texts_of_counting_have_equal_steps():
+    for item in NumberTexts(50, subject="counting").rows()[7].columns["text"].rstrip(";").split("; "):
+        first, second, third, fourth = map(int, item.split(" "))
+        assert 1 <= second - first == third - second == fourth - third <= 9
+    with pytest.raises(ValueError, match="sums or counting"):
+        NumberTexts(5, subject="tales")

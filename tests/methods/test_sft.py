@@ -155,3 +155,12 @@ def test_a_base_model_is_asked_in_alpacas_words():
 def test_settings_out_of_range_are_refused(wrong):
     with pytest.raises(ValueError, match="must be in"):
         SFTModule("tiny", **wrong)
+
+
+def test_a_run_says_what_memory_it_needs(capsys, caplog):
+    caplog.set_level("INFO", logger="lightning.pytorch")
+    module = SFTModule("tiny")
+    fit(module)
+    said = capsys.readouterr().out + capsys.readouterr().err + caplog.text
+    parameters = sum(parameter.numel() for parameter in module.policy.parameters())
+    assert f"weights {parameters * 4 / 1e6:,.0f} MB" in said and "before activations" in said
