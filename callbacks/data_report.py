@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from callbacks.phase import new_figure, tensorboards
-from callbacks.preference_audit import write
+from callbacks.resumable_jsonl import write_json
 from modules.functional.data_report import Document, concerns, leaked, split_report, split_row
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ class DataReport(Callback):
         Console().print(shown)
         path = self.path or next((Path(logger.log_dir) / "data_report.json" for logger in loggers), None)
         if path is not None and not trainer.fast_dev_run:  # type: ignore[attr-defined]  # Trainer sets it without declaring it
-            write(path, reports)
+            write_json(path, reports)
             rank_zero_info(f"data report: {path}")
 
 

@@ -1,6 +1,7 @@
 """What does training make the model worse at? Held-out perplexity by domain, now against the start."""
 
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
 import torch
@@ -116,7 +117,7 @@ class Forgetting(Callback):
         total = count = 0.0
         loader = cast(HasDomains, trainer.datamodule).domain_loader(name)  # type: ignore[attr-defined]
         with evaluating(pl_module), torch.no_grad(), trainer.precision_plugin.forward_context():
-            for batch in loader:
+            for batch in islice(loader, 1 if trainer.fast_dev_run else None):  # type: ignore[attr-defined]  # Trainer sets it without declaring it
                 batch = trainer.strategy.batch_to_device(batch)
                 logprobs = cast(ScoresTokens, pl_module).scores(batch).logprobs[batch["loss_mask"]]  # [K]
                 total -= float(logprobs.sum())

@@ -1,6 +1,5 @@
 """Does the score prefer what people prefer, or only what is longer?"""
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from callbacks.phase import new_figure, tensorboards
+from callbacks.resumable_jsonl import write_json
 from modules.functional.preference_audit import audit_report
 from modules.functional.ranks import from_all_ranks
 from modules.types import PreferenceBatch, ScoredPair
@@ -132,7 +132,7 @@ class PreferenceAudit(Callback):
             logger.experiment.add_text("audit", table(report), global_step=trainer.global_step)
         path = self.path or next((Path(logger.log_dir) / "audit.json" for logger in loggers), None)
         if path is not None:
-            write(path, {"split": split, "step": trainer.global_step, "report": report})
+            write_json(path, {"split": split, "step": trainer.global_step, "report": report})
         rank_zero_info(summary(report) + ("" if path is None else f": {path}"))
         if smells_of_length(report):
             rank_zero_warn("audit: the score may be little more than length; see accuracy_chosen_shorter and score_length_pearson_within_prompt")
@@ -170,14 +170,6 @@ def smells_of_length(report: dict[str, float]) -> bool:
 def table(report: dict[str, float]) -> str:
     """The report as Markdown."""
     return "\n".join(["| measure | value |", "|---|---|", *(f"| {key} | {value:.3f} |" for key, value in report.items())])
-
-
-def write(path: Path, content: dict[str, Any]) -> None:
-    """JSON, renamed into its place when it is complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)
 
 
 def reliability(delta: Tensor) -> tuple[Tensor, Tensor]:

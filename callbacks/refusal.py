@@ -100,7 +100,7 @@ class Refusal(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Read the prompts."""
-        if not isinstance(pl_module, Responds):
+        if not isinstance(pl_module, Responds) or not getattr(pl_module, "forms_logits", True):
             raise ValueError(f"Refusal asks the model and {type(pl_module).__name__} gives no answers: remove the callback.")
         if stage in ("fit", "validate") and not self.prompts:
             assert self.source is not None
@@ -113,7 +113,7 @@ class Refusal(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """ValueError for a fit that never gets here."""
-        if not sum(trainer.num_val_batches):
+        if not trainer.enable_validation:
             raise ValueError("Refusal asks at the end of validation and this fit has none: set data.val, or remove the callback.")
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

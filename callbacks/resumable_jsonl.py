@@ -181,3 +181,9 @@ def write_whole(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     part.replace(path)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """JSON, renamed into its place when it is complete; its parents are made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, json.dumps(content, indent=2) + "\n")

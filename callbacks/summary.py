@@ -7,6 +7,8 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from callbacks.resumable_jsonl import write_whole
+
 
 class Summary(Callback):
     """Remembers the validation before training, and prints it beside the validation of the trained checkpoint.
@@ -65,7 +67,7 @@ class Summary(Callback):
 
         if self.result is not None:
             Path(self.result).parent.mkdir(parents=True, exist_ok=True)
-            Path(self.result).write_text(f"{_round(self.after[self.headline])}\n")
+            write_whole(Path(self.result), f"{_round(self.after[self.headline])}\n")
         table = Table("metric", *(["before"] if self.before else []), "after")
         for name in self.metrics:
             table.add_row(name, *([_round(self.before[name])] if name in self.before else []), _round(self.after[name]))

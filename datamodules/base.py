@@ -79,6 +79,7 @@ class AlignDataModule(LightningDataModule):
         self.val: Any = val
         self.dropped = {"train": 0, "val": 0}
         self.bad = {"train": 0, "val": 0}
+        self._left_out = (0, 0, 0)  # of the last source: by encode, too long, bad
         self._sampler: StepSampler | None = None
         self._resume: dict[str, int] | None = None
 
@@ -122,6 +123,7 @@ class AlignDataModule(LightningDataModule):
                 raise ValueError(f"{row.origin}: {length(example)} tokens and the limit is {limit}; raise it or set drop_long: true")
         self.dropped[stage] += too_long
         self.bad[stage] += bad
+        self._left_out = (skipped, too_long, bad)
         if not kept:
             first = f"; the first bad row is {problem}" if problem else ""
             left_out = f"{skipped} left out, {bad} bad, {too_long} longer than {limit} tokens"
@@ -143,7 +145,8 @@ class AlignDataModule(LightningDataModule):
             return
         config = module.policy.model.config
         positions = config.to_dict().get(config.attribute_map.get("max_position_embeddings", "max_position_embeddings"))
-        budget = module.sampling.max_completion_length if isinstance(module, Samples) else 0
+        sampling = module.sampling if isinstance(module, Samples) and (stage == "val" or hasattr(module, "collect")) else None
+        budget = sampling.max_completion_length if sampling is not None else 0
         if positions is None or longest + budget <= positions:
             return
         and_completion = f" and a completion up to {budget} more (model.sampling.max_completion_length)" if budget else ""
@@ -154,8 +157,9 @@ class AlignDataModule(LightningDataModule):
 
     def report(self, stage: str, num_rows: int, detail: str, name: str | None = None) -> None:
         """Prints one line about a loaded stage, or one set of rows of it, on rank 0."""
-        bad = f", {self.bad[stage]} bad rows dropped" if self.on_bad_row == "drop" else ""
-        rank_zero_info(f"{name or stage}: {num_rows} rows, {self.dropped[stage]} dropped as too long{bad}, {detail}")
+        skipped, too_long, bad = self._left_out
+        more = (f", {skipped} left out" if skipped else "") + (f", {bad} bad rows dropped" if bad else "")
+        rank_zero_info(f"{name or stage}: {num_rows} rows, {too_long} dropped as too long{more}, {detail}")
 
     def step_loader(
         self,

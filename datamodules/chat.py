@@ -7,7 +7,7 @@ from typing import Any, Literal, NotRequired, TypedDict
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from datamodules.tokens import Tokens, encode_text, end_id, prompt_ids, shortened, token_ids, token_picture, without_end
+from datamodules.tokens import Tokens, encode_text, end_id, prompt_ids, shortened, special_tokens, token_ids, token_picture, without_end
 
 
 class Message(TypedDict):
@@ -168,10 +168,19 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], origin: 
     return str(rendered)
 
 
+def _ending(tokenizer: PreTrainedTokenizerBase, where: str) -> str:
+    """What the template writes behind an answer, such as ``<|im_end|>``."""
+    turns = [Message(role=role, content="\N{SNOWMAN}") for role in ("user", "assistant")]
+    return render(tokenizer, turns, where, open_turn=False).rpartition("\N{SNOWMAN}")[2].strip()
+
+
 def _trimmed(tokenizer: PreTrainedTokenizerBase, message: Message, where: str) -> Message:
     """An assistant turn without an end token in its text. ValueError for an empty turn."""
     if message["role"] == "assistant":
-        message = {**message, "content": without_end(tokenizer, message["content"])}
+        content = without_end(tokenizer, message["content"])
+        if content.rstrip().endswith(special_tokens(tokenizer)) and (ending := _ending(tokenizer, where)):
+            content = content.rstrip().removesuffix(ending)
+        message = {**message, "content": content}
     if not message["content"].strip() and not message.get("tool_calls") and message["role"] != "tool":
         raise ValueError(f"{where} is empty")
     return message
@@ -187,7 +196,7 @@ def _assistant_text(
     message, turn = messages[-1], closed[len(opened) :]
     end = len(turn)
     if message.get("tool_calls"):
-        end = max((turn.rfind(token) for token in tokenizer.all_special_tokens if token in turn), default=end)
+        end = max((turn.rfind(token) for token in special_tokens(tokenizer) if token in turn), default=end)
     else:
         longer: Message = {**message, "content": message["content"] + "\N{SNOWMAN}"}
         end = len(commonprefix([closed, render(tokenizer, [*messages[:-1], longer], origin, False, tools)])) - len(opened)
@@ -203,7 +212,7 @@ def _assistant_text(
 def _assistant_ids(tokenizer: PreTrainedTokenizerBase, text: str, tail: str) -> tuple[list[int], list[int]]:
     """The learned ids of a turn, its end-of-turn token included, and the ids that the template puts behind that."""
     body, closing = token_ids(tokenizer, text), token_ids(tokenizer, tail)
-    special = set(tokenizer.all_special_ids)
+    special = {tokenizer.convert_tokens_to_ids(token) for token in special_tokens(tokenizer)}
     ending = next((index for index, token in enumerate(closing) if token in special), None)
     if ending is None:
         return [*body, end_id(tokenizer)], closing

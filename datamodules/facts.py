@@ -113,8 +113,9 @@ class FactsDataModule(AlignDataModule):
         """A prompt, ready for the answer. Of ``others``, ``alike`` ask the same question and are no examples."""
         drawn = random.Random(f"{self.seed} {uid}").sample(others, self.num_shots + alike)
         examples = [example for example in drawn if example.question != fact.question][: self.num_shots]
-        shots = [self.template.replace("{question}", example.question).replace("{answer}", example.answers[0]) for example in examples]
-        asked = self.template.partition("{answer}")[0].rstrip(" ")  # the space belongs to the first token of the answer
+        before, _, behind = self.template.partition("{answer}")
+        shots = [before.replace("{question}", example.question) + example.answers[0] + behind for example in examples]
+        asked = before.rstrip(" ")  # the space belongs to the first token of the answer
         return "".join(shots) + asked.replace("{question}", fact.question)
 
     def predict_dataloader(self) -> EVAL_DATALOADERS:

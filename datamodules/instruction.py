@@ -1,17 +1,17 @@
 """Supervised fine-tuning data: conversations, prompts with completions, Alpaca rows, plain text."""
 
 from dataclasses import replace
-from typing import Literal
+from typing import Literal, get_args
 
 from lightning.pytorch.utilities.types import EVAL_DATALOADERS
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from datamodules.base import AlignDataModule
-from datamodules.chat import LossOn
+from datamodules.chat import LossOn, Message
 from datamodules.collate import InstructionDataset, MicroBatch
 from datamodules.columns import check_mapping
-from datamodules.instruction_columns import KNOWN, check_format, encode_instruction, instruction_example
+from datamodules.instruction_columns import KNOWN, InstructionExample, check_format, encode_instruction, instruction_example
 from datamodules.packing import pack
 from datamodules.sources import Row, Source
 from datamodules.tokens import Tokens
@@ -76,6 +76,9 @@ class InstructionDataModule(AlignDataModule):
     ) -> None:
         if batch_size < 1 or max_length < 2:
             raise ValueError(f"batch_size must be at least 1 and max_length at least 2, got {batch_size} and {max_length}")
+        for name, value, known in (("loss_on", loss_on, get_args(LossOn)), ("unknown", unknown, ("keep", "drop", "idk"))):
+            if value not in known:
+                raise ValueError(f"{name} must be {', '.join(known[:-1])} or {known[-1]}, got {value!r}")
         check_mapping(columns or {}, KNOWN)
         check_format(format)
         super().__init__(tokenizer, train, val, columns, drop_long, on_bad_row, seed)
@@ -141,12 +144,21 @@ class InstructionDataModule(AlignDataModule):
         if unknown == "drop" and knowledge in UNKNOWN:
             return None
         if unknown == "idk" and knowledge == "Unknown":
-            example = replace(example, completion=IDK)
+            example = disowned(example)
         return encode_instruction(self.tokenizer, example, self.chat, self.system, self.loss_on)
 
     def _dataset(self, rows: list[Tokens]) -> InstructionDataset:
         pad = self.tokenizer.pad_token_id
         return InstructionDataset(rows, self.tokenizer.eos_token_id if pad is None else pad)
+
+
+def disowned(example: InstructionExample) -> InstructionExample:
+    """The example with its last answer replaced. ValueError for a text, in which nothing is asked."""
+    if example.whole:
+        raise ValueError(f"{example.origin}: unknown: idk needs a question and its answer, and the row is a plain text")
+    if isinstance(example.completion, str):
+        return replace(example, completion=IDK)
+    return replace(example, completion=[*example.completion[:-1], Message(role="assistant", content=IDK)])
 
 
 def sizes(rows: list[Tokens]) -> tuple[list[int], list[int]]:

@@ -51,10 +51,9 @@ def instruction_example(row: Row, columns: Columns, format: str | None = None) -
     """
     check_format(format)
     record, origin = renamed(row, columns), row.origin
-    if {"chosen", "rejected"} <= set(record) or isinstance(record.get("label"), bool):
-        raise ValueError(
-            f"{origin}: the row is a preference ({'chosen, rejected' if 'chosen' in record else 'label'}); set data to PreferenceDataModule"
-        )
+    if format is None and ({"chosen", "rejected"} <= set(record) or isinstance(record.get("label"), bool)):
+        found = "chosen, rejected" if "chosen" in record else "label"
+        raise ValueError(f"{origin}: the row is a preference ({found}); set data to PreferenceDataModule, or name its format with data.format")
     names = {shape: name for name, (shapes, _) in READERS.items() if format in (None, name) for shape in shapes}
     shape = find_shape(record, tuple(names), columns, origin)
     return READERS[names[shape]][1](record, shape, row)

@@ -53,7 +53,7 @@ class MixtureDataModule(InstructionDataModule):
 
     Args:
         tokenizer: a tokenizer, or a path or hub id.
-        streams: by name. Without any ``weight`` a stream of n rows has the share min(n, cap) of all rows (FLAN).
+        streams: by name. Without any ``weight`` a stream of n rows (pieces, of long texts) has the share min(n, cap) of all (FLAN).
         num_steps: optimiser steps of one Trainer epoch. A checkpoint from the end of an epoch goes on with a new one of so many steps.
         weigh_by: what weights are shares of: ``tokens`` or ``examples``. Shares of tokens divided by the mean length make probabilities.
         cap: see ``streams``.

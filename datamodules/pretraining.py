@@ -53,18 +53,18 @@ class PretrainingDataModule(InstructionDataModule):
 
     def load(self, source: str | Source, stage: Literal["train", "val"], name: str) -> list[Tokens]:
         """Packed rows of a source."""
-        return load_documents(self, source, stage, name)
+        return load_documents(self, source, stage, name, whole=True)
 
     def load_training(self) -> list[Tokens]:
         """The training rows."""
         return self.load(self.train, "train", "train")
 
 
-def load_documents(data: InstructionDataModule, source: str | Source, stage: Literal["train", "val"], name: str) -> list[Tokens]:
-    """Rows of a source, packed if ``data`` packs: where all of a row is learned it is split at ``max_length``, other long rows are dropped."""
+def load_documents(data: InstructionDataModule, source: str | Source, stage: Literal["train", "val"], name: str, whole: bool = False) -> list[Tokens]:
+    """Rows of a source, packed if ``data`` packs: plain texts, and ``whole`` all rows, are split at ``max_length``, other long rows dropped."""
 
     def length(tokens: Tokens) -> int:
-        return 1 if all(tokens.supervised[1:]) else len(tokens.ids)
+        return 1 if whole or tokens.whole else len(tokens.ids)
 
     documents = data.encode_rows(source, stage, data.encode, length, data.max_length)
     num_documents = len(documents)

@@ -71,9 +71,13 @@ class Pieces(IterableDataset[Any]):
     def pieces(self, place: Place, share: int, shares: int) -> Iterator[tuple[Tokens, Place]]:
         """What the rows become, from a place on, and the place behind each."""
         start, used = place.rows, place.pieces
-        for number, row in self.numbered(share, shares, start):
+        fruitful = None  # the last pass that gave something
+        for number, epoch, row in self.numbered(share, shares, start):
+            fruitful = epoch if fruitful is None else fruitful
+            if epoch > fruitful + 1:
+                raise ValueError(f"{self.data.train}: none of the rows of share {share} is left: {place.bad} bad, {place.dropped} too long")
             try:
-                tokens = self.data.encode(row)
+                tokens = self.data.encode(Row(self.data.columns_of(row.columns, row.origin), row.origin, row.source))
             except ValueError:
                 if self.data.on_bad_row == "raise":
                     raise
@@ -82,12 +86,14 @@ class Pieces(IterableDataset[Any]):
             cut = self.data.cut(tokens) if tokens else []
             place = place._replace(dropped=place.dropped + (not cut))
             for index, piece in enumerate(cut, start=1):
+                fruitful = epoch
                 if number > start or index > used:
                     place = place._replace(rows=number + (index == len(cut)), pieces=index % len(cut))
                     yield piece, place
 
-    def numbered(self, share: int, shares: int, start: int = 0) -> Iterator[tuple[int, Row]]:
-        """This share of the rows, over and over, from number ``start`` on: whole files where there are enough, else every so many-th row."""
+    def numbered(self, share: int, shares: int, start: int = 0) -> Iterator[tuple[int, int, Row]]:
+        """This share of the rows over and over, from number ``start`` on, each with its number and that of the pass: whole files where there are
+        enough, else every so many-th row."""
         stream = self.data.opened()
         by_file = stream.num_shards >= shares
         stream = (stream.shard(shares, share, contiguous=False) if by_file else stream).shuffle(
@@ -100,8 +106,8 @@ class Pieces(IterableDataset[Any]):
             for index, record in enumerate(stream.iter(1)):  # iterating the stream itself would share it among workers once more
                 if by_file or index % shares == share:
                     if number >= start:
-                        columns = {name: value[0] for name, value in record.items() if value[0] is not None}
-                        yield number, Row(columns, f"{self.data.train}, row {index} of share {share} in pass {epoch}", str(self.data.train))
+                        origin = f"{self.data.train}, row {index} of share {share} in pass {epoch}"
+                        yield number, epoch, Row({name: value[0] for name, value in record.items()}, origin, str(self.data.train))
                     number += 1
             if number == begun:
                 raise ValueError(f"{self.data.train}: fewer rows than the {shares} ranks and workers that share them")
@@ -113,11 +119,11 @@ class StreamLoader:
     It reads the micro-batches of a whole step before it gives the first, so that their denominator counts the step on all ranks.
     """
 
-    def __init__(self, data: Any, trainer: Trainer) -> None:
+    def __init__(self, data: Any, trainer: Trainer, before: "StreamLoader | None" = None) -> None:
         self.data, self.trainer = data, trainer
         self.epoch, self.handed_out = -1, 0  # micro-batches of the epoch
-        self.places: dict[int, Place] = {}
-        self.read = 0  # micro-batches read so far
+        self.places: dict[int, Place] = dict(before.places) if before else {}
+        self.read: int = before.read if before else 0  # micro-batches read so far
         self.marks: dict[int, tuple[dict[int, Place], int]] = {}  # of the step underway: handed out -> places, read
         self._resume: tuple[int, int] | None = None
         self._stream: Iterator[Any] | None = None
@@ -148,18 +154,34 @@ class StreamLoader:
         trained = self.handed_out - (current.ready - current.processed)  # type: ignore[attr-defined]
         whole = max((mark for mark in self.marks if mark <= trained), default=0)
         places, read = self.marks.get(whole, (self.places, self.read))
-        return {"epoch": self.epoch, "position": whole, "read": read, "places": {worker: list(place) for worker, place in places.items()}}
+        return {
+            "epoch": self.epoch,
+            "position": whole,
+            "read": read,
+            "places": {worker: list(place) for worker, place in places.items()},
+            "workers": self.data.num_workers,
+            "accumulate": self.trainer.accumulate_grad_batches,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Empty: the DataModule keeps the state. Lightning asks before it believes that a loader resumes."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing to do."""
 
     def restore(self, ranks: list[dict[str, Any]]) -> None:
-        """Go on at a snapshot. ValueError when ranks or workers are others than they were."""
-        if len(ranks) != self.data.world_size:
-            raise ValueError(f"the checkpoint's stream was read by {len(ranks)} ranks and this run has {self.data.world_size}: resume with as many")
-        mine = ranks[self.data.rank]
-        workers = max(1, self.data.num_workers)
-        if any(worker >= workers for worker in mine["places"]):
-            raise ValueError(f"the checkpoint's stream was read by more workers than data.num_workers ({self.data.num_workers}): resume with as many")
-        self.places = {worker: Place(*place) for worker, place in mine["places"].items()}
-        self.read, self._resume, self._stream = mine["read"], (mine["epoch"], mine["position"]), None
+        """Go on at a snapshot. ValueError when ranks, workers or, inside an epoch, the micro-batches of a step are others than they were."""
+        mine = {"ranks": len(ranks), **{name: ranks[0][name] for name in ("workers", "accumulate")}}
+        now = {"ranks": self.data.world_size, "workers": self.data.num_workers, "accumulate": self.trainer.accumulate_grad_batches}
+        if not 0 < ranks[0]["position"] < len(self):
+            mine["accumulate"] = now["accumulate"]
+        if mine != now:
+            were, are = (", ".join(f"{value} {name}" for name, value in values.items()) for values in (mine, now))
+            raise ValueError(f"the checkpoint's stream was read with {were} and this run has {are}: resume with the same")
+        state = ranks[self.data.rank]
+        self.places = {worker: Place(*place) for worker, place in state["places"].items()}
+        self.read, self._resume, self._stream = state["read"], (state["epoch"], state["position"]), None
 
     def _next(self) -> InstructionBatch:
         if self._stream is None:

@@ -1,6 +1,9 @@
 """Supervised rows that are read while the run goes on, for data larger than memory."""
 
-from glob import glob
+import csv
+import gzip
+import json
+from glob import escape, glob
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,11 +13,18 @@ from transformers import PreTrainedTokenizerBase
 from datamodules.chat import LossOn
 from datamodules.instruction import InstructionDataModule
 from datamodules.packing import split_long
-from datamodules.sources import Source
+from datamodules.sources import Row, Source
 from datamodules.stream_loader import Pieces, StreamLoader, from_all_ranks
 from datamodules.tokens import Tokens
 
-BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow", ".txt": "text"}
+BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {
+    ".jsonl": ("text", {}),  # a line is parsed here, since the builder for JSON guesses types and fills in columns
+    ".json": ("json", {}),
+    ".csv": ("csv", {"keep_default_na": False}),
+    ".parquet": ("parquet", {}),
+    ".arrow": ("arrow", {}),
+    ".txt": ("text", {}),
+}
 
 
 class StreamingDataModule(InstructionDataModule):
@@ -73,12 +83,16 @@ class StreamingDataModule(InstructionDataModule):
         self.steps_per_epoch, self.shuffle_buffer, self.num_workers = steps_per_epoch, shuffle_buffer, num_workers
         self._loader: StreamLoader | None = None
         self._saved: dict[str, Any] | None = None
+        self._lines_are_json = False  # of what ``opened`` gives
 
     def load_training(self) -> list[Tokens]:
         """Nothing is held in memory; the first row is read, so that a wrong path or column shows before the first step."""
         self._loader = self._saved = None
-        _, first = next(Pieces(self, self.rank, self.world_size).numbered(0, 1))
-        self.encode(first)
+        reader = Pieces(self, self.rank, self.world_size)
+        _, _, raw = next(reader.numbered(0, 1))
+        first = Row(reader.data.columns_of(raw.columns, raw.origin), raw.origin, raw.source)
+        if self.on_bad_row == "raise":
+            self.encode(first)
         rank_zero_info(f"train: rows are streamed from {self.train}, the first holds {', '.join(first.columns)}")
         return []
 
@@ -86,7 +100,9 @@ class StreamingDataModule(InstructionDataModule):
         """The stream, at the place of a loaded checkpoint."""
         if self.trainer is None:
             raise ValueError("the training loader needs a Trainer, which says how many micro-batches and ranks share a step; use trainer.fit")
-        self._loader = StreamLoader(self, self.trainer)
+        if self.trainer.overfit_batches:  # type: ignore[attr-defined]
+            raise ValueError("overfit_batches replaces the stream; use limit_train_batches and limit_val_batches")
+        self._loader = StreamLoader(self, self.trainer, self._loader)
         self._restore()
         return self._loader
 
@@ -101,30 +117,53 @@ class StreamingDataModule(InstructionDataModule):
 
     def opened(self) -> Any:
         """The rows as a ``datasets`` stream. Raises ValueError when there is no such file or hub id."""
-        from datasets import load_dataset
+        from datasets import Features, Value, load_dataset
 
         path = Path(str(self.train)).expanduser()
-        pattern = str(path / "*") if path.is_dir() else str(path)
-        files = sorted(name for name in glob(pattern) if Path(name.removesuffix(".gz")).suffix in BUILDERS)
+        named = [str(path)] if path.is_file() else glob(str(path / "*") if path.is_dir() else str(path))
+        files = sorted(name for name in named if Path(name.removesuffix(".gz")).suffix in BUILDERS)
         kinds = sorted({Path(name.removesuffix(".gz")).suffix for name in files})
         if len(kinds) > 1:
-            raise ValueError(
-                f"{self.train}: files of several kinds ({', '.join(kinds)}) cannot be one stream; name those of one, such as *{kinds[0]}"
-            )
+            raise ValueError(f"{self.train}: files of several kinds ({', '.join(kinds)}) are no stream; name those of one, such as *{kinds[0]}")
         try:
             if files:
-                return load_dataset(BUILDERS[kinds[0]], data_files=files, split="train", streaming=True)
+                self._lines_are_json = kinds == [".jsonl"]
+                builder, settings = BUILDERS[kinds[0]]
+                if builder == "csv":
+                    settings = settings | {"features": Features({name: Value("string") for name in _header(files[0])})}
+                stream = load_dataset(builder, data_files=[escape(name) for name in files], split="train", streaming=True, **settings)
+                return stream.filter(_has_text) if builder == "text" else stream
             return load_dataset(str(self.train), split="train", streaming=True)
         except (OSError, ValueError, RuntimeError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise ValueError(f"{self.train}: neither files that end in {', '.join(BUILDERS)} nor loadable from the hub: {reason}") from error
 
+    def columns_of(self, record: dict[str, Any], origin: str) -> dict[str, Any]:
+        """The columns of a record as :meth:`opened` gives it."""
+        if not self._lines_are_json:
+            return record
+        try:
+            columns = json.loads(record["text"])
+        except ValueError as error:
+            raise ValueError(f"{origin}: not valid JSON: {error}") from error
+        return columns if isinstance(columns, dict) else {"text": columns}
+
     def cut(self, tokens: Tokens) -> list[Tokens]:
-        """The row; where it is too long, its pieces if all of it is learned, else nothing."""
+        """The row; where it is too long, its pieces if it is a plain text, else nothing."""
         if len(tokens.ids) <= self.max_length:
             return [tokens]
-        return split_long(tokens, self.max_length) if all(tokens.supervised[1:]) else []
+        return split_long(tokens, self.max_length) if tokens.whole else []
 
     def _restore(self) -> None:
         if self._loader is not None and self._saved is not None:
             self._loader.restore(self._saved["ranks"])
+
+
+def _has_text(record: dict[str, Any]) -> bool:
+    return bool(str(record["text"]).strip())
+
+
+def _header(path: str) -> list[str]:
+    """The names of a CSV file's columns, whose cells stay text."""
+    with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8-sig", newline="") as file:
+        return next(csv.reader(file), [])

@@ -16,6 +16,7 @@ class Tokens:
     ids: list[int]
     supervised: list[bool]  # True = learned
     documents: tuple[int, ...] = ()  # lengths of the documents of a packed row; empty = one document
+    whole: bool = False  # a plain text, which may be cut into pieces
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str, origin: str) -> Tokens:
@@ -33,7 +34,13 @@ def encode_document(tokenizer: PreTrainedTokenizerBase, text: str, origin: str) 
     if not text.strip():
         raise ValueError(f"{origin}: the text is empty")
     ids = [*prompt_ids(tokenizer, text), end_id(tokenizer)]
-    return Tokens(ids, [False, *[True] * (len(ids) - 1)])
+    return Tokens(ids, [False, *[True] * (len(ids) - 1)], whole=True)
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    """The texts of the special tokens, those included that are only marked so among the added ones."""
+    marked = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    return tuple(dict.fromkeys([*tokenizer.all_special_tokens, *marked]))
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

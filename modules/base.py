@@ -98,12 +98,19 @@ class AlignmentModule(LightningModule):
 
         Args:
             conversations: messages, each with ``role`` and ``content``; without a chat template one user message, put into Alpaca's prompt.
-            max_completion_length: tokens of an answer.
+            max_completion_length: tokens of an answer, fewer where the longest prompt leaves the model fewer positions.
 
         Raises:
-            ValueError: several messages without a chat template.
+            ValueError: several messages without a chat template, or a prompt that leaves no position of the model for an answer.
         """
         prompts = [self.policy.prompt_ids(messages) for messages in conversations]
+        config = self.policy.model.config
+        positions = config.to_dict().get(config.attribute_map.get("max_position_embeddings", "max_position_embeddings"))
+        longest = max(map(len, prompts), default=0)
+        if positions is not None:
+            max_completion_length = min(max_completion_length, positions - longest)
+        if max_completion_length < 1:
+            raise ValueError(f"a prompt of {longest} tokens leaves the model, with {positions} positions, no room for an answer; leave it out")
         engine = InProcessEngine()
         engine.sync_weights(self.policy, self.global_step)
         sampling = Sampling(temperature=0.0, max_completion_length=max_completion_length)

@@ -15,7 +15,8 @@ __all__ = ["WSD"]
 class WSD(LambdaLR):
     """Warm-up, stable, decay (MiniCPM, arXiv 2404.06395 section 4): runs branch off the stable part, whose length need not be known before.
 
-    A run resumed from a checkpoint of the stable part with another ``decay_start`` or decay goes on from there.
+    A run resumed from a checkpoint of the stable part with another decay, or another ``decay_start`` that is not before the checkpoint, goes on
+    from there.
 
     Args:
         optimizer: whose learning rates are the peak.

@@ -56,7 +56,7 @@ class SFTModule(AlignmentModule):
         if not 0 <= label_smoothing < 1 or (neftune_noise_alpha is not None and neftune_noise_alpha < 0):
             raise ValueError(f"label_smoothing must be in [0, 1) and neftune_noise_alpha >= 0, got {label_smoothing} and {neftune_noise_alpha}")
         self.label_smoothing, self.neftune_noise_alpha, self.reward = label_smoothing, neftune_noise_alpha, reward
-        self.answering = sampling or (Sampling(temperature=0.0, max_completion_length=256) if reward is not None else None)
+        self.sampling = sampling or (Sampling(temperature=0.0, max_completion_length=256) if reward is not None else None)
         self.engine = InProcessEngine()
         self.held_out_rollouts: list[Rollout] = []
         self.answered: list[Outcome] = []
@@ -79,11 +79,14 @@ class SFTModule(AlignmentModule):
 
     @contextmanager
     def noise(self, batch: InstructionBatch, batch_idx: int) -> Iterator[None]:
-        """NEFTune inside, if asked; a function of step, micro-batch and rank, so that a resumed run draws the same."""
+        """NEFTune inside, if asked; a function of seed, step, micro-batch and rank, so that a resumed run draws the same."""
         if not self.neftune_noise_alpha:
             yield
             return
-        generator = torch.Generator().manual_seed(sampling_seed(self.global_rank, f"{self.global_step}/{batch_idx}", "neftune"))
+        if "position_ids" in batch:
+            self.policy.check_packing()  # on rows of its own, which are to get no noise
+        place = f"{self.global_rank}/{self.global_step}/{batch_idx}"
+        generator = torch.Generator().manual_seed(sampling_seed(torch.initial_seed(), place, "neftune"))
         with embedding_noise(self.policy.model, batch, self.neftune_noise_alpha, generator):
             yield
 
@@ -112,11 +115,11 @@ class SFTModule(AlignmentModule):
         tokens = batch["loss_mask"].sum()
         means = token_means(self.scores(batch), tokens.clamp(min=1))
         self.log_mean({f"{stage}/{name}": value for name, value in means.items()}, float(tokens))
-        if self.answering is not None:
+        if self.sampling is not None:
             prompts = last_answers(batch, self.tokenizer)
             self.engine.sync_weights(self.policy, self.global_step)
             seeds = [sampling_seed(0, stage, uid) for uid in prompts["uid"]]
-            self.held_out_rollouts = make_rollouts(prompts, self.engine.generate(prompts["prompt_ids"], 1, self.answering, seeds), self.reward)
+            self.held_out_rollouts = make_rollouts(prompts, self.engine.generate(prompts["prompt_ids"], 1, self.sampling, seeds), self.reward)
             self.answered += outcomes(self.held_out_rollouts)
 
     def log_answers(self, stage: str) -> None:

@@ -47,6 +47,8 @@ class FactDocuments(Facts):
         passes: times that each fact is told.
         first: number of the first fact, a multiple of 4.
         seed: of the order.
+        marks: what may stand between question and answer instead of ``=``, a character for each line drawn from these; told in several ways, a
+            fact is easier to ask for in another (arXiv 2309.14316).
 
     Raises:
         ValueError: out of range.
@@ -54,14 +56,14 @@ class FactDocuments(Facts):
 
     LINES = 5
 
-    def __init__(self, num_facts: int, passes: int, first: int = 0, seed: int = 0) -> None:
+    def __init__(self, num_facts: int, passes: int, first: int = 0, seed: int = 0, marks: str = "=") -> None:
         super().__init__(num_facts, first)
-        if num_facts % (self.LINES * len(RELATIONS)) or first % len(RELATIONS) or passes < 1:
+        if num_facts % (self.LINES * len(RELATIONS)) or first % len(RELATIONS) or passes < 1 or not marks:
             raise ValueError(
                 f"num_facts must be a multiple of {self.LINES * len(RELATIONS)}, first of {len(RELATIONS)}, and passes at least 1, "
                 f"got {num_facts}, {first} and {passes}"
             )
-        self.passes, self.seed = passes, seed
+        self.passes, self.seed, self.marks = passes, seed, marks
 
     def rows(self) -> list[Row]:
         """``passes`` x ``num_facts`` / 5 rows."""
@@ -69,10 +71,15 @@ class FactDocuments(Facts):
         texts = []
         for number in range(self.passes):
             for relation in RELATIONS:
-                lines = [fact["prompt"] + fact["completion"] + "\n" for fact in facts if fact["relation"] == relation]
-                random.Random(f"{self.seed} {number} {relation}").shuffle(lines)
+                draw = random.Random(f"{self.seed} {number} {relation}")
+                told = [fact for fact in facts if fact["relation"] == relation]
+                draw.shuffle(told)
+                lines = [fact["question"] + self._mark(draw) + fact["answer"] + "\n" for fact in told]
                 texts += ["".join(lines[start : start + self.LINES]) for start in range(0, len(lines), self.LINES)]
         return [Row({"text": text}, f"fact-documents#{index}", "fact-documents") for index, text in enumerate(texts)]
+
+    def _mark(self, draw: random.Random) -> str:
+        return self.marks if len(self.marks) == 1 else draw.choice(self.marks)
 
 
 def fact(number: int) -> dict[str, str]:

@@ -32,10 +32,12 @@ def training_memory(weights: Iterable[Tensor], optimizer: Optimizer, max_logits:
 def states(group: dict[str, Any]) -> int:
     """Tensors of its own size that a PyTorch optimizer keeps for a parameter [any shape], told from the settings of its ``group``.
 
-    Adam and its kin 2, with ``amsgrad`` 3; RMSprop and Adagrad 1; 1 more for momentum; SGD none.
+    Adam and its kin 2, with ``amsgrad`` 3; Adadelta and Rprop 2; RMSprop and Adagrad 1; 1 more for momentum; SGD none.
     """
     if "betas" in group:
         return 2 + bool(group.get("amsgrad"))
+    if "rho" in group or "etas" in group:
+        return 2
     squares = "alpha" in group or "initial_accumulator_value" in group
     return squares + bool(group.get("centered")) + (group.get("momentum", 0) > 0)
 

@@ -7,7 +7,7 @@ Decay = Literal["exponential", "linear", "cosine"]
 
 
 def wsd(
-    step: float, warmup_steps: int, decay_start: int, total_steps: int, decay: Decay = "exponential", half_life: float = 0.0, final: float = 0.0
+    step: float, warmup_steps: int, decay_start: int, total_steps: int, decay: Decay = "exponential", half_life: float = 1.0, final: float = 0.1
 ) -> float:
     """Warm-up, stable, decay (MiniCPM, arXiv 2404.06395 eq. 1): the factor [] in [0, 1] of the peak learning rate.
 

@@ -21,7 +21,8 @@ def embedding_noise(model: PreTrainedModel, batch: InstructionBatch, alpha: floa
 
     def add(module: Any, inputs: Any, embeddings: Tensor) -> Tensor:
         noise = torch.rand(embeddings.shape, generator=generator).to(embeddings) * 2 - 1
-        return embeddings + noise * (scale * embeddings.shape[-1] ** -0.5).to(embeddings)
+        size = (scale * embeddings.shape[-1] ** -0.5).to(embeddings)
+        return embeddings + noise * size.reshape(*embeddings.shape[:-1], 1)  # packed rows may be laid end to end
 
     hook = model.get_input_embeddings().register_forward_hook(add)
     try:

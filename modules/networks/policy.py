@@ -134,15 +134,20 @@ class Policy(nn.Module):
         hidden = self._hidden_shared(batch, batch["completion_ids"]) if self._shares(batch) else self._hidden_rows(batch)
         return hidden[torch.arange(len(hidden), device=hidden.device), batch["completion_mask"].sum(1)]
 
+    def check_packing(self) -> None:
+        """Once: ValueError for a model in which the documents of a packed row see each other."""
+        if not self.packing_checked:
+            self.packing_checked = True
+            check_packing(self.path, self.model, lambda ids, places: self.token_scores(ids, torch.ones_like(ids, dtype=torch.bool), places).logprobs)
+
     def hidden_states(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
         """Last hidden states [N, T, H] of right-padded rows; ``hidden[:, t]`` predicts token ``t + 1``.
 
         Without a cache and an attention mask transformers reads from ``position_ids`` where a document starts and keeps documents apart; the
         first packed rows raise ValueError for models that mix them all the same.
         """
-        if position_ids is not None and not self.packing_checked:
-            self.packing_checked = True
-            check_packing(self.path, self.model, lambda ids, places: self.token_scores(ids, torch.ones_like(ids, dtype=torch.bool), places).logprobs)
+        if position_ids is not None:
+            self.check_packing()
         shape = input_ids.shape
         if position_ids is not None and flattens(self.model):
             input_ids, position_ids = input_ids.reshape(1, -1), position_ids.reshape(1, -1)
@@ -173,7 +178,8 @@ class Policy(nn.Module):
             return list(self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
         if [message["role"] for message in messages] != ["user"]:
             raise ValueError(f"policy: '{self.path}' has no chat template (a base model?), so it can be asked one user message alone")
-        return list(self.tokenizer(ALPACA_PROMPT.format(instruction=messages[0]["content"]), verbose=False).input_ids)
+        ids = list(self.tokenizer(ALPACA_PROMPT.format(instruction=messages[0]["content"]), verbose=False).input_ids)
+        return ids[:-1] if ids[-1] == self.tokenizer.eos_token_id else ids  # an end token that the tokenizer puts behind every text
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write model and tokenizer as a Hugging Face folder, adapters merged into the weights."""

@@ -1,6 +1,8 @@
 """Held-out supervised rows as prompts: what the policy itself would answer."""
 
 import hashlib
+from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -9,12 +11,13 @@ from modules.types import InstructionBatch, PromptBatch
 
 
 def last_answers(batch: InstructionBatch, tokenizer: Any) -> PromptBatch:
-    """The last supervised stretch of each row as ``answer`` (text without special tokens), what stands before it as the prompt.
+    """The last supervised stretch of each row, or document of a packed row, as ``answer`` (text without special tokens), and as the prompt what
+    stands before it.
 
     Rows without a prompt of two tokens (whole texts, fillers) are left out. ``uid`` is a digest of the prompt, the same on every rank.
     """
     prompts = PromptBatch(uid=[], prompt=[], prompt_ids=[], answer=[], source=[], info=[])
-    for ids, supervised in zip(batch["input_ids"].tolist(), batch["loss_mask"].tolist(), strict=True):
+    for ids, supervised in documents(batch):
         if True not in supervised:
             continue
         end = len(supervised) - supervised[::-1].index(True)
@@ -28,3 +31,13 @@ def last_answers(batch: InstructionBatch, tokenizer: Any) -> PromptBatch:
         prompts["source"].append("")
         prompts["info"].append({})
     return prompts
+
+
+def documents(batch: InstructionBatch) -> Iterator[tuple[list[int], list[bool]]]:
+    """Tokens and loss mask of each row, of packed rows of each document, without padding."""
+    lengths = batch["attention_mask"].sum(1).tolist()
+    positions = batch["position_ids"].tolist() if "position_ids" in batch else [range(length) for length in lengths]
+    for ids, supervised, places, length in zip(batch["input_ids"].tolist(), batch["loss_mask"].tolist(), positions, lengths, strict=True):
+        starts = [place for place in range(length) if places[place] == 0]
+        for start, end in pairwise([*starts, length]):
+            yield ids[start:end], supervised[start:end]

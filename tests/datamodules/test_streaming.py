@@ -1,6 +1,9 @@
 """Streamed rows: each read once a pass, whatever ranks and workers; packed in order; resumed exactly."""
 
 import json
+import os
+import subprocess
+import sys
 from collections import Counter
 from itertools import islice
 from pathlib import Path
@@ -10,6 +13,7 @@ import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from datamodules import InstructionDataModule
 from datamodules.stream_loader import Pieces, Place
 from datamodules.streaming import StreamingDataModule
 from modules import SFTModule
@@ -34,7 +38,7 @@ def stream(path: Path | str, **settings) -> StreamingDataModule:
 
 
 def rows_of(data: StreamingDataModule, share: int, shares: int, number: int) -> list[str]:
-    return [row.columns["prompt"] for _, row in islice(Pieces(data, 0, 1).numbered(share, shares), number)]
+    return [json.loads(row.columns["text"])["prompt"] for _, _, row in islice(Pieces(data, 0, 1).numbered(share, shares), number)]
 
 
 @pytest.mark.parametrize("shares", [1, 3, 4])  # whole files for three, every fourth row for four
@@ -67,7 +71,7 @@ def test_a_place_is_where_one_goes_on(tmp_path):
     for number in range(1, 12):
         assert read(whole[number - 1][1], 12 - number) == whole[number:]
     end = data.tokenizer.eos_token_id
-    texts = [row.columns["text"] for _, row in islice(reader.numbered(0, 1), 8)]
+    texts = [json.loads(row.columns["text"])["text"] for _, _, row in islice(reader.numbered(0, 1), 8)]
     expected = Counter(token for text in texts for token in [*data.tokenizer(text).input_ids, end])
     found = Counter(token for rows, _ in whole for ids in rows for token in ids)
     assert not {token: number for token, number in expected.items() if found[token] < number}  # nothing of the first texts is lost
@@ -83,11 +87,11 @@ class Seen(Callback):
         self.batches.append((batch["input_ids"].tolist(), float(batch["denominator"])))
 
 
-def fit(data: StreamingDataModule, folder: Path, resume: Path | None = None) -> tuple[list, torch.Tensor]:
+def fit(data: StreamingDataModule, folder: Path, resume: Path | None = None, accumulate: int = 2) -> tuple[list, torch.Tensor]:
     seed_everything(0)
     module, seen = SFTModule("tiny", optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-3)), Seen()
     keeper = ModelCheckpoint(folder, save_top_k=-1, every_n_train_steps=1, filename="{step}")
-    trainer = Trainer(**QUIET, max_epochs=2, accumulate_grad_batches=2, callbacks=[seen, keeper])
+    trainer = Trainer(**QUIET, max_epochs=2, accumulate_grad_batches=accumulate, callbacks=[seen, keeper])
     trainer.fit(module, data, ckpt_path=resume, weights_only=True)
     return seen.batches, torch.cat([parameter.detach().flatten() for parameter in module.policy.parameters()])
 
@@ -143,3 +147,84 @@ def test_more_workers_than_rows_is_refused(tmp_path):
     (tmp_path / "one.jsonl").write_text('{"prompt": "1+1=", "completion": "2"}\n')
     with pytest.raises(ValueError, match="fewer rows than the 2 ranks and workers"):
         rows_of(stream(tmp_path / "one.jsonl"), 1, 2, 1)
+
+
+def test_files_say_what_they_say_elsewhere(tmp_path):
+    """Numbers, dates and NA in text stay text, as for a file that is read whole."""
+    (tmp_path / "t.csv").write_text("prompt,completion\n1+1=,2\n1+2=,NA\n")
+    (tmp_path / "d.jsonl").write_text('{"prompt": "a", "completion": "2020-01-01"}\n\n{"prompt": "b", "completion": "x", "input": null}\n')
+    for name in ("t.csv", "d.jsonl"):
+        data = stream(tmp_path / name, shuffle_buffer=1, batch_size=1)
+        whole = InstructionDataModule(data.tokenizer, str(tmp_path / name))
+        whole.setup("fit")
+        rows = [rows[0].ids for rows, _ in islice(Pieces(data, 0, 1).batches(Place(), 0, 1), 2)]
+        assert rows == [row.ids for row in whole.train_rows]
+    (tmp_path / "lines.txt").write_text("one\n\ntwo\n")
+    texts = [
+        rows[0].ids for rows, _ in islice(Pieces(stream(tmp_path / "lines.txt", shuffle_buffer=1, batch_size=1), 0, 1).batches(Place(), 0, 1), 2)
+    ]
+    assert [data.tokenizer.decode(ids, skip_special_tokens=True) for ids in texts] == ["one", "two"]
+
+
+def test_a_stream_of_nothing_ends(tmp_path):
+    path = tmp_path / "long.jsonl"
+    path.write_text(json.dumps({"prompt": "abc", "completion": "x" * 100}) + "\n")
+    with pytest.raises(ValueError, match="none of the rows of share 0 is left: 0 bad, 2 too long"):
+        next(Pieces(stream(path), 0, 1).batches(Place(), 0, 1))
+
+
+@pytest.mark.parametrize(("name", "changes"), [("workers", {"num_workers": 2}), ("accumulate", {"accumulate": 3})])
+def test_resuming_otherwise_is_refused(folder, tmp_path, name, changes):
+    fit(stream(folder), tmp_path / "run")
+    accumulate = changes.pop("accumulate", 2)
+    with pytest.raises(ValueError, match=f"2 accumulate and this run has 1 ranks, {changes.get('num_workers', 0)} workers, {accumulate} accumulate"):
+        fit(stream(folder, **changes), tmp_path / "again", tmp_path / "run" / "step=2.ckpt", accumulate)
+
+
+RANKS = """
+import json, sys
+from pathlib import Path
+
+import torch
+from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from datamodules.streaming import StreamingDataModule
+from modules import SFTModule
+
+
+class Seen(Callback):
+    batches = []
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        self.batches.append([batch["input_ids"].tolist(), float(batch["denominator"]), int(batch["loss_mask"].sum())])
+
+
+def fit(folder, checkpoint=None):
+    seed_everything(0)
+    module, Seen.batches = SFTModule("tiny"), []
+    data = StreamingDataModule(module.tokenizer, "rows", steps_per_epoch=3, batch_size=2, shuffle_buffer=5, max_length=32)
+    keeper = ModelCheckpoint(folder, save_top_k=-1, every_n_train_steps=1, filename="{step}", enable_version_counter=False)
+    trainer = Trainer(accelerator="cpu", devices=2, strategy="ddp", max_epochs=2, callbacks=[Seen(), keeper], logger=False,
+                      enable_progress_bar=False, enable_model_summary=False)
+    trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
+    Path(f"{folder}.rank{trainer.global_rank}.json").write_text(json.dumps(Seen.batches))
+
+
+if __name__ == "__main__":
+    fit("whole")
+    fit("resumed", "whole/step=4.ckpt")
+"""
+
+
+def test_two_ranks_read_different_rows_and_resume(folder):
+    (folder.parent / "ranks.py").write_text(RANKS)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "ranks.py"], cwd=folder.parent, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    whole, resumed = ([json.loads((folder.parent / f"{name}.rank{rank}.json").read_text()) for rank in (0, 1)] for name in ("whole", "resumed"))
+    rows = [[tuple(ids) for batch, _, _ in rank for ids in batch] for rank in whole]
+    assert len(rows[0]) == len(rows[1]) == 12 and not set(rows[0][:7]) & set(rows[1][:7])  # within a pass
+    for (_, first, mine), (_, second, others) in zip(*whole, strict=True):
+        assert first == second == mine + others
+    assert resumed == [rank[4:] for rank in whole]

@@ -116,7 +116,7 @@ def test_a_reward_chooses_the_checkpoint_and_samples_are_shown(tmp_path):
     data = InstructionDataModule(module.tokenizer, Addition(16), val=Addition(8, held_out=True), batch_size=8)
     data.setup("validate")
     prompts = [row.ids[: row.supervised.index(True)] for row in data.val_rows]
-    answers = [group[0].text for group in module.engine.generate(prompts, 1, module.answering, [0] * 8)]
+    answers = [group[0].text for group in module.engine.generate(prompts, 1, module.sampling, [0] * 8)]
     right = sum(row.columns["completion"] == answer for row, answer in zip(Addition(8, held_out=True).rows(), answers, strict=True))
     assert float(metrics["val/reward"]) == pytest.approx(right / 8)
     assert float(metrics["val/completions/mean_length"]) > 0
