@@ -2,7 +2,7 @@
 
 import pytest
 from tokenizers.processors import TemplateProcessing
-from transformers import PreTrainedTokenizerFast
+from transformers import AddedToken, PreTrainedTokenizerFast
 
 from datamodules.chat import Dialogue, Message, Tokens, encode_example, encode_prompt, render
 from datamodules.tokens import PICTURE, encode_document, token_picture
@@ -155,8 +155,21 @@ def test_only_the_first_of_two_ends_is_learned() -> None:
 
 
 def test_special_tokens_inside_an_answer_do_not_end_it() -> None:
-    for text in (f"one {END_OF_TURN} two", "end", "|>", "assistant", END_OF_TURN, "trailing \n"):
+    for text in (f"one {END_OF_TURN} two", "end", "|>", "assistant", "trailing \n"):
         assert learned(tiny_tokenizer(), encode_example(tiny_tokenizer(), [], turns("hi", text), "row")) == text + END_OF_TURN
+
+
+def test_an_end_of_turn_that_is_written_out_is_there_once() -> None:
+    assert learned(tiny_tokenizer(), encode_example(tiny_tokenizer(), [], turns("hi", f"one{END_OF_TURN}\n"), "row")) == f"one{END_OF_TURN}"
+    with pytest.raises(ValueError, match="row: assistant message 1 is empty"):
+        encode_example(tiny_tokenizer(), [], turns("hi", END_OF_TURN), "row")
+
+
+def test_an_end_of_turn_that_is_special_only_as_an_added_token_ends_a_turn() -> None:
+    tokenizer = tokenizer_with(CHAT_TEMPLATE.replace(END_OF_TURN, "<|over|>"))
+    tokenizer.add_tokens([AddedToken("<|over|>", special=True)])
+    assert "<|over|>" not in tokenizer.all_special_tokens
+    assert learned(tokenizer, encode_example(tokenizer, [], turns("hi", "one", "and", "two"), "row")) == "one<|over|>|two<|over|>"
 
 
 def test_what_a_template_writes_before_an_answer_is_learned_with_it() -> None:
@@ -247,10 +260,10 @@ def test_an_end_token_written_out_is_not_an_answer(tokenizer: PreTrainedTokenize
 
 
 def test_a_document_is_learned_whole() -> None:
-    assert encode_document(tiny_tokenizer(), "ab", "row") == Tokens([102, 103, 2], [False, True, True])
+    assert encode_document(tiny_tokenizer(), "ab", "row") == Tokens([102, 103, 2], [False, True, True], whole=True)
     for adds in (BOS, BOS + EOS):
         for text in ("ab", BOS + "ab", BOS + BOS + "ab"):
-            assert encode_document(tokenizer_with(adds=adds), text, "row") == Tokens([1, 102, 103, 2], [False, True, True, True])
+            assert encode_document(tokenizer_with(adds=adds), text, "row") == Tokens([1, 102, 103, 2], [False, True, True, True], whole=True)
     with pytest.raises(ValueError, match="row: the text is empty"):
         encode_document(tiny_tokenizer(), " \n", "row")
 

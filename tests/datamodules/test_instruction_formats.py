@@ -199,7 +199,7 @@ def test_reasoning_with_tools_in_typed_parts() -> None:
     [
         ("nc-alpaca-farm/multisamples_sft.json", {}, "column 'output' holds a list, text was expected"),
         ("tata/test.json", {"prompt": "linearized_input", "completion": "table_text"}, "completion, message 0, must have a role and a content"),
-        ("llama-factory/dpo_en_demo.json", {}, "no supervised token; the row has no assistant turn to learn"),
+        ("llama-factory/dpo_en_demo.json", {}, "the row is a preference .chosen, rejected.; set data to PreferenceDataModule"),
         ("oasst/en_100_tree.jsonl", {}, "found the columns message_tree_id, tree_state, prompt; looked for messages or conversations"),
         ("xstest/xstest_prompts.csv", {}, "found the columns id, prompt, type, label, focus, note; looked for"),
     ],
