@@ -79,7 +79,7 @@ class AlignDataModule(LightningDataModule):
         self.val: Any = val
         self.dropped = {"train": 0, "val": 0}
         self.bad = {"train": 0, "val": 0}
-        self._left_out = (0, 0, 0)  # of the last source: by encode, too long, bad
+        self._left_out = (0, 0, 0, "")  # of the last source: by encode, too long, bad, what is wrong with the first bad one
         self._sampler: StepSampler | None = None
         self._resume: dict[str, int] | None = None
 
@@ -110,7 +110,7 @@ class AlignDataModule(LightningDataModule):
                 example = encode(row)
             except ValueError as error:
                 if self.on_bad_row == "raise":
-                    raise
+                    raise ValueError(f"{error}; mend the row, or set data.on_bad_row: drop to leave such rows out") from error
                 problem, bad = problem or error, bad + 1
                 continue
             if example is None:
@@ -123,10 +123,10 @@ class AlignDataModule(LightningDataModule):
                 raise ValueError(f"{row.origin}: {length(example)} tokens and the limit is {limit}; raise it or set drop_long: true")
         self.dropped[stage] += too_long
         self.bad[stage] += bad
-        self._left_out = (skipped, too_long, bad)
+        self._left_out = (skipped, too_long, bad, str(problem))
         if not kept:
             first = f"; the first bad row is {problem}" if problem else ""
-            left_out = f"{skipped} left out, {bad} bad, {too_long} longer than {limit} tokens"
+            left_out = f"{skipped} left out, {bad} bad, {too_long} longer than {limit} tokens" + (" (raise the limit)" if too_long else "")
             raise ValueError(f"{rows[0].origin}: of {len(rows)} {stage} rows from here on none is left: {left_out}{first}")
         return kept
 
@@ -157,8 +157,8 @@ class AlignDataModule(LightningDataModule):
 
     def report(self, stage: str, num_rows: int, detail: str, name: str | None = None) -> None:
         """Prints one line about a loaded stage, or one set of rows of it, on rank 0."""
-        skipped, too_long, bad = self._left_out
-        more = (f", {skipped} left out" if skipped else "") + (f", {bad} bad rows dropped" if bad else "")
+        skipped, too_long, bad, problem = self._left_out
+        more = (f", {skipped} left out" if skipped else "") + (f", {bad} bad rows dropped (the first: {problem})" if bad else "")
         rank_zero_info(f"{name or stage}: {num_rows} rows, {too_long} dropped as too long{more}, {detail}")
 
     def step_loader(

@@ -159,7 +159,8 @@ def encode_rendered(tokenizer: PreTrainedTokenizerBase, prompt: str, completion:
 def render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], origin: str, open_turn: bool, tools: Tools | None = None) -> str:
     """The conversation as text; ``open_turn`` ends it where the assistant is to go on. Raises ValueError with ``origin``."""
     if tokenizer.chat_template is None:
-        raise ValueError(f"{origin}: messages need a chat template and this tokenizer has none (a base model?); use text prompts or set one")
+        advice = "use text prompts, or put a chat_template.jinja into the model's folder"
+        raise ValueError(f"{origin}: messages need a chat template and this tokenizer has none (a base model?); {advice}")
     conversation: list[Any] = [dict(message) for message in messages]
     try:
         rendered = tokenizer.apply_chat_template(conversation, tools=tools, tokenize=False, add_generation_prompt=open_turn)  # type: ignore[arg-type]

@@ -98,6 +98,9 @@ def _conversation(record: Record, shape: tuple[str, ...], row: Row) -> Instructi
 
 
 def _prompt_completion(record: Record, shape: tuple[str, ...], row: Row) -> InstructionExample:
+    several = record[shape[1]]  # references or aliases of an answer: the first is learned
+    if isinstance(several, list) and several and all(isinstance(text, str) for text in several):
+        record = {**record, shape[1]: several[0]}
     prompt, completion = (dialogue_of(record, name, row.origin) for name in shape)
     if isinstance(prompt, str) or isinstance(completion, str):
         return InstructionExample(prompt, completion, row.origin, row.source, tools=None if isinstance(prompt, str) else _tools(record, row.origin))
@@ -153,7 +156,7 @@ def _tools(record: Record, origin: str) -> Tools | None:
 READERS: dict[str, tuple[tuple[tuple[str, ...], ...], Callable[[Record, tuple[str, ...], Row], InstructionExample]]] = {
     "messages": ((("messages",),), _conversation),
     "sharegpt": ((("conversations",),), _conversation),
-    "prompt_completion": ((("prompt", "completion"), ("question", "completion")), _prompt_completion),
+    "prompt_completion": ((("prompt", "completion"), ("question", "completion"), ("question", "answer")), _prompt_completion),
     "alpaca": ((("instruction", "output"), ("instruction", "response")), _alpaca),
     "self_instruct": ((("instruction", "instances"),), _self_instruct),
     "text": ((("text",),), _document),  # last, for other formats may have their rendered text, answer and all, in such a column

@@ -103,7 +103,7 @@ class Pieces(IterableDataset[Any]):
         for epoch in count():
             begun = number
             stream.set_epoch(epoch)
-            for index, record in enumerate(stream.iter(1)):  # iterating the stream itself would share it among workers once more
+            for index, record in enumerate(self.records(stream)):  # iterating the stream itself would share it among workers once more
                 if by_file or index % shares == share:
                     if number >= start:
                         origin = f"{self.data.train}, row {index} of share {share} in pass {epoch}"
@@ -111,6 +111,13 @@ class Pieces(IterableDataset[Any]):
                     number += 1
             if number == begun:
                 raise ValueError(f"{self.data.train}: fewer rows than the {shares} ranks and workers that share them")
+
+    def records(self, stream: Any) -> Iterator[dict[str, list[Any]]]:
+        """The records of one pass, each in lists of one. ValueError for text that is not UTF-8."""
+        try:
+            yield from stream.iter(1)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{self.data.train}: not UTF-8 text ({error}); save the file as UTF-8") from error
 
 
 class StreamLoader:

@@ -15,26 +15,27 @@ class Facts(Source):
 
     Fact i is a function of i alone: subject i // 4, relation i % 4, and an object drawn by a fixed hash from 10000. So a stage that is given
     facts 0 to 399 teaches those, and facts from 400 on are new to its model. Columns ``question``, ``answer``, ``relation``, and for tuning
-    ``prompt`` (the question and ``=``, as ``FactDocuments`` have it) with ``completion``; ``asked`` is the question with a question mark.
+    ``prompt`` (the question and ``mark``) with ``completion``.
 
     Args:
         num_facts: rows, >= 1, in the order of their numbers.
         first: number of the first fact, >= 0.
+        mark: what stands behind the question in ``prompt``.
 
     Raises:
         ValueError: out of range; there are 40000 facts.
     """
 
-    def __init__(self, num_facts: int, first: int = 0) -> None:
+    def __init__(self, num_facts: int, first: int = 0, mark: str = "=") -> None:
         if num_facts < 1 or first < 0 or first + num_facts > NUM_NAMES * len(RELATIONS):
             raise ValueError(
                 f"num_facts must be at least 1, first at least 0 and both together at most {NUM_NAMES * len(RELATIONS)}, got {num_facts} and {first}"
             )
-        self.num_facts, self.first = num_facts, first
+        self.num_facts, self.first, self.mark = num_facts, first, mark
 
     def rows(self) -> list[Row]:
         """``num_facts`` rows."""
-        return [Row(fact(number), f"facts#{number}", "facts") for number in range(self.first, self.first + self.num_facts)]
+        return [Row(fact(number, self.mark), f"facts#{number}", "facts") for number in range(self.first, self.first + self.num_facts)]
 
 
 class FactDocuments(Facts):
@@ -82,11 +83,11 @@ class FactDocuments(Facts):
         return self.marks if len(self.marks) == 1 else draw.choice(self.marks)
 
 
-def fact(number: int) -> dict[str, str]:
+def fact(number: int, mark: str) -> dict[str, str]:
     """The columns of one fact."""
     subject, relation = name(number // len(RELATIONS) * 7919 % NUM_NAMES), RELATIONS[number % len(RELATIONS)]
     question, answer = f"{relation} {subject}", name(crc32(f"{relation} of {subject}".encode()) % NUM_NAMES)
-    return {"question": question, "answer": answer, "relation": relation, "asked": f"{question}?", "prompt": f"{question}=", "completion": answer}
+    return {"question": question, "answer": answer, "relation": relation, "prompt": f"{question}{mark}", "completion": answer}
 
 
 def name(number: int) -> str:

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from jinja2 import TemplateSyntaxError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
@@ -76,8 +77,12 @@ def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
         return None
     words = "end-of-turn probe"
     turns = [{"role": "user", "content": "probe"}, {"role": "assistant", "content": words}]
-    tail = str(tokenizer.apply_chat_template(turns, tokenize=False)).rpartition(words)[2]
-    special = set(tokenizer.all_special_ids)
+    try:
+        tail = str(tokenizer.apply_chat_template(turns, tokenize=False)).rpartition(words)[2]
+    except TemplateSyntaxError as error:
+        raise ValueError(f"the tokenizer's chat template is broken (line {error.lineno}): {error.message}; mend chat_template.jinja") from error
+    marked = (number for number, token in tokenizer.added_tokens_decoder.items() if token.special)
+    special = {*tokenizer.all_special_ids, *marked}
     return next((i for i in tokenizer(tail, add_special_tokens=False)["input_ids"] if i in special), None)
 
 

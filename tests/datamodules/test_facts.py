@@ -143,7 +143,6 @@ def test_invented_facts_are_numbered() -> None:
         "question": "boss baba",
         "answer": rows[0]["answer"],
         "relation": "boss",
-        "asked": "boss baba?",
         "prompt": "boss baba=",
         "completion": rows[0]["answer"],
     }

@@ -164,3 +164,17 @@ def test_a_run_says_what_memory_it_needs(capsys, caplog):
     said = capsys.readouterr().out + capsys.readouterr().err + caplog.text
     parameters = sum(parameter.numel() for parameter in module.policy.parameters())
     assert f"weights {parameters * 4 / 1e6:,.0f} MB" in said and "before activations" in said
+
+
+def test_noise_and_packing_go_together():
+    seed_everything(0)
+    module = SFTModule("tiny", neftune_noise_alpha=5.0)
+    trainer = Trainer(**QUIET, max_steps=2, enable_checkpointing=False)
+    trainer.fit(module, InstructionDataModule(module.tokenizer, Addition(64), packing=True, max_length=64, batch_size=2))
+    assert trainer.global_step == 2
+
+
+def test_packed_held_out_rows_are_asked_one_by_one():
+    tokenizer = SFTModule("tiny").tokenizer
+    batch = batch_of([[5, 6, 7, 8, 9, 10, 11]], [[2, 5, 6]], position_ids=torch.tensor([[0, 1, 2, 0, 1, 2, 3]]))
+    assert last_answers(batch, tokenizer)["prompt_ids"] == [[5, 6], [8, 9]]
