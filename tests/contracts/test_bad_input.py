@@ -16,7 +16,7 @@ FILES = [
     ("broken.jsonl", f'{GOOD}\n{{"prompt": \n', "grpo", "broken.jsonl:2: not valid JSON"),
     ("columns.jsonl", '{"text_a": 1, "text_b": 2}\n', "grpo", "columns.jsonl:1: found the columns text_a, text_b; looked for prompt + answer"),
     ("columns.jsonl", '{"text_a": 1, "text_b": 2}\n', "sft", "columns.jsonl:1: found the columns text_a, text_b; looked for messages"),
-    ("answers.jsonl", '{"question": "x", "answer": "y"}\n', "sft", "such as --data.columns '{prompt: question, completion: answer}'"),
+    ("answers.jsonl", '{"question": "x", "solution": "y"}\n', "sft", "such as --data.columns '{prompt: question, completion: solution}'"),
     ("silent.jsonl", '{"messages": [{"role": "user", "content": "hi"}]}\n', "sft", "silent.jsonl:1: no supervised token"),
     ("long.jsonl", f"{GOOD}\n{LONG}\n", "grpo", "long.jsonl:2: 600 tokens and the limit is 512"),
     ("scalars.jsonl", "1\n2\n", "grpo", "scalars.jsonl:1: a row must be an object with named columns or a text, this is a int"),
