@@ -151,7 +151,7 @@ def test_a_long_row_is_dropped_without_a_warning_about_its_length(caplog: pytest
 @pytest.mark.parametrize(
     ("columns", "hint"),
     [
-        ({"question": "x", "answer": "y"}, "{prompt: question, completion: answer}"),
+        ({"question": "x", "solution": "y"}, "{prompt: question, completion: solution}"),
         ({"prompt": "x", "response": "y"}, "{prompt: prompt, completion: response}"),
     ],
 )

@@ -82,8 +82,10 @@ def test_a_format_by_name() -> None:
 
 def test_every_column_that_is_read_can_be_mapped() -> None:
     check_mapping(dict.fromkeys(("system", "history", "tools", "input", "instances", "conversations", "response", "text"), "x"), KNOWN)
-    with pytest.raises(ValueError, match="columns maps unknown names answer; the names on the left may be completion, conversations, history"):
-        check_mapping({"answer": "x"}, KNOWN)
+    with pytest.raises(
+        ValueError, match="columns maps unknown names solution; the names on the left may be answer, completion, conversations, history"
+    ):
+        check_mapping({"solution": "x"}, KNOWN)
 
 
 def test_alpaca_with_system_and_history_is_a_conversation() -> None:
@@ -178,7 +180,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({**ALPACA, "output": " "}, "assistant message 1 is empty"),
     ({**ALPACA, "output": "<|endoftext|>"}, "assistant message 1 is empty"),
     ({"prompt": "x", "completion": "<|endoftext|>"}, "the completion is empty"),
-    ({"prompt": "x", "completion": ["a", "b"]}, "completion, message 0, must have a role and a content"),
+    ({"prompt": "x", "completion": []}, "no supervised token"),
     ({"instruction": "x", "instances": []}, "column 'instances' must be a list of objects with input and output, at least one"),
     ({"instruction": "x", "instances": [{"input": "a"}]}, "column 'instances' must be a list of objects"),
     ({"instruction": "x", "instances": [{"input": "", "output": False}]}, "column 'output' holds a bool, text was expected"),
@@ -204,7 +206,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"messages": [USER, ASSISTANT], "tools": "add"}, "column 'tools' holds text where JSON was expected"),
     ({"messages": [USER, ASSISTANT], "tools": '{"a": 1}'}, "column 'tools' must hold a list of tools"),
     ({"messages": [USER, ASSISTANT], "tools": 3}, "column 'tools' must hold a list of tools"),
-    ({"name": "x"}, "found the columns name; looked for messages or conversations or prompt + completion or question + completion or instruction"),
+    (
+        {"name": "x"},
+        "found the columns name; looked for messages or conversations or prompt + completion or question + completion or question + answer",
+    ),
 ]
 
 

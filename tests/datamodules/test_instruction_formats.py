@@ -59,6 +59,7 @@ FILES: list[tuple[str, int, dict[str, str], Answers]] = [
     ("llama-factory/v1_sft_demo.jsonl", 140, {}, lambda record: [record["messages"][-1]["content"][0]["value"]]),
     ("fastchat/dummy_conversation.json", 350, {}, gpt),
     ("torchtune/chat_tiny.json", 1, {}, gpt),
+    ("tata/test.json", 120, {"prompt": "linearized_input", "completion": "table_text"}, lambda record: record["table_text"][:1]),
     ("torchtune/instruct_tiny.json", 2, {}, lambda record: [record["response"]]),
     ("torchtune/stack_exchange_paired_tiny.json", 18, {"prompt": "question", "completion": "response_j"}, lambda record: [record["response_j"]]),
     ("nc-torchtune-alpaca/alpaca_tiny.json", 70, {}, lambda record: [record["output"]]),
@@ -198,7 +199,6 @@ def test_reasoning_with_tools_in_typed_parts() -> None:
     ("name", "columns", "message"),
     [
         ("nc-alpaca-farm/multisamples_sft.json", {}, "column 'output' holds a list, text was expected"),
-        ("tata/test.json", {"prompt": "linearized_input", "completion": "table_text"}, "completion, message 0, must have a role and a content"),
         ("llama-factory/dpo_en_demo.json", {}, "the row is a preference .chosen, rejected.; set data to PreferenceDataModule"),
         ("oasst/en_100_tree.jsonl", {}, "found the columns message_tree_id, tree_state, prompt; looked for messages or conversations"),
         ("xstest/xstest_prompts.csv", {}, "found the columns id, prompt, type, label, focus, note; looked for"),

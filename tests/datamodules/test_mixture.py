@@ -237,10 +237,10 @@ def test_each_stream_is_read_its_own_way(tmp_path: Path) -> None:
     module = mixture(streams, max_length=40, loss_on="all")
     rows = {name: [module.train_rows[place] for place in places] for name, places in module.stream_rows.items()}
     assert all(all(row.supervised[1:]) and len(row.ids) <= 40 for row in rows["text"] + rows["whole"])
-    assert [len(rows[name]) for name in streams] == [4, 1, 4]  # 91 tokens and 4; one of two; 6 tokens and 104, split
+    assert [len(rows[name]) for name in streams] == [4, 1, 1]  # 91 tokens, split, and 4; one of two; one of two
     (answer,) = rows["answers"]
     assert sum(answer.supervised) == 2  # the 2 and the end token
-    assert module.dropped["train"] == 1
+    assert module.dropped["train"] == 2
     assert list(module.domains) == ["text", "answers"]
 
 

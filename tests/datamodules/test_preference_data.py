@@ -104,13 +104,11 @@ def test_long_examples_go_whole_and_ties_and_bad_rows_are_counted() -> None:
     with pytest.raises(ValueError, match="data.jsonl:2: 9 tokens and the limit is 8; raise it or set drop_long: true"):
         module(*records, max_length=8, drop_long=False)
     bad = [pair("a", "b"), pair("a", ""), pair("same", "same"), {"prompt": "p"}]
-    with pytest.raises(ValueError, match="^data.jsonl:2: rejected is empty$"):
+    with pytest.raises(ValueError, match="^data.jsonl:2: rejected is empty; mend the row, or set data.on_bad_row: drop to leave such rows out$"):
         module(*bad)
     data = module(*bad, on_bad_row="drop")
     assert len(data.train_rows) == 1 and data.bad["train"] == 3 and data.dropped["train"] == 0
-    left = (
-        "of 4 train rows from here on none is left: 1 left out, 2 bad, 1 longer than 8 tokens; the first bad row is data.jsonl:3: rejected is empty"
-    )
+    left = "of 4 train rows from here on none is left: 1 left out, 2 bad, 1 longer than 8 tokens .raise the limit.; the first bad row is data.jsonl:3: rejected is empty"
     with pytest.raises(ValueError, match=left):
         module(records[1], records[3], bad[1], bad[3], max_length=8, on_bad_row="drop")
 
