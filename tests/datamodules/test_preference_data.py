@@ -108,7 +108,8 @@ def test_long_examples_go_whole_and_ties_and_bad_rows_are_counted() -> None:
         module(*bad)
     data = module(*bad, on_bad_row="drop")
     assert len(data.train_rows) == 1 and data.bad["train"] == 3 and data.dropped["train"] == 0
-    left = "of 4 train rows from here on none is left: 1 left out, 2 bad, 1 longer than 8 tokens .raise the limit.; the first bad row is data.jsonl:3: rejected is empty"
+    counts = "of 4 train rows from here on none is left: 1 left out, 2 bad, 1 longer than 8 tokens .raise the limit."
+    left = f"{counts}; the first bad row is data.jsonl:3: rejected is empty"
     with pytest.raises(ValueError, match=left):
         module(records[1], records[3], bad[1], bad[3], max_length=8, on_bad_row="drop")
 
