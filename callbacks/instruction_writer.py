@@ -1,14 +1,13 @@
 """Writes the tasks that ``predict`` grew from seeds, and goes on where a killed run stopped."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, runtime_checkable
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
-from callbacks.resumable_jsonl import open_whole_lines, write_whole
+from callbacks.resumable_jsonl import append_lines, open_whole_lines, write_whole
 
 
 @runtime_checkable
@@ -73,14 +72,14 @@ class InstructionWriter(Callback):
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = open_whole_lines(self.part)
         if not lines:
-            self._write([header])
+            append_lines(self._file, [header])
 
     def on_predict_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Write the round."""
         new = pl_module.rounds[self._written :]
         if self._file is None or not new:
             return
-        self._write(new)
+        append_lines(self._file, new)
         self._written += len(new)
         rank_zero_info(f"instructions: round {self._written}: {pl_module.num_accepted} of {pl_module.num_instructions}")
 
@@ -111,12 +110,6 @@ class InstructionWriter(Callback):
         """Keep the part: the next run goes on with it."""
         if self._file is not None:
             self._close()
-
-    def _write(self, lines: list[Any]) -> None:
-        assert self._file is not None
-        self._file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
-        self._file.flush()
-        os.fsync(self._file.fileno())
 
     def _close(self) -> None:
         assert self._file is not None

@@ -91,11 +91,11 @@ class ResumableJsonl(Callback):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = open_whole_lines(self._part(trainer.global_rank))
             if self._file.tell() == 0:
-                self._write([self._header])
+                append_lines(self._file, [self._header])
         used = Counter(self.usage(pl_module))
         spent = {name: value - self._used[name] for name, value in used.items()}
         self._used = used
-        self._write([*pl_module.labelled, {"usage": spent}])
+        append_lines(self._file, [*pl_module.labelled, {"usage": spent}])
 
     def on_predict_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Join the parts."""
@@ -142,12 +142,6 @@ class ResumableJsonl(Callback):
             lines += rest
         return lines
 
-    def _write(self, records: list[dict[str, Any]]) -> None:
-        assert self._file is not None
-        self._file.write("".join(json.dumps(record) + "\n" for record in records).encode())
-        self._file.flush()
-        os.fsync(self._file.fileno())
-
     def _close(self) -> None:
         assert self._file is not None
         self._file.close()
@@ -171,6 +165,13 @@ def open_whole_lines(path: Path) -> BinaryIO:
     file.truncate(file.read().rfind(b"\n") + 1)
     file.seek(0, os.SEEK_END)
     return file
+
+
+def append_lines(file: BinaryIO, records: list[Any]) -> None:
+    """Write records behind the others, all or nothing, and wait until they are on the disk."""
+    file.write("".join(json.dumps(record) + "\n" for record in records).encode())
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def write_whole(path: Path, text: str) -> None:

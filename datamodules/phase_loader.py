@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
+from datamodules.ranks import from_all_ranks
 from modules.types import Completion, PolicyBatch, PromptBatch, Rollout
 
 PROMPT_FIELDS = ("prompt_ids", "prompt_mask")
@@ -123,11 +124,7 @@ class PhaseLoader:
             "rollouts": [asdict(rollout) for rollout in module.rollouts],  # type: ignore[union-attr, arg-type]
             "phase_metrics": dict(module.phase_metrics),  # type: ignore[arg-type]
         }
-        ranks: list[dict[str, Any]] = [mine]
-        if self.trainer.world_size > 1:
-            ranks = [{}] * self.trainer.world_size
-            torch.distributed.all_gather_object(ranks, mine)
-        return {"ranks": ranks}
+        return {"ranks": from_all_ranks([mine])}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Take this rank's part of a ``snapshot``, at the last whole update: gradients of half an update are in no checkpoint.

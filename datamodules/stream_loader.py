@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import Trainer
-from torch import distributed
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from datamodules.collate import MicroBatch
 from datamodules.packing import pack
+from datamodules.ranks import from_all_ranks
 from datamodules.sources import Row
 from datamodules.tokens import Tokens
 from modules.types import InstructionBatch
@@ -204,12 +204,3 @@ class StreamLoader:
         self.data.dropped["train"] = sum(place.dropped for place in self.places.values())
         self.data.bad["train"] = sum(place.bad for place in self.places.values())
         return batch
-
-
-def from_all_ranks(items: list[Any]) -> list[Any]:
-    """The items of all ranks, in the order of the ranks (collective)."""
-    if not distributed.is_initialized():
-        return items
-    parts: list[list[Any]] = [[] for _ in range(distributed.get_world_size())]
-    distributed.all_gather_object(parts, items)
-    return [item for part in parts for item in part]

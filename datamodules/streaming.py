@@ -13,8 +13,9 @@ from transformers import PreTrainedTokenizerBase
 from datamodules.chat import LossOn
 from datamodules.instruction import InstructionDataModule
 from datamodules.packing import split_long
+from datamodules.ranks import from_all_ranks
 from datamodules.sources import Row, Source
-from datamodules.stream_loader import Pieces, StreamLoader, from_all_ranks
+from datamodules.stream_loader import Pieces, StreamLoader
 from datamodules.tokens import Tokens
 
 BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {

@@ -69,7 +69,8 @@ class DPOModule(AlignmentModule):
         if reference is not None and not self.needs_reference:
             raise ValueError(f"reference is '{reference}' and {type(self.objective).__name__} is computed without one: leave it out")
         self.own_reference = reference is None  # the policy as it starts
-        self.reference = Frozen(self.other_policy(reference) if reference else self.policy) if self.needs_reference else None
+        other = self.other_policy(reference) if reference else None
+        self.reference = Frozen(other or self.policy, own=other is not None) if self.needs_reference else None
         self.tables: dict[str, ReferenceLogprobs] = {}  # by stage of the data
         self._tables_of: Any = None  # the DataModule that they are of
         self.scored_pairs: list[ScoredPair] = []  # of the current evaluation batch

@@ -65,12 +65,12 @@ class InstructionPool:
         self._words = [words(instruction) for instruction in self.instructions]
 
     def add(self, instruction: str) -> None:
-        """Keep an instruction: later ones are measured against it too."""
+        """Keep an instruction, a text: later ones are measured against it too; the pool [n] becomes [n + 1]."""
         self.instructions.append(instruction)
         self._words.append(words(instruction))
 
     def nearest(self, instruction: str) -> tuple[str, float]:
-        """The most similar instruction, the earliest of several, and its ROUGE-L F1; "" and 0 in an empty pool.
+        """The most similar of the n instructions, the earliest of several, and its ROUGE-L F1 in [0, 1]; "" and 0 in an empty pool.
 
         Rapidfuzz's similarity by insertions and deletions is 1 - (n + m - 2 LCS) / (n + m), so that F1; it looks for no common subsequence
         where the lengths alone keep 2 min(n, m) / (n + m) below the best so far.
@@ -80,7 +80,7 @@ class InstructionPool:
         return ("", 0.0) if found is None else (self.instructions[found[2]], rouge_l(mine, found[0]))
 
     def judge(self, instruction: str, output: str) -> tuple[str | None, str, float]:
-        """One of ``REASONS``, None = to be kept; then the most similar instruction and its ROUGE-L F1, "" and 0 where that was not looked for."""
+        """One of ``REASONS``, None = to be kept; then the most similar instruction and its ROUGE-L F1 in [0, 1], "" and 0 if unasked."""
         reason = objection(instruction, output)
         if reason is not None:
             return reason, "", 0.0

@@ -15,11 +15,12 @@ class Frozen:
     """The policy as it is now, without gradients, held outside ``nn.Module`` so that it enters neither checkpoints nor gradient reduction.
 
     A policy with adapters is not copied: its backbone never changes, so a copy of the adapters is enough, put in place to score. (The
-    reference is then the policy with the adapters it started from, not the bare backbone.)
+    reference is then the policy with the adapters it started from, not the bare backbone.) One that is its ``own`` is used by nobody else and
+    not copied either.
     """
 
-    def __init__(self, policy: Policy) -> None:
-        self.policy = policy if policy.has_adapters else copy.deepcopy(policy).requires_grad_(False).eval()
+    def __init__(self, policy: Policy, own: bool = False) -> None:
+        self.policy = policy if policy.has_adapters else (policy if own else copy.deepcopy(policy)).requires_grad_(False).eval()
         learned = policy.named_parameters() if policy.has_adapters else self.policy.named_parameters()
         self.weights = {
             name: weight.detach().clone() if policy.has_adapters else weight
