@@ -50,6 +50,7 @@ class AlignmentModule(LightningModule):
         self._step: dict[str, Tensor] = {}  # (total, weight) of each metric over the micro-batches of an optimiser step so far
         self._means: set[str] = set()  # names that are averaged
         self._step_start = time.perf_counter()
+        self._memory_said = False
 
     @property
     def tokenizer(self) -> Any:
@@ -132,15 +133,19 @@ class AlignmentModule(LightningModule):
             self.means[name].update(value, weight)  # type: ignore[operator]
             self.log(name, self.means[name], metric_attribute=f"means.{name}")  # type: ignore[arg-type]
 
-    def on_train_start(self) -> None:
-        """Say how much memory training needs, as far as it is known."""
+    def say_memory(self, batch: Any) -> None:
+        """Say how much memory training needs, as far as it is known, with micro-batches like the first."""
         frozen = (weight for part in vars(self).values() if isinstance(part, Frozen) for weight in part.weights.values())
-        logits = MAX_LOGITS if self.forms_logits else 0
+        tokens = max(batch[name].numel() for name in ("input_ids", "completion_ids") if name in batch)
+        logits = min(MAX_LOGITS, tokens * self.policy.model.config.vocab_size) if self.forms_logits else 0
         memory = training_memory([*self.parameters(), *self.buffers(), *frozen], self.trainer.optimizers[0], logits)
         rank_zero_info(memory_line(memory))
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Start the clock and the metrics of a step at its first micro-batch."""
+        """Start the clock and the metrics of a step at its first micro-batch; before the first, say how much memory the run needs."""
+        if not self._memory_said:
+            self._memory_said = True
+            self.say_memory(batch)
         if batch_idx % self.trainer.accumulate_grad_batches == 0:
             self._step, self._step_start = {}, time.perf_counter()
 
