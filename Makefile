@@ -9,8 +9,9 @@ SMOLLM = $(shell $(PY) -c "import importlib.util as u, pathlib; print(next(pathl
 define run-recipe
 @set -e; mkdir -p runs/$(1); for file in configs/recipes/$(1)/*.yaml; do \
   stage=$$(basename $$file .yaml); verb=$$(echo $$stage | cut -d- -f2); \
-  if [ -e runs/$(1)/$$stage.done ]; then echo "$$stage: done before, skipped"; continue; fi; \
-  echo "== $(1) $$stage"; $(PY) -m modules $$verb --config $$file $(2); [ $$verb = validate ] || touch runs/$(1)/$$stage.done; done
+  if [ -e runs/$(1)/$$stage.done ]; then echo "$$stage: done before, skipped (until runs/$(1)/$$stage.done is deleted)"; continue; fi; \
+  echo "== $(1) $$stage"; $(PY) -m modules $$verb --config $$file $(2) || { echo "recipe: $(1) failed at $$stage" >&2; exit 1; }; \
+  [ $$verb = validate ] || touch runs/$(1)/$$stage.done; done
 endef
 
 .PHONY: help setup demo demo-smollm recipe show-batch test lint types format
@@ -39,7 +40,7 @@ demo-smollm: setup .venv/.smollm  ## SmolLM2-135M on sums in <think>/<answer> fo
 	@mkdir -p runs/smollm && ln -sfn $(SMOLLM) runs/smollm/SmolLM2-135M-Instruct.gguf
 	$(call run-recipe,smollm)
 
-recipe: setup  ## run configs/recipes/NAME in order, without the fits and predictions that are done: minicpm, known-facts, preferences, iterative-dpo, demo
+recipe: setup  ## run configs/recipes/NAME in order, without the fits and predictions that are done: instructgpt, preferences, iterative-dpo, minicpm, known-facts, demo
 	$(call run-recipe,$(NAME))
 	@echo recipe: $(NAME) ok $$(cat runs/$(NAME)/*.result 2>/dev/null)
 

@@ -1,9 +1,11 @@
 """Questions about a run's health, one a file. They look and log; they change nothing."""
 
+from callbacks.comparison import Comparison
 from callbacks.data_report import DataReport
 from callbacks.diversity import Diversity
 from callbacks.export import Export
 from callbacks.forgetting import Forgetting
+from callbacks.hand_off import HandOff
 from callbacks.instruction_writer import InstructionWriter
 from callbacks.knowledge_writer import KnowledgeWriter
 from callbacks.length_bias import LengthBias
@@ -18,10 +20,12 @@ from callbacks.token_picture import TokenPicture
 from callbacks.win_rate import WinRate
 
 __all__ = [
+    "Comparison",
     "DataReport",
     "Diversity",
     "Export",
     "Forgetting",
+    "HandOff",
     "InstructionWriter",
     "KnowledgeWriter",
     "LengthBias",

@@ -67,9 +67,9 @@ class Forgetting(Callback):
             )
         data = trainer.datamodule  # type: ignore[attr-defined]
         if not isinstance(data, HasDomains):
-            raise ValueError("Forgetting reads held-out rows by domain: use an InstructionDataModule or remove the callback.")
+            raise ValueError("Forgetting reads held-out rows by domain: use an InstructionDataModule, a VerifiableDataModule with ptx, or remove the callback.")
         if not data.domains:
-            raise ValueError("Forgetting compares held-out rows with the start and there are none: set data.val, or remove the callback.")
+            raise ValueError("Forgetting compares held-out rows with the start and there are none: set data.val (where prompts are sampled, data.ptx.val), or remove the callback.")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the start, unless the sanity check or a checkpoint has it."""

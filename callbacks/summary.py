@@ -8,6 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from callbacks.resumable_jsonl import write_whole
+from callbacks.table import logged, print_table, rounded
 
 
 class Summary(Callback):
@@ -37,9 +38,9 @@ class Summary(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the values: before training from the sanity check, after it from ``validate``."""
         if trainer.state.fn == "validate":
-            self.after = self._read(trainer)
+            self.after = logged(trainer, self.metrics, "Summary")
         elif trainer.sanity_checking and trainer.num_sanity_val_steps == float("inf") and not self.before:
-            self.before = self._read(trainer)
+            self.before = logged(trainer, self.metrics, "Summary")
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Print, at the end of ``validate``."""
@@ -55,32 +56,16 @@ class Summary(Callback):
         """Restores what ``state_dict`` gave."""
         self.before = state_dict["before"]
 
-    def _read(self, trainer: Trainer) -> dict[str, float]:
-        missing = [name for name in self.metrics if name not in trainer.callback_metrics]
-        if missing:
-            raise ValueError(f"Summary is asked for {missing}, which validation did not log; it logged {sorted(trainer.callback_metrics)}.")
-        return {name: float(trainer.callback_metrics[name]) for name in self.metrics}
-
     def _print(self, trainer: Trainer) -> None:
-        from rich.console import Console
-        from rich.table import Table
-
         if self.result is not None:
             Path(self.result).parent.mkdir(parents=True, exist_ok=True)
-            write_whole(Path(self.result), f"{_round(self.after[self.headline])}\n")
-        table = Table("metric", *(["before"] if self.before else []), "after")
-        for name in self.metrics:
-            table.add_row(name, *([_round(self.before[name])] if name in self.before else []), _round(self.after[name]))
-        Console().print(table)
+            write_whole(Path(self.result), f"{rounded(self.after[self.headline])}\n")
+        print_table(self.metrics, ({"before": self.before} if self.before else {}) | {"after": self.after})
         if not self.before and trainer.ckpt_path:
             print("The values before training are unknown: fit with --trainer.num_sanity_val_steps -1 and validate with that run's checkpoint.")
         print(f"tensorboard --logdir {shlex.quote(_log_folder(trainer))}")
         values = [state[self.headline] for state in (self.before, self.after) if self.headline in state]
-        print(f"{self.title}: {self.headline.removeprefix('val/')} {' -> '.join(_round(value) for value in values)}", flush=True)
-
-
-def _round(value: float) -> str:
-    return f"{value:.2f}"
+        print(f"{self.title}: {self.headline.removeprefix('val/')} {' -> '.join(rounded(value) for value in values)}", flush=True)
 
 
 def _log_folder(trainer: Trainer) -> str:

@@ -7,6 +7,7 @@ from datamodules.mixture import MixtureDataModule
 from datamodules.mixture_streams import Stream
 from datamodules.preference import PreferenceDataModule
 from datamodules.pretraining import PretrainingDataModule
+from datamodules.ptx import PtxStream
 from datamodules.seed_tasks import SeedTasksDataModule
 from datamodules.sources import (
     Addition,
@@ -19,7 +20,9 @@ from datamodules.sources import (
     MixIn,
     NumberTexts,
     OasstTrees,
+    PreferencePrompts,
     ReasoningGym,
+    Sampled,
     Scored,
     Source,
 )
@@ -42,8 +45,11 @@ __all__ = [
     "NumberTexts",
     "OasstTrees",
     "PreferenceDataModule",
+    "PreferencePrompts",
     "PretrainingDataModule",
+    "PtxStream",
     "ReasoningGym",
+    "Sampled",
     "Scored",
     "SeedTasksDataModule",
     "Source",

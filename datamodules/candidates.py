@@ -1,4 +1,4 @@
-"""Prompts with several answers each, for a judge to compare."""
+"""Prompts with several answers each, for a judge to compare or a reward to score."""
 
 import hashlib
 import json
@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.types import EVAL_DATALOADERS
 from transformers import PreTrainedTokenizerBase
 
 from datamodules.base import AlignDataModule
-from datamodules.columns import Columns, alpaca_prompt, check_mapping, renamed
+from datamodules.columns import Columns, alpaca_prompt, check_mapping, final_answer, renamed
 from datamodules.sources import Row, Source
 from datamodules.sources.files import read_rows
 from modules.types import PromptBatch
@@ -19,7 +19,7 @@ from modules.types import PromptBatch
 PROMPTS = ("prompt", "question", "instruction", "input")
 PAIRS = {"output_1": "output_2", "response1": "response2", "chosen": "rejected"}
 LABELS = ("preference", "label")
-KNOWN = (*PROMPTS, "completions", *(name for pair in PAIRS.items() for name in pair), *LABELS)
+KNOWN = (*PROMPTS, "completions", *(name for pair in PAIRS.items() for name in pair), *LABELS, "answer")
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class Candidates:
     prompt: str
     completions: list[str]  # at least two
     given: int | None  # what the data say of two completions: 1 or 2 is better, 0 = tie, None = nothing
+    answer: str | None  # the right one, for a reward that checks
     origin: str
     source: str
 
@@ -39,8 +40,8 @@ class CandidatesDataModule(AlignDataModule):
     A row holds ``prompt``, ``question``, ``instruction`` (with ``input`` or without) or ``input``, and the texts ``completions`` (a list),
     ``output_1`` and ``output_2``, ``response1`` and ``response2``, or ``chosen`` and ``rejected``. A column ``preference`` or ``label``
     tells which of two is better as a person saw it: 1, 2, 0 or ``Tie``, or a number between 1 and 2; of ``chosen`` and ``rejected`` it
-    is the first. ``info`` of a batch holds the texts as ``candidates``, that label as ``given`` (1, 2, 0, None), the place of the row as
-    ``row``, and as ``data`` a digest of all rows.
+    is the first. A column ``answer`` is the right answer, for a reward that checks it. ``info`` of a batch holds the texts as ``candidates``,
+    that label as ``given`` (1, 2, 0, None), the place of the row as ``row``, and as ``data`` a digest of all rows.
 
     Args:
         tokenizer: a tokenizer, or a path or hub id.
@@ -79,7 +80,8 @@ class CandidatesDataModule(AlignDataModule):
         """All rows, in order."""
         if len(self.rows) < self.world_size:
             raise ValueError(f"{len(self.rows)} rows cannot be shared by {self.world_size} ranks; use fewer ranks")
-        digest = hashlib.blake2b(json.dumps([[row.prompt, row.completions] for row in self.rows]).encode(), digest_size=8).hexdigest()
+        content = json.dumps([[row.prompt, row.completions, row.answer] for row in self.rows])
+        digest = hashlib.blake2b(content.encode(), digest_size=8).hexdigest()
         mine = range(self.rank, len(self.rows), self.world_size)
         batches = [self.batch(mine[start : start + self.batch_size], digest) for start in range(0, len(mine), self.batch_size)]
         return self.ready_loader(batches)
@@ -91,7 +93,7 @@ class CandidatesDataModule(AlignDataModule):
             uid=[row.origin for row in rows],
             prompt=[row.prompt for row in rows],
             prompt_ids=[list(self.tokenizer(row.prompt, verbose=False).input_ids) for row in rows],
-            answer=[None for _ in rows],
+            answer=[row.answer for row in rows],
             source=[row.source for row in rows],
             info=[{"candidates": row.completions, "given": row.given, "row": place, "data": digest} for place, row in zip(places, rows, strict=True)],
         )
@@ -102,7 +104,7 @@ def candidates(row: Row, columns: Columns) -> Candidates:
     record = renamed(row, columns)
     found, completions = _completions(record, columns, row.origin)
     given = 1 if found == "chosen" else _given(record, columns, len(completions), row.origin)
-    return Candidates(_prompt(record, columns, row.origin), completions, given, row.origin, row.source)
+    return Candidates(_prompt(record, columns, row.origin), completions, given, _answer(record, row.origin), row.origin, row.source)
 
 
 def _present(names: tuple[str, ...], record: Mapping[str, Any], columns: Columns) -> str | None:
@@ -150,6 +152,14 @@ def _given(record: Mapping[str, Any], columns: Columns, num_completions: int, or
     if number != 0 and not 1 <= number <= 2:
         raise ValueError(f"{origin}: column {name!r} holds {value!r}; expected 1, 2, 0 or Tie, a number between 1 and 2, or nothing")
     return 0 if number in (0, 1.5) else 1 if number < 1.5 else 2
+
+
+def _answer(record: Mapping[str, Any], origin: str) -> str | None:
+    """The right answer, None without one."""
+    answer = record.get("answer")
+    if isinstance(answer, dict | list):
+        raise ValueError(f"{origin}: column 'answer' holds a {type(answer).__name__}, a single answer was expected")
+    return final_answer(answer)
 
 
 def _text(value: Any, name: str, origin: str) -> str:

@@ -35,14 +35,16 @@ def check_mapping(columns: Columns, known: Collection[str] = KNOWN) -> None:
 
 
 def verifiable_example(row: Row, columns: Columns) -> VerifiableExample:
-    """``prompt`` or ``question`` with ``answer``, ``solution`` or ``ground_truth``; a null answer (None or NaN) is None.
+    """``prompt`` or ``question`` with ``answer``, ``solution`` or ``ground_truth``; no other column or a null answer (None or NaN) is None.
 
     Raises ValueError with the origin when the columns are missing or hold the wrong type.
     """
     record = renamed(row, columns)
-    prompt, name = find_shape(record, VERIFIABLE_SHAPES, columns, row.origin)
-    info = plain({key: value for key, value in record.items() if key not in (prompt, name)})
-    answer = record[name]
+    alone = tuple((name,) for name in ("prompt", "question") if list(record) == [name])
+    prompt, *answers = find_shape(record, alone or VERIFIABLE_SHAPES, columns, row.origin)
+    info = plain({key: value for key, value in record.items() if key not in (prompt, *answers)})
+    name = answers[0] if answers else None
+    answer = record[name] if name else None
     if isinstance(answer, list) and len(answer) == 1:
         answer = answer[0]
     if isinstance(answer, dict | list):

@@ -6,8 +6,10 @@ of tensors, numbers and strings only; everything random is a function of (seed, 
 context, without gradients and in eval mode.
 """
 
-from collections.abc import Callable, Iterator
+import random
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
+from functools import lru_cache
 from typing import Any, cast
 
 import torch
@@ -15,10 +17,10 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from datamodules.ranks import from_all_ranks
-from modules.types import Completion, PolicyBatch, PromptBatch, Rollout
+from modules.types import Completion, InstructionBatch, PolicyBatch, PromptBatch, Rollout
 
 PROMPT_FIELDS = ("prompt_ids", "prompt_mask")
-PHASE_FIELDS = ("denominator", "row_count", "active")
+PHASE_FIELDS = ("denominator", "row_count", "active", "update")
 
 
 class PhaseLoader:
@@ -31,21 +33,29 @@ class PhaseLoader:
         updates_per_phase: optimiser updates made from one phase's rollouts.
         inner_epochs: passes over the rollouts; divides ``updates_per_phase``.
         seed: for the shuffle of groups into updates.
+        ptx: number of an update since the start, micro-batch in it -> this rank's texts, which the update learns from beside its completions.
 
     Raises:
         ValueError: the numbers do not divide, or differ between ranks.
     """
 
     def __init__(
-        self, trainer: Trainer, draw: Callable[[int], PromptBatch], updates_per_phase: int = 1, inner_epochs: int = 1, seed: int = 0
+        self,
+        trainer: Trainer,
+        draw: Callable[[int], PromptBatch],
+        updates_per_phase: int = 1,
+        inner_epochs: int = 1,
+        seed: int = 0,
+        ptx: Callable[[int, int], InstructionBatch] | None = None,
     ) -> None:
         if updates_per_phase < 1 or inner_epochs < 1 or updates_per_phase % inner_epochs:
             raise ValueError(
                 f"updates_per_phase ({updates_per_phase}) must be a positive multiple of inner_epochs ({inner_epochs}): "
                 "each pass over the rollouts makes the same number of updates"
             )
-        self.trainer, self.draw, self.seed = trainer, draw, seed
+        self.trainer, self.draw, self.seed, self.ptx = trainer, draw, seed, ptx
         self.updates, self.inner_epochs = updates_per_phase, inner_epochs
+        self.per_pass = updates_per_phase // inner_epochs
         self.phase, self.position = -1, 0
         self.micro_batches: list[PolicyBatch] = []
         length = torch.tensor(len(self), device=trainer.strategy.root_device)
@@ -63,16 +73,26 @@ class PhaseLoader:
             self.phase, self.position, self.micro_batches = phase, 0, micro_batches  # together: collecting may be interrupted
         while self.position < len(self):
             self.position += 1  # before the yield: nobody resumes this generator after the last item
-            yield self.micro_batches[self.position - 1]
+            yield self.with_texts(self.position - 1)
+
+    def with_texts(self, position: int) -> PolicyBatch:
+        """A planned micro-batch, and the texts that go with it: a function of their place, so that no checkpoint holds them."""
+        batch = self.micro_batches[position]
+        if self.ptx is None:
+            return batch
+        update, micro_batch = divmod(position, self.trainer.accumulate_grad_batches)
+        return {**batch, "ptx": self.ptx(self.phase * self.updates + update, micro_batch)}
 
     def collect(self, phase: int) -> PolicyBatch:
         """Sample and score a phase in the Trainer's precision, without gradients, in eval mode; modes are put back."""
         module = cast(LightningModule, self.trainer.lightning_module)
+        prompts = self.draw(phase)
+        prompts["update"] = update_of_prompts(len(prompts["uid"]), self.per_pass)
         modes = {part: part.training for part in module.modules()}
         module.eval()
         try:
             with torch.no_grad(), self.trainer.precision_plugin.forward_context():
-                return module.collect(self.draw(phase))  # type: ignore[operator]
+                return module.collect(prompts)  # type: ignore[operator]
         finally:
             for part, mode in modes.items():
                 part.training = mode
@@ -83,15 +103,15 @@ class PhaseLoader:
         An update is a stretch of the drawn prompts, whose order is random already: so k ranks, which drew in turn, make the updates
         that one rank would. Passes after the first visit the updates in another order.
         """
-        micro, per_pass = self.trainer.accumulate_grad_batches, self.updates // self.inner_epochs
-        groups = batch["prompt_index"].unique()
-        stretches = [torch.isin(batch["prompt_index"], part).nonzero()[:, 0] for part in groups.tensor_split(per_pass)]
-        updates = [stretches[i] for number in range(self.inner_epochs) for i in self.order(phase, number, per_pass)]
+        micro, num_prompts = self.trainer.accumulate_grad_batches, len(batch["prompt_ids"])
+        update_of = torch.tensor(update_of_prompts(num_prompts, self.per_pass), device=batch["prompt_index"].device)[batch["prompt_index"]]  # [N]
+        stretches = [(update_of == update).nonzero()[:, 0] for update in range(self.per_pass)]
+        updates = [stretches[i] for number in range(self.inner_epochs) for i in self.order(phase, number, self.per_pass)]
         unit = "prompts" if "rank" in batch else "completions"  # compared completions stay together
         smallest = min(len(batch["prompt_index"][rows].unique()) if unit == "prompts" else len(rows) for rows in updates)
         if smallest < micro:
             raise ValueError(
-                f"a phase of {len(groups)} prompts and {len(batch['prompt_index'])} completions on this rank cannot make {per_pass} updates "
+                f"a phase of {num_prompts} prompts and {len(batch['prompt_index'])} completions on this rank cannot make {self.per_pass} updates "
                 f"of {micro} micro-batches (the smallest update has {smallest} {unit}): raise prompts_per_phase, or lower "
                 "updates_per_phase or accumulate_grad_batches"
             )
@@ -152,6 +172,24 @@ class PhaseLoader:
         self.micro_batches = [on(batch, self.trainer.strategy.root_device) for batch in mine["micro_batches"]]
         module.rollouts = [Rollout(**{**r, "completion": Completion(**r["completion"])}) for r in mine["rollouts"]]  # type: ignore[assignment]
         module.phase_metrics = mine["phase_metrics"]
+
+
+def update_of_prompts(num_prompts: int, updates: int) -> list[int]:
+    """The update of a pass, 0 to ``updates`` - 1, that trains on each of a rank's prompts: stretches of like length, in the order of drawing."""
+    return [update for update, stretch in enumerate(torch.arange(num_prompts).tensor_split(updates)) for _ in stretch]
+
+
+def from_stream(places: Iterable[int], num_rows: int, seed: int) -> list[tuple[int, int]]:
+    """The row and the number of the pass at each place of an endless stream, in which pass after pass is shuffled anew by (seed, pass)."""
+    return [(order_of_pass(num_rows, seed, place // num_rows)[place % num_rows], place // num_rows) for place in places]
+
+
+@lru_cache(maxsize=4)
+def order_of_pass(num_rows: int, seed: int, number: int) -> list[int]:
+    """The rows of a pass in its order."""
+    order = list(range(num_rows))
+    random.Random(f"{seed} {number}").shuffle(order)
+    return order
 
 
 def on(batch: PolicyBatch, device: torch.device) -> PolicyBatch:

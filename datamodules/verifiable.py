@@ -1,6 +1,6 @@
 """Prompts with checkable answers, for methods that sample their own completions."""
 
-import random
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,10 +10,13 @@ from transformers import PreTrainedTokenizerBase
 
 from datamodules.base import AlignDataModule
 from datamodules.chat import encode_prompt
+from datamodules.collate import MicroBatch
 from datamodules.columns import VerifiableExample, check_mapping, verifiable_example
-from datamodules.phase_loader import PhaseLoader
+from datamodules.phase_loader import PhaseLoader, from_stream
+from datamodules.ptx import PtxStream
 from datamodules.sources import Row, Source
-from modules.types import PromptBatch
+from datamodules.tokens import Tokens
+from modules.types import InstructionBatch, PromptBatch
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,7 @@ class VerifiableDataModule(AlignDataModule):
     """Phases of prompts (``PromptBatch``) for training, and held-out prompts in order.
 
     Rows hold ``prompt`` or ``question`` (text or messages) with ``answer``, ``solution`` or ``ground_truth``; other columns travel in ``info``.
+    A row of a prompt alone, or whose answer is null, is for rewards that need none. Prompts of preference rows: ``PreferencePrompts``.
 
     Args:
         tokenizer: a tokenizer, or a path or hub id.
@@ -44,6 +48,7 @@ class VerifiableDataModule(AlignDataModule):
         updates_per_phase: optimiser updates from one phase's rollouts, a multiple of ``inner_epochs``.
         inner_epochs: passes over one phase's rollouts.
         val_batch_size: held-out prompts per batch and rank.
+        ptx: texts for every update, which the policy must not forget, for methods that learn from them (PPO-ptx).
         seed: of the shuffles.
 
     Raises:
@@ -67,6 +72,7 @@ class VerifiableDataModule(AlignDataModule):
         updates_per_phase: int = 1,
         inner_epochs: int = 1,
         val_batch_size: int = 64,
+        ptx: PtxStream | None = None,
         seed: int = 0,
     ) -> None:
         if min(prompts_per_phase, val_batch_size, max_prompt_length) < 1:
@@ -78,7 +84,7 @@ class VerifiableDataModule(AlignDataModule):
         super().__init__(tokenizer, train, val, columns, drop_long, on_bad_row, seed)
         self.system, self.chat, self.max_prompt_length = system, chat, max_prompt_length
         self.prompts_per_phase, self.updates_per_phase, self.inner_epochs = prompts_per_phase, updates_per_phase, inner_epochs
-        self.val_batch_size = val_batch_size
+        self.val_batch_size, self.ptx = val_batch_size, ptx
         self.train_prompts: list[Prompt] = []
         self.val_prompts: list[Prompt] = []
         self._loader: PhaseLoader | None = None
@@ -96,11 +102,10 @@ class VerifiableDataModule(AlignDataModule):
             )
         if not self.train_prompts:
             self.train_prompts = self._load(self.train, "train")
-        if stage == "fit" and all(prompt.example.answer is None for prompt in self.train_prompts):
-            origin = self.train_prompts[0].example.origin
-            raise ValueError(f"{origin}: all {len(self.train_prompts)} train rows from here on have no answer; name its column with data.columns")
         if self.val is not None and not self.val_prompts:
             self.val_prompts = self._load(self.val, "val")
+        if self.ptx is not None:
+            self.ptx.setup(self, stage)
 
     def draw(self, phase: int) -> PromptBatch:
         """This rank's prompts of ``phase`` (>= 0).
@@ -109,16 +114,19 @@ class VerifiableDataModule(AlignDataModule):
         """
         first = phase * self.prompts_per_phase
         places = range(first + self.rank, first + self.prompts_per_phase, self.world_size)
-        passes = {place // len(self.train_prompts) for place in places}
-        order = {number: self._order(number) for number in passes}
-        drawn = [divmod(place, len(self.train_prompts)) for place in places]
-        return prompt_batch([(self.train_prompts[order[number][index]], number) for number, index in drawn])
+        return prompt_batch([(self.train_prompts[row], number) for row, number in from_stream(places, len(self.train_prompts), self.seed)])
+
+    def draw_texts(self, update: int, micro_batch: int) -> InstructionBatch:
+        """This rank's texts of a micro-batch of an update, counted from the start of training."""
+        assert self.ptx is not None and self.trainer is not None
+        return self.ptx.batch(update, micro_batch * self.world_size + self.rank, self.trainer.accumulate_grad_batches * self.world_size)
 
     def train_dataloader(self) -> PhaseLoader:
         """One rollout phase per epoch."""
         if self.trainer is None:
             raise ValueError("the training loader needs a Trainer, whose epochs are the phases; use trainer.fit")
-        self._loader = PhaseLoader(self.trainer, self.draw, updates_per_phase=self.updates_per_phase, inner_epochs=self.inner_epochs, seed=self.seed)
+        texts = self.draw_texts if self.ptx is not None else None
+        self._loader = PhaseLoader(self.trainer, self.draw, self.updates_per_phase, self.inner_epochs, self.seed, texts)
         self._restore()
         return self._loader
 
@@ -133,6 +141,16 @@ class VerifiableDataModule(AlignDataModule):
     def predict_dataloader(self) -> EVAL_DATALOADERS:
         """The training prompts once, in order: to filter or to sample data from."""
         return self._in_order(self.train_prompts)
+
+    @property
+    def domains(self) -> Mapping[str, list[Tokens]]:
+        """Packed held-out texts of ``ptx`` by domain, ``val`` where they are one set."""
+        return self.ptx.domains if self.ptx is not None else {}
+
+    def domain_loader(self, name: str) -> DataLoader[MicroBatch]:
+        """This rank's share of one domain's texts, in order; as many batches on every rank."""
+        assert self.ptx is not None
+        return self.ptx.domain_loader(name)
 
     def state_dict(self) -> dict[str, Any]:
         """The phase loader's snapshot."""
@@ -157,11 +175,6 @@ class VerifiableDataModule(AlignDataModule):
         self.check_positions(stage, max(len(prompt.ids) for prompt in prompts), "max_prompt_length")
         self.report(stage, len(prompts), f"{sum(len(prompt.ids) for prompt in prompts) / len(prompts):.0f} tokens a prompt")
         return prompts
-
-    def _order(self, number: int) -> list[int]:
-        order = list(range(len(self.train_prompts)))
-        random.Random(f"{self.seed} {number}").shuffle(order)
-        return order
 
     def _in_order(self, prompts: list[Prompt]) -> DataLoader[PromptBatch]:
         smallest = len(prompts) // self.world_size

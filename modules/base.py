@@ -67,10 +67,14 @@ class AlignmentModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """The optimizer, and the scheduler stepped per update."""
-        optimizer = self.optimizer(parameter for parameter in self.parameters() if parameter.requires_grad)
+        optimizer = self.optimizer(self.parameter_groups())
         if self.scheduler is None:
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.scheduler(optimizer), "interval": "step"}}
+
+    def parameter_groups(self) -> list[Any]:
+        """What the optimizer trains: parameters, or groups of them with settings of their own."""
+        return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
     def step_loss(self, loss: Tensor) -> Tensor:
         """Undo Lightning's division by the accumulation and by the ranks: ``denominator`` already counts the whole step."""

@@ -228,13 +228,13 @@ class DPOModule(AlignmentModule):
         return (total / count.clamp(min=1)).clamp(min=0)
 
     def check_start(self, sequences: Sequences) -> None:
-        """RuntimeError where the reference is the start policy and yet differs from it at step 0."""
+        """ValueError where the reference is the start policy and yet differs from it at step 0."""
         if self.global_step == 0 and self.tables and self.own_reference:
             gap = (sequences.logps - sequences.ref_logps).detach().abs()
             whole = self.trainer.precision.startswith(("32", "64"))
             allowed = (1e-6 * sequences.lengths).clamp(min=5e-4) if whole else 0.1 * sequences.lengths.sqrt()  # 5e-4: then h < 1e-3
             if not bool((gap <= allowed).all()):
-                raise RuntimeError(
+                raise ValueError(
                     f"policy and reference differ before the first update (log-probs of a completion by up to {float(gap.max()):.3g}): "
                     f"empty {self.cache_dir} or name the right policy"
                 )

@@ -15,7 +15,7 @@ from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 from modules.base import AlignmentModule
 from modules.functional.preference_loss import bradley_terry_loss
 from modules.functional.ranks import from_all_ranks
-from modules.networks.lora import Lora, merged
+from modules.networks.lora import ADAPTERS, HEAD_FILE, POLICY, Lora, merged, save_adapters
 from modules.networks.scalar_head import HEADS_FILE, ScalarHead, sequence_classifier, with_scoring_pad
 from modules.objectives.pairs import Pairs, describe, pairs_of
 from modules.types import PreferenceBatch, ScoredPair
@@ -191,6 +191,7 @@ class RewardModule(AlignmentModule):
         """Write a sequence classifier with one label and its tokenizer; ``reward_mean`` and ``reward_std`` in its config.
 
         With several heads the label is their mean; they themselves are in ``reward_heads.safetensors``, their means and deviations in the config.
+        With ``lora`` the folder ``adapters`` has the adapters and the heads alone, for who has the backbone already.
         """
         folder = Path(folder)
         tokenizer = with_scoring_pad(self.tokenizer, self.policy.stop_token_ids)
@@ -201,6 +202,9 @@ class RewardModule(AlignmentModule):
         if len(weight) > 1:
             save_file({"weight": weight.contiguous()}, folder / HEADS_FILE)
         write_moments(folder / "config.json", self.moments)
+        if self.policy.has_adapters:
+            save_adapters(self.policy.model, POLICY, folder / ADAPTERS)
+            save_file({"weight": weight.contiguous()}, folder / ADAPTERS / HEAD_FILE)
 
     def identity(self) -> dict[str, str | int]:
         """As for every module, and the number of heads."""

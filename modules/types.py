@@ -61,6 +61,7 @@ class PromptBatch(TypedDict):
     answer: list[str | None]
     source: list[str]  # the data set, for per-source metrics
     info: list[dict[str, Any]]  # the row's other columns
+    update: NotRequired[list[int]]  # in training: the optimiser update of a pass, from 0, that learns from the prompt's completions
 
 
 class PolicyBatch(TypedDict):
@@ -81,8 +82,11 @@ class PolicyBatch(TypedDict):
     rank: NotRequired[Tensor]  # int [N], where completions are compared: 0 = best, 1 = worst of its prompt, -1 = not compared
     ref_logprobs: NotRequired[Tensor]  # [N, Tc], frozen reference
     sampler_logprobs: NotRequired[Tensor]  # [N, Tc], the engine's own
-    values: NotRequired[Tensor]  # [N, Tc]
-    returns: NotRequired[Tensor]  # [N, Tc]
+    values: NotRequired[Tensor]  # [N, Tc], at collection, of the state that each token was drawn in
+    returns: NotRequired[Tensor]  # [N, Tc], what the values learn
+    stopped: NotRequired[Tensor]  # bool [N], ended by itself instead of by the budget
+    update: NotRequired[Tensor]  # int [N], see ``PromptBatch``; of a whole phase only
+    ptx: NotRequired[InstructionBatch]  # texts that the policy must not forget, with a denominator of their own
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,9 @@ from datamodules.sources.guarded import GuardedAddition
 from datamodules.sources.mix_in import MixIn
 from datamodules.sources.number_texts import NumberTexts
 from datamodules.sources.oasst import OasstTrees
+from datamodules.sources.preference_prompts import PreferencePrompts
 from datamodules.sources.reasoning_gym import ReasoningGym
-from datamodules.sources.scored import Scored
+from datamodules.sources.scored import Sampled, Scored
 
 __all__ = [
     "Addition",
@@ -25,8 +26,10 @@ __all__ = [
     "MixIn",
     "NumberTexts",
     "OasstTrees",
+    "PreferencePrompts",
     "ReasoningGym",
     "Row",
+    "Sampled",
     "Scored",
     "Source",
 ]

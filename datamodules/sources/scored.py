@@ -1,4 +1,4 @@
-"""Preferences from sampled and scored completions: iterative preference optimisation and rejection sampling."""
+"""Sampled completions of one prompt together: compared by their rewards, or as candidates for a judge."""
 
 import math
 from collections.abc import Iterator
@@ -36,27 +36,20 @@ class Scored(Source):
 
     def rows(self) -> list[Row]:
         """One row per prompt, in file order. Raises ValueError naming file and line, or when nothing is left."""
-        path = Path(self.path).expanduser()
-        if not path.is_file():
-            raise ValueError(f"{self.path}: no such file")
-        groups: dict[str, list[Row]] = {}
-        for row in read_file(path):
-            _check(row)
-            group = groups.setdefault(str(row.columns["uid"]), [])
-            if group and group[0].columns["prompt"] != row.columns["prompt"]:
-                raise ValueError(f"{row.origin}: another prompt than {group[0].origin}, which has the same uid")
-            group.append(row)
-        rows = [made for group in groups.values() for made in self._compared(group)]
+        groups = by_prompt(self.path)
+        rows = [made for group in groups for made in self._compared(group)]
         self.skipped = len(groups) - len(rows)
         if not rows:
-            raise ValueError(f"{path}: none of {len(groups)} prompts has two finished completions whose rewards differ by more than {self.min_gap}")
-        rank_zero_info(f"{path}: {len(rows)} prompts compared, {self.skipped} skipped")
+            raise ValueError(
+                f"{self.path}: none of {len(groups)} prompts has two finished completions whose rewards differ by more than {self.min_gap}"
+            )
+        rank_zero_info(f"{self.path}: {len(rows)} prompts compared, {self.skipped} skipped")
         return rows
 
     def _compared(self, group: list[Row]) -> Iterator[Row]:
         rewards: dict[str, float] = {}
-        for row in group:
-            if row.columns["reward"] is not None and row.columns.get("finish", "stop") == "stop" and row.columns["completion"].strip():
+        for row in finished(group):
+            if row.columns["reward"] is not None:
                 rewards.setdefault(row.columns["completion"], row.columns["reward"])
         ordered = sorted(rewards.items(), key=lambda item: -item[1])
         if self.pairs == "best_worst":
@@ -67,6 +60,53 @@ class Scored(Source):
         if len(set(ranks)) > 1:
             columns = {"prompt": group[0].columns["prompt"], "completions": [text for text, _ in ordered], "ranks": ranks}
             yield Row(columns, group[0].origin, group[0].source)
+
+
+class Sampled(Source):
+    """The same JSONL as rows ``prompt``, ``completions`` and ``answer`` (None where there is none), for CandidatesDataModule to have them labelled.
+
+    Rewards are not read. Repeated texts are taken once; what did not stop by itself, and prompts with fewer than two texts left, are left out.
+
+    Args:
+        path: the file.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def rows(self) -> list[Row]:
+        """One row per prompt, in file order. Raises ValueError naming file and line, or when nothing is left."""
+        groups = by_prompt(self.path)
+        texts = [list(dict.fromkeys(row.columns["completion"] for row in finished(group))) for group in groups]
+        rows = [
+            Row({"prompt": first.columns["prompt"], "completions": found, "answer": first.columns.get("answer")}, first.origin, first.source)
+            for (first, *_), found in zip(groups, texts, strict=True)
+            if len(found) > 1
+        ]
+        if not rows:
+            raise ValueError(f"{self.path}: none of {len(groups)} prompts has two finished completions that differ")
+        rank_zero_info(f"{self.path}: {len(rows)} prompts with candidates, {len(groups) - len(rows)} skipped")
+        return rows
+
+
+def by_prompt(file: str) -> list[list[Row]]:
+    """The lines of each prompt, which one uid names. Raises ValueError naming file and line."""
+    path = Path(file).expanduser()
+    if not path.is_file():
+        raise ValueError(f"{file}: no such file")
+    groups: dict[str, list[Row]] = {}
+    for row in read_file(path):
+        _check(row)
+        group = groups.setdefault(str(row.columns["uid"]), [])
+        if group and group[0].columns["prompt"] != row.columns["prompt"]:
+            raise ValueError(f"{row.origin}: another prompt than {group[0].origin}, which has the same uid")
+        group.append(row)
+    return list(groups.values())
+
+
+def finished(group: list[Row]) -> list[Row]:
+    """The lines whose completion stopped by itself and says something."""
+    return [row for row in group if row.columns.get("finish", "stop") == "stop" and row.columns["completion"].strip()]
 
 
 def _check(row: Row) -> None:

@@ -1,4 +1,5 @@
-"""Per-token estimators of KL(policy || reference) from one sampled token (J. Schulman, "Approximating KL Divergence", 2020).
+"""Per-token estimators of KL(policy || reference) from one sampled token (J. Schulman, "Approximating KL Divergence", 2020),
+and the controller that holds the KL at a target.
 
 With d = logprobs - ref_logprobs for a token drawn from the policy, in nats. As a value and as a loss they differ, because
 differentiating on samples does not differentiate the sampling distribution:
@@ -12,7 +13,7 @@ k3           exp(-d) - 1 + d     KL(policy || reference)       that of KL(refere
 weighted_k3  w * k3, w == 1      KL(policy || reference)       that of KL(policy || reference)
 ============ =================== ============================= ================================
 
-So: k1 detached as a penalty inside a reward, k2 or weighted_k3 as a loss. All are elementwise and know no mask: a caller whose padded
+So: k1 detached as a penalty inside a reward, k2 or weighted_k3 as a loss. The estimators are elementwise and know no mask: a caller whose padded
 columns may hold NaN or inf fills both log-probs there first, or the NaN comes back through the gradient. Nothing is clamped.
 """
 
@@ -52,3 +53,13 @@ def weighted_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     gradient is that of the reverse KL(policy || reference). Source: the bias correction of DeepSeek-V3.2 (2512.02556), on policy.
     """
     return torch.exp(logprobs - logprobs.detach()) * k3(logprobs, ref_logprobs)
+
+
+def adaptive_kl_coef(coef: float, kl: float, target: float, gain: float) -> float:
+    """The next KL coefficient: ``coef * (1 + gain * clip(kl / target - 1, -0.2, 0.2))``.
+
+    coef: >= 0. kl: in nats, the mean over completions of the summed ``k1``. target: > 0, in nats. gain: > 0; 0.1 in the paper,
+    completions of the batch / 10,000 in its released code. All are plain numbers []; a NaN kl makes the result NaN instead of
+    moving it. Source: Ziegler et al. 2019 (1909.08593, section 2.2).
+    """
+    return coef * (1 + gain * min(max(kl / target - 1, -0.2), 0.2))

@@ -5,7 +5,7 @@ defines the ratio, without gradient. advantages [N, T] (or [N, 1], one for the w
 weights >= 0 (see ``aggregate``). denominator []: kept tokens (or rows) of the whole optimiser step on all ranks. All log-probs are in
 nats; ratio = exp(logprobs - old_logprobs), never clamped before the exponential.
 
-Each returns (loss [], metrics): metrics are detached scalars. ``approx_kl`` is the mean over kept tokens of ratio - 1 - log ratio, the
+Each loss returns (loss [], metrics): metrics are detached scalars. ``approx_kl`` is the mean over kept tokens of ratio - 1 - log ratio, the
 k3 estimate of KL(old || now). Whatever stands in dropped columns reaches neither the loss, nor a metric, nor a gradient.
 """
 
@@ -129,6 +129,20 @@ def cispo_loss(
     losses = -ratio.clamp(max=1 + clip_high) * advantages * logprobs  # [N, T]
     metrics = {"cispo_clip_ratio": masked_mean(ratio > 1 + clip_high, ~dropped), "approx_kl": _approx_kl(log_ratio, mask)}
     return aggregate(losses, mask, denominator), metrics
+
+
+def ratio_moments(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Metrics:
+    """How far the ratio is from 1 over kept tokens: ratio/mean, ratio/square (mean of (ratio - 1)^2), ratio/deviation (of |ratio - 1|).
+
+    logprobs, old_logprobs, mask: [N, T], see the module. Each metric is [], detached; without kept tokens they are 1, 0, 0. Weighted
+    by kept tokens they average over micro-batches; then ratio/square - (ratio/mean - 1)^2 is the variance of the ratio over all of them.
+    Raises ValueError for shapes that differ.
+    """
+    _check_shapes(logprobs, old_logprobs, mask, logprobs)
+    keep = mask != 0
+    excess = torch.expm1(_log_ratio(logprobs.detach(), old_logprobs.detach(), mask))
+    means = {"mean": 1 + masked_mean(excess, keep), "square": masked_mean(excess.square(), keep), "deviation": masked_mean(excess.abs(), keep)}
+    return {f"ratio/{name}": value for name, value in means.items()}
 
 
 def mirror_descent_loss(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor, rewards: Tensor, group: Tensor, tau: float) -> tuple[Tensor, Metrics]:

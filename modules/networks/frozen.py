@@ -3,10 +3,12 @@
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from modules.networks.lora import POLICY, adapter_parameters, using
 from modules.networks.policy import Policy
 from modules.types import PolicyBatch, PreferenceBatch
 
@@ -14,19 +16,21 @@ from modules.types import PolicyBatch, PreferenceBatch
 class Frozen:
     """The policy as it is now, without gradients, held outside ``nn.Module`` so that it enters neither checkpoints nor gradient reduction.
 
-    A policy with adapters is not copied: its backbone never changes, so a copy of the adapters is enough, put in place to score. (The
+    A policy with adapters is not copied: its backbone never changes, so a copy of its own set of adapters is enough, put in place to score. (The
     reference is then the policy with the adapters it started from, not the bare backbone.) One that is its ``own`` is used by nobody else and
-    not copied either.
+    not copied either. Copies of a module share it.
     """
 
     def __init__(self, policy: Policy, own: bool = False) -> None:
         self.policy = policy if policy.has_adapters else (policy if own else copy.deepcopy(policy)).requires_grad_(False).eval()
-        learned = policy.named_parameters() if policy.has_adapters else self.policy.named_parameters()
-        self.weights = {
-            name: weight.detach().clone() if policy.has_adapters else weight
-            for name, weight in learned
-            if weight.requires_grad or not policy.has_adapters
-        }
+        self.weights = (
+            {f"model.{name}": weight.detach().clone() for name, weight in adapter_parameters(policy.model, POLICY).items()}
+            if policy.has_adapters
+            else dict(self.policy.named_parameters())
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Frozen":
+        return self
 
     def to(self, device: torch.device) -> "Frozen":
         """Move the copy; modules call it in ``on_fit_start``, since Lightning does not know of it."""
@@ -61,7 +65,8 @@ class Frozen:
             for name, weight in now.items():
                 weight.data = self.weights[name]
             torch.clear_autocast_cache()  # it holds 16-bit copies by parameter, whatever its data are now
-            yield
+            with using(self.policy.model, POLICY):
+                yield
         finally:
             for name, weight in now.items():
                 weight.data = theirs[name]

@@ -27,7 +27,7 @@ class TokenScores(NamedTuple):
     """What the next-token distributions say of given tokens: per token, zero where it was not asked."""
 
     logprobs: Tensor  # nats, with gradient
-    entropies: Tensor | None = None  # nats, of the whole distribution, no gradient
+    entropies: Tensor | None = None  # nats, of the whole distribution, without gradient unless it was asked for
     hits: Tensor | None = None  # 1 where the token is the most likely one, else 0
     mean_logits: Tensor | None = None  # mean of the logits over the vocabulary, no gradient
     means: Tensor | None = None  # nats, mean of the log-probs over the vocabulary, with gradient
@@ -125,9 +125,18 @@ class Policy(nn.Module):
         Returns:
             scores [N, Tc], aligned to their own token.
         """
+        return self.scores_of(self.token_states(batch), batch, temperature, details)
+
+    def token_states(self, batch: PolicyBatch | PreferenceBatch) -> Tensor:
+        """Hidden states [N, Tc, H] in which the completion tokens are chosen: behind the prompt and all earlier tokens, without the token itself."""
+        return self._hidden_shared(batch, batch["completion_ids"][:, :-1]) if self._shares(batch) else self._hidden_rows(batch)[:, :-1]
+
+    def scores_of(
+        self, states: Tensor, batch: PolicyBatch | PreferenceBatch, temperature: float = 1.0, details: bool = False, entropy: bool = False
+    ) -> TokenScores:
+        """``completion_scores`` from the ``token_states`` [N, Tc, H] of the batch; with ``entropy`` the entropies have a gradient."""
         mask = batch["completion_mask"]
-        hidden = self._hidden_shared(batch, batch["completion_ids"][:, :-1]) if self._shares(batch) else self._hidden_rows(batch)[:, :-1]
-        return spread(self.score(hidden[mask], batch["completion_ids"][mask], temperature, details), mask)
+        return spread(self.score(states[mask], batch["completion_ids"][mask], temperature, details, entropy=entropy), mask)
 
     def completion_states(self, batch: PolicyBatch | PreferenceBatch) -> Tensor:
         """Hidden state [N, H] at the last kept token of each completion, what a scalar head reads."""
@@ -153,7 +162,9 @@ class Policy(nn.Module):
             input_ids, position_ids = input_ids.reshape(1, -1), position_ids.reshape(1, -1)
         return self.model.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state.view(*shape, -1)
 
-    def score(self, hidden: Tensor, targets: Tensor, temperature: float = 1.0, details: bool = False, means: bool = False) -> TokenScores:
+    def score(
+        self, hidden: Tensor, targets: Tensor, temperature: float = 1.0, details: bool = False, means: bool = False, entropy: bool = False
+    ) -> TokenScores:
         """Scores [K] of ``targets`` [K] from ``hidden`` [K, H], a chunk of logits at a time.
 
         With gradients, a chunk's logits are dropped and computed again in the backward pass; a single chunk is simply kept.
@@ -161,9 +172,9 @@ class Policy(nn.Module):
         size = max(1, MAX_LOGITS // self.model.config.vocab_size)
         pairs = list(zip(hidden.split(size), targets.split(size), strict=True))
         if torch.is_grad_enabled() and len(pairs) > 1:
-            chunks = [checkpoint(self._score_chunk, h, y, temperature, details, means, use_reentrant=False) for h, y in pairs]
+            chunks = [checkpoint(self._score_chunk, h, y, temperature, details, means, entropy, use_reentrant=False) for h, y in pairs]
         else:
-            chunks = [self._score_chunk(h, y, temperature, details, means) for h, y in pairs]
+            chunks = [self._score_chunk(h, y, temperature, details, means, entropy) for h, y in pairs]
         logprobs, *others = (None if column[0] is None else torch.cat(column) for column in zip(*chunks, strict=True))
         assert logprobs is not None
         return TokenScores(logprobs, *others)
@@ -186,7 +197,7 @@ class Policy(nn.Module):
         (merged(self.model) if self.has_adapters else self.model).save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 
-    def _score_chunk(self, hidden: Tensor, targets: Tensor, temperature: float, details: bool, means: bool) -> TokenScores:
+    def _score_chunk(self, hidden: Tensor, targets: Tensor, temperature: float, details: bool, means: bool, entropy: bool) -> TokenScores:
         logits = self.model.get_output_embeddings()(hidden)[None]  # [1, K, V]
         scores = TokenScores(token_logprobs(logits, targets[None], temperature)[0])
         if means:
@@ -195,6 +206,8 @@ class Policy(nn.Module):
             detached = logits.detach().float()
             hits = (detached[0].argmax(-1) == targets).float()
             scores = scores._replace(entropies=token_entropies(detached / temperature)[0], hits=hits, mean_logits=detached[0].mean(-1))
+        if entropy:
+            scores = scores._replace(entropies=token_entropies(logits / temperature)[0])
         return scores
 
     def _shares(self, batch: PolicyBatch | PreferenceBatch) -> bool:

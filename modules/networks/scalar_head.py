@@ -5,7 +5,7 @@ from collections.abc import Set
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 HEADS_FILE = "reward_heads.safetensors"  # beside a sequence classifier that is the mean of several heads: weight [heads, H]
 
@@ -66,3 +66,20 @@ def with_scoring_pad(tokenizer: PreTrainedTokenizerBase, stop_token_ids: Set[int
     else:
         padded.pad_token = str(tokenizer.convert_ids_to_tokens(found))
     return padded
+
+
+def load_head(path: str) -> tuple[Tensor | None, float, float]:
+    """Mean head [1, H] of the sequence classifier at ``path``, and mean and deviation of its scores (0 and 1 where none are stored).
+
+    No head (None, 0, 1) where ``path`` is not a sequence classifier with one label on a causal backbone.
+    """
+    if path == "tiny" or path.endswith(".gguf"):
+        return None, 0.0, 1.0
+    config = AutoConfig.from_pretrained(path)
+    if not any("SequenceClassification" in name for name in config.architectures or []) or config.num_labels != 1:
+        return None, 0.0, 1.0
+    model = AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.float32)
+    head = dict(model.named_modules()).get("score")
+    if not isinstance(head, nn.Linear):
+        return None, 0.0, 1.0
+    return head.weight.detach().clone(), getattr(config, "reward_mean", 0.0), getattr(config, "reward_std", 1.0)

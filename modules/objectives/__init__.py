@@ -1,6 +1,7 @@
 """Choices that a YAML names by class: what a method's page leaves open."""
 
 from modules.objectives.policy import (
+    AdaptiveKL,
     Advantage,
     Aggregation,
     Clipped,
@@ -31,6 +32,7 @@ __all__ = [
     "IPO",
     "KTO",
     "ORPO",
+    "AdaptiveKL",
     "Advantage",
     "Aggregation",
     "Clipped",

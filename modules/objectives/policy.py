@@ -1,11 +1,13 @@
 """Choices of on-policy methods: how rewards become advantages, how token losses are averaged, which loss is taken."""
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from modules.functional.advantages import group_center, group_zscore, leave_one_out
+from modules.functional.kl import adaptive_kl_coef
 from modules.functional.policy_loss import clipped_policy_loss
 from modules.types import PolicyBatch
 
@@ -115,3 +117,26 @@ class Clipped(PolicyObjective):
     def __call__(self, logprobs: Tensor, batch: PolicyBatch) -> tuple[Tensor, dict[str, Tensor]]:
         weights = self.aggregation.weights(batch["completion_mask"])
         return clipped_policy_loss(logprobs, batch["old_logprobs"], batch["advantages"], weights, batch["denominator"], self.clip_low, self.clip_high)
+
+
+@dataclass(frozen=True)
+class AdaptiveKL:
+    """Moves the KL's weight after each phase so that the KL per completion stays at ``target`` (Ziegler et al., arXiv 1909.08593, section 2.2).
+
+    weight <- weight (1 + gain clip(KL / target - 1, -0.2, 0.2)); gain 0.1 in the paper, completions / 10000 in its released code.
+
+    Raises:
+        ValueError: values out of range.
+    """
+
+    target: float = 6.0  # > 0, nats per completion
+    gain: float | None = 0.1  # > 0 per phase; None = completions of the phase / horizon
+    horizon: int = 10_000  # completions
+
+    def __post_init__(self) -> None:
+        if self.target <= 0 or self.horizon < 1 or (self.gain is not None and self.gain <= 0):
+            raise ValueError(f"adaptive_kl: target, gain and horizon must be > 0, got {self.target}, {self.gain} and {self.horizon}")
+
+    def __call__(self, coef: float, kl: float, completions: int) -> float:
+        """The next weight, from this one, the ``kl`` of a phase (nats per completion) and its number of ``completions``."""
+        return adaptive_kl_coef(coef, kl, self.target, completions / self.horizon if self.gain is None else self.gain)

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from modules.types import Reward, Rollout
 
@@ -86,6 +86,15 @@ def breakdown(reward: Reward, rollouts: Sequence[Rollout]) -> tuple[list[dict[st
         return parts, [reward.total(row) for row in parts]
     totals = score(reward, rollouts)
     return [{reward.name: value} for value in totals], totals
+
+
+def every_reward(reward: Reward) -> Iterator[Reward]:
+    """The reward and, however deep, the rewards that it is made of."""
+    yield reward
+    for part in vars(reward).values():
+        for inner in part if isinstance(part, list | tuple) else [part]:
+            if isinstance(inner, Reward):
+                yield from every_reward(inner)
 
 
 def final_text(text: str) -> str:

@@ -1,31 +1,16 @@
 """Scores from learned reward models: one, or an ensemble (Coste et al., arXiv 2310.02743)."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from modules.networks.loading import end_of_turn_id
-from modules.networks.scalar_head import HEADS_FILE
+from modules.networks.policy import Policy
+from modules.rewards.scorers import Scorer, last_states, load_scorer, read_config, row_of, shared_scorer
 from modules.types import Reward, Rollout
 
 Ensemble = Literal["mean", "worst", "uncertainty"]
-
-
-@dataclass(frozen=True)
-class Scorer:
-    """A loaded reward model."""
-
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    weight: Tensor  # [heads, H]
-    mean: Tensor  # [heads], of the raw scores where they were measured
-    std: Tensor  # [heads]
 
 
 class LearnedReward(Reward):
@@ -67,7 +52,7 @@ class LearnedReward(Reward):
         self.name = name
         self.ensemble: Ensemble = ensemble
         self.uncertainty_weight, self.batch_tokens = uncertainty_weight, batch_tokens
-        self._scorers: list[Scorer] = []
+        self._scorers: dict[str, Scorer] = {}
 
     def __call__(self, rollouts: Sequence[Rollout]) -> list[float | None]:
         """A score per rollout."""
@@ -77,9 +62,26 @@ class LearnedReward(Reward):
 
     def members(self, rollouts: Sequence[Rollout]) -> Tensor:
         """Normalised scores [N, members], float64."""
-        if not self._scorers:
-            self._scorers = load_scorers(self.paths)
-        return torch.cat([self._score(scorer, [row_of(scorer, rollout) for rollout in rollouts]) for scorer in self._scorers], 1)
+        for path in self.paths:
+            if path not in self._scorers:
+                check_members(self.paths)
+                self._scorers[path] = load_scorer(path)
+        scorers = [self._scorers[path] for path in self.paths]
+        return torch.cat([self._score(scorer, [row_of(scorer, rollout) for rollout in rollouts]) for scorer in scorers], 1)
+
+    def share_backbone(self, policy: Policy) -> list[str]:
+        """Compute on the policy's backbone what are adapters of it, and return those paths; the others keep a model of their own.
+
+        Adapters are in the export of a ``RewardModule`` that was trained with ``lora``. They are put into the policy's model, frozen, once.
+        ValueError for an ensemble with a member without ``reward_mean``.
+        """
+        check_members(self.paths)
+        for path in dict.fromkeys(self.paths):
+            if path not in self._scorers or self._scorers[path].model is not policy.model:
+                scorer = shared_scorer(path, policy)
+                if scorer is not None:
+                    self._scorers[path] = scorer
+        return [path for path, scorer in self._scorers.items() if scorer.model is policy.model]
 
     @torch.no_grad()
     def _score(self, scorer: Scorer, rows: list[tuple[int, ...]]) -> Tensor:
@@ -88,21 +90,11 @@ class LearnedReward(Reward):
         positions = getattr(scorer.model.config, "max_position_embeddings", None)
         if positions is not None and len(distinct[-1]) > positions:
             raise ValueError(f"LearnedReward: a row of {len(distinct[-1])} tokens is longer than the {positions} positions of its model")
-        with torch.autocast(scorer.weight.device.type, enabled=False):
+        with torch.autocast(scorer.model.device.type, enabled=False):
             states = torch.cat([last_states(scorer, chunk) for chunk in chunked(distinct, self.batch_tokens)])
-            raw = nn.functional.linear(states, scorer.weight).double()  # [distinct rows, heads]
+            raw = nn.functional.linear(states, scorer.weight.to(states.device)).double().cpu()  # [distinct rows, heads]
         place = {row: i for i, row in enumerate(distinct)}
-        return ((raw - scorer.mean) / scorer.std)[[place[row] for row in rows]].cpu()
-
-
-def last_states(scorer: Scorer, rows: list[tuple[int, ...]]) -> Tensor:
-    """Hidden state [N, H] at the last token of each row. Transformers' own pooling would take a closing eos for padding where pad is eos."""
-    device = scorer.weight.device
-    lengths = torch.tensor([len(row) for row in rows], device=device)
-    ids = nn.utils.rnn.pad_sequence([torch.tensor(row, device=device) for row in rows], batch_first=True)  # [N, T]
-    mask = torch.arange(ids.shape[1], device=device) < lengths[:, None]
-    hidden: Tensor = scorer.model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-    return hidden[torch.arange(len(rows), device=device), lengths - 1]
+        return ((raw - scorer.mean) / scorer.std)[[place[row] for row in rows]]
 
 
 def combine(scores: Tensor, ensemble: Ensemble, uncertainty_weight: float) -> Tensor:
@@ -111,43 +103,6 @@ def combine(scores: Tensor, ensemble: Ensemble, uncertainty_weight: float) -> Te
         return scores.amin(1)
     mean = scores.mean(1)
     return mean if ensemble == "mean" else mean - uncertainty_weight * scores.var(1, correction=0)
-
-
-def row_of(scorer: Scorer, rollout: Rollout) -> tuple[int, ...]:
-    """The tokens of prompt and completion in the reward model's vocabulary."""
-    tokenizer, completion = scorer.tokenizer, rollout.completion
-    if reads(scorer, rollout.prompt_ids, rollout.prompt, special=True):
-        if completion.token_ids and reads(scorer, completion.token_ids, completion.text, cut=completion.finish == "stop"):
-            return (*rollout.prompt_ids, *completion.token_ids)
-        prompt = rollout.prompt_ids
-    else:
-        prompt = with_bos(tokenizer, rollout.prompt)
-    ids = tokenizer(completion.text, add_special_tokens=False, verbose=False).input_ids
-    return (*prompt, *ids, *([end_id(tokenizer, prompt)] if completion.finish == "stop" else []))
-
-
-def reads(scorer: Scorer, ids: list[int], text: str, special: bool = False, cut: bool = False) -> bool:
-    """Whether the tokens mean ``text`` to the reward model; with ``special`` tokens but for a BOS in front; ``cut`` = a stop string may follow."""
-    if ids and max(ids) >= scorer.model.config.vocab_size:
-        return False
-    found = str(scorer.tokenizer.decode(ids, skip_special_tokens=not special, clean_up_tokenization_spaces=False))
-    if special:
-        bos = str(scorer.tokenizer.bos_token or "")
-        return found.removeprefix(bos).strip() == text.removeprefix(bos).strip()
-    return found == text or (cut and found.startswith(text))
-
-
-def with_bos(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    """Tokens of a prompt, behind one BOS where the tokenizer itself adds one."""
-    ids, bos = list(tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids), tokenizer.bos_token_id
-    adds_bos = bos is not None and tokenizer("").input_ids[:1] == [bos]
-    return [bos, *ids] if adds_bos and ids[:1] != [bos] else ids
-
-
-def end_id(tokenizer: PreTrainedTokenizerBase, prompt: list[int]) -> int:
-    """What ends a completion of this prompt: the end-of-turn token of a chat, else eos."""
-    turn = end_of_turn_id(tokenizer)
-    return turn if turn is not None and turn in prompt else int(tokenizer.eos_token_id)  # type: ignore[arg-type]
 
 
 def chunked(rows: Iterable[tuple[int, ...]], batch_tokens: int) -> Iterator[list[tuple[int, ...]]]:
@@ -162,36 +117,8 @@ def chunked(rows: Iterable[tuple[int, ...]], batch_tokens: int) -> Iterator[list
         yield chunk
 
 
-def read_config(path: str) -> PreTrainedConfig:
-    """The config of a sequence classifier with one label; ValueError where there is none."""
-    try:
-        config = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"LearnedReward: '{path}' is not a model folder or a hub id that can be read; export a RewardModule there first") from error
-    if config.num_labels != 1:
-        raise ValueError(f"LearnedReward: '{path}' has {config.num_labels} labels and a reward model has one; export a RewardModule, not a policy")
-    return config
-
-
-def load_scorers(paths: list[str]) -> list[Scorer]:
-    """The models behind ``paths``, fp32, frozen, on the GPU where there is one."""
-    scorers = [load_scorer(path, torch.device("cuda" if torch.cuda.is_available() else "cpu")) for path in paths]
-    unmeasured = [path for path, scorer in zip(paths, scorers, strict=True) if "reward_mean" not in scorer.model.config.to_dict()]
-    if len(paths) > 1 and unmeasured:
+def check_members(paths: list[str]) -> None:
+    """ValueError for an ensemble in which a member's scores were not measured."""
+    unmeasured = [path for path in paths if "reward_mean" not in read_config(path).to_dict()] if len(paths) > 1 else []
+    if unmeasured:
         raise ValueError(f"LearnedReward: {', '.join(unmeasured)} without reward_mean in config.json cannot join an ensemble: normalise it at export")
-    return scorers
-
-
-def load_scorer(path: str, device: torch.device) -> Scorer:
-    """One model with its heads and their moments. ValueError for one that does not score hidden states linearly."""
-    model = AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.float32).requires_grad_(False).eval().to(device)
-    head = dict(model.named_modules()).get("score")
-    if not isinstance(head, nn.Linear) or head.bias is not None:
-        raise ValueError(f"LearnedReward: '{path}' ({model.config.model_type}) has no linear 'score' on a causal backbone, which is all that is read")
-    config, heads = model.config, Path(path) / HEADS_FILE
-    if heads.is_file():
-        weight, mean, std = load_file(heads)["weight"].to(device), config.reward_head_means, config.reward_head_stds
-    else:
-        weight, mean, std = head.weight, [getattr(config, "reward_mean", 0.0)], [getattr(config, "reward_std", 1.0)]
-    moments = torch.tensor([mean, std], dtype=torch.float64, device=device)
-    return Scorer(model, AutoTokenizer.from_pretrained(path), weight, moments[0], moments[1])

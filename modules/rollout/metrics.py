@@ -25,6 +25,7 @@ class Outcome:
     stopped: bool  # ended by itself
     entropy: float | None  # nats per token
     right: bool | None = None  # None = not asked or unscorable
+    kl: float | None = None  # nats, sum over the completion; None = no reference
 
 
 def outcomes(rollouts: Sequence[Rollout], accuracy: Reward | None = None) -> list[Outcome]:
@@ -32,14 +33,21 @@ def outcomes(rollouts: Sequence[Rollout], accuracy: Reward | None = None) -> lis
     scores = [None] * len(rollouts) if accuracy is None else accuracy(rollouts)
     return [
         Outcome(
-            r.uid, r.reward, r.rewards, len(r.completion.token_ids), r.completion.finish == "stop", r.entropy, None if score is None else score > 0.5
+            r.uid,
+            r.reward,
+            r.rewards,
+            len(r.completion.token_ids),
+            r.completion.finish == "stop",
+            r.entropy,
+            None if score is None else score > 0.5,
+            r.kl,
         )
         for r, score in zip(rollouts, scores, strict=True)
     ]
 
 
 def rollout_metrics(found: Sequence[Outcome]) -> dict[str, float]:
-    """Rewards, lengths in tokens and entropy in nats per token; unscorable completions are counted and otherwise left out."""
+    """Rewards, lengths in tokens, entropy in nats per token, KL in nats per completion; unscorable completions are counted and otherwise left out."""
     rewards = column(outcome.reward for outcome in found)
     lengths = column(outcome.length for outcome in found)
     ended = torch.tensor([outcome.stopped for outcome in found])
@@ -59,6 +67,8 @@ def rollout_metrics(found: Sequence[Outcome]) -> dict[str, float]:
     for name in found[0].rewards:
         values = column(outcome.rewards[name] for outcome in found)
         metrics |= {f"rewards/{name}/mean": mean(values), f"rewards/{name}/std": std(values)}
+    if found[0].kl is not None:
+        metrics["sequence_kl"] = mean(column(outcome.kl for outcome in found))
     if found[0].entropy is not None:
         metrics["entropy"] = float((column(outcome.entropy for outcome in found) * lengths).sum() / lengths.sum())
     return metrics

@@ -63,6 +63,7 @@ def to_batch(rollouts: list[Rollout], device: torch.device) -> PolicyBatch:
         "sampler_logprobs": sampler,
         "rewards": torch.tensor(rewards, device=device),
         "group": group,
+        "stopped": torch.tensor([rollout.completion.finish == "stop" for rollout in rollouts], device=device),
     }
     return cast(PolicyBatch, batch)
 

@@ -16,7 +16,7 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from callbacks.forgetting import Forgetting, metrics
-from datamodules import InstructionDataModule, VerifiableDataModule
+from datamodules import AdditionPairs, InstructionDataModule, PreferenceDataModule
 from datamodules.chat import Tokens
 from datamodules.sources import Row, Source
 from modules import SFTModule
@@ -155,10 +155,9 @@ def test_what_has_nothing_to_forget_is_refused_before_training(tmp_path: Path) -
     without = InstructionDataModule(SFTModule("tiny").tokenizer, Texts(TEXTS["new"]))
     with pytest.raises(ValueError, match=r"set data\.val"):
         trainer(tmp_path, Forgetting()).fit(sft(), datamodule=without)
-    prompts = VerifiableDataModule(SFTModule("tiny").tokenizer, Texts(TEXTS["new"]))
-    prompts.setup = lambda stage: None  # type: ignore[method-assign]
+    pairs = PreferenceDataModule(SFTModule("tiny").tokenizer, AdditionPairs(4))
     with pytest.raises(ValueError, match="use an InstructionDataModule"):
-        trainer(tmp_path, Forgetting()).fit(sft(), datamodule=prompts)
+        trainer(tmp_path, Forgetting()).fit(sft(), datamodule=pairs)
 
 
 SCRIPT = """

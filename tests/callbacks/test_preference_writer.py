@@ -20,7 +20,7 @@ from datamodules.preference_columns import preference_example
 from datamodules.sources import Files
 from modules import SFTModule
 from modules.__main__ import main
-from modules.label import LabelModule, preference_row, summary
+from modules.label import LabelModule, shares_of_wins, summary
 from modules.networks.tiny import tiny_tokenizer
 from modules.rewards.chat_client import HttpChat, LocalChat
 from modules.rewards.judge import Comparison, PairwiseJudge
@@ -81,7 +81,7 @@ def test_more_than_two_candidates_are_all_compared(tmp_path: Path, chat_server: 
     # wins: bbb 3 of 3; aa and cc one tie and one win, 1.5 of 3; the empty one none
     assert (row["scores"], row["ranks"]) == ([0.5, 1.0, 0.5, 0.0], [1, 0, 1, 3])
     assert len(server.requests) == 2 * 6  # C(4, 2) pairs in both orders
-    assert preference_row("u", "p", ["a", "b", "c"], [Comparison(1.0), Comparison(None), Comparison(0.0)]) is None
+    assert shares_of_wins(3, [Comparison(1.0), Comparison(None), Comparison(0.0)]) is None
 
 
 def test_a_run_that_stopped_goes_on_and_asks_nothing_twice(tmp_path: Path, chat_server: Any, rules: Any, caplog: Any) -> None:

@@ -49,8 +49,8 @@ def test_what_is_mapped_goes_before_what_is_found() -> None:
     assert read(row) == ("no", ["x", "y"], 1)
     with pytest.raises(ValueError, match="file:1: no column 'nowhere' .*; found prompt, task"):
         read(row, {"prompt": "nowhere"})
-    with pytest.raises(ValueError, match="columns maps unknown names answer; the names on the left may be prompt, question"):
-        CandidatesDataModule(tiny_tokenizer(), "x.jsonl", columns={"answer": "a"})
+    with pytest.raises(ValueError, match="columns maps unknown names answers; the names on the left may be prompt, question"):
+        CandidatesDataModule(tiny_tokenizer(), "x.jsonl", columns={"answers": "a"})
 
 
 @pytest.mark.parametrize(
@@ -60,6 +60,7 @@ def test_what_is_mapped_goes_before_what_is_found() -> None:
         ({"prompt": "p", "output_1": "a"}, r"and no answers to compare: completions or output_1 \+ output_2"),
         ({"prompt": "p", "completions": ["a"]}, "column 'completions' must be a list of at least 2 texts"),
         ({"prompt": "p", "completions": ["a", None]}, "column 'completions' holds a NoneType, text was expected"),
+        ({"prompt": "p", "completions": ["a", "b"], "answer": ["4"]}, "column 'answer' holds a list, a single answer was expected"),
         ({"prompt": "p", "response1": True, "response2": "b"}, "column 'response1' holds a bool, text was expected"),
         ({"prompt": " ", "response1": "a", "response2": "b"}, r"the prompt \(column 'prompt'\) is empty"),
         ({"prompt": "p", "response1": "a", "response2": "b", "label": "garbage"}, "column 'label' holds 'garbage'; expected 1, 2, 0 or Tie"),
@@ -70,6 +71,18 @@ def test_what_is_mapped_goes_before_what_is_found() -> None:
 def test_bad_rows_in_one_sentence(columns: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ValueError, match=f"^file:1: .*{sentence}"):
         read(columns)
+
+
+@pytest.mark.parametrize(
+    ("columns", "expected"),
+    [({"answer": "4"}, "4"), ({"answer": 4}, "4"), ({"answer": None}, None), ({}, None), ({"gold": "#### 1,080", "answer": "4"}, "1080")],
+)
+def test_the_right_answer_travels(tmp_path: Path, columns: dict[str, Any], expected: str | None) -> None:
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "p", "completions": ["a", "b"], **columns}))
+    data = CandidatesDataModule(tiny_tokenizer(), str(tmp_path / "rows.jsonl"), columns={"answer": "gold"} if "gold" in columns else None)
+    data.setup("predict")
+    (batch,) = data.predict_dataloader()
+    assert batch["answer"] == [expected]
 
 
 class World:
@@ -98,12 +111,12 @@ def test_ranks_share_the_rows_in_order(tmp_path: Path) -> None:
 
 def test_other_rows_have_another_digest(tmp_path: Path) -> None:
     digests = set()
-    for answer in ("b", "c"):
-        (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "p", "chosen": "a", "rejected": answer}))
+    for changed in ({}, {"rejected": "c"}, {"answer": "4"}):
+        (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "p", "chosen": "a", "rejected": "b", **changed}))
         data = CandidatesDataModule(tiny_tokenizer(), str(tmp_path / "rows.jsonl"))
         data.setup("predict")
         digests |= {batch["info"][0]["data"] for batch in data.predict_dataloader()}
-    assert len(digests) == 2
+    assert len(digests) == 3
 
 
 @pytest.mark.parametrize(

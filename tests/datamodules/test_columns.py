@@ -162,16 +162,6 @@ def test_missing_columns_suggest_a_mapping_that_works(columns: dict[str, Any], h
     assert (example.prompt, example.completion) == ("x", "y")
 
 
-def test_a_training_set_without_any_answer_is_refused(tmp_path: Path) -> None:
-    path = write(tmp_path / "data.jsonl", {"prompt": "x", "answer": None}, {"prompt": "y", "answer": float("nan")})
-    module = VerifiableDataModule(tiny_tokenizer(), path)
-    with pytest.raises(ValueError, match=f"{path}:1: all 2 train rows from here on have no answer; name its column with data.columns"):
-        module.setup("fit")
-    module.setup("predict")  # sampling needs no answers
-    write(tmp_path / "data.jsonl", {"prompt": "x", "answer": None}, {"prompt": "y", "answer": "z"})
-    VerifiableDataModule(tiny_tokenizer(), path).setup("fit")
-
-
 def test_evaluating_without_held_out_rows_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "data.jsonl", {"prompt": "x", "answer": "y", "completion": "z"})
     for kind in (InstructionDataModule, VerifiableDataModule):

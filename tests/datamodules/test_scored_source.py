@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from callbacks.prediction_writer import line
 from datamodules.chat import encode_example, encode_prompt, encode_rendered
 from datamodules.preference import PreferenceDataModule
-from datamodules.sources.scored import Scored
+from datamodules.sources.scored import Sampled, Scored
 from modules.networks.tiny import tiny_tokenizer
 from modules.types import Completion, Rollout
 
@@ -151,3 +151,25 @@ def test_plain_text_is_not_taken_for_a_rendered_prompt() -> None:
     assert encode_rendered(tokenizer, rendered, "y", "here") is None
     tokenizer.chat_template = None
     assert encode_rendered(tokenizer, rendered, "y", "here") is None
+
+
+def test_candidates_for_a_judge(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "a.jsonl",
+        record("b", None, answer="2"),
+        record("only", 1.0, uid="v"),
+        record("a", 1.0, answer="2"),
+        record("b", 0.0, answer="2"),  # the same text again
+        record("cut", 1.0, finish="length", answer="2"),
+        record(" ", 1.0, answer="2"),
+        record("x", 0.0, uid="w"),
+        record("y", 0.0, uid="w"),
+    )
+    first, second = Sampled(path).rows()
+    assert first.columns == {"prompt": "1+1=", "completions": ["b", "a"], "answer": "2"}  # in the order of sampling, whatever the rewards
+    assert second.columns == {"prompt": "1+1=", "completions": ["x", "y"], "answer": None}
+    assert (first.origin, second.origin) == (f"{path}:1", f"{path}:7")
+    with pytest.raises(ValueError, match="none of 1 prompts has two finished completions that differ"):
+        Sampled(write(tmp_path / "b.jsonl", record("a", 0.0), record("a", 1.0))).rows()
+    with pytest.raises(ValueError, match="c.jsonl: no such file"):
+        Sampled(str(tmp_path / "c.jsonl")).rows()

@@ -7,7 +7,8 @@ import pytest
 from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningDataModule
 
-from datamodules import Addition, Files, InstructionDataModule, ReasoningGym, Source, VerifiableDataModule
+from datamodules import Addition, Files, InstructionDataModule, PreferencePrompts, PtxStream, ReasoningGym, Source, VerifiableDataModule
+from datamodules.phase_loader import update_of_prompts
 from modules.networks.tiny import tiny_tokenizer
 from modules.types import PromptBatch
 
@@ -44,7 +45,7 @@ def ten_rows(tmp_path: Path) -> str:
 
 def test_a_phase_is_a_batch_of_equal_lists(ten_rows: str) -> None:
     batch = on_rank(0, 1, ten_rows).draw(0)
-    assert set(batch) == set(PromptBatch.__annotations__)
+    assert set(batch) == set(PromptBatch.__required_keys__)
     assert {len(values) for values in batch.values()} == {4}  # type: ignore[arg-type]
     number = int(batch["prompt"][0][1:])
     assert batch["uid"][0] == f"{ten_rows}:{number + 1}#0"
@@ -78,6 +79,18 @@ def test_ranks_share_the_phase_of_one(ten_rows: str) -> None:
         for phase in range(6):
             shares = [module.draw(phase)["uid"] for module in ranks]
             assert [shares[place % world][place // world] for place in range(4)] == alone.draw(phase)["uid"]
+
+
+def test_a_prompt_is_trained_in_the_same_update_on_any_number_of_ranks(ten_rows: str) -> None:
+    def updates(world: int) -> dict[str, int]:
+        found: dict[str, int] = {}
+        for rank in range(world):
+            uids = on_rank(rank, world, ten_rows, prompts_per_phase=12).draw(1)["uid"]
+            found |= dict(zip(uids, update_of_prompts(len(uids), 3), strict=True))
+        return found
+
+    assert list(updates(1).values()) == [0] * 4 + [1] * 4 + [2] * 4
+    assert updates(2) == updates(4) == updates(1)
 
 
 def test_a_phase_may_be_longer_than_the_data(ten_rows: str) -> None:
@@ -139,6 +152,10 @@ def test_short_class_names_work_on_the_command_line(tmp_path: Path) -> None:
     assert isinstance(module.val, Addition) and module.val.held_out
     module.setup("fit")
     assert len(module.train_prompts) == 5 and module.val_prompts[0].text.endswith("=")
+    arguments = [*arguments[:2], "--data.train=PreferencePrompts", "--data.train.path=hh.jsonl", "--data.train.chat=true"]
+    module = parser.instantiate(parser.parse_args([*arguments, "--data.ptx.train=x.jsonl", "--data.ptx.val={web: y.jsonl}"])).data
+    assert isinstance(module.train, PreferencePrompts) and module.train.chat
+    assert isinstance(module.ptx, PtxStream) and (module.ptx.train, module.ptx.val) == ("x.jsonl", {"web": "y.jsonl"})
     for name, source in (("ReasoningGym", {"task": "chain_sum", "size": 2}), ("Files", {"path": "x.jsonl"})):
         config = {
             "class_path": "InstructionDataModule",
@@ -146,3 +163,19 @@ def test_short_class_names_work_on_the_command_line(tmp_path: Path) -> None:
         }
         module = parser.instantiate(parser.parse_object({"data": config})).data
         assert isinstance(module, InstructionDataModule) and isinstance(module.train, ReasoningGym | Files)
+
+
+def test_a_prompt_needs_no_answer(tmp_path: Path) -> None:
+    """Learned rewards ask for none; a column that might be meant as the answer is asked about."""
+    path = tmp_path / "prompts.jsonl"
+    for rows in ([{"prompt": "x"}], [{"question": "x"}], [{"prompt": "x", "answer": None}], [{"prompt": "x", "answer": float("nan")}]):
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        module = on_rank(0, 1, str(path), prompts_per_phase=1)
+        assert (module.draw(0)["prompt"], module.draw(0)["answer"], module.draw(0)["info"]) == (["x"], [None], [{}])
+    path.write_text('{"my_prompt": "x"}\n')
+    mapped = VerifiableDataModule(tiny_tokenizer(), str(path), columns={"prompt": "my_prompt"}, prompts_per_phase=1)
+    mapped.setup("fit")
+    assert mapped.draw(0)["prompt"] == ["x"]
+    path.write_text('{"prompt": "x", "target": "y"}\n')
+    with pytest.raises(ValueError, match=f"{path}:1: found the columns prompt, target; looked for prompt \\+ answer or"):
+        on_rank(0, 1, str(path))

@@ -9,7 +9,14 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from modules.functional.advantages import group_center
-from modules.functional.policy_loss import Metrics, cispo_loss, clipped_policy_loss, mirror_descent_loss, sequence_clipped_policy_loss
+from modules.functional.policy_loss import (
+    Metrics,
+    cispo_loss,
+    clipped_policy_loss,
+    mirror_descent_loss,
+    ratio_moments,
+    sequence_clipped_policy_loss,
+)
 
 DOUBLE = torch.float64
 REWARDS, GROUP = torch.tensor([1.0, 0.0, 0.5, 2.0], dtype=DOUBLE), torch.tensor([3, 3, 8, 8])
@@ -280,3 +287,34 @@ def test_an_overflowing_ratio_without_advantage_adds_nothing():
     (gradient,) = torch.autograd.grad(loss, now)
     assert loss.item() == -0.5
     assert gradient.tolist() == [[0.0, -0.5]]
+
+
+def test_ratio_moments_hand_numbers() -> None:
+    ratios = torch.tensor([[1.5, math.nan, 0.8], [1.0, 0.9, math.inf]], dtype=DOUBLE)
+    mask = torch.tensor([[True, False, True], [True, True, False]])
+    old = torch.full((2, 3), -2.0, dtype=DOUBLE)
+    moments = ratio_moments((old + ratios.log()).requires_grad_(), old, mask)
+    # mean 4.2 / 4; squares .25 + .04 + 0 + .01; deviations .5 + .2 + 0 + .1
+    expected = {"ratio/mean": 1.05, "ratio/square": 0.075, "ratio/deviation": 0.2}
+    assert {name: value.item() for name, value in moments.items()} == pytest.approx(expected, abs=1e-12)
+    assert not any(value.requires_grad or value.dim() for value in moments.values())
+    variance = sum((r - 1.05) ** 2 for r in (1.5, 0.8, 1.0, 0.9)) / 4
+    assert (moments["ratio/square"] - (moments["ratio/mean"] - 1) ** 2).item() == pytest.approx(variance, abs=1e-12)
+
+
+def test_ratio_moments_against_a_loop_over_micro_batches() -> None:
+    logprobs, old, _, mask, _ = random_case()
+    ratios = [math.exp(logprobs[i, t] - old[i, t]) for i, t in mask.nonzero().tolist()]
+    expected = [sum(ratios), sum((r - 1) ** 2 for r in ratios), sum(abs(r - 1) for r in ratios)]
+    parts = [(ratio_moments(logprobs[i], old[i], mask[i]), mask[i].sum()) for i in (slice(0, 1), slice(1, 4))]
+    for name, total in zip(("ratio/mean", "ratio/square", "ratio/deviation"), expected, strict=True):
+        whole = ratio_moments(logprobs, old, mask)[name]
+        assert whole.item() == pytest.approx(total / len(ratios), abs=1e-12)
+        assert sum((part[name] * kept).item() for part, kept in parts) == pytest.approx(total, abs=1e-12)
+        assert ratio_moments(old, logprobs, mask)[name].item() != pytest.approx(whole.item(), abs=1e-3)  # the direction matters
+        float_weights = mask / mask.sum(1, keepdim=True)
+        torch.testing.assert_close(ratio_moments(logprobs, old, float_weights)[name], whole, atol=1e-12, rtol=0)
+    nothing = ratio_moments(logprobs, old, torch.zeros_like(mask))
+    assert [value.item() for value in nothing.values()] == [1.0, 0.0, 0.0]
+    with pytest.raises(ValueError, match="shapes"):
+        ratio_moments(logprobs, old[:, :-1], mask)

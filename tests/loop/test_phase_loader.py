@@ -27,9 +27,11 @@ class Toy(LightningModule):
         self.seen: list[dict[str, Any]] = []
         self.collected: list[tuple[int, int]] = []
         self.modes: list[tuple[bool, bool, bool]] = []
+        self.updates: list[int] = []  # of the last phase's prompts
 
     def collect(self, prompts: dict[str, Any]) -> dict[str, torch.Tensor]:
         self.collected.append((self.current_epoch, self.global_step))
+        self.updates = prompts.get("update", [])
         self.modes.append((self.training, torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")))
         rows = self.groups * self.per_group
         generator = torch.Generator().manual_seed(1000 + self.current_epoch)
@@ -64,7 +66,8 @@ class ToyData(LightningDataModule):
         self.settings = settings
 
     def train_dataloader(self) -> PhaseLoader:
-        return PhaseLoader(self.trainer, lambda phase: {"phase": phase}, **self.settings)  # type: ignore[arg-type, return-value]
+        uids = [str(number) for number in range(self.trainer.lightning_module.groups)]
+        return PhaseLoader(self.trainer, lambda phase: {"uid": uids}, **self.settings)  # type: ignore[arg-type, return-value]
 
 
 def fit(
@@ -105,6 +108,19 @@ def test_every_row_is_used_once_per_pass_and_the_denominator_counts_the_whole_up
             rows = [row for micro in update for row in micro["rows"]]
             assert {micro["denominator"] for micro in update} == {float(tokens[rows].sum())}
     assert module.seen[:4] != module.seen[4:]  # each pass is shuffled anew
+
+
+@pytest.mark.parametrize("inner_epochs", [1, 2])
+def test_collection_knows_the_update_that_trains_on_each_prompt(inner_epochs):
+    module = Toy(groups=5)
+    fit(module, accumulate=2, updates_per_phase=2 * inner_epochs, inner_epochs=inner_epochs, phases=1)
+    assert module.updates == [0, 0, 0, 1, 1]  # five prompts in two updates of a pass
+    for number in range(0, 4 * inner_epochs, 2):
+        rows = [row for micro in module.seen[number : number + 2] for row in micro["rows"]]
+        assert len({module.updates[row // 3] for row in rows}) == 1  # three completions a prompt
+        assert len(rows) in (9, 6)
+    first = [row for micro in module.seen[:2] for row in micro["rows"]]
+    assert {module.updates[row // 3] for row in first} == {0}  # the first pass takes the updates in order
 
 
 @pytest.mark.parametrize("accumulate", [2, 3, 12])
@@ -238,11 +254,10 @@ def test_split_leaves_out_rows_without_gradient_unless_a_part_would_be_empty():
 
 
 def test_select_takes_only_the_prompts_and_columns_that_are_used():
-    batch = phase_of([[4], [2], [3]], [True] * 3)
+    batch = phase_of([[4], [2], [3]], [True] * 3) | {"update": torch.tensor([0, 0, 1])}
     chosen = select(batch, torch.tensor([1]), torch.tensor(9.0))
     assert chosen["prompt_index"].tolist() == [0]
     assert chosen["prompt_ids"].tolist() == [[2]]  # prompt 1 has one token
     assert chosen["completion_mask"].tolist() == [[True, True]]
     assert float(chosen["denominator"]) == 9.0
-    assert "row_count" not in chosen
-    assert "active" not in chosen
+    assert not {"row_count", "active", "update"} & set(chosen)  # of a whole phase

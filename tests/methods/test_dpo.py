@@ -204,7 +204,7 @@ def test_reference_is_computed_once_and_kept_on_disk(tmp_path):
 def test_a_wrong_reference_is_refused(tmp_path):
     module = dpo(tmp_path)
     module.policy.model.lm_head.weight.data.mul_(1.1)
-    with pytest.raises(RuntimeError, match="policy and reference differ before the first update"):
+    with pytest.raises(ValueError, match="policy and reference differ before the first update"):
         fit(module)
 
 

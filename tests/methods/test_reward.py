@@ -396,6 +396,26 @@ def test_exported_scores_are_normalised_on_held_out_completions(tmp_path, num_he
     assert config["reward_mean"] == pytest.approx(raw.mean().item(), abs=1e-5)
 
 
+@pytest.mark.parametrize("num_heads", [1, 3])
+def test_an_export_of_adapters_scores_the_same_on_a_policys_backbone(tmp_path, num_heads):
+    """And as the module itself: trained, exported, put beside the adapters of a policy that has other ones."""
+    module = reward_module(num_heads=num_heads, lora=Lora(r=2))
+    trainer = fitted(tmp_path, module, callbacks=[Export(str(tmp_path / "out"))], val=5)
+    rollouts = rollouts_of(module, trainer.datamodule)
+    with torch.no_grad():
+        raw = torch.cat([module.head_scores(batch) for batch in trainer.datamodule.in_order("val")]).double()
+    shared, merged = LearnedReward(str(tmp_path / "out")), LearnedReward(str(tmp_path / "out"))
+    policy = RewardModule("tiny", lora=Lora(r=3)).policy
+    assert shared.share_backbone(policy) == [str(tmp_path / "out")]
+    mean, std = module.moments[1:].T  # scores spread by 0.01 around 9 here, so normalised they have lost two of seven digits
+    found = shared.members(rollouts) * std + mean
+    torch.testing.assert_close(found, merged.members(rollouts) * std + mean, atol=1e-5, rtol=0)
+    torch.testing.assert_close(found, raw, atol=1e-5, rtol=0)
+    assert float(found.std(0).min()) > 0.01
+    names = {file.name for file in (tmp_path / "out" / "adapters").iterdir()}
+    assert names >= {"adapter_config.json", "adapter_model.safetensors", "head.safetensors"}
+
+
 SAMPLES = [("ab", "yes", "stop"), ("ab", "no way", "stop"), ("cdefg", "maybe, but I do", "length"), ("cdefg", "", "stop"), ("h", "x", "stop")]
 
 
@@ -429,6 +449,7 @@ def test_scores_are_normalised_on_samples_that_are_named(tmp_path, num_heads, ch
 def test_an_unnormalised_export_forgets_the_numbers_of_its_start(tmp_path):
     fitted(tmp_path, reward_module(), callbacks=[Export(str(tmp_path / "first"))])
     assert "reward_mean" in json.loads((tmp_path / "first" / "config.json").read_text())  # of training rows
+    assert not (tmp_path / "first" / "adapters").exists()
     again = reward_module(str(tmp_path / "first"), normalize=False)
     fitted(tmp_path, again, callbacks=[Export(str(tmp_path / "second"))])
     assert "reward_mean" not in json.loads((tmp_path / "second" / "config.json").read_text())

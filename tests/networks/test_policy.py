@@ -228,3 +228,49 @@ def test_untested_architectures_do_not_share_and_are_right(tmp_path):
     assert not policy.shares_prompts
     batch = ragged_batch([3, 9, 6], [[4, 1, 7], [2, 2], [6]])
     torch.testing.assert_close(policy.completion_scores(batch).logprobs, naive(policy, batch, 1.0)[0], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("completions", [[[4, 1, 7], [2, 2], [6]], [[4], [2], [6]]], ids=["groups", "one each"])
+def test_token_states_are_those_in_which_the_tokens_were_chosen(policy, completions):
+    """Against the last hidden states of whole rows, in both layouts: the head on them gives the logits of each token."""
+    batch = ragged_batch([3, 9, 6], completions)
+    states, mask = policy.token_states(batch), batch["completion_mask"]
+    assert states.shape == (*mask.shape, policy.model.get_output_embeddings().in_features)
+    for i, p in enumerate(batch["prompt_index"].tolist()):
+        prompt, tokens = batch["prompt_ids"][p][batch["prompt_mask"][p]], batch["completion_ids"][i][mask[i]]
+        hidden = policy.model.base_model(torch.cat([prompt, tokens])[None]).last_hidden_state[0, len(prompt) - 1 : -1]
+        torch.testing.assert_close(states[i, : len(tokens)], hidden, atol=1e-5, rtol=0)
+
+
+def test_token_states_do_not_see_their_token(policy):
+    batch = ragged_batch([3, 9], [[4, 1], [5]])
+    before = policy.token_states(batch)
+    batch["completion_ids"] = batch["completion_ids"].clone()
+    batch["completion_ids"][0, 2] += 1
+    after = policy.token_states(batch)
+    torch.testing.assert_close(after[0, :3], before[0, :3], atol=1e-6, rtol=0)
+    assert float((after[0, 3] - before[0, 3]).abs().max()) > 1e-3
+
+
+def test_scores_of_states_are_completion_scores(policy):
+    batch = ragged_batch([3, 9], [[4, 1], [5, 2]])
+    whole = policy.completion_scores(batch, 0.7, details=True)
+    for mine, theirs in zip(policy.scores_of(policy.token_states(batch), batch, 0.7, details=True), whole, strict=True):
+        assert (mine is None and theirs is None) or torch.equal(mine, theirs)
+    assert policy.scores_of(policy.token_states(batch), batch).entropies is None
+
+
+@pytest.mark.parametrize("chunk", [None, 3])
+def test_entropies_have_a_gradient_where_they_are_asked_for(policy, monkeypatch, chunk):
+    batch = ragged_batch([3, 9], [[4, 1], [5]])
+    logprobs, entropies = naive(policy, batch, 0.7)
+    weights = torch.linspace(-1, 1, entropies.numel()).view_as(entropies)
+    expected = gradients(policy, (entropies * weights + logprobs).sum())
+    if chunk is not None:
+        monkeypatch.setattr(policy_file, "MAX_LOGITS", 272 * chunk)
+    scores = policy.scores_of(policy.token_states(batch), batch, 0.7, entropy=True)
+    torch.testing.assert_close(scores.entropies, entropies, atol=1e-5, rtol=0)
+    torch.testing.assert_close(scores.logprobs, logprobs, atol=1e-5, rtol=0)
+    for mine, theirs in zip(gradients(policy, (scores.entropies * weights + scores.logprobs).sum()), expected, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-4)
+    assert not policy.scores_of(policy.token_states(batch), batch, 0.7, details=True).entropies.requires_grad

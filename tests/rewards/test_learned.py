@@ -9,8 +9,11 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from modules.networks.lora import POLICY, Lora, adapter_names, adapter_parameters
+from modules.networks.policy import Policy
 from modules.networks.scalar_head import sequence_classifier
 from modules.networks.tiny import tiny_model, tiny_tokenizer
+from modules.reward import RewardModule, write_moments
 from modules.rewards.learned import LearnedReward, chunked, combine
 from modules.rewards.versus import Versus
 from modules.types import Completion, Rollout
@@ -114,6 +117,62 @@ def test_members_are_put_on_one_scale_first(tmp_path):
     bare = save(tmp_path / "bare", 7)
     with pytest.raises(ValueError, match="bare without reward_mean"):
         LearnedReward([*paths, bare])(rollouts)
+
+
+def adapted(folder: Path, seed: int, num_heads: int = 1, backbone: str = "tiny") -> str:
+    """An export of adapters away from their start."""
+    torch.manual_seed(seed)
+    module = RewardModule(backbone, num_heads=num_heads, lora=Lora(r=2))
+    for weight in adapter_parameters(module.policy.model, POLICY).values():
+        weight.data.add_(torch.randn(weight.shape), alpha=0.1)
+    module.moments = torch.rand(1 + num_heads, 2) + 0.5
+    module.save_pretrained(folder)
+    return str(folder)
+
+
+def test_adapters_of_the_policys_backbone_are_computed_on_it(tmp_path):
+    """As the merged exports score, whatever the policy has learned, with members of other backbones beside them."""
+    save(tmp_path / "base", 5)
+    paths = [
+        adapted(tmp_path / "one", 1),
+        save(tmp_path / "whole", 2, reward_mean=0.1, reward_std=2.0),
+        adapted(tmp_path / "three", 3, num_heads=3),
+        adapted(tmp_path / "elsewhere", 4, backbone=str(tmp_path / "base")),
+    ]
+    policy = Policy("tiny", dropout=False, lora=Lora(r=4, target_modules=("q_proj",)))
+    for weight in adapter_parameters(policy.model, POLICY).values():
+        weight.data.add_(torch.randn(weight.shape), alpha=0.1)
+    ids = torch.tensor([TINY("2 + 2 = 4").input_ids])
+    before = policy.hidden_states(ids)
+    rollouts = [rollout("4"), rollout("five", finish="length", tail=()), rollout("", prompt="?")]
+    expected = LearnedReward(paths).members(rollouts)
+    assert expected.shape == (3, 6)
+
+    reward = LearnedReward(paths)
+    assert reward.share_backbone(policy) == [paths[0], paths[2]]
+    assert reward.share_backbone(policy) == [paths[0], paths[2]]
+    other = LearnedReward(paths[2])
+    assert other.share_backbone(policy) == [paths[2]]
+    assert adapter_names(policy.model) == {POLICY, "reward0", "reward1", "reward2"}
+    assert not any(weight.requires_grad for name in ("reward0", "reward1") for weight in adapter_parameters(policy.model, name).values())
+    torch.testing.assert_close(reward.members(rollouts), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(other.members(rollouts), expected[:, 2:5], atol=1e-5, rtol=1e-5)
+    assert torch.equal(policy.hidden_states(ids), before)
+
+
+def test_a_policy_without_adapters_shares_nothing(tmp_path):
+    path = adapted(tmp_path / "one", 1)
+    reward, policy = LearnedReward(path), Policy("tiny", dropout=False)
+    assert reward.share_backbone(policy) == []
+    assert not adapter_names(policy.model)
+    assert reward([rollout("4")]) == LearnedReward(path)([rollout("4")])
+
+
+def test_shared_members_are_measured_too(tmp_path):
+    paths = [adapted(tmp_path / str(seed), seed) for seed in (1, 2)]
+    write_moments(Path(paths[1]) / "config.json", None)
+    with pytest.raises(ValueError, match="2 without reward_mean"):
+        LearnedReward(paths).share_backbone(Policy("tiny", dropout=False, lora=Lora(r=2)))
 
 
 def test_what_is_no_reward_model_is_refused(tmp_path, monkeypatch):

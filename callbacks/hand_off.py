@@ -1,0 +1,90 @@
+"""Does a stage get from earlier ones what it needs? Checked before anything is trained or sampled."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from transformers import AutoTokenizer
+
+
+class HandOff(Callback):
+    """What a stage takes over from earlier ones: model folders and files of rows. One that does not fit ends the run in one sentence.
+
+    A file must hold something, a folder a ``config.json``; a reward model, which is a sequence classifier, must know the mean and the deviation
+    of its scores. In ``setup`` the tokenizer of each folder must read as the module's does, with the same tokens under the same ids and the same
+    chat template; that of a reward model may have more tokens, such as a pad token of its own.
+
+    Args:
+        inputs: the stage that writes it -> folder or file, such as ``{01-fit-sft: runs/x/sft/export}``.
+
+    Raises:
+        ValueError: naming the stage to run again.
+    """
+
+    def __init__(self, inputs: dict[str, str]) -> None:
+        self.inputs = {stage: Path(path) for stage, path in inputs.items()}
+        for stage, path in self.inputs.items():  # before the DataModule reads it
+            complain(stage, path, trouble(path))
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Compare the tokenizers."""
+        for origin, path in self.inputs.items():
+            if path.is_dir():
+                complain(origin, path, mismatch(path, pl_module.tokenizer))
+
+
+def complain(stage: str, path: Path, problem: str | None) -> None:
+    """ValueError if there is a problem."""
+    if problem is not None:
+        raise ValueError(f"hand-off from {stage}: {path} {problem}; run {stage} again")
+
+
+def trouble(path: Path) -> str | None:
+    """What is wrong with a folder or file whoever takes it over, or None."""
+    if path.is_file():
+        return None if path.stat().st_size else "is empty"
+    if not path.is_dir():
+        return "is not there"
+    if not (path / "config.json").is_file():
+        return "has no config.json, so it is no exported model"
+    try:
+        known = config(path)
+    except ValueError:
+        return "has a damaged config.json"
+    if is_reward_model(path):
+        mean, deviation = (known.get(name, math.nan) for name in ("reward_mean", "reward_std"))
+        if not is_finite(mean) or not is_finite(deviation) or not deviation > 0:
+            return f"is a reward model without normalisation (reward_mean {mean}, reward_std {deviation} in config.json; wanted: normalize: true)"
+    return None
+
+
+def mismatch(path: Path, mine: Any) -> str | None:
+    """How the tokenizer in a folder differs from ``mine``, or None."""
+    try:
+        theirs = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        return f"has no tokenizer that can be read ({type(error).__name__})"
+    own, other = mine.get_vocab(), theirs.get_vocab()
+    moved = [token for token, place in own.items() if other.get(token) != place]
+    added = [token for token in other if token not in own]
+    if moved or (added and not is_reward_model(path)):
+        return f"has another tokenizer than the policy ({len(moved)} tokens gone or moved, {len(added)} more, such as {(moved or added)[0]!r})"
+    return None if theirs.chat_template == mine.chat_template else "has another chat template than the policy"
+
+
+def is_reward_model(path: Path) -> bool:
+    """Whether a folder holds a sequence classifier."""
+    return any("SequenceClassification" in name for name in config(path).get("architectures") or [])
+
+
+def config(path: Path) -> dict[str, Any]:
+    """The model's settings."""
+    found: dict[str, Any] = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    return found
+
+
+def is_finite(value: Any) -> bool:
+    """Whether this is a number that can be computed with."""
+    return isinstance(value, int | float) and math.isfinite(value)

@@ -1,0 +1,125 @@
+"""Reward models as they are loaded, and the rows of tokens that they read."""
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from modules.networks.loading import end_of_turn_id
+from modules.networks.lora import ADAPTERS, HEAD_FILE, adapter_names, backbone_digest, load_adapters, saved_digest, using
+from modules.networks.policy import Policy
+from modules.networks.scalar_head import HEADS_FILE
+from modules.types import Rollout
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """A loaded reward model: a backbone of its own, or adapters of the policy's."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    weight: Tensor  # [heads, H], on the CPU, as the others
+    mean: Tensor  # [heads], float64, of the raw scores where they were measured
+    std: Tensor  # [heads], float64
+    adapters: str | None = None  # the set of the model's adapters to compute with
+
+
+def read_config(path: str) -> PreTrainedConfig:
+    """The config of a sequence classifier with one label; ValueError where there is none."""
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"LearnedReward: '{path}' is not a model folder or a hub id that can be read; export a RewardModule there first") from error
+    if config.num_labels != 1:
+        raise ValueError(f"LearnedReward: '{path}' has {config.num_labels} labels and a reward model has one; export a RewardModule, not a policy")
+    return config
+
+
+def load_scorer(path: str) -> Scorer:
+    """One model with its heads and their moments, fp32, frozen, on the GPU where there is one.
+
+    ValueError for one that does not score hidden states linearly.
+    """
+    model = AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.float32).requires_grad_(False).eval()
+    head, heads = dict(model.named_modules()).get("score"), Path(path) / HEADS_FILE
+    if not isinstance(head, nn.Linear) or head.bias is not None:
+        raise ValueError(f"LearnedReward: '{path}' ({model.config.model_type}) has no linear 'score' on a causal backbone, which is all that is read")
+    weight = load_file(heads)["weight"] if heads.is_file() else head.weight.clone()
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    mean, std = moments(model.config, len(weight))
+    return Scorer(model, AutoTokenizer.from_pretrained(path), weight, mean, std)
+
+
+def shared_scorer(path: str, policy: Policy) -> Scorer | None:
+    """The export ``path`` as adapters, put beside the policy's own; None where it has none of the policy's backbone.
+
+    The policy may be in training mode: its dropout is off in reinforcement learning, and loaded adapters have none.
+    """
+    folder = Path(path) / ADAPTERS
+    if not policy.has_adapters or (digest := saved_digest(folder)) is None or digest != backbone_digest(policy.model):
+        return None
+    name = next(name for i in count() if (name := f"reward{i}") not in adapter_names(policy.model))
+    load_adapters(policy.model, folder, name, trainable=False)
+    weight = load_file(folder / HEAD_FILE)["weight"]
+    mean, std = moments(read_config(path), len(weight))
+    return Scorer(policy.model, AutoTokenizer.from_pretrained(path), weight, mean, std, name)
+
+
+def moments(config: PreTrainedConfig, heads: int) -> Tensor:
+    """Mean and deviation [2, heads] of each head's scores, float64; 0 and 1 where one head has none."""
+    if heads > 1:
+        return torch.tensor([config.reward_head_means, config.reward_head_stds], dtype=torch.float64)
+    return torch.tensor([[getattr(config, "reward_mean", 0.0)], [getattr(config, "reward_std", 1.0)]], dtype=torch.float64)
+
+
+def last_states(scorer: Scorer, rows: list[tuple[int, ...]]) -> Tensor:
+    """Hidden state [N, H] at the last token of each row. Transformers' own pooling would take a closing eos for padding where pad is eos."""
+    device = scorer.model.device
+    lengths = torch.tensor([len(row) for row in rows], device=device)
+    ids = nn.utils.rnn.pad_sequence([torch.tensor(row, device=device) for row in rows], batch_first=True)  # [N, T]
+    mask = torch.arange(ids.shape[1], device=device) < lengths[:, None]
+    with nullcontext() if scorer.adapters is None else using(scorer.model, scorer.adapters):
+        hidden: Tensor = scorer.model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+    return hidden[torch.arange(len(rows), device=device), lengths - 1]
+
+
+def row_of(scorer: Scorer, rollout: Rollout) -> tuple[int, ...]:
+    """The tokens of prompt and completion in the reward model's vocabulary."""
+    tokenizer, completion = scorer.tokenizer, rollout.completion
+    if reads(scorer, rollout.prompt_ids, rollout.prompt, special=True):
+        if completion.token_ids and reads(scorer, completion.token_ids, completion.text, cut=completion.finish == "stop"):
+            return (*rollout.prompt_ids, *completion.token_ids)
+        prompt = rollout.prompt_ids
+    else:
+        prompt = with_bos(tokenizer, rollout.prompt)
+    ids = tokenizer(completion.text, add_special_tokens=False, verbose=False).input_ids
+    return (*prompt, *ids, *([end_id(tokenizer, prompt)] if completion.finish == "stop" else []))
+
+
+def reads(scorer: Scorer, ids: list[int], text: str, special: bool = False, cut: bool = False) -> bool:
+    """Whether the tokens mean ``text`` to the reward model; with ``special`` tokens but for a BOS in front; ``cut`` = a stop string may follow."""
+    if ids and max(ids) >= scorer.model.config.vocab_size:
+        return False
+    found = str(scorer.tokenizer.decode(ids, skip_special_tokens=not special, clean_up_tokenization_spaces=False))
+    if special:
+        bos = str(scorer.tokenizer.bos_token or "")
+        return found.removeprefix(bos).strip() == text.removeprefix(bos).strip()
+    return found == text or (cut and found.startswith(text))
+
+
+def with_bos(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    """Tokens of a prompt, behind one BOS where the tokenizer itself adds one."""
+    ids, bos = list(tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids), tokenizer.bos_token_id
+    adds_bos = bos is not None and tokenizer("").input_ids[:1] == [bos]
+    return [bos, *ids] if adds_bos and ids[:1] != [bos] else ids
+
+
+def end_id(tokenizer: PreTrainedTokenizerBase, prompt: list[int]) -> int:
+    """What ends a completion of this prompt: the end-of-turn token of a chat, else eos."""
+    turn = end_of_turn_id(tokenizer)
+    return turn if turn is not None and turn in prompt else int(tokenizer.eos_token_id)  # type: ignore[arg-type]

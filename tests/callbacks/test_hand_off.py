@@ -1,0 +1,118 @@
+"""HandOff before real runs: exports and files of rows that fit, and one sentence for each that does not."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from lightning.pytorch import Trainer
+
+from callbacks import HandOff
+from modules import RewardModule, SFTModule
+from modules.networks.tiny import tiny_tokenizer
+
+
+@pytest.fixture(scope="module")
+def exports(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``policy`` and ``reward``, the latter normalised."""
+    folder = tmp_path_factory.mktemp("exports")
+    SFTModule("tiny").policy.save_pretrained(folder / "policy")
+    RewardModule("tiny").save_pretrained(folder / "reward")
+    change(folder / "reward", reward_mean=0.5, reward_std=2.0)
+    return folder
+
+
+@pytest.fixture
+def check(tmp_path: Path, exports: Path) -> Callable[..., None]:
+    """check(mend, name): ``mend`` changes a copy of an export, which a run then takes over."""
+
+    def run(mend: Callable[[Path], object], name: str = "policy") -> None:
+        shutil.copytree(exports / name, tmp_path / name)
+        mend(tmp_path / name)
+        hand_over(**{"01-fit-it": tmp_path / name})
+
+    return run
+
+
+def change(folder: Path, **values: object) -> None:
+    """Set values of config.json; None takes one out."""
+    config = json.loads((folder / "config.json").read_text()) | values
+    (folder / "config.json").write_text(json.dumps({name: value for name, value in config.items() if value is not None}))
+
+
+def hand_over(**inputs: Path) -> None:
+    module = SFTModule("tiny")
+    callback = HandOff({stage: str(path) for stage, path in inputs.items()})
+    trainer = Trainer(accelerator="cpu", logger=False, callbacks=[callback], enable_checkpointing=False)
+    callback.setup(trainer, module, "fit")
+
+
+def save_tokenizer(folder: Path, template: str | None = None, added: str | None = None) -> None:
+    tokenizer = tiny_tokenizer()
+    if template is not None:
+        tokenizer.chat_template = template
+    if added is not None:
+        tokenizer.add_tokens([added])
+    tokenizer.save_pretrained(folder)
+
+
+def test_what_fits_passes(tmp_path: Path, exports: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    hand_over(**{"01-fit-sft": exports / "policy", "02-predict-rows": tmp_path / "rows.jsonl", "03-fit-reward": exports / "reward"})
+
+
+def test_a_reward_model_may_have_a_token_more(check: Callable[..., None]) -> None:
+    check(lambda folder: save_tokenizer(folder, added="<|more|>"), "reward")
+
+
+@pytest.mark.parametrize(
+    ("mend", "sentence"),
+    [
+        (lambda folder: shutil.rmtree(folder), "is not there"),
+        (lambda folder: (folder / "config.json").unlink(), "has no config.json, so it is no exported model"),
+        (lambda folder: (folder / "config.json").write_text("{"), "has a damaged config.json"),
+        (lambda folder: (folder / "tokenizer.json").unlink(), "has no tokenizer that can be read"),
+        (lambda folder: save_tokenizer(folder, template="{{ messages }}"), "has another chat template than the policy"),
+        (
+            lambda folder: save_tokenizer(folder, added="<|more|>"),
+            r"has another tokenizer than the policy \(0 tokens .* 1 more, such as '<\|more\|>'\)",
+        ),
+    ],
+)
+def test_a_policy_that_does_not_fit(check: Callable[..., None], mend: Callable[[Path], object], sentence: str) -> None:
+    with pytest.raises(ValueError, match=rf"^hand-off from 01-fit-it: \S+/policy {sentence}.*; run 01-fit-it again$"):
+        check(mend)
+
+
+@pytest.mark.parametrize(
+    ("values", "found"),
+    [
+        ({"reward_mean": None, "reward_std": None}, "reward_mean nan, reward_std nan"),
+        ({"reward_std": 0.0}, "reward_mean 0.5, reward_std 0.0"),
+        ({"reward_mean": float("inf")}, "reward_mean inf, reward_std 2.0"),
+    ],
+)
+def test_a_reward_model_without_normalisation(check: Callable[..., None], values: dict[str, object], found: str) -> None:
+    with pytest.raises(ValueError, match=rf"/reward is a reward model without normalisation \({found} in config.json; .*; run 01-fit-it again$"):
+        check(lambda folder: change(folder, **values), "reward")
+
+
+def test_tokens_that_moved(check: Callable[..., None]) -> None:
+    def swap(folder: Path) -> None:
+        file = folder / "tokenizer.json"
+        content = json.loads(file.read_text())
+        vocabulary = content["model"]["vocab"]
+        vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+        file.write_text(json.dumps(content))
+
+    with pytest.raises(ValueError, match=r"/reward has another tokenizer than the policy \(2 tokens gone or moved, 0 more, such as '[ab]'\)"):
+        check(swap, "reward")
+
+
+def test_files_of_rows(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^hand-off from 02-predict-rows: \S+/rows.jsonl is not there; run 02-predict-rows again$"):
+        HandOff({"02-predict-rows": str(tmp_path / "rows.jsonl")})
+    (tmp_path / "rows.jsonl").touch()
+    with pytest.raises(ValueError, match=r"rows.jsonl is empty; run 02-predict-rows again$"):
+        HandOff({"02-predict-rows": str(tmp_path / "rows.jsonl")})

@@ -1,0 +1,324 @@
+"""PPO: where the reward lands, what the KL is, who learns in the warm-up, what is logged, and what changes nothing."""
+
+import math
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from torch import Tensor
+
+from datamodules import Addition, PtxStream, VerifiableDataModule
+from modules import PPOModule
+from modules.networks.critic import Value
+from modules.networks.policy import Policy
+from modules.networks.tiny import tiny_tokenizer
+from modules.objectives import AdaptiveKL
+from modules.rewards import RegexFormat
+from modules.rollout.engine import RolloutEngine, Sampling
+from modules.rollout.in_process import InProcessEngine
+from modules.types import Completion, Reward
+
+QUIET = {"accelerator": "cpu", "devices": 1, "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+ASCII = RegexFormat(r"[\x00-\x7f]*", name="ascii")  # about one in five completions of the untrained model
+TOKENIZER = tiny_tokenizer()
+EOS = TOKENIZER.eos_token_id
+
+
+def ppo(policy: str = "tiny", reward: Reward = ASCII, **settings: Any) -> PPOModule:
+    seed_everything(0)
+    settings = {"num_generations": 2, "sampling": Sampling(max_completion_length=4)} | settings
+    settings = {"optimizer": lambda parameters: torch.optim.SGD(parameters, lr=0.1)} | settings
+    return PPOModule(policy, reward, **settings)
+
+
+def fit(
+    module: PPOModule, phases: int = 1, prompts: int = 4, resume: Path | None = None, callbacks: tuple[Callback, ...] = (), **settings
+) -> Trainer:
+    kept = {name: settings.pop(name) for name in ("updates_per_phase", "inner_epochs", "ptx") if name in settings}
+    saves = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)
+    trainer = Trainer(**QUIET, max_epochs=phases, enable_checkpointing=saves, callbacks=list(callbacks), **settings)
+    trainer.fit(module, VerifiableDataModule(module.tokenizer, Addition(50), prompts_per_phase=prompts, **kept), ckpt_path=resume, weights_only=True)
+    return trainer
+
+
+def weights(module: PPOModule) -> Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in module.policy.parameters()])
+
+
+@pytest.fixture(scope="module")
+def moved(tmp_path_factory) -> str:
+    """The tiny model away from its start, so that its KL to ``tiny`` is not 0."""
+    policy, folder = Policy("tiny", dropout=False), tmp_path_factory.mktemp("moved")
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in policy.parameters():
+            weight += 0.01 * torch.randn(weight.shape, generator=generator)
+    policy.save_pretrained(folder)
+    return str(folder)
+
+
+class Scripted(RolloutEngine):
+    """Gives the same completions in every phase: one list per prompt."""
+
+    def __init__(self, *texts: list[tuple[list[int], str]]) -> None:
+        self.texts = texts
+
+    def sync_weights(self, policy, version):
+        """Nothing is sampled."""
+
+    def generate(self, prompts, num_generations, sampling, seeds):
+        decode = TOKENIZER.decode
+        return [
+            [Completion(ids, [-1.0] * len(ids), decode(ids, skip_special_tokens=True), finish) for ids, finish in self.texts[i % len(self.texts)]]
+            for i in range(len(prompts))
+        ]
+
+
+class Scores(Reward):
+    """One score after the other; None = unscorable."""
+
+    name = "scores"
+
+    def __init__(self, *scores: float | None) -> None:
+        self.scores = scores
+
+    def __call__(self, rollouts):
+        return [self.scores[i % len(self.scores)] for i in range(len(rollouts))]
+
+
+def collected(module: PPOModule, prompts: list[str]) -> dict[str, Tensor]:
+    """The batch of a phase."""
+    ids = [TOKENIZER(prompt).input_ids for prompt in prompts]
+    rows: Any = {"uid": [*map(str, range(len(ids)))], "prompt": prompts, "prompt_ids": ids, "answer": [None] * len(ids), "source": [""] * len(ids)}
+    with torch.no_grad():
+        return dict(module.collect({**rows, "info": [{}] * len(ids)}))
+
+
+A, B = TOKENIZER("ab").input_ids
+ROWS = [([A, B, EOS], "stop"), ([A], "length")], [([EOS], "stop"), ([A, A, B, B], "length")]
+SCORED = Scores(1.0, 2.0, 3.0, 4.0)
+
+
+def test_the_reward_lands_on_the_last_kept_token():
+    """lam 0, value 0 and no KL: an advantage before whitening, which is the return, is the token's own reward."""
+    module = ppo(reward=SCORED, engine=Scripted(*ROWS), gamma=1.0, lam=0.0)
+    module.tokenizer.pad_token = module.tokenizer.eos_token
+    returns = collected(module, ["a", "a much longer prompt"])["returns"]
+    assert returns.tolist() == [[0, 0, 1, 0], [2, 0, 0, 0], [3, 0, 0, 0], [0, 0, 0, 4]]
+
+
+def test_a_penalty_for_the_kl_is_on_every_token(moved):
+    module = ppo(moved, SCORED, engine=Scripted(*ROWS), lam=0.0, kl_coef=0.5, reference="tiny")
+    batch = collected(module, ["a", "a much longer prompt"])
+    expected = -0.5 * (batch["old_logprobs"] - batch["ref_logprobs"])
+    for row, (last, score) in enumerate([(2, 1.0), (0, 2.0), (0, 3.0), (3, 4.0)]):
+        expected[row, last] += score
+    torch.testing.assert_close(batch["returns"], expected, atol=1e-6, rtol=0)
+    assert float((batch["old_logprobs"] - batch["ref_logprobs"]).abs().max()) > 0.01
+
+
+@pytest.mark.parametrize(("replaced", "expected"), [(False, [1.0, 1.5, 3.0, 3.5]), (True, [1.0, -0.5, 3.0, -0.5])])
+def test_a_missing_end_is_penalised(replaced, expected):
+    module = ppo(reward=SCORED, engine=Scripted(*ROWS), missing_eos_penalty=0.5, replace_missing_eos=replaced)
+    assert collected(module, ["a", "b"])["returns"].sum(1).tolist() != expected  # returns with gamma 1 are sums of what follows
+    module.lam, module.gamma = 0.0, 1.0
+    assert collected(module, ["a", "b"])["returns"].sum(1).tolist() == expected
+
+
+def test_a_stop_string_is_an_end_of_its_own():
+    """Sampled for real: what ends with the stop string keeps its score, what the budget cuts off does not."""
+    sampling = Sampling(max_completion_length=3, stop=tuple("abcdefghijklmnopqrstuvwxyz0123456789 "))
+    module = ppo(reward=Scores(1.0), num_generations=24, sampling=sampling, lam=0.0, missing_eos_penalty=0.25)
+    totals = collected(module, ["a"])["returns"].sum(1).tolist()
+    finishes = [rollout.completion.finish for rollout in module.rollouts]
+    assert any(r.completion.finish == "stop" and r.completion.token_ids[-1] != EOS for r in module.rollouts) and "length" in finishes
+    assert totals == [1.0 if finish == "stop" else 0.75 for finish in finishes]
+
+
+def test_the_kl_is_exactly_0_before_the_first_step():
+    module = ppo()
+    found = {}
+
+    class Start(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            found.setdefault("kl", [rollout.kl for rollout in pl_module.rollouts])
+
+    trainer = fit(module, callbacks=(Start(),))
+    assert found["kl"] == [0.0] * 8
+    assert trainer.callback_metrics["train/kl"] == 0.0 and trainer.callback_metrics["train/sequence_kl"] == 0.0
+
+
+class Greedy(InProcessEngine):
+    """Takes the likeliest token, whatever it is asked."""
+
+    def generate(self, prompts, num_generations, sampling, seeds):
+        return super().generate(prompts, num_generations, replace(sampling, temperature=0.0), seeds)
+
+
+@pytest.mark.parametrize("greedy", [True, False])
+def test_a_negative_kl_is_warned_of(moved, greedy):
+    """The reference is surer of what the policy likes best, so greedy completions are likelier under it."""
+    module = ppo(moved, engine=Greedy() if greedy else None, num_generations=4, reference="tiny")
+    sharpen(module)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        collected(module, [f"{i}+{i}=" for i in range(16)])
+    assert any("the KL to the start is" in str(warning.message) for warning in caught) == greedy
+
+
+def sharpen(module: PPOModule) -> None:
+    """Makes the policy a flatter version of its reference: the reference doubles its logits."""
+    assert module.reference is not None
+    with torch.no_grad():
+        for weight in (module.policy.model.model.norm.weight, module.reference.policy.model.model.norm.weight):
+            weight.copy_(torch.ones_like(weight))
+        for mine, theirs in zip(module.policy.parameters(), module.reference.policy.parameters(), strict=True):
+            theirs.copy_(mine)
+        module.reference.policy.model.model.norm.weight.mul_(2.0)
+
+
+def test_unscorable_completions_have_no_part():
+    """The same update whether the rows that have no score are there or not."""
+    rows = [([A, B, EOS], "stop"), ([A, A], "length"), ([B, 200, 201], "length")]
+    kept = [rows[0], rows[2]]
+    settings: dict[str, Any] = {"entropy_coef": 0.01, "whiten_rewards": True, "missing_eos_penalty": 1.0, "kl_coef": 0.1}
+    with_them = ppo(reward=Scores(1.0, None, 0.5), engine=Scripted(rows), num_generations=3, **settings)
+    without = ppo(reward=Scores(1.0, 0.5), engine=Scripted(kept), num_generations=2, **settings)
+    start = weights(without)
+    for module in (with_them, without):
+        fit(module, prompts=2, accumulate_grad_batches=2, updates_per_phase=2, inner_epochs=2)
+    torch.testing.assert_close(weights(with_them), weights(without), atol=1e-7, rtol=0)
+    torch.testing.assert_close(with_them.critic.head.weight, without.critic.head.weight, atol=1e-7, rtol=0)
+    assert float((weights(without) - start).abs().max()) > 1e-4
+
+
+def test_an_update_without_a_score_changes_nothing():
+    module = ppo(reward=Scores(1.0, None), num_generations=1, engine=Scripted([([A, EOS], "stop")]))
+    trainer = fit(module, prompts=2, updates_per_phase=2)
+    once = ppo(reward=Scores(1.0), num_generations=1, engine=Scripted([([A, EOS], "stop")]))
+    fit(once, prompts=1)
+    assert trainer.global_step == 2
+    torch.testing.assert_close(weights(module), weights(once), atol=1e-6, rtol=0)
+
+
+class Course(Callback):
+    """Policy and head after each phase."""
+
+    def __init__(self) -> None:
+        self.policy: list[Tensor] = []
+        self.head: list[Tensor] = []
+
+    def on_train_start(self, trainer, pl_module):
+        self.on_train_epoch_end(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        self.policy.append(weights(pl_module))
+        self.head.append(pl_module.critic.head.weight.detach().clone())
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_in_the_warm_up_the_critic_learns_alone(shared):
+    course, value = Course(), Value(None if shared else "tiny", warmup_phases=2)
+    optimizer = lambda parameters: torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.1)  # noqa: E731
+    fit(ppo(value=value, optimizer=optimizer), phases=3, callbacks=(course,), gradient_clip_val=1.0)
+    assert torch.equal(course.policy[0], course.policy[1]) and torch.equal(course.policy[0], course.policy[2])
+    assert not torch.equal(course.policy[2], course.policy[3])
+    assert all(not torch.equal(a, b) for a, b in zip(course.head, course.head[1:], strict=False))
+
+
+WRONG = [{"gamma": 1.1}, {"gamma": -0.1}, {"lam": 1.5}, {"cliprange": -0.1}, {"vf_coef": -1.0}, {"kl_coef": -0.1}, {"ptx_coef": -1.0}]
+WRONG += [{"missing_eos_penalty": -1.0}, {"num_generations": 0}]
+
+
+@pytest.mark.parametrize("settings", WRONG, ids=str)
+def test_values_out_of_range_are_refused(settings):
+    with pytest.raises(ValueError, match=next(iter(settings))) as error:
+        ppo(**settings)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("settings", [{"lr": 0.0}, {"lr": -1.0}, {"warmup_phases": -1}])
+def test_values_of_the_critic_out_of_range_are_refused(settings):
+    with pytest.raises(ValueError, match="value: lr must be > 0 and warmup_phases at least 0"):
+        Value(**settings)
+
+
+@pytest.mark.parametrize("settings", [{"dual_clip": 1.0}, {"cliprange_value": 0.0}])
+def test_clips_out_of_range_are_refused_before_the_first_step(settings):
+    with pytest.raises(ValueError, match=next(iter(settings))):
+        ppo(**settings)
+
+
+def test_texts_that_are_not_there_are_refused():
+    with pytest.raises(ValueError, match=r"ptx_coef is 0.5 and there are no texts.*data\.ptx"):
+        fit(ppo(ptx_coef=0.5))
+
+
+def test_a_weight_of_0_is_no_texts(tmp_path):
+    (tmp_path / "texts.jsonl").write_text('{"text": "some words to keep"}\n' * 4)
+    stream = PtxStream(str(tmp_path / "texts.jsonl"), rows_per_update=2, max_length=20)
+    without, of_weight_0, of_weight_1 = ppo(), ppo(ptx_coef=0.0), ppo(ptx_coef=1.0)
+    fit(without, phases=2)
+    fit(of_weight_0, phases=2, ptx=stream)
+    fit(of_weight_1, phases=2, ptx=stream)
+    assert torch.equal(weights(without), weights(of_weight_0))
+    assert not torch.allclose(weights(without), weights(of_weight_1), atol=1e-4)
+
+
+def test_the_critic_has_its_own_learning_rate():
+    module = ppo(value=Value("tiny", lr=0.025))
+    trainer = fit(module)
+    policy, critic = trainer.optimizers[0].param_groups
+    assert (policy["lr"], critic["lr"]) == (0.1, 0.025)
+    assert sum(p.numel() for p in policy["params"]) == sum(p.numel() for p in module.policy.parameters())
+    assert sum(p.numel() for p in critic["params"]) == sum(p.numel() for p in module.critic.parameters() if p.requires_grad)
+    assert [group["lr"] for group in fit(ppo()).optimizers[0].param_groups] == [0.1, 0.1]
+
+
+LOGGED = """
+grad_norm grad_norm/policy grad_norm/value clip_ratio/low_mean clip_ratio/high_mean clip_ratio/region_mean value_clip_ratio ratio/mean ratio/var
+ratio/deviation approx_kl kl kl_coef sequence_kl rlhf_reward reward explained_variance value_loss policy_loss entropy
+"""
+
+
+def test_what_is_logged(moved):
+    """In one phase of two passes, with the KL that the reward was lowered by."""
+    module = ppo(moved, reference="tiny", kl_coef=0.3, cliprange_value=0.01)
+    trainer = fit(module, updates_per_phase=2, inner_epochs=2, accumulate_grad_batches=2)
+    logged = {name: float(number) for name, number in trainer.callback_metrics.items()}
+    assert {f"train/{name}" for name in LOGGED.split()} <= set(logged)
+    assert [name for name, number in logged.items() if not math.isfinite(number)] == []
+    sums = [rollout.kl for rollout in module.rollouts]
+    assert logged["train/kl_coef"] == pytest.approx(0.3)
+    assert logged["train/sequence_kl"] == pytest.approx(sum(sums) / 8, abs=1e-5)
+    objective = [rollout.reward - 0.3 * kl for rollout, kl in zip(module.rollouts, sums, strict=True)]
+    assert logged["train/rlhf_reward"] == pytest.approx(sum(objective) / 8, abs=1e-5)
+    norms = logged["train/grad_norm/policy"] ** 2 + logged["train/grad_norm/value"] ** 2
+    assert norms > 0 and logged["train/grad_norm"] ** 2 == pytest.approx(norms, rel=1e-4)
+    assert logged["train/ratio/var"] >= 0 and logged["train/ratio/deviation"] > 0 and "train/ratio/square" not in logged
+
+
+def test_micro_batches_change_nothing():
+    found = []
+    for accumulate in (1, 4):
+        module = ppo(entropy_coef=0.01, whiten_rewards=True)
+        fit(module, phases=2, accumulate_grad_batches=accumulate, updates_per_phase=2, inner_epochs=2)
+        found.append(torch.cat([weights(module), module.critic.head.weight.detach().flatten()]))
+    torch.testing.assert_close(found[0], found[1], atol=1e-6, rtol=0)
+
+
+def test_an_adapted_weight_travels_in_the_checkpoint(tmp_path):
+    def adaptive() -> PPOModule:
+        return ppo(adaptive_kl=AdaptiveKL(target=1e3), kl_coef=0.2)  # never reached: 2 % less after each phase
+
+    whole, resumed = adaptive(), adaptive()
+    fit(whole, phases=3, callbacks=(ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=True),))
+    trainer = fit(resumed, phases=3, resume=tmp_path / "epoch=1.ckpt", callbacks=(ModelCheckpoint(tmp_path / "again"),))
+    assert float(trainer.callback_metrics["train/kl_coef"]) == pytest.approx(0.2 * 0.98**2, abs=1e-6)  # that the third phase was made with
+    assert resumed.kl_coef == whole.kl_coef == pytest.approx(0.2 * 0.98**3, abs=1e-9)
+    assert torch.equal(weights(resumed), weights(whole))
