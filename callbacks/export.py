@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Protocol, cast, runtime_checkable
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import WeightAveraging
 
 from callbacks.phase import require_period
 
@@ -40,7 +41,7 @@ class Export(Callback):
         every_n_epochs: also export after each so many epochs.
 
     Raises:
-        ValueError: ``every_n_epochs`` below 1, or, at setup, a folder with something else in it.
+        ValueError: ``every_n_epochs`` below 1; at setup, a folder with something else in it, or a ``WeightAveraging`` that comes behind the export.
     """
 
     def __init__(self, folder: str, every_n_epochs: int | None = None) -> None:
@@ -56,6 +57,9 @@ class Export(Callback):
             return
         if self.folder.is_file() or (self.folder.is_dir() and any(self.folder.iterdir()) and not (self.folder / "config.json").is_file()):
             raise ValueError(f"Export would replace {self.folder}, which is not a Hugging Face folder (no config.json): choose another folder.")
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]  # Trainer sets it without declaring it
+        if any(isinstance(behind, WeightAveraging) for behind in callbacks[callbacks.index(self) :]):
+            raise ValueError("Export would write the weights before they are averaged: list WeightAveraging before Export in trainer.callbacks.")
         if trainer.is_global_zero and self._aside.is_dir() and not self.folder.exists():
             self._aside.rename(self.folder)  # a run was killed between the two renames of _write
 

@@ -67,9 +67,11 @@ class Forgetting(Callback):
             )
         data = trainer.datamodule  # type: ignore[attr-defined]
         if not isinstance(data, HasDomains):
-            raise ValueError("Forgetting reads held-out rows by domain: use an InstructionDataModule, a VerifiableDataModule with ptx, or remove the callback.")
+            raise ValueError("Forgetting reads held-out texts by domain: use an InstructionDataModule or data.ptx, or remove the callback.")
         if not data.domains:
-            raise ValueError("Forgetting compares held-out rows with the start and there are none: set data.val (where prompts are sampled, data.ptx.val), or remove the callback.")
+            raise ValueError(
+                "Forgetting compares held-out texts with the start and there are none: set data.val, beside sampled prompts data.ptx.val, or remove it."
+            )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the start, unless the sanity check or a checkpoint has it."""

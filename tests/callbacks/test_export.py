@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -149,3 +150,14 @@ def test_an_export_killed_between_its_renames_is_put_back(tmp_path: Path) -> Non
 def test_period_is_checked() -> None:
     with pytest.raises(ValueError, match="every_n_epochs must be at least 1, got 0"):
         Export("model", every_n_epochs=0)
+
+
+def test_weights_are_averaged_before_they_are_exported(tmp_path: Path) -> None:
+    export, average = Export(str(tmp_path / "export")), EMAWeightAveraging(decay=0.5)
+    with pytest.raises(ValueError, match="list WeightAveraging before Export"):
+        train(Tuned(), [export, average])
+    train(module := Tuned(), [average, export])
+    start = logits(Tuned().policy.model)
+    exported = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "export"))
+    torch.testing.assert_close(exported, logits(module.policy.model), atol=1e-5, rtol=0)  # which ends with the average as well
+    assert not torch.allclose(exported, start)

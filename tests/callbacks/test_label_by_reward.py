@@ -17,7 +17,7 @@ from modules.networks.tiny import tiny_tokenizer
 from modules.rewards import ExactMatch, HttpChat, LearnedReward, RubricJudge, WeightedSum
 from modules.types import Completion, Reward, Rollout
 
-ROWS = [
+ROWS: list[dict[str, Any]] = [
     {"prompt": "1+1=", "completions": ["3", "2.", "2"], "answer": "2"},
     {"prompt": "2+2=", "completions": ["1", "2"], "answer": "4", "label": 2},
     {"prompt": "3+3=", "completions": ["6", "7"], "answer": None, "label": 1},
@@ -29,7 +29,7 @@ GOLD = ExactMatch(r"(\d+)\.*")
 def label(file: Path, judge: Reward, rows: list[dict[str, Any]] = ROWS, batch_size: int = 3) -> tuple[list[dict[str, Any]], dict[str, float]]:
     (file.parent / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = CandidatesDataModule(tiny_tokenizer(), str(file.parent / "in.jsonl"), batch_size=batch_size)
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     Trainer(accelerator="cpu", devices=1, callbacks=[PreferenceWriter(str(file))], **quiet).predict(LabelModule(judge), data)
     report = json.loads(file.with_name(f"{file.name}.report.json").read_text())
     return [json.loads(line) for line in file.read_text().splitlines()], report

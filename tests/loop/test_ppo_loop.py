@@ -4,6 +4,7 @@ import copy
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -164,10 +165,15 @@ def test_resume_with_averaged_weights_is_bitwise(averaged, tmp_path, checkpoint)
 
 def test_averaging_with_adapters_shares_the_reference_and_spares_the_run(tmp_path):
     """The reference is the policy's first adapters, kept once; policy and critic are adapters of one backbone."""
-    lora = {"lora": Lora(r=4), "value": Value(model="tiny", lr=3e-3), "optimizer": lambda parameters: torch.optim.AdamW(parameters, lr=1e-2)}
-    average, module = averaging(), ppo(**lora)
+
+    def adapted() -> PPOModule:
+        torch.manual_seed(0)  # of the adapters' first weights
+        optimizer = partial(torch.optim.AdamW, lr=1e-2)
+        return ppo(lora=Lora(r=4), value=Value(model="tiny", lr=3e-3), optimizer=optimizer)
+
+    average, module = averaging(), adapted()
     kept = fit(module, tmp_path / "averaged", before=[average], max_epochs=2, check_val_every_n_epoch=1)
-    plain = fit(ppo(**lora), tmp_path / "plain", max_epochs=2, check_val_every_n_epoch=1)
+    plain = fit(adapted(), tmp_path / "plain", max_epochs=2, check_val_every_n_epoch=1)
     assert_goes_on(own(kept), plain, "adapters")
     assert average._average_model is not None and average._average_model.module.reference is module.reference
     assert not equal(plain.after[1], plain.after[4])
@@ -197,7 +203,8 @@ class Written(Callback):
 
 def fit_on(path: Path, devices: int, accumulate: int, strategy: str = "auto") -> None:
     """Two phases of two updates, by plain gradient descent: Adam's first step is the gradient's sign, in which rounding would show."""
-    module = ppo(value=Value(lr=0.05), optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.5))
+    counting = AdaptiveKL(target=1.0, gain=None, horizon=100)  # a gain that depends on the completions of all ranks
+    module = ppo(value=Value(lr=0.05), adaptive_kl=counting, optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.5))
     ptx = PtxStream(NumberTexts(20, subject="counting"), rows_per_update=4, max_length=16)
     data = VerifiableDataModule(module.tokenizer, Addition(40), prompts_per_phase=8, updates_per_phase=2, ptx=ptx)
     records = Records()

@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from datamodules import PtxStream, VerifiableDataModule
+from datamodules.sources.base import Row, Source
 from modules import PPOModule
 from modules.functional.kl import k2
 from modules.networks.critic import Value
@@ -45,6 +46,13 @@ class Rule(Reward):
 
     def __call__(self, rollouts):
         return [r.completion.text.count("a") - 0.5 * r.completion.text.count("b") if r.completion.text else None for r in rollouts]
+
+
+class Prompts(Source):
+    """From no file, whose path would be part of what the samples are a function of."""
+
+    def rows(self) -> list[Row]:
+        return [Row({"prompt": prompt}, f"prompts#{number}", "prompts") for number, prompt in enumerate(PROMPTS)]
 
 
 def letters() -> PreTrainedTokenizerFast:
@@ -124,16 +132,15 @@ class Plan(Callback):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """The models ``start`` and ``value``, the prompts and the texts."""
+    """The models ``start`` and ``value``, and the texts."""
     root = tmp_path_factory.mktemp("letters")
     llama(LlamaForCausalLM, 4, root / "start")
     llama(LlamaForSequenceClassification, 1, root / "value", num_labels=1, **MOMENTS)
-    (root / "prompts.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS))
     (root / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
     return root
 
 
-def fit(folder: Path, s: Settings, policy: str = "start", reference: str | None = None, value: str | None = None, passes: int = 2) -> Fit:
+def fit(folder: Path, s: Settings, policy: str = "start", reference: str | None = None, value: str | None = None) -> Fit:
     seed_everything(1)
     kept = ("gamma", "lam", "cliprange", "dual_clip", "cliprange_value", "vf_coef", "kl_coef", "whiten_rewards", "missing_eos_penalty")
     module = PPOModule(
@@ -151,9 +158,7 @@ def fit(folder: Path, s: Settings, policy: str = "start", reference: str | None 
         module.critic.head.weight.data.copy_(torch.linspace(-0.5, 0.5, 8))
     head, plan = module.critic.head.weight.detach().clone(), Plan()
     ptx = PtxStream(str(folder / "texts.jsonl"), rows_per_update=2, max_length=8) if s.ptx_coef else None  # the 3 texts make 2 rows
-    data = VerifiableDataModule(
-        module.tokenizer, str(folder / "prompts.jsonl"), prompts_per_phase=4, updates_per_phase=2 * passes, inner_epochs=passes, ptx=ptx
-    )
+    data = VerifiableDataModule(module.tokenizer, Prompts(), prompts_per_phase=4, updates_per_phase=4, inner_epochs=2, ptx=ptx)
     trainer = Trainer(**QUIET, max_epochs=1, accumulate_grad_batches=2, enable_checkpointing=False, callbacks=[plan])
     trainer.fit(module, data)
     logged = {name: float(number) for name, number in trainer.callback_metrics.items()}
@@ -393,6 +398,7 @@ def test_the_kl_and_the_entropy_are_those_of_the_distribution_of_completions(fol
     with torch.no_grad():
         module.collect(batch)
     exact = Exact(shared)
+    exact.policy.requires_grad_(False)
     kl = entropy = mine_kl = mine_entropy = total = 0.0
     for rollout in module.rollouts:
         ids = rollout.completion.token_ids

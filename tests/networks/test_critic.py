@@ -82,7 +82,8 @@ def made(layout: str, reward_models: dict[str, str], head: bool = True) -> tuple
     if head:
         critic.head.weight.data.add_(torch.linspace(-0.1, 0.1, 128))
         models = [policy.model] if critic.backbone is None else [policy.model, critic.backbone.model]
-        for number, (model, name) in enumerate((model, name) for model in models for name in sorted(adapter_names(model))):
+        sets = [(model, name) for model in models for name in sorted(adapter_names(model))]
+        for number, (model, name) in enumerate(sets):
             generator = torch.Generator().manual_seed(number)
             for weight in adapter_parameters(model, name).values():
                 weight.data.add_(torch.randn(weight.shape, generator=generator), alpha=0.1)
