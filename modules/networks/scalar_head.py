@@ -41,12 +41,13 @@ def sequence_classifier(model: PreTrainedModel, weight: Tensor, tokenizer: PreTr
         tokenizer: the one to be saved with it; the embeddings grow where it has more tokens.
     """
     config = copy.deepcopy(model.config)
-    config.num_labels, config.pad_token_id = 1, tokenizer.pad_token_id
+    config.num_labels, config.pad_token_id = 1, None  # the pad token may be beyond the embeddings until they grow
     with torch.random.fork_rng(devices=[]):  # its random weights, all replaced, cost the run no random numbers
         classifier = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
         classifier.base_model.load_state_dict(model.base_model.state_dict())
         if len(tokenizer) > config.vocab_size:
             classifier.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    classifier.config.pad_token_id = tokenizer.pad_token_id
     classifier.score.weight.data.copy_(weight[None])
     return classifier.eval()
 

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,10 @@ LIMITS = {
     "reward": ["--trainer.limit_train_batches=3", "--trainer.max_epochs=1"],
     "dpo": ["--trainer.limit_train_batches=3", "--trainer.max_epochs=1"],
     "online_dpo": ["--trainer.max_epochs=1", "--trainer.check_val_every_n_epoch=1", "--trainer.limit_val_batches=1"],
+    "ppo": [
+        *("--trainer.max_epochs=1", "--trainer.check_val_every_n_epoch=1", "--trainer.limit_val_batches=1", "--model.ptx_coef=1"),
+        *("--data.ptx.train=NumberTexts", "--data.ptx.train.num_texts=20", "--data.ptx.rows_per_update=2", "--data.ptx.max_length=40"),
+    ],
     # plain ASCII: an untrained model fulfils it now and then, so that there are right and wrong completions
     "grpo": [
         *("--trainer.max_epochs=2", "--trainer.check_val_every_n_epoch=1", "--model.reward=RegexFormat", r"--model.reward.pattern=[\x00-\x7f]*"),
@@ -76,16 +81,16 @@ def test_named_files_exist():
 
 
 ROWS = re.compile(r"^\| [^`|].*\| `(--model[^`]+)` \|$", flags=re.MULTILINE)
-GRPO, DPO = (ROWS.findall(part) for part in README.split("## Preferences"))
-FORMS = [("grpo", arguments) for arguments in GRPO] + [("dpo", arguments) for arguments in DPO]
+PARTS = zip(("grpo", "dpo", "ppo"), re.split("## Preferences|## PPO", README), strict=True)
+FORMS = [(method, arguments) for method, part in PARTS for arguments in ROWS.findall(part)]
 
 
-def test_forms_of_grpo_and_dpo_are_there():
-    assert (len(GRPO), len(DPO)) == (4, 11)
+def test_forms_of_the_methods_are_there():
+    assert Counter(method for method, _ in FORMS) == {"grpo": 4, "dpo": 11, "ppo": 4}
 
 
 @pytest.mark.parametrize(("method", "arguments"), FORMS)
-def test_forms_of_grpo_and_dpo_parse(method, arguments, capsys):
+def test_forms_of_the_methods_parse(method, arguments, capsys):
     with pytest.raises(SystemExit) as stop:
         main(["fit", "--config", str(ROOT / f"configs/{method}.yaml"), *shlex.split(arguments), "--print_config"])
     assert stop.value.code in (0, None)
