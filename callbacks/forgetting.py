@@ -70,7 +70,7 @@ class Forgetting(Callback):
             raise ValueError("Forgetting reads held-out texts by domain: use an InstructionDataModule or data.ptx, or remove the callback.")
         if not data.domains:
             raise ValueError(
-                "Forgetting compares held-out texts with the start and there are none: set data.val, beside sampled prompts data.ptx.val, or remove it."
+                "Forgetting compares held-out texts with the start and there are none: set data.val (data.ptx.val beside prompts), or remove it."
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

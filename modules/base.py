@@ -13,6 +13,7 @@ from torchmetrics import MeanMetric
 
 from modules.functional.memory import memory_line, training_memory
 from modules.networks.frozen import Frozen
+from modules.networks.loading import lacks_output_head
 from modules.networks.lora import Lora
 from modules.networks.policy import MAX_LOGITS, Policy
 from modules.rollout.engine import Sampling
@@ -42,6 +43,8 @@ class AlignmentModule(LightningModule):
     ) -> None:
         super().__init__()
         self.policy = Policy(policy, dropout=dropout, lora=lora)
+        if self.forms_logits and lacks_output_head(self.policy.model):
+            raise ValueError(f"policy: '{policy}' is a classifier (a reward model?) without an output head: name the language model")
         self.optimizer, self.scheduler = optimizer, scheduler
         self.rollouts: list[Rollout] = []
         self.phase_metrics: dict[str, float] = {}
@@ -196,11 +199,11 @@ class AlignmentModule(LightningModule):
 
     def identity(self) -> dict[str, str | int]:
         """What must agree between a checkpoint and the run that loads it."""
-        config = self.policy.model.config
+        config, kept = self.policy.model.config, self.policy.state_dict().keys()  # without adapters that are not the run's own
         return {
             "method": type(self).__name__,
             "model_type": config.model_type,
-            "parameters": sum(parameter.numel() for parameter in self.policy.parameters()),
+            "parameters": sum(parameter.numel() for name, parameter in self.policy.named_parameters() if name in kept),
             "vocab_size": config.vocab_size,
         }
 

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from modules.base import AlignmentModule
 from modules.functional.masked import masked_mean
+from modules.networks.companion import companion
 from modules.networks.frozen import Frozen
 from modules.networks.lora import Lora
-from modules.networks.policy import Policy, TokenScores
+from modules.networks.policy import TokenScores
 from modules.networks.reference import ReferenceLogprobs, reference_logprobs
 from modules.objectives.pairs import describe, logit_metrics, pairs_of, preference_metrics
 from modules.objectives.preference import PairObjective, PreferenceObjective, Sequences, Sigmoid, sequences_of
@@ -69,7 +70,7 @@ class DPOModule(AlignmentModule):
         if reference is not None and not self.needs_reference:
             raise ValueError(f"reference is '{reference}' and {type(self.objective).__name__} is computed without one: leave it out")
         self.own_reference = reference is None  # the policy as it starts
-        other = self.other_policy(reference) if reference else None
+        other = companion(self.policy, reference, "reference") if reference else None
         self.reference = Frozen(other or self.policy, own=other is not None) if self.needs_reference else None
         self.tables: dict[str, ReferenceLogprobs] = {}  # by stage of the data
         self._tables_of: Any = None  # the DataModule that they are of
@@ -88,13 +89,6 @@ class DPOModule(AlignmentModule):
             self.tables, self._tables_of = {}, self.data
         if self.objective.compares_mismatched and getattr(self.data, "batch_size", 2) < 2:
             raise ValueError("KTO puts completions behind the other prompts of a micro-batch: data.batch_size must be at least 2")
-
-    def other_policy(self, path: str) -> Policy:
-        """The model at ``path``. ValueError when it reads other tokens than the policy."""
-        other = Policy(path, dropout=False)
-        if other.tokenizer.get_vocab() != self.tokenizer.get_vocab():
-            raise ValueError(f"reference: the tokens of '{path}' are not those of '{self.policy.path}', so their log-probs do not compare")
-        return other
 
     @property
     def paired(self) -> bool:

@@ -12,9 +12,10 @@ from torch import Tensor
 from modules.base import AlignmentModule
 from modules.functional import kl
 from modules.functional.ranks import from_all_ranks, mean_and_error
+from modules.networks.companion import companion
 from modules.networks.frozen import Frozen
 from modules.networks.lora import Lora
-from modules.networks.policy import Policy, TokenScores
+from modules.networks.policy import TokenScores
 from modules.rewards.base import every_reward
 from modules.rewards.learned import LearnedReward
 from modules.rollout.engine import RolloutEngine, Sampling
@@ -23,7 +24,8 @@ from modules.rollout.metrics import Outcome, gap_metrics, outcomes, rollout_metr
 from modules.rollout.scoring import in_chunks, make_rollouts, sampling_seed, to_batch, with_sums
 from modules.types import Completion, InstructionBatch, PolicyBatch, PromptBatch, Reward, Rollout
 
-NEGATIVE_KL = 4.0  # standard errors; a right run is below by chance in 3 of 100000 phases
+NEGATIVE_KL = 4.0  # standard errors; a right run is below by chance in 9 of 100000 phases of 64 completions, in 3 of 256
+ENOUGH = 64  # completions of a phase, below which a standard error is too uncertain
 
 
 class OnPolicyModule(AlignmentModule):
@@ -74,10 +76,8 @@ class OnPolicyModule(AlignmentModule):
             self.share_backbone()
         self.num_generations, self.val_generations, self.sampling, self.seed = num_generations, val_generations, sampling, seed
         self.engine = engine or InProcessEngine()
-        self.own_reference = not isinstance(reference, str)  # the policy as it starts
-        other = Policy(reference, dropout=False) if isinstance(reference, str) else None
-        if other is not None and other.tokenizer.get_vocab() != self.tokenizer.get_vocab():
-            raise ValueError(f"reference: the tokens of '{reference}' are not those of '{policy}', so their log-probs do not compare")
+        other = companion(self.policy, reference, "reference") if isinstance(reference, str) else None
+        self.own_reference = other is None  # the policy as it starts
         self.reference = Frozen(other or self.policy, own=other is not None) if reference else None
         self._training_start = time.perf_counter()
         self._kl_warned = False
@@ -111,7 +111,7 @@ class OnPolicyModule(AlignmentModule):
         mask = batch["completion_mask"]
         if "update" in prompts:
             batch["update"] = torch.tensor(prompts["update"], device=self.device)[batch["prompt_index"]]
-        batch["old_logprobs"], entropies, *values = in_chunks(self.policy_scores, batch)
+        batch["old_logprobs"], entropies, *values = in_chunks(self.collected_scores, batch)
         if values:
             (batch["values"],) = values
         log_ratio = k3 = None
@@ -166,7 +166,7 @@ class OnPolicyModule(AlignmentModule):
         rollouts = make_rollouts(prompts, self.sample(prompts, self.val_generations, self.sampling, stage), self.reward)
         batch = to_batch(rollouts, self.device)
         mask = batch["completion_mask"]
-        logprobs, entropies, *_ = in_chunks(self.policy_scores, batch)
+        logprobs, entropies = in_chunks(self.policy_scores, batch)
         log_ratio = None
         if self.reference is not None:
             self.reference.to(self.device)
@@ -190,10 +190,14 @@ class OnPolicyModule(AlignmentModule):
         return self.engine.generate(prompts["prompt_ids"], num_generations, sampling, seeds)
 
     def policy_scores(self, batch: PolicyBatch) -> tuple[Tensor, ...]:
-        """Log-probs and entropies [N, Tc] under the current policy, and values where the method has a critic."""
+        """Log-probs and entropies [N, Tc] under the current policy."""
         scores = self.policy.completion_scores(batch, self.sampling.temperature, details=True)
         assert scores.entropies is not None
         return scores.logprobs, scores.entropies
+
+    def collected_scores(self, batch: PolicyBatch) -> tuple[Tensor, ...]:
+        """What a phase starts from: the same, and values [N, Tc] where the method has a critic."""
+        return self.policy_scores(batch)
 
     def reference_scores(self, batch: PolicyBatch) -> tuple[Tensor]:
         """Log-probs [N, Tc] under the frozen start policy."""
@@ -219,10 +223,11 @@ class OnPolicyModule(AlignmentModule):
             raise ValueError(f"policy and reference differ before the first update (log-probs by up to {gap:.3g}): the KL would be meaningless")
 
     def check_kl(self) -> None:
-        """Warn, once, where the KL of a phase is below 0 by more than chance explains."""
+        """Warn, once, where the KL of a phase with enough completions is below 0 by more than chance and rounding explain."""
         sums = [rollout.kl for rollout in self.rollouts if rollout.kl is not None]
         mean, error = mean_and_error(sums)
-        if mean < -NEGATIVE_KL * error and not self._kl_warned:
+        enough = sum(from_all_ranks([len(sums)])) >= ENOUGH
+        if enough and mean < -NEGATIVE_KL * error - 1e-5 and not self._kl_warned:
             self._kl_warned = True
             rank_zero_warn(
                 f"the KL to the start is {mean:.3g} +- {error:.2g} nats a completion, and a KL is never below 0: the completions do not come from "

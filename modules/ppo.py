@@ -31,7 +31,7 @@ class PPOModule(OnPolicyModule):
         -min(ratio A, clip(ratio) A) + vf_coef 1/2 max((V - R)^2, (clip(V) - R)^2) [+ kl_coef KL] [- entropy_coef H] [- ptx_coef log pi(text)],
 
     each a mean over the tokens of the whole optimiser step, on all ranks. What differs from InstructGPT is said in the README; its setting is
-    kl_coef 0.02, one inner epoch in eight updates, ``value.model`` the reward model, ptx, and ``EMAWeightAveraging`` among the callbacks.
+    kl_coef 0.02, one inner epoch in eight updates, ``value.model`` the reward model, ptx, and ``AveragedWeights`` among the callbacks.
 
     Args:
         policy: ``tiny``, a Hugging Face folder, a GGUF file or a hub id. Dropout is off, so that the ratio is 1 at the start.
@@ -50,7 +50,7 @@ class PPOModule(OnPolicyModule):
         adaptive_kl: holds the KL at a target.
         kl_loss: None = the KL is part of the reward, as k1 without gradient; ``modules.functional.kl.weighted_k3`` or ``.k2`` = of the loss instead.
         reference: None = the policy as it starts; a folder or hub id = another model.
-        whiten_rewards: divide a phase's token rewards by their standard deviation; their mean stays.
+        whiten_rewards: divide a phase's token rewards by their standard deviation; their mean stays. Values are then in those units.
         missing_eos_penalty: >= 0, taken from the score of completions that did not end by themselves; None = nothing.
         replace_missing_eos: their score is -missing_eos_penalty, whatever it was, as in 1909.08593 (which spares bad ones that were cut off).
         entropy_coef: weight of the entropy bonus, per nat.
@@ -98,16 +98,14 @@ class PPOModule(OnPolicyModule):
         scheduler: LRSchedulerCallable | None = None,
         seed: int = 0,
     ) -> None:
-        start = reference or True
+        weights = {"vf_coef": vf_coef, "kl_coef": kl_coef, "ptx_coef": ptx_coef, "missing_eos_penalty": missing_eos_penalty, "cliprange": cliprange}
+        check_numbers({"gamma": gamma, "lam": lam}, weights, {"cliprange_value": (cliprange_value, 0), "dual_clip": (dual_clip, 1)})
+        if adaptive_kl is not None and kl_coef == 0:
+            raise ValueError("adaptive_kl multiplies kl_coef, and 0 stays 0: start above it")
+        if replace_missing_eos and missing_eos_penalty is None:
+            raise ValueError("replace_missing_eos puts -missing_eos_penalty in place of a score: set missing_eos_penalty")
+        start = True if reference in (None, policy) else str(reference)
         super().__init__(policy, reward, num_generations, sampling, engine, start, accuracy, val_generations, lora, optimizer, scheduler, seed)
-        amounts = {"cliprange": cliprange, "vf_coef": vf_coef, "kl_coef": kl_coef, "ptx_coef": ptx_coef, "missing_eos_penalty": missing_eos_penalty}
-        wrong = [f"{name} {amount}" for name, amount in amounts.items() if amount is not None and amount < 0]
-        wrong += [f"{name} {share}" for name, share in {"gamma": gamma, "lam": lam}.items() if not 0 <= share <= 1]
-        bounds = {"dual_clip": (dual_clip, 1), "cliprange_value": (cliprange_value, 0)}
-        wrong += [f"{name} {clip}" for name, (clip, bound) in bounds.items() if clip is not None and clip <= bound]
-        if wrong:
-            allowed = "gamma and lam must lie in [0, 1], weights, cliprange and penalty be at least 0, cliprange_value above 0, dual_clip above 1"
-            raise ValueError(f"{allowed}; got {', '.join(wrong)}")
         self.gamma, self.lam, self.cliprange, self.dual_clip, self.cliprange_value = gamma, lam, cliprange, dual_clip, cliprange_value
         self.vf_coef, self.kl_coef, self.adaptive_kl, self.kl_loss = vf_coef, kl_coef, adaptive_kl, kl_loss
         self.whiten_rewards, self.missing_eos_penalty, self.replace_missing_eos = whiten_rewards, missing_eos_penalty, replace_missing_eos
@@ -115,8 +113,10 @@ class PPOModule(OnPolicyModule):
         self.critic = Critic(self.policy, value.model, lora)
 
     def setup(self, stage: str) -> None:
-        """Refuse a weight for texts that are not there."""
+        """Refuse a weight for texts that are not there, and a warm-up as long as the run."""
         super().setup(stage)
+        if stage == "fit" and 0 < (self.trainer.max_epochs or 0) <= self.warmup_phases:
+            raise ValueError(f"value.warmup_phases is {self.warmup_phases} of {self.trainer.max_epochs} phases, so the policy would never learn")
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         if stage == "fit" and self.ptx_coef > 0 and getattr(data, "ptx", None) is None:
             raise ValueError(f"ptx_coef is {self.ptx_coef} and there are no texts to keep likely: name them with data.ptx or set it to 0")
@@ -124,10 +124,11 @@ class PPOModule(OnPolicyModule):
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The policy, and what the value loss alone trains."""
         critic = list(self.critic.learned(self.policy).values())
-        policy = [parameter for parameter in self.policy.parameters() if parameter.requires_grad and all(parameter is not own for own in critic)]
+        theirs = set(map(id, critic))
+        policy = [parameter for parameter in self.policy.parameters() if parameter.requires_grad and id(parameter) not in theirs]
         return [{"params": policy}, {"params": critic} | ({} if self.value_lr is None else {"lr": self.value_lr})]
 
-    def policy_scores(self, batch: PolicyBatch) -> tuple[Tensor, ...]:
+    def collected_scores(self, batch: PolicyBatch) -> tuple[Tensor, ...]:
         """Log-probs, entropies and values [N, Tc]."""
         states = self.policy.token_states(batch)
         scores = self.policy.scores_of(states, batch, self.sampling.temperature, entropy=True)
@@ -233,3 +234,12 @@ class PPOModule(OnPolicyModule):
 def counted(batch: PolicyBatch) -> Tensor:
     """bool [N, Tc]: the tokens of completions that have a score."""
     return batch["completion_mask"] & ~batch["rewards"].isnan()[:, None]
+
+
+def check_numbers(shares: dict[str, float], weights: dict[str, float | None], bounded: dict[str, tuple[float | None, float]]) -> None:
+    """ValueError for shares outside [0, 1], weights below 0 and numbers that are not above their bound; None is fine, NaN is not."""
+    wrong = [f"{name} {share} (from 0 to 1)" for name, share in shares.items() if not 0 <= share <= 1]
+    wrong += [f"{name} {weight} (at least 0)" for name, weight in weights.items() if weight is not None and not weight >= 0]
+    wrong += [f"{name} {number} (above {low})" for name, (number, low) in bounded.items() if number is not None and not number > low]
+    if wrong:
+        raise ValueError(f"out of range: {', '.join(wrong)}")

@@ -4,9 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from modules.networks.lora import Lora, adapter_parameters, add_adapters, backbone_digest, load_adapters, saved_digest, using
+from modules.networks.companion import companion
+from modules.networks.lora import ADAPTERS, Lora, OtherBackbone, adapter_parameters, add_adapters, load_adapters, saved_digest, using
 from modules.networks.policy import Policy
 from modules.networks.scalar_head import ScalarHead, load_head
 from modules.types import PolicyBatch
@@ -16,7 +18,7 @@ VALUE = "value"  # name of the critic's adapters
 
 @dataclass(frozen=True)
 class Value:
-    """Where the critic comes from and how it learns.
+    """Where the critic comes from and how it learns. In the warm-up the scheduler goes on; ``gradient_clip_val`` bounds the norm of both together.
 
     Raises:
         ValueError: values out of range.
@@ -55,9 +57,9 @@ class Critic(nn.Module):
         super().__init__()
         self.backbone: Policy | None = None
         self.adapted = False  # whether it is adapters of the policy's backbone
-        weight, mean, std = (None, 0.0, 1.0) if model is None else load_head(model)
         if model is not None:
             self._take(policy, model, lora)
+        weight, mean, std = (None, 0.0, 1.0) if model is None else load_head(model)
         self.head = ScalarHead(policy.model.config.hidden_size if self.backbone is None else self.backbone.model.config.hidden_size)
         self.head.weight.data.copy_(torch.zeros_like(self.head.weight) if weight is None else weight)
         self.register_buffer("mean", torch.tensor(mean))
@@ -65,20 +67,22 @@ class Critic(nn.Module):
 
     def _take(self, policy: Policy, model: str, lora: Lora | None) -> None:
         """Adapters on the policy's backbone where the model has the same one, else a backbone of its own."""
-        adapters = Path(model) / "adapters"
-        if policy.has_adapters and saved_digest(adapters) == backbone_digest(policy.model):
-            load_adapters(policy.model, str(adapters), VALUE, trainable=True)
-            self.adapted = True
-        elif policy.has_adapters and model == policy.path:
-            assert lora is not None
+        adapters = Path(model) / ADAPTERS
+        if policy.has_adapters and saved_digest(adapters) is not None:
+            try:
+                load_adapters(policy.model, adapters, VALUE, trainable=True)
+                self.adapted = True
+                return
+            except OtherBackbone:
+                rank_zero_warn(f"value.model: '{model}' has adapters of another backbone than the policy's, so the critic gets a model of its own")
+        if lora is not None and Path(model) == Path(policy.path):
             add_adapters(policy.model, lora, VALUE)
             self.adapted = True
-        else:
-            self.backbone = own = Policy(model, dropout=False, lora=lora)
-            output = own.model.get_output_embeddings()
-            if output.weight is not own.model.get_input_embeddings().weight:
-                output.requires_grad_(False)  # never used
-            check_tokens(policy, own, model)
+            return
+        self.backbone = own = companion(policy, model, "value.model", lora, may_know_more=True)
+        output = own.model.get_output_embeddings()
+        if output.weight is not own.model.get_input_embeddings().weight:
+            output.requires_grad_(False)  # never used
 
     def forward(self, policy: Policy, batch: PolicyBatch, states: Tensor) -> Tensor:
         """Values [N, Tc], 0 where ``completion_mask`` is False.
@@ -100,11 +104,3 @@ class Critic(nn.Module):
         """What the value loss alone trains, by name."""
         own = {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
         return own | (adapter_parameters(policy.model, VALUE) if self.adapted else {})
-
-
-def check_tokens(policy: Policy, other: Policy, path: str) -> None:
-    """ValueError when ``other``, from ``path``, reads other tokens than the policy; it may know more."""
-    mine, theirs = policy.tokenizer.get_vocab(), other.tokenizer.get_vocab()
-    different = next((token for token, number in mine.items() if theirs.get(token) != number), None)
-    if different is not None:
-        raise ValueError(f"value: the tokens of '{path}' are not those of '{policy.path}' ({different!r} differs), so it cannot read the completions")

@@ -1,13 +1,14 @@
 """Where a model comes from: the built-in tiny one, a Hugging Face folder or hub id, a GGUF file; and what is refused."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
 from jinja2 import TemplateSyntaxError
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils.logging import disable_progress_bar
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar, get_verbosity, set_verbosity, set_verbosity_error
 
 from modules.networks.tiny import tiny_model, tiny_tokenizer
 
@@ -17,26 +18,48 @@ SCALED_LOGITS = ("final_logit_softcapping", "logits_soft_cap", "logit_scale", "l
 MOVING_ROPE = ("dynamic", "longrope")  # frequencies that change with the length of the padded batch
 
 
-def load(path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The fp32 model and the tokenizer behind ``path`` (see ``Policy``); ValueError when there is none."""
+def load(path: str, role: str = "policy") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The fp32 model and the tokenizer behind ``path`` (see ``Policy``); ValueError, in the name of ``role``, when there is none."""
     if path == "tiny":
         return tiny_model(), tiny_tokenizer()
     local = Path(path).expanduser()
     if path.endswith(".gguf"):
         if not local.is_file():
-            raise ValueError(f"policy: no GGUF file at '{path}'")
+            raise ValueError(f"{role}: no GGUF file at '{path}'")
         return load_gguf(local)
     if local.is_dir() and not (local / "config.json").is_file():
-        raise ValueError(f"policy: '{path}' is a folder without config.json; name a Hugging Face model folder")
+        raise ValueError(f"{role}: '{path}' is a folder without config.json; name a Hugging Face model folder")
     source = str(local) if local.is_dir() else path
     try:
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+        with silent() if is_classifier(AutoConfig.from_pretrained(source)) else nullcontext():  # its backbone is asked for
+            model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
         return model, AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
-            f"policy: '{path}' is not 'tiny', a Hugging Face model folder, a .gguf file or a hub id that can be read ({reason})"
+            f"{role}: '{path}' is not 'tiny', a Hugging Face model folder, a .gguf file or a hub id that can be read ({reason})"
         ) from error
+
+
+def is_classifier(config: PreTrainedConfig) -> bool:
+    """Whether it is of a sequence classifier, such as a reward model."""
+    return any("SequenceClassification" in name for name in config.architectures or [])
+
+
+def lacks_output_head(model: PreTrainedModel) -> bool:
+    """Whether a language model was made of a classifier's backbone, so that its output head, where it has one of its own, is random."""
+    return is_classifier(model.config) and model.get_output_embeddings().weight is not model.get_input_embeddings().weight
+
+
+@contextmanager
+def silent() -> Iterator[None]:
+    """Inside, transformers does not list the weights that a model has too many or too few."""
+    level = get_verbosity()
+    set_verbosity_error()
+    try:
+        yield
+    finally:
+        set_verbosity(level)
 
 
 def load_gguf(file: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -48,6 +48,10 @@ class Lora:
             raise ValueError(f"lora: r must be >= 1, alpha > 0 and dropout in [0, 1), got {self.r}, {self.alpha} and {self.dropout}")
 
 
+class OtherBackbone(ValueError):
+    """Adapters that were trained on another model."""
+
+
 def add_adapters(model: PreTrainedModel, lora: Lora, name: str = POLICY) -> None:
     """Put a set of adapters that learns into ``model``, in place, and freeze the backbone; other sets stay as they are.
 
@@ -108,12 +112,13 @@ def load_adapters(model: PreTrainedModel, folder: str | Path, name: str, trainab
     A set that does not learn stays out of the model's ``state_dict``, and so out of checkpoints, since ``folder`` has it.
 
     Raises:
-        ValueError: the set was trained on another backbone, or the name is taken.
+        OtherBackbone: the set was trained on another backbone.
+        ValueError: the name is taken.
     """
     from peft import LoraConfig
 
     if saved_digest(folder) != backbone_digest(model):
-        raise ValueError(f"'{folder}' holds adapters of another backbone than this model's: load the model that they were trained on")
+        raise OtherBackbone(f"'{folder}' holds adapters of another backbone than this model's: load the model that they were trained on")
     config = LoraConfig.from_pretrained(str(folder))
     config.lora_dropout, config.inference_mode = 0.0, False
     with torch.random.fork_rng(devices=[]):

@@ -40,6 +40,7 @@ class Policy(nn.Module):
         path: ``tiny`` (built in, no download), a folder with ``config.json``, a ``.gguf`` file, or a hub id.
         dropout: False sets every dropout rate of the model to zero (reinforcement learning, preference losses).
         lora: train low-rank adapters of the linear layers and leave the model's own weights alone; None trains all weights.
+        role: what it is called where it cannot be loaded.
 
     Attributes:
         model: the Hugging Face model, fp32.
@@ -51,10 +52,10 @@ class Policy(nn.Module):
             architecture transforms its logits in a way that the chunked log-probabilities do not know.
     """
 
-    def __init__(self, path: str, dropout: bool = True, lora: Lora | None = None) -> None:
+    def __init__(self, path: str, dropout: bool = True, lora: Lora | None = None, role: str = "policy") -> None:
         super().__init__()
         self.path = path
-        self.model, self.tokenizer = load(path)
+        self.model, self.tokenizer = load(path, role)
         self.has_adapters = lora is not None
         if lora is not None:
             add_adapters(self.model, lora)

@@ -2,10 +2,14 @@
 
 import copy
 from collections.abc import Set
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+
+from modules.networks.loading import is_classifier
 
 HEADS_FILE = "reward_heads.safetensors"  # beside a sequence classifier that is the mean of several heads: weight [heads, H]
 
@@ -70,15 +74,21 @@ def with_scoring_pad(tokenizer: PreTrainedTokenizerBase, stop_token_ids: Set[int
 
 
 def load_head(path: str) -> tuple[Tensor | None, float, float]:
-    """Mean head [1, H] of the sequence classifier at ``path``, and mean and deviation of its scores (0 and 1 where none are stored).
+    """Head [1, H] of the sequence classifier at ``path``, and mean and deviation of its scores (0 and 1 where none are stored).
+
+    Of several heads it is their mean, each divided by its own deviation, as ``LearnedReward`` takes it.
 
     No head (None, 0, 1) where ``path`` is not a sequence classifier with one label on a causal backbone.
     """
     if path == "tiny" or path.endswith(".gguf"):
         return None, 0.0, 1.0
     config = AutoConfig.from_pretrained(path)
-    if not any("SequenceClassification" in name for name in config.architectures or []) or config.num_labels != 1:
+    if not is_classifier(config) or config.num_labels != 1:
         return None, 0.0, 1.0
+    heads = Path(path) / HEADS_FILE
+    if heads.is_file():
+        means, stds = torch.tensor(config.reward_head_means), torch.tensor(config.reward_head_stds)
+        return (load_file(heads)["weight"] / stds[:, None]).mean(0, keepdim=True), float((means / stds).mean()), 1.0
     model = AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.float32)
     head = dict(model.named_modules()).get("score")
     if not isinstance(head, nn.Linear):

@@ -6,12 +6,13 @@ from itertools import count
 from pathlib import Path
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from modules.networks.loading import end_of_turn_id
-from modules.networks.lora import ADAPTERS, HEAD_FILE, adapter_names, backbone_digest, load_adapters, saved_digest, using
+from modules.networks.lora import ADAPTERS, HEAD_FILE, OtherBackbone, adapter_names, load_adapters, saved_digest, using
 from modules.networks.policy import Policy
 from modules.networks.scalar_head import HEADS_FILE
 from modules.types import Rollout
@@ -56,15 +57,19 @@ def load_scorer(path: str) -> Scorer:
 
 
 def shared_scorer(path: str, policy: Policy) -> Scorer | None:
-    """The export ``path`` as adapters, put beside the policy's own; None where it has none of the policy's backbone.
+    """The export ``path`` as adapters, put beside the policy's own; None where it has none, with a warning where they are of another backbone.
 
     The policy may be in training mode: its dropout is off in reinforcement learning, and loaded adapters have none.
     """
     folder = Path(path) / ADAPTERS
-    if not policy.has_adapters or (digest := saved_digest(folder)) is None or digest != backbone_digest(policy.model):
+    if not policy.has_adapters or saved_digest(folder) is None:
         return None
     name = next(name for i in count() if (name := f"reward{i}") not in adapter_names(policy.model))
-    load_adapters(policy.model, folder, name, trainable=False)
+    try:
+        load_adapters(policy.model, folder, name, trainable=False)
+    except OtherBackbone:
+        rank_zero_warn(f"'{path}' has adapters of another backbone than the policy's, so it is computed on a model of its own")
+        return None
     weight = load_file(folder / HEAD_FILE)["weight"]
     mean, std = moments(read_config(path), len(weight))
     return Scorer(policy.model, AutoTokenizer.from_pretrained(path), weight, mean, std, name)

@@ -8,12 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from callbacks import Export
+from callbacks import AveragedWeights, Export
 from modules.networks.tiny import tiny_model, tiny_tokenizer
 
 
@@ -153,7 +152,7 @@ def test_period_is_checked() -> None:
 
 
 def test_weights_are_averaged_before_they_are_exported(tmp_path: Path) -> None:
-    export, average = Export(str(tmp_path / "export")), EMAWeightAveraging(decay=0.5)
+    export, average = Export(str(tmp_path / "export")), AveragedWeights(decay=0.5)
     with pytest.raises(ValueError, match="list WeightAveraging before Export"):
         train(Tuned(), [export, average])
     train(module := Tuned(), [average, export])

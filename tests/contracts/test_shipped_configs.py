@@ -20,10 +20,21 @@ def run(command: str, *arguments: str, folder: Path) -> None:
         main([command, *arguments])
 
 
+def write_preferences(folder: Path) -> None:
+    """Transcripts such as HH-RLHF's, which the user of a recipe puts there."""
+    folder.mkdir(parents=True)
+    turns = [f"\n\nHuman: Is {number} odd?\n\nAssistant: " for number in range(40)]
+    rows = [json.dumps({"chosen": f"{turn}Ask.", "rejected": f"{turn}No idea."}) + "\n" for turn in turns]
+    (folder / "train.jsonl").write_text("".join(rows))
+    (folder / "val.jsonl").write_text("".join(rows[:8]))
+
+
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
 def test_stages_of_recipes_hand_over_to_each_other(tmp_path, recipe):
     paths = sorted(recipe.glob("*.yaml"))
     assert sorted({int(path.stem.split("-")[0]) for path in paths}) == list(range(1, int(paths[-1].stem.split("-")[0]) + 1))
+    if any("runs/hh/" in path.read_text() for path in paths):
+        write_preferences(tmp_path / "runs/hh")
     for path in paths:
         command = path.stem.split("-")[1]
         text = path.read_text()

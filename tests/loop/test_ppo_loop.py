@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from test_resume import Records, SaveInside, States, assert_goes_on, equal
 
-from callbacks import Export
+from callbacks import AveragedWeights, Export
 from datamodules import Addition, NumberTexts, PtxStream, VerifiableDataModule
 from modules import PPOModule
 from modules.networks.critic import Value
@@ -117,9 +117,8 @@ def averaged(tmp_path_factory: pytest.TempPathFactory) -> tuple[States, AtValida
     return fit(ppo(), folder, before=[averaging()], after=[seen, Export(str(folder / "export"))], **VALIDATED), seen, folder
 
 
-def averaging() -> EMAWeightAveraging:
-    """Of the weights alone: of the buffers, the averages of the rotary frequencies are off by rounding and in no checkpoint."""
-    return EMAWeightAveraging(decay=DECAY, use_buffers=False)
+def averaging() -> AveragedWeights:
+    return AveragedWeights(decay=DECAY)
 
 
 def own(states: States) -> States:
@@ -177,6 +176,9 @@ def test_averaging_with_adapters_shares_the_reference_and_spares_the_run(tmp_pat
     assert_goes_on(own(kept), plain, "adapters")
     assert average._average_model is not None and average._average_model.module.reference is module.reference
     assert not equal(plain.after[1], plain.after[4])
+    frozen = {name: weight for name, weight in module.named_parameters() if not weight.requires_grad}
+    mean = dict(average._average_model.module.named_parameters())
+    assert frozen and all(torch.equal(mean[name], weight) for name, weight in frozen.items())  # adapters of it are known by its bits
 
 
 RANKS = """

@@ -11,14 +11,17 @@ import torch
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import Tensor
+from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from datamodules import Addition, PtxStream, VerifiableDataModule
 from modules import PPOModule
 from modules.networks.critic import Value
+from modules.networks.lora import Lora
 from modules.networks.policy import Policy
 from modules.networks.tiny import tiny_tokenizer
 from modules.objectives import AdaptiveKL
-from modules.rewards import RegexFormat
+from modules.reward import RewardModule
+from modules.rewards import LearnedReward, RegexFormat
 from modules.rollout.engine import RolloutEngine, Sampling
 from modules.rollout.in_process import InProcessEngine
 from modules.types import Completion, Reward
@@ -230,7 +233,8 @@ def test_in_the_warm_up_the_critic_learns_alone(shared):
 
 
 WRONG = [{"gamma": 1.1}, {"gamma": -0.1}, {"lam": 1.5}, {"cliprange": -0.1}, {"vf_coef": -1.0}, {"kl_coef": -0.1}, {"ptx_coef": -1.0}]
-WRONG += [{"missing_eos_penalty": -1.0}, {"num_generations": 0}]
+WRONG += [{"missing_eos_penalty": -1.0}, {"num_generations": 0}, {"kl_coef": math.nan}, {"replace_missing_eos": True}]
+WRONG += [{"adaptive_kl": AdaptiveKL(), "kl_coef": 0.0}]
 
 
 @pytest.mark.parametrize("settings", WRONG, ids=str)
@@ -250,6 +254,34 @@ def test_values_of_the_critic_out_of_range_are_refused(settings):
 def test_clips_out_of_range_are_refused_before_the_first_step(settings):
     with pytest.raises(ValueError, match=next(iter(settings))):
         ppo(**settings)
+
+
+def test_a_warm_up_as_long_as_the_run_is_refused():
+    with pytest.raises(ValueError, match="warmup_phases is 2 of 2 phases"):
+        fit(ppo(value=Value(warmup_phases=2)), phases=2)
+
+
+def test_a_reward_on_the_backbone_is_no_part_of_the_checkpoint(tmp_path):
+    """So a run may be validated, or go on, with another reward."""
+    judge = RewardModule("tiny", lora=Lora(r=2))
+    judge.save_pretrained(tmp_path)
+    reward = LearnedReward(str(tmp_path))
+    learned, ruled = ppo(lora=Lora(r=2), reward=reward), ppo(lora=Lora(r=2))
+    assert reward.share_backbone(learned.policy) == [str(tmp_path)]
+    assert learned.identity() == ruled.identity()
+    assert learned.state_dict().keys() == ruled.state_dict().keys()
+
+
+def test_a_reward_model_as_policy_is_refused(tmp_path):
+    config = LlamaConfig(vocab_size=261, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_labels=1)
+    LlamaForSequenceClassification(config).save_pretrained(tmp_path)
+    TOKENIZER.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="is a classifier .* without an output head: name the language model"):
+        ppo(str(tmp_path))
+
+
+def test_the_policy_itself_as_reference_is_the_start():
+    assert ppo(reference="tiny").own_reference
 
 
 def test_texts_that_are_not_there_are_refused():

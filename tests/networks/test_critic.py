@@ -158,7 +158,7 @@ def test_another_vocabulary_is_refused(tmp_path):
     tiny_model().save_pretrained(tmp_path)
     other.save_pretrained(tmp_path)
     (tmp_path / "tokenizer.json").write_text(json.dumps(inner))
-    with pytest.raises(ValueError, match="value: the tokens of .* are not those of 'tiny'") as error:
+    with pytest.raises(ValueError, match="value.model: the tokens of .* are not those of 'tiny'") as error:
         Critic(policy, str(tmp_path))
     assert "\n" not in str(error.value)
 
@@ -215,3 +215,24 @@ def test_the_value_of_a_folder_of_the_policy_is_on_its_backbone(tmp_path: Path):
     policy = Policy(str(tmp_path), dropout=False, lora=LORA)
     critic = Critic(policy, str(tmp_path), LORA)
     assert critic.adapted and critic.backbone is None and set(critic.learned(policy)) > set(adapter_parameters(policy.model, VALUE))
+
+
+def test_what_is_no_model_is_refused_by_the_name_of_its_option(tmp_path):
+    with pytest.raises(ValueError, match="value.model: .* is a folder without config.json"):
+        Critic(Policy("tiny", dropout=False), str(tmp_path))
+
+
+def test_several_heads_start_on_the_scale_of_the_reward(tmp_path):
+    """Each head divided by its own deviation, as the reward takes them, though one is five times and one twenty times as large."""
+    module = RewardModule("tiny", num_heads=3)
+    module.head.weight.data.mul_(torch.tensor([[1.0], [5.0], [20.0]]))
+    module.moments = torch.tensor([[0.5, 2.0], [0.1, 0.5], [-1.0, 2.5], [3.0, 10.0]], dtype=torch.float64)  # of their mean, then of each
+    module.save_pretrained(tmp_path)
+    policy = Policy("tiny", dropout=False)
+    ids = torch.randint(5, 261, (2, 7), generator=torch.Generator().manual_seed(0))
+    batch = {"prompt_ids": ids[:, :3], "completion_ids": ids[:, 3:], "prompt_index": torch.tensor([0, 1])}
+    batch |= {name: torch.ones(2, width, dtype=torch.bool) for name, width in (("prompt_mask", 3), ("completion_mask", 4))}
+    values = Critic(policy, str(tmp_path))(policy, batch, policy.token_states(batch))
+    raw = module.head(module.policy.token_states(batch)).double()  # [2, 4, 3]
+    expected = ((raw - torch.tensor([0.1, -1.0, 3.0])) / torch.tensor([0.5, 2.5, 10.0])).mean(-1)
+    torch.testing.assert_close(values.double(), expected, atol=1e-5, rtol=0)
