@@ -209,11 +209,12 @@ class OnPolicyModule(AlignmentModule):
         return self.policy.token_scores(batch["input_ids"], batch["loss_mask"], batch.get("position_ids"))
 
     def check_scored(self, rollouts: list[Rollout]) -> None:
-        """ValueError where no completion of a run's first phase has a score: nothing would ever be learned."""
-        if self.global_step == 0 and not any(from_all_ranks([any(rollout.reward is not None for rollout in rollouts)])):
+        """ValueError where a run's first phase has neither an answer nor a score: nothing would ever be learned."""
+        judged = [rollout.answer is not None or rollout.reward is not None for rollout in rollouts]
+        if self.global_step == 0 and not any(from_all_ranks([any(judged)])):
             raise ValueError(
-                f"{self.reward.name} scored none of the first {len(rollouts)} completions: where it compares with an answer, the rows need one "
-                "(name its column with data.columns)"
+                f"{self.reward.name} scored none of the first {len(rollouts)} completions, whose rows have no answer to compare with: name its column "
+                "with data.columns, or use a reward that needs none"
             )
 
     def check_start(self, log_ratio: Tensor) -> None:

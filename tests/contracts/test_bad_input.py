@@ -21,7 +21,7 @@ FILES = [
     ("long.jsonl", f"{GOOD}\n{LONG}\n", "grpo", "long.jsonl:2: 600 tokens and the limit is 512"),
     ("scalars.jsonl", "1\n2\n", "grpo", "scalars.jsonl:1: a row must be an object with named columns or a text, this is a int"),
     ("half.jsonl", f'{GOOD}\n{{"prompt": "a\\ud83d", "answer": "2"}}\n', "grpo", "half.jsonl:2: the text holds half of a character"),
-    ("nulls.jsonl", f"{NAN}\n{NAN}\n", "grpo", "numeric_match scored none of the first 256 completions: where it compares with an answer"),
+    ("nulls.jsonl", f"{NAN}\n{NAN}\n", "grpo", "numeric_match scored none of the first 256 completions, whose rows have no answer"),
     ("header.csv", "prompt,answer\n", "grpo", "header.csv: the file holds no rows"),
     ("cells.csv", "prompt,answer\n1+1=,2,3\n", "grpo", "cells.csv:2: the row has 3 cells and the header 2"),
     ("table.parquet", "PAR1 prompt: x", "grpo", "table.parquet: not a readable parquet file"),
