@@ -14,7 +14,7 @@ from datamodules.collate import MicroBatch
 from datamodules.columns import VerifiableExample, check_mapping, verifiable_example
 from datamodules.phase_loader import PhaseLoader, from_stream
 from datamodules.ptx import PtxStream
-from datamodules.sources import Row, Source
+from datamodules.sources import PreferencePrompts, Row, Source
 from datamodules.tokens import Tokens
 from modules.types import InstructionBatch, PromptBatch
 
@@ -171,6 +171,8 @@ class VerifiableDataModule(AlignDataModule):
             self._loader.restore(self._snapshot)
 
     def _load(self, source: str | Source, stage: str) -> list[Prompt]:
+        if isinstance(source, PreferencePrompts) and source.chat is None:
+            source.chat = self.tokenizer.chat_template is not None
         prompts = self.encode_rows(source, stage, self.encode, lambda prompt: len(prompt.ids), self.max_prompt_length)
         self.check_positions(stage, max(len(prompt.ids) for prompt in prompts), "max_prompt_length")
         self.report(stage, len(prompts), f"{sum(len(prompt.ids) for prompt in prompts) / len(prompts):.0f} tokens a prompt")

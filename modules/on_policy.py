@@ -87,9 +87,10 @@ class OnPolicyModule(AlignmentModule):
     def share_backbone(self) -> None:
         """Reward models that are adapters of the policy's backbone are computed on it."""
         learned = [part for part in (*every_reward(self.reward), *every_reward(self.accuracy)) if isinstance(part, LearnedReward)]
-        shared = dict.fromkeys(path for part in learned for path in part.share_backbone(self.policy))
-        if shared:
-            rank_zero_info(f"computed on the policy's backbone: {', '.join(shared)}")
+        shared = {path for part in learned for path in part.share_backbone(self.policy)}
+        for path in dict.fromkeys(path for part in learned for path in part.paths):
+            own = "on the policy's backbone" if path in shared else "on a model of its own: it has no adapters of the policy's backbone"
+            rank_zero_info(f"reward {path}: computed {own}")
 
     @abstractmethod
     def finish(self, batch: PolicyBatch) -> None:
@@ -213,8 +214,8 @@ class OnPolicyModule(AlignmentModule):
         judged = [rollout.answer is not None or rollout.reward is not None for rollout in rollouts]
         if self.global_step == 0 and not any(from_all_ranks([any(judged)])):
             raise ValueError(
-                f"{self.reward.name} scored none of the first {len(rollouts)} completions, whose rows have no answer to compare with: name its column "
-                "with data.columns, or use a reward that needs none"
+                f"{self.reward.name} scored none of the first {len(rollouts)} completions, whose rows have no answer to compare with: name its "
+                "column with data.columns, or use a reward that needs none"
             )
 
     def check_start(self, log_ratio: Tensor) -> None:

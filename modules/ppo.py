@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from modules.functional import kl
@@ -30,7 +31,7 @@ class PPOModule(OnPolicyModule):
 
         -min(ratio A, clip(ratio) A) + vf_coef 1/2 max((V - R)^2, (clip(V) - R)^2) [+ kl_coef KL] [- entropy_coef H] [- ptx_coef log pi(text)],
 
-    each a mean over the tokens of the whole optimiser step, on all ranks. What differs from InstructGPT is said in the README; its setting is
+    each a mean over the tokens of the whole optimiser step, on all ranks. InstructGPT's setting is
     kl_coef 0.02, one inner epoch in eight updates, ``value.model`` the reward model, ptx, and ``AveragedWeights`` among the callbacks.
 
     Args:
@@ -102,6 +103,8 @@ class PPOModule(OnPolicyModule):
         check_numbers({"gamma": gamma, "lam": lam}, weights, {"cliprange_value": (cliprange_value, 0), "dual_clip": (dual_clip, 1)})
         if adaptive_kl is not None and kl_coef == 0:
             raise ValueError("adaptive_kl multiplies kl_coef, and 0 stays 0: start above it")
+        if kl_loss is kl.k1:
+            raise ValueError("kl_loss k1 has no gradient on average: take modules.functional.kl.weighted_k3 or k2")
         if replace_missing_eos and missing_eos_penalty is None:
             raise ValueError("replace_missing_eos puts -missing_eos_penalty in place of a score: set missing_eos_penalty")
         start = True if reference in (None, policy) else str(reference)
@@ -118,7 +121,10 @@ class PPOModule(OnPolicyModule):
         if stage == "fit" and 0 < (self.trainer.max_epochs or 0) <= self.warmup_phases:
             raise ValueError(f"value.warmup_phases is {self.warmup_phases} of {self.trainer.max_epochs} phases, so the policy would never learn")
         data = self.trainer.datamodule  # type: ignore[attr-defined]
-        if stage == "fit" and self.ptx_coef > 0 and getattr(data, "ptx", None) is None:
+        texts = stage == "fit" and getattr(data, "ptx", None) is not None
+        if texts and self.ptx_coef == 0:
+            rank_zero_info("the texts of data.ptx are measured and teach nothing, since ptx_coef is 0")
+        if stage == "fit" and self.ptx_coef > 0 and not texts:
             raise ValueError(f"ptx_coef is {self.ptx_coef} and there are no texts to keep likely: name them with data.ptx or set it to 0")
 
     def parameter_groups(self) -> list[dict[str, Any]]:

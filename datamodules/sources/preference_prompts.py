@@ -21,12 +21,14 @@ class PreferencePrompts(Source):
     Args:
         path: file, folder or hub id.
         columns: our column name -> the data's.
-        chat: instructions and transcripts ("\\n\\nHuman: ...\\n\\nAssistant: ...") become messages, as they do for reward models and DPO where
-            the tokenizer has a chat template. Other text prompts stay text, and ``data.chat`` says how they are rendered.
+        chat: instructions and transcripts ("\\n\\nHuman: ...\\n\\nAssistant: ...") become messages; None = where the tokenizer of the DataModule
+            has a chat template, as for reward models and DPO. Other text prompts stay text, and ``data.chat`` says how they are rendered.
         on_bad_row: ``drop`` leaves out rows that cannot be read, with a count of them; ``raise`` makes them an error.
     """
 
-    def __init__(self, path: str, columns: dict[str, str] | None = None, chat: bool = False, on_bad_row: Literal["raise", "drop"] = "raise") -> None:
+    def __init__(
+        self, path: str, columns: dict[str, str] | None = None, chat: bool | None = None, on_bad_row: Literal["raise", "drop"] = "raise"
+    ) -> None:
         if on_bad_row not in ("raise", "drop"):
             raise ValueError(f"on_bad_row must be raise or drop, got {on_bad_row!r}")
         check_mapping(columns or {}, KNOWN)
@@ -39,7 +41,7 @@ class PreferencePrompts(Source):
         given = read_rows(self.path)
         for row in given:
             try:
-                prompt = preference_prompt(row, self.columns, self.chat)
+                prompt = preference_prompt(row, self.columns, bool(self.chat))
             except ValueError as error:
                 if self.on_bad_row == "raise":
                     raise ValueError(f"{error}; mend the row, or set on_bad_row: drop of PreferencePrompts to leave such rows out") from error

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from modules.networks.companion import companion
@@ -79,6 +79,8 @@ class Critic(nn.Module):
             add_adapters(policy.model, lora, VALUE)
             self.adapted = True
             return
+        if lora is not None:
+            rank_zero_info(f"value.model {model}: a model of its own, since it has no adapters of the policy's backbone")
         self.backbone = own = companion(policy, model, "value.model", lora, may_know_more=True)
         output = own.model.get_output_embeddings()
         if output.weight is not own.model.get_input_embeddings().weight:

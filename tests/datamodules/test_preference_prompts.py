@@ -82,3 +82,15 @@ def test_transcripts_of_hh_rlhf_become_prompts(tmp_path: Path) -> None:
     assert example is not None and data.train_prompts[0].example.prompt == example.prompt
     assert len(data.train_prompts) == 99  # row 86 has an empty answer
     assert data.train_prompts[0].text.startswith("<|im_start|>user\n") and data.train_prompts[0].text.endswith("<|im_start|>assistant\n")
+
+
+def test_transcripts_become_messages_where_the_tokenizer_has_a_template(tmp_path):
+    """So that PPO samples behind the prompt that the reward model read."""
+    file = tmp_path / "hh.jsonl"
+    file.write_text(json.dumps({"chosen": "\n\nHuman: Hi?\n\nAssistant: Yes.", "rejected": "\n\nHuman: Hi?\n\nAssistant: No."}) + "\n")
+    for template, text in (("{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}", "<user>Hi?"), (None, "\n\nHuman: Hi?\n\nAssistant:")):
+        tokenizer = tiny_tokenizer()
+        tokenizer.chat_template = template
+        data = VerifiableDataModule(tokenizer, PreferencePrompts(str(file)))
+        data.setup("fit")
+        assert data.train_prompts[0].text == text

@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from datamodules import Addition, PtxStream, VerifiableDataModule
 from modules import PPOModule
+from modules.functional import kl
 from modules.networks.critic import Value
 from modules.networks.lora import Lora
 from modules.networks.policy import Policy
@@ -234,7 +235,7 @@ def test_in_the_warm_up_the_critic_learns_alone(shared):
 
 WRONG = [{"gamma": 1.1}, {"gamma": -0.1}, {"lam": 1.5}, {"cliprange": -0.1}, {"vf_coef": -1.0}, {"kl_coef": -0.1}, {"ptx_coef": -1.0}]
 WRONG += [{"missing_eos_penalty": -1.0}, {"num_generations": 0}, {"kl_coef": math.nan}, {"replace_missing_eos": True}]
-WRONG += [{"adaptive_kl": AdaptiveKL(), "kl_coef": 0.0}]
+WRONG += [{"adaptive_kl": AdaptiveKL(), "kl_coef": 0.0}, {"kl_loss": kl.k1}]
 
 
 @pytest.mark.parametrize("settings", WRONG, ids=str)
