@@ -53,8 +53,8 @@ recipe: setup $(if $(findstring smollm,$(NAME)),.venv/.smollm)  ## run configs/r
 show-batch: setup  ## print the first batch of CONFIG, what is learned of it coloured
 	$(PY) -m modules fit --config $(CONFIG) --config configs/overlays/show_batch.yaml
 
-test: setup .venv/.smollm  ## run the tests
-	$(PY) -m pytest
+test: setup .venv/.smollm  ## run the tests, in two processes
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
 
 lint: setup  ## check style
 	$(PY) -m ruff check . && $(PY) -m ruff format --check .
