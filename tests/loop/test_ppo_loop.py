@@ -142,8 +142,8 @@ def test_validation_export_and_checkpoints_have_the_averaged_weights(straight, a
     checkpoint = torch.load(folder / "step6.ckpt", weights_only=True)
     exported = dict(Policy(str(folder / "export")).named_parameters())
     for place, name in enumerate(names):
-        torch.testing.assert_close(seen.weights[4][name], means[4][place], atol=1e-7, rtol=0, msg=name)
-        torch.testing.assert_close(checkpoint["state_dict"][name], means[STEPS][place], atol=1e-7, rtol=0, msg=name)
+        torch.testing.assert_close(seen.weights[4][name], means[4][place], atol=5e-7, rtol=0, msg=name)
+        torch.testing.assert_close(checkpoint["state_dict"][name], means[STEPS][place], atol=5e-7, rtol=0, msg=name)
         assert torch.equal(checkpoint["current_model_state"][name], states.after[STEPS][place])
         if name.startswith("policy."):
             assert torch.equal(exported[name.removeprefix("policy.")], checkpoint["state_dict"][name])
