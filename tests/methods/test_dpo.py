@@ -88,7 +88,7 @@ def gradient_at_the_reference(objective, beta: float) -> list[float]:
         (ORPO(), [-(1 + 0.1 * 0.6765017863168391 / 0.8646647167633873) / 5, 0.1 * 0.6765017863168391 / 0.7534030360583935 / 10]),
         (KTO(), [-0.0125, 0.0125]),  # -+ beta / 4, each completion half of the example
     ],
-    ids=str,
+    ids=lambda value: type(value).__name__ if hasattr(value, "uses_reference") else str(value),
 )
 def test_gradient_where_policy_and_reference_agree(objective, expected):
     assert gradient_at_the_reference(objective, beta=0.1) == pytest.approx(expected, rel=1e-6)

@@ -238,7 +238,7 @@ WRONG += [{"missing_eos_penalty": -1.0}, {"num_generations": 0}, {"kl_coef": mat
 WRONG += [{"adaptive_kl": AdaptiveKL(), "kl_coef": 0.0}, {"kl_loss": kl.k1}]
 
 
-@pytest.mark.parametrize("settings", WRONG, ids=str)
+@pytest.mark.parametrize("settings", WRONG, ids=" ".join)
 def test_values_out_of_range_are_refused(settings):
     with pytest.raises(ValueError, match=next(iter(settings))) as error:
         ppo(**settings)
