@@ -1,10 +1,11 @@
 """What a state is worth: a value head on the policy's backbone, on adapters of it, or on a backbone of its own."""
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from modules.networks.companion import companion
@@ -69,12 +70,10 @@ class Critic(nn.Module):
         """Adapters on the policy's backbone where the model has the same one, else a backbone of its own."""
         adapters = Path(model) / ADAPTERS
         if policy.has_adapters and saved_digest(adapters) is not None:
-            try:
+            with suppress(OtherBackbone):
                 load_adapters(policy.model, adapters, VALUE, trainable=True)
                 self.adapted = True
                 return
-            except OtherBackbone:
-                rank_zero_warn(f"value.model: '{model}' has adapters of another backbone than the policy's, so the critic gets a model of its own")
         if lora is not None and Path(model) == Path(policy.path):
             add_adapters(policy.model, lora, VALUE)
             self.adapted = True

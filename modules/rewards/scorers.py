@@ -6,7 +6,6 @@ from itertools import count
 from pathlib import Path
 
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -57,7 +56,7 @@ def load_scorer(path: str) -> Scorer:
 
 
 def shared_scorer(path: str, policy: Policy) -> Scorer | None:
-    """The export ``path`` as adapters, put beside the policy's own; None where it has none, with a warning where they are of another backbone.
+    """The export ``path`` as adapters, put beside the policy's own; None where it has none of the policy's backbone.
 
     The policy may be in training mode: its dropout is off in reinforcement learning, and loaded adapters have none.
     """
@@ -68,7 +67,6 @@ def shared_scorer(path: str, policy: Policy) -> Scorer | None:
     try:
         load_adapters(policy.model, folder, name, trainable=False)
     except OtherBackbone:
-        rank_zero_warn(f"'{path}' has adapters of another backbone than the policy's, so it is computed on a model of its own")
         return None
     weight = load_file(folder / HEAD_FILE)["weight"]
     mean, std = moments(read_config(path), len(weight))
