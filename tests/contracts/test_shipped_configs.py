@@ -1,4 +1,6 @@
-"""Every shipped YAML runs: its own method and data, on the tiny model, one batch of each loader; the stages of a recipe one after the other."""
+"""Every shipped YAML runs: its own method and data, on the tiny model, one batch of each loader; the stages of a recipe
+one after the other.
+"""
 
 import json
 from pathlib import Path
@@ -10,7 +12,12 @@ from modules.__main__ import main
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted([*(ROOT / "configs/recipes").iterdir(), *(ROOT / "configs/studies").iterdir()])
 OVERLAYS = sorted((ROOT / "configs/overlays").glob("*.yaml"))
-ONE_STEP = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=1", "--trainer.limit_val_batches=1", "--trainer.limit_predict_batches=1"]
+ONE_STEP = [
+    "--trainer.max_epochs=1",
+    "--trainer.limit_train_batches=1",
+    "--trainer.limit_val_batches=1",
+    "--trainer.limit_predict_batches=1",
+]
 QUIET = ["--trainer.enable_progress_bar=false"]
 
 
@@ -32,7 +39,9 @@ def write_preferences(folder: Path) -> None:
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
 def test_stages_of_recipes_hand_over_to_each_other(tmp_path, recipe):
     paths = sorted(recipe.glob("*.yaml"))
-    assert sorted({int(path.stem.split("-")[0]) for path in paths}) == list(range(1, int(paths[-1].stem.split("-")[0]) + 1))
+    assert sorted({int(path.stem.split("-")[0]) for path in paths}) == list(
+        range(1, int(paths[-1].stem.split("-")[0]) + 1)
+    )
     if any("runs/hh/" in path.read_text() for path in paths):
         write_preferences(tmp_path / "runs/hh")
     for path in paths:
@@ -41,7 +50,9 @@ def test_stages_of_recipes_hand_over_to_each_other(tmp_path, recipe):
         changes = ["--model.policy", "tiny"] if ".gguf" in text else []
         if "unknown: drop" in text:  # after so short a start everything is unknown
             changes += ["--data.unknown=keep"]
-        if command == "predict" and "reward:" in text:  # after so short a start no sum is right, and nothing could be compared
+        if (
+            command == "predict" and "reward:" in text
+        ):  # after so short a start no sum is right, and nothing could be compared
             changes += ["--model.reward=RegexFormat", "--model.reward.pattern=.[0-4].*"]
         if "judge: {class_path: ExactMatch" in text:  # likewise
             changes += ["--model.judge=RegexFormat", "--model.judge.pattern=.[0-4].*"]
@@ -62,7 +73,11 @@ def test_methods_run_on_one_process(tmp_path, method):
 
 @pytest.mark.parametrize("method", ["reward", "dpo", "online_dpo", "grpo"])
 def test_methods_run_with_adapters(tmp_path, method):
-    overlays = [argument for name in ("cpu_tiny", "lora") for argument in ("--config", str(ROOT / f"configs/overlays/{name}.yaml"))]
+    overlays = [
+        argument
+        for name in ("cpu_tiny", "lora")
+        for argument in ("--config", str(ROOT / f"configs/overlays/{name}.yaml"))
+    ]
     run("fit", "--config", str(ROOT / f"configs/{method}.yaml"), *overlays, folder=tmp_path)
 
 
