@@ -47,7 +47,7 @@ def write_table(path: Path) -> None:
 def write(path: Path) -> None:
     if path.suffix == ".gz":
         write_jsonl(path)
-        path.write_bytes(gzip.compress(path.read_bytes(, mtime=0)))
+        path.write_bytes(gzip.compress(path.read_bytes()))
     elif path.suffix == ".jsonl":
         write_jsonl(path)
     elif path.suffix == ".json":
