@@ -25,7 +25,7 @@ QUIET = {
     "enable_checkpointing": False,
 }
 ASCII = RegexFormat(r"[\x00-\x7f]*", name="ascii")  # about one in five completions of the untrained model
-OBJECTIVES = [Clipped(0.02, 0.02), GSPO(), CISPO(0.01), MirrorDescent(0.3)]
+OBJECTIVES = [Clipped(0.02, 0.02), GSPO(0.1, 0.1), CISPO(0.01), MirrorDescent(0.3)]
 each_objective = pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda objective: type(objective).__name__)
 
 
@@ -105,6 +105,8 @@ def test_the_gradient_of_a_step_is_that_of_plain_loops(objective):
     for batch, at, found in ((first, now, gradient), (second, later, gradient_later)):
         total = rows.get(type(objective).__name__, 0)
         assert total in (0, int(batch["denominator"]))
+        if isinstance(objective, MirrorDescent):
+            assert len(batch["rewards"]) == 32  # the square moves completions of advantage 0 too
         loss = (policy.completion_scores(batch, 1.0).logprobs * slopes(objective, batch, at, total)).sum()
         policy.zero_grad()
         loss.backward()
