@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
+from test_ppo import EOS, A, B, Scores, Scripted
 from torch import Tensor
 
 from datamodules import Addition, VerifiableDataModule
@@ -32,7 +33,8 @@ each_objective = pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda obj
 def grpo(**settings: Any) -> GRPOModule:
     seed_everything(0)
     settings = {"num_generations": 4, "sampling": Sampling(max_completion_length=4)} | settings
-    return GRPOModule("tiny", ASCII, optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.5), **settings)
+    reward = settings.pop("reward", ASCII)
+    return GRPOModule("tiny", reward, optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.5), **settings)
 
 
 def fit(module: GRPOModule, accumulate: int = 1, updates: int = 2, callbacks: tuple[Callback, ...] = ()) -> Trainer:
@@ -128,6 +130,20 @@ def test_splits_change_nothing(objective, beta):
     fit(split, accumulate=11)
     torch.testing.assert_close(weights(split), weights(whole), atol=2e-6, rtol=0)
     assert float((weights(whole) - start).abs().max()) > 1e-3
+
+
+@each_objective
+def test_unscorable_completions_have_no_part(objective):
+    """The same update whether the rows that have no score are there or not, with a KL too."""
+    rows = [([A, B, EOS], "stop"), ([A, A], "length"), ([B, 200, 201], "length")]
+    found = []
+    for scores, texts in (((1.0, None, 0.5), rows), ((1.0, 0.5), [rows[0], rows[2]])):
+        settings = {"num_generations": len(texts), "objective": objective, "beta": 0.1}
+        module = grpo(reward=Scores(*scores), engine=Scripted(texts), **settings)
+        fit(module, accumulate=2)
+        found.append(weights(module))
+    torch.testing.assert_close(found[0], found[1], atol=1e-6, rtol=0)
+    assert float((found[0] - weights(grpo())).abs().max()) > 1e-4
 
 
 @pytest.mark.parametrize("advantage", [group_center, leave_one_out, lambda rewards, group: rewards - 0.5])
