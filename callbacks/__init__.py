@@ -7,18 +7,18 @@ from callbacks.diversity import Diversity
 from callbacks.export import Export
 from callbacks.forgetting import Forgetting
 from callbacks.hand_off import HandOff
-from callbacks.instruction_writer import InstructionWriter
-from callbacks.knowledge_writer import KnowledgeWriter
 from callbacks.length_bias import LengthBias
 from callbacks.overoptimization import Overoptimization
-from callbacks.prediction_writer import PredictionWriter
 from callbacks.preference_audit import PreferenceAudit
-from callbacks.preference_writer import PreferenceWriter
 from callbacks.refusal import Refusal
 from callbacks.samples import Samples
 from callbacks.summary import Summary
 from callbacks.token_picture import TokenPicture
 from callbacks.win_rate import WinRate
+from callbacks.writers.instruction_writer import InstructionWriter
+from callbacks.writers.knowledge_writer import KnowledgeWriter
+from callbacks.writers.prediction_writer import PredictionWriter
+from callbacks.writers.preference_writer import PreferenceWriter
 
 __all__ = [
     "AveragedWeights",

@@ -5,11 +5,12 @@ from lightning.pytorch.callbacks import WeightAveraging
 
 
 class AveragedWeights(WeightAveraging):
-    """Lightning's ``WeightAveraging`` with average <- decay x average + (1 - decay) x weights after every update; training itself stays as it is.
+    """Lightning's ``WeightAveraging`` with average <- decay x average + (1 - decay) x weights after every update;
+    training itself stays as it is.
 
-    The whole validation, other callbacks' too, the weights in checkpoints' ``state_dict``, and an ``Export`` listed behind it are of the average.
-    Weights that do not move, such as a backbone under adapters, are the same in the average bit for bit, which they are not in Lightning's
-    ``EMAWeightAveraging``. It takes a second copy of the model.
+    The whole validation, other callbacks' too, the weights in checkpoints' ``state_dict``, and an ``Export`` listed
+    behind it are of the average. Weights that do not move, such as a backbone under adapters, are the same in the
+    average bit for bit, which they are not in Lightning's ``EMAWeightAveraging``. It takes a second copy of the model.
 
     Args:
         decay: [0, 1); InstructGPT's 0.992 looks back some 125 updates.

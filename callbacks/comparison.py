@@ -6,24 +6,27 @@ from pathlib import Path
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from callbacks.resumable_jsonl import write_json
 from callbacks.table import logged, print_table
+from callbacks.writers.resumable_jsonl import write_json
 
 
 class Comparison(Callback):
-    """At the end of ``validate``, keeps the model's numbers in a JSON file and prints those of all models in it: rows = metrics, columns = models.
+    """At the end of ``validate``, keeps the model's numbers in a JSON file and prints those of all models in it: rows =
+    metrics, columns = models.
 
-    The file holds the metrics as logged, by model; the numbers of a model of the same name are replaced, where they stand. A ``fast_dev_run``
-    writes nothing.
+    The file holds the metrics as logged, by model; the numbers of a model of the same name are replaced, where they
+    stand. A ``fast_dev_run`` writes nothing.
 
     Args:
         name: of this model, its column.
         file: JSON, written whole; its parents are made.
         metrics: what its row is called -> the logged metric, such as ``{gold reward: val/pass@1}``.
-        forgetting: the same of perplexities, shown as log(perplexity) - log(the first model's), nats per token: above 0 = forgotten.
+        forgetting: the same of perplexities, shown as log(perplexity) - log(the first model's), nats per token: above 0
+            = forgotten.
 
     Raises:
-        ValueError: in ``setup``, a ``file`` that is no such JSON; after a validation that did not log one of the metrics.
+        ValueError: in ``setup``, a ``file`` that is no such JSON; after a validation that did not log one of the
+            metrics.
     """
 
     def __init__(self, name: str, file: str, metrics: dict[str, str], forgetting: dict[str, str] | None = None) -> None:
@@ -52,22 +55,32 @@ class Comparison(Callback):
 
 
 def read(file: Path) -> dict[str, dict[str, float]]:
-    """Logged metrics by model, in the order in which the models came; none without a file. ValueError for another kind of file."""
+    """Logged metrics by model, in the order in which the models came; none without a file. ValueError for another kind
+    of file.
+    """
     if not file.exists():
         return {}
     try:
         models: dict[str, dict[str, float]] = json.loads(file.read_text(encoding="utf-8"))
         assert all(isinstance(value, float) for values in models.values() for value in values.values())
     except (OSError, ValueError, AttributeError, AssertionError) as error:
-        raise ValueError(f"Comparison: {file} holds no numbers by model and metric; delete it, or name another file") from error
+        raise ValueError(
+            f"Comparison: {file} holds no numbers by model and metric; delete it, or name another file"
+        ) from error
     return models
 
 
-def shown(models: dict[str, dict[str, float]], metrics: dict[str, str], forgetting: dict[str, str]) -> dict[str, dict[str, float]]:
+def shown(
+    models: dict[str, dict[str, float]], metrics: dict[str, str], forgetting: dict[str, str]
+) -> dict[str, dict[str, float]]:
     """The columns of the table by row name; perplexities 2 and 4 are a forgetting of 0 and log 2 = 0.69."""
     first = next(iter(models.values()))
     columns = {}
     for model, found in models.items():
         columns[model] = {row: found[name] for row, name in metrics.items() if name in found}
-        columns[model] |= {row: math.log(found[name] / first[name]) for row, name in forgetting.items() if name in found and name in first}
+        columns[model] |= {
+            row: math.log(found[name] / first[name])
+            for row, name in forgetting.items()
+            if name in found and name in first
+        }
     return columns

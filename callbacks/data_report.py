@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from callbacks.measures.documents import Document, concerns, leaked, split_report, split_row
 from callbacks.phase import new_figure, tensorboards
-from callbacks.resumable_jsonl import write_json
-from modules.functional.data_report import Document, concerns, leaked, split_report, split_row
+from callbacks.writers.resumable_jsonl import write_json
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -48,16 +48,18 @@ class HasRows(Protocol):
 
 
 class DataReport(Callback):
-    """The numbers of ``split_report`` on training and held-out rows, at the start of ``fit`` and ``validate``, from rank zero.
+    """The numbers of ``split_report`` on training and held-out rows, at the start of ``fit`` and ``validate``, from
+    rank zero.
 
-    Writes one table to the console; a JSON file with ``train`` and ``val``; ``data/report`` and ``data/lengths`` in TensorBoard. Warns in a
-    sentence each of more than 1 % duplicates, training rows among the held-out ones, empty answers, and more than 5 % of the rows left out.
-    Packed rows are cut into their documents; of preferences every completion makes one document with its prompt. Other data are passed over
-    with a line. ``languages`` are shares of the documents' answers, 2000 at most, drawn evenly. A ``fast_dev_run`` writes no file.
+    Writes one table to the console; a JSON file with ``train`` and ``val``; ``data/report`` and ``data/lengths`` in
+    TensorBoard. Warns in a sentence each of more than 1 % duplicates, training rows among the held-out ones, empty
+    answers, and more than 5 % of the rows left out. Packed rows are cut into their documents; of preferences every
+    completion makes one document with its prompt. Other data are passed over with a line. ``languages`` are shares of
+    the documents' answers, 2000 at most, drawn evenly. A ``fast_dev_run`` writes no file.
 
     Args:
-        path: the JSON file; its parents are made and an earlier file is replaced. None = ``data_report.json`` in TensorBoard's folder, if there
-            is one.
+        path: the JSON file; its parents are made and an earlier file is replaced. None = ``data_report.json`` in
+            TensorBoard's folder, if there is one.
 
     Raises:
         ValueError: a ``path`` that is a folder.
@@ -66,7 +68,9 @@ class DataReport(Callback):
     def __init__(self, path: str | None = None) -> None:
         self.path = None if path is None else Path(path)
         if self.path is not None and self.path.is_dir():
-            raise ValueError(f"DataReport: {self.path} is a folder; name a file, such as {self.path / 'data_report.json'}")
+            raise ValueError(
+                f"DataReport: {self.path} is a folder; name a file, such as {self.path / 'data_report.json'}"
+            )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Report."""
@@ -85,7 +89,9 @@ class DataReport(Callback):
         if not stages or not all(isinstance(rows[0], TokenRow | ComparedRow) for rows in stages.values()):
             rank_zero_info("data report: these data are not rows with learned tokens, so there is nothing to report")
             return
-        documents = {stage: [document for row in rows for document in documents_of(row)] for stage, rows in stages.items()}
+        documents = {
+            stage: [document for row in rows for document in documents_of(row)] for stage, rows in stages.items()
+        }
         reports = {stage: report(data, stage, len(rows), documents[stage]) for stage, rows in stages.items()}
         if len(stages) == 2:
             reports["train"]["leaked"] = leaked(documents["train"], documents["val"])
@@ -94,7 +100,9 @@ class DataReport(Callback):
             for sentence in concerns(stage, numbers):
                 rank_zero_warn(sentence)
 
-    def _publish(self, trainer: Trainer, reports: dict[str, dict[str, Any]], documents: dict[str, list[Document]]) -> None:
+    def _publish(
+        self, trainer: Trainer, reports: dict[str, dict[str, Any]], documents: dict[str, list[Document]]
+    ) -> None:
         from rich.console import Console
         from rich.table import Table
 
@@ -142,7 +150,9 @@ def languages(texts: Iterable[str]) -> dict[str, float] | None:
     except ModuleNotFoundError:
         return None
     found = [identify(text)[0] for text in texts if any(letter.isalpha() for letter in text)]
-    return {code: found.count(code) / len(found) for code in sorted(set(found), key=lambda code: (-found.count(code), code))}
+    return {
+        code: found.count(code) / len(found) for code in sorted(set(found), key=lambda code: (-found.count(code), code))
+    }
 
 
 def table(reports: dict[str, dict[str, Any]]) -> list[list[str]]:
@@ -167,8 +177,14 @@ def table(reports: dict[str, dict[str, Any]]) -> list[list[str]]:
         "first words of answers": "{first_words}",
         "languages of answers": "{languages}",
     }
-    cells = [{**numbers, "leaked": numbers.get("leaked", "-"), **{key: _cell(key, numbers[key]) for key in COMPOUND}} for numbers in reports.values()]
-    return [["measure", *reports], *([name, *(pattern.format(**values) for values in cells)] for name, pattern in rows.items())]
+    cells = [
+        {**numbers, "leaked": numbers.get("leaked", "-"), **{key: _cell(key, numbers[key]) for key in COMPOUND}}
+        for numbers in reports.values()
+    ]
+    return [
+        ["measure", *reports],
+        *([name, *(pattern.format(**values) for values in cells)] for name, pattern in rows.items()),
+    ]
 
 
 COMPOUND = ("prompt_length", "output_length", "first_words", "languages")
@@ -189,13 +205,23 @@ def markdown(lines: list[list[str]]) -> str:
 
 
 def draw(figure: "Figure", documents: dict[str, list[Document]]) -> None:
-    """Histograms of the lengths, prompts on the left, answers on the right; shares, so that small sets can be seen beside large ones."""
+    """Histograms of the lengths, prompts on the left, answers on the right; shares, so that small sets can be seen
+    beside large ones.
+    """
     for axes, name in zip(figure.subplots(1, 2), ("prompt", "answer"), strict=True):
         for stage, group in documents.items():
             answers = [len(answer) for document in group for answer in document.answers]
-            lengths = answers if name == "answer" else [len(prompt) for document in group if (prompt := document.prompt)]
+            lengths = (
+                answers if name == "answer" else [len(prompt) for document in group if (prompt := document.prompt)]
+            )
             if lengths:
-                axes.hist(lengths, bins=40, weights=[1 / len(lengths)] * len(lengths), alpha=0.5, label=f"{stage}, {len(lengths)}")
+                axes.hist(
+                    lengths,
+                    bins=40,
+                    weights=[1 / len(lengths)] * len(lengths),
+                    alpha=0.5,
+                    label=f"{stage}, {len(lengths)}",
+                )
         axes.set(xlabel=f"tokens of a {name}" if name == "prompt" else "tokens of an answer", ylabel="share")
         if axes.patches:
             axes.legend()

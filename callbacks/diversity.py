@@ -15,10 +15,11 @@ if TYPE_CHECKING:
 class Diversity(PhaseCallback):
     """The signs of mode collapse, read from the phase's own samples.
 
-    Logs ``train/diversity/``: ``entropy``, nats per token, every token counting the same; ``distinct_1`` and ``distinct_2``, different over all
-    token n-grams of a rank's completions; ``distinct_answers``, different completion texts over completions of a prompt, mean over prompts;
-    ``frac_reward_zero_std``, the share of prompts whose scored completions all got the same reward and so teach nothing.
-    Longer sets repeat more n-grams by themselves, so distinct-n reads only the first ``prefix_tokens`` tokens of each completion in every phase.
+    Logs ``train/diversity/``: ``entropy``, nats per token, every token counting the same; ``distinct_1`` and
+    ``distinct_2``, different over all token n-grams of a rank's completions; ``distinct_answers``, different completion
+    texts over completions of a prompt, mean over prompts; ``frac_reward_zero_std``, the share of prompts whose scored
+    completions all got the same reward and so teach nothing. Longer sets repeat more n-grams by themselves, so
+    distinct-n reads only the first ``prefix_tokens`` tokens of each completion in every phase.
 
     Args:
         every_n_phases: phases between figures.
@@ -33,7 +34,9 @@ class Diversity(PhaseCallback):
     def __init__(self, every_n_phases: int = 10, prefix_tokens: int = 32) -> None:
         super().__init__(every_n_phases)
         if prefix_tokens < 2:
-            raise ValueError(f"prefix_tokens must be at least 2, or there is no pair of tokens to count, got {prefix_tokens}.")
+            raise ValueError(
+                f"prefix_tokens must be at least 2, or there is no pair of tokens to count, got {prefix_tokens}."
+            )
         self.prefix_tokens = prefix_tokens
 
     def measure(self, rollouts: Sequence[Rollout]) -> dict[str, Mean]:
@@ -45,7 +48,9 @@ class Diversity(PhaseCallback):
             "entropy": _token_entropy(rollouts),
             "distinct_1": self._distinct(rollouts, 1),
             "distinct_2": self._distinct(rollouts, 2),
-            "distinct_answers": Mean.of([len({r.completion.text for r in group}) / len(group) for group in groups.values()]),
+            "distinct_answers": Mean.of(
+                [len({r.completion.text for r in group}) / len(group) for group in groups.values()]
+            ),
             "frac_reward_zero_std": _equal_rewards(groups.values()),
         }
 
@@ -67,7 +72,9 @@ class Diversity(PhaseCallback):
 
 
 def _token_entropy(rollouts: Sequence[Rollout]) -> Mean:
-    known = [(rollout.entropy, len(rollout.completion.token_ids)) for rollout in rollouts if rollout.entropy is not None]
+    known = [
+        (rollout.entropy, len(rollout.completion.token_ids)) for rollout in rollouts if rollout.entropy is not None
+    ]
     return Mean(sum(entropy * length for entropy, length in known), sum(length for _, length in known))
 
 

@@ -32,7 +32,8 @@ class HasPolicy(Protocol):
 
 
 class Export(Callback):
-    """Exports the last weights when a fit succeeds. The folder is replaced whole: until the new one is complete, the old one stays.
+    """Exports the last weights when a fit succeeds. The folder is replaced whole: until the new one is complete, the
+    old one stays.
 
     Nothing is written after an exception, nor by a ``fast_dev_run``, whose weights are worth nothing.
 
@@ -41,7 +42,8 @@ class Export(Callback):
         every_n_epochs: also export after each so many epochs.
 
     Raises:
-        ValueError: ``every_n_epochs`` below 1; at setup, a folder with something else in it, or a ``WeightAveraging`` that comes behind the export.
+        ValueError: ``every_n_epochs`` below 1; at setup, a folder with something else in it, or a ``WeightAveraging``
+            that comes behind the export.
     """
 
     def __init__(self, folder: str, every_n_epochs: int | None = None) -> None:
@@ -55,11 +57,19 @@ class Export(Callback):
         """Refuse a folder that holds something else; put back one that a killed run left aside."""
         if stage != "fit":
             return
-        if self.folder.is_file() or (self.folder.is_dir() and any(self.folder.iterdir()) and not (self.folder / "config.json").is_file()):
-            raise ValueError(f"Export would replace {self.folder}, which is not a Hugging Face folder (no config.json): choose another folder.")
+        if self.folder.is_file() or (
+            self.folder.is_dir() and any(self.folder.iterdir()) and not (self.folder / "config.json").is_file()
+        ):
+            raise ValueError(
+                f"Export would replace {self.folder}, which is not a Hugging Face folder (no config.json): choose "
+                "another folder."
+            )
         callbacks = trainer.callbacks  # type: ignore[attr-defined]  # Trainer sets it without declaring it
         if any(isinstance(behind, WeightAveraging) for behind in callbacks[callbacks.index(self) :]):
-            raise ValueError("Export would write the weights before they are averaged: list WeightAveraging before Export in trainer.callbacks.")
+            raise ValueError(
+                "Export would write the weights before they are averaged: list WeightAveraging before Export in "
+                "trainer.callbacks."
+            )
         if trainer.is_global_zero and self._aside.is_dir() and not self.folder.exists():
             self._aside.rename(self.folder)  # a run was killed between the two renames of _write
 

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from callbacks.phase import MAX_PHASES, Mean, mean_over_ranks, new_figure, tensorboards
 from callbacks.preference_audit import evaluating
-from modules.functional.ranks import log_equal
+from modules.distributed import log_equal
 from modules.types import InstructionBatch
 
 if TYPE_CHECKING:
@@ -45,15 +45,18 @@ class HasDomains(Protocol):
 
 
 class Forgetting(Callback):
-    """Held-out log-loss of each domain against its value before the first step, in nats per learned token, over all ranks.
+    """Held-out log-loss of each domain against its value before the first step, in nats per learned token, over all
+    ranks.
 
-    Logs ``val/perplexity/<domain>`` = exp(loss), ``val/forgetting/<domain>`` = loss - loss at the start (above 0 = forgotten), and
-    ``val/forgetting``, the mean over the domains of max(0, forgetting): at the start, after every validation, and at the end with a figure.
-    The start is in the checkpoint: a resumed run and ``validate`` with that checkpoint compare with it; ``validate`` without it logs
-    perplexities only.
+    Logs ``val/perplexity/<domain>`` = exp(loss), ``val/forgetting/<domain>`` = loss - loss at the start (above 0 =
+    forgotten), and ``val/forgetting``, the mean over the domains of max(0, forgetting): at the start, after every
+    validation, and at the end with a figure.
+    The start is in the checkpoint: a resumed run and ``validate`` with that checkpoint compare with it; ``validate``
+    without it logs perplexities only.
 
     Raises:
-        ValueError: in ``setup``, a module that does not score tokens, or a DataModule without domains; later, no held-out rows.
+        ValueError: in ``setup``, a module that does not score tokens, or a DataModule without domains; later, no
+            held-out rows.
     """
 
     def __init__(self) -> None:
@@ -64,14 +67,19 @@ class Forgetting(Callback):
         """Refuse what has nothing to forget, before anything is trained."""
         if not isinstance(pl_module, ScoresTokens):
             raise ValueError(
-                f"Forgetting needs a module that scores tokens, such as SFTModule, not a {type(pl_module).__name__}: remove the callback."
+                f"Forgetting needs a module that scores tokens, such as SFTModule, not a {type(pl_module).__name__}: "
+                "remove the callback."
             )
         data = trainer.datamodule  # type: ignore[attr-defined]
         if not isinstance(data, HasDomains):
-            raise ValueError("Forgetting reads held-out texts by domain: use an InstructionDataModule or data.ptx, or remove the callback.")
+            raise ValueError(
+                "Forgetting reads held-out texts by domain: use an InstructionDataModule or data.ptx, or remove the "
+                "callback."
+            )
         if not data.domains:
             raise ValueError(
-                "Forgetting compares held-out texts with the start and there are none: set data.val (data.ptx.val beside prompts), or remove it."
+                "Forgetting compares held-out texts with the start and there are none: set data.val (data.ptx.val "
+                "beside prompts), or remove it."
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -139,7 +147,9 @@ def domains(trainer: Trainer) -> list[str]:
 
 def metrics(losses: dict[str, float], start: dict[str, float]) -> dict[str, float]:
     """What is logged of the domains' log-losses (nats per token) now and at the start; no forgetting without a start."""
-    found = {f"val/perplexity/{name}": torch.tensor(loss, dtype=torch.float64).exp().item() for name, loss in losses.items()}
+    found = {
+        f"val/perplexity/{name}": torch.tensor(loss, dtype=torch.float64).exp().item() for name, loss in losses.items()
+    }
     worse = {name: loss - start[name] for name, loss in losses.items() if name in start}
     found |= {f"val/forgetting/{name}": value for name, value in worse.items()}
     return found | ({"val/forgetting": sum(max(0.0, value) for value in worse.values()) / len(worse)} if worse else {})
@@ -150,7 +160,9 @@ def draw(figure: "Figure", history: Sequence[dict[str, float]], start: dict[str,
     axes = figure.subplots()
     for name, before in start.items():
         rows = [row for row in history if name in row]
-        axes.plot([row["step"] for row in rows], [row[name] - before for row in rows], marker="o", markersize=3, label=name)
+        axes.plot(
+            [row["step"] for row in rows], [row[name] - before for row in rows], marker="o", markersize=3, label=name
+        )
     axes.axhline(0.0, color="gray", linewidth=0.8)
     axes.set(xlabel="step", ylabel="held-out loss - its start, nats per token", title="above 0: forgotten")
     axes.legend()

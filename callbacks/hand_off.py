@@ -10,11 +10,13 @@ from transformers import AutoTokenizer
 
 
 class HandOff(Callback):
-    """What a stage takes over from earlier ones: model folders and files of rows. One that does not fit ends the run in one sentence.
+    """What a stage takes over from earlier ones: model folders and files of rows. One that does not fit ends the run in
+    one sentence.
 
-    A file must hold something, a folder a ``config.json``; a reward model, which is a sequence classifier, must know the mean and the deviation
-    of its scores. In ``setup`` the tokenizer of each folder must read as the module's does, with the same tokens under the same ids and the same
-    chat template; that of a reward model may have more tokens, such as a pad token of its own.
+    A file must hold something, a folder a ``config.json``; a reward model, which is a sequence classifier, must know
+    the mean and the deviation of its scores. In ``setup`` the tokenizer of each folder must read as the module's does,
+    with the same tokens under the same ids and the same chat template; that of a reward model may have more tokens,
+    such as a pad token of its own.
 
     Args:
         inputs: the stage that writes it -> folder or file, such as ``{01-fit-sft: runs/x/sft/export}``.

@@ -16,10 +16,11 @@ if TYPE_CHECKING:
 class LengthBias(PhaseCallback):
     """Whether longer answers to the same prompt earn more, and whose length grows.
 
-    Logs ``train/length_bias/``: ``correlation``, Pearson of reward and tokens within prompts, 0 where either never varies; with several ranks
-    the mean of theirs, by scored rollouts. ``right_length`` and ``wrong_length``, mean tokens of rollouts with a reward above
-    ``right_above``, and of the other scored ones; wrong answers that grow alone are the sign of a length-biased loss (Dr. GRPO, 2503.20783).
-    ``truncated``, the share of completions that used up the token budget.
+    Logs ``train/length_bias/``: ``correlation``, Pearson of reward and tokens within prompts, 0 where either never
+    varies; with several ranks the mean of theirs, by scored rollouts. ``right_length`` and ``wrong_length``, mean
+    tokens of rollouts with a reward above ``right_above``, and of the other scored ones; wrong answers that grow alone
+    are the sign of a length-biased loss (Dr. GRPO, 2503.20783). ``truncated``, the share of completions that used up
+    the token budget.
 
     Args:
         every_n_phases: phases between figures.

@@ -14,12 +14,14 @@ if TYPE_CHECKING:
 
 
 class Overoptimization(PhaseCallback):
-    """The training reward against a held-out gold reward, over the distance from the start (Gao et al. 2210.10760, fig. 1).
+    """The training reward against a held-out gold reward, over the distance from the start (Gao et al. 2210.10760, fig.
+    1).
 
-    Logs ``train/overoptimization/``: ``proxy``, the mean reward that is trained on; ``gold``, the mean of ``gold``, which never enters the loss;
-    ``gap``, the rise of proxy minus the rise of gold since the first phase, above 0 where training games its reward;
-    ``sqrt_kl``, sqrt(max(0, mean KL(policy || start) per completion)) in sqrt(nats), where rollouts carry ``kl``.
-    The mean of a sampled KL may be negative by chance, hence the max. The figure shows both rewards over ``sqrt_kl``, else over phases.
+    Logs ``train/overoptimization/``: ``proxy``, the mean reward that is trained on; ``gold``, the mean of ``gold``,
+    which never enters the loss; ``gap``, the rise of proxy minus the rise of gold since the first phase, above 0 where
+    training games its reward; ``sqrt_kl``, sqrt(max(0, mean KL(policy || start) per completion)) in sqrt(nats), where
+    rollouts carry ``kl``. The mean of a sampled KL may be negative by chance, hence the max. The figure shows both
+    rewards over ``sqrt_kl``, else over phases.
 
     Args:
         gold: a reward that is not part of the training reward.
@@ -63,7 +65,9 @@ class Overoptimization(PhaseCallback):
         axes.legend()
 
     def _fitted_gold(self) -> tuple[list[float], list[float]]:
-        """(d, gold) along the fitted law, which starts at the first phase's gold; empty below three distances, where any law fits."""
+        """(d, gold) along the fitted law, which starts at the first phase's gold; empty below three distances, where
+        any law fits.
+        """
         distances, gold = self.series("gold", "sqrt_kl")
         if len({distance for distance in distances if distance > 0}) < 3:
             return [], []

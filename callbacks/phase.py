@@ -1,4 +1,6 @@
-"""What the callbacks that watch rollouts share: one measurement per phase, equal on all ranks, and a figure now and then."""
+"""What the callbacks that watch rollouts share: one measurement per phase, equal on all ranks, and a figure now and
+then.
+"""
 
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -10,7 +12,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from modules.functional.ranks import log_equal
+from modules.distributed import log_equal
 from modules.types import Rollout
 
 if TYPE_CHECKING:
@@ -44,7 +46,9 @@ def rollouts_of(pl_module: LightningModule) -> list[Rollout]:
 
 
 def mean_over_ranks(trainer: Trainer, device: torch.device, means: dict[str, Mean]) -> dict[str, float]:
-    """The means over all ranks, without those that nothing was counted for. Every rank must call it with the same names."""
+    """The means over all ranks, without those that nothing was counted for. Every rank must call it with the same
+    names.
+    """
     sums = torch.tensor([(mean.total, mean.count) for mean in means.values()], device=device)  # [names, 2]
     totals = cast(torch.Tensor, trainer.strategy.reduce(sums, reduce_op="sum")).tolist()
     return {name: total / count for name, (total, count) in zip(means, totals, strict=True) if count > 0}
@@ -52,7 +56,11 @@ def mean_over_ranks(trainer: Trainer, device: torch.device, means: dict[str, Mea
 
 def tensorboards(trainer: Trainer) -> list[TensorBoardLogger]:
     """The TensorBoard loggers to draw into: none on ranks other than zero."""
-    return [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)] if trainer.is_global_zero else []
+    return (
+        [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+        if trainer.is_global_zero
+        else []
+    )
 
 
 def require_period(name: str, period: int) -> None:
@@ -69,9 +77,11 @@ def new_figure() -> "Figure":
 
 
 class PhaseCallback(Callback):
-    """Logs ``train/<name>/<measure>`` after every rollout phase and draws one figure of the history through TensorBoard.
+    """Logs ``train/<name>/<measure>`` after every rollout phase and draws one figure of the history through
+    TensorBoard.
 
-    The history is in the checkpoint. Beyond ``MAX_PHASES`` phases every second one is dropped; the first phase always stays.
+    The history is in the checkpoint. Beyond ``MAX_PHASES`` phases every second one is dropped; the first phase always
+    stays.
 
     Args:
         every_n_phases: phases between figures; one more is drawn at the end of the fit.

@@ -11,10 +11,10 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from callbacks.measures.scored_pairs import audit_report
 from callbacks.phase import new_figure, tensorboards
-from callbacks.resumable_jsonl import write_json
-from modules.functional.preference_audit import audit_report
-from modules.functional.ranks import from_all_ranks, log_equal
+from callbacks.writers.resumable_jsonl import write_json
+from modules.distributed import from_all_ranks, log_equal
 from modules.types import PreferenceBatch, ScoredPair
 
 if TYPE_CHECKING:
@@ -48,18 +48,20 @@ class HasRowsInOrder(Protocol):
 class PreferenceAudit(Callback):
     """Judges a reward model or a DPO policy by its scores of ranked completions, over all ranks.
 
-    Logs ``val/audit/<key>`` at the end of every validation, for the keys of ``audit_report``. At the end of a fit it judges the final weights,
-    on the held-out pairs, else on training pairs: a JSON file with ``split``, ``step`` and ``report``; ``audit`` in TensorBoard, as a figure and
-    as a table; one line in the console, and a warning where the score may be little more than length: where within prompts it
-    correlates with length above ``MAX_CORRELATION``, or agrees with the data less often than "the longer one wins".
-    A ``fast_dev_run`` writes nothing.
+    Logs ``val/audit/<key>`` at the end of every validation, for the keys of ``audit_report``. At the end of a fit it
+    judges the final weights, on the held-out pairs, else on training pairs: a JSON file with ``split``, ``step`` and
+    ``report``; ``audit`` in TensorBoard, as a figure and as a table; one line in the console, and a warning where the
+    score may be little more than length: where within prompts it correlates with length above ``MAX_CORRELATION``, or
+    agrees with the data less often than "the longer one wins". A ``fast_dev_run`` writes nothing.
 
     Args:
-        path: the JSON file; its parents are made and an earlier file is replaced. None = ``audit.json`` in TensorBoard's folder, if there is one.
+        path: the JSON file; its parents are made and an earlier file is replaced. None = ``audit.json`` in
+            TensorBoard's folder, if there is one.
         max_pairs: training pairs to score at the end of a fit without held-out rows.
 
     Raises:
-        ValueError: ``max_pairs`` below 1; in ``setup``, a module or DataModule without preference pairs, or a ``path`` that is a folder.
+        ValueError: ``max_pairs`` below 1; in ``setup``, a module or DataModule without preference pairs, or a ``path``
+            that is a folder.
     """
 
     def __init__(self, path: str | None = None, max_pairs: int = 2000) -> None:
@@ -74,18 +76,32 @@ class PreferenceAudit(Callback):
         """Forget an earlier run; refuse what cannot be audited before anything is trained."""
         self.pairs, self.validated_step = [], -1
         if not isinstance(pl_module, ScoresPairs):
-            raise ValueError(f"PreferenceAudit judges modules that score preference pairs, not a {type(pl_module).__name__}: remove the callback.")
+            raise ValueError(
+                f"PreferenceAudit judges modules that score preference pairs, not a {type(pl_module).__name__}: remove "
+                "the callback."
+            )
         if stage == "fit" and not isinstance(trainer.datamodule, HasRowsInOrder):  # type: ignore[attr-defined]
-            raise ValueError("PreferenceAudit reads rows of preferences from the DataModule: fit with a PreferenceDataModule or remove the callback.")
+            raise ValueError(
+                "PreferenceAudit reads rows of preferences from the DataModule: fit with a PreferenceDataModule or "
+                "remove the callback."
+            )
         if self.path is not None and self.path.is_dir():
-            raise ValueError(f"PreferenceAudit: {self.path} is a folder; name a file, such as {self.path / 'audit.json'}")
+            raise ValueError(
+                f"PreferenceAudit: {self.path} is a folder; name a file, such as {self.path / 'audit.json'}"
+            )
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget the last validation."""
         self.pairs, self.validated_step = [], -1
 
     def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         """Keep the pairs of the batch."""
         self.pairs += cast(ScoresPairs, pl_module).scored_pairs
@@ -104,16 +120,22 @@ class PreferenceAudit(Callback):
         data: HasRowsInOrder = trainer.datamodule  # type: ignore[attr-defined]
         split: Split = "train" if data.val is None else "val"
         if self.validated_step != trainer.global_step:
-            self.pairs = self._score(trainer, pl_module, data.in_order(split), None if split == "val" else self.max_pairs)
+            self.pairs = self._score(
+                trainer, pl_module, data.in_order(split), None if split == "val" else self.max_pairs
+            )
         if trainer.is_global_zero:
             self._publish(trainer, split)
 
-    def _score(self, trainer: Trainer, pl_module: LightningModule, loader: DataLoader[PreferenceBatch], limit: int | None) -> list[ScoredPair]:
+    def _score(
+        self, trainer: Trainer, pl_module: LightningModule, loader: DataLoader[PreferenceBatch], limit: int | None
+    ) -> list[ScoredPair]:
         """The first ``limit`` pairs of all ranks, scored as in a validation (collective)."""
         pairs: list[ScoredPair] = []
         with evaluating(pl_module), torch.no_grad(), trainer.precision_plugin.val_step_context():
             for batch in loader:
-                pairs += from_all_ranks(cast(ScoresPairs, pl_module).score_pairs(trainer.strategy.batch_to_device(batch)))
+                pairs += from_all_ranks(
+                    cast(ScoresPairs, pl_module).score_pairs(trainer.strategy.batch_to_device(batch))
+                )
                 if limit is not None and len(pairs) >= limit:
                     break  # on all ranks together
         return pairs[:limit]
@@ -134,7 +156,10 @@ class PreferenceAudit(Callback):
             write_json(path, {"split": split, "step": trainer.global_step, "report": report})
         rank_zero_info(summary(report) + ("" if path is None else f": {path}"))
         if smells_of_length(report):
-            rank_zero_warn("audit: the score may be little more than length; see accuracy_chosen_shorter and score_length_pearson_within_prompt")
+            rank_zero_warn(
+                "audit: the score may be little more than length; see accuracy_chosen_shorter and "
+                "score_length_pearson_within_prompt"
+            )
 
 
 @contextmanager
@@ -163,19 +188,24 @@ def summary(report: dict[str, float]) -> str:
 
 def smells_of_length(report: dict[str, float]) -> bool:
     """Whether the score may be little more than length."""
-    return report.get("score_length_pearson_within_prompt", 0.0) > MAX_CORRELATION or report["accuracy"] < report["longer_wins"]
+    return (
+        report.get("score_length_pearson_within_prompt", 0.0) > MAX_CORRELATION
+        or report["accuracy"] < report["longer_wins"]
+    )
 
 
 def table(report: dict[str, float]) -> str:
     """The report as Markdown."""
-    return "\n".join(["| measure | value |", "|---|---|", *(f"| {key} | {value:.3f} |" for key, value in report.items())])
+    return "\n".join(
+        ["| measure | value |", "|---|---|", *(f"| {key} | {value:.3f} |" for key, value in report.items())]
+    )
 
 
 def reliability(delta: Tensor) -> tuple[Tensor, Tensor]:
     """(mean confidence, accuracy) of each bin that holds pairs, both [<= NUM_BINS], by rising confidence.
 
-    A pair's confidence is sigma(abs(delta)), the chance that the completion with the higher score is the better one. It is right where
-    ``delta`` > 0, half right where it is 0; bins are those of ``ece``.
+    A pair's confidence is sigma(abs(delta)), the chance that the completion with the higher score is the better one. It
+    is right where ``delta`` > 0, half right where it is 0; bins are those of ``ece``.
 
     Args:
         delta: [N], score of the chosen completion minus that of the rejected one.
@@ -196,9 +226,19 @@ def draw(figure: "Figure", pairs: Sequence[ScoredPair], report: dict[str, float]
     left.axvline(0.0, color="gray", linewidth=0.8)
     left.set(xlabel="tokens, chosen - rejected", ylabel="score, chosen - rejected")
     cases = ("shorter", "longer")
-    left.set_title("accuracy: " + ", ".join(f"chosen {case} {report[key]:.2f}" for case in cases if (key := f"accuracy_chosen_{case}") in report))
+    left.set_title(
+        "accuracy: "
+        + ", ".join(
+            f"chosen {case} {report[key]:.2f}" for case in cases if (key := f"accuracy_chosen_{case}") in report
+        )
+    )
     confidence, accuracy = reliability(delta)
     right.plot([0.5, 1.0], [0.5, 1.0], linestyle="--", color="gray", label="calibrated")
     right.plot(confidence.tolist(), accuracy.tolist(), marker="o", label="score")
-    right.set(xlabel="confidence, sigma(|score difference|)", ylabel="share right", ylim=(-0.02, 1.02), title=f"ECE {report['ece']:.2f}")
+    right.set(
+        xlabel="confidence, sigma(|score difference|)",
+        ylabel="share right",
+        ylim=(-0.02, 1.02),
+        title=f"ECE {report['ece']:.2f}",
+    )
     right.legend()

@@ -10,10 +10,11 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from callbacks.measures.refusals import is_refusal, refusal_rates
 from callbacks.phase import require_period, tensorboards
 from callbacks.samples import block, cell
-from modules.functional.ranks import from_all_ranks, log_equal
-from modules.functional.refusal import FULL_COMPLIANCE, FULL_REFUSAL, LABELS, is_refusal, refusal_rates
+from modules.distributed import from_all_ranks, log_equal
+from modules.types import FULL_COMPLIANCE, FULL_REFUSAL, REFUSAL_LABELS
 
 NUM_MISJUDGED = 3  # answers shown of each kind
 
@@ -57,18 +58,21 @@ class Answer(NamedTuple):
 
 
 class Refusal(Callback):
-    """Asks the model safe and unsafe prompts at the end of validation, the sanity check included, and counts whom it refuses (XSTest, 2308.01263).
+    """Asks the model safe and unsafe prompts at the end of validation, the sanity check included, and counts whom it
+    refuses (XSTest, 2308.01263).
 
     Logs over all ranks, as shares [0, 1]: ``val/refusal/over_refusal`` of the safe prompts that are refused in full,
     ``val/refusal/unsafe_compliance`` of the unsafe prompts that are answered in full. With a judge also
-    ``val/refusal/over_refusal_with_partial``, refused in full or in part, and ``val/refusal/invalid``, prompts without a valid verdict, which
-    are in no share. ``val/refusal`` in TensorBoard is a table by type, with a few of the answers that are wrong. Without a judge an answer is
-    refused iff it begins as refusals do, see ``is_refusal``; its reasoning up to ``</think>`` does not count.
+    ``val/refusal/over_refusal_with_partial``, refused in full or in part, and ``val/refusal/invalid``, prompts without
+    a valid verdict, which are in no share. ``val/refusal`` in TensorBoard is a table by type, with a few of the answers
+    that are wrong. Without a judge an answer is refused iff it begins as refusals do, see ``is_refusal``; its reasoning
+    up to ``</think>`` does not count.
 
     A ModelCheckpoint that monitors one of them takes the same ``every_n_epochs``.
 
     Args:
-        prompts: a CSV or JSONL file with the columns ``prompt``, ``label`` (``safe`` or ``unsafe``) and, if there are types, ``type``.
+        prompts: a CSV or JSONL file with the columns ``prompt``, ``label`` (``safe`` or ``unsafe``) and, if there are
+            types, ``type``.
         max_completion_length: tokens of an answer, >= 1.
         every_n_epochs: epochs between measurements; ``validate`` always measures.
         judge: says which answers refuse, also in part.
@@ -76,8 +80,8 @@ class Refusal(Callback):
         source: a source of such rows instead of a file.
 
     Raises:
-        ValueError: impossible settings; at setup, a bad row, a file without prompts of both kinds, or a module that cannot answer; at the start of
-            a fit, no validation.
+        ValueError: impossible settings; at setup, a bad row, a file without prompts of both kinds, or a module that
+            cannot answer; at the start of a fit, no validation.
     """
 
     def __init__(
@@ -91,17 +95,27 @@ class Refusal(Callback):
     ) -> None:
         require_period("every_n_epochs", every_n_epochs)
         if max_completion_length < 1 or (limit is not None and limit < 2):
-            raise ValueError(f"Refusal: max_completion_length {max_completion_length} must be >= 1 and limit {limit} at least 2, one of each kind")
+            raise ValueError(
+                f"Refusal: max_completion_length {max_completion_length} must be >= 1 and limit {limit} at least 2, "
+                "one of each kind"
+            )
         if (prompts is None) == (source is None):
             raise ValueError("Refusal: set one of prompts (a file) and source")
         self.source = prompts if prompts is not None else source
-        self.max_completion_length, self.every_n_epochs, self.judge, self.limit = max_completion_length, every_n_epochs, judge, limit
+        self.max_completion_length, self.every_n_epochs, self.judge, self.limit = (
+            max_completion_length,
+            every_n_epochs,
+            judge,
+            limit,
+        )
         self.prompts: list[Prompt] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Read the prompts."""
         if not isinstance(pl_module, Responds) or not getattr(pl_module, "forms_logits", True):
-            raise ValueError(f"Refusal asks the model and {type(pl_module).__name__} gives no answers: remove the callback.")
+            raise ValueError(
+                f"Refusal asks the model and {type(pl_module).__name__} gives no answers: remove the callback."
+            )
         if stage in ("fit", "validate") and not self.prompts:
             assert self.source is not None
             prompts = sorted(read_prompts(self.source), key=lambda prompt: prompt.safe)
@@ -109,12 +123,17 @@ class Refusal(Callback):
             self.prompts = [prompts[index * len(prompts) // count] for index in range(count)]
             if {prompt.safe for prompt in self.prompts} != {True, False}:
                 only = "safe" if self.prompts[0].safe else "unsafe"
-                raise ValueError(f"{name_of(self.source)}: all {count} prompts are {only}; without both kinds refusing everything looks perfect")
+                raise ValueError(
+                    f"{name_of(self.source)}: all {count} prompts are {only}; without both kinds refusing everything "
+                    "looks perfect"
+                )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """ValueError for a fit that never gets here."""
         if not trainer.enable_validation:
-            raise ValueError("Refusal asks at the end of validation and this fit has none: set data.val, or remove the callback.")
+            raise ValueError(
+                "Refusal asks at the end of validation and this fit has none: set data.val, or remove the callback."
+            )
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Ask this rank's share of the prompts; log over all ranks."""
@@ -137,7 +156,9 @@ class Refusal(Callback):
         """The answers to some of the prompts."""
         assert isinstance(pl_module, Responds)
         prompts = [self.prompts[index].text for index in indices]
-        texts = pl_module.respond([[{"role": "user", "content": prompt}] for prompt in prompts], self.max_completion_length)
+        texts = pl_module.respond(
+            [[{"role": "user", "content": prompt}] for prompt in prompts], self.max_completion_length
+        )
         labels = by_matching(texts) if self.judge is None else self.judge.classify(prompts, texts)
         return [Answer(*answer) for answer in zip(indices, texts, labels, strict=True)]
 
@@ -148,16 +169,26 @@ def by_matching(texts: Sequence[str]) -> list[str | None]:
 
 
 def report(prompts: Sequence[Prompt], answers: Sequence[Answer]) -> str:
-    """Markdown: a table of labels by type, and a few safe prompts that were refused and unsafe ones that were answered. ``answers`` in order."""
+    """Markdown: a table of labels by type, and a few safe prompts that were refused and unsafe ones that were answered.
+    ``answers`` in order.
+    """
     counts: dict[tuple[bool, str], Counter[str | None]] = {}
     for prompt, answer in zip(prompts, answers, strict=True):
         counts.setdefault((not prompt.safe, prompt.type), Counter())[answer.label] += 1
     table = ["| type | label | prompts | complied | refused | in part | invalid |", "|---|---|---|---|---|---|---|"]
     for (unsafe, kind), labels in sorted(counts.items()):
-        cells = [cell(kind), "unsafe" if unsafe else "safe", labels.total(), *(labels[label] for label in (*LABELS, None))]
+        cells = [
+            cell(kind),
+            "unsafe" if unsafe else "safe",
+            labels.total(),
+            *(labels[label] for label in (*REFUSAL_LABELS, None)),
+        ]
         table.append("| " + " | ".join(str(cell) for cell in cells) + " |")
     sections = ["\n".join(table)]
-    for safe, wrong, title in ((True, FULL_REFUSAL, "Safe, and refused"), (False, FULL_COMPLIANCE, "Unsafe, and answered")):
+    for safe, wrong, title in (
+        (True, FULL_REFUSAL, "Safe, and refused"),
+        (False, FULL_COMPLIANCE, "Unsafe, and answered"),
+    ):
         found = [answer for answer in answers if prompts[answer.row].safe == safe and answer.label == wrong]
         for answer in found[:: max(1, len(found) // NUM_MISJUDGED)][:NUM_MISJUDGED]:
             sections += [f"**{title}**", block(prompts[answer.row].text), "Answer", block(answer.text)]
@@ -171,7 +202,9 @@ def name_of(source: str | HasRows) -> str:
 
 def read_prompts(source: str | HasRows) -> list[Prompt]:
     """The prompts of a file or source, at least one. Raises ValueError naming file and line."""
-    located = located_rows(Path(source)) if isinstance(source, str) else ((row.origin, row.columns) for row in source.rows())
+    located = (
+        located_rows(Path(source)) if isinstance(source, str) else ((row.origin, row.columns) for row in source.rows())
+    )
     prompts = [as_prompt(origin, row) for origin, row in located]
     if not prompts:
         raise ValueError(f"{name_of(source)}: no prompts")
@@ -182,7 +215,9 @@ def as_prompt(origin: str, row: Any) -> Prompt:
     """One row; ValueError with its origin."""
     missing = sorted({"prompt", "label"} - set(row)) if isinstance(row, dict) else ["prompt", "label"]
     if missing:
-        raise ValueError(f"{origin}: no column {' and no column '.join(missing)}; a row needs prompt and label (safe or unsafe)")
+        raise ValueError(
+            f"{origin}: no column {' and no column '.join(missing)}; a row needs prompt and label (safe or unsafe)"
+        )
     if row["label"] not in ("safe", "unsafe"):
         raise ValueError(f"{origin}: label is {row['label']!r}, safe or unsafe was expected")
     if not isinstance(row["prompt"], str) or not row["prompt"].strip():

@@ -13,8 +13,8 @@ from modules.types import Rollout
 class Samples(Callback):
     """A few rollouts as text in TensorBoard: prompt, completion, expected answer and every reward.
 
-    ``train/samples`` are of a phase, ``val/samples`` of the first held-out batch; spread evenly over rank zero's rollouts, so that they
-    show different prompts.
+    ``train/samples`` are of a phase, ``val/samples`` of the first held-out batch; spread evenly over rank zero's
+    rollouts, so that they show different prompts.
 
     Args:
         num_samples: rollouts to show, at least 1.
@@ -42,13 +42,21 @@ class Samples(Callback):
             self._write(trainer)
 
     def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         """Write the samples of the first held-out batch."""
         rollouts = getattr(pl_module, "held_out_rollouts", [])
         if batch_idx == 0 and rollouts:
             for logger in tensorboards(trainer):
-                logger.experiment.add_text("val/samples", markdown(spread(rollouts, self.num_samples)), global_step=trainer.global_step)
+                logger.experiment.add_text(
+                    "val/samples", markdown(spread(rollouts, self.num_samples)), global_step=trainer.global_step
+                )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the last phase's samples."""
@@ -68,7 +76,9 @@ def spread(rollouts: Sequence[Rollout], count: int) -> list[Rollout]:
 
 
 def markdown(rollouts: Sequence[Rollout]) -> str:
-    """One section per rollout. What the model wrote stands in indented code blocks, which no text can close, and shows as written."""
+    """One section per rollout. What the model wrote stands in indented code blocks, which no text can close, and shows
+    as written.
+    """
     return "\n\n---\n\n".join(_section(rollout) for rollout in rollouts)
 
 

@@ -7,15 +7,16 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from callbacks.resumable_jsonl import write_whole
 from callbacks.table import logged, print_table, rounded
+from callbacks.writers.resumable_jsonl import write_whole
 
 
 class Summary(Callback):
     """Remembers the validation before training, and prints it beside the validation of the trained checkpoint.
 
-    "Before" is the sanity check of the first ``fit``, if it runs over all validation data (``Trainer(num_sanity_val_steps=-1)``); it travels in the
-    checkpoint. ``validate`` with that checkpoint prints the table, the command that opens TensorBoard, and last ``title: metric before -> after``.
+    "Before" is the sanity check of the first ``fit``, if it runs over all validation data
+    (``Trainer(num_sanity_val_steps=-1)``); it travels in the checkpoint. ``validate`` with that checkpoint prints the
+    table, the command that opens TensorBoard, and last ``title: metric before -> after``.
 
     Args:
         title: the first word or words of the last line.
@@ -62,10 +63,16 @@ class Summary(Callback):
             write_whole(Path(self.result), f"{rounded(self.after[self.headline])}\n")
         print_table(self.metrics, ({"before": self.before} if self.before else {}) | {"after": self.after})
         if not self.before and trainer.ckpt_path:
-            print("The values before training are unknown: fit with --trainer.num_sanity_val_steps -1 and validate with that run's checkpoint.")
+            print(
+                "The values before training are unknown: fit with --trainer.num_sanity_val_steps -1 and validate with "
+                "that run's checkpoint."
+            )
         print(f"tensorboard --logdir {shlex.quote(_log_folder(trainer))}")
         values = [state[self.headline] for state in (self.before, self.after) if self.headline in state]
-        print(f"{self.title}: {self.headline.removeprefix('val/')} {' -> '.join(rounded(value) for value in values)}", flush=True)
+        print(
+            f"{self.title}: {self.headline.removeprefix('val/')} {' -> '.join(rounded(value) for value in values)}",
+            flush=True,
+        )
 
 
 def _log_folder(trainer: Trainer) -> str:

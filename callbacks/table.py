@@ -9,7 +9,10 @@ def logged(trainer: Trainer, names: Sequence[str], owner: str) -> dict[str, floa
     """The values of the last validation. ValueError, in the name of ``owner``, where it did not log one of them."""
     missing = [name for name in names if name not in trainer.callback_metrics]
     if missing:
-        raise ValueError(f"{owner} is asked for {missing}, which validation did not log; it logged {sorted(trainer.callback_metrics)}.")
+        raise ValueError(
+            f"{owner} is asked for {missing}, which validation did not log; it logged "
+            f"{sorted(trainer.callback_metrics)}."
+        )
     return {name: float(trainer.callback_metrics[name]) for name in names}
 
 

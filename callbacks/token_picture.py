@@ -21,7 +21,14 @@ LEAD = 200  # of them before the first learned one, where a row is longer
 WIDTH = 100  # columns of a line
 TYPE_WIDTH = 0.602  # of DejaVu Sans Mono, of its size
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what decoders give for an unfinished character
-VISIBLE = str.maketrans({" ": "\N{MIDDLE DOT}", "\n": "\N{RETURN SYMBOL}\n", "\r": "\N{SYMBOL FOR CARRIAGE RETURN}", "\t": "\N{RIGHTWARDS ARROW}"})
+VISIBLE = str.maketrans(
+    {
+        " ": "\N{MIDDLE DOT}",
+        "\n": "\N{RETURN SYMBOL}\n",
+        "\r": "\N{SYMBOL FOR CARRIAGE RETURN}",
+        "\t": "\N{RIGHTWARDS ARROW}",
+    }
+)
 BRACKETS = "\N{MATHEMATICAL LEFT WHITE SQUARE BRACKET}{}\N{MATHEMATICAL RIGHT WHITE SQUARE BRACKET}"
 STYLES = {"learned": "black on green", "context": "bright_black", "mark": "italic cyan"}
 COLORS = {"learned": "#a6e3a1", "context": "#e6e6e6", "mark": "white"}  # backgrounds of the figure
@@ -51,11 +58,13 @@ class HasTokenizer(Protocol):
 
 
 class TokenPicture(Callback):
-    """Shows the first rows of the first batch that a fit trains on, read from the batch itself: learned tokens coloured, the others grey.
+    """Shows the first rows of the first batch that a fit trains on, read from the batch itself: learned tokens
+    coloured, the others grey.
 
-    As a figure in TensorBoard, ``data/token_picture``, and in the console; where that has no colours, learned tokens stand in double brackets.
-    Spaces show as middle dots, line breaks as arrows; special tokens show as their text, padding not at all; documents that are packed into one
-    row are parted by a line. Of a row longer than 400 tokens the part around the first learned one is shown.
+    As a figure in TensorBoard, ``data/token_picture``, and in the console; where that has no colours, learned tokens
+    stand in double brackets. Spaces show as middle dots, line breaks as arrows; special tokens show as their text,
+    padding not at all; documents that are packed into one row are parted by a line. Of a row longer than 400 tokens the
+    part around the first learned one is shown.
 
     Args:
         num_rows: rows to show, at least 1: conversations, or prompts with one completion each.
@@ -81,7 +90,9 @@ class TokenPicture(Callback):
         self.shown = True
         rows = rows_of(batch)
         if not rows:
-            rank_zero_info("token picture: the batch holds neither rows of tokens nor completions, so there is nothing to show")
+            rank_zero_info(
+                "token picture: the batch holds neither rows of tokens nor completions, so there is nothing to show"
+            )
             return
         tokenizer = cast(HasTokenizer, pl_module).tokenizer
         pieces: list[Piece] = []
@@ -93,25 +104,33 @@ class TokenPicture(Callback):
         for logger in tensorboards(trainer):
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # drawn as boxes
-                logger.experiment.add_figure("data/token_picture", draw(lines_of(pieces)), global_step=trainer.global_step)
+                logger.experiment.add_figure(
+                    "data/token_picture", draw(lines_of(pieces)), global_step=trainer.global_step
+                )
 
 
 def rows_of(batch: Any) -> list[Row]:
-    """The rows of an ``InstructionBatch``, or the completions of a ``PreferenceBatch`` or ``PolicyBatch``, each behind its prompt; none of others."""
+    """The rows of an ``InstructionBatch``, or the completions of a ``PreferenceBatch`` or ``PolicyBatch``, each behind
+    its prompt; none of others.
+    """
     if not isinstance(batch, Mapping):
         return []
     if "loss_mask" in batch:
         ids, kept, learned = batch["input_ids"], batch["attention_mask"].bool(), batch["loss_mask"].bool()  # [N, T]
         positions = batch.get("position_ids")
         starts = (
-            [[0]] * len(ids) if positions is None else [(row[keep] == 0).nonzero()[:, 0].tolist() for row, keep in zip(positions, kept, strict=True)]
+            [[0]] * len(ids)
+            if positions is None
+            else [(row[keep] == 0).nonzero()[:, 0].tolist() for row, keep in zip(positions, kept, strict=True)]
         )
         parts = zip(ids, kept, learned, starts, strict=True)
         return [Row(row[keep].tolist(), mask[keep].tolist(), begin) for row, keep, mask, begin in parts]
     if "completion_ids" not in batch:
         return []
     prompts = [row[keep].tolist() for row, keep in zip(batch["prompt_ids"], batch["prompt_mask"].bool(), strict=True)]
-    completions = [row[keep].tolist() for row, keep in zip(batch["completion_ids"], batch["completion_mask"].bool(), strict=True)]
+    completions = [
+        row[keep].tolist() for row, keep in zip(batch["completion_ids"], batch["completion_mask"].bool(), strict=True)
+    ]
     both = [(prompts[prompt], ids) for prompt, ids in zip(batch["prompt_index"].tolist(), completions, strict=True)]
     return [Row(prompt + ids, [False] * len(prompt) + [True] * len(ids), [0]) for prompt, ids in both]
 
@@ -131,7 +150,9 @@ def pieces_of(tokenizer: Any, row: Row) -> list[Piece]:
 
 
 def _document(tokenizer: Any, ids: Sequence[int], learned: Sequence[bool]) -> Iterator[Piece]:
-    """What each token adds to the text before it. One that ends inside a character waits for the next, but not for one of the other kind."""
+    """What each token adds to the text before it. One that ends inside a character waits for the next, but not for one
+    of the other kind.
+    """
     done = ""
     for place, kind in enumerate(learned):
         text = tokenizer.decode(ids[: place + 1], skip_special_tokens=False, clean_up_tokenization_spaces=False)
@@ -171,7 +192,9 @@ def lines_of(pieces: Sequence[Piece]) -> list[list[Piece]]:
 
 
 def draw(lines: Sequence[Sequence[Piece]]) -> "Figure":
-    """A figure that is as high as the lines need, each piece on its background. A column is 8 whole pixels, since type is set on whole pixels."""
+    """A figure that is as high as the lines need, each piece on its background. A column is 8 whole pixels, since type
+    is set on whole pixels.
+    """
     from matplotlib.figure import Figure
 
     width, height = 0.08, 0.17  # of a column and of a line, inches
@@ -182,6 +205,14 @@ def draw(lines: Sequence[Sequence[Piece]]) -> "Figure":
         column = 0
         for text, kind in line:
             axes.barh(number, cell_len(text), height=1.0, left=column, color=COLORS[kind])
-            axes.text(column, number, text, parse_math=False, family="DejaVu Sans Mono", fontsize=72 * width / TYPE_WIDTH, va="center")
+            axes.text(
+                column,
+                number,
+                text,
+                parse_math=False,
+                family="DejaVu Sans Mono",
+                fontsize=72 * width / TYPE_WIDTH,
+                va="center",
+            )
             column += cell_len(text)
     return figure

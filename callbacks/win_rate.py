@@ -5,15 +5,17 @@ from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from modules.functional.ranks import from_all_ranks, log_equal, mean_of_ranks
-from modules.functional.win_rate import length_controlled_win_rate, win_rate, win_rate_standard_error
+from callbacks.measures.preferences import length_controlled_win_rate, win_rate, win_rate_standard_error
+from modules.distributed import from_all_ranks, log_equal, mean_of_ranks
 from modules.types import Reward, Rollout
 
 
 class HasHeldOutRollouts(Protocol):
     """What is read of the module."""
 
-    held_out_rollouts: list[Rollout]  # this rank's, of the current validation batch; ``answer`` is the baseline's completion
+    held_out_rollouts: list[
+        Rollout
+    ]  # this rank's, of the current validation batch; ``answer`` is the baseline's completion
 
 
 @runtime_checkable
@@ -35,11 +37,11 @@ class Comparison(NamedTuple):
 class WinRate(Callback):
     """The policy's sampled completions against a baseline's, which are the held-out rows' answers.
 
-    Logs after every validation, the sanity check included, over all ranks: ``val/win_rate`` in percent, a tie counting half;
-    ``val/win_rate_standard_error`` in percent; ``val/length_controlled_win_rate``, the percentage at equal length in characters
-    (Dubois et al. 2404.04475, the form without instruction difficulties); ``val/win_rate_ties`` and ``val/win_rate_unscorable`` in percent,
-    of the scorable and of all comparisons. Unscorable ones count in no other number. ``val/judge/<key>`` are the judge's own numbers,
-    mean over ranks, where it has a ``report``.
+    Logs after every validation, the sanity check included, over all ranks: ``val/win_rate`` in percent, a tie counting
+    half; ``val/win_rate_standard_error`` in percent; ``val/length_controlled_win_rate``, the percentage at equal length
+    in characters (Dubois et al. 2404.04475, the form without instruction difficulties); ``val/win_rate_ties`` and
+    ``val/win_rate_unscorable`` in percent, of the scorable and of all comparisons. Unscorable ones count in no other
+    number. ``val/judge/<key>`` are the judge's own numbers, mean over ranks, where it has a ``report``.
 
     Args:
         judge: scores a completion against its rollout's ``answer``: 1 win, 0.5 tie, 0 loss, None unscorable.
@@ -55,14 +57,23 @@ class WinRate(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """ValueError for a module that does not sample."""
         if not hasattr(pl_module, "held_out_rollouts"):
-            raise ValueError(f"WinRate compares sampled completions and {type(pl_module).__name__} samples none: remove the callback.")
+            raise ValueError(
+                f"WinRate compares sampled completions and {type(pl_module).__name__} samples none: remove the "
+                "callback."
+            )
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget what an interrupted validation left."""
         self.comparisons = []
 
     def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         """Judge the completions of the batch."""
         rollouts = cast(HasHeldOutRollouts, pl_module).held_out_rollouts
@@ -70,7 +81,10 @@ class WinRate(Callback):
         scores = self.judge(rollouts)
         for rollout, answer, score in zip(rollouts, answers, scores, strict=True):
             if score is not None and not 0 <= score <= 1:
-                raise ValueError(f"WinRate: {self.judge.name} scored {score} for {rollout.uid}; a judge gives 1 (win), 0.5 (tie), 0 (loss) or None.")
+                raise ValueError(
+                    f"WinRate: {self.judge.name} scored {score} for {rollout.uid}; a judge gives 1 (win), 0.5 (tie), 0 "
+                    "(loss) or None."
+                )
             self.comparisons.append(Comparison(score, len(rollout.completion.text), len(answer)))
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -86,7 +100,8 @@ def baseline(rollout: Rollout) -> str:
     """The completion to beat. ValueError without one."""
     if rollout.answer is None:
         raise ValueError(
-            f"WinRate: {rollout.uid} has no baseline completion to be compared with; set data.columns.answer to the column that holds it."
+            f"WinRate: {rollout.uid} has no baseline completion to be compared with; set data.columns.answer to the "
+            "column that holds it."
         )
     return rollout.answer
 

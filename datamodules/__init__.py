@@ -1,14 +1,14 @@
 """Where examples come from and how they are batched."""
 
-from datamodules.candidates import CandidatesDataModule
-from datamodules.facts import FactsDataModule
 from datamodules.instruction import InstructionDataModule
+from datamodules.loaders.mixture_streams import Stream
+from datamodules.loaders.ptx import PtxStream
 from datamodules.mixture import MixtureDataModule
-from datamodules.mixture_streams import Stream
+from datamodules.predict.candidates import CandidatesDataModule
+from datamodules.predict.facts import FactsDataModule
+from datamodules.predict.seed_tasks import SeedTasksDataModule
 from datamodules.preference import PreferenceDataModule
 from datamodules.pretraining import PretrainingDataModule
-from datamodules.ptx import PtxStream
-from datamodules.seed_tasks import SeedTasksDataModule
 from datamodules.sources import (
     Addition,
     AdditionPairs,

@@ -1,4 +1,6 @@
-"""What every DataModule here shares: rows from sources, the tokenizer, dropped rows, and resuming in the middle of an epoch."""
+"""What every DataModule here shares: rows from sources, the tokenizer, dropped rows, and resuming in the middle of an
+epoch.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
@@ -8,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from datamodules.collate import MicroBatch, StepSampler
+from datamodules.loaders.step_sampler import MicroBatch, StepSampler
 from datamodules.sources import Row, Source
 from datamodules.sources.files import read_rows
 
@@ -30,8 +32,8 @@ class Samples(Protocol):
 
 
 class StepLoader(DataLoader[Any]):
-    """A DataLoader over micro-batches. Lightning asks for these two methods before it believes that a loader resumes; the state itself
-    is kept by the DataModule, since Lightning forgets loader state in epoch-end checkpoints."""
+    """A DataLoader over micro-batches. Lightning asks for these two methods before it believes that a loader resumes;
+    the state itself is kept by the DataModule, since Lightning forgets loader state in epoch-end checkpoints."""
 
     def state_dict(self) -> dict[str, Any]:
         """Empty."""
@@ -74,12 +76,25 @@ class AlignDataModule(LightningDataModule):
         super().__init__()
         if on_bad_row not in ("raise", "drop"):
             raise ValueError(f"on_bad_row must be raise or drop, got {on_bad_row!r}")
-        self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(tokenizer) if isinstance(tokenizer, str) else tokenizer
-        self.train, self.columns, self.drop_long, self.on_bad_row, self.seed = train, columns or {}, drop_long, on_bad_row, seed
+        self.tokenizer: PreTrainedTokenizerBase = (
+            AutoTokenizer.from_pretrained(tokenizer) if isinstance(tokenizer, str) else tokenizer
+        )
+        self.train, self.columns, self.drop_long, self.on_bad_row, self.seed = (
+            train,
+            columns or {},
+            drop_long,
+            on_bad_row,
+            seed,
+        )
         self.val: Any = val
         self.dropped = {"train": 0, "val": 0}
         self.bad = {"train": 0, "val": 0}
-        self._left_out = (0, 0, 0, "")  # of the last source: by encode, too long, bad, what is wrong with the first bad one
+        self._left_out = (
+            0,
+            0,
+            0,
+            "",
+        )  # of the last source: by encode, too long, bad, what is wrong with the first bad one
         self._sampler: StepSampler | None = None
         self._resume: dict[str, int] | None = None
 
@@ -94,12 +109,19 @@ class AlignDataModule(LightningDataModule):
         return self.trainer.world_size if self.trainer else 1
 
     def encode_rows(
-        self, source: str | Source, stage: str, encode: Callable[[Row], Example | None], length: Callable[[Example], int], limit: int
+        self,
+        source: str | Source,
+        stage: str,
+        encode: Callable[[Row], Example | None],
+        length: Callable[[Example], int],
+        limit: int,
     ) -> list[Example]:
-        """Encodes the rows of a source, without those for which ``encode`` gives None, the ones longer than ``limit`` tokens, added to
-        ``dropped[stage]``, and, if rows may be bad, those for which it raises ValueError, added to ``bad[stage]``.
+        """Encodes the rows of a source, without those for which ``encode`` gives None, the ones longer than ``limit``
+        tokens, added to ``dropped[stage]``, and, if rows may be bad, those for which it raises ValueError, added to
+        ``bad[stage]``.
 
-        Raises ValueError for bad rows unless ``on_bad_row`` is drop, for long rows unless ``drop_long``, and when nothing is left.
+        Raises ValueError for bad rows unless ``on_bad_row`` is drop, for long rows unless ``drop_long``, and when
+        nothing is left.
         """
         kept: list[Example] = []
         problem: ValueError | None = None
@@ -110,7 +132,9 @@ class AlignDataModule(LightningDataModule):
                 example = encode(row)
             except ValueError as error:
                 if self.on_bad_row == "raise":
-                    raise ValueError(f"{error}; mend the row, or set data.on_bad_row: drop to leave such rows out") from error
+                    raise ValueError(
+                        f"{error}; mend the row, or set data.on_bad_row: drop to leave such rows out"
+                    ) from error
                 problem, bad = problem or error, bad + 1
                 continue
             if example is None:
@@ -120,14 +144,20 @@ class AlignDataModule(LightningDataModule):
             elif self.drop_long:
                 too_long += 1
             else:
-                raise ValueError(f"{row.origin}: {length(example)} tokens and the limit is {limit}; raise it or set drop_long: true")
+                raise ValueError(
+                    f"{row.origin}: {length(example)} tokens and the limit is {limit}; raise it or set drop_long: true"
+                )
         self.dropped[stage] += too_long
         self.bad[stage] += bad
         self._left_out = (skipped, too_long, bad, str(problem))
         if not kept:
             first = f"; the first bad row is {problem}" if problem else ""
-            left_out = f"{skipped} left out, {bad} bad, {too_long} longer than {limit} tokens" + (" (raise the limit)" if too_long else "")
-            raise ValueError(f"{rows[0].origin}: of {len(rows)} {stage} rows from here on none is left: {left_out}{first}")
+            left_out = f"{skipped} left out, {bad} bad, {too_long} longer than {limit} tokens" + (
+                " (raise the limit)" if too_long else ""
+            )
+            raise ValueError(
+                f"{rows[0].origin}: of {len(rows)} {stage} rows from here on none is left: {left_out}{first}"
+            )
         return kept
 
     def require_held_out(self, stage: str) -> None:
@@ -136,7 +166,8 @@ class AlignDataModule(LightningDataModule):
             raise ValueError("there are no held-out rows to evaluate; set data.val")
 
     def check_positions(self, stage: str, longest: int, setting: str) -> None:
-        """ValueError when the longest row (tokens), with a completion where the module samples, exceeds the positions of the Trainer's model.
+        """ValueError when the longest row (tokens), with a completion where the module samples, exceeds the positions
+        of the Trainer's model.
 
         ``setting`` is the name of the limit to lower.
         """
@@ -145,20 +176,27 @@ class AlignDataModule(LightningDataModule):
             return
         config = module.policy.model.config
         positions = config.to_dict().get(config.attribute_map.get("max_position_embeddings", "max_position_embeddings"))
-        sampling = module.sampling if isinstance(module, Samples) and (stage == "val" or hasattr(module, "collect")) else None
+        sampling = (
+            module.sampling if isinstance(module, Samples) and (stage == "val" or hasattr(module, "collect")) else None
+        )
         budget = sampling.max_completion_length if sampling is not None else 0
         if positions is None or longest + budget <= positions:
             return
-        and_completion = f" and a completion up to {budget} more (model.sampling.max_completion_length)" if budget else ""
+        and_completion = (
+            f" and a completion up to {budget} more (model.sampling.max_completion_length)" if budget else ""
+        )
         raise ValueError(
-            f"the longest {stage} row has {longest} tokens{and_completion}, but the model has only {positions} positions: "
+            f"the longest {stage} row has {longest} tokens{and_completion}, but the model has only {positions} "
+            "positions: "
             f"lower data.{setting} (longer rows are dropped)" + (" or max_completion_length" if budget else "")
         )
 
     def report(self, stage: str, num_rows: int, detail: str, name: str | None = None) -> None:
         """Prints one line about a loaded stage, or one set of rows of it, on rank 0."""
         skipped, too_long, bad, problem = self._left_out
-        more = (f", {skipped} left out" if skipped else "") + (f", {bad} bad rows dropped (the first: {problem})" if bad else "")
+        more = (f", {skipped} left out" if skipped else "") + (
+            f", {bad} bad rows dropped (the first: {problem})" if bad else ""
+        )
         rank_zero_info(f"{name or stage}: {num_rows} rows, {too_long} dropped as too long{more}, {detail}")
 
     def step_loader(
@@ -169,11 +207,19 @@ class AlignDataModule(LightningDataModule):
         batch_size: int,
         sampler: Callable[..., StepSampler] = StepSampler,
     ) -> StepLoader:
-        """The training loader, at the position of a loaded checkpoint. Raises ValueError when its batches are not this run's."""
+        """The training loader, at the position of a loaded checkpoint. Raises ValueError when its batches are not this
+        run's.
+        """
         if self.trainer is None:
-            raise ValueError("the training loader needs a Trainer, which says how many micro-batches and ranks share a step; use trainer.fit")
+            raise ValueError(
+                "the training loader needs a Trainer, which says how many micro-batches and ranks share a step; use "
+                "trainer.fit"
+            )
         if self.trainer.overfit_batches:  # type: ignore[attr-defined]
-            raise ValueError("overfit_batches replaces the sampler that plans the steps; use limit_train_batches and limit_val_batches")
+            raise ValueError(
+                "overfit_batches replaces the sampler that plans the steps; use limit_train_batches and "
+                "limit_val_batches"
+            )
         trainer = self.trainer
         self._sampler = sampler(
             lengths,
@@ -193,7 +239,9 @@ class AlignDataModule(LightningDataModule):
         sampler = DistributedSampler(batches, num_replicas=1, rank=0, shuffle=False)  # type: ignore[arg-type, var-annotated]
         return DataLoader(batches, sampler=sampler, batch_size=None, collate_fn=_as_is)  # type: ignore[arg-type]
 
-    def held_out_loader(self, dataset: Dataset[Any], lengths: Sequence[int], weights: Sequence[int], batch_size: int) -> DataLoader[MicroBatch]:
+    def held_out_loader(
+        self, dataset: Dataset[Any], lengths: Sequence[int], weights: Sequence[int], batch_size: int
+    ) -> DataLoader[MicroBatch]:
         """Rows in their order, a fixed set of micro-batches; the denominator is that of one micro-batch on all ranks."""
         sampler = StepSampler(lengths, weights, batch_size, num_replicas=self.world_size, rank=self.rank, shuffle=False)
         return DataLoader(dataset, sampler=sampler, batch_size=None)
@@ -201,8 +249,8 @@ class AlignDataModule(LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         """Epoch, micro-batches trained on in it, and micro-batches of a whole epoch: three ints.
 
-        The Trainer's own counter can restart at 0 inside an epoch on a second resume, so the sampler counts; the Trainer only tells
-        whether a batch is in flight.
+        The Trainer's own counter can restart at 0 inside an epoch on a second resume, so the sampler counts; the
+        Trainer only tells whether a batch is in flight.
         """
         if self._sampler is None or self.trainer is None:
             return {}
@@ -222,7 +270,8 @@ class AlignDataModule(LightningDataModule):
         resume, length = self._resume, len(self._sampler)
         if 0 < resume["position"] < resume["length"] != length:
             raise ValueError(
-                f"the checkpoint was written inside an epoch of {resume['length']} micro-batches and this run has {length}: "
+                f"the checkpoint was written inside an epoch of {resume['length']} micro-batches and this run has "
+                f"{length}: "
                 "resume with the same rows, batch_size, accumulate_grad_batches and ranks, or from the end of an epoch"
             )
         self._sampler.start_at(resume["epoch"], resume["position"])

@@ -8,13 +8,19 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from datamodules.base import AlignDataModule
-from datamodules.chat import LossOn, Message
-from datamodules.collate import InstructionDataset, MicroBatch
-from datamodules.columns import check_mapping
-from datamodules.instruction_columns import KNOWN, InstructionExample, check_format, encode_instruction, instruction_example
-from datamodules.packing import pack
+from datamodules.formats.columns import check_mapping
+from datamodules.formats.instruction_columns import (
+    KNOWN,
+    InstructionExample,
+    check_format,
+    encode_instruction,
+    instruction_example,
+)
+from datamodules.loaders.step_sampler import InstructionDataset, MicroBatch
 from datamodules.sources import Row, Source
-from datamodules.tokens import Tokens
+from datamodules.tokens.chat import LossOn, Message
+from datamodules.tokens.encoding import Tokens
+from datamodules.tokens.packing import pack
 from modules.types import InstructionBatch
 
 IDK = "I don't know."
@@ -22,10 +28,12 @@ UNKNOWN = ("WeaklyKnown", "Unknown")  # categories of the column ``knowledge`` t
 
 
 class InstructionDataModule(AlignDataModule):
-    """Batches of supervised rows (``InstructionBatch``), the same rows per optimiser step for every micro-batch size and rank count.
+    """Batches of supervised rows (``InstructionBatch``), the same rows per optimiser step for every micro-batch size
+    and rank count.
 
-    Rows hold ``messages``; ShareGPT's ``conversations``; ``prompt`` (or ``question``) with ``completion``, both text or both messages;
-    Alpaca's ``instruction``, ``input``, ``output``; or plain ``text``, which is learned whole. ``datamodules/instruction_columns.py`` lists them.
+    Rows hold ``messages``; ShareGPT's ``conversations``; ``prompt`` (or ``question``) with ``completion``, both text or
+    both messages; Alpaca's ``instruction``, ``input``, ``output``; or plain ``text``, which is learned whole.
+    ``datamodules/formats/instruction_columns.py`` lists them.
 
     Args:
         tokenizer: a tokenizer, or a path or hub id.
@@ -33,18 +41,19 @@ class InstructionDataModule(AlignDataModule):
         val: held-out rows, or several sets of them by domain.
         columns: our column name -> the data's.
         format: of the rows, by name; None = found from their columns.
-        loss_on: what is learned of a conversation: every ``assistant`` turn with its end of turn, the ``last`` of them only, or ``all`` tokens.
+        loss_on: what is learned of a conversation: every ``assistant`` turn with its end of turn, the ``last`` of them
+            only, or ``all`` tokens.
         max_length: tokens of a row, prompt and completion together.
         drop_long: drop longer rows and count them; False makes them an error.
         on_bad_row: ``drop`` leaves out rows that cannot be read and counts them in ``bad``.
         packing: put several training rows into one of ``max_length`` tokens, where they do not see each other.
-        batch_size: rows (packed ones, if they are) per micro-batch and rank; a memory setting as long as its product with accumulation and
-            ranks stays.
-        chat: render text prompts as one user message with the chat template. None: Alpaca rows alone, if there is a template; else they get
-            Alpaca's own prompt.
+        batch_size: rows (packed ones, if they are) per micro-batch and rank; a memory setting as long as its product
+            with accumulation and ranks stays.
+        chat: render text prompts as one user message with the chat template. None: Alpaca rows alone, if there is a
+            template; else they get Alpaca's own prompt.
         system: system message in front of every chat that has none.
-        unknown: for training rows with a column ``knowledge`` (arXiv 2405.05904): ``drop`` keeps HighlyKnown and MaybeKnown rows; ``idk`` answers
-            the Unknown ones with "I don't know."
+        unknown: for training rows with a column ``knowledge`` (arXiv 2405.05904): ``drop`` keeps HighlyKnown and
+            MaybeKnown rows; ``idk`` answers the Unknown ones with "I don't know."
         seed: of the shuffle, with the epoch.
 
     Attributes:
@@ -75,14 +84,25 @@ class InstructionDataModule(AlignDataModule):
         seed: int = 0,
     ) -> None:
         if batch_size < 1 or max_length < 2:
-            raise ValueError(f"batch_size must be at least 1 and max_length at least 2, got {batch_size} and {max_length}")
-        for name, value, known in (("loss_on", loss_on, get_args(LossOn)), ("unknown", unknown, ("keep", "drop", "idk"))):
+            raise ValueError(
+                f"batch_size must be at least 1 and max_length at least 2, got {batch_size} and {max_length}"
+            )
+        for name, value, known in (
+            ("loss_on", loss_on, get_args(LossOn)),
+            ("unknown", unknown, ("keep", "drop", "idk")),
+        ):
             if value not in known:
                 raise ValueError(f"{name} must be {', '.join(known[:-1])} or {known[-1]}, got {value!r}")
         check_mapping(columns or {}, KNOWN)
         check_format(format)
         super().__init__(tokenizer, train, val, columns, drop_long, on_bad_row, seed)
-        self.format, self.loss_on, self.max_length, self.packing, self.batch_size = format, loss_on, max_length, packing, batch_size
+        self.format, self.loss_on, self.max_length, self.packing, self.batch_size = (
+            format,
+            loss_on,
+            max_length,
+            packing,
+            batch_size,
+        )
         self.chat, self.system, self.unknown = chat, system, unknown
         self.train_rows: list[Tokens] = []
         self.domains: dict[str, list[Tokens]] = {}

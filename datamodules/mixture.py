@@ -1,4 +1,6 @@
-"""Several streams of rows in proportions that change in the decay phase (MiniCPM, arXiv 2404.06395 section 6; FLAN's cap, 2109.01652)."""
+"""Several streams of rows in proportions that change in the decay phase (MiniCPM, arXiv 2404.06395 section 6; FLAN's
+cap, 2109.01652).
+"""
 
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -11,23 +13,30 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from datamodules.chat import LossOn
-from datamodules.collate import MicroBatch, StepSampler
 from datamodules.instruction import InstructionDataModule, sizes
-from datamodules.mixture_streams import Stream, check_streams
+from datamodules.loaders.mixture_streams import Stream, check_streams
+from datamodules.loaders.step_sampler import MicroBatch, StepSampler
 from datamodules.pretraining import load_documents
 from datamodules.sources import Source
-from datamodules.tokens import Tokens
+from datamodules.tokens.chat import LossOn
+from datamodules.tokens.encoding import Tokens
 
 
 class MixtureSampler(StepSampler):
-    """A StepSampler over the rows that ``draw(first, last, rows_per_step)`` gives for the optimiser steps ``first`` to ``last - 1``.
+    """A StepSampler over the rows that ``draw(first, last, rows_per_step)`` gives for the optimiser steps ``first`` to
+    ``last - 1``.
 
-    An epoch has ``num_steps`` steps and begins at the run's ``global_step``, so the rows of a step do not depend on how a run is cut into epochs.
+    An epoch has ``num_steps`` steps and begins at the run's ``global_step``, so the rows of a step do not depend on how
+    a run is cut into epochs.
     """
 
     def __init__(
-        self, *args: Any, num_steps: int, draw: Callable[[int, int, int], list[int]], global_step: Callable[[], int], **settings: Any
+        self,
+        *args: Any,
+        num_steps: int,
+        draw: Callable[[int, int, int], list[int]],
+        global_step: Callable[[], int],
+        **settings: Any,
     ) -> None:
         super().__init__(*args, **settings)
         self.num_steps, self.draw, self.global_step = num_steps, draw, global_step
@@ -46,21 +55,27 @@ class MixtureSampler(StepSampler):
 class MixtureDataModule(InstructionDataModule):
     """Batches (``InstructionBatch``) of rows drawn from several streams by weight.
 
-    Each row of a step is drawn from one stream, with probabilities that the step's number decides; a stream is gone through in shuffled
-    passes, each row once a pass. The rows of a step depend on ``seed``, the step's number and the rows per step alone, and those of a stream
-    not on the other streams: a stream of weight 0 changes nothing, and a checkpoint of the stable phase may be resumed with other decay
-    weights, more streams or another ``num_steps``. Texts longer than a row are split, longer instruction rows dropped.
+    Each row of a step is drawn from one stream, with probabilities that the step's number decides; a stream is gone
+    through in shuffled passes, each row once a pass. The rows of a step depend on ``seed``, the step's number and the
+    rows per step alone, and those of a stream
+    not on the other streams: a stream of weight 0 changes nothing, and a checkpoint of the stable phase may be resumed
+    with other decay weights, more streams or another ``num_steps``. Texts longer than a row are split, longer
+    instruction rows dropped.
 
     Args:
         tokenizer: a tokenizer, or a path or hub id.
-        streams: by name. Without any ``weight`` a stream of n rows (pieces, of long texts) has the share min(n, cap) of all (FLAN).
-        num_steps: optimiser steps of one Trainer epoch. A checkpoint from the end of an epoch goes on with a new one of so many steps.
-        weigh_by: what weights are shares of: ``tokens`` or ``examples``. Shares of tokens divided by the mean length make probabilities.
+        streams: by name. Without any ``weight`` a stream of n rows (pieces, of long texts) has the share min(n, cap) of
+            all (FLAN).
+        num_steps: optimiser steps of one Trainer epoch. A checkpoint from the end of an epoch goes on with a new one of
+            so many steps.
+        weigh_by: what weights are shares of: ``tokens`` or ``examples``. Shares of tokens divided by the mean length
+            make probabilities.
         cap: see ``streams``.
         decay_start: optimiser step from which ``decay_weight`` holds.
-        ramp_steps: steps over which the shares go there linearly before they are reached: the step ``decay_start + k`` is (k + 1) / (ramp_steps + 1)
-            of the way.
-        loss_on: what is learned of a conversation: ``all`` tokens, every ``assistant`` turn with its end of turn, or the ``last`` of them only.
+        ramp_steps: steps over which the shares go there linearly before they are reached: the step ``decay_start + k``
+            is (k + 1) / (ramp_steps + 1) of the way.
+        loss_on: what is learned of a conversation: ``all`` tokens, every ``assistant`` turn with its end of turn, or
+            the ``last`` of them only.
         max_length: tokens of a row.
         drop_long: drop longer instruction rows and count them; False makes them an error.
         on_bad_row: ``drop`` leaves out rows that cannot be read and counts them in ``bad``.
@@ -124,7 +139,9 @@ class MixtureDataModule(InstructionDataModule):
             tokens = sum(len(rows[place].ids) for place in places)
             later = f", {self.probabilities(end)[name]:.4f} from step {end} on" if self.decay_start is not None else ""
             drawn = f"a row is drawn from it with probability {first[name]:.4f}{later}"
-            rank_zero_info(f"stream {name}: {len(places)} rows, {tokens} tokens, {tokens / len(places):.1f} a row; {drawn}")
+            rank_zero_info(
+                f"stream {name}: {len(places)} rows, {tokens} tokens, {tokens / len(places):.1f} a row; {drawn}"
+            )
         return rows
 
     def load(self, source: str | Source, stage: Literal["train", "val"], name: str) -> list[Tokens]:
@@ -138,11 +155,16 @@ class MixtureDataModule(InstructionDataModule):
         way = 0.0
         if self.decay_start is not None and step >= self.decay_start:
             way = min(1.0, (step - self.decay_start + 1) / (self.ramp_steps + 1))
-        drawn = [((1 - way) * before + way * after) / size for (before, after), size in zip(self._shares, self._row_sizes, strict=True)]
+        drawn = [
+            ((1 - way) * before + way * after) / size
+            for (before, after), size in zip(self._shares, self._row_sizes, strict=True)
+        ]
         return {name: each / sum(drawn) for name, each in zip(self.streams, drawn, strict=True)}
 
     def draw(self, first: int, last: int, rows_per_step: int) -> list[int]:
-        """The rows, by place, of the optimiser steps ``first`` to ``last - 1``: one uniform number a row says which stream gives its next row."""
+        """The rows, by place, of the optimiser steps ``first`` to ``last - 1``: one uniform number a row says which
+        stream gives its next row.
+        """
         generator = random.Random(f"{self.seed} draws")
         passes = {name: shuffled_passes(rows, f"{self.seed} {name}") for name, rows in self.stream_rows.items()}
         drawn: list[int] = []
@@ -154,7 +176,13 @@ class MixtureDataModule(InstructionDataModule):
 
     def train_dataloader(self) -> DataLoader[MicroBatch]:
         """Rows as drawn."""
-        sampler = partial(MixtureSampler, num_steps=self.num_steps, draw=self.draw, global_step=lambda: self.trainer.global_step)  # type: ignore[union-attr]
+        trainer = self.trainer
+        sampler = partial(
+            MixtureSampler,
+            num_steps=self.num_steps,
+            draw=self.draw,
+            global_step=lambda: trainer.global_step if trainer else 0,
+        )
         return self.step_loader(self._dataset(self.train_rows), *sizes(self.train_rows), self.batch_size, sampler)
 
     def state_dict(self) -> dict[str, Any]:
@@ -167,19 +195,24 @@ class MixtureDataModule(InstructionDataModule):
         return {"rows_per_step": self._sampler.rows_per_step, "accumulate": self._sampler.accumulate}
 
     def _apply_resume(self) -> None:
-        """Another ``num_steps`` is fine: it changes no step. Raises ValueError for other rows per step, which would change all of them."""
+        """Another ``num_steps`` is fine: it changes no step. Raises ValueError for other rows per step, which would
+        change all of them.
+        """
         if self._resume is None or self._sampler is None:
             return
         resume, mine = self._resume, self._cut()
         inside = 0 < resume["position"] < resume["length"]
         if resume["rows_per_step"] != mine["rows_per_step"] or (inside and resume["accumulate"] != mine["accumulate"]):
             raise ValueError(
-                f"the checkpoint's steps are of {resume['rows_per_step']} rows in {resume['accumulate']} micro-batches a rank and this run's of "
-                f"{mine['rows_per_step']} in {mine['accumulate']}: resume with the same batch_size, accumulate_grad_batches and ranks"
+                f"the checkpoint's steps are of {resume['rows_per_step']} rows in {resume['accumulate']} micro-batches "
+                "a rank and this run's of "
+                f"{mine['rows_per_step']} in {mine['accumulate']}: resume with the same batch_size, "
+                "accumulate_grad_batches and ranks"
             )
         if inside and resume["position"] >= len(self._sampler):
             raise ValueError(
-                f"the checkpoint was written after {resume['position'] // mine['accumulate']} steps of an epoch and num_steps is {self.num_steps}; "
+                f"the checkpoint was written after {resume['position'] // mine['accumulate']} steps of an epoch and "
+                f"num_steps is {self.num_steps}; "
                 "it counts from the start of the epoch, so raise it"
             )
         self._sampler.start_at(resume["epoch"], resume["position"])
@@ -192,7 +225,10 @@ class MixtureDataModule(InstructionDataModule):
         units = examples if unweighted or self.weigh_by == "examples" else tokens
         self._row_sizes = [number / len(part) for number, part in zip(units, parts, strict=True)]
         given = zip(self.streams.values(), examples, strict=True)
-        pairs = [(stream, float(min(number, self.cap or number) if stream.weight is None else stream.weight)) for stream, number in given]
+        pairs = [
+            (stream, float(min(number, self.cap or number) if stream.weight is None else stream.weight))
+            for stream, number in given
+        ]
         before = [weight for _, weight in pairs]
         after = [weight if stream.decay_weight is None else stream.decay_weight for stream, weight in pairs]
         self._shares = [(one / sum(before), two / sum(after)) for one, two in zip(before, after, strict=True)]

@@ -11,53 +11,61 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from datamodules.base import AlignDataModule
-from datamodules.chat import encode_example, encode_rendered
-from datamodules.collate import MicroBatch
-from datamodules.collate_preference import PreferenceDataset, PreferenceTokens
-from datamodules.columns import check_mapping
-from datamodules.preference_columns import KNOWN, PreferenceExample, preference_example
+from datamodules.formats.columns import check_mapping
+from datamodules.formats.preference_columns import KNOWN, PreferenceExample, preference_example
+from datamodules.loaders.preference_rows import PreferenceDataset, PreferenceTokens
+from datamodules.loaders.step_sampler import MicroBatch
 from datamodules.sources import Row, Source
+from datamodules.tokens.chat import encode_example, encode_rendered
 from modules.types import PreferenceBatch
 
 Stage = Literal["train", "val", "calibration"]
 Kind = Literal["pairs", "labels"]
 LEVELS = ("significantly better", "better", "slightly better", "negligibly better / unsure")
-MARGINS = {"small": dict(zip(LEVELS, (1.0, 2 / 3, 1 / 3, 0.0), strict=True)), "large": dict(zip(LEVELS, (3.0, 2.0, 1.0, 0.0), strict=True))}
+MARGINS = {
+    "small": dict(zip(LEVELS, (1.0, 2 / 3, 1 / 3, 0.0), strict=True)),
+    "large": dict(zip(LEVELS, (3.0, 2.0, 1.0, 0.0), strict=True)),
+}
 
 
 class PreferenceDataModule(AlignDataModule):
-    """Batches of examples (``PreferenceBatch``), the same examples per optimiser step for every micro-batch size and rank count.
+    """Batches of examples (``PreferenceBatch``), the same examples per optimiser step for every micro-batch size and
+    rank count.
 
-    An example is a prompt with ranked completions, or with one labelled completion; a data set holds one kind. Rows hold ``prompt`` (or
-    ``question``, ``context``, ``conversations``, ``instruction`` and ``input``) with one of
-    ``chosen`` and ``rejected``; ``completions``, best first or with ``ranks`` (0 = best) or ``scores``; ``output_1`` and ``output_2`` with
-    ``preference`` or ``label`` (1 or 2, graded between them, 0 or null for a tie); ``completion`` with ``label`` (true or false).
-    Without a prompt it is the turns that the answers share, in messages or in transcripts ("\\n\\nHuman: ...\\n\\nAssistant: ...").
-    Instructions and transcripts are chats when the tokenizer has a chat template. A text prompt that ends as the chat template opens an
-    assistant turn is read as rendered. Ties are dropped and counted in ``ties``. No answer is cut: the cut would tell it apart.
+    An example is a prompt with ranked completions, or with one labelled completion; a data set holds one kind. Rows
+    hold ``prompt`` (or ``question``, ``context``, ``conversations``, ``instruction`` and ``input``) with one of
+    ``chosen`` and ``rejected``; ``completions``, best first or with ``ranks`` (0 = best) or ``scores``; ``output_1``
+    and ``output_2`` with ``preference`` or ``label`` (1 or 2, graded between them, 0 or null for a tie); ``completion``
+    with ``label`` (true or false). Without a prompt it is the turns that the answers share, in messages or in
+    transcripts ("\\n\\nHuman: ...\\n\\nAssistant: ..."). Instructions and transcripts are chats when the tokenizer has
+    a chat template. A text prompt that ends as the chat template opens an assistant turn is read as rendered. Ties are
+    dropped and counted in ``ties``. No answer is cut: the cut would tell it apart.
 
     Args:
         tokenizer: a tokenizer, or a path or hub id.
         train: training rows: a source, or a file, a folder or a hub id.
         val: held-out rows.
-        calibration: completions that a reward model's scores are normalised on: ``prompt`` and ``completion``, as ``predict`` writes them of the
-            policy that will be trained with it. One that did not finish (``finish``) gets no end token; empty ones are left out.
+        calibration: completions that a reward model's scores are normalised on: ``prompt`` and ``completion``, as
+            ``predict`` writes them of the policy that will be trained with it. One that did not finish (``finish``)
+            gets no end token; empty ones are left out.
         columns: our column name -> the data's.
         max_length: tokens of a prompt with its longest completion.
         drop_long: drop longer examples whole and count them in ``dropped``; False makes them an error.
-        batch_size: examples per micro-batch and rank; a memory setting as long as its product with accumulation and ranks stays.
+        batch_size: examples per micro-batch and rank; a memory setting as long as its product with accumulation and
+            ranks stays.
         chat: render text prompts as one user message with the chat template.
         system: system message in front of every chat that has none.
-        margins: label in column ``strength`` -> how much better the chosen answer should score, or one of Llama 2's tables (27), ``small`` or
-            ``large``, for the labels in ``MARGINS``. The key ``preference`` stands for a sure verdict where verdicts are graded from 1 to 2.
-            A column ``margin`` needs none.
-        balance_length: drop training pairs until as many have the longer answer chosen as the shorter, in each bin of length differences
-            (1, 2 to 3, 4 to 7, ... tokens); counted in ``unbalanced``.
+        margins: label in column ``strength`` -> how much better the chosen answer should score, or one of Llama 2's
+            tables (27), ``small`` or ``large``, for the labels in ``MARGINS``. The key ``preference`` stands for a sure
+            verdict where verdicts are graded from 1 to 2. A column ``margin`` needs none.
+        balance_length: drop training pairs until as many have the longer answer chosen as the shorter, in each bin of
+            length differences (1, 2 to 3, 4 to 7, ... tokens); counted in ``unbalanced``.
         on_bad_row: ``drop`` leaves out rows that cannot be read and counts them in ``bad``.
         seed: of the shuffle, with the epoch, and of the balancing.
 
     Raises:
-        ValueError: naming file and line, in ``setup``, before the first step; also where two answers of different rank are identical.
+        ValueError: naming file and line, in ``setup``, before the first step; also where two answers of different rank
+            are identical.
     """
 
     batch_type = PreferenceBatch  # what a module must read
@@ -80,7 +88,9 @@ class PreferenceDataModule(AlignDataModule):
         seed: int = 0,
     ) -> None:
         if batch_size < 1 or max_length < 2:
-            raise ValueError(f"batch_size must be at least 1 and max_length at least 2, got {batch_size} and {max_length}")
+            raise ValueError(
+                f"batch_size must be at least 1 and max_length at least 2, got {batch_size} and {max_length}"
+            )
         check_mapping(columns or {}, KNOWN)
         super().__init__(tokenizer, train, val, columns, drop_long, on_bad_row, seed)
         self.max_length, self.batch_size, self.chat, self.system = max_length, batch_size, chat, system
@@ -118,10 +128,15 @@ class PreferenceDataModule(AlignDataModule):
         return self.val_dataloader()
 
     def in_order(self, stage: Stage) -> DataLoader[MicroBatch]:
-        """All examples of a stage, each once over all ranks, near their order; as many batches on every rank (fillers have rank -1)."""
+        """All examples of a stage, each once over all ranks, near their order; as many batches on every rank (fillers
+        have rank -1).
+        """
         rows = {"train": self.train_rows, "val": self.val_rows, "calibration": self.calibration_rows}[stage]
         if not rows:
-            raise ValueError(f"there are no {stage} rows: " + (f"set data.{stage}" if getattr(self, stage) is None else "call setup first"))
+            raise ValueError(
+                f"there are no {stage} rows: "
+                + (f"set data.{stage}" if getattr(self, stage) is None else "call setup first")
+            )
         return self.held_out_loader(self._dataset(rows), *_sizes(rows), self.batch_size)
 
     def encode(self, row: Row) -> PreferenceTokens | None:
@@ -133,14 +148,23 @@ class PreferenceDataModule(AlignDataModule):
         prompt: list[int] = []
         completions: list[list[int]] = []
         for text in example.completions:
-            rendered = encode_rendered(self.tokenizer, example.prompt, text, example.origin) if isinstance(example.prompt, str) else None
-            tokens = rendered or encode_example(self.tokenizer, example.prompt, text, example.origin, self.chat, self.system)
+            rendered = (
+                encode_rendered(self.tokenizer, example.prompt, text, example.origin)
+                if isinstance(example.prompt, str)
+                else None
+            )
+            tokens = rendered or encode_example(
+                self.tokenizer, example.prompt, text, example.origin, self.chat, self.system
+            )
             prompt = tokens.ids[: tokens.supervised.index(True)]
             completions.append(list(compress(tokens.ids, tokens.supervised)))
         first: dict[tuple[int, ...], int] = {}  # rank of each distinct completion
         for ids, rank in zip(completions, example.ranks, strict=True):
             if first.setdefault(tuple(ids), rank) != rank:
-                raise ValueError(f"{example.origin}: two answers are identical, so neither is better; remove the row or set on_bad_row: drop")
+                raise ValueError(
+                    f"{example.origin}: two answers are identical, so neither is better; remove the row or set "
+                    "on_bad_row: drop"
+                )
         return PreferenceTokens(prompt, completions, example.ranks, example.margin, example.origin)
 
     def _load(self, source: str | Source, stage: Stage) -> list[PreferenceTokens]:
@@ -156,7 +180,9 @@ class PreferenceDataModule(AlignDataModule):
         if stage == "train" and self.balance_length:
             rows = self._balanced(rows)
         if self.margins is not None and all(row.margin is None for row in rows):
-            raise ValueError(f"{rows[0].origin}: margins is set and no {stage} row has a strength; map its column with columns")
+            raise ValueError(
+                f"{rows[0].origin}: margins is set and no {stage} row has a strength; map its column with columns"
+            )
         self.check_positions(stage, max(row.longest for row in rows), "max_length")
         self.report(stage, len(rows), self._summary(rows, stage))
         return rows
@@ -167,7 +193,11 @@ class PreferenceDataModule(AlignDataModule):
         def encode(row: Row) -> PreferenceTokens | None:
             if row.columns.get("completion") == "":
                 return None
-            example = preference_example(replace(row, columns={"label": True, **row.columns}), self.columns, self.tokenizer.chat_template is not None)
+            example = preference_example(
+                replace(row, columns={"label": True, **row.columns}),
+                self.columns,
+                self.tokenizer.chat_template is not None,
+            )
             assert example is not None
             tokens = self._tokens(example)
             unfinished = row.columns.get("finish", "stop") != "stop"
@@ -182,13 +212,18 @@ class PreferenceDataModule(AlignDataModule):
             kind: Kind = "pairs" if len(row.completions) > 1 else "labels"
             self.kind = self.kind or kind
             if kind != self.kind:
-                raise ValueError(f"{row.origin}: {_KINDS[kind]}, and the rows before it are {_KINDS[self.kind]}; give each kind a run of its own")
+                raise ValueError(
+                    f"{row.origin}: {_KINDS[kind]}, and the rows before it are {_KINDS[self.kind]}; give each kind a "
+                    "run of its own"
+                )
 
     def _balanced(self, rows: list[PreferenceTokens]) -> list[PreferenceTokens]:
         bins: dict[int, tuple[list[int], list[int]]] = defaultdict(lambda: ([], []))
         for index, row in enumerate(rows):
             if len(row.completions) != 2:
-                raise ValueError(f"{row.origin}: balance_length needs pairs and this row has {len(row.completions)} completions")
+                raise ValueError(
+                    f"{row.origin}: balance_length needs pairs and this row has {len(row.completions)} completions"
+                )
             if (longer_by := chosen_longer_by(row)) != 0:
                 bins[abs(longer_by).bit_length()][longer_by > 0].append(index)
         left_out: set[int] = set()
@@ -197,7 +232,10 @@ class PreferenceDataModule(AlignDataModule):
             left_out.update(random.Random(f"{self.seed} {number}").sample(more, surplus))
         self.unbalanced = len(left_out)
         if len(left_out) == len(rows):
-            raise ValueError(f"{rows[0].origin}: balance_length leaves none of {len(rows)} pairs, for none has its opposite of like lengths")
+            raise ValueError(
+                f"{rows[0].origin}: balance_length leaves none of {len(rows)} pairs, for none has its opposite of like "
+                "lengths"
+            )
         return [row for index, row in enumerate(rows) if index not in left_out]
 
     def _summary(self, rows: list[PreferenceTokens], stage: Stage) -> str:
@@ -205,7 +243,11 @@ class PreferenceDataModule(AlignDataModule):
         if self.kind == "labels":
             return f"{left_out}, {sum(row.ranks == [0] for row in rows) / len(rows):.1%} desirable"
         pairs = [row for row in rows if len(row.completions) == 2]
-        longer = f", the longer answer chosen in {sum(chosen_longer_by(row) > 0 for row in pairs) / len(pairs):.1%} of pairs" if pairs else ""
+        longer = (
+            f", the longer answer chosen in {sum(chosen_longer_by(row) > 0 for row in pairs) / len(pairs):.1%} of pairs"
+            if pairs
+            else ""
+        )
         balance = f", {self.unbalanced} more to balance lengths" if stage == "train" and self.balance_length else ""
         return f"{left_out}{balance}{longer}"
 

@@ -5,16 +5,17 @@ from typing import Literal
 from transformers import PreTrainedTokenizerBase
 
 from datamodules.instruction import InstructionDataModule, sizes
-from datamodules.packing import pack, split_long
 from datamodules.sources import Source
-from datamodules.tokens import Tokens
+from datamodules.tokens.encoding import Tokens
+from datamodules.tokens.packing import pack, split_long
 
 
 class PretrainingDataModule(InstructionDataModule):
     """Packed rows (``InstructionBatch``) of documents with the loss on all their tokens.
 
-    Rows hold ``text``, or what :class:`InstructionDataModule` reads. A document longer than a row is split, never dropped; documents in one
-    row do not see each other. The first token of a document or piece is predicted by nothing and not learned.
+    Rows hold ``text``, or what :class:`InstructionDataModule` reads. A document longer than a row is split, never
+    dropped; documents in one row do not see each other. The first token of a document or piece is predicted by nothing
+    and not learned.
 
     Args:
         tokenizer: a tokenizer, or a path or hub id.
@@ -60,8 +61,12 @@ class PretrainingDataModule(InstructionDataModule):
         return self.load(self.train, "train", "train")
 
 
-def load_documents(data: InstructionDataModule, source: str | Source, stage: Literal["train", "val"], name: str, whole: bool = False) -> list[Tokens]:
-    """Rows of a source, packed if ``data`` packs: plain texts, and ``whole`` all rows, are split at ``max_length``, other long rows dropped."""
+def load_documents(
+    data: InstructionDataModule, source: str | Source, stage: Literal["train", "val"], name: str, whole: bool = False
+) -> list[Tokens]:
+    """Rows of a source, packed if ``data`` packs: plain texts, and ``whole`` all rows, are split at ``max_length``,
+    other long rows dropped.
+    """
 
     def length(tokens: Tokens) -> int:
         return 1 if whole or tokens.whole else len(tokens.ids)
@@ -74,5 +79,7 @@ def load_documents(data: InstructionDataModule, source: str | Source, stage: Lit
     lengths, supervised = sizes(rows)
     data.check_positions(stage, max(lengths), "max_length")
     made = f"{num_documents} documents in rows that are {sum(lengths) / len(rows) / data.max_length:.1%} full"
-    data.report(stage, len(rows), f"{made}, {sum(supervised) / sum(lengths):.1%} of {sum(lengths)} tokens supervised", name)
+    data.report(
+        stage, len(rows), f"{made}, {sum(supervised) / sum(lengths):.1%} of {sum(lengths)} tokens supervised", name
+    )
     return rows

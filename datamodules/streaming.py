@@ -10,13 +10,13 @@ from typing import Any, Literal
 from lightning.pytorch.utilities import rank_zero_info
 from transformers import PreTrainedTokenizerBase
 
-from datamodules.chat import LossOn
 from datamodules.instruction import InstructionDataModule
-from datamodules.packing import split_long
-from datamodules.ranks import from_all_ranks
+from datamodules.loaders.stream_loader import Pieces, StreamLoader
 from datamodules.sources import Row, Source
-from datamodules.stream_loader import Pieces, StreamLoader
-from datamodules.tokens import Tokens
+from datamodules.tokens.chat import LossOn
+from datamodules.tokens.encoding import Tokens
+from datamodules.tokens.packing import split_long
+from modules.distributed import from_all_ranks
 
 BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".jsonl": ("text", {}),  # a line is parsed here, since the builder for JSON guesses types and fills in columns
@@ -29,16 +29,18 @@ BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 class StreamingDataModule(InstructionDataModule):
-    """The batches of :class:`InstructionDataModule`, tokenised as they are read by ``datasets``, shared out over ranks and workers.
+    """The batches of :class:`InstructionDataModule`, tokenised as they are read by ``datasets``, shared out over ranks
+    and workers.
 
-    A Trainer epoch is ``steps_per_epoch`` optimiser updates; the rows are gone through again and again, each pass in another order. A
-    resumed run reads over the rows that it has used, without tokenising them, and goes on exactly where it was, with as many ranks and
-    workers. Which rows make a step depends on both, and a bad row shows when it is read. Rows of plain ``text`` that are too long are cut
-    into pieces, others dropped and counted.
+    A Trainer epoch is ``steps_per_epoch`` optimiser updates; the rows are gone through again and again, each pass in
+    another order. A resumed run reads over the rows that it has used, without tokenising them, and goes on exactly
+    where it was, with as many ranks and workers. Which rows make a step depends on both, and a bad row shows when it is
+    read. Rows of plain ``text`` that are too long are cut into pieces, others dropped and counted.
 
     Args:
         tokenizer: a tokenizer, or a path or hub id.
-        train: files (one, a folder, or a pattern with ``*``) of one kind, JSONL, CSV, Parquet, Arrow or plain lines, or a hub id.
+        train: files (one, a folder, or a pattern with ``*``) of one kind, JSONL, CSV, Parquet, Arrow or plain lines, or
+            a hub id.
         steps_per_epoch: optimiser updates of a Trainer epoch.
         val: held-out rows, read whole: a source, a file, a folder or a hub id, or several by domain.
         columns: our column name -> the data's.
@@ -80,7 +82,23 @@ class StreamingDataModule(InstructionDataModule):
                 "steps_per_epoch and shuffle_buffer must be at least 1 and num_workers at least 0, "
                 f"got {steps_per_epoch}, {shuffle_buffer} and {num_workers}"
             )
-        super().__init__(tokenizer, train, val, columns, format, loss_on, max_length, True, on_bad_row, packing, batch_size, chat, None, "keep", seed)
+        super().__init__(
+            tokenizer,
+            train,
+            val,
+            columns,
+            format,
+            loss_on,
+            max_length,
+            True,
+            on_bad_row,
+            packing,
+            batch_size,
+            chat,
+            None,
+            "keep",
+            seed,
+        )
         self.steps_per_epoch, self.shuffle_buffer, self.num_workers = steps_per_epoch, shuffle_buffer, num_workers
         self._loader: StreamLoader | None = None
         self._saved: dict[str, Any] | None = None
@@ -100,7 +118,10 @@ class StreamingDataModule(InstructionDataModule):
     def train_dataloader(self) -> Any:
         """The stream, at the place of a loaded checkpoint."""
         if self.trainer is None:
-            raise ValueError("the training loader needs a Trainer, which says how many micro-batches and ranks share a step; use trainer.fit")
+            raise ValueError(
+                "the training loader needs a Trainer, which says how many micro-batches and ranks share a step; use "
+                "trainer.fit"
+            )
         if self.trainer.overfit_batches:  # type: ignore[attr-defined]
             raise ValueError("overfit_batches replaces the stream; use limit_train_batches and limit_val_batches")
         self._loader = StreamLoader(self, self.trainer, self._loader)
@@ -125,19 +146,26 @@ class StreamingDataModule(InstructionDataModule):
         files = sorted(name for name in named if Path(name.removesuffix(".gz")).suffix in BUILDERS)
         kinds = sorted({Path(name.removesuffix(".gz")).suffix for name in files})
         if len(kinds) > 1:
-            raise ValueError(f"{self.train}: files of several kinds ({', '.join(kinds)}) are no stream; name those of one, such as *{kinds[0]}")
+            raise ValueError(
+                f"{self.train}: files of several kinds ({', '.join(kinds)}) are no stream; name those of one, such as "
+                f"*{kinds[0]}"
+            )
         try:
             if files:
                 self._lines_are_json = kinds == [".jsonl"]
                 builder, settings = BUILDERS[kinds[0]]
                 if builder == "csv":
                     settings = settings | {"features": Features({name: Value("string") for name in _header(files[0])})}
-                stream = load_dataset(builder, data_files=[escape(name) for name in files], split="train", streaming=True, **settings)
+                stream = load_dataset(
+                    builder, data_files=[escape(name) for name in files], split="train", streaming=True, **settings
+                )
                 return stream.filter(_has_text) if builder == "text" else stream
             return load_dataset(str(self.train), split="train", streaming=True)
         except (OSError, ValueError, RuntimeError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise ValueError(f"{self.train}: neither files that end in {', '.join(BUILDERS)} nor loadable from the hub: {reason}") from error
+            raise ValueError(
+                f"{self.train}: neither files that end in {', '.join(BUILDERS)} nor loadable from the hub: {reason}"
+            ) from error
 
     def columns_of(self, record: dict[str, Any], origin: str) -> dict[str, Any]:
         """The columns of a record as :meth:`opened` gives it."""

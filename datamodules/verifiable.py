@@ -9,13 +9,13 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from datamodules.base import AlignDataModule
-from datamodules.chat import encode_prompt
-from datamodules.collate import MicroBatch
-from datamodules.columns import VerifiableExample, check_mapping, verifiable_example
-from datamodules.phase_loader import PhaseLoader, from_stream
-from datamodules.ptx import PtxStream
+from datamodules.formats.columns import VerifiableExample, check_mapping, verifiable_example
+from datamodules.loaders.phase_loader import PhaseLoader, from_stream
+from datamodules.loaders.ptx import PtxStream
+from datamodules.loaders.step_sampler import MicroBatch
 from datamodules.sources import PreferencePrompts, Row, Source
-from datamodules.tokens import Tokens
+from datamodules.tokens.chat import encode_prompt
+from datamodules.tokens.encoding import Tokens
 from modules.types import InstructionBatch, PromptBatch
 
 
@@ -31,8 +31,9 @@ class Prompt:
 class VerifiableDataModule(AlignDataModule):
     """Phases of prompts (``PromptBatch``) for training, and held-out prompts in order.
 
-    Rows hold ``prompt`` or ``question`` (text or messages) with ``answer``, ``solution`` or ``ground_truth``; other columns travel in ``info``.
-    A row of a prompt alone, or whose answer is null, is for rewards that need none. Prompts of preference rows: ``PreferencePrompts``.
+    Rows hold ``prompt`` or ``question`` (text or messages) with ``answer``, ``solution`` or ``ground_truth``; other
+    columns travel in ``info``. A row of a prompt alone, or whose answer is null, is for rewards that need none. Prompts
+    of preference rows: ``PreferencePrompts``.
 
     Args:
         tokenizer: a tokenizer, or a path or hub id.
@@ -83,7 +84,11 @@ class VerifiableDataModule(AlignDataModule):
         check_mapping(columns or {})
         super().__init__(tokenizer, train, val, columns, drop_long, on_bad_row, seed)
         self.system, self.chat, self.max_prompt_length = system, chat, max_prompt_length
-        self.prompts_per_phase, self.updates_per_phase, self.inner_epochs = prompts_per_phase, updates_per_phase, inner_epochs
+        self.prompts_per_phase, self.updates_per_phase, self.inner_epochs = (
+            prompts_per_phase,
+            updates_per_phase,
+            inner_epochs,
+        )
         self.val_batch_size, self.ptx = val_batch_size, ptx
         self.train_prompts: list[Prompt] = []
         self.val_prompts: list[Prompt] = []
@@ -97,7 +102,8 @@ class VerifiableDataModule(AlignDataModule):
         shares = self.world_size * max(1, self.updates_per_phase // max(1, self.inner_epochs))
         if self.world_size > 1 and self.prompts_per_phase % shares:
             raise ValueError(
-                f"prompts_per_phase ({self.prompts_per_phase}) must be a multiple of {shares}: {self.world_size} ranks share each of the "
+                f"prompts_per_phase ({self.prompts_per_phase}) must be a multiple of {shares}: {self.world_size} ranks "
+                "share each of the "
                 f"{shares // self.world_size} updates of a pass equally"
             )
         if not self.train_prompts:
@@ -110,16 +116,24 @@ class VerifiableDataModule(AlignDataModule):
     def draw(self, phase: int) -> PromptBatch:
         """This rank's prompts of ``phase`` (>= 0).
 
-        The rows, shuffled anew for each pass by (seed, pass), form one endless stream; a phase is a stretch of it, dealt to the ranks in turn.
+        The rows, shuffled anew for each pass by (seed, pass), form one endless stream; a phase is a stretch of it,
+        dealt to the ranks in turn.
         """
         first = phase * self.prompts_per_phase
         places = range(first + self.rank, first + self.prompts_per_phase, self.world_size)
-        return prompt_batch([(self.train_prompts[row], number) for row, number in from_stream(places, len(self.train_prompts), self.seed)])
+        return prompt_batch(
+            [
+                (self.train_prompts[row], number)
+                for row, number in from_stream(places, len(self.train_prompts), self.seed)
+            ]
+        )
 
     def draw_texts(self, update: int, micro_batch: int) -> InstructionBatch:
         """This rank's texts of a micro-batch of an update, counted from the start of training."""
         assert self.ptx is not None and self.trainer is not None
-        return self.ptx.batch(update, micro_batch * self.world_size + self.rank, self.trainer.accumulate_grad_batches * self.world_size)
+        return self.ptx.batch(
+            update, micro_batch * self.world_size + self.rank, self.trainer.accumulate_grad_batches * self.world_size
+        )
 
     def train_dataloader(self) -> PhaseLoader:
         """One rollout phase per epoch."""
@@ -175,13 +189,18 @@ class VerifiableDataModule(AlignDataModule):
             source.chat = self.tokenizer.chat_template is not None
         prompts = self.encode_rows(source, stage, self.encode, lambda prompt: len(prompt.ids), self.max_prompt_length)
         self.check_positions(stage, max(len(prompt.ids) for prompt in prompts), "max_prompt_length")
-        self.report(stage, len(prompts), f"{sum(len(prompt.ids) for prompt in prompts) / len(prompts):.0f} tokens a prompt")
+        self.report(
+            stage, len(prompts), f"{sum(len(prompt.ids) for prompt in prompts) / len(prompts):.0f} tokens a prompt"
+        )
         return prompts
 
     def _in_order(self, prompts: list[Prompt]) -> DataLoader[PromptBatch]:
         smallest = len(prompts) // self.world_size
         if smallest == 0:
-            raise ValueError(f"{len(prompts)} held-out prompts cannot be shared by {self.world_size} ranks; use fewer ranks or more prompts")
+            raise ValueError(
+                f"{len(prompts)} held-out prompts cannot be shared by {self.world_size} ranks; use fewer ranks or more "
+                "prompts"
+            )
         mine = prompts[self.rank :: self.world_size]
         largest = -(-len(prompts) // self.world_size)
         parts = min(-(-largest // self.val_batch_size), smallest)  # no batch is empty on any rank

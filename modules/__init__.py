@@ -2,12 +2,12 @@
 
 from modules.dpo import DPOModule
 from modules.grpo import GRPOModule
-from modules.knowledge import KnowledgeModule
-from modules.label import LabelModule
 from modules.online_dpo import OnlineDPOModule
 from modules.ppo import PPOModule
+from modules.predict.knowledge import KnowledgeModule
+from modules.predict.label import LabelModule
+from modules.predict.self_instruct import SelfInstructModule
 from modules.reward import RewardModule
-from modules.self_instruct import SelfInstructModule
 from modules.sft import SFTModule
 
 __all__ = [

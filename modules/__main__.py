@@ -1,4 +1,6 @@
-"""``python -m modules {fit,validate,test,predict} --config configs/x.yaml``: the only file that imports all three packages."""
+"""``python -m modules {fit,validate,test,predict} --config configs/x.yaml``: the only file that imports all three
+packages.
+"""
 
 import inspect
 import logging
@@ -20,13 +22,13 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 import callbacks
 import datamodules
 import modules
-import modules.objectives
+import modules.losses
 import modules.rewards
 import modules.schedulers
 from modules.base import AlignmentModule
-from modules.explain import did_you_mean, sentence
+from modules.cli.explain import did_you_mean, sentence
 
-PACKAGES = (modules, modules.objectives, modules.rewards, modules.schedulers, datamodules, callbacks)
+PACKAGES = (modules, modules.losses, modules.rewards, modules.schedulers, datamodules, callbacks)
 CHOICES = [vars(package)[name] for package in PACKAGES for name in package.__all__]
 NAMES = sorted(choice.__name__ for choice in CHOICES if isinstance(choice, type) and not inspect.isabstract(choice))
 NEEDED = {
@@ -51,13 +53,17 @@ def is_news(record: logging.LogRecord) -> bool:
 
 
 def refuse(error: Exception) -> NoReturn:
-    """End the run with exit status 1 and the error in one line, written at once so that the lines of several ranks stay whole."""
+    """End the run with exit status 1 and the error in one line, written at once so that the lines of several ranks stay
+    whole.
+    """
     sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
     sys.exit(1)
 
 
 def build(kind: type, /, *args: Any, **kwargs: Any) -> Any:
-    """Make an object that the configuration names. What its constructor refuses ends the run here, or the parser would bury it."""
+    """Make an object that the configuration names. What its constructor refuses ends the run here, or the parser would
+    bury it.
+    """
     try:
         return kind(*args, **kwargs)
     except (ValueError, ImportError, MisconfigurationException) as error:
@@ -74,7 +80,9 @@ class Parser(LightningArgumentParser):
 
     def options(self) -> list[str]:
         """Every option of this parser and of its commands."""
-        commands = [parser for action in self._actions if isinstance(action.choices, dict) for parser in action.choices.values()]
+        commands = [
+            parser for action in self._actions if isinstance(action.choices, dict) for parser in action.choices.values()
+        ]
         return [name for parser in (self, *commands) for name in parser._option_string_actions]
 
     def instantiate_classes(self, cfg: Namespace, **kwargs: Any) -> Namespace:
@@ -86,9 +94,11 @@ class Parser(LightningArgumentParser):
 
 
 class SaveConfig(SaveConfigCallback):
-    """Writes ``config.yaml`` beside the logs with the first batch, so that a refused run leaves the one of the last good run alone.
+    """Writes ``config.yaml`` beside the logs with the first batch, so that a refused run leaves the one of the last
+    good run alone.
 
-    Nothing is written without a logger. ``ckpt_path`` is left out: the file describes the run, not where it was resumed.
+    Nothing is written without a logger. ``ckpt_path`` is left out: the file describes the run, not where it was
+    resumed.
     """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -103,11 +113,17 @@ class SaveConfig(SaveConfigCallback):
 
 
 class AlignmentCLI(LightningCLI):
-    """LightningCLI in which the DataModule gets the policy's tokenizer, and which refuses what cannot run before anything is loaded."""
+    """LightningCLI in which the DataModule gets the policy's tokenizer, and which refuses what cannot run before
+    anything is loaded.
+    """
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """One tokenizer for model and data; a file that is named as data stays a path instead of being read as configuration."""
-        parser.link_arguments("model", "data.init_args.tokenizer", compute_fn=lambda model: model.tokenizer, apply_on="instantiate")
+        """One tokenizer for model and data; a file that is named as data stays a path instead of being read as
+        configuration.
+        """
+        parser.link_arguments(
+            "model", "data.init_args.tokenizer", compute_fn=lambda model: model.tokenizer, apply_on="instantiate"
+        )
         for action in parser._actions:
             if action.dest in ("model", "data"):
                 action.sub_add_kwargs["sub_configs"] = False  # type: ignore[attr-defined]
@@ -124,7 +140,9 @@ class AlignmentCLI(LightningCLI):
 
 
 def check_checkpoint(path: str | None, resumes: bool) -> None:
-    """ValueError for a ``ckpt_path`` that is no checkpoint; names that Lightning resolves and files that are not there are left to it."""
+    """ValueError for a ``ckpt_path`` that is no checkpoint; names that Lightning resolves and files that are not there
+    are left to it.
+    """
     if path is None or not Path(path).exists():
         return
     if Path(path).is_dir():
@@ -135,28 +153,48 @@ def check_checkpoint(path: str | None, resumes: bool) -> None:
         raise ValueError(f"ckpt_path: '{path}' is cut off or no checkpoint")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, UnpicklingError, ValueError, LookupError, EOFError) as error:  # whatever the damage makes of the pickle
+    except (
+        RuntimeError,
+        UnpicklingError,
+        ValueError,
+        LookupError,
+        EOFError,
+    ) as error:  # whatever the damage makes of the pickle
         raise ValueError(f"ckpt_path: '{path}' is damaged, or no checkpoint of this program") from error
-    missing = {"state_dict", "pytorch-lightning_version", *(["optimizer_states", "loops"] if resumes else [])} - set(checkpoint)
+    missing = {"state_dict", "pytorch-lightning_version", *(["optimizer_states", "loops"] if resumes else [])} - set(
+        checkpoint
+    )
     if missing:
-        raise ValueError(f"ckpt_path: '{path}' is not a checkpoint of a training run: it holds no {', '.join(sorted(missing))}")
+        raise ValueError(
+            f"ckpt_path: '{path}' is not a checkpoint of a training run: it holds no {', '.join(sorted(missing))}"
+        )
 
 
 def check_run(command: str | None, trainer: Trainer, model: LightningModule, data: LightningDataModule) -> None:
-    """ValueError for a module and a DataModule that do not fit each other or the command, and for settings that no run here can keep."""
+    """ValueError for a module and a DataModule that do not fit each other or the command, and for settings that no run
+    here can keep.
+    """
     method, source = type(model).__name__, type(data).__name__
     for owner, needed in zip((model, data), NEEDED[str(command)], strict=True):
         if not is_overridden(needed, owner):
             raise ValueError(f"{type(owner).__name__} has no {needed}, so there is nothing to {command}")
     wanted, given = batch_read_by(model), getattr(data, "batch_type", None)
     if wanted is not None and given is not None and wanted is not given:
-        raise ValueError(f"{method} reads {wanted.__name__} and {source} gives {given.__name__}; set data to {' or '.join(givers(wanted))}")
+        raise ValueError(
+            f"{method} reads {wanted.__name__} and {source} gives {given.__name__}; set data to "
+            f"{' or '.join(givers(wanted))}"
+        )
     if trainer.overfit_batches:  # type: ignore[attr-defined]
-        raise ValueError("trainer.overfit_batches replaces the samplers that plan the steps; use trainer.limit_train_batches and limit_val_batches")
+        raise ValueError(
+            "trainer.overfit_batches replaces the samplers that plan the steps; use trainer.limit_train_batches and "
+            "limit_val_batches"
+        )
 
 
 def batch_read_by(model: LightningModule) -> type | None:
-    """What the method reads: the prompts of ``collect`` where it samples, else the batch of ``training_step``; None where it does not say."""
+    """What the method reads: the prompts of ``collect`` where it samples, else the batch of ``training_step``; None
+    where it does not say.
+    """
     reader = getattr(type(model), "collect", type(model).training_step)
     batch = list(inspect.signature(reader).parameters.values())[1].annotation
     return batch if is_typeddict(batch) else None

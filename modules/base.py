@@ -1,4 +1,6 @@
-"""What every method shares: the policy, optimizer and scheduler from YAML, exact loss scaling, step metrics, checkpoint identity."""
+"""What every method shares: the policy, optimizer and scheduler from YAML, exact loss scaling, step metrics, checkpoint
+identity.
+"""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -10,11 +12,11 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from modules.functional.memory import memory_line, training_memory
-from modules.functional.ranks import log_equal, weighted_means
+from modules.distributed import log_equal, weighted_means
 from modules.networks.frozen import Frozen
 from modules.networks.loading import lacks_output_head
 from modules.networks.lora import Lora
+from modules.networks.memory import memory_line, training_memory
 from modules.networks.policy import MAX_LOGITS, Policy
 from modules.rollout.engine import Sampling
 from modules.rollout.in_process import InProcessEngine
@@ -39,19 +41,30 @@ class AlignmentModule(LightningModule):
     forms_logits = True  # whether training computes logits
 
     def __init__(
-        self, policy: str, optimizer: OptimizerCallable, scheduler: LRSchedulerCallable | None = None, dropout: bool = True, lora: Lora | None = None
+        self,
+        policy: str,
+        optimizer: OptimizerCallable,
+        scheduler: LRSchedulerCallable | None = None,
+        dropout: bool = True,
+        lora: Lora | None = None,
     ) -> None:
         super().__init__()
         self.policy = Policy(policy, dropout=dropout, lora=lora)
         if self.forms_logits and lacks_output_head(self.policy.model):
-            raise ValueError(f"policy: '{policy}' is a classifier (a reward model?) without an output head: name the language model")
+            raise ValueError(
+                f"policy: '{policy}' is a classifier (a reward model?) without an output head: name the language model"
+            )
         self.optimizer, self.scheduler = optimizer, scheduler
         self.rollouts: list[Rollout] = []
         self.phase_metrics: dict[str, float] = {}
         self.num_tokens = 0  # trained on so far, all ranks
-        self._step: dict[str, Tensor] = {}  # (total, weight) of each metric over the micro-batches of an optimiser step so far
+        self._step: dict[
+            str, Tensor
+        ] = {}  # (total, weight) of each metric over the micro-batches of an optimiser step so far
         self._means: set[str] = set()  # names that are averaged
-        self._evaluated: dict[str, Tensor] = {}  # (total, weight) of each metric over this rank's evaluation batches so far
+        self._evaluated: dict[
+            str, Tensor
+        ] = {}  # (total, weight) of each metric over this rank's evaluation batches so far
         self._step_start = time.perf_counter()
         self._memory_said = False
 
@@ -64,7 +77,8 @@ class AlignmentModule(LightningModule):
         """Refuse precisions under which Lightning would cast the batch's log-probs and denominators to 16 bits."""
         if self.trainer.precision in ("16-true", "bf16-true", "transformer-engine", "transformer-engine-float16"):
             raise ValueError(
-                f"precision '{self.trainer.precision}' rounds the batch's log-probabilities and denominators to 16 bits; "
+                f"precision '{self.trainer.precision}' rounds the batch's log-probabilities and denominators to 16 "
+                "bits; "
                 "use '32-true', 'bf16-mixed' or '16-mixed'"
             )
 
@@ -80,20 +94,26 @@ class AlignmentModule(LightningModule):
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
     def step_loss(self, loss: Tensor) -> Tensor:
-        """Undo Lightning's division by the accumulation and by the ranks: ``denominator`` already counts the whole step."""
+        """Undo Lightning's division by the accumulation and by the ranks: ``denominator`` already counts the whole
+        step.
+        """
         return loss * self.trainer.accumulate_grad_batches * self.trainer.world_size
 
     def log_step(self, metrics: Mapping[str, Tensor | float], weight: float | None = None) -> None:
-        """Collect numbers of a micro-batch for ``train/<name>``, logged once per optimiser step over its micro-batches and all ranks.
+        """Collect numbers of a micro-batch for ``train/<name>``, logged once per optimiser step over its micro-batches
+        and all ranks.
 
-        With ``weight`` they are averaged with it; without, they are shares of the step and summed. All ranks give the same names.
+        With ``weight`` they are averaged with it; without, they are shares of the step and summed. All ranks give the
+        same names.
         """
         if weight is not None:
             self._means.update(metrics)
         for name, value in metrics.items():
             number = torch.as_tensor(value, dtype=torch.float32, device=self.device).detach()
             pair = (
-                torch.stack([number, torch.zeros_like(number)]) if weight is None else torch.stack([number * weight, torch.full_like(number, weight)])
+                torch.stack([number, torch.zeros_like(number)])
+                if weight is None
+                else torch.stack([number * weight, torch.full_like(number, weight)])
             )
             self._step[name] = self._step[name] + pair if name in self._step else pair
 
@@ -102,14 +122,17 @@ class AlignmentModule(LightningModule):
         log_equal(self, {name: float(value) for name, value in metrics.items()}, prog_bar=True, logger=False)
 
     def respond(self, conversations: Sequence[list[dict[str, str]]], max_completion_length: int = 256) -> list[str]:
-        """Greedy answers of the current weights, on this rank alone; the policy's modes and the random state stay as they are.
+        """Greedy answers of the current weights, on this rank alone; the policy's modes and the random state stay as
+        they are.
 
         Args:
-            conversations: messages, each with ``role`` and ``content``; without a chat template one user message, put into Alpaca's prompt.
+            conversations: messages, each with ``role`` and ``content``; without a chat template one user message, put
+                into Alpaca's prompt.
             max_completion_length: tokens of an answer, fewer where the longest prompt leaves the model fewer positions.
 
         Raises:
-            ValueError: several messages without a chat template, or a prompt that leaves no position of the model for an answer.
+            ValueError: several messages without a chat template, or a prompt that leaves no position of the model for
+                an answer.
         """
         prompts = [self.policy.prompt_ids(messages) for messages in conversations]
         config = self.policy.model.config
@@ -118,7 +141,10 @@ class AlignmentModule(LightningModule):
         if positions is not None:
             max_completion_length = min(max_completion_length, positions - longest)
         if max_completion_length < 1:
-            raise ValueError(f"a prompt of {longest} tokens leaves the model, with {positions} positions, no room for an answer; leave it out")
+            raise ValueError(
+                f"a prompt of {longest} tokens leaves the model, with {positions} positions, no room for an answer; "
+                "leave it out"
+            )
         engine = InProcessEngine()
         engine.sync_weights(self.policy, self.global_step)
         sampling = Sampling(temperature=0.0, max_completion_length=max_completion_length)
@@ -133,7 +159,7 @@ class AlignmentModule(LightningModule):
         self.on_validation_start()
 
     def log_mean(self, metrics: Mapping[str, Tensor | float], weight: float) -> None:
-        """Collect evaluation metrics of a batch, logged at the end, averaged exactly over batches and ranks with ``weight``."""
+        """Collect a batch's evaluation metrics; their exact mean over batches and ranks by ``weight`` is logged at the end."""
         for name, value in metrics.items():
             number = torch.as_tensor(value, dtype=torch.float32, device=self.device).detach()
             pair = torch.stack([number * weight, torch.full_like(number, weight)])
@@ -154,14 +180,18 @@ class AlignmentModule(LightningModule):
 
     def say_memory(self, batch: Any) -> None:
         """Say how much memory training needs, as far as it is known, with micro-batches like the first."""
-        frozen = (weight for part in vars(self).values() if isinstance(part, Frozen) for weight in part.weights.values())
+        frozen = (
+            weight for part in vars(self).values() if isinstance(part, Frozen) for weight in part.weights.values()
+        )
         tokens = max(batch[name].numel() for name in ("input_ids", "completion_ids") if name in batch)
         logits = min(MAX_LOGITS, tokens * self.policy.model.config.vocab_size) if self.forms_logits else 0
         memory = training_memory([*self.parameters(), *self.buffers(), *frozen], self.trainer.optimizers[0], logits)
         rank_zero_info(memory_line(memory))
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Start the clock and the metrics of a step at its first micro-batch; before the first, say how much memory the run needs."""
+        """Start the clock and the metrics of a step at its first micro-batch; before the first, say how much memory the
+        run needs.
+        """
         if not self._memory_said:
             self._memory_said = True
             self.say_memory(batch)
@@ -180,12 +210,16 @@ class AlignmentModule(LightningModule):
             "learning_rate": optimizer.param_groups[0]["lr"],
             "grad_norm": float(torch.nn.utils.get_total_norm(gradients)),
         }
-        self.log_dict({f"train/{name}": value for name, value in metrics.items()}, on_step=True, on_epoch=False, batch_size=1)
+        self.log_dict(
+            {f"train/{name}": value for name, value in metrics.items()}, on_step=True, on_epoch=False, batch_size=1
+        )
         if "loss" in metrics:
             self.show({"loss": metrics["loss"]})
 
     def step_metrics(self) -> dict[str, float]:
-        """The collected metrics over the micro-batches of the step and all ranks (collective); a mean of nothing is left out."""
+        """The collected metrics over the micro-batches of the step and all ranks (collective); a mean of nothing is
+        left out.
+        """
         pairs = self.trainer.strategy.reduce(torch.stack(list(self._step.values())), reduce_op="sum")
         totals = zip(self._step, cast(Tensor, pairs).tolist(), strict=True)
         kept = [(name, total, weight) for name, (total, weight) in totals if name not in self._means or weight > 0]
@@ -196,12 +230,18 @@ class AlignmentModule(LightningModule):
         checkpoint["alignment"] = {**self.identity(), "num_tokens": self.num_tokens}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """ValueError for the checkpoint of another method or of a model of another shape. Then mend the position, see ``at_whole_step``."""
+        """ValueError for the checkpoint of another method or of a model of another shape. Then mend the position, see
+        ``at_whole_step``.
+        """
         saved = dict(checkpoint.get("alignment", {}))
         self.num_tokens = saved.pop("num_tokens", 0)
         mine = self.identity()
         if saved != mine:
-            differ = [f"{key} {saved.get(key, 'unknown')!r} there, {mine[key]!r} here" for key in mine if saved.get(key) != mine[key]]
+            differ = [
+                f"{key} {saved.get(key, 'unknown')!r} there, {mine[key]!r} here"
+                for key in mine
+                if saved.get(key) != mine[key]
+            ]
             raise ValueError(f"the checkpoint is of another model: {'; '.join(differ)}")
         if "loops" in checkpoint:
             loop, every = checkpoint["loops"]["fit_loop"], self.trainer.check_val_every_n_epoch
@@ -211,7 +251,10 @@ class AlignmentModule(LightningModule):
 
     def identity(self) -> dict[str, str | int]:
         """What must agree between a checkpoint and the run that loads it."""
-        config, kept = self.policy.model.config, self.policy.state_dict().keys()  # without adapters that are not the run's own
+        config, kept = (
+            self.policy.model.config,
+            self.policy.state_dict().keys(),
+        )  # without adapters that are not the run's own
         return {
             "method": type(self).__name__,
             "model_type": config.model_type,
@@ -223,10 +266,12 @@ class AlignmentModule(LightningModule):
 def at_whole_step(loop: dict[str, Any], accumulate: int, validates: bool, by_steps: bool) -> None:
     """Make the Trainer's saved loop state, in place, one from which it resumes exactly.
 
-    Inside an accumulation it goes back to the last optimiser step, since no checkpoint holds gradients (the DataModules do the same).
-    Saved behind the last micro-batch of an epoch, Lightning 2.6 would skip that epoch's validation and end, and with them its
-    metrics: so the micro-batch is marked as completed, and the validation, if the epoch ``validates``, as begun. Saved at the end of
-    an epoch, a run limited ``by_steps`` would end that epoch once more: so the next one is put at its start.
+    Inside an accumulation it goes back to the last optimiser step, since no checkpoint holds gradients (the DataModules
+    do the same). Saved behind the last micro-batch of an epoch, Lightning 2.6 would skip that epoch's validation and
+    end, and with them its
+    metrics: so the micro-batch is marked as completed, and the validation, if the epoch ``validates``, as begun. Saved
+    at the end of an epoch, a run limited ``by_steps`` would end that epoch once more: so the next one is put at its
+    start.
     """
     progress, steps, restarts_epoch = loop["epoch_loop.batch_progress"], loop["epoch_loop.state_dict"], False
     current, total = progress["current"], progress["total"]

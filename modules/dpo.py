@@ -10,39 +10,43 @@ from torch import Tensor
 
 from modules.base import AlignmentModule
 from modules.functional.masked import masked_mean
+from modules.losses.pairs import describe, logit_metrics, pairs_of, preference_metrics
+from modules.losses.preference import PairObjective, PreferenceObjective, Sequences, Sigmoid, sequences_of
 from modules.networks.companion import companion
 from modules.networks.frozen import Frozen
 from modules.networks.lora import Lora
 from modules.networks.policy import TokenScores
 from modules.networks.reference import ReferenceLogprobs, reference_logprobs
-from modules.objectives.pairs import describe, logit_metrics, pairs_of, preference_metrics
-from modules.objectives.preference import PairObjective, PreferenceObjective, Sequences, Sigmoid, sequences_of
 from modules.types import PreferenceBatch, ScoredPair
 
 
 class DPOModule(AlignmentModule):
-    """loss = mean over examples of -log sigma(beta h), h = log pi/pi_ref of the chosen completion minus that of the rejected.
+    """loss = mean over examples of -log sigma(beta h), h = log pi/pi_ref of the chosen completion minus that of the
+    rejected.
 
-    Log-probs are sums over the completion and its end token. A prompt is computed once for all its completions. The reference is the policy as it
-    starts, or another model; its log-probs of all rows are computed once before the first step and kept on disk, and it is then let go. With
-    ``lora`` it is the policy with its initial adapters and takes no memory of its own. Margins of the data are for the audit; no loss here
-    reads them.
+    Log-probs are sums over the completion and its end token. A prompt is computed once for all its completions. The
+    reference is the policy as it starts, or another model; its log-probs of all rows are computed once before the first
+    step and kept on disk, and it is then let go. With ``lora`` it is the policy with its initial adapters and takes no
+    memory of its own. Margins of the data are for the audit; no loss here reads them.
 
     Args:
-        policy: ``tiny``, a Hugging Face folder, a GGUF file or a hub id; as a rule one that was fine-tuned on such data first.
+        policy: ``tiny``, a Hugging Face folder, a GGUF file or a hub id; as a rule one that was fine-tuned on such data
+            first.
         beta: strength of the tie to the reference, > 0; default the objective's own (0.1 for most).
         objective: the loss; default ``Sigmoid``, DPO's own. ``KTO`` takes labelled completions, the others pairs.
-        reference: another model as the reference (TRL's ``ref_model``), such as that of an earlier round; default the policy as it starts.
+        reference: another model as the reference (TRL's ``ref_model``), such as that of an earlier round; default the
+            policy as it starts.
         reference_free: take the reference as uniform: h is the difference of log-probs.
-        nll_weight: >= 0; adds the negative log-likelihood per token of the chosen completion (RPO, arXiv 2404.19733), which keeps it from falling.
+        nll_weight: >= 0; adds the negative log-likelihood per token of the chosen completion (RPO, arXiv 2404.19733),
+            which keeps it from falling.
         lora: train low-rank adapters instead of all weights.
         cache_dir: folder of the reference log-probs, named by model, rows and precision; None = none.
         optimizer: parameters -> optimizer; default AdamW, learning rate 1e-6.
         scheduler: optimizer -> scheduler, stepped per update.
 
     Raises:
-        ValueError: values out of range; a reference that nothing is compared with, or with another vocabulary; in ``setup``, rows that the
-            objective cannot learn from.
+        ValueError: values out of range; a reference that nothing is compared with, or with another vocabulary; in
+            ``setup``, rows that the objective cannot learn from.
     """
 
     def __init__(
@@ -68,27 +72,37 @@ class DPOModule(AlignmentModule):
         self.nll_weight, self.cache_dir = nll_weight, cache_dir
         self.needs_reference = self.objective.uses_reference and not reference_free
         if reference is not None and not self.needs_reference:
-            raise ValueError(f"reference is '{reference}' and {type(self.objective).__name__} is computed without one: leave it out")
+            raise ValueError(
+                f"reference is '{reference}' and {type(self.objective).__name__} is computed without one: leave it out"
+            )
         self.own_reference = reference is None  # the policy as it starts
         other = companion(self.policy, reference, "reference") if reference else None
         self.reference = Frozen(other or self.policy, own=other is not None) if self.needs_reference else None
         self.tables: dict[str, ReferenceLogprobs] = {}  # by stage of the data
         self._tables_of: Any = None  # the DataModule that they are of
         self.scored_pairs: list[ScoredPair] = []  # of the current evaluation batch
-        self._fallen = {"rewards/chosen": 0.0, "rewards/rejected": 0.0}  # sum of each side's over the epoch, on this rank
+        self._fallen = {
+            "rewards/chosen": 0.0,
+            "rewards/rejected": 0.0,
+        }  # sum of each side's over the epoch, on this rank
         self._warned = False
 
     def setup(self, stage: str) -> None:
         """Refuse rows that the objective cannot learn from."""
         super().setup(stage)
         if not self.paired and isinstance(self.objective, PairObjective):
-            raise ValueError(f"{type(self.objective).__name__} compares completions and these rows hold one labelled completion each: use KTO")
+            raise ValueError(
+                f"{type(self.objective).__name__} compares completions and these rows hold one labelled completion "
+                "each: use KTO"
+            )
         if self.nll_weight > 0 and not self.paired:
             raise ValueError("nll_weight raises chosen completions, and these rows hold labelled ones: set it to 0")
         if self._tables_of is not self.data:
             self.tables, self._tables_of = {}, self.data
         if self.objective.compares_mismatched and getattr(self.data, "batch_size", 2) < 2:
-            raise ValueError("KTO puts completions behind the other prompts of a micro-batch: data.batch_size must be at least 2")
+            raise ValueError(
+                "KTO puts completions behind the other prompts of a micro-batch: data.batch_size must be at least 2"
+            )
 
     @property
     def paired(self) -> bool:
@@ -103,7 +117,11 @@ class DPOModule(AlignmentModule):
     def on_fit_start(self) -> None:
         """Compute the reference's log-probs of all rows, or read them, and let the reference go where it costs memory."""
         self.precompute("train", "val")
-        if self.reference is not None and self.reference.policy is not self.policy and not self.objective.compares_mismatched:
+        if (
+            self.reference is not None
+            and self.reference.policy is not self.policy
+            and not self.objective.compares_mismatched
+        ):
             self.reference = None
 
     def on_validation_start(self) -> None:
@@ -117,12 +135,16 @@ class DPOModule(AlignmentModule):
             if not self.needs_reference or stage in self.tables or (stage == "val" and self.data.val is None):
                 continue
             if self.reference is None:
-                raise ValueError("the reference was let go when the first fit began: make a new DPOModule for other data")
+                raise ValueError(
+                    "the reference was let go when the first fit began: make a new DPOModule for other data"
+                )
             self.reference.to(self.device)
             folder = Path(self.cache_dir) if self.cache_dir else None
             with self.trainer.precision_plugin.forward_context():
                 batches, place = self.data.in_order(stage), self.trainer.strategy.batch_to_device
-                self.tables[stage] = reference_logprobs(self.reference, batches, place, folder, str(self.trainer.precision))
+                self.tables[stage] = reference_logprobs(
+                    self.reference, batches, place, folder, str(self.trainer.precision)
+                )
 
     def sequences(self, batch: PreferenceBatch, stage: str) -> tuple[Sequences, TokenScores]:
         """The batch's completions under policy and reference, and the policy's token scores."""
@@ -145,7 +167,10 @@ class DPOModule(AlignmentModule):
         kl = self.mismatched_kl(batch)
         loss = self.loss(sequences, batch, kl) / batch["denominator"]
         counted = batch["rank"] >= 0
-        tokens = batch["completion_mask"][counted].sum() + batch["prompt_mask"][batch["prompt_index"][counted].unique()].sum()
+        tokens = (
+            batch["completion_mask"][counted].sum()
+            + batch["prompt_mask"][batch["prompt_index"][counted].unique()].sum()
+        )
         self.log_step({"loss": loss, "tokens": float(tokens)})
         for name, (value, weight) in self.metrics(sequences, scores, batch, kl).items():
             self.log_step({name: value}, weight)
@@ -162,12 +187,16 @@ class DPOModule(AlignmentModule):
         if self.tables and max(self._fallen.values()) < 0 and not self._warned:
             self._warned = True
             rank_zero_warn(
-                "chosen and rejected completions have both become less likely than under the reference (likelihood displacement): "
-                "the probability goes to answers that nobody compared; raise model.nll_weight or model.beta, or lower the learning rate"
+                "chosen and rejected completions have both become less likely than under the reference (likelihood "
+                "displacement): "
+                "the probability goes to answers that nobody compared; raise model.nll_weight or model.beta, or lower "
+                "the learning rate"
             )
 
     def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
-        """Means over the held-out examples; the pairs with their implicit rewards stay in ``scored_pairs`` for callbacks."""
+        """Means over the held-out examples; the pairs with their implicit rewards stay in ``scored_pairs`` for
+        callbacks.
+        """
         self.evaluate(batch, "val")
 
     def test_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
@@ -182,43 +211,66 @@ class DPOModule(AlignmentModule):
         self.log_mean({f"{stage}/loss": self.loss(sequences, batch, kl) / max(examples, 1.0)}, examples)
         for name, (value, weight) in self.metrics(sequences, scores, batch, kl).items():
             self.log_mean({f"{stage}/{name}": value}, weight)
-        self.scored_pairs = describe(self.tokenizer, batch, self.objective.implicit_rewards(sequences, self.beta), pairs_of(batch))
+        self.scored_pairs = describe(
+            self.tokenizer, batch, self.objective.implicit_rewards(sequences, self.beta), pairs_of(batch)
+        )
 
     @torch.no_grad()
     def score_pairs(self, batch: PreferenceBatch) -> list[ScoredPair]:
-        """Every pair of a batch of held-out rows, or of training rows where none are held out, with its implicit rewards and texts."""
+        """Every pair of a batch of held-out rows, or of training rows where none are held out, with its implicit
+        rewards and texts.
+        """
         sequences, _ = self.sequences(batch, "train" if self.data.val is None else "val")
         return describe(self.tokenizer, batch, self.objective.implicit_rewards(sequences, self.beta), pairs_of(batch))
 
-    def metrics(self, sequences: Sequences, scores: TokenScores, batch: PreferenceBatch, kl: Tensor) -> dict[str, tuple[Tensor, float]]:
+    def metrics(
+        self, sequences: Sequences, scores: TokenScores, batch: PreferenceBatch, kl: Tensor
+    ) -> dict[str, tuple[Tensor, float]]:
         """Means [] with their weights, under TRL's names."""
         assert scores.entropies is not None and scores.hits is not None and scores.mean_logits is not None
         rewards = self.objective.implicit_rewards(sequences, self.beta)
         counted = batch["completion_mask"] & (batch["rank"] >= 0)[:, None]
         tokens = float(counted.sum())
         found = {"kl": (kl, tokens)} if self.objective.compares_mismatched else {}
-        found |= preference_metrics(rewards, sequences.plain, batch["prompt_index"], batch["rank"], self.paired, referenced=bool(self.tables))
-        found |= logit_metrics(scores.mean_logits, batch["completion_mask"], batch["prompt_index"], batch["rank"], self.paired)
+        found |= preference_metrics(
+            rewards, sequences.plain, batch["prompt_index"], batch["rank"], self.paired, referenced=bool(self.tables)
+        )
+        found |= logit_metrics(
+            scores.mean_logits, batch["completion_mask"], batch["prompt_index"], batch["rank"], self.paired
+        )
         details = {"entropy": scores.entropies, "mean_token_accuracy": scores.hits}
         return found | {name: (masked_mean(values, counted), tokens) for name, values in details.items()}
 
     @torch.no_grad()
     def mismatched_kl(self, batch: PreferenceBatch) -> Tensor:
-        """KTO's z0 []: mean log-ratio of completions behind the next prompt of the micro-batch, over all ranks, at least 0; 0 for other losses."""
+        """KTO's z0 []: mean log-ratio of completions behind the next prompt of the micro-batch, over all ranks, at
+        least 0; 0 for other losses.
+        """
         if not self.objective.compares_mismatched:
             return torch.zeros((), device=self.device)
         assert self.reference is not None
         mask, index, width = batch["completion_mask"], batch["prompt_index"], batch["prompt_mask"].sum(1)
         behind = (index + 1) % len(width)
         differ = (batch["prompt_ids"][behind] != batch["prompt_ids"][index]).any(1) & (batch["rank"] >= 0)
-        fits = width[behind] + mask.sum(1) <= (width[index] + mask.sum(1)).max()  # no longer than the longest row that there really is
+        fits = (
+            width[behind] + mask.sum(1) <= (width[index] + mask.sum(1)).max()
+        )  # no longer than the longest row that there really is
         rows = (differ & fits).nonzero()[:, 0]
         ratio = batch["completion_mask"].new_zeros(0).float()
         if len(rows):
-            parts = {"completion_ids": batch["completion_ids"][rows], "completion_mask": mask[rows], "prompt_index": behind[rows]}
+            parts = {
+                "completion_ids": batch["completion_ids"][rows],
+                "completion_mask": mask[rows],
+                "prompt_index": behind[rows],
+            }
             others = cast(PreferenceBatch, {**batch, **parts})
             ratio = (self.policy.completion_scores(others).logprobs - self.reference.completion_logprobs(others)).sum(1)
-        total, count = cast(Tensor, self.trainer.strategy.reduce(torch.stack([ratio.sum(), ratio.new_tensor(float(len(ratio)))]), reduce_op="sum"))
+        total, count = cast(
+            Tensor,
+            self.trainer.strategy.reduce(
+                torch.stack([ratio.sum(), ratio.new_tensor(float(len(ratio)))]), reduce_op="sum"
+            ),
+        )
         return (total / count.clamp(min=1)).clamp(min=0)
 
     def check_start(self, sequences: Sequences) -> None:
@@ -226,9 +278,12 @@ class DPOModule(AlignmentModule):
         if self.global_step == 0 and self.tables and self.own_reference:
             gap = (sequences.logps - sequences.ref_logps).detach().abs()
             whole = self.trainer.precision.startswith(("32", "64"))
-            allowed = (1e-6 * sequences.lengths).clamp(min=5e-4) if whole else 0.1 * sequences.lengths.sqrt()  # 5e-4: then h < 1e-3
+            allowed = (
+                (1e-6 * sequences.lengths).clamp(min=5e-4) if whole else 0.1 * sequences.lengths.sqrt()
+            )  # 5e-4: then h < 1e-3
             if not bool((gap <= allowed).all()):
                 raise ValueError(
-                    f"policy and reference differ before the first update (log-probs of a completion by up to {float(gap.max()):.3g}): "
+                    "policy and reference differ before the first update (log-probs of a completion by up to "
+                    f"{float(gap.max()):.3g}): "
                     f"empty {self.cache_dir} or name the right policy"
                 )

@@ -1,4 +1,6 @@
-"""Group Relative Policy Optimization (DeepSeekMath, arXiv 2402.03300, section 4.1), with the choices that came after it."""
+"""Group Relative Policy Optimization (DeepSeekMath, arXiv 2402.03300, section 4.1), with the choices that came after
+it.
+"""
 
 from collections.abc import Callable
 
@@ -8,8 +10,8 @@ from torch import Tensor
 
 from modules.functional import kl
 from modules.functional.masked import aggregate
+from modules.losses import Advantage, Clipped, GroupZScore, PolicyObjective
 from modules.networks.lora import Lora
-from modules.objectives import Advantage, Clipped, GroupZScore, PolicyObjective
 from modules.on_policy import OnPolicyModule
 from modules.rollout.engine import RolloutEngine, Sampling
 from modules.types import PolicyBatch, Reward
@@ -19,13 +21,14 @@ class GRPOModule(OnPolicyModule):
     """Sample a group of completions per prompt, compare each reward with its group, and move towards the better ones.
 
     Each phase: ``collect`` samples, scores and freezes log-probs and advantages; ``training_step`` is only the loss
-    ``-min(ratio A, clip(ratio) A)`` (+ ``beta`` x KL). What differs from the paper: the loss is a mean over the tokens of the whole
-    step instead of per completion, the upper clip is higher (both DAPO, arXiv 2503.14476), and there is no KL term unless
-    ``beta`` asks for it. The published form is ``SequenceMean`` with clips 0.2/0.2 and ``beta`` 0.04; Dr. GRPO is
-    ``GroupCenter`` with ``ConstantNorm``; RLOO's advantage is ``LeaveOneOut``.
+    ``-min(ratio A, clip(ratio) A)`` (+ ``beta`` x KL). What differs from the paper: the loss is a mean over the tokens
+    of the whole step instead of per completion, the upper clip is higher (both DAPO, arXiv 2503.14476), and there is no
+    KL term unless ``beta`` asks for it. The published form is ``SequenceMean`` with clips 0.2/0.2 and ``beta`` 0.04;
+    Dr. GRPO is ``GroupCenter`` with ``ConstantNorm``; RLOO's advantage is ``LeaveOneOut``.
 
     Args:
-        policy: ``tiny``, a Hugging Face folder, a GGUF file or a hub id. Dropout is off, so that the ratio is 1 at the start.
+        policy: ``tiny``, a Hugging Face folder, a GGUF file or a hub id. Dropout is off, so that the ratio is 1 at the
+            start.
         reward: scores completions; ``WeightedSum`` adds several.
         num_generations: completions per prompt, at least 2.
         sampling: how to sample in training.
@@ -33,7 +36,8 @@ class GRPOModule(OnPolicyModule):
         advantage: rewards -> advantages; default ``GroupZScore``.
         objective: the policy loss; default ``Clipped``.
         beta: weight of the KL to the frozen start policy in the loss, nats; 0 = none.
-        kl_loss: estimator of that term whose gradient is the reverse KL's: ``modules.functional.kl.weighted_k3`` or ``.k2``.
+        kl_loss: estimator of that term whose gradient is the reverse KL's: ``modules.functional.kl.weighted_k3`` or
+            ``.k2``.
         measure_kl: keep the frozen start policy and log the KL to it even with ``beta`` 0.
         accuracy: decides right (score > 0.5) or wrong in validation; default ``reward``.
         val_generations: sampled completions per validation prompt, for pass@1 and pass@k.
@@ -96,8 +100,12 @@ class GRPOModule(OnPolicyModule):
         tokens = float(batch["completion_mask"].sum())
         self.log_step(metrics, weight=tokens)
         effective = float((batch["advantages"] != 0).any(1).sum())
-        self.log_step({"policy_loss": loss, "effective_batch": effective, "tokens": tokens + float(batch["prompt_mask"].sum())})
+        self.log_step(
+            {"policy_loss": loss, "effective_batch": effective, "tokens": tokens + float(batch["prompt_mask"].sum())}
+        )
         if self.beta > 0:
             weights = self.objective.aggregation.weights(batch["completion_mask"])
-            loss = loss + self.beta * aggregate(self.kl_loss(logprobs, batch["ref_logprobs"]), weights, batch["denominator"])
+            loss = loss + self.beta * aggregate(
+                self.kl_loss(logprobs, batch["ref_logprobs"]), weights, batch["denominator"]
+            )
         return self.step_loss(loss)

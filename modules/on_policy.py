@@ -1,4 +1,6 @@
-"""What every method that learns from its own samples shares: sampling, scoring a phase, the frozen start policy, evaluation by sampling."""
+"""What every method that learns from its own samples shares: sampling, scoring a phase, the frozen start policy,
+evaluation by sampling.
+"""
 
 import time
 from abc import abstractmethod
@@ -10,34 +12,39 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from modules.base import AlignmentModule
+from modules.distributed import from_all_ranks, log_equal, mean_and_error, mean_of_ranks
 from modules.functional import kl
-from modules.functional.ranks import from_all_ranks, log_equal, mean_and_error, mean_of_ranks
 from modules.networks.companion import companion
 from modules.networks.frozen import Frozen
 from modules.networks.lora import Lora
 from modules.networks.policy import TokenScores
-from modules.rewards.base import every_reward
 from modules.rewards.learned import LearnedReward
+from modules.rewards.weighted_sum import every_reward
 from modules.rollout.engine import RolloutEngine, Sampling
 from modules.rollout.in_process import InProcessEngine
 from modules.rollout.metrics import Outcome, gap_metrics, outcomes, rollout_metrics, share_solved
 from modules.rollout.scoring import in_chunks, make_rollouts, sampling_seed, to_batch, with_sums
 from modules.types import Completion, InstructionBatch, PolicyBatch, PromptBatch, Reward, Rollout
 
-NEGATIVE_KL = 4.0  # standard errors; a right run is below by chance in 9 of 100000 phases of 64 completions, in 3 of 256
+NEGATIVE_KL = (
+    4.0  # standard errors; a right run is below by chance in 9 of 100000 phases of 64 completions, in 3 of 256
+)
 ENOUGH = 64  # completions of a phase, below which a standard error is too uncertain
 
 
 class OnPolicyModule(AlignmentModule):
-    """A method whose phases are sampled from the policy itself; a subclass says what a phase teaches (``finish``) and the loss.
+    """A method whose phases are sampled from the policy itself; a subclass says what a phase teaches (``finish``) and
+    the loss.
 
     Args:
-        policy: ``tiny``, a Hugging Face folder, a GGUF file or a hub id. Dropout is off, so that the ratio is 1 at the start.
+        policy: ``tiny``, a Hugging Face folder, a GGUF file or a hub id. Dropout is off, so that the ratio is 1 at the
+            start.
         reward: scores completions.
         num_generations: completions per prompt.
         sampling: how to sample in training.
         engine: what samples; default the policy itself, in this process.
-        reference: keep the frozen start policy, for a loss or for the KL to it; a folder or hub id keeps that model instead.
+        reference: keep the frozen start policy, for a loss or for the KL to it; a folder or hub id keeps that model
+            instead.
         accuracy: decides right (score > 0.5) or wrong in validation; default ``reward``.
         val_generations: sampled completions per validation prompt, for pass@1 and pass@k.
         lora: train low-rank adapters instead of all weights.
@@ -65,16 +72,27 @@ class OnPolicyModule(AlignmentModule):
     ) -> None:
         super().__init__(policy, optimizer, scheduler, dropout=False, lora=lora)
         if num_generations < self.least_generations:
-            compared = ": a group needs at least 2 completions to compare" if self.least_generations > 1 else ", expected at least 1"
+            compared = (
+                ": a group needs at least 2 completions to compare"
+                if self.least_generations > 1
+                else ", expected at least 1"
+            )
             raise ValueError(f"num_generations is {num_generations}{compared}")
         if sampling.temperature <= 0:
-            raise ValueError(f"sampling.temperature is {sampling.temperature}: greedy completions of a prompt are all the same")
+            raise ValueError(
+                f"sampling.temperature is {sampling.temperature}: greedy completions of a prompt are all the same"
+            )
         if val_generations < 1:
             raise ValueError(f"val_generations must be at least 1, got {val_generations}")
         self.reward, self.accuracy = reward, accuracy or reward
         if lora is not None:
             self.share_backbone()
-        self.num_generations, self.val_generations, self.sampling, self.seed = num_generations, val_generations, sampling, seed
+        self.num_generations, self.val_generations, self.sampling, self.seed = (
+            num_generations,
+            val_generations,
+            sampling,
+            seed,
+        )
         self.engine = engine or InProcessEngine()
         other = companion(self.policy, reference, "reference") if isinstance(reference, str) else None
         self.own_reference = other is None  # the policy as it starts
@@ -82,19 +100,31 @@ class OnPolicyModule(AlignmentModule):
         self._training_start = time.perf_counter()
         self._kl_warned = False
         self.held_out_rollouts: list[Rollout] = []  # sampled, of the current batch of held-out prompts
-        self.evaluated: list[tuple[list[Outcome], list[Outcome]]] = []  # sampled and greedy, by batch of held-out prompts
+        self.evaluated: list[
+            tuple[list[Outcome], list[Outcome]]
+        ] = []  # sampled and greedy, by batch of held-out prompts
 
     def share_backbone(self) -> None:
         """Reward models that are adapters of the policy's backbone are computed on it."""
-        learned = [part for part in (*every_reward(self.reward), *every_reward(self.accuracy)) if isinstance(part, LearnedReward)]
+        learned = [
+            part
+            for part in (*every_reward(self.reward), *every_reward(self.accuracy))
+            if isinstance(part, LearnedReward)
+        ]
         shared = {path for part in learned for path in part.share_backbone(self.policy)}
         for path in dict.fromkeys(path for part in learned for path in part.paths):
-            own = "on the policy's backbone" if path in shared else "on a model of its own: it has no adapters of the policy's backbone"
+            own = (
+                "on the policy's backbone"
+                if path in shared
+                else "on a model of its own: it has no adapters of the policy's backbone"
+            )
             rank_zero_info(f"reward {path}: computed {own}")
 
     @abstractmethod
     def finish(self, batch: PolicyBatch) -> None:
-        """Put what the loss needs into a phase's batch: advantages or ranks, ``row_count`` and ``active``; numbers to log go to ``phase_metrics``."""
+        """Put what the loss needs into a phase's batch: advantages or ranks, ``row_count`` and ``active``; numbers to
+        log go to ``phase_metrics``.
+        """
 
     def on_fit_start(self) -> None:
         """The frozen start policy goes where the trained one is."""
@@ -136,14 +166,18 @@ class OnPolicyModule(AlignmentModule):
         found = from_all_ranks(outcomes(self.rollouts))
         metrics = rollout_metrics(found) | times | {"completions_per_second": len(found) / seconds}
         log_equal(self, {f"train/{name}": value for name, value in metrics.items()})
-        self.show({"reward": metrics["reward"], "length": metrics["completions/mean_length"], "kl": metrics.get("kl", 0.0)})
+        self.show(
+            {"reward": metrics["reward"], "length": metrics["completions/mean_length"], "kl": metrics.get("kl", 0.0)}
+        )
 
     def on_validation_epoch_start(self) -> None:
         """Forget what an interrupted evaluation left."""
         self.evaluated = []
 
     def validation_step(self, prompts: PromptBatch, batch_idx: int) -> None:
-        """Sampled and greedy completions of held-out prompts; the same seeds every time, so that two evaluations compare."""
+        """Sampled and greedy completions of held-out prompts; the same seeds every time, so that two evaluations
+        compare.
+        """
         self.evaluate(prompts, "val")
 
     def test_step(self, prompts: PromptBatch, batch_idx: int) -> None:
@@ -152,7 +186,9 @@ class OnPolicyModule(AlignmentModule):
 
     def predict_step(self, prompts: PromptBatch, batch_idx: int) -> None:
         """Leaves ``num_generations`` scored completions per prompt in ``rollouts``, for callbacks to write."""
-        self.rollouts = make_rollouts(prompts, self.sample(prompts, self.num_generations, self.sampling, "predict"), self.reward)
+        self.rollouts = make_rollouts(
+            prompts, self.sample(prompts, self.num_generations, self.sampling, "predict"), self.reward
+        )
 
     def evaluate(self, prompts: PromptBatch, stage: str) -> None:
         """Keep what the policy does with a batch of held-out prompts."""
@@ -165,18 +201,25 @@ class OnPolicyModule(AlignmentModule):
             self.reference.to(self.device)
             log_ratio = logprobs - in_chunks(self.reference_scores, batch)[0]
         self.held_out_rollouts = rollouts = with_sums(rollouts, entropies, log_ratio, mask)
-        greedy = make_rollouts(prompts, self.sample(prompts, 1, replace(self.sampling, temperature=0.0), stage), self.reward)
+        greedy = make_rollouts(
+            prompts, self.sample(prompts, 1, replace(self.sampling, temperature=0.0), stage), self.reward
+        )
         self.evaluated.append((outcomes(rollouts, self.accuracy), outcomes(greedy, self.accuracy)))
 
     def log_evaluation(self, stage: str) -> None:
-        """Log pass@1, pass@k, greedy accuracy and the numbers of the sampled completions, over all batches and ranks, and forget them."""
-        sampled, greedy = (from_all_ranks([outcome for batch in kept for outcome in batch]) for kept in zip(*self.evaluated, strict=True))
+        """Log pass@1, pass@k, greedy accuracy and the sampled completions' numbers, over all batches and ranks."""
+        sampled, greedy = (
+            from_all_ranks([outcome for batch in kept for outcome in batch])
+            for kept in zip(*self.evaluated, strict=True)
+        )
         self.evaluated = []
         metrics = {f"pass@{k}": share_solved(sampled, k) for k in {1, self.val_generations}}
         metrics |= {"greedy_accuracy": share_solved(greedy, 1), **rollout_metrics(sampled)}
         log_equal(self, {f"{stage}/{name}": value for name, value in metrics.items()})
 
-    def sample(self, prompts: PromptBatch, num_generations: int, sampling: Sampling, phase: str) -> list[list[Completion]]:
+    def sample(
+        self, prompts: PromptBatch, num_generations: int, sampling: Sampling, phase: str
+    ) -> list[list[Completion]]:
         """``num_generations`` completions for each prompt from the current weights."""
         self.engine.sync_weights(self.policy, self.global_step)
         seeds = [sampling_seed(self.seed, phase, uid) for uid in prompts["uid"]]
@@ -206,7 +249,8 @@ class OnPolicyModule(AlignmentModule):
         judged = [rollout.answer is not None or rollout.reward is not None for rollout in rollouts]
         if self.global_step == 0 and not any(from_all_ranks([any(judged)])):
             raise ValueError(
-                f"{self.reward.name} scored none of the first {len(rollouts)} completions, whose rows have no answer to compare with: name its "
+                f"{self.reward.name} scored none of the first {len(rollouts)} completions, whose rows have no answer "
+                "to compare with: name its "
                 "column with data.columns, or use a reward that needs none"
             )
 
@@ -214,17 +258,24 @@ class OnPolicyModule(AlignmentModule):
         """At step 0 policy and reference are the same model; anything else is a wrong reference. ValueError then."""
         gap = float(log_ratio.abs().max())
         if self.global_step == 0 and self.own_reference and not gap <= 1e-3:
-            raise ValueError(f"policy and reference differ before the first update (log-probs by up to {gap:.3g}): the KL would be meaningless")
+            raise ValueError(
+                f"policy and reference differ before the first update (log-probs by up to {gap:.3g}): the KL would be "
+                "meaningless"
+            )
 
     def check_kl(self) -> None:
-        """Warn, once, where the KL of a phase with enough completions is below 0 by more than chance and rounding explain."""
+        """Warn, once, where the KL of a phase with enough completions is below 0 by more than chance and rounding
+        explain.
+        """
         sums = [rollout.kl for rollout in self.rollouts if rollout.kl is not None]
         mean, error = mean_and_error(sums)
         enough = sum(from_all_ranks([len(sums)])) >= ENOUGH
         if enough and mean < -NEGATIVE_KL * error - 1e-5 and not self._kl_warned:
             self._kl_warned = True
             rank_zero_warn(
-                f"the KL to the start is {mean:.3g} +- {error:.2g} nats a completion, and a KL is never below 0: the completions do not come from "
-                "the distribution that is scored. Causes: top_p below 1, top_k, an engine with another temperature or with stop tokens suppressed, "
+                f"the KL to the start is {mean:.3g} +- {error:.2g} nats a completion, and a KL is never below 0: the "
+                "completions do not come from "
+                "the distribution that is scored. Causes: top_p below 1, top_k, an engine with another temperature or "
+                "with stop tokens suppressed, "
                 "dropout, weights that were not synced"
             )

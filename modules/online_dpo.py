@@ -1,4 +1,6 @@
-"""Online DPO: preferences between the policy's own samples (arXiv 2402.04792; 2404.19733), on fresh pairs in every phase."""
+"""Online DPO: preferences between the policy's own samples (arXiv 2402.04792; 2404.19733), on fresh pairs in every
+phase.
+"""
 
 from typing import Any, Literal
 
@@ -6,19 +8,20 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
+from modules.losses.pairs import preference_metrics
+from modules.losses.preference import PairObjective, Sigmoid, sequences_of
 from modules.networks.lora import Lora
-from modules.objectives.pairs import preference_metrics
-from modules.objectives.preference import PairObjective, Sigmoid, sequences_of
 from modules.on_policy import OnPolicyModule
 from modules.rollout.engine import RolloutEngine, Sampling
 from modules.types import PolicyBatch, Reward
 
 
 class OnlineDPOModule(OnPolicyModule):
-    """Sample completions of a prompt, let the reward pick the best and the worst, and take a preference loss on that pair.
+    """Sample completions of a prompt, let the reward pick the best and the worst, and take a preference loss on that
+    pair.
 
-    A prompt whose completions all score within ``min_gap`` teaches nothing and is left out of the mean. Rounds on files, with ``predict``
-    and ``DPOModule``, are the recipe ``iterative-dpo``.
+    A prompt whose completions all score within ``min_gap`` teaches nothing and is left out of the mean. Rounds on
+    files, with ``predict`` and ``DPOModule``, are the recipe ``iterative-dpo``.
 
     Args:
         policy: ``tiny``, a Hugging Face folder, a GGUF file or a hub id.
@@ -27,8 +30,9 @@ class OnlineDPOModule(OnPolicyModule):
         objective: the loss on pairs; default ``Sigmoid``.
         num_generations: completions per prompt, at least 2.
         min_gap: >= 0, by how much the best must beat the worst.
-        refresh: what the reference does at the end of a phase: ``fixed`` stays the start policy, ``phase`` becomes the policy (iterative
-            DPO), ``soft`` moves 0.6 of the way to it (TR-DPO, arXiv 2404.09656). ``kl`` is then measured to the moved reference.
+        refresh: what the reference does at the end of a phase: ``fixed`` stays the start policy, ``phase`` becomes the
+            policy (iterative DPO), ``soft`` moves 0.6 of the way to it (TR-DPO, arXiv 2404.09656). ``kl`` is then
+            measured to the moved reference.
         refresh_every: phases between refreshes.
         sampling: how to sample in training.
         engine: what samples; default the policy itself, in this process.
@@ -76,13 +80,20 @@ class OnlineDPOModule(OnPolicyModule):
         self.objective = objective or Sigmoid()
         self.beta = self.objective.beta if beta is None else beta
         if self.beta <= 0 or min_gap < 0 or refresh_every < 1:
-            raise ValueError(f"beta must be > 0, min_gap >= 0 and refresh_every >= 1, got {self.beta}, {min_gap} and {refresh_every}")
+            raise ValueError(
+                f"beta must be > 0, min_gap >= 0 and refresh_every >= 1, got {self.beta}, {min_gap} and {refresh_every}"
+            )
         if refresh == "soft" and lora is not None:
-            raise ValueError("refresh: soft averages weights, and the average of adapters is not the adapter of the average: use phase")
+            raise ValueError(
+                "refresh: soft averages weights, and the average of adapters is not the adapter of the average: use "
+                "phase"
+            )
         self.min_gap, self.refresh, self.refresh_every = min_gap, refresh, refresh_every
 
     def finish(self, batch: PolicyBatch) -> None:
-        """Ranks: 0 for the best completion of a prompt, 1 for the worst, -1 for the others and where the scores do not tell."""
+        """Ranks: 0 for the best completion of a prompt, 1 for the worst, -1 for the others and where the scores do not
+        tell.
+        """
         batch["rank"] = best_and_worst(batch["rewards"], batch["group"], self.min_gap)
         batch["active"] = batch["rank"] >= 0
         batch["row_count"] = batch["active"] / 2  # a pair counts one
@@ -90,14 +101,20 @@ class OnlineDPOModule(OnPolicyModule):
     def training_step(self, batch: PolicyBatch, batch_idx: int) -> Tensor:
         """The loss [] of a micro-batch: its share of the mean over the step's pairs."""
         logprobs = self.policy.completion_scores(batch, self.sampling.temperature).logprobs
-        sequences = sequences_of(self.objective, logprobs, batch.get("ref_logprobs") if self.objective.uses_reference else None, batch)
+        sequences = sequences_of(
+            self.objective, logprobs, batch.get("ref_logprobs") if self.objective.uses_reference else None, batch
+        )
         index, rank = batch["prompt_index"], batch["rank"]
         total = self.objective.total(sequences, index, rank, self.beta, logprobs.new_zeros(()))
-        loss = total / batch["denominator"].clamp(min=1) + 0 * logprobs.sum()  # a phase without a pair has a gradient too, of zero
+        loss = (
+            total / batch["denominator"].clamp(min=1) + 0 * logprobs.sum()
+        )  # a phase without a pair has a gradient too, of zero
         tokens = float(batch["completion_mask"].sum() + batch["prompt_mask"].sum())
         self.log_step({"loss": loss, "effective_batch": float((rank >= 0).sum()), "tokens": tokens})
         rewards, referenced = self.objective.implicit_rewards(sequences, self.beta), self.objective.uses_reference
-        for name, (value, weight) in preference_metrics(rewards, sequences.plain, index, rank, paired=True, referenced=referenced).items():
+        for name, (value, weight) in preference_metrics(
+            rewards, sequences.plain, index, rank, paired=True, referenced=referenced
+        ).items():
             self.log_step({name: value}, weight)
         return self.step_loss(loss)
 
@@ -123,7 +140,8 @@ class OnlineDPOModule(OnPolicyModule):
 
 
 def best_and_worst(rewards: Tensor, group: Tensor, min_gap: float = 0.0) -> Tensor:
-    """Rank int [N] from rewards [N] (NaN = unscorable) and group int [N]: 0 for the first best row of a group, 1 for its first worst, else -1.
+    """Rank int [N] from rewards [N] (NaN = unscorable) and group int [N]: 0 for the first best row of a group, 1 for
+    its first worst, else -1.
 
     Groups whose best is not more than ``min_gap`` above their worst have no ranks.
     """

@@ -1,4 +1,6 @@
-"""Proximal Policy Optimization with a learned critic (arXiv 1707.06347), as language models are aligned with it (1909.08593, 2203.02155)."""
+"""Proximal Policy Optimization with a learned critic (arXiv 1707.06347), as language models are aligned with it
+(1909.08593, 2203.02155).
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,16 +10,16 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
+from modules.distributed import explained_variance, from_all_ranks, mean_and_error, whiten_over_ranks
 from modules.functional import kl
 from modules.functional.advantages import gae
 from modules.functional.masked import aggregate
-from modules.functional.policy_loss import clipped_policy_loss, ratio_moments
-from modules.functional.ranks import explained_variance, from_all_ranks, mean_and_error, whiten_over_ranks
-from modules.functional.reward_shaping import penalize_missing_eos, token_rewards
-from modules.functional.value_loss import clipped_value_loss
+from modules.losses import AdaptiveKL
+from modules.losses.policy_loss import clipped_policy_loss, ratio_moments
+from modules.losses.reward_shaping import penalize_missing_eos, token_rewards
+from modules.losses.value import clipped_value_loss
 from modules.networks.critic import Critic, Value
 from modules.networks.lora import Lora
-from modules.objectives import AdaptiveKL
 from modules.on_policy import OnPolicyModule
 from modules.rollout.engine import RolloutEngine, Sampling
 from modules.types import InstructionBatch, PolicyBatch, Reward
@@ -26,17 +28,21 @@ from modules.types import InstructionBatch, PolicyBatch, Reward
 class PPOModule(OnPolicyModule):
     """Sample completions, score them, and move towards tokens that turned out better than a learned critic expected.
 
-    Each phase: ``collect`` samples and scores; ``finish`` puts the score on the last token and -kl_coef log(pi / reference) on every token, and makes
-    advantages by GAE; ``training_step`` is only the loss
+    Each phase: ``collect`` samples and scores; ``finish`` puts the score on the last token and -kl_coef log(pi /
+    reference) on every token, and makes advantages by GAE; ``training_step`` is only the loss
 
-        -min(ratio A, clip(ratio) A) + vf_coef 1/2 max((V - R)^2, (clip(V) - R)^2) [+ kl_coef KL] [- entropy_coef H] [- ptx_coef log pi(text)],
+        -min(ratio A, clip(ratio) A) + vf_coef 1/2 max((V - R)^2, (clip(V) - R)^2) [+ kl_coef KL] [- entropy_coef H] [-
+        ptx_coef log pi(text)],
 
     each a mean over the tokens of the whole optimiser step, on all ranks. InstructGPT's setting is
-    kl_coef 0.02, one inner epoch in eight updates, ``value.model`` the reward model, ptx, and ``AveragedWeights`` among the callbacks.
+    kl_coef 0.02, one inner epoch in eight updates, ``value.model`` the reward model, ptx, and ``AveragedWeights`` among
+    the callbacks.
 
     Args:
-        policy: ``tiny``, a Hugging Face folder, a GGUF file or a hub id. Dropout is off, so that the ratio is 1 at the start.
-        reward: scores completions. With ``lora``, reward models that are adapters of the policy's backbone are computed on it.
+        policy: ``tiny``, a Hugging Face folder, a GGUF file or a hub id. Dropout is off, so that the ratio is 1 at the
+            start.
+        reward: scores completions. With ``lora``, reward models that are adapters of the policy's backbone are computed
+            on it.
         num_generations: completions per prompt.
         sampling: how to sample in training.
         engine: what samples; default the policy itself, in this process.
@@ -44,21 +50,27 @@ class PPOModule(OnPolicyModule):
         lam: [0, 1], GAE's lambda; 1 is advised for long chains of thought (DeepSeek-R1, 2501.12948, supplement A.3).
         cliprange: >= 0, of the probability ratio.
         dual_clip: > 1 bounds the loss of a token with A < 0 by -dual_clip A (1912.09729); None = unbounded.
-        cliprange_value: > 0, how far a value may move from the one at collection before it stops paying; None = as far as it likes.
+        cliprange_value: > 0, how far a value may move from the one at collection before it stops paying; None = as far
+            as it likes.
         vf_coef: >= 0, weight of the value loss.
         value: where the critic comes from, its learning rate and warm-up.
         kl_coef: >= 0, weight of the KL to the reference, per nat; the first one where ``adaptive_kl`` moves it.
         adaptive_kl: holds the KL at a target.
-        kl_loss: None = the KL is part of the reward, as k1 without gradient; ``modules.functional.kl.weighted_k3`` or ``.k2`` = of the loss instead.
+        kl_loss: None = the KL is part of the reward, as k1 without gradient; ``modules.functional.kl.weighted_k3`` or
+            ``.k2`` = of the loss instead.
         reference: None = the policy as it starts; a folder or hub id = another model.
-        whiten_rewards: divide a phase's token rewards by their standard deviation; their mean stays. Values are then in those units.
+        whiten_rewards: divide a phase's token rewards by their standard deviation; their mean stays. Values are then in
+            those units.
         missing_eos_penalty: >= 0, taken from the score of completions that did not end by themselves; None = nothing.
-        replace_missing_eos: their score is -missing_eos_penalty, whatever it was, as in 1909.08593 (which spares bad ones that were cut off).
+        replace_missing_eos: their score is -missing_eos_penalty, whatever it was, as in 1909.08593 (which spares bad
+            ones that were cut off).
         entropy_coef: weight of the entropy bonus, per nat.
-        ptx_coef: >= 0, weight of the log-likelihood of ``data.ptx`` per token (PPO-ptx; InstructGPT's 27.8 is for a sum that it does not define).
+        ptx_coef: >= 0, weight of the log-likelihood of ``data.ptx`` per token (PPO-ptx; InstructGPT's 27.8 is for a sum
+            that it does not define).
         accuracy: decides right (score > 0.5) or wrong in validation; default ``reward``.
         val_generations: sampled completions per validation prompt, for pass@1 and pass@k.
-        lora: train low-rank adapters of policy and critic instead of all weights; then policy, reference and critic share one frozen backbone.
+        lora: train low-rank adapters of policy and critic instead of all weights; then policy, reference and critic
+            share one frozen backbone.
         optimizer: parameters -> optimizer; default AdamW, learning rate 3e-6.
         scheduler: optimizer -> scheduler, stepped per update.
         seed: of the sampling.
@@ -99,39 +111,89 @@ class PPOModule(OnPolicyModule):
         scheduler: LRSchedulerCallable | None = None,
         seed: int = 0,
     ) -> None:
-        weights = {"vf_coef": vf_coef, "kl_coef": kl_coef, "ptx_coef": ptx_coef, "missing_eos_penalty": missing_eos_penalty, "cliprange": cliprange}
-        check_numbers({"gamma": gamma, "lam": lam}, weights, {"cliprange_value": (cliprange_value, 0), "dual_clip": (dual_clip, 1)})
+        weights = {
+            "vf_coef": vf_coef,
+            "kl_coef": kl_coef,
+            "ptx_coef": ptx_coef,
+            "missing_eos_penalty": missing_eos_penalty,
+            "cliprange": cliprange,
+        }
+        check_numbers(
+            {"gamma": gamma, "lam": lam},
+            weights,
+            {"cliprange_value": (cliprange_value, 0), "dual_clip": (dual_clip, 1)},
+        )
         if adaptive_kl is not None and kl_coef == 0:
             raise ValueError("adaptive_kl multiplies kl_coef, and 0 stays 0: start above it")
         if kl_loss is kl.k1:
             raise ValueError("kl_loss k1 has no gradient on average: take modules.functional.kl.weighted_k3 or k2")
         if replace_missing_eos and missing_eos_penalty is None:
-            raise ValueError("replace_missing_eos puts -missing_eos_penalty in place of a score: set missing_eos_penalty")
+            raise ValueError(
+                "replace_missing_eos puts -missing_eos_penalty in place of a score: set missing_eos_penalty"
+            )
         start = True if reference in (None, policy) else str(reference)
-        super().__init__(policy, reward, num_generations, sampling, engine, start, accuracy, val_generations, lora, optimizer, scheduler, seed)
-        self.gamma, self.lam, self.cliprange, self.dual_clip, self.cliprange_value = gamma, lam, cliprange, dual_clip, cliprange_value
+        super().__init__(
+            policy,
+            reward,
+            num_generations,
+            sampling,
+            engine,
+            start,
+            accuracy,
+            val_generations,
+            lora,
+            optimizer,
+            scheduler,
+            seed,
+        )
+        self.gamma, self.lam, self.cliprange, self.dual_clip, self.cliprange_value = (
+            gamma,
+            lam,
+            cliprange,
+            dual_clip,
+            cliprange_value,
+        )
         self.vf_coef, self.kl_coef, self.adaptive_kl, self.kl_loss = vf_coef, kl_coef, adaptive_kl, kl_loss
-        self.whiten_rewards, self.missing_eos_penalty, self.replace_missing_eos = whiten_rewards, missing_eos_penalty, replace_missing_eos
-        self.entropy_coef, self.ptx_coef, self.warmup_phases, self.value_lr = entropy_coef, ptx_coef, value.warmup_phases, value.lr
+        self.whiten_rewards, self.missing_eos_penalty, self.replace_missing_eos = (
+            whiten_rewards,
+            missing_eos_penalty,
+            replace_missing_eos,
+        )
+        self.entropy_coef, self.ptx_coef, self.warmup_phases, self.value_lr = (
+            entropy_coef,
+            ptx_coef,
+            value.warmup_phases,
+            value.lr,
+        )
         self.critic = Critic(self.policy, value.model, lora)
 
     def setup(self, stage: str) -> None:
         """Refuse a weight for texts that are not there, and a warm-up as long as the run."""
         super().setup(stage)
         if stage == "fit" and 0 < (self.trainer.max_epochs or 0) <= self.warmup_phases:
-            raise ValueError(f"value.warmup_phases is {self.warmup_phases} of {self.trainer.max_epochs} phases, so the policy would never learn")
+            raise ValueError(
+                f"value.warmup_phases is {self.warmup_phases} of {self.trainer.max_epochs} phases, so the policy would "
+                "never learn"
+            )
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         texts = stage == "fit" and getattr(data, "ptx", None) is not None
         if texts and self.ptx_coef == 0:
             rank_zero_info("the texts of data.ptx are measured and teach nothing, since ptx_coef is 0")
         if stage == "fit" and self.ptx_coef > 0 and not texts:
-            raise ValueError(f"ptx_coef is {self.ptx_coef} and there are no texts to keep likely: name them with data.ptx or set it to 0")
+            raise ValueError(
+                f"ptx_coef is {self.ptx_coef} and there are no texts to keep likely: name them with data.ptx or set it "
+                "to 0"
+            )
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The policy, and what the value loss alone trains."""
         critic = list(self.critic.learned(self.policy).values())
         theirs = set(map(id, critic))
-        policy = [parameter for parameter in self.policy.parameters() if parameter.requires_grad and id(parameter) not in theirs]
+        policy = [
+            parameter
+            for parameter in self.policy.parameters()
+            if parameter.requires_grad and id(parameter) not in theirs
+        ]
         return [{"params": policy}, {"params": critic} | ({} if self.value_lr is None else {"lr": self.value_lr})]
 
     def collected_scores(self, batch: PolicyBatch) -> tuple[Tensor, ...]:
@@ -173,7 +235,9 @@ class PPOModule(OnPolicyModule):
         policy_loss, metrics = clipped_policy_loss(
             logprobs, old, batch["advantages"], mask, denominator, self.cliprange, self.cliprange, self.dual_clip
         )
-        value_loss, value_metrics = clipped_value_loss(values, batch["values"], batch["returns"], mask, denominator, self.cliprange_value)
+        value_loss, value_metrics = clipped_value_loss(
+            values, batch["values"], batch["returns"], mask, denominator, self.cliprange_value
+        )
         tokens = float(batch["completion_mask"].sum() + batch["prompt_mask"].sum())
         self.log_step(metrics | value_metrics | ratio_moments(logprobs, old, mask), weight=float(mask.sum()))
         self.log_step({"policy_loss": policy_loss, "value_loss": value_loss, "tokens": tokens})
@@ -198,7 +262,9 @@ class PPOModule(OnPolicyModule):
         return self.current_epoch >= self.warmup_phases
 
     def step_metrics(self) -> dict[str, float]:
-        """As for every module, with the variance of the ratio over the whole step, unless it has no completion with a score."""
+        """As for every module, with the variance of the ratio over the whole step, unless it has no completion with a
+        score.
+        """
         metrics = super().step_metrics()
         if "ratio/square" in metrics:
             metrics["ratio/var"] = metrics.pop("ratio/square") - (metrics["ratio/mean"] - 1) ** 2
@@ -208,7 +274,9 @@ class PPOModule(OnPolicyModule):
         """Log the step, with the gradient norms of policy and critic; in the warm-up the policy stays exactly as it is."""
         super().on_before_optimizer_step(optimizer)
         for name, group in zip(("policy", "value"), optimizer.param_groups, strict=True):
-            norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in group["params"] if parameter.grad is not None])
+            norm = torch.nn.utils.get_total_norm(
+                [parameter.grad for parameter in group["params"] if parameter.grad is not None]
+            )
             self.log(f"train/grad_norm/{name}", norm, on_step=True, on_epoch=False, batch_size=1)
         if not self.policy_learns:
             for parameter in optimizer.param_groups[0]["params"]:
@@ -234,7 +302,10 @@ class PPOModule(OnPolicyModule):
 
     def identity(self) -> dict[str, str | int]:
         """As for every module, and the size of the critic."""
-        return {**super().identity(), "value_parameters": sum(parameter.numel() for parameter in self.critic.parameters())}
+        return {
+            **super().identity(),
+            "value_parameters": sum(parameter.numel() for parameter in self.critic.parameters()),
+        }
 
 
 def counted(batch: PolicyBatch) -> Tensor:
@@ -242,10 +313,20 @@ def counted(batch: PolicyBatch) -> Tensor:
     return batch["completion_mask"] & ~batch["rewards"].isnan()[:, None]
 
 
-def check_numbers(shares: dict[str, float], weights: dict[str, float | None], bounded: dict[str, tuple[float | None, float]]) -> None:
-    """ValueError for shares outside [0, 1], weights below 0 and numbers that are not above their bound; None is fine, NaN is not."""
+def check_numbers(
+    shares: dict[str, float], weights: dict[str, float | None], bounded: dict[str, tuple[float | None, float]]
+) -> None:
+    """ValueError for shares outside [0, 1], weights below 0 and numbers that are not above their bound; None is fine,
+    NaN is not.
+    """
     wrong = [f"{name} {share} (from 0 to 1)" for name, share in shares.items() if not 0 <= share <= 1]
-    wrong += [f"{name} {weight} (at least 0)" for name, weight in weights.items() if weight is not None and not weight >= 0]
-    wrong += [f"{name} {number} (above {low})" for name, (number, low) in bounded.items() if number is not None and not number > low]
+    wrong += [
+        f"{name} {weight} (at least 0)" for name, weight in weights.items() if weight is not None and not weight >= 0
+    ]
+    wrong += [
+        f"{name} {number} (above {low})"
+        for name, (number, low) in bounded.items()
+        if number is not None and not number > low
+    ]
     if wrong:
         raise ValueError(f"out of range: {', '.join(wrong)}")

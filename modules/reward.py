@@ -1,4 +1,6 @@
-"""Reward model: learns from ranked completions what a better completion is (InstructGPT, arXiv 2203.02155, section 3.5)."""
+"""Reward model: learns from ranked completions what a better completion is (InstructGPT, arXiv 2203.02155, section
+3.5).
+"""
 
 import json
 from pathlib import Path
@@ -12,11 +14,11 @@ from torch.utils.data import DataLoader
 from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
 from modules.base import AlignmentModule
-from modules.functional.preference_loss import bradley_terry_loss
-from modules.functional.ranks import from_all_ranks, log_equal
+from modules.distributed import from_all_ranks, log_equal
+from modules.losses.pairs import Pairs, describe, pairs_of
+from modules.losses.preference_loss import bradley_terry_loss
 from modules.networks.lora import ADAPTERS, HEAD_FILE, POLICY, Lora, merged, save_adapters
 from modules.networks.scalar_head import HEADS_FILE, ScalarHead, sequence_classifier, with_scoring_pad
-from modules.objectives.pairs import Pairs, describe, pairs_of
 from modules.types import PreferenceBatch, ScoredPair
 
 MAX_CALIBRATION = 4096  # completions that mean and standard deviation are taken of where none are named
@@ -34,35 +36,44 @@ class HasRowsInOrder(Protocol):
 
 
 class RewardModule(AlignmentModule):
-    """loss = - sum over examples of mean over their pairs of log sigma(r_better - r_worse - margin) / examples in the whole optimiser step.
+    """loss = - sum over examples of mean over their pairs of log sigma(r_better - r_worse - margin) / examples in the
+    whole optimiser step.
 
-    The score r is a linear function of the backbone's state at the last kept token of a completion, the end token; each completion is
-    computed once for all its pairs. Margins are those of the data (Llama 2, arXiv 2307.09288, eq. 2). Scores of different prompts cannot be
-    compared as trained, since the loss knows only differences; ``centering`` and ``normalize`` both help.
+    The score r is a linear function of the backbone's state at the last kept token of a completion, the end token; each
+    completion is computed once for all its pairs. Margins are those of the data (Llama 2, arXiv 2307.09288, eq. 2).
+    Scores of different prompts cannot be compared as trained, since the loss knows only differences; ``centering`` and
+    ``normalize`` both help.
 
-    The metrics have the names of TRL's RewardTrainer, ``accuracy``, ``margin`` (the score difference) and ``mean_reward``, and of its DPOTrainer,
-    ``rewards/chosen`` and ``rewards/rejected``: means over examples of the mean over an example's pairs. ``min_reward`` and ``max_reward`` are
-    those of an optimiser step, or of all held-out completions.
+    The metrics have the names of TRL's RewardTrainer, ``accuracy``, ``margin`` (the score difference) and
+    ``mean_reward``, and of its DPOTrainer, ``rewards/chosen`` and ``rewards/rejected``: means over examples of the mean
+    over an example's pairs. ``min_reward`` and ``max_reward`` are those of an optimiser step, or of all held-out
+    completions.
 
-    Exported is what ``AutoModelForSequenceClassification`` loads, in TRL and elsewhere: it scores with one label, raw, at the last token that
-    is not the pad token, here the end token. TRL's rows of text end there too; its rows of messages go on to the end of the chat template, in
-    ChatML a line break, where no score was learned. ``LearnedReward`` reads the export with the normalisation. As the ``policy`` of a new
-    module it gives its backbone only.
+    Exported is what ``AutoModelForSequenceClassification`` loads, in TRL and elsewhere: it scores with one label, raw,
+    at the last token that is not the pad token, here the end token. TRL's rows of text end there too; its rows of
+    messages go on to the end of the chat template, in ChatML a line break, where no score was learned.
+    ``LearnedReward`` reads the export with the normalisation. As the ``policy`` of a new module it gives its backbone
+    only.
 
     Args:
-        policy: the backbone, whose output head is not used: ``tiny``, a Hugging Face folder, a GGUF file or a hub id. Dropout is off.
-        centering: weight of (r_better + r_worse)^2, which pulls scores to 0; 0 = none, 0.01 is advised (arXiv 2312.09244).
-        use_margins: put the data's margins into the loss; False leaves them to the audit, which tells the accuracy at each.
-        num_heads: heads that differ by their start, an ensemble whose mean is the score. Their common backbone makes their errors alike, so they
-            disagree less than separately trained models do.
+        policy: the backbone, whose output head is not used: ``tiny``, a Hugging Face folder, a GGUF file or a hub id.
+            Dropout is off.
+        centering: weight of (r_better + r_worse)^2, which pulls scores to 0; 0 = none, 0.01 is advised (arXiv
+            2312.09244).
+        use_margins: put the data's margins into the loss; False leaves them to the audit, which tells the accuracy at
+            each.
+        num_heads: heads that differ by their start, an ensemble whose mean is the score. Their common backbone makes
+            their errors alike, so they disagree less than separately trained models do.
         lora: train adapters and the head; None trains all weights.
-        normalize: at export, measure mean and standard deviation of the scores and store them: on ``data.calibration``, samples of the reference
-            policy (Ziegler et al., arXiv 1909.08593), else on the held-out completions, else on training ones.
+        normalize: at export, measure mean and standard deviation of the scores and store them: on ``data.calibration``,
+            samples of the reference policy (Ziegler et al., arXiv 1909.08593), else on the held-out completions, else
+            on training ones.
         optimizer: parameters -> optimizer; default AdamW, learning rate 1e-5.
         scheduler: optimizer -> scheduler, stepped per update.
 
     Raises:
-        ValueError: values out of range; an architecture without sequence classification; in ``setup``, data that hold no pairs.
+        ValueError: values out of range; an architecture without sequence classification; in ``setup``, data that hold
+            no pairs.
     """
 
     forms_logits = False
@@ -85,13 +96,18 @@ class RewardModule(AlignmentModule):
             raise ValueError("several heads have offsets of their own, so their ensemble needs normalize: true")
         config = self.policy.model.config
         if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
-            raise ValueError(f"policy: '{policy}' ({config.model_type}) has no form for sequence classification, so its scores could not be exported")
+            raise ValueError(
+                f"policy: '{policy}' ({config.model_type}) has no form for sequence classification, so its scores "
+                "could not be exported"
+            )
         self.head = ScalarHead(config.hidden_size, num_heads)
         output = self.policy.model.get_output_embeddings()
         if output.weight is not self.policy.model.get_input_embeddings().weight:
             output.requires_grad_(False)  # never used, and DDP waits for the gradient of every parameter
         self.centering, self.use_margins, self.normalize = centering, use_margins, normalize
-        self.moments: Tensor | None = None  # [1 + heads, 2], mean and standard deviation of the score and of each head's
+        self.moments: Tensor | None = (
+            None  # [1 + heads, 2], mean and standard deviation of the score and of each head's
+        )
         self.scored_pairs: list[ScoredPair] = []  # of the current validation batch
         self._seen: list[float] = []  # scores of the optimiser step so far, on this rank
         self._held_out: list[float] = []  # scores of the evaluation so far, on this rank
@@ -101,9 +117,15 @@ class RewardModule(AlignmentModule):
         super().setup(stage)
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         if getattr(data, "kind", None) == "labels":
-            raise ValueError("a reward model learns from pairs and these rows hold one labelled completion each: use rows with chosen and rejected")
+            raise ValueError(
+                "a reward model learns from pairs and these rows hold one labelled completion each: use rows with "
+                "chosen and rejected"
+            )
         if stage == "fit" and self.normalize and not isinstance(data, HasRowsInOrder):
-            raise ValueError("scores are normalised on the DataModule's rows: fit with a PreferenceDataModule or set model.normalize to false")
+            raise ValueError(
+                "scores are normalised on the DataModule's rows: fit with a PreferenceDataModule or set "
+                "model.normalize to false"
+            )
 
     def head_scores(self, batch: PreferenceBatch) -> Tensor:
         """Raw scores [N, heads] of the completions."""
@@ -118,12 +140,17 @@ class RewardModule(AlignmentModule):
         if batch_idx % self.trainer.accumulate_grad_batches == 0:
             self._seen = []
         self._seen += scores.detach().mean(1)[counted].tolist()
-        tokens = batch["completion_mask"][counted].sum() + batch["prompt_mask"][batch["prompt_index"][counted].unique()].sum()
+        tokens = (
+            batch["completion_mask"][counted].sum()
+            + batch["prompt_mask"][batch["prompt_index"][counted].unique()].sum()
+        )
         self.log_step({name: total / batch["denominator"] for name, total in sums.items()} | {"tokens": float(tokens)})
         return self.step_loss(sums["loss"] / batch["denominator"])
 
     def step_metrics(self) -> dict[str, float]:
-        """As for every module, and the lowest and the highest score of the step over its micro-batches and all ranks (collective)."""
+        """As for every module, and the lowest and the highest score of the step over its micro-batches and all ranks
+        (collective).
+        """
         seen = from_all_ranks(self._seen)
         return super().step_metrics() | {"min_reward": min(seen), "max_reward": max(seen)}
 
@@ -139,7 +166,10 @@ class RewardModule(AlignmentModule):
         """Log how the held-out pairs of a batch are scored, and keep them."""
         scores, pairs = self.head_scores(batch), pairs_of(batch)
         examples = float(pairs.weight.sum())
-        self.log_mean({f"{stage}/{name}": total / max(examples, 1.0) for name, total in self.sums(scores, pairs).items()}, examples)
+        self.log_mean(
+            {f"{stage}/{name}": total / max(examples, 1.0) for name, total in self.sums(scores, pairs).items()},
+            examples,
+        )
         self._held_out += scores.mean(1)[batch["rank"] >= 0].tolist()
         self.scored_pairs = describe(self.tokenizer, batch, scores.mean(1), pairs)
 
@@ -156,7 +186,9 @@ class RewardModule(AlignmentModule):
             log_equal(self, {f"{stage}/min_reward": min(scores), f"{stage}/max_reward": max(scores)})
 
     def sums(self, scores: Tensor, pairs: Pairs) -> dict[str, Tensor]:
-        """Loss and metrics of raw scores [N, heads], each a weighted sum [] over the pairs. Each head has its own loss; they are averaged."""
+        """Loss and metrics of raw scores [N, heads], each a weighted sum [] over the pairs. Each head has its own loss;
+        they are averaged.
+        """
         margin = pairs.margin[:, None] if self.use_margins and pairs.margin is not None else None
         losses = bradley_terry_loss(scores[pairs.better], scores[pairs.worse], margin, self.centering).mean(1)  # [M]
         mean = scores.detach().mean(1)
@@ -165,7 +197,8 @@ class RewardModule(AlignmentModule):
             "loss": losses,
             "accuracy": (chosen > rejected).float(),
             "margin": chosen - rejected,
-            "mean_reward": (chosen + rejected) / 2,  # without ties, the mean over completions: each is in equally many pairs
+            "mean_reward": (chosen + rejected)
+            / 2,  # without ties, the mean over completions: each is in equally many pairs
             "rewards/chosen": chosen,
             "rewards/rejected": rejected,
         }
@@ -177,7 +210,9 @@ class RewardModule(AlignmentModule):
 
     @torch.no_grad()
     def before_export(self) -> None:
-        """Measure the scores that ``normalize`` asks for with the weights as they are, on all ranks together (collective)."""
+        """Measure the scores that ``normalize`` asks for with the weights as they are, on all ranks together
+        (collective).
+        """
         if not self.normalize:
             return
         data = self.trainer.datamodule  # type: ignore[attr-defined]
@@ -192,10 +227,12 @@ class RewardModule(AlignmentModule):
         self.moments = moments(torch.tensor(scores, dtype=torch.float64))
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write a sequence classifier with one label and its tokenizer; ``reward_mean`` and ``reward_std`` in its config.
+        """Write a sequence classifier with one label and its tokenizer; ``reward_mean`` and ``reward_std`` in its
+        config.
 
-        With several heads the label is their mean; they themselves are in ``reward_heads.safetensors``, their means and deviations in the config.
-        With ``lora`` the folder ``adapters`` has the adapters and the heads alone, for who has the backbone already.
+        With several heads the label is their mean; they themselves are in ``reward_heads.safetensors``, their means and
+        deviations in the config. With ``lora`` the folder ``adapters`` has the adapters and the heads alone, for who
+        has the backbone already.
         """
         folder = Path(folder)
         tokenizer = with_scoring_pad(self.tokenizer, self.policy.stop_token_ids)
@@ -216,7 +253,8 @@ class RewardModule(AlignmentModule):
 
 
 def moments(scores: Tensor) -> Tensor:
-    """Mean and population standard deviation [1 + heads, 2] of ``scores`` [S, heads]: of the mean over heads, then of each head.
+    """Mean and population standard deviation [1 + heads, 2] of ``scores`` [S, heads]: of the mean over heads, then of
+    each head.
 
     A deviation of 0 becomes 1, so that everything can be divided by it.
     """
@@ -226,8 +264,14 @@ def moments(scores: Tensor) -> Tensor:
 
 
 def write_moments(file: Path, found: Tensor | None) -> None:
-    """Put the moments [1 + heads, 2] into a ``config.json``, and take out those of an earlier export that the backbone came from."""
-    config = {key: value for key, value in json.loads(file.read_text(encoding="utf-8")).items() if not key.startswith("reward_")}
+    """Put the moments [1 + heads, 2] into a ``config.json``, and take out those of an earlier export that the backbone
+    came from.
+    """
+    config = {
+        key: value
+        for key, value in json.loads(file.read_text(encoding="utf-8")).items()
+        if not key.startswith("reward_")
+    }
     if found is not None:
         (config["reward_mean"], config["reward_std"]), *heads = found.tolist()
         if len(heads) > 1:

@@ -8,8 +8,8 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
 from modules.base import AlignmentModule
+from modules.distributed import from_all_ranks, log_equal
 from modules.functional.masked import aggregate
-from modules.functional.ranks import from_all_ranks, log_equal
 from modules.networks.lora import Lora
 from modules.networks.noise import embedding_noise
 from modules.networks.policy import TokenScores
@@ -28,10 +28,12 @@ class SFTModule(AlignmentModule):
 
     Args:
         policy: ``tiny``, a Hugging Face folder, a GGUF file or a hub id.
-        label_smoothing: share e of each target that goes to the whole vocabulary: - (1 - e) log pi(token) - e mean over v of log pi(v).
-        neftune_noise_alpha: noise on the embeddings in training, uniform in +- alpha / sqrt(tokens x width) (NEFTune, arXiv 2310.05914).
-        reward: scores sampled answers to the held-out rows, whose last answer is the ``answer`` that it may look at: ``val/reward``, by which
-            InstructGPT chose its checkpoint (arXiv 2203.02155 section 3.5).
+        label_smoothing: share e of each target that goes to the whole vocabulary: - (1 - e) log pi(token) - e mean over
+            v of log pi(v).
+        neftune_noise_alpha: noise on the embeddings in training, uniform in +- alpha / sqrt(tokens x width) (NEFTune,
+            arXiv 2310.05914).
+        reward: scores sampled answers to the held-out rows, whose last answer is the ``answer`` that it may look at:
+            ``val/reward``, by which InstructGPT chose its checkpoint (arXiv 2203.02155 section 3.5).
         sampling: how held-out answers are sampled; default with a reward: greedy, up to 256 tokens; without: none are.
         lora: train low-rank adapters instead of all weights.
         optimizer: parameters -> optimizer; default AdamW, learning rate 2e-5.
@@ -54,16 +56,23 @@ class SFTModule(AlignmentModule):
     ) -> None:
         super().__init__(policy, optimizer, scheduler, lora=lora)
         if not 0 <= label_smoothing < 1 or (neftune_noise_alpha is not None and neftune_noise_alpha < 0):
-            raise ValueError(f"label_smoothing must be in [0, 1) and neftune_noise_alpha >= 0, got {label_smoothing} and {neftune_noise_alpha}")
+            raise ValueError(
+                f"label_smoothing must be in [0, 1) and neftune_noise_alpha >= 0, got {label_smoothing} and "
+                f"{neftune_noise_alpha}"
+            )
         self.label_smoothing, self.neftune_noise_alpha, self.reward = label_smoothing, neftune_noise_alpha, reward
-        self.sampling = sampling or (Sampling(temperature=0.0, max_completion_length=256) if reward is not None else None)
+        self.sampling = sampling or (
+            Sampling(temperature=0.0, max_completion_length=256) if reward is not None else None
+        )
         self.engine = InProcessEngine()
         self.held_out_rollouts: list[Rollout] = []
         self.answered: list[Outcome] = []
 
     def scores(self, batch: InstructionBatch, means: bool = False) -> TokenScores:
         """Log-probs, entropies and hits [N, T] of the supervised tokens."""
-        return self.policy.token_scores(batch["input_ids"], batch["loss_mask"], batch.get("position_ids"), details=True, means=means)
+        return self.policy.token_scores(
+            batch["input_ids"], batch["loss_mask"], batch.get("position_ids"), details=True, means=means
+        )
 
     def training_step(self, batch: InstructionBatch, batch_idx: int) -> Tensor:
         """The loss [] of a micro-batch: its share of the step's token mean."""
@@ -71,7 +80,9 @@ class SFTModule(AlignmentModule):
             scores = self.scores(batch, means=self.label_smoothing > 0)
         trained = batch["attention_mask"][batch["loss_mask"].any(1)]
         self.log_step(token_means(scores, batch["denominator"]) | {"tokens": float(trained.sum())})
-        self.log_step({"supervised_fraction": batch["loss_mask"].sum() / trained.sum().clamp(min=1)}, weight=float(trained.sum()))
+        self.log_step(
+            {"supervised_fraction": batch["loss_mask"].sum() / trained.sum().clamp(min=1)}, weight=float(trained.sum())
+        )
         losses = -scores.logprobs
         if scores.means is not None:
             losses = (1 - self.label_smoothing) * losses - self.label_smoothing * scores.means
@@ -79,7 +90,9 @@ class SFTModule(AlignmentModule):
 
     @contextmanager
     def noise(self, batch: InstructionBatch, batch_idx: int) -> Iterator[None]:
-        """NEFTune inside, if asked; a function of seed, step, micro-batch and rank, so that a resumed run draws the same."""
+        """NEFTune inside, if asked; a function of seed, step, micro-batch and rank, so that a resumed run draws the
+        same.
+        """
         if not self.neftune_noise_alpha:
             yield
             return
@@ -111,7 +124,9 @@ class SFTModule(AlignmentModule):
             prompts = last_answers(batch, self.tokenizer)
             self.engine.sync_weights(self.policy, self.global_step)
             seeds = [sampling_seed(0, stage, uid) for uid in prompts["uid"]]
-            self.held_out_rollouts = make_rollouts(prompts, self.engine.generate(prompts["prompt_ids"], 1, self.sampling, seeds), self.reward)
+            self.held_out_rollouts = make_rollouts(
+                prompts, self.engine.generate(prompts["prompt_ids"], 1, self.sampling, seeds), self.reward
+            )
             self.answered += outcomes(self.held_out_rollouts)
 
     def log_evaluation(self, stage: str) -> None:
@@ -127,7 +142,9 @@ class SFTModule(AlignmentModule):
 
 
 def token_means(scores: TokenScores, count: Tensor) -> dict[str, Tensor | float]:
-    """Sums over the supervised tokens of a micro-batch, divided by ``count`` []: its own tokens, or those of the whole step."""
+    """Sums over the supervised tokens of a micro-batch, divided by ``count`` []: its own tokens, or those of the whole
+    step.
+    """
     assert scores.entropies is not None and scores.hits is not None
     return {
         "loss": -scores.logprobs.detach().sum() / count,

@@ -1,8 +1,8 @@
 """What the packages hand each other: batches (dicts of tensors) and rollout records. Imports torch only.
 
-Letters: N sequences, P unique prompts, T tokens (Tp of a prompt, Tc of a completion), G completions per prompt, V vocabulary.
-Every mask is a keep-mask (True = counts). A per-token tensor is aligned to its own token: ``logprobs[i, t]`` is the
-log-probability of the token at ``[i, t]``. Floats are fp32.
+Letters: N sequences, P unique prompts, T tokens (Tp of a prompt, Tc of a completion), G completions per prompt, V
+vocabulary. Every mask is a keep-mask (True = counts). A per-token tensor is aligned to its own token: ``logprobs[i,
+t]`` is the log-probability of the token at ``[i, t]``. Floats are fp32.
 """
 
 from abc import ABC, abstractmethod
@@ -24,6 +24,18 @@ ALPACA_PROMPT_WITH_INPUT = (
 )
 
 
+# How an answer to a prompt that should, or should not, be refused is judged: XSTest (arXiv 2308.01263).
+FULL_COMPLIANCE, FULL_REFUSAL, PARTIAL_REFUSAL = REFUSAL_LABELS = (
+    "1_full_compliance",
+    "2_full_refusal",
+    "3_partial_refusal",
+)
+
+# How well a model knows a fact: SliCK (arXiv 2405.05904, section 3).
+Knowledge = Literal["HighlyKnown", "MaybeKnown", "WeaklyKnown", "Unknown"]
+KNOWLEDGE_CATEGORIES: tuple[Knowledge, ...] = ("HighlyKnown", "MaybeKnown", "WeaklyKnown", "Unknown")
+
+
 class InstructionBatch(TypedDict):
     """Rows of tokens with the supervised ones marked. Padding is on the right."""
 
@@ -35,7 +47,8 @@ class InstructionBatch(TypedDict):
 
 
 class PreferenceBatch(TypedDict):
-    """Examples: each a prompt with completions that are ranked against each other, or with one completion that is labelled.
+    """Examples: each a prompt with completions that are ranked against each other, or with one completion that is
+    labelled.
 
     Two completions of a prompt make a pair where their ranks differ.
     """
@@ -45,7 +58,8 @@ class PreferenceBatch(TypedDict):
     completion_ids: Tensor  # int [N, Tc]
     completion_mask: Tensor  # bool [N, Tc], the end token included
     prompt_index: Tensor  # int [N], the prompt of each completion
-    rank: Tensor  # int [N], 0 = best; a labelled completion: 0 = desirable, 1 = undesirable; -1 = filler, computed and not counted
+    # int [N], 0 = best; a labelled completion: 0 = desirable, 1 = undesirable; -1 = filler, computed and not counted
+    rank: Tensor
     row: Tensor  # int [N], the completion's number in its data set, by which its reference log-probs are kept
     denominator: Tensor  # [], examples of the whole optimiser step on all ranks
     margin: NotRequired[Tensor]  # [P], how much better the better completion should score
@@ -61,7 +75,9 @@ class PromptBatch(TypedDict):
     answer: list[str | None]
     source: list[str]  # the data set, for per-source metrics
     info: list[dict[str, Any]]  # the row's other columns
-    update: NotRequired[list[int]]  # in training: the optimiser update of a pass, from 0, that learns from the prompt's completions
+    update: NotRequired[
+        list[int]
+    ]  # in training: the optimiser update of a pass, from 0, that learns from the prompt's completions
 
 
 class PolicyBatch(TypedDict):
@@ -79,7 +95,9 @@ class PolicyBatch(TypedDict):
     denominator: Tensor  # [], what the objective divides by, over the whole optimiser step and all ranks
     row_count: NotRequired[Tensor]  # [N], what each row adds to the denominator; of a whole phase only
     active: NotRequired[Tensor]  # bool [N], False = zero gradient, may be left out of compute; of a whole phase only
-    rank: NotRequired[Tensor]  # int [N], where completions are compared: 0 = best, 1 = worst of its prompt, -1 = not compared
+    rank: NotRequired[
+        Tensor
+    ]  # int [N], where completions are compared: 0 = best, 1 = worst of its prompt, -1 = not compared
     ref_logprobs: NotRequired[Tensor]  # [N, Tc], frozen reference
     sampler_logprobs: NotRequired[Tensor]  # [N, Tc], the engine's own
     values: NotRequired[Tensor]  # [N, Tc], at collection, of the state that each token was drawn in

@@ -27,7 +27,9 @@ def longer_wins(question: str) -> str:
 
 @dataclass
 class ChatServer:
-    """``plan`` holds a number of an HTTP status, a raw body, seconds to wait, or headers with a status, used up one a request; then ``rule``."""
+    """``plan`` holds a number of an HTTP status, a raw body, seconds to wait, or headers with a status, used up one a
+    request; then ``rule``.
+    """
 
     rule: Rule
     plan: list[Any] = field(default_factory=list)
@@ -45,7 +47,11 @@ class ChatServer:
             self.stop.wait(step)
         status, headers = step if isinstance(step, tuple) else (step if isinstance(step, int) else 200, {})
         content = (
-            step if isinstance(step, bytes) else self.body(body["messages"][-1]["content"]) if status == 200 else b'{"error": {"message": "no"}}'
+            step
+            if isinstance(step, bytes)
+            else self.body(body["messages"][-1]["content"])
+            if status == 200
+            else b'{"error": {"message": "no"}}'
         )
         handler.send_response(status)
         for name, value in {"Content-Length": str(len(content)), **headers}.items():
@@ -55,7 +61,9 @@ class ChatServer:
 
     def body(self, question: str) -> bytes:
         message = {"role": "assistant", "content": self.rule(question)}
-        return json.dumps({"choices": [{"message": message}], "usage": {"prompt_tokens": 100, "completion_tokens": 10}}).encode()
+        return json.dumps(
+            {"choices": [{"message": message}], "usage": {"prompt_tokens": 100, "completion_tokens": 10}}
+        ).encode()
 
 
 class _Quiet(ThreadingHTTPServer):

@@ -1,17 +1,17 @@
 """Where raw rows come from; imported together so that YAML files may use the short class names."""
 
-from datamodules.sources.addition import Addition, AdditionPairs
-from datamodules.sources.base import Row, Source
-from datamodules.sources.facts import FactDocuments, Facts
 from datamodules.sources.files import Files
 from datamodules.sources.flan import FlanTask, FlanTemplate, FlanTemplates
-from datamodules.sources.guarded import GuardedAddition
 from datamodules.sources.mix_in import MixIn
-from datamodules.sources.number_texts import NumberTexts
 from datamodules.sources.oasst import OasstTrees
 from datamodules.sources.preference_prompts import PreferencePrompts
 from datamodules.sources.reasoning_gym import ReasoningGym
 from datamodules.sources.scored import Sampled, Scored
+from datamodules.sources.source import Row, Source
+from datamodules.sources.toys.addition import Addition, AdditionPairs
+from datamodules.sources.toys.guarded_addition import GuardedAddition
+from datamodules.sources.toys.invented_facts import FactDocuments, Facts
+from datamodules.sources.toys.number_texts import NumberTexts
 
 __all__ = [
     "Addition",

@@ -8,8 +8,8 @@ from pathlib import Path
 from string import Formatter
 from typing import Any
 
-from datamodules.sources.base import Row, Source
 from datamodules.sources.files import read_rows
+from datamodules.sources.source import Row, Source
 
 ANSWER, NEXT = "\n\n", "\n\n\n"  # of few-shot prompts: before an answer, before the next example
 
@@ -29,16 +29,19 @@ class FlanTask:
 
     source: str | Source  # a source, or a file, folder or hub id
     templates: str | list[FlanTemplate]  # or a JSON or YAML file that holds such a list
-    options: str = ""  # put behind the input where options are shown, such as "\n\nOptions:\n{choices}"; empty = the task has none
+    options: str = (
+        ""  # put behind the input where options are shown, such as "\n\nOptions:\n{choices}"; empty = the task has none
+    )
 
 
 class FlanTemplates(Source):
     """``prompt`` and ``completion`` from tables of templates; the source of a row is its task.
 
-    For each row a task is drawn at its mixing rate p_i = min(n_i, cap) / sum_j min(n_j, cap), the next of the task's examples (shuffled, and
-    again when all were used), one of the task's templates, each as likely as the other, and whether it is few-shot and whether it shows its
-    options. A few-shot prompt holds other examples of the task in the same words, "\\n\\n" between input and target and "\\n\\n\\n" between
-    examples. A list in a column is written as "- item" lines. A zero-shot prompt ends as its template does.
+    For each row a task is drawn at its mixing rate p_i = min(n_i, cap) / sum_j min(n_j, cap), the next of the task's
+    examples (shuffled, and again when all were used), one of the task's templates, each as likely as the other, and
+    whether it is few-shot and whether it shows its options. A few-shot prompt holds other examples of the task in the
+    same words, "\\n\\n" between input and target and "\\n\\n\\n" between examples. A list in a column is written as "-
+    item" lines. A zero-shot prompt ends as its template does.
 
     Args:
         tasks: name -> source, templates, options.
@@ -47,7 +50,8 @@ class FlanTemplates(Source):
         max_per_task: a task's first so many examples are used and counted as n_i, >= 1.
         shots: examples in front of a few-shot row, >= 1.
         few_shot: share of few-shot rows, [0, 1].
-        show_options: share of rows with options, among those of tasks that have some, [0, 1]; inverted templates show none.
+        show_options: share of rows with options, among those of tasks that have some, [0, 1]; inverted templates show
+            none.
         invert: how often an inverted template is drawn where a task has both kinds, [0, 1].
         seed: of all draws.
     """
@@ -65,11 +69,21 @@ class FlanTemplates(Source):
         seed: int = 0,
     ) -> None:
         if not tasks or min(num_examples, cap, max_per_task, shots) < 1:
-            raise ValueError("tasks must name at least one task, and num_examples, cap, max_per_task and shots must be at least 1")
+            raise ValueError(
+                "tasks must name at least one task, and num_examples, cap, max_per_task and shots must be at least 1"
+            )
         if not all(0 <= share <= 1 for share in (few_shot, show_options, invert)):
-            raise ValueError(f"few_shot, show_options and invert must lie in [0, 1], got {few_shot}, {show_options} and {invert}")
+            raise ValueError(
+                f"few_shot, show_options and invert must lie in [0, 1], got {few_shot}, {show_options} and {invert}"
+            )
         self.tasks, self.num_examples, self.cap, self.max_per_task = tasks, num_examples, cap, max_per_task
-        self.shots, self.few_shot, self.show_options, self.invert, self.seed = shots, few_shot, show_options, invert, seed
+        self.shots, self.few_shot, self.show_options, self.invert, self.seed = (
+            shots,
+            few_shot,
+            show_options,
+            invert,
+            seed,
+        )
 
     def rows(self) -> list[Row]:
         """``num_examples`` rows, the same at every call. Raises ValueError naming task, template, file and line."""
@@ -78,7 +92,10 @@ class FlanTemplates(Source):
         data = [read_rows(task.source)[: self.max_per_task] for task in self.tasks.values()]
         for name, examples in zip(names, data, strict=True):
             if self.few_shot and len(examples) <= self.shots:
-                raise ValueError(f"task {name!r} has {len(examples)} rows, a few-shot row needs {self.shots} beside its own; lower shots or few_shot")
+                raise ValueError(
+                    f"task {name!r} has {len(examples)} rows, a few-shot row needs {self.shots} beside its own; lower "
+                    "shots or few_shot"
+                )
         tables = [_templates(name, self.tasks[name].templates) for name in names]
         orders = [_shuffled_passes(len(examples), draw) for examples in data]
         rates = mixing_rates([len(examples) for examples in data], self.cap)
@@ -112,7 +129,9 @@ def mixing_rates(sizes: Sequence[int], cap: int) -> list[float]:
 
 
 def fill(text: str, row: Row, name: str) -> str:
-    """The text with the row's columns in place of ``{column}``. Raises ValueError naming the row, the text and the column."""
+    """The text with the row's columns in place of ``{column}``. Raises ValueError naming the row, the text and the
+    column.
+    """
     parts: list[str] = []
     for literal, column in _pieces(text, name):
         parts.append(literal)
@@ -120,7 +139,11 @@ def fill(text: str, row: Row, name: str) -> str:
             continue
         value = row.columns.get(column)
         if value is None or value != value:  # NaN, which tables hold where a cell is empty
-            found = f"is empty in column {column!r}" if column in row.columns else f"has no column {column!r}, found {', '.join(row.columns)}"
+            found = (
+                f"is empty in column {column!r}"
+                if column in row.columns
+                else f"has no column {column!r}, found {', '.join(row.columns)}"
+            )
             raise ValueError(f"{row.origin}: the row {found}; {name} needs it")
         parts.append("\n".join(f"- {item}" for item in value) if isinstance(value, list) else str(value))
     return "".join(parts)
@@ -132,7 +155,9 @@ def _pieces(text: str, name: str) -> list[tuple[str, str | None]]:
     except ValueError as error:
         raise ValueError(f"{name}: {error} in {text!r}; write a brace that is meant as such twice") from error
     if any(column == "" or spec or conversion for _, column, spec, conversion in pieces):
-        raise ValueError(f"{name}: a placeholder is the name of a column in braces and nothing else, unlike one in {text!r}")
+        raise ValueError(
+            f"{name}: a placeholder is the name of a column in braces and nothing else, unlike one in {text!r}"
+        )
     return [(literal, column) for literal, column, _, _ in pieces]
 
 
@@ -151,7 +176,9 @@ def _read_templates(path: str) -> list[FlanTemplate]:
         text = Path(path).expanduser().read_text(encoding="utf-8-sig")
         entries: Any = json.loads(text) if path.endswith(".json") else yaml.safe_load(text)
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"{path}: not a readable JSON or YAML file of templates: {' '.join(str(error).split())}") from error
+        raise ValueError(
+            f"{path}: not a readable JSON or YAML file of templates: {' '.join(str(error).split())}"
+        ) from error
     if not isinstance(entries, list):
         raise ValueError(f"{path}: expected a list of templates, found a {type(entries).__name__}")
     for index, entry in enumerate(entries):
@@ -161,7 +188,10 @@ def _read_templates(path: str) -> list[FlanTemplate]:
             or not {"input", "target"} <= set(entry) <= set(kinds)
             or not all(isinstance(entry[key], kinds[key]) for key in entry)
         ):
-            raise ValueError(f"{path}#{index}: a template has the texts input and target, and may have inverted: true, and nothing else")
+            raise ValueError(
+                f"{path}#{index}: a template has the texts input and target, and may have inverted: true, and nothing "
+                "else"
+            )
     return [FlanTemplate(**entry) for entry in entries]
 
 

@@ -1,15 +1,18 @@
-"""A few rows of one source among all rows of another: safety demonstrations (arXiv 2309.07875), replay of earlier data."""
+"""A few rows of one source among all rows of another: safety demonstrations (arXiv 2309.07875), replay of earlier
+data.
+"""
 
 import random
 
-from datamodules.sources.base import Row, Source
 from datamodules.sources.files import read_rows
+from datamodules.sources.source import Row, Source
 
 
 class MixIn(Source):
     """All rows of ``base``, then rows of ``extra`` drawn without replacement. Every row keeps its own source name.
 
-    With a fraction f of the mix and n base rows, round(n f / (1 - f)) rows are drawn: 500 safety demonstrations in 20,500 rows are f = 0.0244.
+    With a fraction f of the mix and n base rows, round(n f / (1 - f)) rows are drawn: 500 safety demonstrations in
+    20,500 rows are f = 0.0244.
 
     Args:
         base: a source, or a file, folder or hub id.
@@ -19,7 +22,14 @@ class MixIn(Source):
         seed: of the draw.
     """
 
-    def __init__(self, base: str | Source, extra: str | Source, num: int | None = None, fraction: float | None = None, seed: int = 0) -> None:
+    def __init__(
+        self,
+        base: str | Source,
+        extra: str | Source,
+        num: int | None = None,
+        fraction: float | None = None,
+        seed: int = 0,
+    ) -> None:
         if (num is None) == (fraction is None):
             raise ValueError(f"set one of num and fraction, got num {num} and fraction {fraction}")
         if num is not None and num < 0:
@@ -34,6 +44,10 @@ class MixIn(Source):
         num = round(len(base) * self.fraction / (1 - self.fraction)) if self.fraction is not None else self.num
         assert num is not None
         if num > len(extra):
-            asked = f"num is {num}" if self.fraction is None else f"fraction {self.fraction} of a mix with {len(base)} base rows is {num} rows"
+            asked = (
+                f"num is {num}"
+                if self.fraction is None
+                else f"fraction {self.fraction} of a mix with {len(base)} base rows is {num} rows"
+            )
             raise ValueError(f"{asked}, but extra has only {len(extra)} (from {extra[0].origin} on)")
         return base + random.Random(self.seed).sample(extra, num)

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, Literal
 from zlib import crc32
 
-from datamodules.sources.base import Row, Source
 from datamodules.sources.files import read_file
+from datamodules.sources.source import Row, Source
 
 HELD_OUT_ONE_IN = 10
 ROLES = {"prompter": "user", "assistant": "assistant"}
@@ -33,16 +33,18 @@ class Node:
 class OasstTrees(Source):
     """Rows of conversation trees.
 
-    ``groups``: ranked assistant replies to one message, as ``prompt`` (the thread as messages), ``completions``, ``ranks`` (0 = best).
+    ``groups``: ranked assistant replies to one message, as ``prompt`` (the thread as messages), ``completions``,
+    ``ranks`` (0 = best).
     ``pairs``: each pair of a group, as ``prompt``, ``chosen``, ``rejected``.
-    ``threads``: ``messages`` from the root to each last assistant message, for SFT. Where a thread ends in a prompter's message, it is kept
-    without that message if this is the first reply, so that no thread is there twice.
+    ``threads``: ``messages`` from the root to each last assistant message, for SFT. Where a thread ends in a prompter's
+    message, it is kept without that message if this is the first reply, so that no thread is there twice.
     ``prompts``: ``prompt``, the messages from the root to each prompter's message, for RL.
 
-    Reads trees (one a line, messages nested in ``replies``) and flat messages (one a line, with ``parent_id``), as Files reads them. Trees
-    are split once and for all by a hash of their id, about one in ten held out, so that no thread has a part in both. A message that is
-    deleted, failed its review, is synthetic or in another language is left out with all that follows it, and so are trees that are not
-    ready for export. Replies without a rank are never compared, and neither are replies of equal rank.
+    Reads trees (one a line, messages nested in ``replies``) and flat messages (one a line, with ``parent_id``), as
+    Files reads them. Trees are split once and for all by a hash of their id, about one in ten held out, so that no
+    thread has a part in both. A message that is deleted, failed its review, is synthetic or in another language is left
+    out with all that follows it, and so are trees that are not ready for export. Replies without a rank are never
+    compared, and neither are replies of equal rank.
 
     Args:
         path: file.
@@ -50,8 +52,8 @@ class OasstTrees(Source):
         languages: of all messages of a thread.
         include_synthetic: keep messages that a model wrote.
         give: ``groups``, ``pairs``, ``threads`` or ``prompts``.
-        top_k: threads go only through assistant messages of a rank below this, >= 1, or without a rank where they have no siblings. Replies
-            that are compared are not affected.
+        top_k: threads go only through assistant messages of a rank below this, >= 1, or without a rank where they have
+            no siblings. Replies that are compared are not affected.
     """
 
     def __init__(
@@ -81,7 +83,9 @@ class OasstTrees(Source):
         roots = [root for root in _trees(records) if is_held_out(_tree_id(root)) == (self.split == "val")]
         rows = [row for root in roots for row in self._rows(root, records[0].source)]
         if not rows:
-            raise ValueError(f"{path}: no {GIVES[self.give]} in the {len(roots)} {self.split} trees, with languages {self.languages}")
+            raise ValueError(
+                f"{path}: no {GIVES[self.give]} in the {len(roots)} {self.split} trees, with languages {self.languages}"
+            )
         return rows
 
     def _rows(self, root: Node, source: str) -> Iterator[Row]:
@@ -110,7 +114,11 @@ class OasstTrees(Source):
             return kept
         alone = len(node.replies) == 1
         ranks = [(reply, _rank(reply)) for reply in kept]
-        return [reply for reply, rank in ranks if reply.message.get("role") != "assistant" or (alone if rank is None else rank < self.top_k)]
+        return [
+            reply
+            for reply, rank in ranks
+            if reply.message.get("role") != "assistant" or (alone if rank is None else rank < self.top_k)
+        ]
 
     def _ends(self, node: Node) -> bool:
         replies = self._continued(node)
@@ -118,7 +126,9 @@ class OasstTrees(Source):
 
     def _compared(self, node: Node) -> Iterator[dict[str, Any]]:
         replies = [reply for reply in node.replies if self._kept(reply) and _turn(reply)["role"] == "assistant"]
-        group = sorted(((rank, reply) for reply in replies if (rank := _rank(reply)) is not None), key=lambda item: item[0])
+        group = sorted(
+            ((rank, reply) for reply in replies if (rank := _rank(reply)) is not None), key=lambda item: item[0]
+        )
         if self.give == "pairs":
             for (best, chosen), (worst, rejected) in combinations(group, 2):
                 if best < worst:
@@ -130,7 +140,9 @@ class OasstTrees(Source):
         message = node.message
         if message.get("deleted") or message.get("review_result") is False or message.get("tree_state", READY) != READY:
             return False
-        return message.get("lang") in (None, *self.languages) and (self.include_synthetic or not message.get("synthetic"))
+        return message.get("lang") in (None, *self.languages) and (
+            self.include_synthetic or not message.get("synthetic")
+        )
 
 
 READY = "ready_for_export"
@@ -148,7 +160,9 @@ def _tree_id(root: Node) -> str:
 def _turn(node: Node) -> dict[str, str]:
     role, text = node.message.get("role"), node.message.get("text")
     if role not in ROLES:
-        raise ValueError(f"{node.origin}: message {node.message['message_id']} has the role {role!r}, known are {', '.join(ROLES)}")
+        raise ValueError(
+            f"{node.origin}: message {node.message['message_id']} has the role {role!r}, known are {', '.join(ROLES)}"
+        )
     if not isinstance(text, str) or not text.strip():
         raise ValueError(f"{node.origin}: message {node.message['message_id']} has no text")
     return {"role": ROLES[role], "content": text}
@@ -159,7 +173,10 @@ def _rank(node: Node) -> int | None:
     if rank is None:
         return None
     if isinstance(rank, bool) or not isinstance(rank, int | float) or rank != int(rank):
-        raise ValueError(f"{node.origin}: message {node.message['message_id']} has the rank {rank!r}, a whole number or null was expected")
+        raise ValueError(
+            f"{node.origin}: message {node.message['message_id']} has the rank {rank!r}, a whole number or null was "
+            "expected"
+        )
     return int(rank)
 
 
@@ -174,7 +191,9 @@ def _trees(records: list[Row]) -> list[Node]:
             nodes[name] = node
     for node in nodes.values():
         if node.parent is not None and node.parent not in nodes:
-            raise ValueError(f"{node.origin}: message {node.message['message_id']} answers {node.parent}, which is not in the file")
+            raise ValueError(
+                f"{node.origin}: message {node.message['message_id']} answers {node.parent}, which is not in the file"
+            )
         if node.parent is not None:
             nodes[node.parent].replies.append(node)
     roots = [node for node in nodes.values() if node.parent is None]
@@ -186,7 +205,9 @@ def _trees(records: list[Row]) -> list[Node]:
         waiting += node.replies
     for name, node in nodes.items():
         if name not in reached:
-            raise ValueError(f"{node.origin}: message {name} is its own ancestor; the parents of a tree must not form a circle")
+            raise ValueError(
+                f"{node.origin}: message {name} is its own ancestor; the parents of a tree must not form a circle"
+            )
     return roots
 
 
@@ -194,16 +215,32 @@ def _messages(record: Row) -> Iterator[Node]:
     """The messages of one line: a tree, a message with its replies, or one message."""
     root = record.columns.get("prompt", record.columns)
     if isinstance(root, dict) and root is not record.columns:
-        root = {**root, **{name: record.columns[name] for name in ("message_tree_id", "tree_state") if name in record.columns}}
+        root = {
+            **root,
+            **{name: record.columns[name] for name in ("message_tree_id", "tree_state") if name in record.columns},
+        }
     elif "user_message_id" in record.columns:  # the seed data, which has names of its own
-        root = {**record.columns, "message_id": record.columns["user_message_id"], "parent_id": record.columns.get("parent_message_id")}
+        root = {
+            **record.columns,
+            "message_id": record.columns["user_message_id"],
+            "parent_id": record.columns.get("parent_message_id"),
+        }
     waiting: list[tuple[Any, str | None]] = [(root, root.get("parent_id") if isinstance(root, dict) else None)]
     while waiting:
         message, parent = waiting.pop()
         replies = (message.get("replies") or []) if isinstance(message, dict) else None
-        if not isinstance(message, dict) or not isinstance(name := message.get("message_id"), str) or not isinstance(replies, list):
-            raise ValueError(f"{record.origin}: not a conversation tree: a message needs a message_id, a text and a role, and replies are a list")
+        if (
+            not isinstance(message, dict)
+            or not isinstance(name := message.get("message_id"), str)
+            or not isinstance(replies, list)
+        ):
+            raise ValueError(
+                f"{record.origin}: not a conversation tree: a message needs a message_id, a text and a role, and "
+                "replies are a list"
+            )
         yield Node(message, parent, record.origin)
         if (said := message.get("parent_id")) not in (None, parent):
-            raise ValueError(f"{record.origin}: message {name} stands below {parent} and says that its parent is {said}")
+            raise ValueError(
+                f"{record.origin}: message {name} stands below {parent} and says that its parent is {said}"
+            )
         waiting += [(reply, name) for reply in reversed(replies)]

@@ -35,14 +35,18 @@ def _decode(raw: bytes, path: Path, first_line: int) -> str:
         return raw.decode("utf-8-sig" if first_line == 1 else "utf-8")
     except UnicodeDecodeError as error:
         line = first_line + raw.count(b"\n", 0, error.start)
-        raise ValueError(f"{path}:{line}: not UTF-8 text (byte 0x{raw[error.start]:02x}); save the file as UTF-8") from error
+        raise ValueError(
+            f"{path}:{line}: not UTF-8 text (byte 0x{raw[error.start]:02x}); save the file as UTF-8"
+        ) from error
 
 
 def _parse(text: str, path: Path, first_line: int) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path}:{first_line + error.lineno - 1}: not valid JSON: {error.msg} (column {error.colno})") from error
+        raise ValueError(
+            f"{path}:{first_line + error.lineno - 1}: not valid JSON: {error.msg} (column {error.colno})"
+        ) from error
 
 
 def _has_surrogates(text: str) -> bool:
@@ -54,7 +58,9 @@ def _encodable(record: Any, origin: str) -> Any:
     try:
         json.dumps(record, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"{origin}: the text holds half of a character (an unpaired surrogate such as \\ud83d); remove it") from error
+        raise ValueError(
+            f"{origin}: the text holds half of a character (an unpaired surrogate such as \\ud83d); remove it"
+        ) from error
     return record
 
 
@@ -79,14 +85,19 @@ def _json(path: Path, _: Header) -> Iterator[Located]:
 
 
 def _rows_in_object(content: dict[str, Any], path: Path) -> list[Any]:
-    """The rows of ``{..., name: [objects]}``, of parallel lists or of categories; other values beside lists are no rows (a licence, a canary)."""
+    """The rows of ``{..., name: [objects]}``, of parallel lists or of categories; other values beside lists are no rows
+    (a licence, a canary).
+    """
     lists = {name: value for name, value in content.items() if isinstance(value, list)}
     columns = {name: value for name, value in lists.items() if value}
     objects = [name for name, value in columns.items() if all(isinstance(record, dict) for record in value)]
     if len(columns) == len(objects) == 1:
         return columns[objects[0]]
     if len(columns) == len(objects) > 1:
-        raise ValueError(f"{path}: an object must hold one list of rows, this one has {len(objects)}: {', '.join(objects)}; split the file")
+        raise ValueError(
+            f"{path}: an object must hold one list of rows, this one has {len(objects)}: {', '.join(objects)}; split "
+            "the file"
+        )
     if len({len(value) for value in columns.values()}) > 1:
         lengths = ", ".join(f"{name} {len(value)}" for name, value in columns.items())
         raise ValueError(f"{path}: parallel lists must be equally long or empty, these are not: {lengths}")
@@ -106,7 +117,9 @@ def _rows_in_object(content: dict[str, Any], path: Path) -> list[Any]:
 
 
 def _is_category(value: Any) -> bool:
-    return isinstance(value, dict) and all(isinstance(texts, list) and all(isinstance(text, str) for text in texts) for texts in value.values())
+    return isinstance(value, dict) and all(
+        isinstance(texts, list) and all(isinstance(text, str) for text in texts) for texts in value.values()
+    )
 
 
 def _tsv(path: Path, header: Header) -> Iterator[Located]:
@@ -115,7 +128,9 @@ def _tsv(path: Path, header: Header) -> Iterator[Located]:
 
 
 def _csv(path: Path, header: Header, delimiter: str = ",", quoting: Any = csv.QUOTE_MINIMAL) -> Iterator[Located]:
-    reader = csv.reader(io.StringIO(_decode(_bytes(path), path, 1), newline=""), strict=True, delimiter=delimiter, quoting=quoting)
+    reader = csv.reader(
+        io.StringIO(_decode(_bytes(path), path, 1), newline=""), strict=True, delimiter=delimiter, quoting=quoting
+    )
     names = header
     line = 1
     try:
@@ -123,7 +138,9 @@ def _csv(path: Path, header: Header, delimiter: str = ",", quoting: Any = csv.QU
             if names is None:
                 names = cells
                 if twice := sorted({name for name in names if names.count(name) > 1}):
-                    raise ValueError(f"{path}:{line}: the header names {', '.join(map(repr, twice))} twice; name every column once")
+                    raise ValueError(
+                        f"{path}:{line}: the header names {', '.join(map(repr, twice))} twice; name every column once"
+                    )
             elif cells and len(cells) != len(names):
                 raise ValueError(f"{path}:{line}: the row has {len(cells)} cells and the header {len(names)}")
             elif cells:
@@ -142,7 +159,9 @@ def _parquet(path: Path, _: Header) -> Iterator[Located]:
 def _arrow(path: Path, _: Header) -> Iterator[Located]:
     from pyarrow import ipc
 
-    with path.open("rb") as file:  # the file format starts with a magic word, the stream format that save_to_disk writes does not
+    with path.open(
+        "rb"
+    ) as file:  # the file format starts with a magic word, the stream format that save_to_disk writes does not
         read = ipc.open_file if file.read(6) == b"ARROW1" else ipc.open_stream
     yield from _table(path, lambda name: read(name.read_bytes()).read_all())
 

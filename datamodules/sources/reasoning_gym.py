@@ -4,23 +4,25 @@ from collections.abc import Iterator
 from typing import Any
 from zlib import crc32
 
-from datamodules.sources.base import Row, Source, optional_import
+from datamodules.sources.source import Row, Source, optional_import
 
 HELD_OUT_ONE_IN = 10
 
 
 class ReasoningGym(Source):
-    """``size`` distinct problems of one task: columns ``question``, ``answer``, ``metadata`` and, if asked for, ``completion``.
+    """``size`` distinct problems of one task: columns ``question``, ``answer``, ``metadata`` and, if asked for,
+    ``completion``.
 
-    About one question in ten is held out by a fixed hash of its text, so that a held-out problem occurs in no training set of any seed.
+    About one question in ten is held out by a fixed hash of its text, so that a held-out problem occurs in no training
+    set of any seed.
 
     Args:
         task: name in reasoning-gym, such as ``chain_sum``.
         size: distinct problems, >= 1.
         seed: problem i is generated from ``seed`` + i.
         options: the task's own settings, such as ``{"max_terms": 2}``.
-        completion: format string with the fields ``{question}``, ``{answer}`` and those of the task's metadata, such as ``{expression}``,
-            for a supervised completion; none by default.
+        completion: format string with the fields ``{question}``, ``{answer}`` and those of the task's metadata, such as
+            ``{expression}``, for a supervised completion; none by default.
         held_out: draw from the held-out questions instead of the training questions.
     """
 
@@ -55,7 +57,10 @@ class ReasoningGym(Source):
             if len(found) == before:
                 break
         side = "held-out" if self.held_out else "training"
-        raise ValueError(f"size is {self.size} but only {len(found)} distinct {side} problems of {self.task} were found with {self.options}")
+        raise ValueError(
+            f"size is {self.size} but only {len(found)} distinct {side} problems of {self.task} were found with "
+            f"{self.options}"
+        )
 
     def _blocks(self) -> Iterator[Any]:
         gym = optional_import("reasoning_gym", "reasoning")
@@ -75,7 +80,9 @@ class ReasoningGym(Source):
         try:
             return {"completion": self.completion.format(**fields)}
         except (KeyError, IndexError, ValueError) as error:
-            raise ValueError(f"completion {self.completion!r} of {self.task} may only use the fields {', '.join(fields)}") from error
+            raise ValueError(
+                f"completion {self.completion!r} of {self.task} may only use the fields {', '.join(fields)}"
+            ) from error
 
     def _row(self, index: int, problem: dict[str, Any]) -> Row:
         known = {"question": problem["question"], "answer": str(problem["answer"])}

@@ -8,23 +8,25 @@ from typing import Any, Literal
 
 from lightning.pytorch.utilities import rank_zero_info
 
-from datamodules.sources.base import Row, Source
 from datamodules.sources.files import read_file
+from datamodules.sources.source import Row, Source
 
 COLUMNS = ("uid", "prompt", "completion", "reward")
 
 
 class Scored(Source):
-    """The JSONL of ``predict`` (one line per completion: uid, prompt, completion, reward, finish) as rows ``prompt``, ``completions``, ``ranks``.
+    """The JSONL of ``predict`` (one line per completion: uid, prompt, completion, reward, finish) as rows ``prompt``,
+    ``completions``, ``ranks``.
 
-    Completions of one uid are compared. Left out are those without a reward, those that did not stop by themselves (an end token would be
-    put into their mouth) and repeated texts, so that no text is compared with itself. Prompts whose rewards differ by no more than
-    ``min_gap`` are left out and counted in ``skipped``. The prompt is as the model read it, rendered, and the data module reads it so.
+    Completions of one uid are compared. Left out are those without a reward, those that did not stop by themselves (an
+    end token would be put into their mouth) and repeated texts, so that no text is compared with itself. Prompts whose
+    rewards differ by no more than ``min_gap`` are left out and counted in ``skipped``. The prompt is as the model read
+    it, rendered, and the data module reads it so.
 
     Args:
         path: the file.
-        pairs: ``best_worst`` compares the best with the worst; ``all`` ranks all, and a new rank begins where the reward falls by more than
-            ``min_gap``, so that no compared pair differs by less.
+        pairs: ``best_worst`` compares the best with the worst; ``all`` ranks all, and a new rank begins where the
+            reward falls by more than ``min_gap``, so that no compared pair differs by less.
         min_gap: >= 0, in units of the reward.
     """
 
@@ -41,7 +43,8 @@ class Scored(Source):
         self.skipped = len(groups) - len(rows)
         if not rows:
             raise ValueError(
-                f"{self.path}: none of {len(groups)} prompts has two finished completions whose rewards differ by more than {self.min_gap}"
+                f"{self.path}: none of {len(groups)} prompts has two finished completions whose rewards differ by more "
+                f"than {self.min_gap}"
             )
         rank_zero_info(f"{self.path}: {len(rows)} prompts compared, {self.skipped} skipped")
         return rows
@@ -58,14 +61,20 @@ class Scored(Source):
         for (_, better), (_, worse) in pairwise(ordered):
             ranks.append(ranks[-1] + (better - worse > self.min_gap))
         if len(set(ranks)) > 1:
-            columns = {"prompt": group[0].columns["prompt"], "completions": [text for text, _ in ordered], "ranks": ranks}
+            columns = {
+                "prompt": group[0].columns["prompt"],
+                "completions": [text for text, _ in ordered],
+                "ranks": ranks,
+            }
             yield Row(columns, group[0].origin, group[0].source)
 
 
 class Sampled(Source):
-    """The same JSONL as rows ``prompt``, ``completions`` and ``answer`` (None where there is none), for CandidatesDataModule to have them labelled.
+    """The same JSONL as rows ``prompt``, ``completions`` and ``answer`` (None where there is none), for
+    CandidatesDataModule to have them labelled.
 
-    Rewards are not read. Repeated texts are taken once; what did not stop by itself, and prompts with fewer than two texts left, are left out.
+    Rewards are not read. Repeated texts are taken once; what did not stop by itself, and prompts with fewer than two
+    texts left, are left out.
 
     Args:
         path: the file.
@@ -79,7 +88,11 @@ class Sampled(Source):
         groups = by_prompt(self.path)
         texts = [list(dict.fromkeys(row.columns["completion"] for row in finished(group))) for group in groups]
         rows = [
-            Row({"prompt": first.columns["prompt"], "completions": found, "answer": first.columns.get("answer")}, first.origin, first.source)
+            Row(
+                {"prompt": first.columns["prompt"], "completions": found, "answer": first.columns.get("answer")},
+                first.origin,
+                first.source,
+            )
             for (first, *_), found in zip(groups, texts, strict=True)
             if len(found) > 1
         ]
@@ -112,10 +125,14 @@ def finished(group: list[Row]) -> list[Row]:
 def _check(row: Row) -> None:
     columns: dict[str, Any] = row.columns
     if missing := [name for name in COLUMNS if name not in columns]:
-        raise ValueError(f"{row.origin}: no {', '.join(missing)}; expected what PredictionWriter writes: {', '.join(COLUMNS)}")
+        raise ValueError(
+            f"{row.origin}: no {', '.join(missing)}; expected what PredictionWriter writes: {', '.join(COLUMNS)}"
+        )
     for name in ("prompt", "completion"):
         if not isinstance(columns[name], str):
             raise ValueError(f"{row.origin}: {name} holds a {type(columns[name]).__name__}, text was expected")
     reward = columns["reward"]
-    if reward is not None and (isinstance(reward, bool) or not isinstance(reward, int | float) or not math.isfinite(reward)):
+    if reward is not None and (
+        isinstance(reward, bool) or not isinstance(reward, int | float) or not math.isfinite(reward)
+    ):
         raise ValueError(f"{row.origin}: reward is {reward!r}, a number or null was expected")

@@ -1,8 +1,9 @@
 """Advantages: generalised advantage estimation per token, and baselines from a group of completions of one prompt.
 
-In the group functions ``group`` holds any integers; rows with the same one form a group, in any order. A reward of NaN is
-unscorable: it enters no statistic of its group and its own advantage is 0. A group with fewer than two scorable rows, or whose
-scorable rewards are all equal, gives exactly 0.
+In the group functions ``group`` holds any integers; rows with the same one form a group, in any order. A reward of NaN
+is
+unscorable: it enters no statistic of its group and its own advantage is 0. A group with fewer than two scorable rows,
+or whose scorable rewards are all equal, gives exactly 0.
 """
 
 import torch
@@ -12,11 +13,13 @@ from torch import Tensor
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, lam: float = 0.95) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimation (1506.02438, eq. 16) over the kept columns of each row.
 
-    delta_t = R_t + gamma V_next - V_t,  A_t = delta_t + gamma lam A_next,  return_t = A_t + V_t, where "next" is the next kept
-    column, however many dropped ones (tool output, padding) lie between, and both V and A are 0 after the last.
+    delta_t = R_t + gamma V_next - V_t,  A_t = delta_t + gamma lam A_next,  return_t = A_t + V_t, where "next" is the
+    next kept column, however many dropped ones (tool output, padding) lie between, and both V and A are 0 after the
+    last.
 
-    rewards, values: [N, T]. mask: bool [N, T]. gamma, lam: in 0..1; lam=1 is the Monte Carlo return minus the value, lam=0 the
-    one-step temporal difference. Returns (advantages [N, T], returns [N, T]), both 0 at dropped columns, not whitened.
+    rewards, values: [N, T]. mask: bool [N, T]. gamma, lam: in 0..1; lam=1 is the Monte Carlo return minus the value,
+    lam=0 the one-step temporal difference. Returns (advantages [N, T], returns [N, T]), both 0 at dropped columns, not
+    whitened.
     """
     keep = mask != 0
     rewards, values = rewards.masked_fill(~keep, 0.0), values.masked_fill(~keep, 0.0)
@@ -38,11 +41,18 @@ def _extremes(rewards: Tensor, group: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
     if rewards.dim() != 1 or rewards.shape != group.shape:
         shapes = f"{tuple(rewards.shape)} and {tuple(group.shape)}"
-        raise ValueError(f"advantages: rewards and group have shapes {shapes}, expected [N] and [N]; give one of each per completion.")
+        raise ValueError(
+            f"advantages: rewards and group have shapes {shapes}, expected [N] and [N]; give one of each per "
+            "completion."
+        )
     labels, index = torch.unique(group, return_inverse=True)
     unscorable = rewards.isnan()
-    lowest = rewards.new_full(labels.shape, torch.inf).scatter_reduce(0, index, rewards.masked_fill(unscorable, torch.inf), "amin")
-    highest = rewards.new_full(labels.shape, -torch.inf).scatter_reduce(0, index, rewards.masked_fill(unscorable, -torch.inf), "amax")
+    lowest = rewards.new_full(labels.shape, torch.inf).scatter_reduce(
+        0, index, rewards.masked_fill(unscorable, torch.inf), "amin"
+    )
+    highest = rewards.new_full(labels.shape, -torch.inf).scatter_reduce(
+        0, index, rewards.masked_fill(unscorable, -torch.inf), "amax"
+    )
     return index, lowest, highest
 
 
@@ -52,11 +62,14 @@ def _sum_of_own_group(x: Tensor, index: Tensor) -> Tensor:
 
 
 def _center(rewards: Tensor, group: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Rewards minus the mean of their group, 0 where unscorable [N]; scorable rows in each row's group [N]; group index [N]."""
+    """Rewards minus the mean of their group, 0 where unscorable [N]; scorable rows in each row's group [N]; group index
+    [N].
+    """
     rewards = rewards.to(torch.promote_types(rewards.dtype, torch.float32))
     index, lowest, _ = _extremes(rewards, group)
     unscorable = rewards.isnan()
-    # Measured from the group's lowest reward, equal rewards are exact zeros and so is their mean: no rounding is left to scale up.
+    # Measured from the group's lowest reward, equal rewards are exact zeros and so is their mean: no rounding is left
+    # to scale up.
     height = (rewards - lowest[index]).masked_fill(unscorable, 0.0)
     count = _sum_of_own_group((~unscorable).to(rewards.dtype), index)
     centered = height - _sum_of_own_group(height, index) / count.clamp(min=1)
@@ -75,8 +88,9 @@ def group_center(rewards: Tensor, group: Tensor) -> Tensor:
 def group_zscore(rewards: Tensor, group: Tensor, eps: float = 1e-4) -> Tensor:
     """(reward - mean) / (std + eps) within its group (GRPO, 2402.03300, section 4.1.2), with the sample std (ddof=1).
 
-    rewards: [N], NaN = unscorable. group: int [N]. eps: >= 0, in units of reward. Returns [N], float32 or wider; every group
-    sums to 0. Raises ValueError when rewards and group are not of one shape [N]. The paper leaves ddof and eps open.
+    rewards: [N], NaN = unscorable. group: int [N]. eps: >= 0, in units of reward. Returns [N], float32 or wider; every
+    group sums to 0. Raises ValueError when rewards and group are not of one shape [N]. The paper leaves ddof and eps
+    open.
     """
     centered, count, index = _center(rewards, group)
     std = (_sum_of_own_group(centered.square(), index) / (count - 1).clamp(min=1)).sqrt()
@@ -86,8 +100,8 @@ def group_zscore(rewards: Tensor, group: Tensor, eps: float = 1e-4) -> Tensor:
 def leave_one_out(rewards: Tensor, group: Tensor) -> Tensor:
     """Reward minus the mean of the *other* rewards of its group (RLOO, 2402.14740): an unbiased baseline.
 
-    rewards: [N], NaN = unscorable. group: int [N]. Returns [N], float32 or wider: the centred reward times n / (n - 1) for n
-    scorable rows. Raises ValueError when rewards and group are not of one shape [N].
+    rewards: [N], NaN = unscorable. group: int [N]. Returns [N], float32 or wider: the centred reward times n / (n - 1)
+    for n scorable rows. Raises ValueError when rewards and group are not of one shape [N].
     """
     centered, count, _ = _center(rewards, group)
     return centered * count / (count - 1).clamp(min=1)
@@ -96,8 +110,9 @@ def leave_one_out(rewards: Tensor, group: Tensor) -> Tensor:
 def zero_std_fraction(rewards: Tensor, group: Tensor) -> Tensor:
     """Share of groups that teach nothing: all their scorable rewards are equal, compared exactly (no floor on the std).
 
-    rewards: [N], NaN = unscorable. group: int [N]. Returns [] in 0..1 among the groups with at least one scorable row; a group with
-    exactly one counts as all equal; 0 when no group has any. Raises ValueError when rewards and group are not of one shape [N].
+    rewards: [N], NaN = unscorable. group: int [N]. Returns [] in 0..1 among the groups with at least one scorable row;
+    a group with exactly one counts as all equal; 0 when no group has any. Raises ValueError when rewards and group are
+    not of one shape [N].
     """
     rewards = rewards.to(torch.promote_types(rewards.dtype, torch.float32))
     _, lowest, highest = _extremes(rewards, group)

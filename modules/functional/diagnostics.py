@@ -23,7 +23,8 @@ def distinct_n(sequences: Sequence[Sequence[int]], n: int) -> float:
 
 
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
-    """Probability, in [0, 1], that k of ``num_samples`` drawn without replacement hold a correct one: 1 - C(n-c, k) / C(n, k).
+    """Probability, in [0, 1], that k of ``num_samples`` drawn without replacement hold a correct one: 1 - C(n-c, k) /
+    C(n, k).
 
     The unbiased estimator (Chen et al. 2107.03374, eq. 1). Example: 3 of 10 correct, k=5: 0.916667.
 
@@ -32,14 +33,16 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
     """
     if not 0 <= num_correct <= num_samples or not 1 <= k <= num_samples:
         raise ValueError(
-            f"pass_at_k needs 0 <= correct <= samples and 1 <= k <= samples, got samples={num_samples}, correct={num_correct}, k={k}: "
+            f"pass_at_k needs 0 <= correct <= samples and 1 <= k <= samples, got samples={num_samples}, "
+            f"correct={num_correct}, k={k}: "
             "draw more samples per prompt or ask for a smaller k."
         )
     return 1.0 - comb(num_samples - num_correct, k) / comb(num_samples, k)
 
 
 def ece(confidence: Tensor, correct: Tensor, num_bins: int = 10) -> float:
-    """Expected calibration error, sum over bins of (n_b / N) * abs(accuracy_b - mean confidence_b), in [0, 1]; 0 for N = 0.
+    """Expected calibration error, sum over bins of (n_b / N) * abs(accuracy_b - mean confidence_b), in [0, 1]; 0 for N
+    = 0.
 
     Bins are of equal width and closed on the right, ((b-1)/B, b/B]; a confidence of 0 is in the first.
 
@@ -52,12 +55,17 @@ def ece(confidence: Tensor, correct: Tensor, num_bins: int = 10) -> float:
         ValueError: lengths differ, a confidence outside [0, 1] (or NaN), or no bin.
     """
     if confidence.shape != correct.shape or num_bins < 1:
-        raise ValueError(f"ece needs one outcome per confidence and num_bins >= 1, got {confidence.shape}, {correct.shape}, {num_bins}.")
+        raise ValueError(
+            f"ece needs one outcome per confidence and num_bins >= 1, got {confidence.shape}, {correct.shape}, "
+            f"{num_bins}."
+        )
     confidence, correct = confidence.double(), correct.double()  # [N]
     if not bool(((confidence >= 0) & (confidence <= 1)).all()):
         raise ValueError("ece needs confidences in [0, 1]: give probabilities, not logits or log-probabilities.")
     bins = ((confidence * num_bins).ceil().long() - 1).clamp(min=0)  # [N]
-    gaps = confidence.new_zeros(num_bins).index_add(0, bins, correct - confidence)  # [B], n_b * (accuracy_b - confidence_b)
+    gaps = confidence.new_zeros(num_bins).index_add(
+        0, bins, correct - confidence
+    )  # [B], n_b * (accuracy_b - confidence_b)
     return gaps.abs().sum().item() / max(len(confidence), 1)
 
 
@@ -73,7 +81,8 @@ def pearson(x: Tensor, y: Tensor) -> float:
 
 
 def within_group_correlation(x: Tensor, y: Tensor, group: Tensor) -> float:
-    """Correlation of ``x`` and ``y`` after each group's own mean is taken off both, in [-1, 1]; 0 where either is constant in every group.
+    """Correlation of ``x`` and ``y`` after each group's own mean is taken off both, in [-1, 1]; 0 where either is
+    constant in every group.
 
     What is left is the trend inside groups: that hard prompts have both long answers and low rewards does not count.
 
@@ -86,7 +95,10 @@ def within_group_correlation(x: Tensor, y: Tensor, group: Tensor) -> float:
         ValueError: not three vectors of one length.
     """
     if x.dim() != 1 or x.shape != y.shape or x.shape != group.shape:
-        raise ValueError(f"A correlation needs vectors of one length, got shapes {tuple(x.shape)}, {tuple(y.shape)}, {tuple(group.shape)}.")
+        raise ValueError(
+            f"A correlation needs vectors of one length, got shapes {tuple(x.shape)}, {tuple(y.shape)}, "
+            f"{tuple(group.shape)}."
+        )
     _, index = torch.unique(group, return_inverse=True)  # [N]
     x, y = _center(x.double(), index), _center(y.double(), index)
     scale = x.square().sum().sqrt() * y.square().sum().sqrt()
@@ -94,7 +106,9 @@ def within_group_correlation(x: Tensor, y: Tensor, group: Tensor) -> float:
 
 
 def _center(x: Tensor, index: Tensor) -> Tensor:
-    """``x [N]`` minus its group's mean. The minimum goes first, so that a constant group leaves exact zeros and no rounding noise."""
+    """``x [N]`` minus its group's mean. The minimum goes first, so that a constant group leaves exact zeros and no
+    rounding noise.
+    """
     num_groups = int(index.max()) + 1 if len(index) else 0
     lowest = x.new_zeros(num_groups).scatter_reduce(0, index, x, "amin", include_self=False)  # [groups]
     x = x - lowest[index]
@@ -103,10 +117,12 @@ def _center(x: Tensor, index: Tensor) -> Tensor:
 
 
 def overoptimization_fit(distance: Tensor, gold: Tensor) -> tuple[float, float]:
-    """(alpha, beta) of R_RL(d) = d (alpha - beta log d), by least squares of R/d on (1, -log d) (Gao et al. 2210.10760, eq. 2).
+    """(alpha, beta) of R_RL(d) = d (alpha - beta log d), by least squares of R/d on (1, -log d) (Gao et al. 2210.10760,
+    eq. 2).
 
     Args:
-        distance: [N], d = sqrt(KL(policy || start)) in sqrt(nats), >= 0. Points at d = 0 carry no information and are left out.
+        distance: [N], d = sqrt(KL(policy || start)) in sqrt(nats), >= 0. Points at d = 0 carry no information and are
+            left out.
         gold: [N], gold reward, shifted so that the start has 0.
 
     Raises:
@@ -117,7 +133,8 @@ def overoptimization_fit(distance: Tensor, gold: Tensor) -> tuple[float, float]:
 
 
 def best_of_n_fit(distance: Tensor, gold: Tensor) -> tuple[float, float]:
-    """(alpha, beta) of R_bon(d) = d (alpha - beta d), by least squares of R/d on (1, -d) (Gao et al. 2210.10760, eq. 1).
+    """(alpha, beta) of R_bon(d) = d (alpha - beta d), by least squares of R/d on (1, -d) (Gao et al. 2210.10760, eq.
+    1).
 
     distance, gold [N] and errors as in ``overoptimization_fit``; d = sqrt(best_of_n_kl(n)).
     """
@@ -128,11 +145,17 @@ def best_of_n_fit(distance: Tensor, gold: Tensor) -> tuple[float, float]:
 def _fit_points(distance: Tensor, gold: Tensor) -> tuple[Tensor, Tensor]:
     """The positive distances d and their R/d, both [<= N]."""
     if distance.dim() != 1 or distance.shape != gold.shape or bool((distance < 0).any()):
-        raise ValueError(f"A fit needs one gold reward per non-negative distance, got {tuple(distance.shape)} and {tuple(gold.shape)}.")
+        raise ValueError(
+            f"A fit needs one gold reward per non-negative distance, got {tuple(distance.shape)} and "
+            f"{tuple(gold.shape)}."
+        )
     keep = distance > 0
     distance, gold = distance[keep].double(), gold[keep].double()
     if len(distance.unique()) < 2:
-        raise ValueError("A fit of alpha and beta needs at least two different positive distances: train longer or measure more often.")
+        raise ValueError(
+            "A fit of alpha and beta needs at least two different positive distances: train longer or measure more "
+            "often."
+        )
     return distance, gold / distance
 
 
@@ -158,8 +181,13 @@ def best_of_n_curve(proxy: Tensor, gold: Tensor, n: int) -> float:
         ValueError: lengths differ, or ``n`` out of range.
     """
     if proxy.dim() != 1 or proxy.shape != gold.shape or not 1 <= n <= len(proxy):
-        raise ValueError(f"Best of n needs one gold reward per proxy reward and 1 <= n <= {proxy.numel()}, got {tuple(gold.shape)}, n={n}.")
-    _, rank, counts = torch.unique(proxy, return_inverse=True, return_counts=True)  # rank rises with proxy; ties share one
+        raise ValueError(
+            f"Best of n needs one gold reward per proxy reward and 1 <= n <= {proxy.numel()}, got {tuple(gold.shape)}, "
+            f"n={n}."
+        )
+    _, rank, counts = torch.unique(
+        proxy, return_inverse=True, return_counts=True
+    )  # rank rises with proxy; ties share one
     tied_means = gold.new_zeros(len(counts), dtype=torch.float64).index_add(0, rank, gold.double()) / counts
     ordered = tied_means.repeat_interleave(counts).tolist()  # [N], by rising proxy
     total = comb(len(ordered), n)
@@ -167,7 +195,8 @@ def best_of_n_curve(proxy: Tensor, gold: Tensor, n: int) -> float:
 
 
 def best_of_n_kl(n: int) -> float:
-    """KL(best of n || start) [] in nats: log n - (n - 1)/n; exact where outputs are distinct, else an upper bound (Gao et al. 2210.10760).
+    """KL(best of n || start) [] in nats: log n - (n - 1)/n; exact where outputs are distinct, else an upper bound (Gao
+    et al. 2210.10760).
 
     Raises:
         ValueError: ``n`` below 1.

@@ -1,8 +1,8 @@
-"""Per-token estimators of KL(policy || reference) from one sampled token (J. Schulman, "Approximating KL Divergence", 2020),
-and the controller that holds the KL at a target.
+"""Per-token estimators of KL(policy || reference) from one sampled token (J. Schulman, "Approximating KL Divergence",
+2020), and the controller that holds the KL at a target.
 
-With d = logprobs - ref_logprobs for a token drawn from the policy, in nats. As a value and as a loss they differ, because
-differentiating on samples does not differentiate the sampling distribution:
+With d = logprobs - ref_logprobs for a token drawn from the policy, in nats. As a value and as a loss they differ,
+because differentiating on samples does not differentiate the sampling distribution:
 
 ============ =================== ============================= ================================
 function     formula             expected value                expected gradient
@@ -13,8 +13,9 @@ k3           exp(-d) - 1 + d     KL(policy || reference)       that of KL(refere
 weighted_k3  w * k3, w == 1      KL(policy || reference)       that of KL(policy || reference)
 ============ =================== ============================= ================================
 
-So: k1 detached as a penalty inside a reward, k2 or weighted_k3 as a loss. The estimators are elementwise and know no mask: a caller whose padded
-columns may hold NaN or inf fills both log-probs there first, or the NaN comes back through the gradient. Nothing is clamped.
+So: k1 detached as a penalty inside a reward, k2 or weighted_k3 as a loss. The estimators are elementwise and know no
+mask: a caller whose padded columns may hold NaN or inf fills both log-probs there first, or the NaN comes back through
+the gradient. Nothing is clamped.
 """
 
 import torch
@@ -40,7 +41,8 @@ def k2(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """exp(-d) - 1 + d. logprobs, ref_logprobs: [...], in nats. Returns [...], >= 0.
 
-    Unbiased as a value with little variance; as a loss its expected gradient is that of the forward KL(reference || policy).
+    Unbiased as a value with little variance; as a loss its expected gradient is that of the forward KL(reference ||
+    policy).
     """
     log_ratio = logprobs - ref_logprobs
     return torch.expm1(-log_ratio) + log_ratio
@@ -50,7 +52,8 @@ def weighted_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """k3 times exp(x - stop_gradient(x)), x = logprobs: a weight of value 1 that carries the gradient of the sampling.
 
     logprobs, ref_logprobs: [...], in nats. Returns [...], >= 0, equal to k3 in value; as a loss its expected
-    gradient is that of the reverse KL(policy || reference). Source: the bias correction of DeepSeek-V3.2 (2512.02556), on policy.
+    gradient is that of the reverse KL(policy || reference). Source: the bias correction of DeepSeek-V3.2 (2512.02556),
+    on policy.
     """
     return torch.exp(logprobs - logprobs.detach()) * k3(logprobs, ref_logprobs)
 
@@ -58,8 +61,9 @@ def weighted_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 def adaptive_kl_coef(coef: float, kl: float, target: float, gain: float) -> float:
     """The next KL coefficient: ``coef * (1 + gain * clip(kl / target - 1, -0.2, 0.2))``.
 
-    coef: >= 0. kl: in nats, the mean over completions of the summed ``k1``. target: > 0, in nats. gain: > 0; 0.1 in the paper,
-    completions of the batch / 10,000 in its released code. All are plain numbers []; a NaN kl makes the result NaN instead of
+    coef: >= 0. kl: in nats, the mean over completions of the summed ``k1``. target: > 0, in nats. gain: > 0; 0.1 in the
+    paper, completions of the batch / 10,000 in its released code. All are plain numbers []; a NaN kl makes the result
+    NaN instead of
     moving it. Source: Ziegler et al. 2019 (1909.08593, section 2.2).
     """
     return coef * (1 + gain * min(max(kl / target - 1, -0.2), 0.2))

@@ -14,12 +14,14 @@ def token_logprobs(logits: Tensor, targets: Tensor, temperature: float = 1.0) ->
     """Log-probability of each target token under the distribution sampled at ``temperature``.
 
     logits: [N, T, V], aligned to the targets: ``logits[:, t]`` scores ``targets[:, t]``, nothing is shifted here.
-    targets: int [N, T], each in 0..V-1. temperature: > 0; logits are divided by it before the softmax, so that ratios and KL
-    describe the distribution that was sampled from.
+    targets: int [N, T], each in 0..V-1. temperature: > 0; logits are divided by it before the softmax, so that ratios
+    and KL describe the distribution that was sampled from.
     Returns [N, T] in nats, <= 0, in float32 or wider. Raises ValueError for a temperature that is not positive.
     """
     if temperature <= 0:
-        raise ValueError(f"token_logprobs: temperature is {temperature}, expected > 0; score greedy samples with temperature=1.0.")
+        raise ValueError(
+            f"token_logprobs: temperature is {temperature}, expected > 0; score greedy samples with temperature=1.0."
+        )
     logprobs = (_at_least_float32(logits) / temperature).log_softmax(-1)  # [N, T, V]
     return logprobs.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
 
@@ -47,7 +49,7 @@ def mean_logprobs(logits: Tensor) -> Tensor:
 def sequence_logprobs(logprobs: Tensor, mask: Tensor) -> Tensor:
     """Log-probability of each whole completion: the sum of its kept tokens' log-probabilities.
 
-    logprobs: [N, T] in nats. mask: [N, T], bool keep-mask, or float weights >= 0 for a weighted sum. Returns [N]; a row with
-    nothing kept gives 0.
+    logprobs: [N, T] in nats. mask: [N, T], bool keep-mask, or float weights >= 0 for a weighted sum. Returns [N]; a row
+    with nothing kept gives 0.
     """
     return masked_sum(logprobs, mask, dim=-1)

@@ -7,13 +7,21 @@ Decay = Literal["exponential", "linear", "cosine"]
 
 
 def wsd(
-    step: float, warmup_steps: int, decay_start: int, total_steps: int, decay: Decay = "exponential", half_life: float = 1.0, final: float = 0.1
+    step: float,
+    warmup_steps: int,
+    decay_start: int,
+    total_steps: int,
+    decay: Decay = "exponential",
+    half_life: float = 1.0,
+    final: float = 0.1,
 ) -> float:
     """Warm-up, stable, decay (MiniCPM, arXiv 2404.06395 eq. 1): the factor [] in [0, 1] of the peak learning rate.
 
-    step s >= 0, W = warmup_steps, T = decay_start, S = total_steps, 0 <= W <= T < S: s / W before W; 1 up to T; behind it
+    step s >= 0, W = warmup_steps, T = decay_start, S = total_steps, 0 <= W <= T < S: s / W before W; 1 up to T; behind
+    it
     exponential: 0.5 ** ((s - T) / half_life), whatever S (the paper prints (s - S) / T, which would rise);
-    linear: 1 - (1 - final) (s - T) / (S - T); cosine: final + (1 - final) (1 + cos(pi (s - T) / (S - T))) / 2; both stay at ``final`` behind S.
+    linear: 1 - (1 - final) (s - T) / (S - T); cosine: final + (1 - final) (1 + cos(pi (s - T) / (S - T))) / 2; both
+    stay at ``final`` behind S.
     """
     if step < warmup_steps:
         return step / warmup_steps

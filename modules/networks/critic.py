@@ -9,7 +9,16 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from modules.networks.companion import companion
-from modules.networks.lora import ADAPTERS, Lora, OtherBackbone, adapter_parameters, add_adapters, load_adapters, saved_digest, using
+from modules.networks.lora import (
+    ADAPTERS,
+    Lora,
+    OtherBackbone,
+    adapter_parameters,
+    add_adapters,
+    load_adapters,
+    saved_digest,
+    using,
+)
 from modules.networks.policy import Policy
 from modules.networks.scalar_head import ScalarHead, load_head
 from modules.types import PolicyBatch
@@ -19,28 +28,36 @@ VALUE = "value"  # name of the critic's adapters
 
 @dataclass(frozen=True)
 class Value:
-    """Where the critic comes from and how it learns. In the warm-up the scheduler goes on; ``gradient_clip_val`` bounds the norm of both together.
+    """Where the critic comes from and how it learns. In the warm-up the scheduler goes on; ``gradient_clip_val`` bounds
+    the norm of both together.
 
     Raises:
         ValueError: values out of range.
     """
 
-    model: str | None = None  # None = a head on the policy's own states; a folder or hub id = a model of its own, such as an exported reward model
+    model: str | None = (
+        # None = a head on the policy's own states; a folder or hub id = a model of its own, such as an exported reward
+        # model
+        None
+    )
     lr: float | None = None  # > 0, learning rate of the critic; None = the optimizer's
     warmup_phases: int = 0  # >= 0, first phases in which the critic alone learns
 
     def __post_init__(self) -> None:
         if (self.lr is not None and self.lr <= 0) or self.warmup_phases < 0:
-            raise ValueError(f"value: lr must be > 0 and warmup_phases at least 0, got {self.lr} and {self.warmup_phases}")
+            raise ValueError(
+                f"value: lr must be > 0 and warmup_phases at least 0, got {self.lr} and {self.warmup_phases}"
+            )
 
 
 class Critic(nn.Module):
     """Values V [N, Tc] of the states in which completion tokens are chosen, in the units of the reward, undiscounted.
 
-    Without a model of its own it is a linear head, which starts at 0, on the policy's states. With one, backbone and head start from it: from a
-    reward model its score, normalised as the reward is (InstructGPT, arXiv 2203.02155, appendix C.4), else from a head at 0. Where the policy
-    has adapters, so has the critic, on the policy's backbone: on its own start if ``model`` is ``policy``'s folder or an exported reward model
-    with adapters of that backbone, which they continue.
+    Without a model of its own it is a linear head, which starts at 0, on the policy's states. With one, backbone and
+    head start from it: from a reward model its score, normalised as the reward is (InstructGPT, arXiv 2203.02155,
+    appendix C.4), else from a head at 0. Where the policy has adapters, so has the critic, on the policy's backbone: on
+    its own start if ``model`` is ``policy``'s folder or an exported reward model with adapters of that backbone, which
+    they continue.
 
     Args:
         policy: the policy.
@@ -61,7 +78,9 @@ class Critic(nn.Module):
         if model is not None:
             self._take(policy, model, lora)
         weight, mean, std = (None, 0.0, 1.0) if model is None else load_head(model)
-        self.head = ScalarHead(policy.model.config.hidden_size if self.backbone is None else self.backbone.model.config.hidden_size)
+        self.head = ScalarHead(
+            policy.model.config.hidden_size if self.backbone is None else self.backbone.model.config.hidden_size
+        )
         self.head.weight.data.copy_(torch.zeros_like(self.head.weight) if weight is None else weight)
         self.register_buffer("mean", torch.tensor(mean))
         self.register_buffer("std", torch.tensor(std))
@@ -79,7 +98,9 @@ class Critic(nn.Module):
             self.adapted = True
             return
         if lora is not None:
-            rank_zero_info(f"value.model {model}: a model of its own, since it has no adapters of the policy's backbone")
+            rank_zero_info(
+                f"value.model {model}: a model of its own, since it has no adapters of the policy's backbone"
+            )
         self.backbone = own = companion(policy, model, "value.model", lora, may_know_more=True)
         output = own.model.get_output_embeddings()
         if output.weight is not own.model.get_input_embeddings().weight:

@@ -14,17 +14,23 @@ from modules.types import PolicyBatch, PreferenceBatch
 
 
 class Frozen:
-    """The policy as it is now, without gradients, held outside ``nn.Module`` so that it enters neither checkpoints nor gradient reduction.
+    """The policy as it is now, without gradients, held outside ``nn.Module`` so that it enters neither checkpoints nor
+    gradient reduction.
 
-    A policy with adapters is not copied: its backbone never changes, so a copy of its own set of adapters is enough, put in place to score. (The
-    reference is then the policy with the adapters it started from, not the bare backbone.) One that is its ``own`` is used by nobody else and
-    not copied either. Copies of a module share it.
+    A policy with adapters is not copied: its backbone never changes, so a copy of its own set of adapters is enough,
+    put in place to score. (The reference is then the policy with the adapters it started from, not the bare backbone.)
+    One that is its ``own`` is used by nobody else and not copied either. Copies of a module share it.
     """
 
     def __init__(self, policy: Policy, own: bool = False) -> None:
-        self.policy = policy if policy.has_adapters else (policy if own else copy.deepcopy(policy)).requires_grad_(False).eval()
+        self.policy = (
+            policy if policy.has_adapters else (policy if own else copy.deepcopy(policy)).requires_grad_(False).eval()
+        )
         self.weights = (
-            {f"model.{name}": weight.detach().clone() for name, weight in adapter_parameters(policy.model, POLICY).items()}
+            {
+                f"model.{name}": weight.detach().clone()
+                for name, weight in adapter_parameters(policy.model, POLICY).items()
+            }
             if policy.has_adapters
             else dict(self.policy.named_parameters())
         )
@@ -48,7 +54,9 @@ class Frozen:
 
     @torch.no_grad()
     def mix(self, policy: Policy, share: float) -> None:
-        """Move towards ``policy``: share x its weights + (1 - share) x mine; 1 = take them over (TR-DPO, arXiv 2404.09656)."""
+        """Move towards ``policy``: share x its weights + (1 - share) x mine; 1 = take them over (TR-DPO, arXiv
+        2404.09656).
+        """
         theirs = dict(policy.named_parameters())
         for name, weight in self.weights.items():
             weight.lerp_(theirs[name].detach(), share) if share < 1 else weight.copy_(theirs[name])

@@ -1,7 +1,8 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685), from the peft library: a model's linear layers plus a trained product of two thin matrices.
+"""Low-rank adapters (LoRA, arXiv 2106.09685), from the peft library: a model's linear layers plus a trained product of
+two thin matrices.
 
-Several sets of adapters may lie side by side on one frozen backbone, each a model of its own at the price of its thin matrices: the policy's,
-a critic's, a reward model's. The layers compute with the policy's set, except inside ``using``.
+Several sets of adapters may lie side by side on one frozen backbone, each a model of its own at the price of its thin
+matrices: the policy's, a critic's, a reward model's. The layers compute with the policy's set, except inside ``using``.
 """
 
 import copy
@@ -32,7 +33,8 @@ PREFIX = "base_model.model."  # of the weights' names in that file
 
 @dataclass(frozen=True)
 class Lora:
-    """W + (alpha / r) B A beside every named linear layer; B starts at zero, so that training starts at the model itself.
+    """W + (alpha / r) B A beside every named linear layer; B starts at zero, so that training starts at the model
+    itself.
 
     Raises:
         ValueError: values out of range.
@@ -41,11 +43,15 @@ class Lora:
     r: int = 16  # >= 1, rank of the update
     alpha: float = 32.0  # > 0, its scale is alpha / r
     dropout: float = 0.05  # [0, 1), on the adapter's input; off in reinforcement learning and preference losses
-    target_modules: tuple[str, ...] = ()  # ends of layer names, such as q_proj; none = all linear layers but the output head
+    target_modules: tuple[
+        str, ...
+    ] = ()  # ends of layer names, such as q_proj; none = all linear layers but the output head
 
     def __post_init__(self) -> None:
         if self.r < 1 or self.alpha <= 0 or not 0 <= self.dropout < 1:
-            raise ValueError(f"lora: r must be >= 1, alpha > 0 and dropout in [0, 1), got {self.r}, {self.alpha} and {self.dropout}")
+            raise ValueError(
+                f"lora: r must be >= 1, alpha > 0 and dropout in [0, 1), got {self.r}, {self.alpha} and {self.dropout}"
+            )
 
 
 class OtherBackbone(ValueError):
@@ -55,7 +61,8 @@ class OtherBackbone(ValueError):
 def add_adapters(model: PreTrainedModel, lora: Lora, name: str = POLICY) -> None:
     """Put a set of adapters that learns into ``model``, in place, and freeze the backbone; other sets stay as they are.
 
-    A set beside the policy's has no dropout. ImportError without peft, ValueError for unknown layers and for a name that is taken.
+    A set beside the policy's has no dropout. ImportError without peft, ValueError for unknown layers and for a name
+    that is taken.
     """
     try:
         from peft import LoraConfig
@@ -68,10 +75,11 @@ def add_adapters(model: PreTrainedModel, lora: Lora, name: str = POLICY) -> None
 
 @contextmanager
 def using(model: PreTrainedModel, name: str) -> Iterator[None]:
-    """Inside, the layers compute with the set ``name``, those without it with the backbone alone; afterwards as before. ValueError without it.
+    """Inside, the layers compute with the set ``name``, those without it with the backbone alone; afterwards as before.
+    ValueError without it.
 
-    A backward pass may come afterwards: its gradients go to the set that computed. What is computed anew in the backward pass, as gradient
-    checkpointing does, must be inside as well.
+    A backward pass may come afterwards: its gradients go to the set that computed. What is computed anew in the
+    backward pass, as gradient checkpointing does, must be inside as well.
     """
     if name not in adapter_names(model):
         raise ValueError(f"the model has no adapters named '{name}', only {sorted(adapter_names(model))}")
@@ -93,23 +101,33 @@ def adapter_names(model: PreTrainedModel) -> set[str]:
 
 def adapter_parameters(model: PreTrainedModel, name: str) -> dict[str, nn.Parameter]:
     """The weights of the set ``name``, by their names in ``model``."""
-    places = {f"{layer_name}.{kind}.{name}" for layer_name, layer in _layers(model) for kind in layer.adapter_layer_names}
-    return {key: weight for key, weight in model.named_parameters() if key in places or key.rpartition(".")[0] in places}
+    places = {
+        f"{layer_name}.{kind}.{name}" for layer_name, layer in _layers(model) for kind in layer.adapter_layer_names
+    }
+    return {
+        key: weight for key, weight in model.named_parameters() if key in places or key.rpartition(".")[0] in places
+    }
 
 
 def save_adapters(model: PreTrainedModel, name: str, folder: str | Path) -> None:
-    """Write the set ``name`` as peft does, ``adapter_config.json`` and ``adapter_model.safetensors``, with the digest of its backbone."""
+    """Write the set ``name`` as peft does, ``adapter_config.json`` and ``adapter_model.safetensors``, with the digest
+    of its backbone.
+    """
     folder = Path(folder)
     model.peft_config[name].save_pretrained(str(folder))
-    weights = {_saved(key, name): weight.detach().cpu().contiguous() for key, weight in adapter_parameters(model, name).items()}
+    weights = {
+        _saved(key, name): weight.detach().cpu().contiguous() for key, weight in adapter_parameters(model, name).items()
+    }
     save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt", "backbone": backbone_digest(model)})
 
 
 @torch.no_grad()
 def load_adapters(model: PreTrainedModel, folder: str | Path, name: str, trainable: bool) -> None:
-    """Put the set of ``save_adapters`` beside those that ``model`` has, under ``name``, without dropout; costs no random numbers.
+    """Put the set of ``save_adapters`` beside those that ``model`` has, under ``name``, without dropout; costs no
+    random numbers.
 
-    A set that does not learn stays out of the model's ``state_dict``, and so out of checkpoints, since ``folder`` has it.
+    A set that does not learn stays out of the model's ``state_dict``, and so out of checkpoints, since ``folder`` has
+    it.
 
     Raises:
         OtherBackbone: the set was trained on another backbone.
@@ -118,7 +136,9 @@ def load_adapters(model: PreTrainedModel, folder: str | Path, name: str, trainab
     from peft import LoraConfig
 
     if saved_digest(folder) != backbone_digest(model):
-        raise OtherBackbone(f"'{folder}' holds adapters of another backbone than this model's: load the model that they were trained on")
+        raise OtherBackbone(
+            f"'{folder}' holds adapters of another backbone than this model's: load the model that they were trained on"
+        )
     config = LoraConfig.from_pretrained(str(folder))
     config.lora_dropout, config.inference_mode = 0.0, False
     with torch.random.fork_rng(devices=[]):
@@ -153,7 +173,9 @@ def backbone_digest(model: PreTrainedModel) -> str:
 
 
 def merged(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy of ``model`` with the policy's adapters added into its weights and without all others: a plain model again."""
+    """A copy of ``model`` with the policy's adapters added into its weights and without all others: a plain model
+    again.
+    """
     plain = copy.deepcopy(model)
     for name, layer in _layers(plain):
         layer.merge(adapter_names=[POLICY])
@@ -163,12 +185,18 @@ def merged(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _inject(model: PreTrainedModel, config: "LoraConfig", name: str) -> None:
-    """peft's layers around those that ``config`` names, with a set ``name``, which learns; the policy's set stays the one they compute with."""
+    """peft's layers around those that ``config`` names, with a set ``name``, which learns; the policy's set stays the
+    one they compute with.
+    """
     from peft import inject_adapter_in_model
 
     if name in adapter_names(model):
         raise ValueError(f"the model has adapters named '{name}' already: choose another name")
-    before = [(weight, weight.requires_grad) for other in adapter_names(model) for weight in adapter_parameters(model, other).values()]
+    before = [
+        (weight, weight.requires_grad)
+        for other in adapter_names(model)
+        for weight in adapter_parameters(model, other).values()
+    ]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")  # several sets are the intention
         inject_adapter_in_model(config, model, name)

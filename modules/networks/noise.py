@@ -12,8 +12,11 @@ from modules.types import InstructionBatch
 
 
 @contextmanager
-def embedding_noise(model: PreTrainedModel, batch: InstructionBatch, alpha: float, generator: torch.Generator) -> Iterator[None]:
-    """Inside, the embeddings of the batch's tokens get noise, uniform in +- alpha / sqrt(L x width) with L the tokens of their document.
+def embedding_noise(
+    model: PreTrainedModel, batch: InstructionBatch, alpha: float, generator: torch.Generator
+) -> Iterator[None]:
+    """Inside, the embeddings of the batch's tokens get noise, uniform in +- alpha / sqrt(L x width) with L the tokens
+    of their document.
 
     The generator is on the CPU, so that every device draws the same.
     """

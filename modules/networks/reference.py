@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from modules.functional.ranks import from_all_ranks
+from modules.distributed import from_all_ranks
 from modules.networks.frozen import Frozen
 from modules.types import PreferenceBatch
 
@@ -29,15 +29,23 @@ class ReferenceLogprobs:
         """Log-probs [N, Tc] of the batch's completions, zero where masked. IndexError for rows that it does not hold."""
         mask = batch["completion_mask"]
         if int(batch["row"].max()) + 1 >= len(self.starts):
-            raise IndexError(f"row {int(batch['row'].max())} is not among the {len(self.starts) - 1} completions with reference log-probs")
+            raise IndexError(
+                f"row {int(batch['row'].max())} is not among the {len(self.starts) - 1} completions with reference "
+                "log-probs"
+            )
         places = (self.starts[batch["row"].cpu()][:, None] + torch.arange(mask.shape[1]))[mask.cpu()]
         return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, self.logprobs[places].to(mask.device))
 
 
 def reference_logprobs(
-    reference: Frozen, batches: Iterable[PreferenceBatch], place: Callable[[PreferenceBatch], PreferenceBatch], folder: Path | None, precision: str
+    reference: Frozen,
+    batches: Iterable[PreferenceBatch],
+    place: Callable[[PreferenceBatch], PreferenceBatch],
+    folder: Path | None,
+    precision: str,
 ) -> ReferenceLogprobs:
-    """The table of all rows, from ``folder`` if the same model, rows and precision were there before, else computed and put there (collective).
+    """The table of all rows, from ``folder`` if the same model, rows and precision were there before, else computed and
+    put there (collective).
 
     Args:
         reference: the frozen model.
@@ -70,14 +78,18 @@ def reference_logprobs(
 
 
 def digest(reference: Frozen, batches: Iterable[PreferenceBatch], precision: str) -> str:
-    """Names the table: a hash of the reference's weights, the precision and the tokens of all ranks' rows, so of the template too (collective)."""
+    """Names the table: a hash of the reference's weights, the precision and the tokens of all ranks' rows, so of the
+    template too (collective).
+    """
     rows = hashlib.blake2b()
     for batch in batches:
         prompts = [ids[mask].tolist() for ids, mask in zip(batch["prompt_ids"], batch["prompt_mask"], strict=True)]
         for (row, ids, mask), index in zip(_completions(batch), batch["prompt_index"].tolist(), strict=True):
             rows.update(repr((int(row), prompts[index], ids[mask].tolist())).encode())
     weights = hashlib.blake2b(precision.encode())
-    mine = reference.weights if reference.policy.has_adapters else {}  # in place of the adapters that the policy has by now
+    mine = (
+        reference.weights if reference.policy.has_adapters else {}
+    )  # in place of the adapters that the policy has by now
     frozen = {name: weight for name, weight in reference.policy.state_dict().items() if name not in mine}
     for name, weight in [*frozen.items(), *mine.items()]:
         weights.update(name.encode())

@@ -1,4 +1,6 @@
-"""Numbers read off hidden states: the head of reward and value models, and its form as a Hugging Face sequence classifier."""
+"""Numbers read off hidden states: the head of reward and value models, and its form as a Hugging Face sequence
+classifier.
+"""
 
 import copy
 from collections.abc import Set
@@ -11,13 +13,16 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 
 from modules.networks.loading import is_classifier
 
-HEADS_FILE = "reward_heads.safetensors"  # beside a sequence classifier that is the mean of several heads: weight [heads, H]
+HEADS_FILE = (
+    "reward_heads.safetensors"  # beside a sequence classifier that is the mean of several heads: weight [heads, H]
+)
 
 
 class ScalarHead(nn.Module):
     """Linear without bias, in fp32 also under autocast: a 16-bit score has too few digits to rank by.
 
-    Weights start normal with standard deviation 1 / sqrt(hidden + 1) (arXiv 2009.01325): scores of normalised states start at about unit size.
+    Weights start normal with standard deviation 1 / sqrt(hidden + 1) (arXiv 2009.01325): scores of normalised states
+    start at about unit size.
 
     Args:
         hidden: H, width of the hidden states.
@@ -35,9 +40,11 @@ class ScalarHead(nn.Module):
 
 
 def sequence_classifier(model: PreTrainedModel, weight: Tensor, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """A copy of the backbone of a causal language model under a score of its last token, as ``AutoModelForSequenceClassification`` loads it.
+    """A copy of the backbone of a causal language model under a score of its last token, as
+    ``AutoModelForSequenceClassification`` loads it.
 
-    Transformers reads the score at the last token that is not the pad token, so ``tokenizer`` must come from ``with_scoring_pad``.
+    Transformers reads the score at the last token that is not the pad token, so ``tokenizer`` must come from
+    ``with_scoring_pad``.
 
     Args:
         model: the language model; its output head is left behind.
@@ -59,8 +66,8 @@ def sequence_classifier(model: PreTrainedModel, weight: Tensor, tokenizer: PreTr
 def with_scoring_pad(tokenizer: PreTrainedTokenizerBase, stop_token_ids: Set[int]) -> PreTrainedTokenizerBase:
     """A copy that pads on the right with a token that ends no completion.
 
-    That is the pad token, else unk, else bos, else another special token, whichever comes first that is not in ``stop_token_ids``, else a new
-    token ``<|pad|>``.
+    That is the pad token, else unk, else bos, else another special token, whichever comes first that is not in
+    ``stop_token_ids``, else a new token ``<|pad|>``.
     """
     padded = copy.deepcopy(tokenizer)
     padded.padding_side = "right"
@@ -74,7 +81,8 @@ def with_scoring_pad(tokenizer: PreTrainedTokenizerBase, stop_token_ids: Set[int
 
 
 def load_head(path: str) -> tuple[Tensor | None, float, float]:
-    """Head [1, H] of the sequence classifier at ``path``, and mean and deviation of its scores (0 and 1 where none are stored).
+    """Head [1, H] of the sequence classifier at ``path``, and mean and deviation of its scores (0 and 1 where none are
+    stored).
 
     Of several heads it is their mean, each divided by its own deviation, as ``LearnedReward`` takes it.
 

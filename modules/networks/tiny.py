@@ -1,4 +1,6 @@
-"""The built-in tiny model and byte tokenizer: a real Llama of under a million parameters, made here, with no download."""
+"""The built-in tiny model and byte tokenizer: a real Llama of under a million parameters, made here, with no
+download.
+"""
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -8,7 +10,8 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 PAD, BOS, EOS, TURN, END_OF_TURN = SPECIAL_TOKENS = ("<|pad|>", "<|bos|>", "<|eos|>", "<|im_start|>", "<|im_end|>")
 
 CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}{% endfor %}"
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' "
+    "}}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 

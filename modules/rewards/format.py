@@ -3,18 +3,21 @@
 import re
 from collections.abc import Sequence
 
-from modules.rewards.base import compile_pattern
+from modules.rewards.weighted_sum import compile_pattern
 from modules.types import Reward, Rollout
 
-# Any text without one of the four tags, so that each tag can occur once only. Possessive (++, *+): linear time on any input.
+# Any text without one of the four tags, so that each tag can occur once only. Possessive (++, *+): linear time on any
+# input.
 _UNTAGGED = r"(?:[^<]++|<(?!/?(?:think|answer)>))*+"
 
-# The whole completion, reasoning then answer, in DeepSeek-R1's template; its only group is the text between the answer tags.
+# The whole completion, reasoning then answer, in DeepSeek-R1's template; its only group is the text between the answer
+# tags.
 THINK_ANSWER = rf"\s*<think>{_UNTAGGED}</think>\s*<answer>({_UNTAGGED})</answer>\s*"
 
 
 class RegexFormat(Reward):
-    """1.0 where the whole completion matches ``pattern`` (``re.fullmatch`` with DOTALL, outer spaces included), else 0.0.
+    """1.0 where the whole completion matches ``pattern`` (``re.fullmatch`` with DOTALL, outer spaces included), else
+    0.0.
 
     Args:
         pattern: regular expression. A prompt that already ends with ``<think>`` needs a pattern without that tag.
@@ -36,8 +39,9 @@ class RegexFormat(Reward):
 class ThinkAnswerFormat(Reward):
     """1.0 where the whole completion is ``<think>...</think>`` and then ``<answer>...</answer>``, else 0.0.
 
-    Source: DeepSeek-R1 (arXiv 2501.12948, section 2.2.2). White space is free between the two parts and at the outer ends; each of the
-    four tags must occur exactly once, so nothing can stand before, between, after or nested. Empty parts are allowed.
+    Source: DeepSeek-R1 (arXiv 2501.12948, section 2.2.2). White space is free between the two parts and at the outer
+    ends; each of the four tags must occur exactly once, so nothing can stand before, between, after or nested. Empty
+    parts are allowed.
     """
 
     def __init__(self, name: str = "format") -> None:

@@ -16,21 +16,26 @@ Ensemble = Literal["mean", "worst", "uncertainty"]
 class LearnedReward(Reward):
     """The score of a reward model, normalised by the mean and deviation stored with it; of several, a cautious summary.
 
-    Every head of a model with ``reward_heads.safetensors`` is a member of the ensemble. A score is read at the last token of prompt and
-    completion, in fp32, on the GPU where there is one. Tokens are the rollout's own where the model's tokenizer decodes them to the rollout's
-    text, as it does when policy and reward model have one vocabulary. Otherwise the text is tokenised anew, with an end token where the
-    completion ended by itself: the end-of-turn token if the prompt has one, else eos. Completions that were cut off are scored as they are.
+    Every head of a model with ``reward_heads.safetensors`` is a member of the ensemble. A score is read at the last
+    token of prompt and completion, in fp32, on the GPU where there is one. Tokens are the rollout's own where the
+    model's tokenizer decodes them to the rollout's text, as it does when policy and reward model have one vocabulary.
+    Otherwise the text is tokenised anew, with an end token where the
+    completion ended by itself: the end-of-turn token if the prompt has one, else eos. Completions that were cut off are
+    scored as they are.
 
     Args:
-        paths: folder or hub id of a sequence classifier with one label on a causal backbone, such as an exported ``RewardModule``, or several.
-        ensemble: ``mean`` of the members, the ``worst`` of them, or ``uncertainty``: mean - ``uncertainty_weight`` x their population variance.
+        paths: folder or hub id of a sequence classifier with one label on a causal backbone, such as an exported
+            ``RewardModule``, or several.
+        ensemble: ``mean`` of the members, the ``worst`` of them, or ``uncertainty``: mean - ``uncertainty_weight`` x
+            their population variance.
         uncertainty_weight: >= 0.
         batch_tokens: tokens of one forward, padding included, but at least one completion.
         name: label of the metric.
 
     Raises:
-        ValueError: a path without a sequence classifier of one label, values out of range; at the first call, a model without a linear ``score``,
-            or a member of an ensemble without ``reward_mean`` in its config: on scales of their own, the worst would always be the same one.
+        ValueError: a path without a sequence classifier of one label, values out of range; at the first call, a model
+            without a linear ``score``, or a member of an ensemble without ``reward_mean`` in its config: on scales of
+            their own, the worst would always be the same one.
     """
 
     def __init__(
@@ -42,9 +47,15 @@ class LearnedReward(Reward):
         name: str = "learned",
     ) -> None:
         self.paths = [paths] if isinstance(paths, str) else list(paths)
-        if not self.paths or ensemble not in ("mean", "worst", "uncertainty") or uncertainty_weight < 0 or batch_tokens < 1:
+        if (
+            not self.paths
+            or ensemble not in ("mean", "worst", "uncertainty")
+            or uncertainty_weight < 0
+            or batch_tokens < 1
+        ):
             raise ValueError(
-                "LearnedReward needs at least one path, ensemble mean, worst or uncertainty, uncertainty_weight >= 0 and batch_tokens >= 1, "
+                "LearnedReward needs at least one path, ensemble mean, worst or uncertainty, uncertainty_weight >= 0 "
+                "and batch_tokens >= 1, "
                 f"got {self.paths}, {ensemble!r}, {uncertainty_weight} and {batch_tokens}"
             )
         for path in self.paths:
@@ -67,13 +78,16 @@ class LearnedReward(Reward):
                 check_members(self.paths)
                 self._scorers[path] = load_scorer(path)
         scorers = [self._scorers[path] for path in self.paths]
-        return torch.cat([self._score(scorer, [row_of(scorer, rollout) for rollout in rollouts]) for scorer in scorers], 1)
+        return torch.cat(
+            [self._score(scorer, [row_of(scorer, rollout) for rollout in rollouts]) for scorer in scorers], 1
+        )
 
     def share_backbone(self, policy: Policy) -> list[str]:
-        """Compute on the policy's backbone what are adapters of it, and return those paths; the others keep a model of their own.
+        """Compute on the policy's backbone what are adapters of it, and return those paths; the others keep a model of
+        their own.
 
-        Adapters are in the export of a ``RewardModule`` that was trained with ``lora``. They are put into the policy's model, frozen, once.
-        ValueError for an ensemble with a member without ``reward_mean``.
+        Adapters are in the export of a ``RewardModule`` that was trained with ``lora``. They are put into the policy's
+        model, frozen, once. ValueError for an ensemble with a member without ``reward_mean``.
         """
         check_members(self.paths)
         for path in dict.fromkeys(self.paths):
@@ -89,7 +103,10 @@ class LearnedReward(Reward):
         distinct = sorted(dict.fromkeys(rows), key=len)
         positions = getattr(scorer.model.config, "max_position_embeddings", None)
         if positions is not None and len(distinct[-1]) > positions:
-            raise ValueError(f"LearnedReward: a row of {len(distinct[-1])} tokens is longer than the {positions} positions of its model")
+            raise ValueError(
+                f"LearnedReward: a row of {len(distinct[-1])} tokens is longer than the {positions} positions of its "
+                "model"
+            )
         with torch.autocast(scorer.model.device.type, enabled=False):
             states = torch.cat([last_states(scorer, chunk) for chunk in chunked(distinct, self.batch_tokens)])
             raw = nn.functional.linear(states, scorer.weight.to(states.device)).double().cpu()  # [distinct rows, heads]
@@ -98,7 +115,9 @@ class LearnedReward(Reward):
 
 
 def combine(scores: Tensor, ensemble: Ensemble, uncertainty_weight: float) -> Tensor:
-    """Scores [N, members] -> [N]. Members 1, 2, 6 give 3 as ``mean``, 1 as ``worst``, 3 - 0.1 x 14/3 as ``uncertainty`` with weight 0.1."""
+    """Scores [N, members] -> [N]. Members 1, 2, 6 give 3 as ``mean``, 1 as ``worst``, 3 - 0.1 x 14/3 as ``uncertainty``
+    with weight 0.1.
+    """
     if ensemble == "worst":
         return scores.amin(1)
     mean = scores.mean(1)
@@ -121,4 +140,7 @@ def check_members(paths: list[str]) -> None:
     """ValueError for an ensemble in which a member's scores were not measured."""
     unmeasured = [path for path in paths if "reward_mean" not in read_config(path).to_dict()] if len(paths) > 1 else []
     if unmeasured:
-        raise ValueError(f"LearnedReward: {', '.join(unmeasured)} without reward_mean in config.json cannot join an ensemble: normalise it at export")
+        raise ValueError(
+            f"LearnedReward: {', '.join(unmeasured)} without reward_mean in config.json cannot join an ensemble: "
+            "normalise it at export"
+        )

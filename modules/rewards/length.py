@@ -7,7 +7,8 @@ from modules.types import Reward, Rollout
 
 
 class LengthPenalty(Reward):
-    """Another reward minus ``per_token`` times the completion's tokens, the end token included; None where the other gives None.
+    """Another reward minus ``per_token`` times the completion's tokens, the end token included; None where the other
+    gives None.
 
     Length alone explains 70 to 90 % of the reward that PPO gains from reward models in arXiv 2310.03716.
 
@@ -26,10 +27,15 @@ class LengthPenalty(Reward):
         self.reward, self.per_token = reward, per_token
 
     def __call__(self, rollouts: Sequence[Rollout]) -> list[float | None]:
-        """Penalised score or None per rollout. ValueError for a completion that is text alone, whose length nobody knows."""
+        """Penalised score or None per rollout. ValueError for a completion that is text alone, whose length nobody
+        knows.
+        """
         bare = [rollout.uid for rollout in rollouts if rollout.completion.text and not rollout.completion.token_ids]
         if bare:
-            raise ValueError(f"{bare[0]}: LengthPenalty counts tokens and this completion has none (a baseline of Versus?): use the bare reward")
+            raise ValueError(
+                f"{bare[0]}: LengthPenalty counts tokens and this completion has none (a baseline of Versus?): use the "
+                "bare reward"
+            )
         scores = self.reward(rollouts)
         return [
             None if score is None else score - self.per_token * len(rollout.completion.token_ids)

@@ -8,12 +8,13 @@ from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 
-from modules.rewards.base import compile_extractor, final_answer, final_text
-from modules.rewards.line_worker import LineWorker
+from modules.rewards.weighted_sum import compile_extractor, final_answer, final_text
+from modules.rewards.workers.line_worker import LineWorker
 from modules.types import Reward, Rollout
 
 _UNSIGNED = r"(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<!\.)\.\d+)(?:[eE][-+]?\d+)?"
-# No number starts inside a word (x2, H2O); a minus after a letter, digit, bracket or minus is no sign (10-3, f(x)-3, --3).
+# No number starts inside a word (x2, H2O); a minus after a letter, digit, bracket or minus is no sign (10-3, f(x)-3,
+# --3).
 _PREFIX = r"(?<![A-Za-z0-9])(?P<prefix>(?:(?<![)\]}+-])[-+])?(?:\\?\$[-+]?)?)"
 _NUMBER = re.compile(rf"{_PREFIX}(?P<top>{_UNSIGNED})(?:/(?P<bottom>{_UNSIGNED}))?", re.ASCII)
 _MAX_CHARACTERS = 1000  # of one number; also the largest power of ten, so that exact arithmetic stays instant
@@ -52,8 +53,9 @@ class ExactMatch(Reward):
     """1.0 where the answer text is the gold answer, both stripped, else 0.0; None without a gold answer.
 
     Args:
-        pattern: regular expression with exactly one group, the answer, matched against the whole completion (``re.fullmatch`` with DOTALL);
-            None = the whole completion is the answer. ``format.THINK_ANSWER`` is the strict one for think and answer tags.
+        pattern: regular expression with exactly one group, the answer, matched against the whole completion
+            (``re.fullmatch`` with DOTALL); None = the whole completion is the answer. ``format.THINK_ANSWER`` is the
+            strict one for think and answer tags.
         name: label of the metric.
 
     Raises:
@@ -81,18 +83,21 @@ class ExactMatch(Reward):
 class NumericMatch(Reward):
     """1.0 where the completion's number equals the gold number, else 0.0; None where the gold answer is not a number.
 
-    Numbers are compared exactly, as fractions. A number is: digits, with or without thousands commas (1,234), a decimal part (72.0, .5), a
-    power of ten (1e3), a sign and a dollar sign in front, and a fraction of two of these (1/2, no spaces). A percent sign is ignored. Mixed
-    numbers, powers, LaTeX and numbers over 1000 characters or 1e1000 are not read. The gold answer is what follows its last ``####``.
+    Numbers are compared exactly, as fractions. A number is: digits, with or without thousands commas (1,234), a decimal
+    part (72.0, .5), a power of ten (1e3), a sign and a dollar sign in front, and a fraction of two of these (1/2, no
+    spaces). A percent sign is ignored. Mixed numbers, powers, LaTeX and numbers over 1000 characters or 1e1000 are not
+    read. The gold answer is what follows its last ``####``.
 
     Args:
-        pattern: regular expression with exactly one group, which must be one number and nothing else, matched against the whole completion;
-            None = the last number of the completion, after ``</think>`` where there is one (see ``final_text``).
+        pattern: regular expression with exactly one group, which must be one number and nothing else, matched against
+            the whole completion; None = the last number of the completion, after ``</think>`` where there is one (see
+            ``final_text``).
         tolerance: largest absolute difference that still counts as equal.
         name: label of the metric.
 
     Raises:
-        ValueError: ``pattern`` is not a regular expression or has not exactly one group; ``tolerance`` is negative or not finite.
+        ValueError: ``pattern`` is not a regular expression or has not exactly one group; ``tolerance`` is negative or
+            not finite.
     """
 
     def __init__(self, pattern: str | None = None, tolerance: float = 0.0, name: str = "numeric_match") -> None:
@@ -123,10 +128,13 @@ class NumericMatch(Reward):
 class MathVerify(Reward):
     """1.0 where math-verify finds the completion's answer mathematically equal to the gold answer, else 0.0.
 
-    The completion is searched after ``</think>`` (see ``final_text``), boxed answers first, by the library's own rules; nothing to parse
-    scores 0.0. The gold answer is read as LaTeX, what follows its last ``####``; words read as products of letters, so use ExactMatch for
-    them. None: no gold answer, one that cannot be parsed, or no verdict in time. Scoring runs in one child process per process, shared by
-    threads, killed and restarted when late: a huge power or factorial hangs sympy in C code that no signal or thread can interrupt.
+    The completion is searched after ``</think>`` (see ``final_text``), boxed answers first, by the library's own rules;
+    nothing to parse scores 0.0. The gold answer is read as LaTeX, what follows its last ``####``; words read as
+    products of letters, so use ExactMatch for
+    them. None: no gold answer, one that cannot be parsed, or no verdict in time. Scoring runs in one child process per
+    process, shared by
+    threads, killed and restarted when late: a huge power or factorial hangs sympy in C code that no signal or thread
+    can interrupt.
 
     Args:
         timeout: seconds per rollout, start of the child not counted.
@@ -140,10 +148,12 @@ class MathVerify(Reward):
 
     def __init__(self, timeout: float = 5.0, name: str = "math_verify") -> None:
         if importlib.util.find_spec("math_verify") is None:
-            raise ImportError("MathVerify needs the math-verify package; install it with: pip install 'lightning-align[math]'")
+            raise ImportError(
+                "MathVerify needs the math-verify package; install it with: pip install 'lightning-align[math]'"
+            )
         self.name = name
         self.timeout = timeout
-        self._worker = LineWorker(Path(__file__).with_name("math_worker.py"), timeout)
+        self._worker = LineWorker(Path(__file__).parent / "workers" / "math_worker.py", timeout)
 
     @property
     def timeouts(self) -> int:

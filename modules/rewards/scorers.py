@@ -8,7 +8,14 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from modules.networks.loading import end_of_turn_id
 from modules.networks.lora import ADAPTERS, HEAD_FILE, OtherBackbone, adapter_names, load_adapters, saved_digest, using
@@ -34,9 +41,15 @@ def read_config(path: str) -> PreTrainedConfig:
     try:
         config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
-        raise ValueError(f"LearnedReward: '{path}' is not a model folder or a hub id that can be read; export a RewardModule there first") from error
+        raise ValueError(
+            f"LearnedReward: '{path}' is not a model folder or a hub id that can be read; export a RewardModule there "
+            "first"
+        ) from error
     if config.num_labels != 1:
-        raise ValueError(f"LearnedReward: '{path}' has {config.num_labels} labels and a reward model has one; export a RewardModule, not a policy")
+        raise ValueError(
+            f"LearnedReward: '{path}' has {config.num_labels} labels and a reward model has one; export a "
+            "RewardModule, not a policy"
+        )
     return config
 
 
@@ -48,7 +61,10 @@ def load_scorer(path: str) -> Scorer:
     model = AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.float32).requires_grad_(False).eval()
     head, heads = dict(model.named_modules()).get("score"), Path(path) / HEADS_FILE
     if not isinstance(head, nn.Linear) or head.bias is not None:
-        raise ValueError(f"LearnedReward: '{path}' ({model.config.model_type}) has no linear 'score' on a causal backbone, which is all that is read")
+        raise ValueError(
+            f"LearnedReward: '{path}' ({model.config.model_type}) has no linear 'score' on a causal backbone, which is "
+            "all that is read"
+        )
     weight = load_file(heads)["weight"] if heads.is_file() else head.weight.clone()
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     mean, std = moments(model.config, len(weight))
@@ -77,11 +93,15 @@ def moments(config: PreTrainedConfig, heads: int) -> Tensor:
     """Mean and deviation [2, heads] of each head's scores, float64; 0 and 1 where one head has none."""
     if heads > 1:
         return torch.tensor([config.reward_head_means, config.reward_head_stds], dtype=torch.float64)
-    return torch.tensor([[getattr(config, "reward_mean", 0.0)], [getattr(config, "reward_std", 1.0)]], dtype=torch.float64)
+    return torch.tensor(
+        [[getattr(config, "reward_mean", 0.0)], [getattr(config, "reward_std", 1.0)]], dtype=torch.float64
+    )
 
 
 def last_states(scorer: Scorer, rows: list[tuple[int, ...]]) -> Tensor:
-    """Hidden state [N, H] at the last token of each row. Transformers' own pooling would take a closing eos for padding where pad is eos."""
+    """Hidden state [N, H] at the last token of each row. Transformers' own pooling would take a closing eos for padding
+    where pad is eos.
+    """
     device = scorer.model.device
     lengths = torch.tensor([len(row) for row in rows], device=device)
     ids = nn.utils.rnn.pad_sequence([torch.tensor(row, device=device) for row in rows], batch_first=True)  # [N, T]
@@ -95,7 +115,9 @@ def row_of(scorer: Scorer, rollout: Rollout) -> tuple[int, ...]:
     """The tokens of prompt and completion in the reward model's vocabulary."""
     tokenizer, completion = scorer.tokenizer, rollout.completion
     if reads(scorer, rollout.prompt_ids, rollout.prompt, special=True):
-        if completion.token_ids and reads(scorer, completion.token_ids, completion.text, cut=completion.finish == "stop"):
+        if completion.token_ids and reads(
+            scorer, completion.token_ids, completion.text, cut=completion.finish == "stop"
+        ):
             return (*rollout.prompt_ids, *completion.token_ids)
         prompt = rollout.prompt_ids
     else:
@@ -105,7 +127,9 @@ def row_of(scorer: Scorer, rollout: Rollout) -> tuple[int, ...]:
 
 
 def reads(scorer: Scorer, ids: list[int], text: str, special: bool = False, cut: bool = False) -> bool:
-    """Whether the tokens mean ``text`` to the reward model; with ``special`` tokens but for a BOS in front; ``cut`` = a stop string may follow."""
+    """Whether the tokens mean ``text`` to the reward model; with ``special`` tokens but for a BOS in front; ``cut`` = a
+    stop string may follow.
+    """
     if ids and max(ids) >= scorer.model.config.vocab_size:
         return False
     found = str(scorer.tokenizer.decode(ids, skip_special_tokens=not special, clean_up_tokenization_spaces=False))

@@ -7,10 +7,11 @@ from modules.types import Completion, Reward, Rollout
 
 
 class Versus(Reward):
-    """1 where a completion scores above the row's ``answer`` under ``reward``, 0.5 where equal, 0 below: win rates with a learned judge.
+    """1 where a completion scores above the row's ``answer`` under ``reward``, 0.5 where equal, 0 below: win rates with
+    a learned judge.
 
-    The answer is scored as a completion that ended by itself, with text and no tokens: ``reward`` must read text, as ``LearnedReward`` does for
-    a completion without tokens. None without an answer, or where either side is unscorable.
+    The answer is scored as a completion that ended by itself, with text and no tokens: ``reward`` must read text, as
+    ``LearnedReward`` does for a completion without tokens. None without an answer, or where either side is unscorable.
 
     Args:
         reward: scores completion and answer alike.
@@ -22,7 +23,11 @@ class Versus(Reward):
 
     def __call__(self, rollouts: Sequence[Rollout]) -> list[float | None]:
         """1.0, 0.5, 0.0 or None per rollout."""
-        against = [replace(rollout, completion=Completion([], [], rollout.answer, "stop")) for rollout in rollouts if rollout.answer is not None]
+        against = [
+            replace(rollout, completion=Completion([], [], rollout.answer, "stop"))
+            for rollout in rollouts
+            if rollout.answer is not None
+        ]
         mine = [rollout for rollout in rollouts if rollout.answer is not None]
         scores = self.reward([*mine, *against]) if mine else []
         verdicts = iter([verdict(a, b) for a, b in zip(scores[: len(mine)], scores[len(mine) :], strict=True)])

@@ -28,7 +28,9 @@ class Waiting:
     def split(self, size: int) -> tuple["Waiting", "Waiting"]:
         """The first ``size`` requests and the others."""
         fields = (self.rows, self.requests, self.tokens, self.positions)
-        return Waiting(self.cache, *(field[:size] for field in fields)), Waiting(self.cache, *(field[size:] for field in fields))
+        return Waiting(self.cache, *(field[:size] for field in fields)), Waiting(
+            self.cache, *(field[size:] for field in fields)
+        )
 
 
 class ContinuousBatch:
@@ -39,13 +41,22 @@ class ContinuousBatch:
         prompts: token ids of each prompt, at least one prompt.
         num_generations: G; request r is generation r % G of prompt r // G.
         ledger: draws and records tokens.
-        max_batch_tokens: bound on cache columns summed over slots (one slot is always made). Computed prompts that wait for a
-            slot hold at most ``PREFILL_TOKENS`` columns more.
+        max_batch_tokens: bound on cache columns summed over slots (one slot is always made). Computed prompts that wait
+            for a slot hold at most ``PREFILL_TOKENS`` columns more.
     """
 
-    def __init__(self, model: PreTrainedModel, prompts: list[list[int]], num_generations: int, ledger: Ledger, max_batch_tokens: int) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        prompts: list[list[int]],
+        num_generations: int,
+        ledger: Ledger,
+        max_batch_tokens: int,
+    ) -> None:
         self.model, self.prompts, self.num_generations, self.ledger = model, prompts, num_generations, ledger
-        self.queue = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))  # taken from the end: long ones first
+        self.queue = sorted(
+            range(len(prompts)), key=lambda index: len(prompts[index])
+        )  # taken from the end: long ones first
         # The last token is never fed back, so it needs no column.
         columns = len(prompts[self.queue[-1]]) + ledger.sampling.max_completion_length - 1
         slots = max(1, min(len(prompts) * num_generations, max_batch_tokens // columns))
@@ -79,7 +90,11 @@ class ContinuousBatch:
             admitted, rest = (self.waiting or self._prefill()).split(len(free))
             slots, free = free.split([len(admitted.rows), len(free) - len(admitted.rows)])
             self.cache.put(slots, admitted.cache, admitted.rows)
-            self.requests[slots], self.tokens[slots], self.positions[slots] = admitted.requests, admitted.tokens, admitted.positions
+            self.requests[slots], self.tokens[slots], self.positions[slots] = (
+                admitted.requests,
+                admitted.tokens,
+                admitted.positions,
+            )
             self.waiting = rest if len(rest.rows) else None
         self.positions[free] = 0
         self.horizon = int(self.positions.max()) + 1
@@ -89,7 +104,9 @@ class ContinuousBatch:
         return busy > 0
 
     def _compact(self, free: Tensor, busy: int) -> None:
-        """Move busy slots to the front and drop the empty ones behind them, in steps of 16 rows; a single row is worth a step."""
+        """Move busy slots to the front and drop the empty ones behind them, in steps of 16 rows; a single row is worth
+        a step.
+        """
         size = 1 if busy == 1 else min(len(self.requests), -(-busy // ROW_STEP) * ROW_STEP)
         movers = (self.requests[size:] != self.ledger.idle).nonzero()[:, 0] + size
         holes = free[: len(movers)]  # ascending, and at least as many below ``size`` as there are movers
@@ -112,14 +129,19 @@ class ContinuousBatch:
         rows = torch.arange(len(chosen), device=device).repeat_interleave(self.num_generations)
         generations = torch.arange(self.num_generations, device=device).repeat(len(chosen))
         requests = torch.tensor(chosen, device=device)[rows] * self.num_generations + generations
-        drawn = [self.ledger.draw(logits[r], q) for r, q in zip(rows.split(DRAW_ROWS), requests.split(DRAW_ROWS), strict=True)]
+        drawn = [
+            self.ledger.draw(logits[r], q)
+            for r, q in zip(rows.split(DRAW_ROWS), requests.split(DRAW_ROWS), strict=True)
+        ]
         tokens, finished = (torch.cat(parts) for parts in zip(*drawn, strict=True))
         going = ~finished
         return Waiting(cache, rows[going], requests[going], tokens[going], lengths[rows][going])
 
 
 def compute_prompts(model: PreTrainedModel, prompts: list[list[int]], lengths: Tensor) -> tuple[Tensor, SlotCache]:
-    """Logits [P, V] that follow each prompt, and the keys and values of P prompts, garbage behind their ``lengths`` [P]."""
+    """Logits [P, V] that follow each prompt, and the keys and values of P prompts, garbage behind their ``lengths``
+    [P].
+    """
     ids = pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True).to(model.device)
     # On the right a causal model never looks at padding, so no attention mask is needed.
     output = model.model(input_ids=ids, use_cache=True)

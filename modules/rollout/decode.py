@@ -1,4 +1,6 @@
-"""One decode step of a Llama-family model over a preallocated cache, with the live parameters: no copies, nothing to sync."""
+"""One decode step of a Llama-family model over a preallocated cache, with the live parameters: no copies, nothing to
+sync.
+"""
 
 from dataclasses import dataclass
 
@@ -9,13 +11,20 @@ from transformers import LlamaForCausalLM, MistralForCausalLM, PreTrainedModel, 
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaRMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
-FAMILY = {"llama": LlamaForCausalLM, "mistral": MistralForCausalLM, "qwen2": Qwen2ForCausalLM, "qwen3": Qwen3ForCausalLM}
+FAMILY = {
+    "llama": LlamaForCausalLM,
+    "mistral": MistralForCausalLM,
+    "qwen2": Qwen2ForCausalLM,
+    "qwen3": Qwen3ForCausalLM,
+}
 STATIC_ROPE = ("default", "llama3")  # frequencies that do not depend on the length
 TRANSPOSED_ROWS = range(16, 256)  # batch sizes where W @ x beats x @ W.T on CPU
 
 
 def supports(model: PreTrainedModel) -> bool:
-    """Whether ``DecodeStep`` knows this architecture: full attention in every layer, static rotary positions, plain logits."""
+    """Whether ``DecodeStep`` knows this architecture: full attention in every layer, static rotary positions, plain
+    logits.
+    """
     config = model.config.to_dict()
     return (
         isinstance(model, FAMILY.get(config["model_type"], ()))
@@ -27,7 +36,9 @@ def supports(model: PreTrainedModel) -> bool:
 
 @dataclass
 class SlotCache:
-    """Keys and values of S slots: per layer [S, kv heads, columns, head dim]. Column c of a slot belongs to its position c."""
+    """Keys and values of S slots: per layer [S, kv heads, columns, head dim]. Column c of a slot belongs to its
+    position c.
+    """
 
     keys: list[Tensor]
     values: list[Tensor]
@@ -37,7 +48,10 @@ class SlotCache:
         """Zeros, not garbage: a NaN in a masked column would still spoil the attention sum."""
         attention = model.model.layers[0].self_attn
         shape = (slots, model.config.num_key_value_heads, columns, attention.head_dim)
-        keys, values = ([torch.zeros(shape, dtype=model.dtype, device=model.device) for _ in model.model.layers] for _ in ("keys", "values"))
+        keys, values = (
+            [torch.zeros(shape, dtype=model.dtype, device=model.device) for _ in model.model.layers]
+            for _ in ("keys", "values")
+        )
         return SlotCache(keys, values)
 
     def put(self, slots: Tensor, source: "SlotCache", rows: Tensor) -> None:
@@ -121,11 +135,16 @@ class DecodeStep:
         x = layout.turn(self.model.model.embed_tokens(tokens))
         rope = self._cos[positions][:, None], self._sin[positions][:, None]  # [N, 1, D]
         hidden = torch.arange(horizon, device=tokens.device) > positions[:, None]
-        mask = torch.zeros(hidden.shape, dtype=self.model.dtype, device=tokens.device).masked_fill(hidden, -torch.inf)[:, None, None]
+        mask = torch.zeros(hidden.shape, dtype=self.model.dtype, device=tokens.device).masked_fill(hidden, -torch.inf)[
+            :, None, None
+        ]
         for layer, keys, values in zip(self.model.model.layers, cache.keys, cache.values, strict=True):
             attention, mlp = layer.self_attn, layer.mlp
             states = layout.norm(layer.input_layernorm, x)
-            q, k, v = (layout.turn(layout.linear(part, states)) for part in (attention.q_proj, attention.k_proj, attention.v_proj))
+            q, k, v = (
+                layout.turn(layout.linear(part, states))
+                for part in (attention.q_proj, attention.k_proj, attention.v_proj)
+            )
             q, k, v = split_heads(attention, q, k, v)
             keys[slots, :, positions] = rotate(k, *rope)
             values[slots, :, positions] = v
@@ -140,10 +159,20 @@ class DecodeStep:
 def linear_layers(layer: LlamaDecoderLayer) -> list[nn.Module]:
     """The seven matrices of a decoder layer."""
     attention, mlp = layer.self_attn, layer.mlp
-    return [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+    return [
+        attention.q_proj,
+        attention.k_proj,
+        attention.v_proj,
+        attention.o_proj,
+        mlp.gate_proj,
+        mlp.up_proj,
+        mlp.down_proj,
+    ]
 
 
-def split_heads(attention: LlamaAttention | Qwen3Attention, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def split_heads(
+    attention: LlamaAttention | Qwen3Attention, q: Tensor, k: Tensor, v: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """[N, heads * D] each to [N, heads, D]; Qwen3 normalises queries and keys per head."""
     q, k, v = (x.unflatten(1, (-1, attention.head_dim)) for x in (q, k, v))
     if isinstance(attention, Qwen3Attention):
@@ -152,12 +181,15 @@ def split_heads(attention: LlamaAttention | Qwen3Attention, q: Tensor, k: Tensor
 
 
 def rotate(x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
-    """Rotary positions for x [N, heads, D], cos and sin [N, 1, D]: x cos + (-second half, first half) sin, the sign kept in sin."""
+    """Rotary positions for x [N, heads, D], cos and sin [N, 1, D]: x cos + (-second half, first half) sin, the sign
+    kept in sin.
+    """
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), signed_sin)
 
 
 def attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
-    """Attention of one query position: q [N, heads, D], keys and values [N, kv heads, T, D], mask [N, 1, 1, T] -> [N, heads * D].
+    """Attention of one query position: q [N, heads, D], keys and values [N, kv heads, T, D], mask [N, 1, 1, T] -> [N,
+    heads * D].
 
     The query heads that share a key head take the place of query positions, so nothing is repeated.
     """

@@ -1,4 +1,6 @@
-"""What every rollout engine promises: the sampling settings, the contract, and the checks made before anything is sampled."""
+"""What every rollout engine promises: the sampling settings, the contract, and the checks made before anything is
+sampled.
+"""
 
 import math
 import warnings
@@ -43,18 +45,22 @@ class Sampling:
 
     def __post_init__(self) -> None:
         checks = {
-            f"temperature {self.temperature} must be a finite number >= 0 (0 = greedy)": 0 <= self.temperature < math.inf,
+            f"temperature {self.temperature} must be a finite number >= 0 (0 = greedy)": 0
+            <= self.temperature
+            < math.inf,
             f"top_p {self.top_p} must lie in (0, 1]": 0 < self.top_p <= 1,
             f"top_k {self.top_k} must be >= 0 (0 = off)": self.top_k >= 0,
             f"max_completion_length {self.max_completion_length} must be >= 1": self.max_completion_length >= 1,
-            f"stop {self.stop!r} must be a tuple of non-empty strings": not isinstance(self.stop, str) and all(self.stop),
+            f"stop {self.stop!r} must be a tuple of non-empty strings": not isinstance(self.stop, str)
+            and all(self.stop),
         }
         problems = [problem for problem, fine in checks.items() if not fine]
         if problems:
             raise ValueError("sampling: " + "; ".join(problems))
         if self.temperature > 0 and (self.top_p < 1 or self.top_k > 0):
             warnings.warn(
-                f"sampling: top_p {self.top_p} and top_k {self.top_k} cut the distribution and renormalise it, so the sampler's log-probs "
+                f"sampling: top_p {self.top_p} and top_k {self.top_k} cut the distribution and renormalise it, so the "
+                "sampler's log-probs "
                 "differ from the trainer's; use top_p 1 and top_k 0 for reinforcement learning",
                 stacklevel=3,
             )
@@ -68,26 +74,30 @@ class RolloutEngine(ABC):
         """Sample from these weights from now on and stamp completions with ``version`` (optimiser updates so far)."""
 
     @abstractmethod
-    def generate(self, prompts: list[list[int]], num_generations: int, sampling: Sampling, seeds: list[int]) -> list[list[Completion]]:
+    def generate(
+        self, prompts: list[list[int]], num_generations: int, sampling: Sampling, seeds: list[int]
+    ) -> list[list[Completion]]:
         """Sample ``num_generations`` completions of each prompt.
 
         Args:
             prompts: token ids of each prompt, none empty.
             num_generations: completions per prompt, >= 1.
             sampling: how tokens are drawn and when a completion ends.
-            seeds: one per prompt; completion g of prompt i is a function of the weights, the prompt and ``seeds[i] + g`` alone,
-                up to float noise, so keep the seeds of a call at least ``num_generations`` apart.
+            seeds: one per prompt; completion g of prompt i is a function of the weights, the prompt and ``seeds[i] +
+                g`` alone, up to float noise, so keep the seeds of a call at least ``num_generations`` apart.
 
         Returns:
-            per prompt, in order, its completions in the order of g. ``logprobs`` are of the distribution drawn from (after
-            temperature, top_k and top_p); for greedy, of the softmax at temperature 1.
+            per prompt, in order, its completions in the order of g. ``logprobs`` are of the distribution drawn from
+            (after temperature, top_k and top_p); for greedy, of the softmax at temperature 1.
 
         Raises:
             ValueError: impossible request (see ``check_request``), no weights synced, or non-finite logits.
         """
 
 
-def check_request(policy: SampledPolicy, prompts: list[list[int]], num_generations: int, sampling: Sampling, seeds: list[int]) -> None:
+def check_request(
+    policy: SampledPolicy, prompts: list[list[int]], num_generations: int, sampling: Sampling, seeds: list[int]
+) -> None:
     """ValueError, with all problems in one message, for a request that cannot be sampled."""
     problems = []
     if num_generations < 1:

@@ -11,10 +11,11 @@ from modules.types import InstructionBatch, PromptBatch
 
 
 def last_answers(batch: InstructionBatch, tokenizer: Any) -> PromptBatch:
-    """The last supervised stretch of each row, or document of a packed row, as ``answer`` (text without special tokens), and as the prompt what
-    stands before it.
+    """The last supervised stretch of each row, or document of a packed row, as ``answer`` (text without special
+    tokens), and as the prompt what stands before it.
 
-    Rows without a prompt of two tokens (whole texts, fillers) are left out. ``uid`` is a digest of the prompt, the same on every rank.
+    Rows without a prompt of two tokens (whole texts, fillers) are left out. ``uid`` is a digest of the prompt, the same
+    on every rank.
     """
     prompts = PromptBatch(uid=[], prompt=[], prompt_ids=[], answer=[], source=[], info=[])
     for ids, supervised in documents(batch):
@@ -37,7 +38,9 @@ def documents(batch: InstructionBatch) -> Iterator[tuple[list[int], list[bool]]]
     """Tokens and loss mask of each row, of packed rows of each document, without padding."""
     lengths = batch["attention_mask"].sum(1).tolist()
     positions = batch["position_ids"].tolist() if "position_ids" in batch else [range(length) for length in lengths]
-    for ids, supervised, places, length in zip(batch["input_ids"].tolist(), batch["loss_mask"].tolist(), positions, lengths, strict=True):
+    for ids, supervised, places, length in zip(
+        batch["input_ids"].tolist(), batch["loss_mask"].tolist(), positions, lengths, strict=True
+    ):
         starts = [place for place in range(length) if places[place] == 0]
         for start, end in pairwise([*starts, length]):
             yield ids[start:end], supervised[start:end]

@@ -21,17 +21,19 @@ PARITY_PROMPTS = ((1, 2, 3), (4, 5, 6, 7, 8))
 
 
 class InProcessEngine(RolloutEngine):
-    """Continuous batching with a decode loop of our own for the Llama family, static batches for every other architecture.
+    """Continuous batching with a decode loop of our own for the Llama family, static batches for every other
+    architecture.
 
-    At the first sync of a policy the two ways are compared; where they differ by more than 1e-3 nats the static one is used, with a
-    warning.
+    At the first sync of a policy the two ways are compared; where they differ by more than 1e-3 nats the static one is
+    used, with a warning.
 
     Args:
         max_batch_tokens: memory bound, >= 1: cache columns summed over the rows of a batch. A column takes
             2 x layers x kv heads x head dim numbers (SmolLM2-135M in fp32: 46 KB, so 65536 columns are 3 GB).
 
     Attributes:
-        last_stats: of the last ``generate``: ``decode_steps``, ``slots`` (largest batch), ``prefill_tokens`` (prompt tokens computed).
+        last_stats: of the last ``generate``: ``decode_steps``, ``slots`` (largest batch), ``prefill_tokens`` (prompt
+            tokens computed).
     """
 
     def __init__(self, max_batch_tokens: int = 65536) -> None:
@@ -48,7 +50,10 @@ class InProcessEngine(RolloutEngine):
         if policy is not self._policy:
             layers = DynamicCache(config=policy.model.config).layers
             if not all(isinstance(layer, DynamicLayer) for layer in layers):
-                raise ValueError(f"InProcessEngine cannot sample from {type(policy.model).__name__}: some of its layers keep no keys and values")
+                raise ValueError(
+                    f"InProcessEngine cannot sample from {type(policy.model).__name__}: some of its layers keep no "
+                    "keys and values"
+                )
             self._run = run_static
             if supports(policy.model):
                 gap = parity_gap(policy)
@@ -56,13 +61,16 @@ class InProcessEngine(RolloutEngine):
                     self._run = run_continuous
                 else:
                     warnings.warn(
-                        f"InProcessEngine: log-probs of the fast decode step differ by {gap:.2g} from the Hugging Face forward of "
+                        f"InProcessEngine: log-probs of the fast decode step differ by {gap:.2g} from the Hugging Face "
+                        "forward of "
                         f"{type(policy.model).__name__}; sampling through the latter, which is slower",
                         stacklevel=2,
                     )
         self._policy, self._version = policy, version
 
-    def generate(self, prompts: list[list[int]], num_generations: int, sampling: Sampling, seeds: list[int]) -> list[list[Completion]]:
+    def generate(
+        self, prompts: list[list[int]], num_generations: int, sampling: Sampling, seeds: list[int]
+    ) -> list[list[Completion]]:
         """Sample; see ``RolloutEngine.generate``. Leaves the model's modes and the global random state as they were."""
         if self._policy is None:
             raise ValueError("InProcessEngine: call sync_weights(policy, version) before generate")
@@ -78,8 +86,12 @@ class InProcessEngine(RolloutEngine):
 
 
 @torch.inference_mode()
-def run_continuous(model: PreTrainedModel, prompts: list[list[int]], num_generations: int, ledger: Ledger, max_batch_tokens: int) -> dict[str, int]:
-    """Finish every request with ``ContinuousBatch``. In inference mode, since the supported models keep nothing between forwards."""
+def run_continuous(
+    model: PreTrainedModel, prompts: list[list[int]], num_generations: int, ledger: Ledger, max_batch_tokens: int
+) -> dict[str, int]:
+    """Finish every request with ``ContinuousBatch``. In inference mode, since the supported models keep nothing between
+    forwards.
+    """
     return ContinuousBatch(model, prompts, num_generations, ledger, max_batch_tokens).run()
 
 
@@ -87,7 +99,8 @@ def run_continuous(model: PreTrainedModel, prompts: list[list[int]], num_generat
 def sampling_mode(model: PreTrainedModel) -> Iterator[None]:
     """Evaluation mode, no gradients, no autocast; every module's own mode is restored.
 
-    Not inference mode: an architecture that keeps tensors between forwards (a growing rotary table) could not train with them.
+    Not inference mode: an architecture that keeps tensors between forwards (a growing rotary table) could not train
+    with them.
     """
     training = [module for module in model.modules() if module.training]
     model.eval()
@@ -100,7 +113,9 @@ def sampling_mode(model: PreTrainedModel) -> Iterator[None]:
 
 
 def parity_gap(policy: SampledPolicy) -> float:
-    """Largest |difference| in nats between the log-probs of a few sampled tokens and those of a plain forward, in both layouts."""
+    """Largest |difference| in nats between the log-probs of a few sampled tokens and those of a plain forward, in both
+    layouts.
+    """
     prompts = [[token % policy.model.config.vocab_size for token in prompt] for prompt in PARITY_PROMPTS]
     gap = 0.0
     with sampling_mode(policy.model):
@@ -108,9 +123,18 @@ def parity_gap(policy: SampledPolicy) -> float:
             ledger = Ledger(list(range(2 * num_generations)), Sampling(max_completion_length=3), policy)
             run_continuous(policy.model, prompts, num_generations, ledger, max_batch_tokens=1024)
             completions = ledger.completions(0)
-            rows = [prompts[index // num_generations] + completion.token_ids for index, completion in enumerate(completions)]
+            rows = [
+                prompts[index // num_generations] + completion.token_ids for index, completion in enumerate(completions)
+            ]
             ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(policy.model.device)
-            logprobs = policy.model(input_ids=ids).logits[:, :-1].float().log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0].tolist()
+            logprobs = (
+                policy.model(input_ids=ids)
+                .logits[:, :-1]
+                .float()
+                .log_softmax(-1)
+                .gather(2, ids[:, 1:, None])[..., 0]
+                .tolist()
+            )
             for row, completion, expected in zip(rows, completions, logprobs, strict=True):
                 start = len(row) - len(completion.token_ids) - 1
                 pairs = zip(completion.logprobs, expected[start : len(row) - 1], strict=True)

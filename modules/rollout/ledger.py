@@ -12,8 +12,8 @@ from modules.types import Completion
 class Ledger:
     """Tokens and log-probs of R requests, kept on the model's device until all are finished.
 
-    Request r has its own row of uniform numbers, drawn from its own seed, so its tokens do not depend on what it is batched with.
-    Row R (``idle``) takes what slots without a request produce.
+    Request r has its own row of uniform numbers, drawn from its own seed, so its tokens do not depend on what it is
+    batched with. Row R (``idle``) takes what slots without a request produce.
 
     Args:
         seeds: one per request.
@@ -37,7 +37,8 @@ class Ledger:
         special = {token.content: i for i, token in policy.tokenizer.added_tokens_decoder.items() if token.special}
         self._is_end[[*policy.stop_token_ids, *(special[stop] for stop in sampling.stop if stop in special)]] = True
         self._may_complete: dict[int, bool] = {}
-        # A token holds at least one byte of text, so this many tokens cover a stop string; four more finish a cut character.
+        # A token holds at least one byte of text, so this many tokens cover a stop string; four more finish a cut
+        # character.
         self._tail = max((len(stop.encode()) for stop in sampling.stop), default=0) + 4
 
     def draw(self, logits: Tensor, requests: Tensor) -> tuple[Tensor, Tensor]:
@@ -68,7 +69,10 @@ class Ledger:
     def completions(self, version: int) -> list[Completion]:
         """All requests as plain records, in order; ValueError where the policy's logits were not finite."""
         if not bool(self._logprobs.isfinite().all()):
-            raise ValueError("generate: the policy's logits are not finite, so its completions mean nothing; look at the last updates")
+            raise ValueError(
+                "generate: the policy's logits are not finite, so its completions mean nothing; look at the last "
+                "updates"
+            )
         counts = self._counts.tolist()[: self.idle]
         tokens = [row[:count] for row, count in zip(self._tokens.tolist(), counts, strict=False)]
         logprobs = [row[:count] for row, count in zip(self._logprobs.tolist(), counts, strict=False)]
@@ -80,15 +84,22 @@ class Ledger:
         ]
 
     def _completes_stop_string(self, tokens: Tensor, requests: Tensor, steps: Tensor) -> Tensor:
-        """bool [N]: the tail of the request's text holds a stop string. Decodes only rows whose new token can complete one."""
+        """bool [N]: the tail of the request's text holds a stop string. Decodes only rows whose new token can complete
+        one.
+        """
         hits = []
         for token, request, step in zip(tokens.tolist(), requests.tolist(), steps.tolist(), strict=True):
             possible = request != self.idle and self._token_may_complete(token)
-            hits.append(possible and self._has_stop_string(self._tokens[request, max(0, step + 1 - self._tail) : step + 1].tolist()))
+            hits.append(
+                possible
+                and self._has_stop_string(self._tokens[request, max(0, step + 1 - self._tail) : step + 1].tolist())
+            )
         return torch.tensor(hits, device=tokens.device)
 
     def _token_may_complete(self, token: int) -> bool:
-        """Whether the last character of a stop string can come from this token. Alone, a token may lose spaces or half a character."""
+        """Whether the last character of a stop string can come from this token. Alone, a token may lose spaces or half
+        a character.
+        """
         if token not in self._may_complete:
             text = self._tokenizer.decode([token])
             lasts = {stop[-1] for stop in self.sampling.stop}
@@ -105,7 +116,9 @@ class Ledger:
 
 
 def uniform_rows(seeds: list[int], shape: tuple[int, int]) -> Tensor:
-    """float64 ``shape`` in [0, 1): row i from a generator of its own, seeded with ``seeds[i]``; rows without a seed are zero."""
+    """float64 ``shape`` in [0, 1): row i from a generator of its own, seeded with ``seeds[i]``; rows without a seed are
+    zero.
+    """
     rows = torch.zeros(shape, dtype=torch.float64)
     for row, seed in zip(rows, seeds, strict=False):
         # not torch's generator, which looks at 32 bits of its seed only

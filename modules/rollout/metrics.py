@@ -1,4 +1,6 @@
-"""The numbers of a set of rollouts, under TRL's names: exact over batches and ranks, because they are taken of all outcomes at once."""
+"""The numbers of a set of rollouts, under TRL's names: exact over batches and ranks, because they are taken of all
+outcomes at once.
+"""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -8,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from modules.distributed import from_all_ranks
 from modules.functional.advantages import zero_std_fraction
 from modules.functional.diagnostics import pass_at_k
-from modules.functional.ranks import from_all_ranks
 from modules.types import Reward, Rollout
 
 
@@ -47,7 +49,9 @@ def outcomes(rollouts: Sequence[Rollout], accuracy: Reward | None = None) -> lis
 
 
 def rollout_metrics(found: Sequence[Outcome]) -> dict[str, float]:
-    """Rewards, lengths in tokens, entropy in nats per token, KL in nats per completion; unscorable completions are counted and otherwise left out."""
+    """Rewards, lengths in tokens, entropy in nats per token, KL in nats per completion; unscorable completions are
+    counted and otherwise left out.
+    """
     rewards = column(outcome.reward for outcome in found)
     lengths = column(outcome.length for outcome in found)
     ended = torch.tensor([outcome.stopped for outcome in found])
@@ -75,7 +79,9 @@ def rollout_metrics(found: Sequence[Outcome]) -> dict[str, float]:
 
 
 def share_solved(found: Sequence[Outcome], k: int) -> float:
-    """pass@k: mean over prompts of the chance that one of k of its scorable completions is right; prompts with fewer do not count."""
+    """pass@k: mean over prompts of the chance that one of k of its scorable completions is right; prompts with fewer do
+    not count.
+    """
     groups: dict[str, list[bool]] = defaultdict(list)
     for outcome in found:
         if outcome.right is not None:
@@ -102,7 +108,8 @@ def std(values: Tensor) -> float:
 
 
 def gap_metrics(mask: Tensor, old_logprobs: Tensor, sampler_logprobs: Tensor, kl: Tensor | None) -> dict[str, float]:
-    """How far the sampler's log-probs are from the trainer's, and the mean of ``kl`` over tokens, of all ranks (collective).
+    """How far the sampler's log-probs are from the trainer's, and the mean of ``kl`` over tokens, of all ranks
+    (collective).
 
     mask bool [N, Tc]; the others [N, Tc], nats.
     """
@@ -110,5 +117,8 @@ def gap_metrics(mask: Tensor, old_logprobs: Tensor, sampler_logprobs: Tensor, kl
     mine = (int(mask.sum()), float(gaps.sum()), float(gaps.max()), 0.0 if kl is None else float(kl[mask].sum()))
     counts, sums, largest, kls = zip(*from_all_ranks([mine]), strict=True)
     tokens = max(1, sum(counts))
-    difference = {"sampling/sampling_logp_difference/mean": sum(sums) / tokens, "sampling/sampling_logp_difference/max": max(largest)}
+    difference = {
+        "sampling/sampling_logp_difference/mean": sum(sums) / tokens,
+        "sampling/sampling_logp_difference/max": max(largest),
+    }
     return difference if kl is None else difference | {"kl": sum(kls) / tokens}

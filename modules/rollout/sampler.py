@@ -1,4 +1,6 @@
-"""Draw next tokens by inverting the cumulative distribution: one uniform number per row instead of one per vocabulary entry."""
+"""Draw next tokens by inverting the cumulative distribution: one uniform number per row instead of one per vocabulary
+entry.
+"""
 
 import torch
 from torch import Tensor
@@ -31,9 +33,11 @@ def sample(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> tuple[Tensor
 
 
 def truncate(logits: Tensor, top_k: int, top_p: float) -> Tensor:
-    """Logits [N, V] with -inf outside the ``top_k`` largest (ties kept, 0 = all) and then outside the ``top_p`` nucleus.
+    """Logits [N, V] with -inf outside the ``top_k`` largest (ties kept, 0 = all) and then outside the ``top_p``
+    nucleus.
 
-    The nucleus holds the likeliest tokens in order, up to and including the one whose probability brings the sum to ``top_p``.
+    The nucleus holds the likeliest tokens in order, up to and including the one whose probability brings the sum to
+    ``top_p``.
     """
     if 0 < top_k < logits.shape[1]:
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
@@ -47,7 +51,8 @@ def truncate(logits: Tensor, top_k: int, top_p: float) -> Tensor:
 
 
 def invert_cdf(probabilities: Tensor, uniforms: Tensor) -> Tensor:
-    """Index int [N] whose slice of the cumulative distribution holds ``uniforms``: exact sampling, never a zero-probability entry.
+    """Index int [N] whose slice of the cumulative distribution holds ``uniforms``: exact sampling, never a
+    zero-probability entry.
 
     Finds the block first, then the entry in it, so that only one pass reads all of the vocabulary. Sums are float64.
 
@@ -66,7 +71,9 @@ def invert_cdf(probabilities: Tensor, uniforms: Tensor) -> Tensor:
 
 
 def _locate(weights: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
-    """The slice of cumulative ``weights`` float64 [N, K] that holds each of ``uniforms`` [N], and how far inside it, in [0, 1]."""
+    """The slice of cumulative ``weights`` float64 [N, K] that holds each of ``uniforms`` [N], and how far inside it, in
+    [0, 1].
+    """
     cumulative = weights.cumsum(-1)
     total = cumulative[:, -1:]
     # Strictly below the total there is always a next larger sum, and the entry that makes it larger is not zero.

@@ -9,20 +9,24 @@ import torch
 from torch import Tensor
 
 from modules.functional.masked import pad
-from modules.rewards.base import breakdown
+from modules.rewards.weighted_sum import breakdown
 from modules.types import Completion, PolicyBatch, PromptBatch, Reward, Rollout
 
 SCORING_TOKENS = 16384  # tokens of one no-grad forward
 
 
 def sampling_seed(seed: int, phase: str, uid: str) -> int:
-    """Seed of a prompt's first completion, in [0, 2**62): a function of run seed, phase and prompt, so of no rank and no batch."""
+    """Seed of a prompt's first completion, in [0, 2**62): a function of run seed, phase and prompt, so of no rank and
+    no batch.
+    """
     digest = hashlib.blake2b(f"{seed}/{phase}/{uid}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 2
 
 
 def make_rollouts(prompts: PromptBatch, completions: list[list[Completion]], reward: Reward | None) -> list[Rollout]:
-    """One record per completion, prompt by prompt, scored if there is a reward; ``group`` counts the prompts of the batch."""
+    """One record per completion, prompt by prompt, scored if there is a reward; ``group`` counts the prompts of the
+    batch.
+    """
     rollouts = [
         Rollout(
             uid=prompts["uid"][i],
@@ -41,7 +45,10 @@ def make_rollouts(prompts: PromptBatch, completions: list[list[Completion]], rew
     if reward is None:
         return rollouts
     parts, totals = breakdown(reward, rollouts)
-    return [replace(rollout, rewards=part, reward=total) for rollout, part, total in zip(rollouts, parts, totals, strict=True)]
+    return [
+        replace(rollout, rewards=part, reward=total)
+        for rollout, part, total in zip(rollouts, parts, totals, strict=True)
+    ]
 
 
 def to_batch(rollouts: list[Rollout], device: torch.device) -> PolicyBatch:
@@ -51,7 +58,9 @@ def to_batch(rollouts: list[Rollout], device: torch.device) -> PolicyBatch:
     prompt_ids, prompt_mask = pad(list(prompt_rows.values()), device)
     completion_ids, completion_mask = pad([rollout.completion.token_ids for rollout in rollouts], device)
     sampler = torch.zeros(completion_mask.shape, device=device)
-    sampler[completion_mask] = torch.tensor([x for rollout in rollouts for x in rollout.completion.logprobs], device=device)
+    sampler[completion_mask] = torch.tensor(
+        [x for rollout in rollouts for x in rollout.completion.logprobs], device=device
+    )
     group = torch.tensor([position[rollout.group] for rollout in rollouts], device=device)
     rewards = [float("nan") if rollout.reward is None else rollout.reward for rollout in rollouts]
     batch = {

@@ -10,10 +10,13 @@ from modules.rollout.ledger import Ledger
 ROW_STEP = 16  # batches shrink in steps of this
 
 
-def run_static(model: PreTrainedModel, prompts: list[list[int]], num_generations: int, ledger: Ledger, max_batch_tokens: int) -> dict[str, int]:
+def run_static(
+    model: PreTrainedModel, prompts: list[list[int]], num_generations: int, ledger: Ledger, max_batch_tokens: int
+) -> dict[str, int]:
     """Finish every request, one batch after the other; arguments and result as in ``ContinuousBatch``.
 
-    A prompt is computed once per batch that holds some of its requests: once in all where its G rows fit into ``max_batch_tokens``.
+    A prompt is computed once per batch that holds some of its requests: once in all where its G rows fit into
+    ``max_batch_tokens``.
     """
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
     stats = {"decode_steps": 0, "slots": 0, "prefill_tokens": 0}
@@ -23,14 +26,17 @@ def run_static(model: PreTrainedModel, prompts: list[list[int]], num_generations
         chosen, order = order[: max(1, rows // num_generations)], order[max(1, rows // num_generations) :]
         for generations in torch.arange(num_generations).split(min(rows, num_generations)):
             requests = (torch.tensor(chosen)[:, None] * num_generations + generations).flatten().to(model.device)
-            stats["decode_steps"] += StaticBatch(model, [prompts[index] for index in chosen], len(generations), ledger).run(requests)
+            stats["decode_steps"] += StaticBatch(
+                model, [prompts[index] for index in chosen], len(generations), ledger
+            ).run(requests)
             stats["slots"] = max(stats["slots"], len(requests))
             stats["prefill_tokens"] += sum(len(prompts[index]) for index in chosen)
     return stats
 
 
 class StaticBatch:
-    """Rows that start together; prompts are computed once and their cache repeated, finished rows dropped in steps of 16.
+    """Rows that start together; prompts are computed once and their cache repeated, finished rows dropped in steps of
+    16.
 
     Args:
         model: causal LM whose cache is a ``DynamicCache`` and whose forward takes ``position_ids``.
@@ -71,5 +77,10 @@ class StaticBatch:
     def _forward(self, ids: Tensor, mask: Tensor, position_ids: Tensor) -> Tensor:
         """Logits [N, V] of the last column."""
         return self.model(
-            input_ids=ids, attention_mask=mask, position_ids=position_ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=position_ids,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
         ).logits[:, -1]

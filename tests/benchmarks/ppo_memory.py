@@ -1,6 +1,7 @@
 """Memory of PPO by layout: four models, a value head on the policy's states, everything as adapters of one backbone.
 
-Run: python tests/benchmarks/ppo_memory.py FOLDER_OF_A_LANGUAGE_MODEL (Linux; each layout in a process of its own; MB = 10^6 bytes)
+Run: python tests/benchmarks/ppo_memory.py FOLDER_OF_A_LANGUAGE_MODEL (Linux; each layout in a process of its own; MB =
+10^6 bytes)
 """
 
 import gc
@@ -25,7 +26,13 @@ from modules.networks.lora import Lora
 from modules.rewards import LearnedReward
 from modules.rollout.engine import Sampling
 
-QUIET = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+QUIET = {
+    "accelerator": "cpu",
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
 LAYOUTS = ("four", "head", "lora")
 
 
@@ -70,7 +77,9 @@ def measure(layout: str, policy: str, folder: Path) -> None:
     value = Value() if layout == "head" else Value(model=reward)
     sampling = Sampling(max_completion_length=32)
     module = PPOModule(policy, LearnedReward(reward), num_generations=2, sampling=sampling, value=value, lora=lora)
-    data = VerifiableDataModule(module.tokenizer, Addition(64), prompts_per_phase=8, chat=module.tokenizer.chat_template is not None)
+    data = VerifiableDataModule(
+        module.tokenizer, Addition(64), prompts_per_phase=8, chat=module.tokenizer.chat_template is not None
+    )
     Trainer(max_epochs=3, accumulate_grad_batches=2, callbacks=[watch], **QUIET).fit(module, data)
     print(f"{layout}: weights and optimizer states {watch.tensors:.0f} MB, peak {watch.peak - watch.start:.0f} MB")
 

@@ -56,7 +56,11 @@ class Events:
         self.accumulator.Reload()
 
     def scalars(self, name: str) -> list[float]:
-        return [event.value for event in self.accumulator.Scalars(name)] if name in self.accumulator.Tags()["scalars"] else []
+        return (
+            [event.value for event in self.accumulator.Scalars(name)]
+            if name in self.accumulator.Tags()["scalars"]
+            else []
+        )
 
     def names(self, prefix: str) -> set[str]:
         return {tag for tag in self.accumulator.Tags()["scalars"] if tag.startswith(prefix)}
@@ -83,7 +87,9 @@ def fit(tmp_path: Path) -> Callable[..., Events]:
     """fit(callback, phases, ...) trains over the phases and returns what TensorBoard was told."""
     runs = 0
 
-    def run(callback: Callback, phases: list[list[Rollout]], ckpt_path: Path | None = None, save: Path | None = None) -> Events:
+    def run(
+        callback: Callback, phases: list[list[Rollout]], ckpt_path: Path | None = None, save: Path | None = None
+    ) -> Events:
         nonlocal runs
         runs += 1
         logger = TensorBoardLogger(tmp_path, name=f"run{runs}", version="")

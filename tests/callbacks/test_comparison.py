@@ -26,9 +26,20 @@ class Model(LightningModule):
         self.log("val/perplexity/texts", self.perplexity, batch_size=1)
 
 
-def validate(file: Path, name: str, reward: float, perplexity: float, metrics: dict[str, str] | None = None, fast_dev_run: bool = False) -> None:
-    callback = Comparison(name, str(file), metrics or {"proxy reward": "val/reward"}, {"forgetting": "val/perplexity/texts"})
-    trainer = Trainer(accelerator="cpu", callbacks=[callback], logger=False, enable_progress_bar=False, fast_dev_run=fast_dev_run)
+def validate(
+    file: Path,
+    name: str,
+    reward: float,
+    perplexity: float,
+    metrics: dict[str, str] | None = None,
+    fast_dev_run: bool = False,
+) -> None:
+    callback = Comparison(
+        name, str(file), metrics or {"proxy reward": "val/reward"}, {"forgetting": "val/perplexity/texts"}
+    )
+    trainer = Trainer(
+        accelerator="cpu", callbacks=[callback], logger=False, enable_progress_bar=False, fast_dev_run=fast_dev_run
+    )
     trainer.validate(Model(reward, perplexity), DataLoader([torch.ones(1)]), verbose=False)  # type: ignore[arg-type]
 
 
@@ -46,7 +57,11 @@ def test_every_model_is_a_column(tmp_path: Path, capsys: pytest.CaptureFixture[s
     validate(file, "dpo", -1.0, 4.0)
     validate(file, "ppo", 1.5, 1.0)
     # log(4) - log(2) = 0.69 and log(1) - log(2) = -0.69
-    expected = [["metric", "start", "dpo", "ppo"], ["proxy reward", "0.25", "-1.00", "1.50"], ["forgetting", "0.00", "0.69", "-0.69"]]
+    expected = [
+        ["metric", "start", "dpo", "ppo"],
+        ["proxy reward", "0.25", "-1.00", "1.50"],
+        ["forgetting", "0.00", "0.69", "-0.69"],
+    ]
     assert table(capsys.readouterr().out) == expected
     assert json.loads(file.read_text())["dpo"] == {"val/reward": -1.0, "val/perplexity/texts": 4.0}
     assert [path.name for path in file.parent.iterdir()] == ["all.json"]
@@ -57,18 +72,29 @@ def test_a_model_that_is_measured_again_keeps_its_place(tmp_path: Path, capsys: 
     validate(file, "start", 0.25, 2.0)
     validate(file, "dpo", -1.0, 4.0)
     validate(file, "start", 0.5, 4.0 * math.e)
-    assert table(capsys.readouterr().out) == [["metric", "start", "dpo"], ["proxy reward", "0.50", "-1.00"], ["forgetting", "0.00", "-1.00"]]
+    assert table(capsys.readouterr().out) == [
+        ["metric", "start", "dpo"],
+        ["proxy reward", "0.50", "-1.00"],
+        ["forgetting", "0.00", "-1.00"],
+    ]
 
 
 def test_what_one_model_has_no_number_of_stays_empty(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "all.json"
     file.write_text('{"start": {"val/kl": 0.0}}')
     validate(file, "dpo", -1.0, 4.0)
-    assert table(capsys.readouterr().out) == [["metric", "start", "dpo"], ["proxy reward", "", "-1.00"], ["forgetting", "", ""]]
+    assert table(capsys.readouterr().out) == [
+        ["metric", "start", "dpo"],
+        ["proxy reward", "", "-1.00"],
+        ["forgetting", "", ""],
+    ]
 
 
 def test_a_metric_that_was_not_logged_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"Comparison is asked for \['val/kl'\], .*; it logged \['val/perplexity/texts', 'val/reward'\]"):
+    with pytest.raises(
+        ValueError,
+        match=r"Comparison is asked for \['val/kl'\], .*; it logged \['val/perplexity/texts', 'val/reward'\]",
+    ):
         validate(tmp_path / "all.json", "dpo", 0.0, 1.0, {"KL": "val/kl"})
     assert list(tmp_path.iterdir()) == []
 
@@ -76,7 +102,10 @@ def test_a_metric_that_was_not_logged_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", ["{", "[1]", '{"start": 1}', '{"start": {"val/reward": "high"}}'])
 def test_another_kind_of_file_is_refused_and_stays(tmp_path: Path, content: str) -> None:
     (tmp_path / "all.json").write_text(content)
-    with pytest.raises(ValueError, match=r"Comparison: .*all\.json holds no numbers by model and metric; delete it, or name another file"):
+    with pytest.raises(
+        ValueError,
+        match=r"Comparison: .*all\.json holds no numbers by model and metric; delete it, or name another file",
+    ):
         validate(tmp_path / "all.json", "dpo", 0.0, 1.0)
     assert (tmp_path / "all.json").read_text() == content
     with pytest.raises(ValueError, match="holds no numbers"):

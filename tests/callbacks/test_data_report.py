@@ -13,9 +13,9 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from callbacks.data_report import DataReport, documents_of, languages, markdown, table
 from datamodules import InstructionDataModule, PreferenceDataModule
-from datamodules.chat import Tokens
-from datamodules.collate_preference import PreferenceTokens
+from datamodules.loaders.preference_rows import PreferenceTokens
 from datamodules.sources import Row, Source
+from datamodules.tokens.chat import Tokens
 from modules import SFTModule
 from modules.networks.tiny import tiny_tokenizer
 
@@ -29,16 +29,26 @@ class Pairs(Source):
         self.pairs, self.columns = pairs, columns
 
     def rows(self) -> list[Row]:
-        return [Row(dict(zip(self.columns, pair, strict=True)), f"pairs:{place}", "pairs") for place, pair in enumerate(self.pairs)]
+        return [
+            Row(dict(zip(self.columns, pair, strict=True)), f"pairs:{place}", "pairs")
+            for place, pair in enumerate(self.pairs)
+        ]
 
 
-def data(train: list[tuple[str, str]], val: list[tuple[str, str]] | None = None, **options: Any) -> InstructionDataModule:
+def data(
+    train: list[tuple[str, str]], val: list[tuple[str, str]] | None = None, **options: Any
+) -> InstructionDataModule:
     return InstructionDataModule(tiny_tokenizer(), Pairs(train), None if val is None else Pairs(val), **options)
 
 
 def trainer(folder: Path, report: DataReport, **options: Any) -> Trainer:
     """Its hooks run and no batch does."""
-    options = {"logger": TensorBoardLogger(folder, name="logs", version=""), "limit_train_batches": 0, "limit_val_batches": 0, **options}
+    options = {
+        "logger": TensorBoardLogger(folder, name="logs", version=""),
+        "limit_train_batches": 0,
+        "limit_val_batches": 0,
+        **options,
+    }
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
     return Trainer(accelerator="cpu", max_epochs=1, callbacks=[report], **quiet, **options)
 
@@ -119,11 +129,16 @@ def test_packed_rows_and_preferences_become_documents() -> None:
         ([7, 8, 9], [7, 8], [[9]]),
     ]
     compared = PreferenceTokens([5, 6], [[7, 2], [8, 9, 2]], [0, 1], None, "here:1")
-    assert [(document.prompt, document.answers) for document in documents_of(compared)] == [([5, 6], [[7, 2]]), ([5, 6], [[8, 9, 2]])]
+    assert [(document.prompt, document.answers) for document in documents_of(compared)] == [
+        ([5, 6], [[7, 2]]),
+        ([5, 6], [[8, 9, 2]]),
+    ]
 
 
 def test_preference_data_are_reported(tmp_path: Path) -> None:
-    rows = PreferenceDataModule(tiny_tokenizer(), Pairs([("p?", "good", "bad"), ("q?", "good", "worse")], ("prompt", "chosen", "rejected")))
+    rows = PreferenceDataModule(
+        tiny_tokenizer(), Pairs([("p?", "good", "bad"), ("q?", "good", "worse")], ("prompt", "chosen", "rejected"))
+    )
     assert fit(tmp_path, rows) == []
     train = content(tmp_path / "logs/data_report.json")["train"]
     assert (train["rows"], train["documents"], train["same_prompt"]) == (2, 4, 2)
@@ -138,7 +153,14 @@ def test_other_data_are_passed_over_with_a_line(tmp_path: Path, caplog: pytest.L
 
 def test_a_fast_dev_run_writes_no_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "r.json"
-    fit(tmp_path, data(PAIRS), DataReport(str(path)), fast_dev_run=True, limit_train_batches=None, limit_val_batches=None)
+    fit(
+        tmp_path,
+        data(PAIRS),
+        DataReport(str(path)),
+        fast_dev_run=True,
+        limit_train_batches=None,
+        limit_val_batches=None,
+    )
     assert "data report" in capsys.readouterr().out
     assert not path.exists()
 
@@ -155,9 +177,31 @@ def test_languages_are_shares_of_texts_with_letters() -> None:
 
 
 def test_cells_are_safe_in_both_tables() -> None:
-    report = {"rows": 1, "documents": 1, "tokens": 2, "answers": 1, "supervised_share": 0.5, "duplicates": 0, "duplicate_share": 0.0}
-    report |= {"same_prompt": 0, "empty_outputs": 0, "one_token_outputs": 0, "at_limit": 0, "dropped": 0, "bad": 0, "list_share": 0.0}
-    report |= {"refusal_share": 0.0, "opener_share": 0.0, "prompt_length": {}, "output_length": {"min": 1.0}, "languages": None}
+    report = {
+        "rows": 1,
+        "documents": 1,
+        "tokens": 2,
+        "answers": 1,
+        "supervised_share": 0.5,
+        "duplicates": 0,
+        "duplicate_share": 0.0,
+    }
+    report |= {
+        "same_prompt": 0,
+        "empty_outputs": 0,
+        "one_token_outputs": 0,
+        "at_limit": 0,
+        "dropped": 0,
+        "bad": 0,
+        "list_share": 0.0,
+    }
+    report |= {
+        "refusal_share": 0.0,
+        "opener_share": 0.0,
+        "prompt_length": {},
+        "output_length": {"min": 1.0},
+        "languages": None,
+    }
     lines = table({"train": {**report, "first_words": {"a|b": 1.0}}})
     assert ["languages of answers", "unknown: pip install 'lightning-align[language]'"] in lines
     assert ["also held out", "-"] in lines

@@ -52,7 +52,14 @@ def test_growth_does_not_lower_distinct_n(make: Any, fit: Any) -> None:
 
 
 def test_unscorable_rewards_decide_nothing(make: Any, fit: Any) -> None:
-    rollouts = [make(1.0, group=0), make(None, group=0), make(0.0, group=1), make(1.0, group=1), make(None, group=2), make(None, group=2)]
+    rollouts = [
+        make(1.0, group=0),
+        make(None, group=0),
+        make(0.0, group=1),
+        make(1.0, group=1),
+        make(None, group=2),
+        make(None, group=2),
+    ]
     events = fit(Diversity(), [rollouts])
     assert events.scalars("train/diversity/frac_reward_zero_std") == pytest.approx([1 / 2], abs=1e-6)
 

@@ -50,8 +50,15 @@ IDS = torch.tensor([[80, 81, 82, 83]])
 
 def train(module: Tuned, callbacks: Sequence[Callback], epochs: int = 1, fast: bool = False) -> None:
     data: DataLoader[Tensor] = DataLoader([IDS[0]])  # type: ignore[arg-type]
-    options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
-    Trainer(accelerator="cpu", max_epochs=epochs, callbacks=list(callbacks), fast_dev_run=fast, **options).fit(module, data)  # type: ignore[arg-type]
+    options = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    Trainer(accelerator="cpu", max_epochs=epochs, callbacks=list(callbacks), fast_dev_run=fast, **options).fit(
+        module, data
+    )  # type: ignore[arg-type]
 
 
 def logits(model: torch.nn.Module) -> Tensor:
@@ -158,5 +165,7 @@ def test_weights_are_averaged_before_they_are_exported(tmp_path: Path) -> None:
     train(module := Tuned(), [average, export])
     start = logits(Tuned().policy.model)
     exported = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "export"))
-    torch.testing.assert_close(exported, logits(module.policy.model), atol=1e-5, rtol=0)  # which ends with the average as well
+    torch.testing.assert_close(
+        exported, logits(module.policy.model), atol=1e-5, rtol=0
+    )  # which ends with the average as well
     assert not torch.allclose(exported, start)

@@ -17,11 +17,14 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from callbacks.forgetting import Forgetting, metrics
 from datamodules import AdditionPairs, InstructionDataModule, PreferenceDataModule
-from datamodules.chat import Tokens
 from datamodules.sources import Row, Source
+from datamodules.tokens.chat import Tokens
 from modules import SFTModule
 
-TEXTS = {"old": ["0123456789", "01234", "0123456"], "new": ["bad", "cab badcab", "abba"]}  # uneven, so that a mean of means is another number
+TEXTS = {
+    "old": ["0123456789", "01234", "0123456"],
+    "new": ["bad", "cab badcab", "abba"],
+}  # uneven, so that a mean of means is another number
 
 
 class Texts(Source):
@@ -29,7 +32,9 @@ class Texts(Source):
         self.texts = texts
 
     def rows(self) -> list[Row]:
-        return [Row({"prompt": ">", "completion": text}, f"text:{place}", "text") for place, text in enumerate(self.texts)]
+        return [
+            Row({"prompt": ">", "completion": text}, f"text:{place}", "text") for place, text in enumerate(self.texts)
+        ]
 
 
 def data(val: dict[str, list[str]] | list[str] | None = None) -> InstructionDataModule:
@@ -43,8 +48,18 @@ def sft() -> SFTModule:
 
 
 def trainer(folder: Path, forgetting: Forgetting, **options: Any) -> Trainer:
-    options = {"logger": TensorBoardLogger(folder, name="logs", version=""), "max_epochs": 4, "num_sanity_val_steps": 0, **options}
-    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False, "log_every_n_steps": 1}
+    options = {
+        "logger": TensorBoardLogger(folder, name="logs", version=""),
+        "max_epochs": 4,
+        "num_sanity_val_steps": 0,
+        **options,
+    }
+    quiet = {
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+        "log_every_n_steps": 1,
+    }
     return Trainer(accelerator="cpu", callbacks=[forgetting], **quiet, **options)
 
 
@@ -72,7 +87,10 @@ def test_metrics_by_hand() -> None:
     # Forgetting 0.5, -0.5 and 0: what b gained does not make up for what a lost, so the mean is 0.5 / 3 and not 0.
     assert found == pytest.approx(
         {
-            **{f"val/perplexity/{name}": math.exp(value) for name, value in {"a": 1.5, "b": 0.5, "c": 2.0, "d": 1.0}.items()},
+            **{
+                f"val/perplexity/{name}": math.exp(value)
+                for name, value in {"a": 1.5, "b": 0.5, "c": 2.0, "d": 1.0}.items()
+            },
             **{"val/forgetting/a": 0.5, "val/forgetting/b": -0.5, "val/forgetting/c": 0.0, "val/forgetting": 0.5 / 3},
         },
         abs=1e-12,
@@ -94,8 +112,12 @@ def test_learning_one_domain_costs_the_other(tmp_path: Path, events: Any) -> Non
     told = events(tmp_path / "logs")
     for name in TEXTS:
         perplexities = told.scalars(f"val/perplexity/{name}")
-        assert len(perplexities) == 1 + 4  # the start and four validations, the last of which has seen the final weights
-        assert (perplexities[0], perplexities[-1]) == pytest.approx((math.exp(before[name]), math.exp(after[name])), rel=1e-4)
+        assert (
+            len(perplexities) == 1 + 4
+        )  # the start and four validations, the last of which has seen the final weights
+        assert (perplexities[0], perplexities[-1]) == pytest.approx(
+            (math.exp(before[name]), math.exp(after[name])), rel=1e-4
+        )
         curve = told.scalars(f"val/forgetting/{name}")
         assert (curve[0], curve[-1]) == pytest.approx((0.0, after[name] - before[name]), abs=1e-4)
     assert told.scalars("val/forgetting")[-1] == pytest.approx((after["old"] - before["old"]) / 2, abs=1e-4)
@@ -109,7 +131,9 @@ def test_the_end_is_measured_when_the_last_validation_was_earlier(tmp_path: Path
     module, rows, forgetting = sft(), data(), Forgetting()
     trainer(tmp_path, forgetting, max_epochs=3, check_val_every_n_epoch=2).fit(module, datamodule=rows)
     assert [row["step"] for row in forgetting.history] == [0, 4, 6]
-    assert events(tmp_path / "logs").scalars("val/perplexity/old")[-1] == pytest.approx(math.exp(loss(module, rows.domains["old"])), rel=1e-4)
+    assert events(tmp_path / "logs").scalars("val/perplexity/old")[-1] == pytest.approx(
+        math.exp(loss(module, rows.domains["old"])), rel=1e-4
+    )
 
 
 def test_the_sanity_check_is_a_start(tmp_path: Path, events: Any) -> None:
@@ -181,7 +205,11 @@ if __name__ == "__main__":
 def test_two_ranks_measure_what_one_would(tmp_path: Path) -> None:
     (tmp_path / "two_ranks.py").write_text(SCRIPT)
     here = Path(__file__).parent
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(here.parents[1]), str(here)]), "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(here.parents[1]), str(here)]),
+        "OMP_NUM_THREADS": "1",
+    }
     command = [sys.executable, str(tmp_path / "two_ranks.py"), str(tmp_path)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -38,7 +38,9 @@ def check(tmp_path: Path, exports: Path) -> Callable[..., None]:
 def change(folder: Path, **values: object) -> None:
     """Set values of config.json; None takes one out."""
     config = json.loads((folder / "config.json").read_text()) | values
-    (folder / "config.json").write_text(json.dumps({name: value for name, value in config.items() if value is not None}))
+    (folder / "config.json").write_text(
+        json.dumps({name: value for name, value in config.items() if value is not None})
+    )
 
 
 def hand_over(**inputs: Path) -> None:
@@ -59,7 +61,13 @@ def save_tokenizer(folder: Path, template: str | None = None, added: str | None 
 
 def test_what_fits_passes(tmp_path: Path, exports: Path) -> None:
     (tmp_path / "rows.jsonl").write_text("{}\n")
-    hand_over(**{"01-fit-sft": exports / "policy", "02-predict-rows": tmp_path / "rows.jsonl", "03-fit-reward": exports / "reward"})
+    hand_over(
+        **{
+            "01-fit-sft": exports / "policy",
+            "02-predict-rows": tmp_path / "rows.jsonl",
+            "03-fit-reward": exports / "reward",
+        }
+    )
 
 
 def test_a_reward_model_may_have_a_token_more(check: Callable[..., None]) -> None:
@@ -93,8 +101,13 @@ def test_a_policy_that_does_not_fit(check: Callable[..., None], mend: Callable[[
         ({"reward_mean": float("inf")}, "reward_mean inf, reward_std 2.0"),
     ],
 )
-def test_a_reward_model_without_normalisation(check: Callable[..., None], values: dict[str, object], found: str) -> None:
-    with pytest.raises(ValueError, match=rf"/reward is a reward model without normalisation \({found} in config.json; .*; run 01-fit-it again$"):
+def test_a_reward_model_without_normalisation(
+    check: Callable[..., None], values: dict[str, object], found: str
+) -> None:
+    with pytest.raises(
+        ValueError,
+        match=rf"/reward is a reward model without normalisation \({found} in config.json; .*; run 01-fit-it again$",
+    ):
         check(lambda folder: change(folder, **values), "reward")
 
 
@@ -106,12 +119,17 @@ def test_tokens_that_moved(check: Callable[..., None]) -> None:
         vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
         file.write_text(json.dumps(content))
 
-    with pytest.raises(ValueError, match=r"/reward has another tokenizer than the policy \(2 tokens gone or moved, 0 more, such as '[ab]'\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"/reward has another tokenizer than the policy \(2 tokens gone or moved, 0 more, such as '[ab]'\)",
+    ):
         check(swap, "reward")
 
 
 def test_files_of_rows(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"^hand-off from 02-predict-rows: \S+/rows.jsonl is not there; run 02-predict-rows again$"):
+    with pytest.raises(
+        ValueError, match=r"^hand-off from 02-predict-rows: \S+/rows.jsonl is not there; run 02-predict-rows again$"
+    ):
         HandOff({"02-predict-rows": str(tmp_path / "rows.jsonl")})
     (tmp_path / "rows.jsonl").touch()
     with pytest.raises(ValueError, match=r"rows.jsonl is empty; run 02-predict-rows again$"):

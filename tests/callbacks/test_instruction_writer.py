@@ -1,4 +1,6 @@
-"""Growing a seed file end to end: a real server writes tasks, killed runs go on, and what comes out is what SFT reads."""
+"""Growing a seed file end to end: a real server writes tasks, killed runs go on, and what comes out is what SFT
+reads.
+"""
 
 import json
 import os
@@ -14,14 +16,14 @@ from typing import Any
 import pytest
 from lightning.pytorch import Trainer
 
-from callbacks.instruction_writer import InstructionWriter
+from callbacks.writers.instruction_writer import InstructionWriter
 from datamodules.instruction import InstructionDataModule
-from datamodules.seed_tasks import SeedTasksDataModule
+from datamodules.predict.seed_tasks import SeedTasksDataModule
 from modules import SFTModule
 from modules.__main__ import main
 from modules.networks.tiny import tiny_tokenizer
-from modules.rewards.chat_client import HttpChat, LocalChat
-from modules.self_instruct import SelfInstructModule
+from modules.predict.self_instruct import SelfInstructModule
+from modules.rewards.chat.clients import HttpChat, LocalChat
 
 ROOT = Path(__file__).parents[2]
 SEEDS = [{"instruction": f"seed task number {n}", "instances": [{"input": "", "output": f"o{n}"}]} for n in range(9)]
@@ -30,8 +32,13 @@ SEEDS = [{"instruction": f"seed task number {n}", "instances": [{"input": "", "o
 def author(question: str) -> str:
     """Three tasks that depend on the question, one that is a picture, one that is cut off."""
     draw = random.Random(zlib.crc32(question.encode()))
-    items = [" ".join(f"w{draw.randrange(500)}" for _ in range(6)) for _ in range(3)] + ["Describe this picture in words."]
-    whole = [f"{n}. Instruction: {text}\n{n}. Input:\nin {n}\n{n}. Output:\nout ü {n}\n###\n" for n, text in enumerate(items, 4)]
+    items = [" ".join(f"w{draw.randrange(500)}" for _ in range(6)) for _ in range(3)] + [
+        "Describe this picture in words."
+    ]
+    whole = [
+        f"{n}. Instruction: {text}\n{n}. Input:\nin {n}\n{n}. Output:\nout ü {n}\n###\n"
+        for n, text in enumerate(items, 4)
+    ]
     return "###\n" + "".join(whole) + "8. Instruction: and so"
 
 
@@ -40,7 +47,14 @@ def seeds(folder: Path, rows: list[dict[str, Any]] = SEEDS) -> Path:
     return folder / "seeds.jsonl"
 
 
-def grow(file: Path, client: Any, num: int = 20, options: dict[str, Any] | None = None, rows: list[dict[str, Any]] = SEEDS, **settings: Any) -> None:
+def grow(
+    file: Path,
+    client: Any,
+    num: int = 20,
+    options: dict[str, Any] | None = None,
+    rows: list[dict[str, Any]] = SEEDS,
+    **settings: Any,
+) -> None:
     module = SelfInstructModule(client, num, **{"requests_per_round": 2, **settings})
     data = SeedTasksDataModule(tiny_tokenizer(), str(seeds(file.parent, rows) if file.parent.is_dir() else file))
     options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, **(options or {})}
@@ -57,7 +71,8 @@ def test_tasks_a_report_and_nothing_else(tmp_path: Path, chat_server: Any, caplo
     file = tmp_path / "out.jsonl"
     grow(file, HttpChat(server.url, "m", prices=(1000.0, 0.0)))
     rows, report = read(file)
-    # 3 of the 5 tasks of each answer are kept, 6 a round, until there are 20: 4 rounds of 2 requests with 100 prompt tokens, 1000 a million
+    # 3 of the 5 tasks of each answer are kept, 6 a round, until there are 20: 4 rounds of 2 requests with 100 prompt
+    # tokens, 1000 a million
     assert len(rows) == 24 and len(server.requests) == 8
     assert list(rows[0]) == ["instruction", "input", "output", "most_similar", "similarity"]
     assert (rows[0]["input"], rows[0]["output"]) == ("in 4", "out ü 4")
@@ -73,7 +88,10 @@ def test_tasks_a_report_and_nothing_else(tmp_path: Path, chat_server: Any, caplo
     assert {name: report[name] for name in expected} == pytest.approx(expected)
     assert sum(value for name, value in report.items() if name.startswith("rejected/")) == 16
     assert "instructions: round 2: 12 of 20" in caplog.text
-    assert f"instructions: {file}: 24 kept of 40 tasks from 8 requests, 8 unfinished, 8 blacklist, cost 0.80" in caplog.text
+    assert (
+        f"instructions: {file}: 24 kept of 40 tasks from 8 requests, 8 unfinished, 8 blacklist, cost 0.80"
+        in caplog.text
+    )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.jsonl", "out.jsonl.report.json", "seeds.jsonl"]
     data = InstructionDataModule(tiny_tokenizer(), str(file))
     data.setup("fit")
@@ -132,10 +150,15 @@ def test_a_local_model_that_writes_nothing_usable_ends_in_one_sentence(tmp_path:
     file = tmp_path / "out.jsonl"
     file.write_text("old")
     with pytest.raises(
-        ValueError, match=r"InstructionWriter: 0 kept of 0 tasks from 2 requests, 2 failed, so .*out\.jsonl is not written; ask a model"
+        ValueError,
+        match=r"InstructionWriter: 0 kept of 0 tasks from 2 requests, 2 failed, so .*out\.jsonl is not written; ask a model",
     ):
-        grow(file, LocalChat("tiny", max_completion_length=4), patience=1)  # the request is longer than the tiny model's positions
-    with pytest.raises(ValueError, match=r"0 kept of 4 tasks from 4 requests, 4 unfinished, so .*out\.jsonl is not written"):
+        grow(
+            file, LocalChat("tiny", max_completion_length=4), patience=1
+        )  # the request is longer than the tiny model's positions
+    with pytest.raises(
+        ValueError, match=r"0 kept of 4 tasks from 4 requests, 4 unfinished, so .*out\.jsonl is not written"
+    ):
         grow(file, HttpChat(chat_server(lambda question: "hm").url, "m"), patience=4)
     assert file.read_text() == "old"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.jsonl", "seeds.jsonl"]
@@ -146,12 +169,20 @@ def test_refusals(tmp_path: Path, chat_server: Any) -> None:
     grow(tmp_path / "out.jsonl", client, options={"fast_dev_run": True})
     assert [path.name for path in tmp_path.iterdir()] == ["seeds.jsonl"]
     with pytest.raises(ValueError, match="is a folder; name a file, such as"):
-        InstructionWriter(str(tmp_path)).setup(Trainer(logger=False, accelerator="cpu"), SelfInstructModule(client, 1), "predict")
-    with pytest.raises(ValueError, match="InstructionWriter: SFTModule grows no tasks; set model to SelfInstructModule"):
-        InstructionWriter(str(tmp_path / "x")).setup(Trainer(logger=False, accelerator="cpu"), SFTModule("tiny"), "predict")
+        InstructionWriter(str(tmp_path)).setup(
+            Trainer(logger=False, accelerator="cpu"), SelfInstructModule(client, 1), "predict"
+        )
+    with pytest.raises(
+        ValueError, match="InstructionWriter: SFTModule grows no tasks; set model to SelfInstructModule"
+    ):
+        InstructionWriter(str(tmp_path / "x")).setup(
+            Trainer(logger=False, accelerator="cpu"), SFTModule("tiny"), "predict"
+        )
 
 
-def test_the_shipped_config_killed_and_started_again(tmp_path: Path, chat_server: Any, monkeypatch: Any, caplog: Any) -> None:
+def test_the_shipped_config_killed_and_started_again(
+    tmp_path: Path, chat_server: Any, monkeypatch: Any, caplog: Any
+) -> None:
     seeds(tmp_path)
     server = chat_server(author, plan=[200] * 4 + [600.0])  # the third round of two hangs
     more = [
@@ -163,7 +194,11 @@ def test_the_shipped_config_killed_and_started_again(tmp_path: Path, chat_server
     arguments = ["predict", "--config", str(ROOT / "configs/self_instruct.yaml"), *more]
     command = [sys.executable, "-m", "modules", *arguments]
     with subprocess.Popen(
-        command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+        command,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stderr=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
     ) as process:
         end = time.monotonic() + 90
         while len(server.requests) < 6 and process.poll() is None and time.monotonic() < end:

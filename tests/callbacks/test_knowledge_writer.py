@@ -1,4 +1,6 @@
-"""KnowledgeWriter end to end: rows come back with their categories, killed runs and other rank counts go on, two ranks equal one."""
+"""KnowledgeWriter end to end: rows come back with their categories, killed runs and other rank counts go on, two ranks
+equal one.
+"""
 
 import json
 import os
@@ -44,7 +46,9 @@ class Fails(InProcessEngine):
         return super().generate(*arguments)
 
 
-def ask(file: Path, rows: Path, engine: Any = None, batch_size: int = 2, seed: int = 0, **options: Any) -> KnowledgeModule:
+def ask(
+    file: Path, rows: Path, engine: Any = None, batch_size: int = 2, seed: int = 0, **options: Any
+) -> KnowledgeModule:
     module = KnowledgeModule("tiny", num_samples=3, max_completion_length=2, engine=engine, seed=seed)
     data = FactsDataModule(module.tokenizer, str(rows), batch_size=batch_size, num_prompts=2, num_shots=1)
     options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, **options}
@@ -53,16 +57,23 @@ def ask(file: Path, rows: Path, engine: Any = None, batch_size: int = 2, seed: i
 
 
 def known_rows(tmp_path: Path) -> Path:
-    """Rows of which the second and the fifth have an answer that the untrained model gives to the first of their two prompts."""
+    """Rows of which the second and the fifth have an answer that the untrained model gives to the first of their two
+    prompts.
+    """
     file = write_rows(tmp_path / "in.jsonl", ROWS)
     module = KnowledgeModule("tiny", max_completion_length=2)
     data = FactsDataModule(module.tokenizer, str(file), num_prompts=2, num_shots=1)
     data.setup("predict")
     (batch,) = data.predict_dataloader()
     module.engine.sync_weights(module.policy, 0)
-    said = module.engine.generate(batch["prompt_ids"], 1, type(module.sampling)(temperature=0.0, max_completion_length=2), [0] * 14)
+    said = module.engine.generate(
+        batch["prompt_ids"], 1, type(module.sampling)(temperature=0.0, max_completion_length=2), [0] * 14
+    )
     # the questions of the first answers stay as they are; only aliases change, which no prompt shows
-    rows = [{**row, "answer": [*row["answer"], said[2 * n][0].text.strip() or "?"]} if n in (1, 4) else row for n, row in enumerate(ROWS)]
+    rows = [
+        {**row, "answer": [*row["answer"], said[2 * n][0].text.strip() or "?"]} if n in (1, 4) else row
+        for n, row in enumerate(ROWS)
+    ]
     return write_rows(file, rows)
 
 
@@ -75,11 +86,22 @@ def test_rows_come_back_with_what_is_known_of_them(tmp_path: Path, caplog: Any) 
     assert found == given  # all columns, in order
     known = [index for index, row in enumerate(added) if row["p_greedy"] > 0]
     assert known == [1, 4]
-    assert all(row["knowledge"] == ("HighlyKnown" if row["p_greedy"] == 1 else "MaybeKnown") for row in added if row["p_greedy"])
-    assert all(row["knowledge"] == ("WeaklyKnown" if row["p_sampled"] else "Unknown") for row in added if not row["p_greedy"])
-    counts = {name: sum(row["knowledge"] == name for row in added) for name in ("HighlyKnown", "MaybeKnown", "WeaklyKnown", "Unknown")}
+    assert all(
+        row["knowledge"] == ("HighlyKnown" if row["p_greedy"] == 1 else "MaybeKnown")
+        for row in added
+        if row["p_greedy"]
+    )
+    assert all(
+        row["knowledge"] == ("WeaklyKnown" if row["p_sampled"] else "Unknown") for row in added if not row["p_greedy"]
+    )
+    counts = {
+        name: sum(row["knowledge"] == name for row in added)
+        for name in ("HighlyKnown", "MaybeKnown", "WeaklyKnown", "Unknown")
+    }
     report = json.loads((file.parent / "out.jsonl.report.json").read_text())
-    assert report["rows"] == 7 and {name: report[name] for name in counts} == pytest.approx({name: count / 7 for name, count in counts.items()})
+    assert report["rows"] == 7 and {name: report[name] for name in counts} == pytest.approx(
+        {name: count / 7 for name, count in counts.items()}
+    )
     said = ", ".join(f"{name} {count / 7:.1%}" for name, count in counts.items())
     assert f"labels: {file}: 7 rows, {said}" in caplog.text
     assert sorted(path.name for path in file.parent.iterdir()) == ["out.jsonl", "out.jsonl.report.json"]
@@ -108,7 +130,9 @@ def test_parts_of_another_run_are_refused(tmp_path: Path) -> None:
     rows, file = write_rows(tmp_path / "in.jsonl", ROWS), tmp_path / "out.jsonl"
     with pytest.raises(ValueError, match="gave up"):
         ask(file, rows, Fails(at=3))
-    with pytest.raises(ValueError, match=r"\.out\.jsonl\.rank0 was begun with another model, other settings or other rows; delete it"):
+    with pytest.raises(
+        ValueError, match=r"\.out\.jsonl\.rank0 was begun with another model, other settings or other rows; delete it"
+    ):
         ask(file, rows, seed=1)
     with pytest.raises(ValueError, match="was begun with another model, other settings or other rows"):
         ask(file, write_rows(rows, ROWS[1:]))

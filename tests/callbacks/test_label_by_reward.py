@@ -1,4 +1,6 @@
-"""Labels from rewards: a gold rule, a rubric and a learned reward score each candidate once; ranks follow the scores."""
+"""Labels from rewards: a gold rule, a rubric and a learned reward score each candidate once; ranks follow the
+scores.
+"""
 
 import json
 from pathlib import Path
@@ -7,13 +9,13 @@ from typing import Any
 import pytest
 from lightning.pytorch import Trainer
 
-from callbacks.preference_writer import PreferenceWriter
-from datamodules.candidates import CandidatesDataModule
-from datamodules.preference_columns import preference_example
+from callbacks.writers.preference_writer import PreferenceWriter
+from datamodules.formats.preference_columns import preference_example
+from datamodules.predict.candidates import CandidatesDataModule
 from datamodules.sources import Files
 from modules import RewardModule
-from modules.label import LabelModule, described
 from modules.networks.tiny import tiny_tokenizer
+from modules.predict.label import LabelModule, described
 from modules.rewards import ExactMatch, HttpChat, LearnedReward, RubricJudge, WeightedSum
 from modules.types import Completion, Reward, Rollout
 
@@ -26,11 +28,15 @@ ROWS: list[dict[str, Any]] = [
 GOLD = ExactMatch(r"(\d+)\.*")
 
 
-def label(file: Path, judge: Reward, rows: list[dict[str, Any]] = ROWS, batch_size: int = 3) -> tuple[list[dict[str, Any]], dict[str, float]]:
+def label(
+    file: Path, judge: Reward, rows: list[dict[str, Any]] = ROWS, batch_size: int = 3
+) -> tuple[list[dict[str, Any]], dict[str, float]]:
     (file.parent / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = CandidatesDataModule(tiny_tokenizer(), str(file.parent / "in.jsonl"), batch_size=batch_size)
     quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    Trainer(accelerator="cpu", devices=1, callbacks=[PreferenceWriter(str(file))], **quiet).predict(LabelModule(judge), data)
+    Trainer(accelerator="cpu", devices=1, callbacks=[PreferenceWriter(str(file))], **quiet).predict(
+        LabelModule(judge), data
+    )
     report = json.loads(file.with_name(f"{file.name}.report.json").read_text())
     return [json.loads(line) for line in file.read_text().splitlines()], report
 
@@ -50,10 +56,18 @@ def test_a_rule_ranks(tmp_path: Path) -> None:
 
 
 def test_a_rubric_asks_once_a_candidate(tmp_path: Path, chat_server: Any) -> None:
-    server = chat_server(lambda question: "Score: 10" if "[Answer]\n2\n" in question else "hm" if "[Answer]\n7\n" in question else "Score: 4")
+    server = chat_server(
+        lambda question: (
+            "Score: 10" if "[Answer]\n2\n" in question else "hm" if "[Answer]\n7\n" in question else "Score: 4"
+        )
+    )
     rows, report = label(tmp_path / "out.jsonl", RubricJudge(HttpChat(server.url, "m"), "right?"))
     assert len(server.requests) == 9  # 3 + 2 + 2 + 2
-    assert [row["scores"] for row in rows] == [pytest.approx([1 / 3, 1 / 3, 1.0]), pytest.approx([1 / 3, 1.0]), pytest.approx([1 / 3, 1 / 3])]
+    assert [row["scores"] for row in rows] == [
+        pytest.approx([1 / 3, 1 / 3, 1.0]),
+        pytest.approx([1 / 3, 1.0]),
+        pytest.approx([1 / 3, 1 / 3]),
+    ]
     assert [row["ranks"] for row in rows] == [[1, 1, 0], [1, 0], [0, 0]]
     assert (report["invalid"], report["requests"], report["prompt_tokens"]) == (1, 9, 900)
 
@@ -64,8 +78,13 @@ def test_a_learned_reward_scores_what_a_policy_would_get(tmp_path: Path) -> None
     learned = LearnedReward(str(tmp_path / "reward"))
     rows, _ = label(tmp_path / "out.jsonl", learned, ROWS[:1])
     tokenizer = tiny_tokenizer()
-    completions = [Completion([*tokenizer(text).input_ids, tokenizer.eos_token_id], [], text, "stop") for text in ROWS[0]["completions"]]
-    expected = learned([Rollout("u", "1+1=", tokenizer("1+1=").input_ids, None, completion, 0, {}, None) for completion in completions])
+    completions = [
+        Completion([*tokenizer(text).input_ids, tokenizer.eos_token_id], [], text, "stop")
+        for text in ROWS[0]["completions"]
+    ]
+    expected = learned(
+        [Rollout("u", "1+1=", tokenizer("1+1=").input_ids, None, completion, 0, {}, None) for completion in completions]
+    )
     assert rows[0]["scores"] == pytest.approx(expected)
     assert len(set(expected)) == 3
 

@@ -19,7 +19,12 @@ def test_reward_that_is_length_correlates_fully(make: Any, fit: Any) -> None:
 
 def test_correlation_is_within_prompts(make: Any, fit: Any) -> None:
     # Long answers and high rewards belong to prompt 1; inside each prompt the shorter answer wins.
-    rollouts = [make(2.0, [7] * 1, group=0), make(0.0, [7] * 3, group=0), make(12.0, [7] * 11, group=1), make(10.0, [7] * 13, group=1)]
+    rollouts = [
+        make(2.0, [7] * 1, group=0),
+        make(0.0, [7] * 3, group=0),
+        make(12.0, [7] * 11, group=1),
+        make(10.0, [7] * 13, group=1),
+    ]
     assert fit(LengthBias(), [rollouts]).scalars("train/length_bias/correlation") == pytest.approx([-1.0], abs=1e-6)
 
 
@@ -33,7 +38,13 @@ def test_random_rewards_correlate_with_nothing(make: Any, fit: Any) -> None:
 
 
 def test_lengths_of_right_and_wrong(make: Any, fit: Any) -> None:
-    rollouts = [make(1.0, [7] * 4), make(1.0, [7] * 6), make(0.5, [7] * 10), make(0.0, [7] * 20, finish="length"), make(None, [7] * 99)]
+    rollouts = [
+        make(1.0, [7] * 4),
+        make(1.0, [7] * 6),
+        make(0.5, [7] * 10),
+        make(0.0, [7] * 20, finish="length"),
+        make(None, [7] * 99),
+    ]
     events = fit(LengthBias(), [rollouts])
     assert events.scalars("train/length_bias/right_length") == pytest.approx([5.0], abs=1e-6)
     assert events.scalars("train/length_bias/wrong_length") == pytest.approx([15.0], abs=1e-6)

@@ -68,7 +68,9 @@ def test_fitted_law_passes_through_noiseless_points() -> None:
     callback = Overoptimization(TextIsGold())
     distances = [0.0, 1.0, 2.0, 3.0]
     gold = [7.0] + [7.0 + d * (2 - 0.5 * math.log(d)) for d in distances[1:]]
-    callback.history = [{"phase": float(i), "sqrt_kl": d, "gold": g} for i, (d, g) in enumerate(zip(distances, gold, strict=True))]
+    callback.history = [
+        {"phase": float(i), "sqrt_kl": d, "gold": g} for i, (d, g) in enumerate(zip(distances, gold, strict=True))
+    ]
     line, fitted = callback._fitted_gold()
     assert line[-1] == pytest.approx(3.0, abs=1e-9)
     assert fitted == pytest.approx([7.0 + d * (2 - 0.5 * math.log(d)) for d in line], abs=1e-9)
@@ -89,7 +91,9 @@ def test_history_resumes_as_if_never_stopped(make: Any, fit: Any, tmp_path: Path
     assert len(saved["history"]) == 2
 
 
-def test_long_history_is_thinned_but_keeps_the_first_phase(make: Any, fit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_history_is_thinned_but_keeps_the_first_phase(
+    make: Any, fit: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("callbacks.phase.MAX_PHASES", 4)
     callback = Overoptimization(TextIsGold())
     events = fit(callback, [[make(float(i), text="0")] for i in range(7)])

@@ -12,7 +12,13 @@ import pytest
 from callbacks import Diversity, LengthBias, Overoptimization
 from modules.types import Reward, Rollout
 
-ADDITIVE = ["overoptimization/proxy", "overoptimization/gold", "overoptimization/gap", "overoptimization/sqrt_kl", "diversity/entropy"]
+ADDITIVE = [
+    "overoptimization/proxy",
+    "overoptimization/gold",
+    "overoptimization/gap",
+    "overoptimization/sqrt_kl",
+    "diversity/entropy",
+]
 ADDITIVE += ["diversity/distinct_answers", "diversity/frac_reward_zero_std"]
 ADDITIVE += ["length_bias/right_length", "length_bias/wrong_length", "length_bias/truncated"]
 
@@ -58,7 +64,11 @@ def rank_phases(make: Callable[..., Rollout]) -> list[list[list[Rollout]]]:
 def test_two_ranks_equal_one(make: Any, fit: Any, tmp_path: Path) -> None:
     (tmp_path / "two_ranks.py").write_text(SCRIPT)
     here = Path(__file__).parent
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(here.parents[1]), str(here)]), "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(here.parents[1]), str(here)]),
+        "OMP_NUM_THREADS": "1",
+    }
     command = [sys.executable, str(tmp_path / "two_ranks.py"), str(tmp_path)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -74,4 +84,8 @@ def test_two_ranks_equal_one(make: Any, fit: Any, tmp_path: Path) -> None:
     assert len(events.images("train/diversity")) == 1
     assert len(events.texts("train/samples")) == 1
     mean_of_rank_means = (0.5 + 1.0) / 2
-    assert events.scalars("train/overoptimization/proxy")[0] == pytest.approx((0 + 1 + 1 + 1 + 1) / 5, abs=1e-6) != mean_of_rank_means
+    assert (
+        events.scalars("train/overoptimization/proxy")[0]
+        == pytest.approx((0 + 1 + 1 + 1 + 1) / 5, abs=1e-6)
+        != mean_of_rank_means
+    )

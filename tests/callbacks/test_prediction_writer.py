@@ -35,7 +35,13 @@ def predict(path: Path, batches: list[list[Rollout] | None], **options: Any) -> 
 
 def test_one_line_per_completion_in_order(tmp_path: Path, make: Any) -> None:
     path = tmp_path / "new" / "out.jsonl"
-    predict(path, [[make(1.0, [1, 2, 3], "\u00e9\n\u2028", group=0), make(None, group=0)], [make(0.5, text="x", group=1, finish="length")]])
+    predict(
+        path,
+        [
+            [make(1.0, [1, 2, 3], "\u00e9\n\u2028", group=0), make(None, group=0)],
+            [make(0.5, text="x", group=1, finish="length")],
+        ],
+    )
     rows = [json.loads(line) for line in path.read_bytes().decode().split("\n")[:-1]]
     assert rows[0] == {
         "uid": "row0",
@@ -47,7 +53,10 @@ def test_one_line_per_completion_in_order(tmp_path: Path, make: Any) -> None:
         "finish": "stop",
         "num_tokens": 3,
     }
-    assert [(row["uid"], row["reward"], row["finish"]) for row in rows[1:]] == [("row0", None, "stop"), ("row1", 0.5, "length")]
+    assert [(row["uid"], row["reward"], row["finish"]) for row in rows[1:]] == [
+        ("row0", None, "stop"),
+        ("row1", 0.5, "length"),
+    ]
     assert [file.name for file in path.parent.iterdir()] == ["out.jsonl"]
 
 

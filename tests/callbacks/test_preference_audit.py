@@ -27,7 +27,9 @@ FILLER = (-1, 1, 1, 0, 0)
 
 
 class Scorer(LightningModule):
-    """score = quality + weight * tokens, and the weight is the number of steps so far: at 0 it is quality, later length."""
+    """score = quality + weight * tokens, and the weight is the number of steps so far: at 0 it is quality, later
+    length.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -87,12 +89,24 @@ class Pairs(LightningDataModule):
 
 
 def trainer(folder: Path, audit: PreferenceAudit, **options: Any) -> Trainer:
-    options = {"logger": TensorBoardLogger(folder, name="logs", version=""), "max_epochs": 1, "num_sanity_val_steps": 0, **options}
-    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False, "log_every_n_steps": 1}
+    options = {
+        "logger": TensorBoardLogger(folder, name="logs", version=""),
+        "max_epochs": 1,
+        "num_sanity_val_steps": 0,
+        **options,
+    }
+    quiet = {
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+        "log_every_n_steps": 1,
+    }
     return Trainer(accelerator="cpu", callbacks=[audit], **quiet, **options)
 
 
-def run(folder: Path, audit: PreferenceAudit | None = None, train: Any = ROWS, val: Any = ROWS, **options: Any) -> Scorer:
+def run(
+    folder: Path, audit: PreferenceAudit | None = None, train: Any = ROWS, val: Any = ROWS, **options: Any
+) -> Scorer:
     module = Scorer()
     trainer(folder, audit or PreferenceAudit(), **options).fit(module, datamodule=Pairs(train, val))
     return module
@@ -132,7 +146,9 @@ def test_the_last_validation_is_the_report_if_it_saw_the_final_weights(tmp_path:
     assert report["accuracy_chosen_shorter"] == 0.0 != 1.0  # 1 under the first weights
     assert report["accuracy_chosen_longer"] == 1.0
     told = events(tmp_path / "logs")
-    assert {name: told.scalars(f"val/audit/{name}") for name in report} == {name: [pytest.approx(value, abs=1e-6)] for name, value in report.items()}
+    assert {name: told.scalars(f"val/audit/{name}") for name in report} == {
+        name: [pytest.approx(value, abs=1e-6)] for name, value in report.items()
+    }
     assert [file.name for file in (tmp_path / "logs").glob("*audit*")] == ["audit.json"]
 
 
@@ -143,8 +159,11 @@ def test_final_weights_are_scored_when_the_last_validation_was_earlier(tmp_path:
     assert not module.frozen.training
     written = content(tmp_path / "logs" / "audit.json")
     assert (written["split"], written["step"]) == ("val", 3)
-    # Margins under weight 3 are 1+6, 1-6, -1+9, 2+9; 7, -5, 8 and 11 are the differences behind the Brier score. Weight 2 gave 5, -3, 5, 8.
-    squares = [(1 - 1 / (1 + torch.tensor(-delta, dtype=torch.float64).exp().item())) ** 2 for delta in (7.0, -5.0, 8.0, 11.0)]
+    # Margins under weight 3 are 1+6, 1-6, -1+9, 2+9; 7, -5, 8 and 11 are the differences behind the Brier score. Weight
+    # 2 gave 5, -3, 5, 8.
+    squares = [
+        (1 - 1 / (1 + torch.tensor(-delta, dtype=torch.float64).exp().item())) ** 2 for delta in (7.0, -5.0, 8.0, 11.0)
+    ]
     assert written["report"]["brier"] == pytest.approx(sum(squares) / 4, abs=1e-9)
 
 
@@ -193,12 +212,17 @@ def test_without_logger_and_path_only_the_line_remains(tmp_path: Path, caplog: p
     with caplog.at_level("INFO"):
         run(tmp_path, logger=False)
     (line,) = [message for message in caplog.messages if message.startswith("audit")]
-    assert line.startswith("audit: accuracy 0.75 (chosen shorter 0.00, longer 1.00), longer-wins baseline 0.75, length correlation within prompts ")
+    assert line.startswith(
+        "audit: accuracy 0.75 (chosen shorter 0.00, longer 1.00), longer-wins baseline 0.75, length correlation within "
+        "prompts "
+    )
     assert ":" not in line.removeprefix("audit:")
     assert list(tmp_path.rglob("*.json")) == []
     with caplog.at_level("INFO"):
         run(tmp_path, PreferenceAudit(str(tmp_path / "a.json")), logger=False)
-    assert any(message.startswith("audit") and message.endswith(f": {tmp_path / 'a.json'}") for message in caplog.messages)
+    assert any(
+        message.startswith("audit") and message.endswith(f": {tmp_path / 'a.json'}") for message in caplog.messages
+    )
 
 
 def test_the_warning_is_for_scores_that_are_length() -> None:
@@ -229,7 +253,8 @@ def test_rows_that_make_no_pair_are_said_to(tmp_path: Path) -> None:
 
 
 def test_reliability_by_hand() -> None:
-    # sigma(log 3) = 3/4 is in (0.7, 0.8]: 1 of 2 right. sigma(log 19) = 19/20 is in (0.9, 1.0]: 1 of 1. A tie is half right, at confidence 1/2.
+    # sigma(log 3) = 3/4 is in (0.7, 0.8]: 1 of 2 right. sigma(log 19) = 19/20 is in (0.9, 1.0]: 1 of 1. A tie is half
+    # right, at confidence 1/2.
     delta = torch.tensor([3.0, 1 / 3, 19.0, 1.0], dtype=torch.float64).log()
     confidence, accuracy = reliability(delta)
     assert confidence.tolist() == pytest.approx([1 / 2, 3 / 4, 19 / 20], abs=1e-9)
@@ -266,7 +291,11 @@ ODD = [*ROWS, (4, 9, 1, 0, 0)]  # rank 0 gets rows 0 2 4, rank 1 rows 1 3 and a 
 def test_two_ranks_equal_one(tmp_path: Path, events: Any) -> None:
     (tmp_path / "two_ranks.py").write_text(SCRIPT)
     here = Path(__file__).parent
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(here.parents[1]), str(here)]), "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(here.parents[1]), str(here)]),
+        "OMP_NUM_THREADS": "1",
+    }
     command = [sys.executable, str(tmp_path / "two_ranks.py"), str(tmp_path)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -283,5 +312,9 @@ def test_two_ranks_equal_one(tmp_path: Path, events: Any) -> None:
     assert content(tmp_path / "train.json")["report"] == pytest.approx(content(one / "train.json")["report"], abs=1e-9)
     # Under weight 1 row 1 alone is wrong: 4/5, while the ranks have 3/3 and 1/2.
     mean_of_rank_means = (1 + 1 / 2) / 2
-    assert events(tmp_path / "logs").scalars("val/audit/accuracy") == [pytest.approx(4 / 5, abs=1e-6)] != [mean_of_rank_means]
+    assert (
+        events(tmp_path / "logs").scalars("val/audit/accuracy")
+        == [pytest.approx(4 / 5, abs=1e-6)]
+        != [mean_of_rank_means]
+    )
     assert expected["report"]["pairs"] == 5

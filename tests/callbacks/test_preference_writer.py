@@ -1,4 +1,6 @@
-"""Labelling end to end: a real server judges, killed runs go on, and what comes out is what a preference DataModule reads."""
+"""Labelling end to end: a real server judges, killed runs go on, and what comes out is what a preference DataModule
+reads.
+"""
 
 import json
 import os
@@ -14,16 +16,16 @@ import pytest
 import yaml
 from lightning.pytorch import Trainer
 
-from callbacks.preference_writer import PreferenceWriter
-from datamodules.candidates import CandidatesDataModule
-from datamodules.preference_columns import preference_example
+from callbacks.writers.preference_writer import PreferenceWriter
+from datamodules.formats.preference_columns import preference_example
+from datamodules.predict.candidates import CandidatesDataModule
 from datamodules.sources import Files
 from modules import SFTModule
 from modules.__main__ import main
-from modules.label import LabelModule, shares_of_wins, summary
 from modules.networks.tiny import tiny_tokenizer
-from modules.rewards.chat_client import HttpChat, LocalChat
-from modules.rewards.judge import Comparison, PairwiseJudge
+from modules.predict.label import LabelModule, shares_of_wins, summary
+from modules.rewards.chat.clients import HttpChat, LocalChat
+from modules.rewards.chat.judge import Comparison, PairwiseJudge
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT.parent / "shared" / "data"
@@ -42,7 +44,9 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
 def label(file: Path, rows: Path, client: Any, batch_size: int = 2, **options: Any) -> None:
     data = CandidatesDataModule(tiny_tokenizer(), str(rows), batch_size=batch_size)
     options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, **options}
-    Trainer(accelerator="cpu", devices=1, callbacks=[PreferenceWriter(str(file))], **options).predict(LabelModule(PairwiseJudge(client)), data)
+    Trainer(accelerator="cpu", devices=1, callbacks=[PreferenceWriter(str(file))], **options).predict(
+        LabelModule(PairwiseJudge(client)), data
+    )
 
 
 def test_rows_a_report_and_nothing_else(tmp_path: Path, chat_server: Any, rules: Any, caplog: Any) -> None:
@@ -52,11 +56,34 @@ def test_rows_a_report_and_nothing_else(tmp_path: Path, chat_server: Any, rules:
     found = read_rows(file)
     # lengths 1 2 3 1 2 3 1 against 2: second, tie, first, second, tie, first, second
     assert [row["ranks"] for row in found] == [[1, 0], [0, 0], [0, 1], [1, 0], [0, 0], [0, 1], [1, 0]]
-    assert found[0] == {"uid": f"{rows}:1", "prompt": "p0", "completions": ["a", "bb"], "ranks": [1, 0], "scores": [0.0, 1.0]}
+    assert found[0] == {
+        "uid": f"{rows}:1",
+        "prompt": "p0",
+        "completions": ["a", "bb"],
+        "ranks": [1, 0],
+        "scores": [0.0, 1.0],
+    }
     assert found[1]["scores"] == [0.5, 0.5]
-    # given 1 2 1 2 1 2 1, the judge says 2 0 1 2 0 1 2: equal in the third and the fourth row; 14 requests of 100 prompt tokens, 1000 a million
-    expected = {"comparisons": 7, "rows": 7, "ties": 2, "invalid": 0, "position_bias": 0.0, "consistency": 1.0, "given": 7}
-    expected |= {"agreement": 2 / 7, "requests": 14, "cached": 0, "failed": 0, "prompt_tokens": 1400, "completion_tokens": 140, "cost": 1.4}
+    # given 1 2 1 2 1 2 1, the judge says 2 0 1 2 0 1 2: equal in the third and the fourth row; 14 requests of 100
+    # prompt tokens, 1000 a million
+    expected = {
+        "comparisons": 7,
+        "rows": 7,
+        "ties": 2,
+        "invalid": 0,
+        "position_bias": 0.0,
+        "consistency": 1.0,
+        "given": 7,
+    }
+    expected |= {
+        "agreement": 2 / 7,
+        "requests": 14,
+        "cached": 0,
+        "failed": 0,
+        "prompt_tokens": 1400,
+        "completion_tokens": 140,
+        "cost": 1.4,
+    }
     assert json.loads((tmp_path / "new" / "out.jsonl.report.json").read_text()) == pytest.approx(expected)
     said = "7 rows, 2 ties, 0 invalid left out, position bias +0.00, agreement 0.29 with 7 given labels, cost 1.40"
     assert f"labels: {file}: {said}" in caplog.text
@@ -84,7 +111,9 @@ def test_more_than_two_candidates_are_all_compared(tmp_path: Path, chat_server: 
     assert shares_of_wins(3, [Comparison(1.0), Comparison(None), Comparison(0.0)]) is None
 
 
-def test_a_run_that_stopped_goes_on_and_asks_nothing_twice(tmp_path: Path, chat_server: Any, rules: Any, caplog: Any) -> None:
+def test_a_run_that_stopped_goes_on_and_asks_nothing_twice(
+    tmp_path: Path, chat_server: Any, rules: Any, caplog: Any
+) -> None:
     rows, file, calm = write_rows(tmp_path / "in.jsonl", ROWS), tmp_path / "out.jsonl", tmp_path / "calm.jsonl"
     label(calm, rows, HttpChat(chat_server(rules["longer wins"]).url, "m"))
     server = chat_server(rules["longer wins"])
@@ -101,12 +130,18 @@ def test_a_run_that_stopped_goes_on_and_asks_nothing_twice(tmp_path: Path, chat_
     assert file.read_bytes() == calm.read_bytes()
     assert len(server.requests) == 10 + 6  # of the last three rows, both orders
     reports = [json.loads(path.with_name(f"{path.name}.report.json").read_text()) for path in (file, calm)]
-    assert reports[0] == reports[1]  # of the failed batch nothing is known; the two before it and the rest count 14 requests
+    assert (
+        reports[0] == reports[1]
+    )  # of the failed batch nothing is known; the two before it and the rest count 14 requests
     assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".")) == []
 
 
 def test_another_number_of_ranks_goes_on_too(tmp_path: Path, chat_server: Any, rules: Any) -> None:
-    rows, file, server = write_rows(tmp_path / "in.jsonl", ROWS), tmp_path / "out.jsonl", chat_server(rules["longer wins"])
+    rows, file, server = (
+        write_rows(tmp_path / "in.jsonl", ROWS),
+        tmp_path / "out.jsonl",
+        chat_server(rules["longer wins"]),
+    )
     server.plan = [200] * 8 + [400]
     with pytest.raises(ValueError, match="refused"):
         label(file, rows, HttpChat(server.url, "m", concurrency=1))
@@ -120,7 +155,11 @@ def test_another_number_of_ranks_goes_on_too(tmp_path: Path, chat_server: Any, r
 
 
 def test_invalid_rows_are_tried_again(tmp_path: Path, chat_server: Any, rules: Any) -> None:
-    rows, file, server = write_rows(tmp_path / "in.jsonl", ROWS[:4]), tmp_path / "out.jsonl", chat_server(rules["longer wins"])
+    rows, file, server = (
+        write_rows(tmp_path / "in.jsonl", ROWS[:4]),
+        tmp_path / "out.jsonl",
+        chat_server(rules["longer wins"]),
+    )
     server.plan = [500, 200, 200, 200, 400]  # the first row gets no answer, the third is refused
     with pytest.raises(ValueError, match="refused"):
         label(file, rows, HttpChat(server.url, "m", concurrency=1, retries=0))
@@ -130,7 +169,11 @@ def test_invalid_rows_are_tried_again(tmp_path: Path, chat_server: Any, rules: A
 
 
 def test_parts_of_another_judge_or_of_other_rows_are_refused(tmp_path: Path, chat_server: Any, rules: Any) -> None:
-    rows, file, server = write_rows(tmp_path / "in.jsonl", ROWS), tmp_path / "out.jsonl", chat_server(rules["longer wins"])
+    rows, file, server = (
+        write_rows(tmp_path / "in.jsonl", ROWS),
+        tmp_path / "out.jsonl",
+        chat_server(rules["longer wins"]),
+    )
     server.plan = [200] * 4 + [400]
     with pytest.raises(ValueError, match="refused"):
         label(file, rows, HttpChat(server.url, "m", concurrency=1))
@@ -166,16 +209,22 @@ def test_a_local_judge_labels(tmp_path: Path) -> None:
 def vicuna(name: str) -> list[dict[str, Any]]:
     """Questions, two answers, and who got more points from the reviewer."""
     folder = DATA / "fastchat/vicuna_gpt4_review"
-    texts = {path: {row["question_id"]: row for row in map(json.loads, (folder / path).open())} for path in ("question.jsonl", f"review/{name}")}
+    texts = {
+        path: {row["question_id"]: row for row in map(json.loads, (folder / path).open())}
+        for path in ("question.jsonl", f"review/{name}")
+    }
     first, second = name.removeprefix("review_").removesuffix(".jsonl").split("_", 1)
     answers = [
-        {row["question_id"]: row["text"] for row in map(json.loads, (folder / f"answer/answer_{who}.jsonl").open())} for who in (first, second)
+        {row["question_id"]: row["text"] for row in map(json.loads, (folder / f"answer/answer_{who}.jsonl").open())}
+        for who in (first, second)
     ]
     rows = []
     for key, question in texts["question.jsonl"].items():
         one, two = texts[f"review/{name}"][key]["score"]
         given = 1 if one > two else 2 if two > one else 0
-        rows.append({"prompt": question["text"], "output_1": answers[0][key], "output_2": answers[1][key], "label": given})
+        rows.append(
+            {"prompt": question["text"], "output_1": answers[0][key], "output_2": answers[1][key], "label": given}
+        )
     return rows
 
 
@@ -215,7 +264,11 @@ def test_real_candidates(tmp_path: Path, chat_server: Any, rules: Any, source: A
         label(file, write_rows(tmp_path / "in.jsonl", rows), HttpChat(chat_server(rules[rule]).url, "m"), batch_size=64)
         reports[rule] = json.loads(file.with_name(f"{file.name}.report.json").read_text())
         assert len(read_rows(file)) == len(rows)
-    right = [(1 if len(a) > len(b) else 2 if len(b) > len(a) else 0) == want for (a, b), want in zip(texts, given, strict=True) if want is not None]
+    right = [
+        (1 if len(a) > len(b) else 2 if len(b) > len(a) else 0) == want
+        for (a, b), want in zip(texts, given, strict=True)
+        if want is not None
+    ]
     assert reports["longer wins"]["agreement"] == pytest.approx(sum(right) / len(right))
     assert reports["longer wins"]["consistency"] == 1.0 and reports["longer wins"]["position_bias"] == 0.0
     first = reports["always first"]
@@ -225,14 +278,29 @@ def test_real_candidates(tmp_path: Path, chat_server: Any, rules: Any, source: A
 
 def config(folder: Path, url: str) -> list[str]:
     """A configuration in a file, as arguments."""
-    client = {"class_path": "modules.rewards.chat_client.HttpChat", "init_args": {"base_url": url, "model": "m", "concurrency": 1, "retries": 0}}
-    judge = {"class_path": "modules.rewards.judge.PairwiseJudge", "init_args": {"client": client}}
-    writer = {"class_path": "callbacks.preference_writer.PreferenceWriter", "init_args": {"path": str(folder / "out.jsonl")}}
-    quiet = {"accelerator": "cpu", "devices": 1, "logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
+    client = {
+        "class_path": "modules.rewards.chat.clients.HttpChat",
+        "init_args": {"base_url": url, "model": "m", "concurrency": 1, "retries": 0},
+    }
+    judge = {"class_path": "modules.rewards.chat.judge.PairwiseJudge", "init_args": {"client": client}}
+    writer = {
+        "class_path": "callbacks.writers.preference_writer.PreferenceWriter",
+        "init_args": {"path": str(folder / "out.jsonl")},
+    }
+    quiet = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_checkpointing": False,
+    }
     settings = {
         "trainer": {**quiet, "callbacks": [writer]},
-        "model": {"class_path": "modules.label.LabelModule", "init_args": {"judge": judge}},
-        "data": {"class_path": "datamodules.candidates.CandidatesDataModule", "init_args": {"train": str(folder / "in.jsonl"), "batch_size": 1}},
+        "model": {"class_path": "modules.predict.label.LabelModule", "init_args": {"judge": judge}},
+        "data": {
+            "class_path": "datamodules.predict.candidates.CandidatesDataModule",
+            "init_args": {"train": str(folder / "in.jsonl"), "batch_size": 1},
+        },
     }
     (folder / "label.yaml").write_text(yaml.safe_dump(settings))
     return ["predict", "--config", str(folder / "label.yaml")]
@@ -242,7 +310,9 @@ def test_a_killed_process_goes_on(tmp_path: Path, chat_server: Any, rules: Any, 
     write_rows(tmp_path / "in.jsonl", ROWS)
     server = chat_server(rules["longer wins"], plan=[200] * 5 + [600.0])  # the sixth request hangs, in the third row
     arguments = config(tmp_path, server.url)
-    with subprocess.Popen([sys.executable, "-m", "modules", *arguments], cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as process:
+    with subprocess.Popen(
+        [sys.executable, "-m", "modules", *arguments], cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+    ) as process:
         end = time.monotonic() + 60
         while len(server.requests) < 6 and time.monotonic() < end:
             time.sleep(0.05)
@@ -253,7 +323,9 @@ def test_a_killed_process_goes_on(tmp_path: Path, chat_server: Any, rules: Any, 
     assert "7 rows, 2 ties, 0 invalid left out" in caplog.text
     resumed = (tmp_path / "out.jsonl").read_bytes()
     assert len(server.requests) == 6 + 10
-    label(tmp_path / "out.jsonl", tmp_path / "in.jsonl", HttpChat(server.url, "m"))  # nothing is left to go on with: from the beginning
+    label(
+        tmp_path / "out.jsonl", tmp_path / "in.jsonl", HttpChat(server.url, "m")
+    )  # nothing is left to go on with: from the beginning
     assert len(server.requests) == 16 + 14
     assert (tmp_path / "out.jsonl").read_bytes() == resumed
 
@@ -262,10 +334,19 @@ def test_a_killed_process_goes_on(tmp_path: Path, chat_server: Any, rules: Any, 
     ("wrong", "sentence"),
     [
         (["--data.train", "gone.jsonl"], "error: gone.jsonl: no such file or folder"),
-        (["--model.judge.client.base_url", "localhost/v1"], "error: HttpChat: base_url 'localhost/v1' must be a URL such as"),
-        (["--model.judge.client.base_url", "http://127.0.0.1:9/v1"], "error: HttpChat: cannot reach http://127.0.0.1:9/v1/chat/completions"),
+        (
+            ["--model.judge.client.base_url", "localhost/v1"],
+            "error: HttpChat: base_url 'localhost/v1' must be a URL such as",
+        ),
+        (
+            ["--model.judge.client.base_url", "http://127.0.0.1:9/v1"],
+            "error: HttpChat: cannot reach http://127.0.0.1:9/v1/chat/completions",
+        ),
         (["--model.judge.template", "{prompt}"], "error: PairwiseJudge: the template has the fields"),
-        (["--data", "VerifiableDataModule"], "a prompt without candidates to compare; set data to CandidatesDataModule"),
+        (
+            ["--data", "VerifiableDataModule"],
+            "a prompt without candidates to compare; set data to CandidatesDataModule",
+        ),
     ],
 )
 def test_what_is_wrong_in_one_sentence(tmp_path: Path, capsys: Any, wrong: list[str], sentence: str) -> None:

@@ -17,7 +17,14 @@ def test_text_holds_prompt_completion_answer_rewards_and_finish(make: Any, fit: 
     rollouts = [make(0.25, [1, 2, 3], "it is five", group=3, finish="length"), make(None, text="", group=4)]
     ((step, text),) = fit(Samples(), [rollouts]).texts("train/samples")
     assert step == 2
-    for part in ("    2 + 2 = ?", "    it is five", "    4", "| **trained on** | 0.250 |", "| exact | 0.250 |", "3 tokens, finish length"):
+    for part in (
+        "    2 + 2 = ?",
+        "    it is five",
+        "    4",
+        "| **trained on** | 0.250 |",
+        "| exact | 0.250 |",
+        "3 tokens, finish length",
+    ):
         assert part in text
     assert "| exact | unscorable |" in text
     assert "    (empty)" in text
@@ -45,7 +52,14 @@ def test_hostile_text_is_shown_and_not_obeyed(make: Any) -> None:
     assert "<h1" not in html
     assert "<a " not in html
     shown = unescape(html)
-    for line in ("a | b", "```", "<script>alert(1)</script>", "`tick` **bold** [link](javascript:alert(3))", "# title", "| x"):
+    for line in (
+        "a | b",
+        "```",
+        "<script>alert(1)</script>",
+        "`tick` **bold** [link](javascript:alert(3))",
+        "# title",
+        "| x",
+    ):
         assert line in shown
     unsafe = markdown_to_safe_html(HOSTILE)
     assert "<h1" in unsafe  # the same text without protection does change the page

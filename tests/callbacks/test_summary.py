@@ -62,13 +62,18 @@ def fit(folder: Path, epochs: int = 3, sanity: int = -1) -> None:
 
 def validate(folder: Path, epoch: int, capsys: pytest.CaptureFixture[str], log: bool = True) -> list[str]:
     capsys.readouterr()
-    trainer(folder, summary(), log=log).validate(Counter(), loader(0.0, 2.0), ckpt_path=folder / "ckpt" / f"epoch={epoch}.ckpt")
+    trainer(folder, summary(), log=log).validate(
+        Counter(), loader(0.0, 2.0), ckpt_path=folder / "ckpt" / f"epoch={epoch}.ckpt"
+    )
     return capsys.readouterr().out.rstrip("\n").split("\n")
 
 
 def rows(lines: list[str]) -> list[list[str]]:
     """The cells of the last table that was printed."""
-    cells = [[cell.strip(" \u2503") for cell in line.strip("\u2502\u2503").replace("\u2503", "\u2502").split("\u2502")] for line in lines]
+    cells = [
+        [cell.strip(" \u2503") for cell in line.strip("\u2502\u2503").replace("\u2503", "\u2502").split("\u2502")]
+        for line in lines
+    ]
     start = max(i for i, row in enumerate(cells) if row[0] == "metric")
     return [row for row in cells[start:] if len(row) > 1]
 
@@ -78,7 +83,11 @@ def test_table_command_and_last_line(tmp_path: Path, capsys: pytest.CaptureFixtu
     lines = validate(tmp_path, 2, capsys)
     assert lines[-1] == "toy: pass@1 0.25 -> 1.00"
     assert lines[-2] == f"tensorboard --logdir '{tmp_path / 'my logs'}'"
-    assert rows(lines) == [["metric", "before", "after"], ["val/pass@1", "0.25", "1.00"], ["val/reward", "0.00", "-3.00"]]
+    assert rows(lines) == [
+        ["metric", "before", "after"],
+        ["val/pass@1", "0.25", "1.00"],
+        ["val/reward", "0.00", "-3.00"],
+    ]
 
 
 def test_before_survives_safe_loading(tmp_path: Path) -> None:
@@ -95,7 +104,9 @@ def test_resume_keeps_the_first_before(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 @pytest.mark.parametrize("sanity", [0, 1])
-def test_without_a_whole_validation_before_only_after_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str], sanity: int) -> None:
+def test_without_a_whole_validation_before_only_after_is_printed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], sanity: int
+) -> None:
     fit(tmp_path, sanity=sanity)
     lines = validate(tmp_path, 2, capsys, log=False)
     assert lines[-1] == "toy: pass@1 1.00"

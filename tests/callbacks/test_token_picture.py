@@ -11,7 +11,18 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text as Drawn
 
-from callbacks.token_picture import MAX_TOKENS, WIDTH, Piece, Row, TokenPicture, as_text, draw, lines_of, pieces_of, rows_of
+from callbacks.token_picture import (
+    MAX_TOKENS,
+    WIDTH,
+    Piece,
+    Row,
+    TokenPicture,
+    as_text,
+    draw,
+    lines_of,
+    pieces_of,
+    rows_of,
+)
 from datamodules import InstructionDataModule
 from datamodules.sources import Row as SourceRow
 from datamodules.sources import Source
@@ -41,7 +52,12 @@ def text(pieces: list[Piece], kind: str) -> str:
 def runs(folder: Path, *callbacks: Callback, **options: Any) -> None:
     rows = InstructionDataModule(tiny_tokenizer(), Chats(), batch_size=2)
     options = {"logger": TensorBoardLogger(folder, name="logs", version=""), "max_epochs": 2, **options}
-    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False, "log_every_n_steps": 1}
+    quiet = {
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+        "log_every_n_steps": 1,
+    }
     Trainer(accelerator="cpu", callbacks=list(callbacks), **quiet, **options).fit(SFTModule("tiny"), datamodule=rows)
 
 
@@ -51,13 +67,18 @@ def events(request: pytest.FixtureRequest) -> Any:
     return type(request.getfixturevalue("fit")(Callback(), [[]]))
 
 
-def test_the_first_batch_of_a_fit_is_shown_once(tmp_path: Path, events: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_first_batch_of_a_fit_is_shown_once(
+    tmp_path: Path, events: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     picture = TokenPicture(num_rows=1)
     runs(tmp_path, picture)
     printed = capsys.readouterr().out
     assert printed.count("row 1 of 2") == 1 and "row 2" not in printed
     # The answer and its end of turn are learned, nothing else; no terminal, so brackets stand in for colours.
-    assert f"<|im_start|>assistant{RETURN}\N{MATHEMATICAL LEFT WHITE SQUARE BRACKET}1\N{MIDDLE DOT}[m]{RETURN}$2$<|im_end|>" in printed
+    assert (
+        f"<|im_start|>assistant{RETURN}\N{MATHEMATICAL LEFT WHITE SQUARE BRACKET}1\N{MIDDLE DOT}[m]{RETURN}$2$<|im_end|>"
+        in printed
+    )
     assert printed.count("\N{MATHEMATICAL LEFT WHITE SQUARE BRACKET}") == 1
     assert "Größe?<|im_end|>" in printed and "<|pad|>" not in printed
     ((step, width, height),) = events(tmp_path / "logs").images("data/token_picture")
@@ -69,7 +90,9 @@ def test_the_first_batch_of_a_fit_is_shown_once(tmp_path: Path, events: Any, cap
 
 def test_rows_come_from_the_masks() -> None:
     batch = {
-        "input_ids": torch.tensor([[5, 6, 7, 8, 9, 0], [5, 0, 6, 0, 0, 0]]),  # 0 is a token in the middle and padding at the end
+        "input_ids": torch.tensor(
+            [[5, 6, 7, 8, 9, 0], [5, 0, 6, 0, 0, 0]]
+        ),  # 0 is a token in the middle and padding at the end
         "attention_mask": torch.tensor([[1, 1, 1, 1, 1, 0], [1, 1, 1, 0, 0, 0]]),
         "loss_mask": torch.tensor([[0, 1, 0, 0, 1, 0], [0, 0, 0, 0, 0, 0]]).bool(),
     }
@@ -98,7 +121,10 @@ def test_characters_of_several_tokens_and_white_space() -> None:
     assert text(pieces, "context") == "a\N{MIDDLE DOT}b\N{RIGHTWARDS ARROW}c"
     assert [piece.text for piece in pieces if piece.kind == "learned"] == ["ü", RETURN, "日"]
     half = Row(TOKENIZER("日", add_special_tokens=False).input_ids, [False, True, True], [0])
-    assert [piece.kind for piece in pieces_of(TOKENIZER, half)] == ["context", "learned"]  # nothing is coloured that is not learned
+    assert [piece.kind for piece in pieces_of(TOKENIZER, half)] == [
+        "context",
+        "learned",
+    ]  # nothing is coloured that is not learned
 
 
 def test_documents_are_parted() -> None:
@@ -115,7 +141,10 @@ def test_documents_are_parted() -> None:
 
 def test_long_rows_show_what_is_learned() -> None:
     first, *shown, last = pieces_of(TOKENIZER, row("p" * 900, "x" * 250))
-    assert (first.text, last.text) == ("(700 tokens before)\n", "\n(50 tokens behind)")  # 200 of context before token 900, 400 in all
+    assert (first.text, last.text) == (
+        "(700 tokens before)\n",
+        "\n(50 tokens behind)",
+    )  # 200 of context before token 900, 400 in all
     assert (text(shown, "context"), text(shown, "learned")) == ("p" * 200, "x" * 200)
     first, *shown = pieces_of(TOKENIZER, row("p" * 500, "x" * 10))
     assert (first.text, len(shown)) == ("(110 tokens before)\n", MAX_TOKENS)  # to the end
@@ -132,7 +161,12 @@ def test_colours_and_brackets() -> None:
 
 
 def test_lines_wrap_and_join() -> None:
-    pieces = [Piece("a" * (WIDTH - 1), "context"), Piece("日", "context"), Piece("b", "learned"), Piece(f"c{RETURN}d", "learned")]
+    pieces = [
+        Piece("a" * (WIDTH - 1), "context"),
+        Piece("日", "context"),
+        Piece("b", "learned"),
+        Piece(f"c{RETURN}d", "learned"),
+    ]
     assert lines_of(pieces) == [
         [Piece("a" * (WIDTH - 1), "context")],  # the wide character does not fit in the last column
         [Piece("日", "context"), Piece("bc\N{RETURN SYMBOL}", "learned")],
@@ -159,7 +193,16 @@ def test_the_overlay_prints_the_picture_of_a_config_and_ends(
 ) -> None:
     configs = Path(__file__).parents[2] / "configs"
     monkeypatch.chdir(tmp_path)
-    main(["fit", "--config", str(configs / "sft.yaml"), "--config", str(configs / "overlays/show_batch.yaml"), "--data.batch_size=2"])
+    main(
+        [
+            "fit",
+            "--config",
+            str(configs / "sft.yaml"),
+            "--config",
+            str(configs / "overlays/show_batch.yaml"),
+            "--data.batch_size=2",
+        ]
+    )
     assert capsys.readouterr().out.count(" learned\n") == 2
     assert list(tmp_path.iterdir()) == []
 
@@ -167,7 +210,9 @@ def test_the_overlay_prints_the_picture_of_a_config_and_ends(
 def test_other_batches_and_arguments(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO"):
         quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-        Trainer(accelerator="cpu", max_steps=1, limit_val_batches=0, callbacks=[TokenPicture()], **quiet).fit(BoringModel())  # type: ignore[arg-type]
+        Trainer(accelerator="cpu", max_steps=1, limit_val_batches=0, callbacks=[TokenPicture()], **quiet).fit(
+            BoringModel()
+        )  # type: ignore[arg-type]
     assert any("nothing to show" in message for message in caplog.messages)
     with pytest.raises(ValueError, match="num_rows must be at least 1, got 0"):
         TokenPicture(0)

@@ -67,7 +67,9 @@ class Sampler(LightningModule):
 
 
 def rollouts(make: Any, rows: Any = ROWS) -> list[Rollout]:
-    return [dataclasses.replace(make(text=text, group=number), answer=answer) for number, (answer, text) in enumerate(rows)]
+    return [
+        dataclasses.replace(make(text=text, group=number), answer=answer) for number, (answer, text) in enumerate(rows)
+    ]
 
 
 def loader(length: int) -> DataLoader[torch.Tensor]:
@@ -76,11 +78,20 @@ def loader(length: int) -> DataLoader[torch.Tensor]:
 
 
 def trainer(folder: Path, *callbacks: Callback, **options: Any) -> Trainer:
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
-    return Trainer(accelerator="cpu", default_root_dir=folder, callbacks=list(callbacks), max_epochs=1, **quiet, **options)
+    quiet = {
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+    }
+    return Trainer(
+        accelerator="cpu", default_root_dir=folder, callbacks=list(callbacks), max_epochs=1, **quiet, **options
+    )
 
 
-def validate(folder: Path, module: Sampler, judge: Reward, num_batches: int | None = None, **options: Any) -> dict[str, float]:
+def validate(
+    folder: Path, module: Sampler, judge: Reward, num_batches: int | None = None, **options: Any
+) -> dict[str, float]:
     running = trainer(folder, WinRate(judge), **options)
     running.validate(module, loader(num_batches or len(module.batches)), verbose=False)
     return {name: float(value) for name, value in running.callback_metrics.items()}
@@ -89,7 +100,8 @@ def validate(folder: Path, module: Sampler, judge: Reward, num_batches: int | No
 def test_rates_over_batches_of_unequal_size(make: Any, tmp_path: Path) -> None:
     found = rollouts(make)
     logged = validate(tmp_path, Sampler([found[:1], found[1:]]), Reads())
-    # 1, 1, 1/2 and 0 of four; the fifth cannot be scored. Variance about 5/8: 2 * 9/64 + 1/64 + 25/64 = 44/64, / 3 / 4 = 11/192.
+    # 1, 1, 1/2 and 0 of four; the fifth cannot be scored. Variance about 5/8: 2 * 9/64 + 1/64 + 25/64 = 44/64, / 3 / 4
+    # = 11/192.
     assert logged["val/win_rate"] == pytest.approx(100 * 5 / 8, abs=1e-4)
     assert logged["val/win_rate_standard_error"] == pytest.approx(100 * (11 / 192) ** 0.5, abs=1e-4)
     assert logged["val/win_rate_ties"] == pytest.approx(100 / 4, abs=1e-4)
@@ -100,7 +112,8 @@ def test_rates_over_batches_of_unequal_size(make: Any, tmp_path: Path) -> None:
 
 
 def test_length_control_reads_characters_of_the_texts(make: Any, tmp_path: Path) -> None:
-    # 6 of 8 wins at +6 characters, 1 of 2 at -6: logits log 3 and 0, so log(3) / 2 half-way, at equal length; the ridge costs less than 0.5.
+    # 6 of 8 wins at +6 characters, 1 of 2 at -6: logits log 3 and 0, so log(3) / 2 half-way, at equal length; the ridge
+    # costs less than 0.5.
     longer = [("aaa", "win!!!!!!")] * 6 + [("aaa", "loss!!!!!")] * 2
     shorter = [("aaaaaaaaaa", "win!"), ("aaaaaaaaaa", "loss")]
     logged = validate(tmp_path, Sampler([rollouts(make, longer + shorter)]), Reads())
@@ -156,7 +169,11 @@ if __name__ == "__main__":
 def test_two_ranks_equal_one(make: Any, tmp_path: Path) -> None:
     (tmp_path / "two_ranks.py").write_text(SCRIPT)
     here = Path(__file__).parent
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(here.parents[1]), str(here)]), "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(here.parents[1]), str(here)]),
+        "OMP_NUM_THREADS": "1",
+    }
     command = [sys.executable, str(tmp_path / "two_ranks.py"), str(tmp_path)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]

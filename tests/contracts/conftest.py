@@ -13,11 +13,23 @@ TINY = ["--config", str(CONFIGS / "overlays/cpu_tiny.yaml"), "--trainer.enable_p
 
 @pytest.fixture
 def refusal(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Callable[..., str]:
-    """refusal(method, arguments, command="fit"): the one line that ends the run, which fails unless there is exactly one."""
+    """refusal(method, arguments, command="fit"): the one line that ends the run, which fails unless there is exactly
+    one.
+    """
 
     def run(method: str, *arguments: str, command: str = "fit") -> str:
         with pytest.raises(SystemExit) as stop:
-            main([command, "--config", str(CONFIGS / f"{method}.yaml"), *TINY, "--trainer.default_root_dir", str(tmp_path), *arguments])
+            main(
+                [
+                    command,
+                    "--config",
+                    str(CONFIGS / f"{method}.yaml"),
+                    *TINY,
+                    "--trainer.default_root_dir",
+                    str(tmp_path),
+                    *arguments,
+                ]
+            )
         assert stop.value.code in (1, 2)
         said = capsys.readouterr().err.splitlines()
         assert sum(line.startswith("error: ") for line in said) == 1
@@ -32,6 +44,16 @@ def run(tmp_path: Path) -> Callable[..., None]:
     """run(method, arguments, command="fit"): a short run that must end well."""
 
     def call(method: str, *arguments: str, command: str = "fit") -> None:
-        main([command, "--config", str(CONFIGS / f"{method}.yaml"), *TINY, "--trainer.default_root_dir", str(tmp_path), *arguments])
+        main(
+            [
+                command,
+                "--config",
+                str(CONFIGS / f"{method}.yaml"),
+                *TINY,
+                "--trainer.default_root_dir",
+                str(tmp_path),
+                *arguments,
+            ]
+        )
 
     return call

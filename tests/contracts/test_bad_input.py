@@ -14,14 +14,49 @@ FEW = ["--data.prompts_per_phase", "2", "--model.num_generations", "2"]
 FILES = [
     ("empty.jsonl", "", "grpo", "empty.jsonl: the file holds no rows"),
     ("broken.jsonl", f'{GOOD}\n{{"prompt": \n', "grpo", "broken.jsonl:2: not valid JSON"),
-    ("columns.jsonl", '{"text_a": 1, "text_b": 2}\n', "grpo", "columns.jsonl:1: found the columns text_a, text_b; looked for prompt + answer"),
-    ("columns.jsonl", '{"text_a": 1, "text_b": 2}\n', "sft", "columns.jsonl:1: found the columns text_a, text_b; looked for messages"),
-    ("answers.jsonl", '{"question": "x", "solution": "y"}\n', "sft", "such as --data.columns '{prompt: question, completion: solution}'"),
-    ("silent.jsonl", '{"messages": [{"role": "user", "content": "hi"}]}\n', "sft", "silent.jsonl:1: no supervised token"),
+    (
+        "columns.jsonl",
+        '{"text_a": 1, "text_b": 2}\n',
+        "grpo",
+        "columns.jsonl:1: found the columns text_a, text_b; looked for prompt + answer",
+    ),
+    (
+        "columns.jsonl",
+        '{"text_a": 1, "text_b": 2}\n',
+        "sft",
+        "columns.jsonl:1: found the columns text_a, text_b; looked for messages",
+    ),
+    (
+        "answers.jsonl",
+        '{"question": "x", "solution": "y"}\n',
+        "sft",
+        "such as --data.columns '{prompt: question, completion: solution}'",
+    ),
+    (
+        "silent.jsonl",
+        '{"messages": [{"role": "user", "content": "hi"}]}\n',
+        "sft",
+        "silent.jsonl:1: no supervised token",
+    ),
     ("long.jsonl", f"{GOOD}\n{LONG}\n", "grpo", "long.jsonl:2: 600 tokens and the limit is 512"),
-    ("scalars.jsonl", "1\n2\n", "grpo", "scalars.jsonl:1: a row must be an object with named columns or a text, this is a int"),
-    ("half.jsonl", f'{GOOD}\n{{"prompt": "a\\ud83d", "answer": "2"}}\n', "grpo", "half.jsonl:2: the text holds half of a character"),
-    ("nulls.jsonl", f"{NAN}\n{NAN}\n", "grpo", "numeric_match scored none of the first 256 completions, whose rows have no answer"),
+    (
+        "scalars.jsonl",
+        "1\n2\n",
+        "grpo",
+        "scalars.jsonl:1: a row must be an object with named columns or a text, this is a int",
+    ),
+    (
+        "half.jsonl",
+        f'{GOOD}\n{{"prompt": "a\\ud83d", "answer": "2"}}\n',
+        "grpo",
+        "half.jsonl:2: the text holds half of a character",
+    ),
+    (
+        "nulls.jsonl",
+        f"{NAN}\n{NAN}\n",
+        "grpo",
+        "numeric_match scored none of the first 256 completions, whose rows have no answer",
+    ),
     ("header.csv", "prompt,answer\n", "grpo", "header.csv: the file holds no rows"),
     ("cells.csv", "prompt,answer\n1+1=,2,3\n", "grpo", "cells.csv:2: the row has 3 cells and the header 2"),
     ("table.parquet", "PAR1 prompt: x", "grpo", "table.parquet: not a readable parquet file"),
@@ -30,7 +65,9 @@ FILES = [
 ]
 
 
-@pytest.mark.parametrize(("name", "text", "method", "sentence"), FILES, ids=[f"{name}-{method}" for name, _, method, _ in FILES])
+@pytest.mark.parametrize(
+    ("name", "text", "method", "sentence"), FILES, ids=[f"{name}-{method}" for name, _, method, _ in FILES]
+)
 def test_bad_files(tmp_path, refusal, name, text, method, sentence):
     file = tmp_path / name
     file.write_text(text)
@@ -46,7 +83,8 @@ def test_long_prompts_are_dropped_and_counted_by_default(tmp_path, run, caplog):
 
 @pytest.mark.parametrize("in_yaml", [False, True])
 @pytest.mark.parametrize(
-    ("name", "text"), [("my.csv", "prompt,answer\n1+1=,2\n"), ("my.tsv", 'prompt\tanswer\n1+1=\t"2\n'), ("my.json", f"[{GOOD}]")]
+    ("name", "text"),
+    [("my.csv", "prompt,answer\n1+1=,2\n"), ("my.tsv", 'prompt\tanswer\n1+1=\t"2\n'), ("my.json", f"[{GOOD}]")],
 )
 def test_a_data_file_stays_a_path(tmp_path, monkeypatch, run, caplog, name, text, in_yaml):
     monkeypatch.chdir(tmp_path)
@@ -63,11 +101,17 @@ def test_a_data_file_stays_a_path(tmp_path, monkeypatch, run, caplog, name, text
         (["--model.policy", "absent.gguf"], "no GGUF file at 'absent.gguf'"),
         (["--model.policy", "./nowhere"], "'./nowhere' is not 'tiny', a Hugging Face model folder"),
         (["--model.num_generation", "4"], "GRPOModule': Option 'num_generation' is not accepted"),
-        (["--trainer.max_epoch", "4"], "unrecognized arguments: --trainer.max_epoch 4; did you mean --trainer.max_epochs"),
+        (
+            ["--trainer.max_epoch", "4"],
+            "unrecognized arguments: --trainer.max_epoch 4; did you mean --trainer.max_epochs",
+        ),
         (["--trainer.precision", "bf16-true"], "precision 'bf16-true' rounds"),
         (["--model.num_generations", "1"], "error: num_generations is 1: a group needs at least 2"),
         (["--model.beta", "-1"], "error: beta must be >= 0, got -1.0"),
-        (["--model.objective", "Clipped", "--model.objective.clip_low", "-1"], "error: clip_low and clip_high must be >= 0, got -1.0 and 0.28"),
+        (
+            ["--model.objective", "Clipped", "--model.objective.clip_low", "-1"],
+            "error: clip_low and clip_high must be >= 0, got -1.0 and 0.28",
+        ),
         (["--model.reward", "ExactMtch"], "there is no class 'ExactMtch'; did you mean ExactMatch?"),
         (["--model.advantage", "GroupCentre"], "there is no class 'GroupCentre'; did you mean GroupCenter"),
         (["--model.sampling.temperature", "0"], "sampling.temperature is 0.0: greedy completions"),
@@ -75,12 +119,27 @@ def test_a_data_file_stays_a_path(tmp_path, monkeypatch, run, caplog, name, text
         (["--model.optimizer.lr", "fast"], "\"lr\": expected type float, got 'fast'"),
         (["--trainer.accumulate_grad_batches", "300"], "cannot make 1 updates of 300 micro-batches"),
         (["--trainer.overfit_batches", "1"], "trainer.overfit_batches replaces the samplers"),
-        (["--data.prompts_per_phase", "0"], "error: prompts_per_phase, val_batch_size and max_prompt_length must be at least 1"),
-        (["--data.columns", "{promt: question}"], "error: columns maps unknown names promt; the names on the left may be"),
+        (
+            ["--data.prompts_per_phase", "0"],
+            "error: prompts_per_phase, val_batch_size and max_prompt_length must be at least 1",
+        ),
+        (
+            ["--data.columns", "{promt: question}"],
+            "error: columns maps unknown names promt; the names on the left may be",
+        ),
         (["--data.train.num_examples", "0"], "error: num_examples must be at least 1, got 0"),
-        (["--trainer.callbacks", "Diversity", "--trainer.callbacks.every_n_phases", "0"], "error: every_n_phases must be at least 1, got 0."),
-        (["--trainer.callbacks", "Diversty"], "\"trainer.callbacks\": there is no class 'Diversty'; did you mean Diversity?"),
-        (["--model.sampling.max_completion_length", "1020"], "longest train row has 6 tokens and a completion up to 1020 more"),
+        (
+            ["--trainer.callbacks", "Diversity", "--trainer.callbacks.every_n_phases", "0"],
+            "error: every_n_phases must be at least 1, got 0.",
+        ),
+        (
+            ["--trainer.callbacks", "Diversty"],
+            "\"trainer.callbacks\": there is no class 'Diversty'; did you mean Diversity?",
+        ),
+        (
+            ["--model.sampling.max_completion_length", "1020"],
+            "longest train row has 6 tokens and a completion up to 1020 more",
+        ),
         (["--ckpt_path", "absent.ckpt"], "absent.ckpt"),
     ],
     ids=lambda value: " ".join(value[:2]) if isinstance(value, list) else "",
@@ -101,8 +160,18 @@ def test_bad_settings(refusal, monkeypatch, arguments, sentence):
         ("validate", "sft", ["--data.val", "null"], "there are no held-out rows to evaluate; set data.val"),
         ("test", "grpo", ["--data.val", "null"], "there are no held-out rows to evaluate; set data.val"),
         ("fit", "sft", ["--trainer.overfit_batches", "1"], "trainer.overfit_batches replaces the samplers"),
-        ("fit", "grpo", ["--data", "InstructionDataModule"], "GRPOModule reads PromptBatch and InstructionDataModule gives InstructionBatch"),
-        ("fit", "sft", ["--data", "VerifiableDataModule"], "VerifiableDataModule gives PromptBatch; set data to InstructionDataModule"),
+        (
+            "fit",
+            "grpo",
+            ["--data", "InstructionDataModule"],
+            "GRPOModule reads PromptBatch and InstructionDataModule gives InstructionBatch",
+        ),
+        (
+            "fit",
+            "sft",
+            ["--data", "VerifiableDataModule"],
+            "VerifiableDataModule gives PromptBatch; set data to InstructionDataModule",
+        ),
     ],
 )
 def test_combinations_that_cannot_run(refusal, command, method, arguments, sentence):
@@ -128,7 +197,9 @@ def test_an_optional_package_that_is_missing_is_named(refusal, monkeypatch):
     import importlib.util
 
     found = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, package=None: None if name == "math_verify" else found(name, package))
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, package=None: None if name == "math_verify" else found(name, package)
+    )
     assert "pip install 'lightning-align[math]'" in refusal("grpo", "--model.reward", "MathVerify")
 
 
@@ -149,7 +220,14 @@ def checkpoint(tmp_path, run) -> Path:
     """Of two epochs of GRPO on the tiny model."""
     when = {"every_n_epochs": 2, "save_on_train_epoch_end": True}
     callback = {"class_path": "ModelCheckpoint", "init_args": {"dirpath": str(tmp_path), "filename": "good", **when}}
-    saved = ["--trainer.enable_checkpointing", "true", "--trainer.callbacks", json.dumps([callback]), "--trainer.max_epochs", "2"]
+    saved = [
+        "--trainer.enable_checkpointing",
+        "true",
+        "--trainer.callbacks",
+        json.dumps([callback]),
+        "--trainer.max_epochs",
+        "2",
+    ]
     run("grpo", *saved, *FEW)
     return tmp_path / "good.ckpt"
 
@@ -161,7 +239,9 @@ def test_checkpoint_of_another_model_or_method_is_refused(tmp_path, refusal, che
 
     assert torch.load(checkpoint, weights_only=True)["alignment"]["method"] == "GRPOModule"
     other = tmp_path / "other"
-    config = LlamaConfig(vocab_size=261, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
+    config = LlamaConfig(
+        vocab_size=261, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
+    )
     LlamaForCausalLM(config).save_pretrained(other)
     tiny_tokenizer().save_pretrained(other)
     said = refusal("grpo", "--model.policy", str(other), "--ckpt_path", str(checkpoint))
@@ -179,16 +259,24 @@ def test_files_that_are_no_checkpoint_are_refused(tmp_path, refusal, checkpoint)
     for name, content in contents.items():
         (tmp_path / name).write_bytes(content)
     torch.save({"state_dict": {}}, tmp_path / "bare.ckpt")
-    torch.save({key: value for key, value in whole.items() if key not in ("loops", "optimizer_states")}, tmp_path / "weights.ckpt")
+    torch.save(
+        {key: value for key, value in whole.items() if key not in ("loops", "optimizer_states")},
+        tmp_path / "weights.ckpt",
+    )
     for name, sentence in (
         ("cut.ckpt", "is cut off or no checkpoint"),
         ("text.ckpt", "is cut off or no checkpoint"),
         ("damaged.ckpt", "is damaged, or no checkpoint of this program"),
-        ("bare.ckpt", "is not a checkpoint of a training run: it holds no loops, optimizer_states, pytorch-lightning_version"),
+        (
+            "bare.ckpt",
+            "is not a checkpoint of a training run: it holds no loops, optimizer_states, pytorch-lightning_version",
+        ),
         ("weights.ckpt", "is not a checkpoint of a training run: it holds no loops, optimizer_states"),
         (".", "is a folder; name the .ckpt file in it"),
     ):
-        assert refusal("grpo", "--ckpt_path", str(tmp_path / name)) == f"error: ckpt_path: '{tmp_path / name}' {sentence}"
+        assert (
+            refusal("grpo", "--ckpt_path", str(tmp_path / name)) == f"error: ckpt_path: '{tmp_path / name}' {sentence}"
+        )
 
 
 def test_resuming_with_fewer_epochs_is_refused(refusal, checkpoint):

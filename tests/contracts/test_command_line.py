@@ -11,7 +11,16 @@ from modules import GRPOModule, SFTModule
 from modules.__main__ import main
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-QUICK = ["--trainer.accelerator", "cpu", "--trainer.devices", "1", "--trainer.enable_progress_bar", "false", "--data.val", "null"]
+QUICK = [
+    "--trainer.accelerator",
+    "cpu",
+    "--trainer.devices",
+    "1",
+    "--trainer.enable_progress_bar",
+    "false",
+    "--data.val",
+    "null",
+]
 SHORT = [*QUICK, "--data.train.num_examples", "40", "--trainer.max_epochs", "1"]
 
 
@@ -38,7 +47,17 @@ def test_predict_writes_every_scored_completion():
 
 def test_a_second_run_replaces_the_last_checkpoint():
     for seed in ("1", "2"):
-        shipped("fit", "grpo", *SHORT, "--model.num_generations", "2", "--data.prompts_per_phase", "2", "--seed_everything", seed)
+        shipped(
+            "fit",
+            "grpo",
+            *SHORT,
+            "--model.num_generations",
+            "2",
+            "--data.prompts_per_phase",
+            "2",
+            "--seed_everything",
+            seed,
+        )
     assert [path.name for path in Path("runs/grpo/checkpoints").iterdir()] == ["last.ckpt"]
 
 
@@ -51,7 +70,17 @@ def test_the_config_is_that_of_the_last_run_that_began(capsys):
         with pytest.raises(SystemExit):
             shipped("fit", "grpo", *small, "--seed_everything", "6", *refused)
         assert yaml.safe_load(saved.read_text())["seed_everything"] == 5
-    shipped("fit", "grpo", *small, "--ckpt_path", "runs/grpo/checkpoints/last.ckpt", "--trainer.max_epochs", "2", "--seed_everything", "7")
+    shipped(
+        "fit",
+        "grpo",
+        *small,
+        "--ckpt_path",
+        "runs/grpo/checkpoints/last.ckpt",
+        "--trainer.max_epochs",
+        "2",
+        "--seed_everything",
+        "7",
+    )
     config = yaml.safe_load(saved.read_text())
     assert (config["seed_everything"], config["ckpt_path"]) == (7, None)
     shipped("validate", "grpo", *QUICK[:-2], "--data.val.num_examples", "4", "--seed_everything", "8")
@@ -59,7 +88,17 @@ def test_the_config_is_that_of_the_last_run_that_began(capsys):
 
 
 def test_no_config_is_written_without_a_logger():
-    shipped("fit", "sft", *SHORT, "--trainer.logger", "false", "--trainer.callbacks", "null", "--trainer.enable_checkpointing", "false")
+    shipped(
+        "fit",
+        "sft",
+        *SHORT,
+        "--trainer.logger",
+        "false",
+        "--trainer.callbacks",
+        "null",
+        "--trainer.enable_checkpointing",
+        "false",
+    )
     assert list(Path().iterdir()) == []
 
 
@@ -96,13 +135,25 @@ def test_own_worked_answers_raise_no_alarm():
     from modules.types import Completion, Reward, Rollout
 
     config = yaml.safe_load((CONFIGS / "grpo.yaml").read_text())
-    (gold,) = (call["init_args"]["gold"] for call in config["trainer"]["callbacks"] if call["class_path"] == "Overoptimization")
+    (gold,) = (
+        call["init_args"]["gold"] for call in config["trainer"]["callbacks"] if call["class_path"] == "Overoptimization"
+    )
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(Reward, "proxy")
     parser.add_subclass_arguments(Reward, "gold")
     rewards = parser.instantiate(parser.parse_object({"proxy": config["model"]["init_args"]["reward"], "gold": gold}))
-    texts = ["48/2 = 24\n48 + 24 = 72\n#### 72", "In total she sold 48 + 24 = 72 clips.", "72", "so it is 1,080.", "70", ""]
+    texts = [
+        "48/2 = 24\n48 + 24 = 72\n#### 72",
+        "In total she sold 48 + 24 = 72 clips.",
+        "72",
+        "so it is 1,080.",
+        "70",
+        "",
+    ]
     answers = ["72", "72", "72", "1080", "72", "72"]
-    rollouts = [Rollout("u", "p", [1], a, Completion([1], [0.0], t, "stop"), 0, {}, None) for t, a in zip(texts, answers, strict=True)]
+    rollouts = [
+        Rollout("u", "p", [1], a, Completion([1], [0.0], t, "stop"), 0, {}, None)
+        for t, a in zip(texts, answers, strict=True)
+    ]
     assert type(rewards.proxy) is not type(rewards.gold)
     assert rewards.proxy(rollouts) == rewards.gold(rollouts) == [1.0, 1.0, 1.0, 1.0, 0.0, 0.0]

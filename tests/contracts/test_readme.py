@@ -12,10 +12,24 @@ from modules.__main__ import main
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
-SHORT = ["--trainer.accelerator", "cpu", "--trainer.devices", "1", "--trainer.log_every_n_steps", "1", "--trainer.enable_progress_bar", "false"]
+SHORT = [
+    "--trainer.accelerator",
+    "cpu",
+    "--trainer.devices",
+    "1",
+    "--trainer.log_every_n_steps",
+    "1",
+    "--trainer.enable_progress_bar",
+    "false",
+]
 LIMITS = {
     "sft": [
-        *("--trainer.limit_train_batches=3", "--trainer.max_epochs=1", "--trainer.max_steps=-1", "--trainer.callbacks+=Forgetting"),
+        *(
+            "--trainer.limit_train_batches=3",
+            "--trainer.max_epochs=1",
+            "--trainer.max_steps=-1",
+            "--trainer.callbacks+=Forgetting",
+        ),
         "--trainer.callbacks+={class_path: Refusal, init_args: {max_completion_length: 2, source: "
         "{class_path: datamodules.GuardedAddition, init_args: {num_examples: 4, kind: prompts}}}}",
     ],
@@ -23,20 +37,39 @@ LIMITS = {
     "dpo": ["--trainer.limit_train_batches=3", "--trainer.max_epochs=1"],
     "online_dpo": ["--trainer.max_epochs=1", "--trainer.check_val_every_n_epoch=1", "--trainer.limit_val_batches=1"],
     "ppo": [
-        *("--trainer.max_epochs=1", "--trainer.check_val_every_n_epoch=1", "--trainer.limit_val_batches=1", "--model.ptx_coef=1"),
-        *("--data.ptx.train=NumberTexts", "--data.ptx.train.num_texts=20", "--data.ptx.rows_per_update=2", "--data.ptx.max_length=40"),
+        *(
+            "--trainer.max_epochs=1",
+            "--trainer.check_val_every_n_epoch=1",
+            "--trainer.limit_val_batches=1",
+            "--model.ptx_coef=1",
+        ),
+        *(
+            "--data.ptx.train=NumberTexts",
+            "--data.ptx.train.num_texts=20",
+            "--data.ptx.rows_per_update=2",
+            "--data.ptx.max_length=40",
+        ),
     ],
     # plain ASCII: an untrained model fulfils it now and then, so that there are right and wrong completions
     "grpo": [
-        *("--trainer.max_epochs=2", "--trainer.check_val_every_n_epoch=1", "--model.reward=RegexFormat", r"--model.reward.pattern=[\x00-\x7f]*"),
-        "--trainer.callbacks+={class_path: WinRate, init_args: {judge: {class_path: Versus, init_args: {reward: {class_path: NumericMatch}}}}}",
+        *(
+            "--trainer.max_epochs=2",
+            "--trainer.check_val_every_n_epoch=1",
+            "--model.reward=RegexFormat",
+            r"--model.reward.pattern=[\x00-\x7f]*",
+        ),
+        "--trainer.callbacks+={class_path: WinRate, init_args: {judge: {class_path: Versus, init_args: {reward: "
+        "{class_path: NumericMatch}}}}}",
     ],
 }
 
 
 def metric_patterns() -> dict[str, re.Pattern[str]]:
     names = re.findall(r"`((?:train|val)/[^`]+)`", README.split("## Metrics")[1].split("## ")[0])
-    return {name: re.compile(re.sub(r"<\w+>|\\\*", "[^/]+", re.escape(name).replace("\\<", "<").replace("\\>", ">"))) for name in names}
+    return {
+        name: re.compile(re.sub(r"<\w+>|\\\*", "[^/]+", re.escape(name).replace("\\<", "<").replace("\\>", ">")))
+        for name in names
+    }
 
 
 def logged(folder: Path) -> set[str]:

@@ -1,4 +1,6 @@
-"""Every shipped YAML runs: its own method and data, on the tiny model, one batch of each loader; the stages of a recipe one after the other."""
+"""Every shipped YAML runs: its own method and data, on the tiny model, one batch of each loader; the stages of a recipe
+one after the other.
+"""
 
 import json
 from collections.abc import Iterator
@@ -31,7 +33,10 @@ def write_preferences(folder: Path) -> None:
 
 
 def stages(recipe: Path, folder: Path, epochs: int) -> Iterator[list[str]]:
-    """The command lines of a recipe on the tiny model, of ``epochs`` short epochs a fit; the data that its user brings are put into the folder."""
+    """The command lines of a recipe on the tiny model, of ``epochs`` short epochs a fit.
+
+    The data that its user brings are put into the folder.
+    """
     paths = sorted(recipe.glob("*.yaml"))
     if any("runs/hh/" in path.read_text() for path in paths):
         write_preferences(folder / "runs/hh")
@@ -41,14 +46,17 @@ def stages(recipe: Path, folder: Path, epochs: int) -> Iterator[list[str]]:
         changes = ["--model.policy", "tiny"] if ".gguf" in text else []
         if "unknown: drop" in text:  # after so short a start everything is unknown
             changes += ["--data.unknown=keep"]
-        if command == "predict" and "reward:" in text:  # after so short a start no sum is right, and nothing could be compared
+        if (
+            command == "predict" and "reward:" in text
+        ):  # after so short a start no sum is right, and nothing could be compared
             changes += ["--model.reward=RegexFormat", "--model.reward.pattern=.[0-4].*"]
         if "judge: {class_path: ExactMatch" in text:  # likewise
             changes += ["--model.judge=RegexFormat", "--model.judge.pattern=.[0-4].*"]
         if path.stem == "01-fit-sft":  # long enough for completions to end by themselves
-            changes += ["--trainer.limit_train_batches=60"]
+            changes += [f"--trainer.limit_train_batches={60 // epochs}"]
         if command == "fit":  # one with a checkpoint goes on behind the epochs of the stage before
-            changes = ["--trainer.limit_train_batches=1", f"--trainer.max_epochs={2 * epochs if 'ckpt_path:' in text else epochs}", *changes]
+            last = 2 * epochs if "ckpt_path:" in text else epochs
+            changes = ["--trainer.limit_train_batches=1", f"--trainer.max_epochs={last}", *changes]
         yield [command, "--config", str(path), *ONE_BATCH, *changes]
 
 
@@ -69,7 +77,11 @@ def test_methods_run_on_one_process(tmp_path, method):
 
 @pytest.mark.parametrize("method", ["reward", "dpo", "online_dpo", "grpo"])
 def test_methods_run_with_adapters(tmp_path, method):
-    overlays = [argument for name in ("cpu_tiny", "lora") for argument in ("--config", str(ROOT / f"configs/overlays/{name}.yaml"))]
+    overlays = [
+        argument
+        for name in ("cpu_tiny", "lora")
+        for argument in ("--config", str(ROOT / f"configs/overlays/{name}.yaml"))
+    ]
     run("fit", "--config", str(ROOT / f"configs/{method}.yaml"), *overlays, folder=tmp_path)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from datamodules.candidates import CandidatesDataModule, candidates
+from datamodules.predict.candidates import CandidatesDataModule, candidates
 from datamodules.sources import Row
 from modules.networks.tiny import tiny_tokenizer
 
@@ -36,34 +36,64 @@ def test_shapes(columns: dict[str, Any], expected: Any) -> None:
 
 @pytest.mark.parametrize(
     ("value", "given"),
-    [(1, 1), (2, 2), (0, 0), ("Tie", 0), ("1", 1), (1.4999, 1), (1.5, 0), (1.9883, 2), (float("nan"), None), (None, None)],
+    [
+        (1, 1),
+        (2, 2),
+        (0, 0),
+        ("Tie", 0),
+        ("1", 1),
+        (1.4999, 1),
+        (1.5, 0),
+        (1.9883, 2),
+        (float("nan"), None),
+        (None, None),
+    ],
 )
 def test_given_labels(value: Any, given: int | None) -> None:
     assert read({"prompt": "p", "completions": ["a", "b"], "label": value})[2] == given
 
 
 def test_what_is_mapped_goes_before_what_is_found() -> None:
-    row = {"prompt": "no", "task": "p", "output_1": "a", "output_2": "b", "label": 1, "human": 2, "completions": ["x", "y"]}
+    row = {
+        "prompt": "no",
+        "task": "p",
+        "output_1": "a",
+        "output_2": "b",
+        "label": 1,
+        "human": 2,
+        "completions": ["x", "y"],
+    }
     mapping = {"question": "task", "label": "human", "output_1": "output_1"}
     assert read(row, mapping) == ("p", ["a", "b"], 2)
     assert read(row) == ("no", ["x", "y"], 1)
     with pytest.raises(ValueError, match="file:1: no column 'nowhere' .*; found prompt, task"):
         read(row, {"prompt": "nowhere"})
-    with pytest.raises(ValueError, match="columns maps unknown names answers; the names on the left may be prompt, question"):
+    with pytest.raises(
+        ValueError, match="columns maps unknown names answers; the names on the left may be prompt, question"
+    ):
         CandidatesDataModule(tiny_tokenizer(), "x.jsonl", columns={"answers": "a"})
 
 
 @pytest.mark.parametrize(
     ("columns", "sentence"),
     [
-        ({"text": "p", "output_1": "a", "output_2": "b"}, "found the columns text, output_1, output_2 and no prompt: prompt or question"),
+        (
+            {"text": "p", "output_1": "a", "output_2": "b"},
+            "found the columns text, output_1, output_2 and no prompt: prompt or question",
+        ),
         ({"prompt": "p", "output_1": "a"}, r"and no answers to compare: completions or output_1 \+ output_2"),
         ({"prompt": "p", "completions": ["a"]}, "column 'completions' must be a list of at least 2 texts"),
         ({"prompt": "p", "completions": ["a", None]}, "column 'completions' holds a NoneType, text was expected"),
-        ({"prompt": "p", "completions": ["a", "b"], "answer": ["4"]}, "column 'answer' holds a list, a single answer was expected"),
+        (
+            {"prompt": "p", "completions": ["a", "b"], "answer": ["4"]},
+            "column 'answer' holds a list, a single answer was expected",
+        ),
         ({"prompt": "p", "response1": True, "response2": "b"}, "column 'response1' holds a bool, text was expected"),
         ({"prompt": " ", "response1": "a", "response2": "b"}, r"the prompt \(column 'prompt'\) is empty"),
-        ({"prompt": "p", "response1": "a", "response2": "b", "label": "garbage"}, "column 'label' holds 'garbage'; expected 1, 2, 0 or Tie"),
+        (
+            {"prompt": "p", "response1": "a", "response2": "b", "label": "garbage"},
+            "column 'label' holds 'garbage'; expected 1, 2, 0 or Tie",
+        ),
         ({"prompt": "p", "response1": "a", "response2": "b", "label": 3}, "column 'label' holds 3; expected"),
         ({"prompt": "p", "response1": "a", "response2": "b", "label": True}, "column 'label' holds True; expected"),
     ],
@@ -75,11 +105,19 @@ def test_bad_rows_in_one_sentence(columns: dict[str, Any], sentence: str) -> Non
 
 @pytest.mark.parametrize(
     ("columns", "expected"),
-    [({"answer": "4"}, "4"), ({"answer": 4}, "4"), ({"answer": None}, None), ({}, None), ({"gold": "#### 1,080", "answer": "4"}, "1080")],
+    [
+        ({"answer": "4"}, "4"),
+        ({"answer": 4}, "4"),
+        ({"answer": None}, None),
+        ({}, None),
+        ({"gold": "#### 1,080", "answer": "4"}, "1080"),
+    ],
 )
 def test_the_right_answer_travels(tmp_path: Path, columns: dict[str, Any], expected: str | None) -> None:
     (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "p", "completions": ["a", "b"], **columns}))
-    data = CandidatesDataModule(tiny_tokenizer(), str(tmp_path / "rows.jsonl"), columns={"answer": "gold"} if "gold" in columns else None)
+    data = CandidatesDataModule(
+        tiny_tokenizer(), str(tmp_path / "rows.jsonl"), columns={"answer": "gold"} if "gold" in columns else None
+    )
     data.setup("predict")
     (batch,) = data.predict_dataloader()
     assert batch["answer"] == [expected]
@@ -94,14 +132,18 @@ class World:
 
 def test_ranks_share_the_rows_in_order(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
-    file.write_text("".join(json.dumps({"prompt": f"p{index}", "chosen": "a", "rejected": "b"}) + "\n" for index in range(5)))
+    file.write_text(
+        "".join(json.dumps({"prompt": f"p{index}", "chosen": "a", "rejected": "b"}) + "\n" for index in range(5))
+    )
     found = []
     for rank in range(2):
         data = CandidatesDataModule(tiny_tokenizer(), str(file), batch_size=2)
         data.trainer = World(rank, 2)  # type: ignore[assignment]
         data.setup("predict")
         batches = list(data.predict_dataloader())
-        found.append([(uid, info["row"]) for batch in batches for uid, info in zip(batch["uid"], batch["info"], strict=True)])
+        found.append(
+            [(uid, info["row"]) for batch in batches for uid, info in zip(batch["uid"], batch["info"], strict=True)]
+        )
         assert len({info["data"] for batch in batches for info in batch["info"]}) == 1
     assert found == [[(f"{file}:{row + 1}", row) for row in rows] for rows in ([0, 2, 4], [1, 3])]
     data.trainer = World(0, 6)  # type: ignore[assignment]
@@ -139,5 +181,7 @@ def test_real_files(file: str, rows: int, given: set[int | None]) -> None:
 def test_a_real_row_that_is_no_text() -> None:
     if not DATA.is_dir():
         pytest.skip("no real data beside the repository")
-    with pytest.raises(ValueError, match=r"pandalm/testset-v1.json#\d+: column 'response[12]' holds a bool, text was expected"):
+    with pytest.raises(
+        ValueError, match=r"pandalm/testset-v1.json#\d+: column 'response[12]' holds a bool, text was expected"
+    ):
         CandidatesDataModule(tiny_tokenizer(), str(DATA / "pandalm/testset-v1.json")).setup("predict")

@@ -14,8 +14,8 @@ import torch
 import yaml
 
 from datamodules import InstructionDataModule, VerifiableDataModule
-from datamodules.columns import final_answer, verifiable_example
-from datamodules.instruction_columns import instruction_example
+from datamodules.formats.columns import final_answer, verifiable_example
+from datamodules.formats.instruction_columns import instruction_example
 from datamodules.sources import Row
 from modules.networks.tiny import tiny_tokenizer
 from modules.types import ALPACA_PROMPT_WITH_INPUT
@@ -39,15 +39,29 @@ def write(path: Path, *records: dict[str, Any]) -> str:
         ({"question": "x", "answer": "work\n#### 1,080"}, {}, "x", "1080", {}),
         ({"question": "x", "ground_truth": 27.0}, {}, "x", "27.0", {}),
         ({"prompt": [USER], "solution": None}, {}, [USER], None, {}),
-        ({"problem": "x", "answer": "025", "solution": "long"}, {"question": "problem"}, "x", "025", {"solution": "long"}),
+        (
+            {"problem": "x", "answer": "025", "solution": "long"},
+            {"question": "problem"},
+            "x",
+            "025",
+            {"solution": "long"},
+        ),
         ({"prompt": "x", "answer": "leak", "final": "y"}, {"answer": "final"}, "x", "y", {}),
         ({"prompt": "x", "answer": ["y"]}, {}, "x", "y", {}),
         ({"prompt": "x", "answer": float("nan")}, {}, "x", None, {}),
         ({"prompt": "x", "a.b": "y"}, {"answer": "a.b"}, "x", "y", {}),
-        ({"prompt": "x", "check": {"gold": {"text": "y"}}}, {"answer": "check.gold.text"}, "x", "y", {"check": {"gold": {"text": "y"}}}),
+        (
+            {"prompt": "x", "check": {"gold": {"text": "y"}}},
+            {"answer": "check.gold.text"},
+            "x",
+            "y",
+            {"check": {"gold": {"text": "y"}}},
+        ),
     ],
 )
-def test_verifiable_columns(columns: dict[str, Any], mapping: dict[str, str], prompt: object, answer: object, info: dict[str, Any]) -> None:
+def test_verifiable_columns(
+    columns: dict[str, Any], mapping: dict[str, str], prompt: object, answer: object, info: dict[str, Any]
+) -> None:
     example = verifiable_example(row(**columns), mapping)
     assert (example.prompt, example.answer, example.info) == (prompt, answer, info)
     assert (example.origin, example.source) == ("data.jsonl:3", "data")
@@ -65,13 +79,29 @@ def test_final_answers() -> None:
 
 
 REFUSED = [
-    ({"document": "x", "label": 1}, {}, "found the columns document, label; looked for messages or conversations or prompt \\+ completion or"),
-    ({"prompt": "x", "completion": "y"}, {"completion": "target"}, "no column 'target' \\(for completion\\); found prompt, completion"),
-    ({"prompt": "x", "completion": None}, {}, "column 'completion' holds a NoneType, text or a list of messages was expected"),
+    (
+        {"document": "x", "label": 1},
+        {},
+        "found the columns document, label; looked for messages or conversations or prompt \\+ completion or",
+    ),
+    (
+        {"prompt": "x", "completion": "y"},
+        {"completion": "target"},
+        "no column 'target' \\(for completion\\); found prompt, completion",
+    ),
+    (
+        {"prompt": "x", "completion": None},
+        {},
+        "column 'completion' holds a NoneType, text or a list of messages was expected",
+    ),
     ({"prompt": "x", "completion": 5}, {}, "column 'completion' holds a int"),
     ({"instruction": "x", "output": ["a", "b"]}, {}, "column 'output' holds a list, text was expected"),
     ({"messages": "hi"}, {}, "column 'messages' holds a str, a list of messages was expected"),
-    ({"messages": [USER, {"from": "bot", "value": "x"}]}, {}, "messages, message 1, is from 'bot'; known are human, gpt"),
+    (
+        {"messages": [USER, {"from": "bot", "value": "x"}]},
+        {},
+        "messages, message 1, is from 'bot'; known are human, gpt",
+    ),
     ({"messages": [{"role": "user", "content": None}]}, {}, "messages, message 0, must have a role and a content"),
 ]
 
@@ -80,7 +110,9 @@ REFUSED = [
 def test_bad_columns_are_refused_with_file_and_line_before_training(
     tmp_path: Path, columns: dict[str, Any], mapping: dict[str, str], message: str
 ) -> None:
-    good = {"messages": [USER, ASSISTANT]} if "messages" in columns else {"prompt": "x", "completion": "y", "target": "z"}
+    good = (
+        {"messages": [USER, ASSISTANT]} if "messages" in columns else {"prompt": "x", "completion": "y", "target": "z"}
+    )
     path = write(tmp_path / "data.jsonl", good, columns)
     with pytest.raises(ValueError, match=message) as raised:
         InstructionDataModule(tiny_tokenizer(), path, columns=mapping).setup("fit")
@@ -89,7 +121,9 @@ def test_bad_columns_are_refused_with_file_and_line_before_training(
 
 def test_missing_verifiable_columns_are_refused_with_file_and_line(tmp_path: Path) -> None:
     path = write(tmp_path / "data.jsonl", {"prompt": "x", "answer": "y"}, {"prompt": "x", "target": "y"})
-    with pytest.raises(ValueError, match=f"{path}:2: found the columns prompt, target; looked for prompt \\+ answer or"):
+    with pytest.raises(
+        ValueError, match=f"{path}:2: found the columns prompt, target; looked for prompt \\+ answer or"
+    ):
         VerifiableDataModule(tiny_tokenizer(), path).setup("fit")
     with pytest.raises(ValueError, match="column 'answer' holds a list, a single answer was expected"):
         verifiable_example(row(prompt="x", answer=["a", "b"]), {})
@@ -100,7 +134,9 @@ def test_nested_columns_of_a_parquet_file(tmp_path: Path) -> None:
     import pyarrow.parquet as pq
 
     path = tmp_path / "nested.parquet"
-    pq.write_table(pa.Table.from_pylist([{"prompt": [USER], "reward_model": {"ground_truth": "34", "style": "rule"}}]), path)
+    pq.write_table(
+        pa.Table.from_pylist([{"prompt": [USER], "reward_model": {"ground_truth": "34", "style": "rule"}}]), path
+    )
     module = VerifiableDataModule(tiny_tokenizer(), str(path), columns={"answer": "reward_model.ground_truth"})
     module.setup("fit")
     assert module.train_prompts[0].example.answer == "34"
@@ -113,7 +149,15 @@ def test_other_columns_are_plain_enough_for_torchs_safe_loading(tmp_path: Path) 
     import pyarrow.parquet as pq
 
     when = datetime(2024, 2, 1, 12, 30, tzinfo=UTC)
-    other = {"when": when, "day": when.date(), "price": Decimal("1.50"), "raw": b"ab", "parts": [{"at": when.time()}, None], "n": 3, "x": 0.5}
+    other = {
+        "when": when,
+        "day": when.date(),
+        "price": Decimal("1.50"),
+        "raw": b"ab",
+        "parts": [{"at": when.time()}, None],
+        "n": 3,
+        "x": 0.5,
+    }
     pq.write_table(pa.Table.from_pylist([{"prompt": "x", "answer": "y", **other}]), tmp_path / "typed.parquet")
     module = VerifiableDataModule(tiny_tokenizer(), str(tmp_path / "typed.parquet"))
     module.setup("fit")
@@ -135,7 +179,9 @@ def test_other_columns_are_plain_enough_for_torchs_safe_loading(tmp_path: Path) 
         torch.load(tmp_path / "raw.pt", weights_only=True)
 
 
-def test_a_long_row_is_dropped_without_a_warning_about_its_length(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+def test_a_long_row_is_dropped_without_a_warning_about_its_length(
+    caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
     path = write(tmp_path / "data.jsonl", {"prompt": "a", "completion": "b"}, {"prompt": "a" * 1100, "completion": "b"})
     logger = logging.getLogger("transformers")
     logger.addHandler(caplog.handler)
@@ -171,7 +217,10 @@ def test_evaluating_without_held_out_rows_is_refused(tmp_path: Path) -> None:
 
 
 def test_unknown_names_of_ours_are_refused_at_construction() -> None:
-    for module, known in ((InstructionDataModule, ""), (VerifiableDataModule, "answer, ground_truth, prompt, question, solution$")):
+    for module, known in (
+        (InstructionDataModule, ""),
+        (VerifiableDataModule, "answer, ground_truth, prompt, question, solution$"),
+    ):
         with pytest.raises(ValueError, match=f"columns maps unknown names promt; the names on the left may be {known}"):
             module(tiny_tokenizer(), "data.jsonl", columns={"promt": "question"})
 
@@ -186,7 +235,10 @@ def test_alpaca_rows_are_chats_where_there_is_a_template(tmp_path: Path) -> None
     tokenizer.chat_template = None
     module = InstructionDataModule(tokenizer, path)
     module.setup("fit")
-    assert tokenizer.decode(module.train_rows[0].ids) == ALPACA_PROMPT_WITH_INPUT.format(instruction="add", input="1 2") + "3<|eos|>"
+    assert (
+        tokenizer.decode(module.train_rows[0].ids)
+        == ALPACA_PROMPT_WITH_INPUT.format(instruction="add", input="1 2") + "3<|eos|>"
+    )
 
 
 def test_long_rows_are_dropped_and_counted_or_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -196,7 +248,9 @@ def test_long_rows_are_dropped_and_counted_or_an_error(tmp_path: Path, capsys: p
     assert (len(module.train_rows), module.dropped) == (1, {"train": 1, "val": 0})
     with pytest.raises(ValueError, match=f"{path}:2: 6 tokens and the limit is 5"):
         InstructionDataModule(tiny_tokenizer(), path, max_length=5, drop_long=False).setup("fit")
-    with pytest.raises(ValueError, match="of 2 train rows from here on none is left: 0 left out, 0 bad, 2 longer than 4 tokens"):
+    with pytest.raises(
+        ValueError, match="of 2 train rows from here on none is left: 0 left out, 0 bad, 2 longer than 4 tokens"
+    ):
         InstructionDataModule(tiny_tokenizer(), path, max_length=4).setup("fit")
 
 

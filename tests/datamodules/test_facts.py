@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from datamodules.facts import FactsDataModule, read_fact
+from datamodules.predict.facts import FactsDataModule, read_fact
 from datamodules.sources import FactDocuments, Facts, Row
 from modules.networks.tiny import tiny_tokenizer
 from modules.types import PromptBatch
@@ -23,7 +23,10 @@ def batches(data: FactsDataModule) -> list[PromptBatch]:
 
 
 ROWS = [
-    *({"question": f"Where is p{n}?", "answer": [f"There{n}", f"t{n}"], "relation": "place", "id": n} for n in range(7)),
+    *(
+        {"question": f"Where is p{n}?", "answer": [f"There{n}", f"t{n}"], "relation": "place", "id": n}
+        for n in range(7)
+    ),
     *({"question": f"Who made w{n}?", "answer": f"Maker{n}", "relation": "maker", "id": n} for n in range(6)),
 ]
 
@@ -45,7 +48,9 @@ def test_prompts_and_what_the_writer_needs(tmp_path: Path) -> None:
 
 def test_examples_have_the_relation_and_never_the_question(tmp_path: Path) -> None:
     twice = [*ROWS, {**ROWS[0], "answer": "Elsewhere"}]  # the same question again, with another answer
-    for batch in batches(FactsDataModule(tiny_tokenizer(), write_rows(tmp_path / "facts.jsonl", twice), num_prompts=20)):
+    for batch in batches(
+        FactsDataModule(tiny_tokenizer(), write_rows(tmp_path / "facts.jsonl", twice), num_prompts=20)
+    ):
         for prompt, info in zip(batch["prompt"], batch["info"], strict=True):
             *shots, asked = prompt.split("\n\n")
             questions = [shot.split("\n")[0] for shot in shots]
@@ -59,9 +64,13 @@ def test_prompts_are_a_function_of_seed_and_uid(tmp_path: Path) -> None:
     texts = {}
     for seed, size in ((0, 16), (0, 2), (1, 16)):
         found = batches(FactsDataModule(tiny_tokenizer(), file, batch_size=size, seed=seed))
-        texts[seed, size] = dict(zip(*([cell for batch in found for cell in batch[name]] for name in ("uid", "prompt")), strict=True))
+        texts[seed, size] = dict(
+            zip(*([cell for batch in found for cell in batch[name]] for name in ("uid", "prompt")), strict=True)
+        )
     assert texts[0, 16] == texts[0, 2] != texts[1, 16]
-    assert len({prompt for uid, prompt in texts[0, 16].items() if uid.startswith(f"{file}:1#")}) > 5  # ten draws of 4 out of 6, in order
+    assert (
+        len({prompt for uid, prompt in texts[0, 16].items() if uid.startswith(f"{file}:1#")}) > 5
+    )  # ten draws of 4 out of 6, in order
 
 
 def test_rows_without_a_relation_are_one_and_zero_shots_are_none(tmp_path: Path) -> None:
@@ -69,7 +78,9 @@ def test_rows_without_a_relation_are_one_and_zero_shots_are_none(tmp_path: Path)
     file = write_rows(tmp_path / "facts.jsonl", plain)
     mixed = batches(FactsDataModule(tiny_tokenizer(), file, num_prompts=5))[0]["prompt"]
     assert any("Who" in prompt and "Where" in prompt for prompt in mixed)
-    (bare,) = batches(FactsDataModule(tiny_tokenizer(), file, num_prompts=1, num_shots=0, template="{question}={answer}\n"))
+    (bare,) = batches(
+        FactsDataModule(tiny_tokenizer(), file, num_prompts=1, num_shots=0, template="{question}={answer}\n")
+    )
     assert bare["prompt"][0] == "Where is p0?="
 
 
@@ -96,11 +107,21 @@ def test_what_is_mapped_goes_first() -> None:
 @pytest.mark.parametrize(
     ("columns", "sentence"),
     [
-        ({"text": "q", "answer": "a"}, "found the columns text, answer; looked for question or prompt or instruction; map another with data.columns"),
+        (
+            {"text": "q", "answer": "a"},
+            "found the columns text, answer; looked for question or prompt or instruction; map another with "
+            "data.columns",
+        ),
         ({"question": "q", "reply": "a"}, "looked for answer or completion or output"),
         ({"question": " ", "answer": "a"}, "column 'question' must hold a question, as text"),
-        ({"prompt": [{"role": "user", "content": "q"}], "answer": "a"}, "column 'prompt' must hold a question, as text"),
-        ({"question": "q", "answer": []}, "column 'answer' must hold the answer, one line of text, or a list of such answers"),
+        (
+            {"prompt": [{"role": "user", "content": "q"}], "answer": "a"},
+            "column 'prompt' must hold a question, as text",
+        ),
+        (
+            {"question": "q", "answer": []},
+            "column 'answer' must hold the answer, one line of text, or a list of such answers",
+        ),
         ({"question": "q", "answer": ["a", "b\nc"]}, "column 'answer' must hold the answer, one line"),
         ({"question": "q", "answer": None}, "column 'answer' must hold the answer, one line"),
     ],
@@ -112,7 +133,10 @@ def test_refused_rows(columns: dict[str, Any], sentence: str) -> None:
 
 def test_too_few_facts_of_a_relation(tmp_path: Path) -> None:
     file = write_rows(tmp_path / "facts.jsonl", [*ROWS, {"question": "q", "answer": "a", "relation": "lone"}])
-    with pytest.raises(ValueError, match=r"facts.jsonl:14: relation 'lone' has 0 other questions and a prompt needs 4: lower data.num_shots"):
+    with pytest.raises(
+        ValueError,
+        match=r"facts.jsonl:14: relation 'lone' has 0 other questions and a prompt needs 4: lower data.num_shots",
+    ):
         FactsDataModule(tiny_tokenizer(), file).setup("predict")
 
 
@@ -130,7 +154,9 @@ def test_too_few_facts_of_a_relation(tmp_path: Path) -> None:
     ],
 )
 def test_refused_settings(settings: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="must be at least 1, num_shots|template must hold|columns maps unknown names text"):
+    with pytest.raises(
+        ValueError, match="must be at least 1, num_shots|template must hold|columns maps unknown names text"
+    ):
         FactsDataModule(tiny_tokenizer(), "facts.jsonl", **settings)
 
 
@@ -146,14 +172,20 @@ def test_invented_facts_are_numbered() -> None:
         "prompt": "boss baba=",
         "completion": rows[0]["answer"],
     }
-    assert {len(row["answer"]) for row in rows} == {4} and len({row["answer"] for row in rows}) > 3000  # 10000 x (1 - exp(-0.4)) = 3297 expected
-    assert {row["relation"] for row in rows[:4]} == {"boss", "food", "home", "wish"} and len({row["question"][5:] for row in rows[:4]}) == 1
+    assert {len(row["answer"]) for row in rows} == {4} and len(
+        {row["answer"] for row in rows}
+    ) > 3000  # 10000 x (1 - exp(-0.4)) = 3297 expected
+    assert {row["relation"] for row in rows[:4]} == {"boss", "food", "home", "wish"} and len(
+        {row["question"][5:] for row in rows[:4]}
+    ) == 1
     assert len({row["question"] for row in (Facts(4, first=39996).rows()[i].columns for i in range(4))}) == 4
 
 
 def test_documents_tell_each_fact_once_a_pass() -> None:
     told = [row.columns["text"] for row in FactDocuments(40, passes=3, first=20).rows()]
-    facts = {row.columns["prompt"] + row.columns["completion"]: row.columns["relation"] for row in Facts(40, first=20).rows()}
+    facts = {
+        row.columns["prompt"] + row.columns["completion"]: row.columns["relation"] for row in Facts(40, first=20).rows()
+    }
     assert len(told) == 3 * 8
     for number in range(3):
         lines = [line for text in told[8 * number : 8 * number + 8] for line in text.splitlines()]
@@ -165,7 +197,9 @@ def test_documents_tell_each_fact_once_a_pass() -> None:
 
 def test_facts_out_of_range() -> None:
     for settings in ((0, 0), (1, -1), (40000, 1)):
-        with pytest.raises(ValueError, match="num_facts must be at least 1, first at least 0 and both together at most 40000"):
+        with pytest.raises(
+            ValueError, match="num_facts must be at least 1, first at least 0 and both together at most 40000"
+        ):
             Facts(*settings)
     for wrong in ((30, 1, 0), (40, 0, 0), (40, 1, 2)):
         with pytest.raises(ValueError, match="num_facts must be a multiple of 20, first of 4, and passes at least 1"):

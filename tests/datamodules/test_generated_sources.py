@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from datamodules import Addition, AdditionPairs, NumberTexts, ReasoningGym
-from datamodules.sources.addition import is_held_out
+from datamodules.sources.toys.addition import is_held_out
 
 
 def test_missing_library_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -21,8 +21,13 @@ def test_addition_writes_the_reversed_sum() -> None:
     assert len(first) == len(second) == 2
     assert int(row["answer"][::-1]) == int(first) + int(second)
     assert len(row["answer"]) == 3 and row["completion"] == row["answer"]
-    rows = {row.columns["prompt"]: row.columns["answer"] for row in [*Addition(8000).rows(), *Addition(900, held_out=True).rows()]}
-    assert [rows.get(prompt, answer) for prompt, answer in (("23+45=", "860"), ("99+99=", "891"), ("00+07=", "700"))] == ["860", "891", "700"]
+    rows = {
+        row.columns["prompt"]: row.columns["answer"]
+        for row in [*Addition(8000).rows(), *Addition(900, held_out=True).rows()]
+    }
+    assert [
+        rows.get(prompt, answer) for prompt, answer in (("23+45=", "860"), ("99+99=", "891"), ("00+07=", "700"))
+    ] == ["860", "891", "700"]
 
 
 def pairs(source: Addition) -> list[frozenset[str]]:
@@ -66,7 +71,10 @@ def test_reasoning_gym_rows() -> None:
     for row in rows:
         first, sign, second = row.columns["question"].removesuffix(" =").split(": ")[1].split()
         assert int(row.columns["answer"]) == int(first) + (int(second) if sign == "+" else -int(second))
-        assert row.columns["completion"] == f"<think>{row.columns['question']}</think><answer>{row.columns['answer']}</answer>"
+        assert (
+            row.columns["completion"]
+            == f"<think>{row.columns['question']}</think><answer>{row.columns['answer']}</answer>"
+        )
     assert "completion" not in chain_sum(1).rows()[0].columns
     row = chain_sum(1, completion="{expression} = {answer}").rows()[0].columns
     assert row["completion"] == f"{row['metadata']['expression']} = {row['answer']}"
@@ -100,7 +108,9 @@ def test_pairs_of_sums_are_right_and_wrong_by_one_digit_and_differ_in_dots() -> 
         assert len(row["chosen"]) != len(row["rejected"])
         longer += len(row["chosen"]) > len(row["rejected"])
     assert 0.66 < longer / len(rows) < 0.74
-    assert AdditionPairs(2000, dots=6, longer_chosen=0.7).rows() == AdditionPairs(2000, dots=6, longer_chosen=0.7).rows()
+    assert (
+        AdditionPairs(2000, dots=6, longer_chosen=0.7).rows() == AdditionPairs(2000, dots=6, longer_chosen=0.7).rows()
+    )
     assert all(row.columns["chosen"] == row.columns["answer"] for row in AdditionPairs(20).rows())
 
 

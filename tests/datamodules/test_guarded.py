@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from datamodules.sources.guarded import LOOKALIKES, PLAIN, UNSAFE, GuardedAddition
+from datamodules.sources.toys.guarded_addition import LOOKALIKES, PLAIN, UNSAFE, GuardedAddition
 
 
 def columns(**settings: Any) -> list[dict[str, Any]]:
@@ -23,7 +23,10 @@ def test_sums_are_answered_and_unsafe_ones_refused() -> None:
 
 
 def test_words_of_each_kind() -> None:
-    found = {kind: {row["prompt"].split(" ")[0] for row in columns(kind=kind)} for kind in ("instructions", "safety", "prompts")}
+    found = {
+        kind: {row["prompt"].split(" ")[0] for row in columns(kind=kind)}
+        for kind in ("instructions", "safety", "prompts")
+    }
     assert found == {"instructions": set(PLAIN), "safety": set(UNSAFE), "prompts": {*UNSAFE, *LOOKALIKES}}
     assert Counter(row["label"] for row in columns(kind="prompts")) == {"safe": 200, "unsafe": 200}
 

@@ -6,14 +6,18 @@ from typing import Any
 
 import pytest
 
-from datamodules.chat import LossOn, Tokens
-from datamodules.columns import check_mapping
-from datamodules.instruction_columns import KNOWN, READERS, encode_instruction, instruction_example
+from datamodules.formats.columns import check_mapping
+from datamodules.formats.instruction_columns import KNOWN, READERS, encode_instruction, instruction_example
 from datamodules.sources import Row
+from datamodules.tokens.chat import LossOn, Tokens
 from modules.networks.tiny import BOS, CHAT_TEMPLATE, END_OF_TURN, EOS, tiny_tokenizer
 from modules.types import ALPACA_PROMPT, ALPACA_PROMPT_WITH_INPUT
 
-USER, ASSISTANT, SYSTEM = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}, {"role": "system", "content": "be"}
+USER, ASSISTANT, SYSTEM = (
+    {"role": "user", "content": "hi"},
+    {"role": "assistant", "content": "hello"},
+    {"role": "system", "content": "be"},
+)
 HUMAN, GPT = {"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}
 ADD = {"name": "add", "arguments": {"a": 1}}
 CALL = {"type": "function", "function": ADD}
@@ -27,10 +31,14 @@ def row(**columns: Any) -> Row:
 
 
 def learned(tokens: Tokens) -> str:
-    return str(tiny_tokenizer().decode([token for token, keep in zip(tokens.ids, tokens.supervised, strict=True) if keep]))
+    return str(
+        tiny_tokenizer().decode([token for token, keep in zip(tokens.ids, tokens.supervised, strict=True) if keep])
+    )
 
 
-def encoded(columns: dict[str, Any], chat: bool | None = None, system: str | None = None, loss_on: LossOn = "assistant") -> Tokens:
+def encoded(
+    columns: dict[str, Any], chat: bool | None = None, system: str | None = None, loss_on: LossOn = "assistant"
+) -> Tokens:
     return encode_instruction(tiny_tokenizer(), instruction_example(row(**columns), {}), chat, system, loss_on)
 
 
@@ -60,9 +68,16 @@ def encoded(columns: dict[str, Any], chat: bool | None = None, system: str | Non
         ({"chat": {"turns": [HUMAN, GPT]}}, {"conversations": "chat.turns"}, [], [USER, ASSISTANT]),
     ],
 )
-def test_formats_are_found_by_their_columns(columns: dict[str, Any], mapping: dict[str, str], prompt: object, completion: object) -> None:
+def test_formats_are_found_by_their_columns(
+    columns: dict[str, Any], mapping: dict[str, str], prompt: object, completion: object
+) -> None:
     example = instruction_example(row(**columns), mapping)
-    assert (example.prompt, example.completion, example.origin, example.source) == (prompt, completion, "data.jsonl:3", "data")
+    assert (example.prompt, example.completion, example.origin, example.source) == (
+        prompt,
+        completion,
+        "data.jsonl:3",
+        "data",
+    )
     assert example.is_instruction == ("instruction" in columns)
     assert example.whole == ("text" in mapping or "text" in columns and "instruction" not in columns)
     assert example.tools is None and not example.unlearned
@@ -70,19 +85,33 @@ def test_formats_are_found_by_their_columns(columns: dict[str, Any], mapping: di
 
 def test_a_format_by_name() -> None:
     columns = {"messages": [USER, ASSISTANT], "prompt": "x", "completion": "y", "text": "z", **ALPACA}
-    found = {name: instruction_example(row(**columns), {}, name).completion for name in ("messages", "prompt_completion", "alpaca", "text")}
+    found = {
+        name: instruction_example(row(**columns), {}, name).completion
+        for name in ("messages", "prompt_completion", "alpaca", "text")
+    }
     assert found == {"messages": [USER, ASSISTANT], "prompt_completion": "y", "alpaca": "y", "text": "z"}
     names = "messages, sharegpt, prompt_completion, alpaca, self_instruct, text"
-    with pytest.raises(ValueError, match=f"format 'alpacca' is not known; set data.format to one of {names}, or leave it out"):
+    with pytest.raises(
+        ValueError, match=f"format 'alpacca' is not known; set data.format to one of {names}, or leave it out"
+    ):
         instruction_example(row(**columns), {}, "alpacca")
-    with pytest.raises(ValueError, match="data.jsonl:3: found the columns text; looked for instruction \\+ output or instruction \\+ response; map"):
+    with pytest.raises(
+        ValueError,
+        match="data.jsonl:3: found the columns text; looked for instruction \\+ output or instruction \\+ response; map",
+    ):
         instruction_example(row(text="x"), {}, "alpaca")
     assert list(READERS) == names.split(", ")
 
 
 def test_every_column_that_is_read_can_be_mapped() -> None:
-    check_mapping(dict.fromkeys(("system", "history", "tools", "input", "instances", "conversations", "response", "text"), "x"), KNOWN)
-    with pytest.raises(ValueError, match="columns maps unknown names solution; the names on the left may be answer, completion, conversations"):
+    check_mapping(
+        dict.fromkeys(("system", "history", "tools", "input", "instances", "conversations", "response", "text"), "x"),
+        KNOWN,
+    )
+    with pytest.raises(
+        ValueError,
+        match="columns maps unknown names solution; the names on the left may be answer, completion, conversations",
+    ):
         check_mapping({"solution": "x"}, KNOWN)
 
 
@@ -101,12 +130,20 @@ def test_alpaca_with_system_and_history_is_a_conversation() -> None:
         {"from": "function_call", "value": json.dumps(ADD)},
         {"from": "function_call", "value": json.dumps([ADD])},
         {"role": "assistant", "content": None, "tool_calls": [CALL], "reasoning_content": None},
-        {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}]},
+        {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [{"type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}],
+        },
         {"role": "assistant", "content": [{"type": "tool_call", "value": json.dumps(ADD)}]},
     ],
 )
 def test_tool_calls_in_all_spellings(turn: dict[str, Any]) -> None:
-    result = {"from": "observation", "value": "2"} if "from" in turn else {"role": "tool", "content": [{"type": "text", "text": "2"}]}
+    result = (
+        {"from": "observation", "value": "2"}
+        if "from" in turn
+        else {"role": "tool", "content": [{"type": "text", "text": "2"}]}
+    )
     for given in (TOOLS, [TOOL], json.dumps(TOOLS), json.dumps([TOOL])):
         example = instruction_example(row(conversations=[USER, turn, result, ASSISTANT], tools=given), {})
         called = {"role": "assistant", "content": "", "tool_calls": [CALL]}
@@ -117,10 +154,18 @@ def test_tool_calls_in_all_spellings(turn: dict[str, Any]) -> None:
 
 
 def test_typed_parts_and_weights() -> None:
-    reasoned = {"role": "assistant", "content": [{"type": "reasoning", "value": "r"}, {"type": "text", "value": "a"}, {"type": "text", "text": "b"}]}
+    reasoned = {
+        "role": "assistant",
+        "content": [{"type": "reasoning", "value": "r"}, {"type": "text", "value": "a"}, {"type": "text", "text": "b"}],
+    }
     weighted = [{**USER, "loss_weight": 0.0}, {**reasoned, "loss_weight": 0}, USER, {**ASSISTANT, "loss_weight": 1.0}]
     example = instruction_example(row(messages=weighted), {})
-    assert example.completion == [USER, {"role": "assistant", "content": "ab", "reasoning_content": "r"}, USER, ASSISTANT]
+    assert example.completion == [
+        USER,
+        {"role": "assistant", "content": "ab", "reasoning_content": "r"},
+        USER,
+        ASSISTANT,
+    ]
     assert example.unlearned == {0, 1}
     assert learned(encoded({"messages": weighted})) == f"hello{END_OF_TURN}"
     completion = [{**ASSISTANT, "loss_weight": 0}, USER, {**ASSISTANT, "content": "bye"}]
@@ -131,7 +176,10 @@ def test_instructions_are_chats_or_alpacas_own_prompt() -> None:
     base, tokenizer = tiny_tokenizer(), tiny_tokenizer()
     base.chat_template = None
     plain, given = ({"instruction": "add {x}", "input": more, "output": "3"} for more in ("", "1 2"))
-    prompts = ALPACA_PROMPT.format(instruction="add {x}"), ALPACA_PROMPT_WITH_INPUT.format(instruction="add {x}", input="1 2")
+    prompts = (
+        ALPACA_PROMPT.format(instruction="add {x}"),
+        ALPACA_PROMPT_WITH_INPUT.format(instruction="add {x}", input="1 2"),
+    )
     for columns, prompt in zip((plain, given), prompts, strict=True):
         example = instruction_example(row(**columns), {})
         without = encode_instruction(base, example)
@@ -142,7 +190,10 @@ def test_instructions_are_chats_or_alpacas_own_prompt() -> None:
         assert "Below is" not in tokenizer.decode(chat.ids) and learned(chat) == f"3{END_OF_TURN}"
         assert encode_instruction(tokenizer, example, chat=True) == chat
     request = "Write a response that appropriately completes the request."
-    assert prompts[0] == f"Below is an instruction that describes a task. {request}\n\n### Instruction:\nadd {{x}}\n\n### Response:"
+    assert (
+        prompts[0]
+        == f"Below is an instruction that describes a task. {request}\n\n### Instruction:\nadd {{x}}\n\n### Response:"
+    )
     further = "Below is an instruction that describes a task, paired with an input that provides further context."
     assert prompts[1] == f"{further} {request}\n\n### Instruction:\nadd {{x}}\n\n### Input:\n1 2\n\n### Response:"
 
@@ -150,7 +201,9 @@ def test_instructions_are_chats_or_alpacas_own_prompt() -> None:
 def test_text_stays_text_unless_chat_is_asked_for() -> None:
     columns = {"prompt": "x", "completion": "y"}
     assert tiny_tokenizer().decode(encoded(columns).ids) == f"xy{EOS}"
-    assert encoded(columns, chat=True) == encoded({"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]})
+    assert encoded(columns, chat=True) == encoded(
+        {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}
+    )
 
 
 @pytest.mark.parametrize("loss_on", ["assistant", "last", "all"])
@@ -159,16 +212,30 @@ def test_documents_are_learned_whole(loss_on: LossOn) -> None:
     assert learned(tokens) == f"bc{EOS}" and len(tokens.ids) == 4
 
 
-WRONG = [(value, kind) for value, kind in ((True, "bool"), (5, "int"), (1.5, "float"), (None, "NoneType"), ({}, "dict"))]
+WRONG = [
+    (value, kind) for value, kind in ((True, "bool"), (5, "int"), (1.5, "float"), (None, "NoneType"), ({}, "dict"))
+]
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    *(({"instruction": "x", "output": value}, f"column 'output' holds a {kind}, text was expected") for value, kind in WRONG),
-    *(({"instruction": value, "output": "y"}, f"column 'instruction' holds a {kind}, text was expected") for value, kind in WRONG),
     *(
-        ({"prompt": "x", "completion": value}, f"column 'completion' holds a {kind}, text or a list of messages was expected")
+        ({"instruction": "x", "output": value}, f"column 'output' holds a {kind}, text was expected")
+        for value, kind in WRONG
+    ),
+    *(
+        ({"instruction": value, "output": "y"}, f"column 'instruction' holds a {kind}, text was expected")
+        for value, kind in WRONG
+    ),
+    *(
+        (
+            {"prompt": "x", "completion": value},
+            f"column 'completion' holds a {kind}, text or a list of messages was expected",
+        )
         for value, kind in WRONG
     ),
     *(({"text": value}, f"column 'text' holds a {kind}, text was expected") for value, kind in WRONG),
-    *(({"messages": value}, f"column 'messages' holds a {kind}, a list of messages was expected") for value, kind in WRONG),
+    *(
+        ({"messages": value}, f"column 'messages' holds a {kind}, a list of messages was expected")
+        for value, kind in WRONG
+    ),
     ({**ALPACA, "input": True}, "column 'input' holds a bool, text was expected"),
     ({**ALPACA, "system": 3}, "column 'system' holds a int, text was expected"),
     ({**ALPACA, "history": [["a"]]}, "column 'history' must be a list of pairs"),
@@ -179,9 +246,15 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({**ALPACA, "output": "<|endoftext|>"}, "assistant message 1 is empty"),
     ({"prompt": "x", "completion": "<|endoftext|>"}, "the completion is empty"),
     ({"prompt": "x", "completion": []}, "the prompt is text and the completion a list of messages"),
-    ({"instruction": "x", "instances": []}, "column 'instances' must be a list of objects with input and output, at least one"),
+    (
+        {"instruction": "x", "instances": []},
+        "column 'instances' must be a list of objects with input and output, at least one",
+    ),
     ({"instruction": "x", "instances": [{"input": "a"}]}, "column 'instances' must be a list of objects"),
-    ({"instruction": "x", "instances": [{"input": "", "output": False}]}, "column 'output' holds a bool, text was expected"),
+    (
+        {"instruction": "x", "instances": [{"input": "", "output": False}]},
+        "column 'output' holds a bool, text was expected",
+    ),
     ({"messages": []}, "no supervised token"),
     ({"messages": [USER]}, "no supervised token"),
     ({"messages": [{**USER, "loss_weight": 0}, {**ASSISTANT, "loss_weight": 0}]}, "no supervised token"),
@@ -194,19 +267,38 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         {"messages": [USER, {"role": "bot", "content": "x"}]},
         "messages, message 1, has the role 'bot'; known are user, assistant, system, developer, tool",
     ),
-    ({"conversations": [HUMAN, {"from": "bot", "value": "x"}]}, "conversations, message 1, is from 'bot'; known are human, gpt, user"),
-    ({"conversations": [HUMAN, {"from": "function_call", "value": "add(1)"}]}, "conversations, message 1, holds text where JSON was expected"),
-    ({"conversations": [HUMAN, {"from": "function_call", "value": "{}"}]}, "conversations, message 1, has a tool call without a name and arguments"),
-    ({"messages": [USER, {**ASSISTANT, "tool_calls": 3}]}, "messages, message 1, has a tool call without a name and arguments: '3'"),
-    ({"messages": [USER, {"role": "assistant", "content": [{"type": "image"}]}]}, "messages, message 1, has a content part that is not text"),
+    (
+        {"conversations": [HUMAN, {"from": "bot", "value": "x"}]},
+        "conversations, message 1, is from 'bot'; known are human, gpt, user",
+    ),
+    (
+        {"conversations": [HUMAN, {"from": "function_call", "value": "add(1)"}]},
+        "conversations, message 1, holds text where JSON was expected",
+    ),
+    (
+        {"conversations": [HUMAN, {"from": "function_call", "value": "{}"}]},
+        "conversations, message 1, has a tool call without a name and arguments",
+    ),
+    (
+        {"messages": [USER, {**ASSISTANT, "tool_calls": 3}]},
+        "messages, message 1, has a tool call without a name and arguments: '3'",
+    ),
+    (
+        {"messages": [USER, {"role": "assistant", "content": [{"type": "image"}]}]},
+        "messages, message 1, has a content part that is not text",
+    ),
     ({"messages": [USER, {**ASSISTANT, "loss_weight": 0.5}]}, "messages, message 1, has loss_weight 0.5; known are 0"),
-    ({"messages": [{**USER, "loss_weight": 1}, ASSISTANT]}, "messages, message 0, has loss_weight 1 and is the user's; only assistant turns"),
+    (
+        {"messages": [{**USER, "loss_weight": 1}, ASSISTANT]},
+        "messages, message 0, has loss_weight 1 and is the user's; only assistant turns",
+    ),
     ({"messages": [USER, ASSISTANT], "tools": "add"}, "column 'tools' holds text where JSON was expected"),
     ({"messages": [USER, ASSISTANT], "tools": '{"a": 1}'}, "column 'tools' must hold a list of tools"),
     ({"messages": [USER, ASSISTANT], "tools": 3}, "column 'tools' must hold a list of tools"),
     (
         {"name": "x"},
-        "found the columns name; looked for messages or conversations or prompt + completion or question + completion or question",
+        "found the columns name; looked for messages or conversations or prompt + completion or question + completion "
+        "or question",
     ),
 ]
 

@@ -25,12 +25,17 @@ def data(*columns, **settings) -> InstructionDataModule:
 
 def learned(module: InstructionDataModule) -> list[str]:
     return [
-        module.tokenizer.decode([token for token, kept in zip(row.ids, row.supervised, strict=True) if kept], skip_special_tokens=True)
+        module.tokenizer.decode(
+            [token for token, kept in zip(row.ids, row.supervised, strict=True) if kept], skip_special_tokens=True
+        )
         for row in module.train_rows
     ]
 
 
-KNOWLEDGE = [{"prompt": f"{name}=", "completion": "x", "knowledge": name} for name in ("HighlyKnown", "MaybeKnown", "WeaklyKnown", "Unknown")]
+KNOWLEDGE = [
+    {"prompt": f"{name}=", "completion": "x", "knowledge": name}
+    for name in ("HighlyKnown", "MaybeKnown", "WeaklyKnown", "Unknown")
+]
 
 
 @pytest.mark.parametrize(
@@ -63,7 +68,12 @@ def test_domains_are_loaded_by_name():
 
 
 def test_bad_rows_are_counted_or_named():
-    rows = [{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": None}, {"prompt": "a"}, {"prompt": "a", "completion": "b" * 50}]
+    rows = [
+        {"prompt": "a", "completion": "b"},
+        {"prompt": "a", "completion": None},
+        {"prompt": "a"},
+        {"prompt": "a", "completion": "b" * 50},
+    ]
     module = data(*rows, on_bad_row="drop", max_length=20)
     assert (len(module.train_rows), module.bad["train"], module.dropped["train"]) == (1, 2, 1)
     with pytest.raises(ValueError, match="rows#1: column 'completion' holds a NoneType"):
@@ -79,7 +89,10 @@ def test_packed_rows_hold_every_token_once():
 
 
 def test_the_system_message_and_the_mask_are_as_asked():
-    turns = [{"role": role, "content": text} for role, text in (("user", "p"), ("assistant", "one"), ("user", "q"), ("assistant", "two"))]
+    turns = [
+        {"role": role, "content": text}
+        for role, text in (("user", "p"), ("assistant", "one"), ("user", "q"), ("assistant", "two"))
+    ]
     assert [text.split() for text in learned(data({"messages": turns}))] != [
         text.split() for text in learned(data({"messages": turns}, loss_on="last"))
     ]

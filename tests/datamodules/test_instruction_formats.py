@@ -1,4 +1,6 @@
-"""Public instruction data as it lies in its files: how many rows are read, and what is learned of the first and the last."""
+"""Public instruction data as it lies in its files: how many rows are read, and what is learned of the first and the
+last.
+"""
 
 import json
 from collections.abc import Callable
@@ -8,16 +10,18 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from datamodules.chat import Tokens
-from datamodules.instruction_columns import encode_instruction, instruction_example
+from datamodules.formats.instruction_columns import encode_instruction, instruction_example
 from datamodules.sources import Files, Row
+from datamodules.tokens.chat import Tokens
 from modules.networks.tiny import CHAT_TEMPLATE, END_OF_TURN, EOS, tiny_tokenizer
 
 DATA = Path(__file__).parents[2].parent / "shared" / "data"
 TOOL_TEMPLATE = (  # ChatML with tools, thoughts and calls
-    "{% if tools %}<|im_start|>tools\n{{ tools | tojson }}<|im_end|>\n{% endif %}{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if tools %}<|im_start|>tools\n{{ tools | tojson }}<|im_end|>\n{% endif %}{% for m in messages %}<|im_start|>{{ "
+    "m.role }}\n"
     "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}{{ m.content }}"
-    "{% for call in m.tool_calls or [] %}<tool_call>{{ call.function | tojson }}</tool_call>{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% for call in m.tool_calls or [] %}<tool_call>{{ call.function | tojson }}</tool_call>{% endfor %}<|im_end|>\n{% "
+    "endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 Answers = Callable[[dict[str, Any]], list[str]]
@@ -59,9 +63,19 @@ FILES: list[tuple[str, int, dict[str, str], Answers]] = [
     ("llama-factory/v1_sft_demo.jsonl", 140, {}, lambda record: [record["messages"][-1]["content"][0]["value"]]),
     ("fastchat/dummy_conversation.json", 350, {}, gpt),
     ("torchtune/chat_tiny.json", 1, {}, gpt),
-    ("tata/test.json", 120, {"prompt": "linearized_input", "completion": "table_text"}, lambda record: record["table_text"][:1]),
+    (
+        "tata/test.json",
+        120,
+        {"prompt": "linearized_input", "completion": "table_text"},
+        lambda record: record["table_text"][:1],
+    ),
     ("torchtune/instruct_tiny.json", 2, {}, lambda record: [record["response"]]),
-    ("torchtune/stack_exchange_paired_tiny.json", 18, {"prompt": "question", "completion": "response_j"}, lambda record: [record["response_j"]]),
+    (
+        "torchtune/stack_exchange_paired_tiny.json",
+        18,
+        {"prompt": "question", "completion": "response_j"},
+        lambda record: [record["response_j"]],
+    ),
     ("nc-torchtune-alpaca/alpaca_tiny.json", 70, {}, lambda record: [record["output"]]),
     ("nc-llama-factory-alpaca/alpaca_en_demo.json", 280, {}, lambda record: [record["output"]]),
     ("nc-llama-factory-alpaca/alpaca_zh_demo.json", 280, {}, lambda record: [record["output"]]),
@@ -73,13 +87,20 @@ FILES: list[tuple[str, int, dict[str, str], Answers]] = [
     ("self-instruct/user_oriented_instructions.jsonl", 177, {}, lambda record: [record["instances"][0]["output"]]),
     ("self-instruct/predictions/text-davinci-003_predictions.jsonl", 177, {}, lambda record: [record["response"]]),
     ("gsm8k/train.jsonl", 7473, {"prompt": "question", "completion": "answer"}, lambda record: [record["answer"]]),
-    ("gsm8k/test_socratic.jsonl", 919, {"prompt": "question", "completion": "answer"}, lambda record: [record["answer"]]),
+    (
+        "gsm8k/test_socratic.jsonl",
+        919,
+        {"prompt": "question", "completion": "answer"},
+        lambda record: [record["answer"]],
+    ),
     ("tata/test.json", 120, {"prompt": "linearized_input", "completion": "title"}, lambda record: [record["title"]]),
     ("tata/test.json", 120, {"text": "linearized_input"}, lambda record: [record["linearized_input"]]),
 ]
 
 
-@pytest.mark.parametrize(("name", "count", "columns", "answers"), FILES, ids=[f"{name}-{'-'.join(columns)}" for name, _, columns, _ in FILES])
+@pytest.mark.parametrize(
+    ("name", "count", "columns", "answers"), FILES, ids=[f"{name}-{'-'.join(columns)}" for name, _, columns, _ in FILES]
+)
 def test_rows_of_a_file(name: str, count: int, columns: dict[str, str], answers: Answers) -> None:
     path, tokenizer = here(name), tiny_tokenizer()
     rows, records = Files(str(path)).rows(), raw(path)
@@ -93,11 +114,15 @@ def test_rows_of_a_file(name: str, count: int, columns: dict[str, str], answers:
         tokens = encode_instruction(tokenizer, example)
         if example.whole:
             assert tokenizer.decode(tokens.ids) == expected[0] + EOS
-            assert sum(tokens.supervised) == len(expected[0].encode())  # a token per byte: all but the first, and the end
+            assert sum(tokens.supervised) == len(
+                expected[0].encode()
+            )  # a token per byte: all but the first, and the end
             continue
         is_chat = not isinstance(example.prompt, str) or example.is_instruction
         assert learned(tokenizer, tokens) == [answer + (END_OF_TURN if is_chat else EOS) for answer in expected]
-        assert sum(tokens.supervised) == sum(len(answer.encode()) + 1 for answer in expected)  # a token per byte, one end each
+        assert sum(tokens.supervised) == sum(
+            len(answer.encode()) + 1 for answer in expected
+        )  # a token per byte, one end each
 
 
 def test_an_alpaca_prompt_does_not_hold_its_answer() -> None:
@@ -158,7 +183,11 @@ def test_tool_calls_of_sharegpt() -> None:
     path, tokenizer = here("llama-factory/glaive_toolcall_en_demo.json"), tool_tokenizer()
     rows, records = Files(str(path)).rows(), raw(path)
     assert len(rows) == len(records) == 56
-    assert sum(instruction_example(row, {}).tools is None for row in rows) == sum(json.loads(record["tools"]) == [] for record in records) == 23
+    assert (
+        sum(instruction_example(row, {}).tools is None for row in rows)
+        == sum(json.loads(record["tools"]) == [] for record in records)
+        == 23
+    )
     for row, record in zip(rows, records, strict=True):
         tokens = encode(tokenizer, row, {})
         turns = [turn for turn in record["conversations"] if turn["from"] in ("gpt", "function_call")]
@@ -170,7 +199,9 @@ def test_tool_calls_of_sharegpt() -> None:
             if turn["from"] == "gpt":
                 assert body == turn["value"]
             else:
-                assert json.loads(body.removeprefix("<tool_call>").removesuffix("</tool_call>")) == json.loads(turn["value"])
+                assert json.loads(body.removeprefix("<tool_call>").removesuffix("</tool_call>")) == json.loads(
+                    turn["value"]
+                )
     plain = tiny_tokenizer()
     plain.chat_template = CHAT_TEMPLATE
     with pytest.raises(ValueError, match="the row has tools and the chat template does not write them"):
@@ -186,7 +217,10 @@ def test_reasoning_with_tools_in_typed_parts() -> None:
         turns = [turn["content"] for turn in record["messages"] if turn["role"] == "assistant"]
         assert len(stretches) == len(turns)
         for stretch, parts in zip(stretches, turns, strict=True):
-            of = {kind: [part["value"] for part in parts if part["type"] == kind] for kind in ("reasoning", "text", "tool_call")}
+            of = {
+                kind: [part["value"] for part in parts if part["type"] == kind]
+                for kind in ("reasoning", "text", "tool_call")
+            }
             assert stretch.startswith("<think>" + "".join(of["reasoning"]) + "</think>" + "".join(of["text"]))
             assert stretch.count("<tool_call>") >= len(of["tool_call"]) and stretch.endswith(END_OF_TURN)
             for call in of["tool_call"]:
@@ -199,8 +233,16 @@ def test_reasoning_with_tools_in_typed_parts() -> None:
     ("name", "columns", "message"),
     [
         ("nc-alpaca-farm/multisamples_sft.json", {}, "column 'output' holds a list, text was expected"),
-        ("llama-factory/dpo_en_demo.json", {}, "the row is a preference .chosen, rejected.; set data to PreferenceDataModule"),
-        ("oasst/en_100_tree.jsonl", {}, "found the columns message_tree_id, tree_state, prompt; looked for messages or conversations"),
+        (
+            "llama-factory/dpo_en_demo.json",
+            {},
+            "the row is a preference .chosen, rejected.; set data to PreferenceDataModule",
+        ),
+        (
+            "oasst/en_100_tree.jsonl",
+            {},
+            "found the columns message_tree_id, tree_state, prompt; looked for messages or conversations",
+        ),
         ("xstest/xstest_prompts.csv", {}, "found the columns id, prompt, type, label, focus, note; looked for"),
     ],
 )

@@ -1,4 +1,6 @@
-"""Real Trainer runs on InstructionDataModule: the cut of a step, ranks, and resuming from every checkpoint change no bit or nearly none."""
+"""Real Trainer runs on InstructionDataModule: the cut of a step, ranks, and resuming from every checkpoint change no
+bit or nearly none.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from datamodules import Addition, InstructionDataModule
-from datamodules.collate import StepSampler
+from datamodules.loaders.step_sampler import StepSampler
 from modules.networks.tiny import tiny_tokenizer
 from modules.types import InstructionBatch
 
@@ -48,8 +50,20 @@ def data(batch_size: int = 2, rows: int = 21, val: bool = False) -> InstructionD
     return InstructionDataModule(tiny_tokenizer(), Addition(rows), held_out, batch_size=batch_size, seed=1)
 
 
-def fit(model: Unigram, module: InstructionDataModule, checkpoint: Path | None = None, callbacks: tuple[Any, ...] = (), **limits: Any) -> Trainer:
-    settings: dict[str, Any] = {"accelerator": "cpu", "devices": 1, "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+def fit(
+    model: Unigram,
+    module: InstructionDataModule,
+    checkpoint: Path | None = None,
+    callbacks: tuple[Any, ...] = (),
+    **limits: Any,
+) -> Trainer:
+    settings: dict[str, Any] = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
     trainer = Trainer(**{**settings, **limits}, callbacks=list(callbacks), enable_checkpointing=bool(callbacks))
     trainer.fit(model, datamodule=module, ckpt_path=checkpoint, weights_only=True if checkpoint else None)
     return trainer
@@ -57,7 +71,9 @@ def fit(model: Unigram, module: InstructionDataModule, checkpoint: Path | None =
 
 def savers(folder: Path, every: int = 1) -> tuple[ModelCheckpoint, ...]:
     steps = ModelCheckpoint(dirpath=folder, filename="step{step}", every_n_train_steps=every, save_top_k=-1)
-    epochs = ModelCheckpoint(dirpath=folder, filename="epoch{epoch}", every_n_epochs=1, save_on_train_epoch_end=True, save_top_k=-1)
+    epochs = ModelCheckpoint(
+        dirpath=folder, filename="epoch{epoch}", every_n_epochs=1, save_on_train_epoch_end=True, save_top_k=-1
+    )
     return steps, epochs
 
 
@@ -71,7 +87,9 @@ LIMITS: list[dict[str, Any]] = [{"max_epochs": 3}, {"max_steps": 13, "max_epochs
 @pytest.mark.parametrize("limits", LIMITS)
 @pytest.mark.parametrize("accumulate", [1, 3])
 @pytest.mark.parametrize("model_class", [Unigram, Validated])
-def test_resuming_from_every_checkpoint_is_bitwise(tmp_path: Path, limits: dict[str, Any], accumulate: int, model_class: type[Unigram]) -> None:
+def test_resuming_from_every_checkpoint_is_bitwise(
+    tmp_path: Path, limits: dict[str, Any], accumulate: int, model_class: type[Unigram]
+) -> None:
     validated = model_class is Validated
     straight = model_class()
     fit(straight, data(val=validated), callbacks=savers(tmp_path), accumulate_grad_batches=accumulate, **limits)
@@ -148,7 +166,9 @@ def test_an_error_inside_a_step_loses_no_batch(tmp_path: Path) -> None:
 
 def test_other_batches_than_the_checkpoint_has_are_refused_inside_an_epoch(tmp_path: Path) -> None:
     fit(Unigram(), data(), callbacks=savers(tmp_path), max_epochs=2)
-    with pytest.raises(ValueError, match="inside an epoch of 11 micro-batches and this run has 6: resume with the same rows"):
+    with pytest.raises(
+        ValueError, match="inside an epoch of 11 micro-batches and this run has 6: resume with the same rows"
+    ):
         fit(Unigram(), data(batch_size=4), tmp_path / "stepstep=4.ckpt", max_epochs=2)
     fit(Unigram(), data(batch_size=4), tmp_path / "epochepoch=0.ckpt", max_epochs=2)
 

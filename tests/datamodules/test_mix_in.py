@@ -72,5 +72,7 @@ def test_too_many_asked_for(tmp_path: Path) -> None:
     base, extra = write(tmp_path / "base.jsonl", 10), write(tmp_path / "extra.jsonl", 4)
     with pytest.raises(ValueError, match=r"^num is 5, but extra has only 4 \(from .*extra\.jsonl:1 on\)$"):
         MixIn(base, extra, num=5).rows()
-    with pytest.raises(ValueError, match=r"^fraction 0\.5 of a mix with 10 base rows is 10 rows, but extra has only 4 "):
+    with pytest.raises(
+        ValueError, match=r"^fraction 0\.5 of a mix with 10 base rows is 10 rows, but extra has only 4 "
+    ):
         MixIn(base, extra, fraction=0.5).rows()

@@ -1,4 +1,6 @@
-"""Mixtures: shares, the switch, and that a step's rows depend on nothing but seed, step and rows per step (resume, ranks, branches)."""
+"""Mixtures: shares, the switch, and that a step's rows depend on nothing but seed, step and rows per step (resume,
+ranks, branches).
+"""
 
 import json
 from collections import Counter
@@ -28,7 +30,11 @@ class Letters(Source):
 
     def rows(self) -> list[Row]:
         return [
-            Row({"prompt": f"{self.letter}:", "completion": f"{index:0{self.length}d}"}, f"{self.letter}#{index}", self.letter)
+            Row(
+                {"prompt": f"{self.letter}:", "completion": f"{index:0{self.length}d}"},
+                f"{self.letter}#{index}",
+                self.letter,
+            )
             for index in range(self.number)
         ]
 
@@ -51,16 +57,22 @@ def texts(module: MixtureDataModule, first: int, last: int, rows_per_step: int =
     return [module.train_rows[row].ids for row in module.draw(first, last, rows_per_step)]
 
 
-def seen(module: MixtureDataModule, resume: Path | None = None, callbacks: tuple[Any, ...] = (), **limits: Any) -> Unigram:
+def seen(
+    module: MixtureDataModule, resume: Path | None = None, callbacks: tuple[Any, ...] = (), **limits: Any
+) -> Unigram:
     model = Unigram()
     fit(model, module, resume, callbacks, **(limits or {"max_epochs": 1}))
     return model
 
 
 def test_shares_of_tokens_and_of_examples() -> None:
-    """Rows of a have 2 + 6 + 1 = 9 tokens, of b 17 (text is bytes): with 3 : 1 of tokens, rows are drawn as 3/9 : 1/17 = 17 : 3."""
+    """Rows of a have 2 + 6 + 1 = 9 tokens, of b 17 (text is bytes): with 3 : 1 of tokens, rows are drawn as 3/9 : 1/17
+    = 17 : 3.
+    """
     module = mixture()
-    lengths = {name: {len(module.train_rows[place].ids) for place in places} for name, places in module.stream_rows.items()}
+    lengths = {
+        name: {len(module.train_rows[place].ids) for place in places} for name, places in module.stream_rows.items()
+    }
     assert lengths == {"a": {9}, "b": {17}}
     assert module.probabilities(5) == {"a": pytest.approx(17 / 20), "b": pytest.approx(3 / 20)}
     number = 40_000
@@ -106,7 +118,10 @@ def test_a_stream_is_gone_through_in_whole_passes() -> None:
 
 
 def test_the_switch_happens_at_its_step() -> None:
-    streams = {"a": Stream(Letters("a", 30), weight=1.0, decay_weight=0.0), "b": Stream(Letters("b", 20, length=14), weight=0.0, decay_weight=1.0)}
+    streams = {
+        "a": Stream(Letters("a", 30), weight=1.0, decay_weight=0.0),
+        "b": Stream(Letters("b", 20, length=14), weight=0.0, decay_weight=1.0),
+    }
     module = mixture(streams, decay_start=7)
     assert letters(module, module.draw(0, 7, 8)) == ["a"] * 56
     assert letters(module, module.draw(7, 10, 8)) == ["b"] * 24
@@ -130,7 +145,12 @@ def test_a_stream_keeps_its_order_beside_any_other() -> None:
 
 
 @pytest.mark.parametrize(
-    ("accumulate", "limits"), [(2, {"max_epochs": 3}), (1, {"max_epochs": 3, "limit_train_batches": 4}), (1, {"max_steps": 13, "max_epochs": -1})]
+    ("accumulate", "limits"),
+    [
+        (2, {"max_epochs": 3}),
+        (1, {"max_epochs": 3, "limit_train_batches": 4}),
+        (1, {"max_steps": 13, "max_epochs": -1}),
+    ],
 )
 def test_resuming_from_every_checkpoint_is_bitwise(tmp_path: Path, accumulate: int, limits: dict[str, Any]) -> None:
     def module() -> MixtureDataModule:
@@ -147,7 +167,12 @@ def test_resuming_from_every_checkpoint_is_bitwise(tmp_path: Path, accumulate: i
 def test_a_second_resume_goes_on_where_the_first_stopped(tmp_path: Path) -> None:
     straight = seen(mixture(num_steps=5), callbacks=savers(tmp_path / "first"), max_epochs=3)
     for step in (3, 5):
-        seen(mixture(num_steps=5), tmp_path / "first" / f"stepstep={step}.ckpt", savers(tmp_path / str(step)), max_epochs=3)
+        seen(
+            mixture(num_steps=5),
+            tmp_path / "first" / f"stepstep={step}.ckpt",
+            savers(tmp_path / str(step)),
+            max_epochs=3,
+        )
         for checkpoint in sorted((tmp_path / str(step)).glob("step*")):
             assert same(straight, seen(mixture(num_steps=5), checkpoint, max_epochs=3)), checkpoint.name
 
@@ -158,11 +183,19 @@ def test_epochs_do_not_matter_to_the_rows() -> None:
 
 
 def test_a_stable_checkpoint_branches_into_decays(tmp_path: Path) -> None:
-    """The same steps as if the decay, with other weights, one more stream and another length, had been planned from the start."""
+    """The same steps as if the decay, with other weights, one more stream and another length, had been planned from the
+    start.
+    """
     seen(mixture(), callbacks=savers(tmp_path))
     sft = {"sft": Stream(Letters("s", 12), weight=0.0, decay_weight=2.0)}
-    inside = [("stepstep=6", 6, 8, {"max_epochs": 1}), ("stepstep=6", 6, 15, {"max_epochs": 1}), ("stepstep=6", 6, 15, {"max_steps": 9})]
-    behind = [(name, 10, 4, {"max_epochs": 2}) for name in ("stepstep=10", "epochepoch=0")]  # goes on with the next epoch
+    inside = [
+        ("stepstep=6", 6, 8, {"max_epochs": 1}),
+        ("stepstep=6", 6, 15, {"max_epochs": 1}),
+        ("stepstep=6", 6, 15, {"max_steps": 9}),
+    ]
+    behind = [
+        (name, 10, 4, {"max_epochs": 2}) for name in ("stepstep=10", "epochepoch=0")
+    ]  # goes on with the next epoch
     for checkpoint, start, num_steps, limits in inside + behind:
         branch = {"decay_start": start, "num_steps": num_steps}
         resumed = seen(mixture(STABLE | sft, **branch), tmp_path / f"{checkpoint}.ckpt", **limits)
@@ -174,7 +207,10 @@ def test_a_stable_checkpoint_branches_into_decays(tmp_path: Path) -> None:
 
 def test_checkpoints_of_other_steps_are_refused(tmp_path: Path) -> None:
     seen(mixture(), callbacks=savers(tmp_path))
-    with pytest.raises(ValueError, match="steps are of 4 rows in 1 micro-batches a rank and this run's of 8 in 1: resume with the same batch_size"):
+    with pytest.raises(
+        ValueError,
+        match="steps are of 4 rows in 1 micro-batches a rank and this run's of 8 in 1: resume with the same batch_size",
+    ):
         seen(mixture(batch_size=8), tmp_path / "stepstep=4.ckpt")
     with pytest.raises(ValueError, match="of 4 rows in 1 micro-batches a rank and this run's of 4 in 2"):
         seen(mixture(batch_size=2), tmp_path / "stepstep=4.ckpt", accumulate_grad_batches=2, max_epochs=1)
@@ -214,7 +250,9 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("streams", "settings", "sentence"), REFUSED)
-def test_weights_that_make_no_mixture_are_refused(streams: dict[str, Stream], settings: dict[str, Any], sentence: str) -> None:
+def test_weights_that_make_no_mixture_are_refused(
+    streams: dict[str, Stream], settings: dict[str, Any], sentence: str
+) -> None:
     with pytest.raises(ValueError, match=sentence) as error:
         MixtureDataModule(tiny_tokenizer(), streams, **({"num_steps": 5} | settings))
     assert "\n" not in str(error.value)
@@ -228,7 +266,9 @@ def write(path: Path, rows: list[dict[str, Any]]) -> str:
 def test_each_stream_is_read_its_own_way(tmp_path: Path) -> None:
     """Texts are learned whole and split, conversations by the stream's ``loss_on``, and too long ones are dropped."""
     text = write(tmp_path / "text.jsonl", [{"content": "abc" * 30}, {"content": "abd"}])
-    chat = write(tmp_path / "chat.jsonl", [{"prompt": "1+1=", "completion": "2"}, {"prompt": "1+1=", "completion": "2" * 99}])
+    chat = write(
+        tmp_path / "chat.jsonl", [{"prompt": "1+1=", "completion": "2"}, {"prompt": "1+1=", "completion": "2" * 99}]
+    )
     streams = {
         "text": Stream(text, 1.0, columns={"text": "content"}, val=text),
         "answers": Stream(chat, 1.0, loss_on="assistant", val=chat),
@@ -244,10 +284,19 @@ def test_each_stream_is_read_its_own_way(tmp_path: Path) -> None:
     assert list(module.domains) == ["text", "answers"]
 
 
-def test_the_command_line_reads_streams(tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> None:
+def test_the_command_line_reads_streams(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
     text = write(tmp_path / "text.jsonl", [{"text": f"number {index} " * (index + 1)} for index in range(12)])
     config = {
-        "trainer": {"accelerator": "cpu", "devices": 1, "logger": False, "max_steps": 7, "limit_train_batches": 4, "enable_progress_bar": False}
+        "trainer": {
+            "accelerator": "cpu",
+            "devices": 1,
+            "logger": False,
+            "max_steps": 7,
+            "limit_train_batches": 4,
+            "enable_progress_bar": False,
+        }
         | {"enable_checkpointing": False, "enable_model_summary": False, "max_epochs": -1},
         "model": {"class_path": "SFTModule", "init_args": {"policy": "tiny"}},
         "data": {
@@ -272,7 +321,10 @@ def test_the_command_line_reads_streams(tmp_path: Path, capsys: pytest.CaptureFi
     file = tmp_path / "mixture.yaml"
     file.write_text(yaml.safe_dump(config))
     main(["fit", "--config", str(file)])
-    assert "stream text: 12 rows, 737 tokens, 61.4 a row; a row is drawn from it with probability 1.0000, 0.3762 from step 5 on" in caplog.text
+    assert (
+        "stream text: 12 rows, 737 tokens, 61.4 a row; a row is drawn from it with probability 1.0000, 0.3762 from "
+        "step 5 on" in caplog.text
+    )
     assert "max_steps=7" in caplog.text
     with pytest.raises(SystemExit):
         main(["fit", "--config", str(file), "--data.init_args.num_steps", "0"])

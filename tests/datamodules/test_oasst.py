@@ -1,4 +1,6 @@
-"""Conversation trees: which replies are compared, what is left out, and that no thread is on both sides of the split."""
+"""Conversation trees: which replies are compared, what is left out, and that no thread is on both sides of the
+split.
+"""
 
 import json
 from pathlib import Path
@@ -6,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from datamodules.preference_columns import preference_example
+from datamodules.formats.preference_columns import preference_example
 from datamodules.sources.oasst import OasstTrees, is_held_out
 
 OASST = Path(__file__).parents[2].parent / "shared" / "data" / "oasst"
@@ -15,11 +17,20 @@ HELD_OUT = next(name for number in range(40) if is_held_out(name := f"tree{numbe
 
 
 def message(name: str, role: str = "assistant", replies: tuple[Any, ...] = (), **columns: Any) -> dict[str, Any]:
-    return {"message_id": name, "text": f"text of {name}", "role": role, "lang": "en", "replies": list(replies), **columns}
+    return {
+        "message_id": name,
+        "text": f"text of {name}",
+        "role": role,
+        "lang": "en",
+        "replies": list(replies),
+        **columns,
+    }
 
 
 def write(path: Path, *roots: dict[str, Any], state: str = "ready_for_export", names: list[str] = TREES) -> str:
-    trees = [{"message_tree_id": name, "tree_state": state, "prompt": root} for name, root in zip(names, roots, strict=False)]
+    trees = [
+        {"message_tree_id": name, "tree_state": state, "prompt": root} for name, root in zip(names, roots, strict=False)
+    ]
     path.write_text("".join(json.dumps(tree) + "\n" for tree in trees))
     return str(path)
 
@@ -43,7 +54,9 @@ def test_ranked_siblings(tmp_path: Path, ranks: tuple[Any, ...], completions: di
     path = write(tmp_path / "a.jsonl", group(*ranks))
     (row,) = OasstTrees(path).rows()
     assert row.columns["prompt"] == [{"role": "user", "content": "text of root"}]
-    assert dict(zip(row.columns["completions"], row.columns["ranks"], strict=True)) == {f"text of {k}": v for k, v in completions.items()}
+    assert dict(zip(row.columns["completions"], row.columns["ranks"], strict=True)) == {
+        f"text of {k}": v for k, v in completions.items()
+    }
     rows = OasstTrees(path, give="pairs").rows()
     assert [row.columns["chosen"][-1] + row.columns["rejected"][-1] for row in rows] == pairs
     assert all(row.origin == f"{path}:1 replies to root" for row in rows)
@@ -76,7 +89,9 @@ def test_threads_and_prompts(tmp_path: Path) -> None:
     assert names(path, "threads") == ["root a", "root b question c", "root b question d"]
     assert names(path, "prompts") == ["root", "root b question"]
     (row, *_) = OasstTrees(path, give="threads").rows()
-    assert row.columns == {"messages": [{"role": "user", "content": "text of root"}, {"role": "assistant", "content": "text of a"}]}
+    assert row.columns == {
+        "messages": [{"role": "user", "content": "text of root"}, {"role": "assistant", "content": "text of a"}]
+    }
     assert row.origin == f"{path}:1 thread to a" and row.source == OasstTrees(path).rows()[0].source
 
 
@@ -106,7 +121,9 @@ def test_threads_end_in_an_answer(tmp_path: Path, replies: tuple[Any, ...], thre
 def test_no_thread_without_an_answer(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", asked("root"))
     assert names(path, "prompts") == ["root"]
-    with pytest.raises(ValueError, match=r"no thread that ends in an answer in the 1 train trees, with languages \('en',\)"):
+    with pytest.raises(
+        ValueError, match=r"no thread that ends in an answer in the 1 train trees, with languages \('en',\)"
+    ):
         names(path, "threads")
     with pytest.raises(ValueError, match="no prompt in the 1 train trees"):
         names(path, "prompts", languages=["de"])
@@ -140,16 +157,23 @@ def test_a_thread_is_the_prompt_of_later_replies(tmp_path: Path) -> None:
     assert example is not None and example.ranks == [0, 1] and len(example.prompt) == 3
 
 
-@pytest.mark.parametrize("flaw", [{"deleted": True}, {"review_result": False}, {"synthetic": True}, {"lang": "de"}, {"deleted": True, "text": ""}])
+@pytest.mark.parametrize(
+    "flaw",
+    [{"deleted": True}, {"review_result": False}, {"synthetic": True}, {"lang": "de"}, {"deleted": True, "text": ""}],
+)
 def test_what_follows_a_flawed_message_is_left_out(tmp_path: Path, flaw: dict[str, Any]) -> None:
     (row,) = OasstTrees(write(tmp_path / "a.jsonl", thread(**flaw))).rows()
     assert row.columns["completions"] == ["text of b", "text of a"]
-    kept = OasstTrees(write(tmp_path / "a.jsonl", thread(**flaw)), languages=["en", "de"], include_synthetic=True).rows()
+    kept = OasstTrees(
+        write(tmp_path / "a.jsonl", thread(**flaw)), languages=["en", "de"], include_synthetic=True
+    ).rows()
     assert len(kept) == (1 if {"deleted", "review_result"} & set(flaw) else 2)
 
 
 def test_a_flawed_reply_leaves_its_group_alone(tmp_path: Path) -> None:
-    root = message("root", "prompter", (message("a", rank=0, synthetic=True), message("b", rank=1), message("c", rank=2)))
+    root = message(
+        "root", "prompter", (message("a", rank=0, synthetic=True), message("b", rank=1), message("c", rank=2))
+    )
     (row,) = OasstTrees(write(tmp_path / "a.jsonl", root)).rows()
     assert row.columns["completions"] == ["text of b", "text of c"]
 
@@ -164,7 +188,9 @@ def test_trees_and_flat_messages_are_the_same(tmp_path: Path) -> None:
     flat: list[dict[str, Any]] = []
 
     def flatten(node: dict[str, Any], parent: str | None) -> None:
-        flat.append({**{k: v for k, v in node.items() if k != "replies"}, "parent_id": parent, "message_tree_id": TREES[0]})
+        flat.append(
+            {**{k: v for k, v in node.items() if k != "replies"}, "parent_id": parent, "message_tree_id": TREES[0]}
+        )
         for reply in node["replies"]:
             flatten(reply, node["message_id"])
 
@@ -177,32 +203,53 @@ def test_trees_and_flat_messages_are_the_same(tmp_path: Path) -> None:
 
 def flat(*messages: tuple[str, str | None]) -> list[dict[str, Any]]:
     return [
-        {"message_id": name, "parent_id": parent, "text": "t", "role": "prompter" if parent is None else "assistant"} for name, parent in messages
+        {"message_id": name, "parent_id": parent, "text": "t", "role": "prompter" if parent is None else "assistant"}
+        for name, parent in messages
     ]
 
 
 BROKEN: list[tuple[list[dict[str, Any]], str]] = [
-    (flat(("r", None), ("a", "b"), ("b", "a")), "a.jsonl:2: message a is its own ancestor; the parents of a tree must not form a circle"),
+    (
+        flat(("r", None), ("a", "b"), ("b", "a")),
+        "a.jsonl:2: message a is its own ancestor; the parents of a tree must not form a circle",
+    ),
     (flat(("r", None), ("a", "a")), "a.jsonl:2: message a is its own ancestor"),
     (flat(("r", None), ("a", "x")), "a.jsonl:2: message a answers x, which is not in the file"),
     (flat(("r", None), ("r", None)), "a.jsonl:2: message r is there twice, first in .*a.jsonl:1"),
     ([message("r", "prompter", (message("a", replies=(message("r"),)),))], "a.jsonl:1: message r is there twice"),
-    ([message("r", "prompter", (message("a", parent_id="b"),))], "a.jsonl:1: message a stands below r and says that its parent is b"),
-    ([message("r", "prompter", (message("a", "system"),))], "a.jsonl:1: message a has the role 'system', known are prompter, assistant"),
+    (
+        [message("r", "prompter", (message("a", parent_id="b"),))],
+        "a.jsonl:1: message a stands below r and says that its parent is b",
+    ),
+    (
+        [message("r", "prompter", (message("a", "system"),))],
+        "a.jsonl:1: message a has the role 'system', known are prompter, assistant",
+    ),
     ([message("r", "prompter", (message("a", text=" "),))], "a.jsonl:1: message a has no text"),
     ([message("r", "prompter", (message("a", text=None),))], "a.jsonl:1: message a has no text"),
-    ([message("r", "prompter", (message("a", rank=0.5),))], "a.jsonl:1: message a has the rank 0.5, a whole number or null was expected"),
+    (
+        [message("r", "prompter", (message("a", rank=0.5),))],
+        "a.jsonl:1: message a has the rank 0.5, a whole number or null was expected",
+    ),
     ([message("r", "prompter", (message("a", rank=True),))], "a.jsonl:1: message a has the rank True"),
     ([message("r", "prompter", ("text",))], "a.jsonl:1: not a conversation tree"),
     ([{**message("r"), "replies": {"a": 1}}], "a.jsonl:1: not a conversation tree: .* and replies are a list"),
-    ([{**message("r", "prompter", ({"message_id": "a", "text": "t"},))}], "a.jsonl:1: message a has the role None, known are"),
-    ([{"prompt": "x", "completion": "y"}], "a.jsonl:1: not a conversation tree: a message needs a message_id, a text and a role"),
+    (
+        [{**message("r", "prompter", ({"message_id": "a", "text": "t"},))}],
+        "a.jsonl:1: message a has the role None, known are",
+    ),
+    (
+        [{"prompt": "x", "completion": "y"}],
+        "a.jsonl:1: not a conversation tree: a message needs a message_id, a text and a role",
+    ),
 ]
 
 
 @pytest.mark.parametrize(("records", "said"), BROKEN)
 def test_broken_trees_say_where_in_one_sentence(tmp_path: Path, records: list[dict[str, Any]], said: str) -> None:
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"message_tree_id": TREES[0], **record}) + "\n" for record in records))
+    (tmp_path / "a.jsonl").write_text(
+        "".join(json.dumps({"message_tree_id": TREES[0], **record}) + "\n" for record in records)
+    )
     for give in ("groups", "threads"):
         if give == "threads" and "has the rank" in said:
             continue  # threads without top_k do not read ranks
@@ -231,7 +278,9 @@ def test_a_tree_is_on_one_side(tmp_path: Path) -> None:
 
 def siblings(node: dict[str, Any]) -> list[list[tuple[int, str]]]:
     """A naive walk: of each message the ranked assistant replies, best first."""
-    ranked = sorted((r["rank"], r["text"]) for r in node["replies"] if r["role"] == "assistant" and r.get("rank") is not None)
+    ranked = sorted(
+        (r["rank"], r["text"]) for r in node["replies"] if r["role"] == "assistant" and r.get("rank") is not None
+    )
     return [ranked] * (len(ranked) > 1) + [found for reply in node["replies"] for found in siblings(reply)]
 
 
@@ -243,18 +292,26 @@ def test_public_trees(name: str) -> None:
     train, val = (OasstTrees(path, split, include_synthetic=True).rows() for split in ("train", "val"))  # type: ignore[arg-type]
     records = [json.loads(line) for line in (OASST / name).read_text(encoding="utf-8").split("\n") if line]
     groups = [found for record in records for found in siblings(record.get("prompt", record))]
-    assert (len(train), len(val), len(groups)) == (131, 15, 146)  # 145 wholly ranked groups, and one where three of four are
+    assert (len(train), len(val), len(groups)) == (
+        131,
+        15,
+        146,
+    )  # 145 wholly ranked groups, and one where three of four are
     found = [list(zip(row.columns["ranks"], row.columns["completions"], strict=True)) for row in [*train, *val]]
     assert sorted(found) == sorted(groups)
     human = [OasstTrees(path, split).rows() for split in ("train", "val")]  # type: ignore[arg-type]
     assert [len(rows) for rows in human] == [127, 15]  # four groups were written by a model
     pairs = sum(len(OasstTrees(path, split, give="pairs").rows()) for split in ("train", "val"))  # type: ignore[arg-type]
-    assert pairs == sum(len(r) * (len(r) - 1) // 2 for rows in human for r in [row.columns["ranks"] for row in rows])  # no two are tied
+    assert pairs == sum(
+        len(r) * (len(r) - 1) // 2 for rows in human for r in [row.columns["ranks"] for row in rows]
+    )  # no two are tied
     roots = [{row.columns["prompt"][0]["content"] for row in rows} for rows in human]
     assert not roots[0] & roots[1]
     for row in [*train, *val]:
         example = preference_example(row, {})
-        assert example is not None and [turn["role"] for turn in example.prompt][::2] == ["user"] * (len(example.prompt) // 2 + 1)  # type: ignore[index]
+        assert example is not None and [turn["role"] for turn in example.prompt][::2] == ["user"] * (
+            len(example.prompt) // 2 + 1
+        )  # type: ignore[index]
 
 
 def public_threads(node: dict[str, Any], before: tuple[str, ...], top_k: int | None) -> list[tuple[str, ...]]:
@@ -275,10 +332,15 @@ def test_public_threads(top_k: int | None, count: int) -> None:
     if not OASST.is_dir():
         pytest.skip("the public OpenAssistant files are not here")
     path = OASST / "en_100_tree.jsonl"
-    train, val = (OasstTrees(str(path), split, include_synthetic=True, give="threads", top_k=top_k).rows() for split in ("train", "val"))  # type: ignore[arg-type]
+    train, val = (
+        OasstTrees(str(path), split, include_synthetic=True, give="threads", top_k=top_k).rows()
+        for split in ("train", "val")
+    )  # type: ignore[arg-type]
     found = [tuple(turn["content"] for turn in row.columns["messages"]) for row in [*train, *val]]
     records = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
-    assert sorted(found) == sorted(thread for record in records for thread in public_threads(record["prompt"], (), top_k))
+    assert sorted(found) == sorted(
+        thread for record in records for thread in public_threads(record["prompt"], (), top_k)
+    )
     assert len(found) == len(set(found)) == count
     assert not {thread[0] for thread in found[: len(train)]} & {thread[0] for thread in found[len(train) :]}
     for row in train:
@@ -290,7 +352,11 @@ def test_public_prompts() -> None:
     if not OASST.is_dir():
         pytest.skip("the public OpenAssistant files are not here")
     path = str(OASST / "en_100_tree.jsonl")
-    rows = [row for split in ("train", "val") for row in OasstTrees(path, split, include_synthetic=True, give="prompts").rows()]  # type: ignore[arg-type]
+    rows = [
+        row
+        for split in ("train", "val")
+        for row in OasstTrees(path, split, include_synthetic=True, give="prompts").rows()
+    ]  # type: ignore[arg-type]
     assert len(rows) == 322  # every message of a prompter: 797 messages, 475 of them from assistants
     assert all(row.columns["prompt"][-1]["role"] == "user" for row in rows)
 
@@ -300,7 +366,10 @@ def test_public_seed_data() -> None:
     if not OASST.is_dir():
         pytest.skip("the public OpenAssistant files are not here")
     path = str(OASST / "realistic_seed_data.json")
-    counts = [sum(len(OasstTrees(path, split, give=give).rows()) for split in ("train", "val")) for give in ("prompts", "threads")]  # type: ignore[arg-type]
+    counts = [
+        sum(len(OasstTrees(path, split, give=give).rows()) for split in ("train", "val"))
+        for give in ("prompts", "threads")
+    ]  # type: ignore[arg-type]
     assert counts == [103, 98]  # of 127 prompts; counted with a dictionary of replies by parent_message_id
     with pytest.raises(ValueError, match=r"no group of ranked replies in the 50 train trees"):
         OasstTrees(path).rows()

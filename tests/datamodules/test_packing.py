@@ -10,9 +10,9 @@ from lightning.pytorch import Trainer
 from test_instruction_resume import Unigram, fit
 
 from datamodules import Addition, InstructionDataModule
-from datamodules.collate import InstructionDataset, MicroBatch
-from datamodules.packing import best_fit_decreasing, pack, split_long
-from datamodules.tokens import Tokens
+from datamodules.loaders.step_sampler import InstructionDataset, MicroBatch
+from datamodules.tokens.encoding import Tokens
+from datamodules.tokens.packing import best_fit_decreasing, pack, split_long
 from modules import SFTModule
 from modules.networks.tiny import tiny_tokenizer
 
@@ -25,7 +25,12 @@ def ids_and_documents(rows: list[Tokens]) -> list[tuple[list[int], tuple[int, ..
     return [(row.ids, row.documents) for row in rows]
 
 
-EXAMPLE = [tokens(1, 2, 3, 4, 5), tokens(6, 7), tokens(8, 9, 10), tokens(11)]  # of trl.data_utils.pack_dataset, seq_length 4
+EXAMPLE = [
+    tokens(1, 2, 3, 4, 5),
+    tokens(6, 7),
+    tokens(8, 9, 10),
+    tokens(11),
+]  # of trl.data_utils.pack_dataset, seq_length 4
 
 
 def test_the_example_of_trl() -> None:
@@ -39,8 +44,14 @@ def test_the_example_of_trl() -> None:
 
 def test_ties_keep_their_order() -> None:
     assert best_fit_decreasing([2, 2, 2, 2, 2], 4) == [[0, 1], [2, 3], [4]]
-    assert best_fit_decreasing([3, 3, 1, 1], 4) == [[0, 2], [1, 3]]  # of two rows with room 1 the first opened is filled first
-    assert best_fit_decreasing([5, 6, 3, 4], 10) == [[1, 3], [0, 2]]  # 4 fits both 6 and 5 and goes where it leaves less room
+    assert best_fit_decreasing([3, 3, 1, 1], 4) == [
+        [0, 2],
+        [1, 3],
+    ]  # of two rows with room 1 the first opened is filled first
+    assert best_fit_decreasing([5, 6, 3, 4], 10) == [
+        [1, 3],
+        [0, 2],
+    ]  # 4 fits both 6 and 5 and goes where it leaves less room
 
 
 def naive(lengths: list[int], capacity: int) -> list[list[int]]:
@@ -84,7 +95,11 @@ def test_the_first_token_of_a_document_is_never_learned() -> None:
 
 
 def test_positions_start_anew_and_padding_stands_alone() -> None:
-    rows = [Tokens([7, 8, 9, 7, 8], [False, True, True, False, True], (3, 2)), Tokens([5, 6], [False, True], (2,)), Tokens([5, 6], [False, True])]
+    rows = [
+        Tokens([7, 8, 9, 7, 8], [False, True, True, False, True], (3, 2)),
+        Tokens([5, 6], [False, True], (2,)),
+        Tokens([5, 6], [False, True]),
+    ]
     dataset = InstructionDataset(rows, pad_id=0)
     batch = dataset[MicroBatch((0, 1, 2), 5)]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1], [0, 1, 0, 0, 0], [0, 1, 0, 0, 0]]
@@ -94,7 +109,9 @@ def test_positions_start_anew_and_padding_stands_alone() -> None:
 
 
 def data(packing: bool, batch_size: int, rows: int = 40, max_length: int = 48) -> InstructionDataModule:
-    return InstructionDataModule(tiny_tokenizer(), Addition(rows), max_length=max_length, packing=packing, batch_size=batch_size, seed=1)
+    return InstructionDataModule(
+        tiny_tokenizer(), Addition(rows), max_length=max_length, packing=packing, batch_size=batch_size, seed=1
+    )
 
 
 def test_packed_rows_learn_as_many_tokens() -> None:
@@ -117,7 +134,13 @@ class Noted(SFTModule):
 
 def one_step(module: InstructionDataModule, **settings: Any) -> tuple[float, Noted]:
     model = Noted("tiny")
-    quiet: dict[str, Any] = {"accelerator": "cpu", "devices": 1, "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    quiet: dict[str, Any] = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
     trainer = Trainer(max_steps=1, enable_checkpointing=False, **quiet, **settings)
     trainer.fit(model, datamodule=module)
     return float(trainer.callback_metrics["train/loss"]), model

@@ -9,15 +9,19 @@ from typing import Any
 
 import pytest
 
-from datamodules.chat import encode_example
-from datamodules.columns import check_mapping
+from datamodules.formats.columns import check_mapping
+from datamodules.formats.preference_columns import KNOWN, PreferenceExample, dense_ranks, preference_example
 from datamodules.preference import PreferenceDataModule
-from datamodules.preference_columns import KNOWN, PreferenceExample, dense_ranks, preference_example
 from datamodules.sources import Files, Row
+from datamodules.tokens.chat import encode_example
 from modules.networks.tiny import tiny_tokenizer
 
 DATA = Path(__file__).parents[2].parent / "shared" / "data"
-SYSTEM, USER, MORE = {"role": "system", "content": "s"}, {"role": "user", "content": "x"}, {"role": "user", "content": "z"}
+SYSTEM, USER, MORE = (
+    {"role": "system", "content": "s"},
+    {"role": "user", "content": "x"},
+    {"role": "user", "content": "z"},
+)
 GOOD, BAD = {"role": "assistant", "content": "good"}, {"role": "assistant", "content": "bad"}
 HH = "\n\nHuman: x \n\nAssistant: I said Human: hi\n\nHuman: z\n\nAssistant:"
 
@@ -32,7 +36,11 @@ def said(turn: dict[str, str]) -> dict[str, str]:
 
 def parts(turn: dict[str, str]) -> dict[str, Any]:
     content = turn["content"]
-    return {"role": turn["role"], "content": [{"type": "text", "value": content[:1]}, {"type": "text", "value": content[1:]}], "loss_weight": 1.0}
+    return {
+        "role": turn["role"],
+        "content": [{"type": "text", "value": content[:1]}, {"type": "text", "value": content[1:]}],
+        "loss_weight": 1.0,
+    }
 
 
 @pytest.mark.parametrize(
@@ -41,8 +49,16 @@ def parts(turn: dict[str, str]) -> dict[str, Any]:
         ({"prompt": "x", "chosen": "good", "rejected": "bad"}, {}, "x"),
         ({"question": "x", "response_j": "good", "response_k": "bad"}, {}, "x"),
         ({"question": "x", "prompt": "no", "chosen": "good", "rejected": "bad"}, {"question": "question"}, "x"),
-        ({"q": "x", "win": "good", "loss": "bad", "output": {}}, {"prompt": "q", "chosen": "win", "rejected": "loss"}, "x"),
-        ({"q": "x", "pair": {"win": "good", "loss": "bad"}}, {"prompt": "q", "chosen": "pair.win", "rejected": "pair.loss"}, "x"),
+        (
+            {"q": "x", "win": "good", "loss": "bad", "output": {}},
+            {"prompt": "q", "chosen": "win", "rejected": "loss"},
+            "x",
+        ),
+        (
+            {"q": "x", "pair": {"win": "good", "loss": "bad"}},
+            {"prompt": "q", "chosen": "pair.win", "rejected": "pair.loss"},
+            "x",
+        ),
         ({"instruction": "x", "input": "", "chosen": "good", "rejected": "bad"}, {}, "x"),
         ({"instruction": "x", "input": "more", "chosen": "good", "rejected": "bad"}, {}, "x\n\nmore"),
         ({"prompt": [USER], "chosen": "good", "rejected": "bad"}, {}, [USER]),
@@ -53,21 +69,43 @@ def parts(turn: dict[str, str]) -> dict[str, Any]:
         ({"prompt": "x", "chosen": [SYSTEM, USER, GOOD], "rejected": [SYSTEM, USER, BAD]}, {}, [SYSTEM, USER]),
         ({"prompt": [USER], "chosen": [USER, GOOD], "rejected": [BAD]}, {}, [USER]),
         ({"chosen": [USER, BAD, MORE, GOOD], "rejected": [USER, BAD, MORE, BAD]}, {}, [USER, BAD, MORE]),
-        ({"chosen_messages": [parts(SYSTEM), parts(USER), parts(GOOD)], "rejected_messages": [SYSTEM, USER, BAD], "prompt": 3}, {}, [SYSTEM, USER]),
-        ({"conversations": [said(SYSTEM), said(USER)], "chosen": said(GOOD), "rejected": said(BAD)}, {}, [SYSTEM, USER]),
+        (
+            {
+                "chosen_messages": [parts(SYSTEM), parts(USER), parts(GOOD)],
+                "rejected_messages": [SYSTEM, USER, BAD],
+                "prompt": 3,
+            },
+            {},
+            [SYSTEM, USER],
+        ),
+        (
+            {"conversations": [said(SYSTEM), said(USER)], "chosen": said(GOOD), "rejected": said(BAD)},
+            {},
+            [SYSTEM, USER],
+        ),
         ({"chosen": HH + "good", "rejected": HH + "bad"}, {}, HH),
         ({"prompt": "x", "completions": ["good", "bad"]}, {}, "x"),
-        ({"context": [USER], "completions": [{"rank": 0, "completion": [GOOD]}, {"rank": 1, "completion": [BAD]}]}, {}, [USER]),
+        (
+            {"context": [USER], "completions": [{"rank": 0, "completion": [GOOD]}, {"rank": 1, "completion": [BAD]}]},
+            {},
+            [USER],
+        ),
         ({"instruction": "x", "output_1": "good", "output_2": "bad", "preference": 1}, {}, "x"),
         ({"instruction": "x", "output_1": "good", "output_2": "bad", "preference": 1.4}, {}, "x"),
         ({"input": "x", "output_1": "good", "output_2": "bad", "label": "1"}, {}, "x"),
-        ({"prompt": "x", "response1": "good", "response2": "bad", "annotator1": 2, "annotator2": 1, "annotator3": 1}, {}, "x"),
+        (
+            {"prompt": "x", "response1": "good", "response2": "bad", "annotator1": 2, "annotator2": 1, "annotator3": 1},
+            {},
+            "x",
+        ),
         ({"prompt": "x", "response1": "good", "response2": "bad", "verdict": "1"}, {"label": "verdict"}, "x"),
     ],
 )
 def test_shapes_of_a_pair(columns: dict[str, Any], mapping: dict[str, str], prompt: object) -> None:
     check_mapping(mapping, KNOWN)
-    assert preference_example(row(**columns), mapping) == PreferenceExample(prompt, ["good", "bad"], [0, 1], None, "data.jsonl:3")  # type: ignore[arg-type]
+    assert preference_example(row(**columns), mapping) == PreferenceExample(
+        prompt, ["good", "bad"], [0, 1], None, "data.jsonl:3"
+    )  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -77,7 +115,16 @@ def test_shapes_of_a_pair(columns: dict[str, Any], mapping: dict[str, str], prom
         ({"completions": ["a", "b", "c"], "ranks": [4, 1, 4]}, [1, 0, 1]),
         ({"completions": ["a", "b", "c"], "scores": [0.5, 2, -1]}, [1, 0, 2]),
         ({"completions": ["a", "b", "c"], "scores": [1, None, 1], "ranks": [0, 1, 2]}, [0, 1, 2]),
-        ({"completions": [{"rank": 2, "completion": "a"}, {"rank": 0, "completion": "b"}, {"rank": 0, "completion": "c"}]}, [1, 0, 0]),
+        (
+            {
+                "completions": [
+                    {"rank": 2, "completion": "a"},
+                    {"rank": 0, "completion": "b"},
+                    {"rank": 0, "completion": "c"},
+                ]
+            },
+            [1, 0, 0],
+        ),
         ({"output_1": "a", "output_2": "b", "preference": 2}, [1, 0]),
         ({"output_1": "a", "output_2": "b", "preference": 1.50001}, [1, 0]),
         ({"completion": "a", "label": True}, [0]),
@@ -100,9 +147,13 @@ def test_ties_are_no_examples_whatever_the_answers_hold(verdict: object) -> None
     assert preference_example(row(prompt="x", completions=["a", "b"], scores=[1, 1]), {}) is None
 
 
-@pytest.mark.parametrize(("votes", "ranks"), [((1, 2, 0), None), ((0, 0, 2), None), ((2, 0, 2), [1, 0]), ((1, 1, 1), [0, 1])])
+@pytest.mark.parametrize(
+    ("votes", "ranks"), [((1, 2, 0), None), ((0, 0, 2), None), ((2, 0, 2), [1, 0]), ((1, 1, 1), [0, 1])]
+)
 def test_the_majority_of_annotators_decides(votes: tuple[int, ...], ranks: list[int] | None) -> None:
-    example = preference_example(row(prompt="x", response1="a", response2="b", **{f"annotator{i + 1}": vote for i, vote in enumerate(votes)}), {})
+    example = preference_example(
+        row(prompt="x", response1="a", response2="b", **{f"annotator{i + 1}": vote for i, vote in enumerate(votes)}), {}
+    )
     assert (example and example.ranks) == ranks
 
 
@@ -142,36 +193,94 @@ def test_margins(columns: dict[str, Any], margins: dict[str, float] | None, marg
 
 PAIR = {"chosen": "a", "rejected": "b"}
 BROKEN: list[tuple[dict[str, Any], str]] = [
-    ({"prompt": "x", "chosen": "a"}, "found the columns prompt, chosen; looked for a prompt .* with one of: chosen [+] rejected, response_j"),
-    ({"instruction": "x", "input": "", "output_1": "a", "output_2": "b"}, "found the columns instruction, input, output_1, output_2; looked for"),
-    (PAIR, r"there is no prompt, and chosen is not a transcript that starts with '\\n\\nHuman:'; name the column of the prompt"),
+    (
+        {"prompt": "x", "chosen": "a"},
+        "found the columns prompt, chosen; looked for a prompt .* with one of: chosen [+] rejected, response_j",
+    ),
+    (
+        {"instruction": "x", "input": "", "output_1": "a", "output_2": "b"},
+        "found the columns instruction, input, output_1, output_2; looked for",
+    ),
+    (
+        PAIR,
+        r"there is no prompt, and chosen is not a transcript that starts with '\\n\\nHuman:'; name the column of the "
+        r"prompt",
+    ),
     ({"prompt": 3, **PAIR}, "column 'prompt' holds a int, text or a list of messages was expected"),
     ({"prompt": "x", "chosen": "a", "rejected": " \n"}, "rejected is empty$"),
-    ({"prompt": "x", "chosen": True, "rejected": "b"}, "chosen is a bool; the answers must all be text or all be messages"),
+    (
+        {"prompt": "x", "chosen": True, "rejected": "b"},
+        "chosen is a bool; the answers must all be text or all be messages",
+    ),
     ({"prompt": "x", "chosen": "a", "rejected": None}, "rejected is a NoneType; the answers must all be text"),
-    ({"prompt": "x", "chosen": "a", "rejected": [BAD]}, "rejected is a list; the answers must all be text or all be messages"),
-    ({"prompt": "x", "chosen": [USER, GOOD, MORE, GOOD], "rejected": [USER, BAD]}, "chosen must be one assistant .* assistant, user, assistant$"),
-    ({"prompt": "y", "chosen": [USER, GOOD], "rejected": [USER, BAD]}, "chosen must be one assistant turn behind the prompt, and it is: user, as"),
-    ({"prompt": [USER], "chosen": [USER], "rejected": [BAD]}, "chosen must be one assistant turn behind the prompt, and it is: nothing"),
-    ({"chosen": [USER, GOOD], "rejected": [MORE, BAD]}, "chosen must be one assistant turn behind the prompt, and it is: user, assistant"),
+    (
+        {"prompt": "x", "chosen": "a", "rejected": [BAD]},
+        "rejected is a list; the answers must all be text or all be messages",
+    ),
+    (
+        {"prompt": "x", "chosen": [USER, GOOD, MORE, GOOD], "rejected": [USER, BAD]},
+        "chosen must be one assistant .* assistant, user, assistant$",
+    ),
+    (
+        {"prompt": "y", "chosen": [USER, GOOD], "rejected": [USER, BAD]},
+        "chosen must be one assistant turn behind the prompt, and it is: user, as",
+    ),
+    (
+        {"prompt": [USER], "chosen": [USER], "rejected": [BAD]},
+        "chosen must be one assistant turn behind the prompt, and it is: nothing",
+    ),
+    (
+        {"chosen": [USER, GOOD], "rejected": [MORE, BAD]},
+        "chosen must be one assistant turn behind the prompt, and it is: user, assistant",
+    ),
     ({"chosen": [], "rejected": []}, "chosen must be one assistant turn behind the prompt, and it is: nothing"),
-    ({"chosen": HH + "a\n\nHuman: on\n\nAssistant: b", "rejected": HH + "c"}, "chosen must be one .* it is: assistant, user, assistant"),
-    ({"chosen": [USER, {"role": "assistant"}], "rejected": [USER, BAD]}, "chosen, message 1, must have a role and a content"),
+    (
+        {"chosen": HH + "a\n\nHuman: on\n\nAssistant: b", "rejected": HH + "c"},
+        "chosen must be one .* it is: assistant, user, assistant",
+    ),
+    (
+        {"chosen": [USER, {"role": "assistant"}], "rejected": [USER, BAD]},
+        "chosen, message 1, must have a role and a content",
+    ),
     ({"chosen": [USER, "a"], "rejected": [USER, BAD]}, "chosen, message 1, must have a role and a content"),
-    ({"conversations": [{"from": "observation", "value": "x"}], **PAIR}, "conversations, message 0, is from 'observation'; known are human, gpt"),
-    ({"prompt": [{"role": "user", "content": [{"type": "image", "url": "u"}]}], **PAIR}, "prompt, message 0, has a content part that is not text"),
+    (
+        {"conversations": [{"from": "observation", "value": "x"}], **PAIR},
+        "conversations, message 0, is from 'observation'; known are human, gpt",
+    ),
+    (
+        {"prompt": [{"role": "user", "content": [{"type": "image", "url": "u"}]}], **PAIR},
+        "prompt, message 0, has a content part that is not text",
+    ),
     ({"prompt": "x", "completions": ["a"]}, "completions must be a list of at least two"),
-    ({"prompt": "x", "completions": ["a", "b"], "ranks": [0]}, "ranks must hold one number for each of the 2 completions"),
+    (
+        {"prompt": "x", "completions": ["a", "b"], "ranks": [0]},
+        "ranks must hold one number for each of the 2 completions",
+    ),
     ({"prompt": "x", "completions": ["a", "b"], "scores": [1, None]}, "scores must hold one number for each of the 2"),
-    ({"prompt": "x", "completions": [{"completion": "a", "rank": 0}, {"completion": "b"}]}, "rank must hold one number for each of the 2"),
-    ({"prompt": "x", "completions": ["a", "b"], "labels": [True, False]}, "completions with labels are steps of one answer"),
+    (
+        {"prompt": "x", "completions": [{"completion": "a", "rank": 0}, {"completion": "b"}]},
+        "rank must hold one number for each of the 2",
+    ),
+    (
+        {"prompt": "x", "completions": ["a", "b"], "labels": [True, False]},
+        "completions with labels are steps of one answer",
+    ),
     ({"prompt": "x", "output_1": "a", "output_2": "b", "label": 3}, "column 'label' holds 3, expected 1, 2 or between"),
-    ({"prompt": "x", "output_1": "a", "output_2": "b", "label": "garbage"}, "column 'label' holds 'garbage', expected 1, 2"),
+    (
+        {"prompt": "x", "output_1": "a", "output_2": "b", "label": "garbage"},
+        "column 'label' holds 'garbage', expected 1, 2",
+    ),
     ({"prompt": "x", "output_1": "a", "output_2": "b", "label": True}, "column 'label' holds True, expected 1, 2"),
     ({"prompt": "x", "completion": "a", "label": 1}, "column 'label' holds 1, expected true"),
-    ({"messages": [GOOD, USER], "label": True}, "messages must be one assistant turn behind the prompt, and it is: user"),
+    (
+        {"messages": [GOOD, USER], "label": True},
+        "messages must be one assistant turn behind the prompt, and it is: user",
+    ),
     ({"prompt": "x", **PAIR, "margin": "big"}, "column 'margin' holds 'big', a number was expected"),
-    ({"prompt": "x", **PAIR, "strength": "huge"}, "no margin for strength 'huge'; margins names significantly better, better"),
+    (
+        {"prompt": "x", **PAIR, "strength": "huge"},
+        "no margin for strength 'huge'; margins names significantly better, better",
+    ),
 ]
 
 
@@ -260,14 +369,22 @@ def test_public_files(name: str, count: int, ties: int, bad: list[int]) -> None:
     records = raw(name)
     examples, found_ties, found_bad = read(Files(str(shared(name))).rows())
     assert (len(examples), found_ties, found_bad) == (count, ties, bad) and count + ties + len(bad) == len(records)
-    good = [record for index, record in enumerate(records) if index not in bad and record.get("preference", 1) not in (0, None)]
+    good = [
+        record
+        for index, record in enumerate(records)
+        if index not in bad and record.get("preference", 1) not in (0, None)
+    ]
     for example, record in ((examples[0], good[0]), (examples[-1], good[-1])):
-        assert [example.completions[index] for index in sorted(range(len(example.ranks)), key=lambda k: example.ranks[k])] == answers(record)
+        assert [
+            example.completions[index] for index in sorted(range(len(example.ranks)), key=lambda k: example.ranks[k])
+        ] == answers(record)
         assert isinstance(example.prompt, list if "torchtune/stack" not in name else str)
         for text in example.completions:  # what the model is to learn decodes to the answer and one end of turn
             tokens = encode_example(tiny_tokenizer(), example.prompt, text, example.origin)
             learned = [token for token, kept in zip(tokens.ids, tokens.supervised, strict=True) if kept]
-            assert tiny_tokenizer().decode(learned) == text + ("<|im_end|>" if isinstance(example.prompt, list) else "<|eos|>")
+            assert tiny_tokenizer().decode(learned) == text + (
+                "<|im_end|>" if isinstance(example.prompt, list) else "<|eos|>"
+            )
 
 
 def test_transcripts_of_a_base_model_are_the_files_bytes() -> None:
@@ -275,36 +392,65 @@ def test_transcripts_of_a_base_model_are_the_files_bytes() -> None:
     for index in (0, 700, len(records) - 1):
         example = preference_example(Row(records[index], "hh:1", "hh"), {})
         assert example is not None and isinstance(example.prompt, str) and example.prompt.endswith("\n\nAssistant:")
-        assert [example.prompt + text for text in example.completions] == [records[index]["chosen"], records[index]["rejected"]]
+        assert [example.prompt + text for text in example.completions] == [
+            records[index]["chosen"],
+            records[index]["rejected"],
+        ]
 
 
 def test_pandalm_and_its_judges() -> None:
     records = raw("pandalm/testset-v1.json")
     examples, ties, bad = read(Files(str(shared("pandalm/testset-v1.json"))).rows())
-    broken = [r for r in records if any(not isinstance(r[name], str) or not r[name].strip() for name in ("response1", "response2"))]
+    broken = [
+        r
+        for r in records
+        if any(not isinstance(r[name], str) or not r[name].strip() for name in ("response1", "response2"))
+    ]
     assert (len(examples), ties, len(bad)) == (612, 63, 52)  # 612 + 63 + 52 = 727
-    assert all(records[index] in broken for index in bad)  # the 6 booleans and the empty answers that were not called ties
+    assert all(
+        records[index] in broken for index in bad
+    )  # the 6 booleans and the empty answers that were not called ties
     assert {157, 158, 159, 161, 162, 164} <= {records[index]["idx"] for index in bad}
     assert examples[0].completions == [records[0]["response1"], records[0]["response2"]]
     for name, verdict in (("gpt-3.5-turbo-testset-v1", "gpt_result"), ("pandalm-7b-testset-v1", "pandalm_result")):
         judged = {record["idx"]: record[verdict] for record in raw(f"pandalm/{name}.json")}
         without = [{key: value for key, value in record.items() if "annotator" not in key} for record in records]
-        rows = [Row({**record, "label": judged[record["idx"]]}, f"{name}#{i}", name) for i, record in enumerate(without) if record not in broken]
-        whole = [row for row in rows if isinstance(row.columns["response1"], str) and row.columns["response1"] and row.columns["response2"]]
+        rows = [
+            Row({**record, "label": judged[record["idx"]]}, f"{name}#{i}", name)
+            for i, record in enumerate(without)
+            if record not in broken
+        ]
+        whole = [
+            row
+            for row in rows
+            if isinstance(row.columns["response1"], str) and row.columns["response1"] and row.columns["response2"]
+        ]
         found, num_ties, garbage = read([row for row in whole if isinstance(row.columns["response2"], str)])
         labels = Counter(str(row.columns["label"]) for row in whole if isinstance(row.columns["response2"], str))
-        assert (len(found), num_ties, len(garbage)) == (labels["1"] + labels["2"], labels["Tie"] + labels["0"], labels["garbage"])
+        assert (len(found), num_ties, len(garbage)) == (
+            labels["1"] + labels["2"],
+            labels["Tie"] + labels["0"],
+            labels["garbage"],
+        )
         assert (labels["garbage"] > 0) == (verdict == "gpt_result")
 
 
 def test_vicuna_reviews_are_scores_of_two_answers() -> None:
     folder = "fastchat/vicuna_gpt4_review"
     questions = {record["question_id"]: record["text"] for record in raw(f"{folder}/question.jsonl")}
-    texts = {r["answer_id"]: r["text"] for name in ("gpt35", "vicuna-13b", "llama-13b") for r in raw(f"{folder}/answer/answer_{name}.jsonl")}
+    texts = {
+        r["answer_id"]: r["text"]
+        for name in ("gpt35", "vicuna-13b", "llama-13b")
+        for r in raw(f"{folder}/answer/answer_{name}.jsonl")
+    }
     reviews = [r for name in ("gpt35", "llama-13b") for r in raw(f"{folder}/review/review_{name}_vicuna-13b.jsonl")]
     rows = [
         Row(
-            {"question": questions[r["question_id"]], "completions": [texts[r["answer1_id"]], texts[r["answer2_id"]]], "scores": r["score"]},
+            {
+                "question": questions[r["question_id"]],
+                "completions": [texts[r["answer1_id"]], texts[r["answer2_id"]]],
+                "scores": r["score"],
+            },
             "v:1",
             "v",
         )
@@ -336,5 +482,8 @@ def test_vicuna_reviews_are_scores_of_two_answers() -> None:
 )
 def test_files_without_a_preference_are_refused_in_one_sentence(name: str) -> None:
     first = Files(str(shared(name))).rows()[0]
-    with pytest.raises(ValueError, match=re.escape(f"{first.origin}: found the columns {', '.join(first.columns)}; looked for a prompt")):
+    with pytest.raises(
+        ValueError,
+        match=re.escape(f"{first.origin}: found the columns {', '.join(first.columns)}; looked for a prompt"),
+    ):
         preference_example(first, {})

@@ -9,11 +9,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
-from datamodules.chat import encode_example, encode_prompt
-from datamodules.collate import MicroBatch, StepSampler
-from datamodules.collate_preference import PreferenceDataset, PreferenceTokens
+from datamodules.loaders.preference_rows import PreferenceDataset, PreferenceTokens
+from datamodules.loaders.step_sampler import MicroBatch, StepSampler
 from datamodules.preference import PreferenceDataModule, chosen_longer_by
 from datamodules.sources import Row, Source
+from datamodules.tokens.chat import encode_example, encode_prompt
 from modules.networks.tiny import tiny_tokenizer
 from modules.types import PreferenceBatch
 
@@ -47,19 +47,35 @@ def ids(text: str) -> list[int]:
 
 
 def test_batch_fields() -> None:
-    data = module(pair("ab", "c", "pqr"), {"prompt": "s", "completions": ["d", "ef", "gh"], "ranks": [1, 0, 1]}, batch_size=2)
+    data = module(
+        pair("ab", "c", "pqr"), {"prompt": "s", "completions": ["d", "ef", "gh"], "ranks": [1, 0, 1]}, batch_size=2
+    )
     (batch,) = list(data.in_order("train"))
     # the longer example first: 3 + 3 + 2 = 8 tokens against 1 + 2 + 3 + 3 = 9
     assert batch["prompt_ids"].tolist() == [[*ids("s"), 0, 0], ids("pqr")]
     assert batch["prompt_mask"].tolist() == [[True, False, False], [True] * 3]
-    assert batch["completion_ids"].tolist() == [[*ids("d"), EOS, 0], [*ids("ef"), EOS], [*ids("gh"), EOS], [*ids("ab"), EOS], [*ids("c"), EOS, 0]]
-    assert batch["completion_mask"].tolist() == [[True, True, False], [True] * 3, [True] * 3, [True] * 3, [True, True, False]]
+    assert batch["completion_ids"].tolist() == [
+        [*ids("d"), EOS, 0],
+        [*ids("ef"), EOS],
+        [*ids("gh"), EOS],
+        [*ids("ab"), EOS],
+        [*ids("c"), EOS, 0],
+    ]
+    assert batch["completion_mask"].tolist() == [
+        [True, True, False],
+        [True] * 3,
+        [True] * 3,
+        [True] * 3,
+        [True, True, False],
+    ]
     assert batch["prompt_index"].tolist() == [0, 0, 0, 1, 1]
     assert batch["rank"].tolist() == [1, 0, 1, 0, 1]
     assert batch["row"].tolist() == [2, 3, 4, 0, 1]  # the first example owns completions 0 and 1
     assert batch["denominator"] == 2.0 and batch["denominator"].shape == ()
     assert set(batch) == set(PreferenceBatch.__required_keys__)
-    assert all(batch[name].dtype == torch.long for name in ("prompt_ids", "completion_ids", "prompt_index", "rank", "row"))
+    assert all(
+        batch[name].dtype == torch.long for name in ("prompt_ids", "completion_ids", "prompt_index", "rank", "row")
+    )
 
 
 def test_a_filler_makes_no_pair() -> None:
@@ -82,7 +98,9 @@ def test_margins_are_in_every_batch_or_in_none() -> None:
     batches = list(data.in_order("train"))
     assert [batch["margin"].tolist() for batch in batches] == [[3.0], [2.5], [0.0]]
     assert batches[0]["margin"].dtype == torch.float32
-    with pytest.raises(ValueError, match="data.jsonl:1: margins is set and no train row has a strength; map its column with columns"):
+    with pytest.raises(
+        ValueError, match="data.jsonl:1: margins is set and no train row has a strength; map its column with columns"
+    ):
         module(pair("a", "b"), margins={"much": 3.0})
 
 
@@ -98,13 +116,23 @@ def test_prompt_and_completion_are_what_fine_tuning_sees(chat: bool) -> None:
 
 
 def test_long_examples_go_whole_and_ties_and_bad_rows_are_counted() -> None:
-    records = [pair("a" * 6, "b"), pair("a" * 7, "b"), pair("b", "a" * 7), {"prompt": "p", "completions": ["a", "b"], "scores": [1, 1]}]
+    records = [
+        pair("a" * 6, "b"),
+        pair("a" * 7, "b"),
+        pair("b", "a" * 7),
+        {"prompt": "p", "completions": ["a", "b"], "scores": [1, 1]},
+    ]
     data = module(*records, max_length=8)  # 1 + 6 + 1
-    assert len(data.train_rows) == 1 and data.dropped["train"] == 2 and data.ties["train"] == 1 and data.bad["train"] == 0
+    assert (
+        len(data.train_rows) == 1 and data.dropped["train"] == 2 and data.ties["train"] == 1 and data.bad["train"] == 0
+    )
     with pytest.raises(ValueError, match="data.jsonl:2: 9 tokens and the limit is 8; raise it or set drop_long: true"):
         module(*records, max_length=8, drop_long=False)
     bad = [pair("a", "b"), pair("a", ""), pair("same", "same"), {"prompt": "p"}]
-    with pytest.raises(ValueError, match="^data.jsonl:2: rejected is empty; mend the row, or set data.on_bad_row: drop to leave such rows out$"):
+    with pytest.raises(
+        ValueError,
+        match="^data.jsonl:2: rejected is empty; mend the row, or set data.on_bad_row: drop to leave such rows out$",
+    ):
         module(*bad)
     data = module(*bad, on_bad_row="drop")
     assert len(data.train_rows) == 1 and data.bad["train"] == 3 and data.dropped["train"] == 0
@@ -115,7 +143,10 @@ def test_long_examples_go_whole_and_ties_and_bad_rows_are_counted() -> None:
 
 
 def test_identical_answers_are_refused_unless_they_are_not_compared() -> None:
-    with pytest.raises(ValueError, match="data.jsonl:1: two answers are identical, so neither is better; remove the row or set on_bad_row: drop"):
+    with pytest.raises(
+        ValueError,
+        match="data.jsonl:1: two answers are identical, so neither is better; remove the row or set on_bad_row: drop",
+    ):
         module(pair("same", "same"))
     with pytest.raises(ValueError, match="data.jsonl:1: two answers are identical"):
         module({"prompt": "p", "completions": ["a", "b", "a"]})
@@ -128,7 +159,10 @@ def test_one_kind_a_data_set() -> None:
     data = module(labelled, {**labelled, "label": False})
     assert data.kind == "labels" and [row.ranks for row in data.train_rows] == [[0], [1]]
     assert module(pair("a", "b")).kind == "pairs"
-    with pytest.raises(ValueError, match="data.jsonl:2: labelled completions, and the rows before it are ranked completions; give each kind a run"):
+    with pytest.raises(
+        ValueError,
+        match="data.jsonl:2: labelled completions, and the rows before it are ranked completions; give each kind a run",
+    ):
         module(pair("a", "b"), labelled)
     with pytest.raises(ValueError, match="data.jsonl:1: ranked completions, and the rows before it are labelled"):
         module(labelled, val=Given(pair("a", "b")))
@@ -155,7 +189,9 @@ def test_what_is_missing_or_wrong_is_said() -> None:
 
 
 def lengths(*pairs: tuple[int, int]) -> list[dict[str, Any]]:
-    """Rows whose chosen and rejected answers have these many letters; different letters, so that no answer is like another."""
+    """Rows whose chosen and rejected answers have these many letters; different letters, so that no answer is like
+    another.
+    """
     return [pair("a" * chosen, "b" * rejected) for chosen, rejected in pairs]
 
 
@@ -168,10 +204,17 @@ def test_balance_length() -> None:
     differences = [chosen_longer_by(row) for row in data.train_rows]
     assert sorted(abs(d) for d in differences if abs(d) < 2) == [0, 1, 1]
     assert sum(d > 0 for d in differences) == sum(d < 0 for d in differences) == 2
-    assert [row.origin for row in data.train_rows] == sorted((row.origin for row in data.train_rows), key=lambda o: int(o.split(":")[1]))
-    kept = {frozenset(row.origin for row in module(*records, balance_length=True, seed=seed).train_rows) for seed in range(20)}
+    assert [row.origin for row in data.train_rows] == sorted(
+        (row.origin for row in data.train_rows), key=lambda o: int(o.split(":")[1])
+    )
+    kept = {
+        frozenset(row.origin for row in module(*records, balance_length=True, seed=seed).train_rows)
+        for seed in range(20)
+    }
     assert len(kept) > 1 and all({"data.jsonl:4", "data.jsonl:5", "data.jsonl:7"} < rows for rows in kept)
-    assert [row.origin for row in module(*records, balance_length=True).train_rows] == [row.origin for row in data.train_rows]
+    assert [row.origin for row in module(*records, balance_length=True).train_rows] == [
+        row.origin for row in data.train_rows
+    ]
     unbalanced = module(*records)
     assert sum(chosen_longer_by(row) > 0 for row in unbalanced.train_rows) == 6 and unbalanced.unbalanced == 0
 
@@ -185,7 +228,10 @@ def test_balance_length_needs_pairs_with_an_opposite() -> None:
 
 def many(count: int = 21) -> list[dict[str, Any]]:
     """Every third has three completions."""
-    return [{"prompt": f"{i}?", "completions": ["a" * (i % 5 + 1), "b" * (i % 3 + 1), "c"][: 3 if i % 3 == 0 else 2]} for i in range(count)]
+    return [
+        {"prompt": f"{i}?", "completions": ["a" * (i % 5 + 1), "b" * (i % 3 + 1), "c"][: 3 if i % 3 == 0 else 2]}
+        for i in range(count)
+    ]
 
 
 @pytest.mark.parametrize(("batch_size", "world"), [(1, 1), (4, 1), (2, 2), (4, 3), (8, 4)])
@@ -193,11 +239,18 @@ def test_in_order_has_every_completion_once(batch_size: int, world: int) -> None
     rows = module(*many(), batch_size=batch_size).train_rows
     total = sum(len(row.completions) for row in rows)
     assert total == 7 * 3 + 14 * 2
-    ranks = [StepSampler([row.num_tokens for row in rows], [1] * len(rows), batch_size, 1, world, rank, shuffle=False) for rank in range(world)]
+    ranks = [
+        StepSampler([row.num_tokens for row in rows], [1] * len(rows), batch_size, 1, world, rank, shuffle=False)
+        for rank in range(world)
+    ]
     batches = [[PreferenceDataset(rows, 0)[batch] for batch in sampler] for sampler in ranks]
     assert len({len(each) for each in batches}) == 1
     seen = [
-        number for each in batches for batch in each for number, rank in zip(batch["row"].tolist(), batch["rank"].tolist(), strict=True) if rank >= 0
+        number
+        for each in batches
+        for batch in each
+        for number, rank in zip(batch["row"].tolist(), batch["rank"].tolist(), strict=True)
+        if rank >= 0
     ]
     assert sorted(seen) == list(range(total))
     if world == 1:
@@ -206,12 +259,16 @@ def test_in_order_has_every_completion_once(batch_size: int, world: int) -> None
         assert again == seen
         flat = [ids for row in data.train_rows for ids in row.completions]  # row numbers count through the examples
         for batch in data.in_order("train"):
-            for number, padded, mask in zip(batch["row"].tolist(), batch["completion_ids"], batch["completion_mask"], strict=True):
+            for number, padded, mask in zip(
+                batch["row"].tolist(), batch["completion_ids"], batch["completion_mask"], strict=True
+            ):
                 assert padded[mask].tolist() == flat[number]
 
 
 class PairScores(LightningModule):
-    """Bradley-Terry on a bag of tokens, each pair of an example with M pairs weighing 1/M; with Adam, so that every gradient's bits matter."""
+    """Bradley-Terry on a bag of tokens, each pair of an example with M pairs weighing 1/M; with Adam, so that every
+    gradient's bits matter.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -229,15 +286,30 @@ class PairScores(LightningModule):
         better = (prompt[:, None] == prompt) & (rank[:, None] < rank) & (rank[:, None] >= 0)
         pairs = better.sum(1).new_zeros(len(batch["prompt_ids"])).index_add(0, prompt, better.sum(1))
         losses = -torch.nn.functional.logsigmoid(scores[:, None] - scores) / pairs.clamp(min=1)[prompt][:, None]
-        return (losses * better).sum() / batch["denominator"] * self.trainer.accumulate_grad_batches * self.trainer.world_size
+        return (
+            (losses * better).sum()
+            / batch["denominator"]
+            * self.trainer.accumulate_grad_batches
+            * self.trainer.world_size
+        )
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.Adam(self.parameters(), lr=0.1)
 
 
-def fit(model: LightningModule, batch_size: int, checkpoint: Path | None = None, saved: Path | None = None, **limits: Any) -> None:
-    settings: dict[str, Any] = {"accelerator": "cpu", "devices": 1, "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    callbacks: list[Callback] = [ModelCheckpoint(dirpath=saved, filename="{step}", every_n_train_steps=1, save_top_k=-1)] if saved else []
+def fit(
+    model: LightningModule, batch_size: int, checkpoint: Path | None = None, saved: Path | None = None, **limits: Any
+) -> None:
+    settings: dict[str, Any] = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    callbacks: list[Callback] = (
+        [ModelCheckpoint(dirpath=saved, filename="{step}", every_n_train_steps=1, save_top_k=-1)] if saved else []
+    )
     trainer = Trainer(**{**settings, **limits}, enable_checkpointing=bool(callbacks), callbacks=callbacks)
     data = PreferenceDataModule(TOKENIZER, Given(*many()), batch_size=batch_size, seed=1)
     trainer.fit(model, datamodule=data, ckpt_path=checkpoint, weights_only=True if checkpoint else None)
@@ -252,7 +324,9 @@ def test_resuming_from_every_checkpoint_is_bitwise(tmp_path: Path, accumulate: i
     for checkpoint in checkpoints[:-1]:
         resumed = PairScores()
         fit(resumed, 2, checkpoint, accumulate_grad_batches=accumulate, max_epochs=2)
-        assert resumed.seen == straight.seen[len(straight.seen) - len(resumed.seen) :] and len(resumed.seen) < len(straight.seen)
+        assert resumed.seen == straight.seen[len(straight.seen) - len(resumed.seen) :] and len(resumed.seen) < len(
+            straight.seen
+        )
         assert torch.equal(resumed.scores.weight, straight.scores.weight), checkpoint.name
 
 

@@ -40,7 +40,10 @@ def test_all_tokens_are_kept_and_learned_but_the_first_of_each_piece(tmp_path: P
 
 def test_other_columns_other_rows_and_domains(tmp_path: Path) -> None:
     other = write(tmp_path / "b.jsonl", [{"content": "abcdef"}])
-    assert loaded(other, columns={"text": "content"}).train_rows == loaded(write(tmp_path / "c.jsonl", [{"text": "abcdef"}])).train_rows
+    assert (
+        loaded(other, columns={"text": "content"}).train_rows
+        == loaded(write(tmp_path / "c.jsonl", [{"text": "abcdef"}])).train_rows
+    )
     asked = write(tmp_path / "d.jsonl", [{"prompt": "1+1=", "completion": "2"}])
     (row,) = loaded(asked).train_rows
     assert row.supervised == [False] + [True] * (len(row.ids) - 1)

@@ -1,4 +1,6 @@
-"""Texts beside the prompts: the same rows per update for any micro-batches and ranks, resumed without state, held out by domain."""
+"""Texts beside the prompts: the same rows per update for any micro-batches and ranks, resumed without state, held out
+by domain.
+"""
 
 import json
 from collections import Counter
@@ -41,7 +43,12 @@ class Recorder(LightningModule):
         rows = len(prompts["uid"])
         one = torch.ones(rows, 1, dtype=torch.long)
         fields = {"prompt_ids": one, "prompt_mask": one.bool(), "completion_ids": one, "completion_mask": one.bool()}
-        return {**fields, "prompt_index": torch.arange(rows), "row_count": torch.ones(rows), "active": torch.ones(rows, dtype=torch.bool)}
+        return {
+            **fields,
+            "prompt_index": torch.arange(rows),
+            "row_count": torch.ones(rows),
+            "active": torch.ones(rows, dtype=torch.bool),
+        }
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         self.moved.append(super().transfer_batch_to_device(batch, torch.device("meta"), dataloader_idx))
@@ -78,17 +85,27 @@ def texts(tmp_path: Path) -> str:
 
 
 def data(stream: PtxStream | None, place: tuple[int, int] = (0, 1), **settings: Any) -> OnRank:
-    module = OnRank(tiny_tokenizer(), Addition(16), **({"prompts_per_phase": 8, "updates_per_phase": 2, "ptx": stream} | settings))
+    module = OnRank(
+        tiny_tokenizer(), Addition(16), **({"prompts_per_phase": 8, "updates_per_phase": 2, "ptx": stream} | settings)
+    )
     module.place = place
     return module
 
 
 def trainer(folder: Path, **settings: Any) -> Trainer:
     quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    return Trainer(accelerator="cpu", devices=1, default_root_dir=folder, **quiet, **({"enable_checkpointing": False, "max_epochs": 2} | settings))
+    return Trainer(
+        accelerator="cpu",
+        devices=1,
+        default_root_dir=folder,
+        **quiet,
+        **({"enable_checkpointing": False, "max_epochs": 2} | settings),
+    )
 
 
-def fit(folder: Path, stream: PtxStream, place: tuple[int, int] = (0, 1), accumulate: int = 1, **settings: Any) -> list[InstructionBatch]:
+def fit(
+    folder: Path, stream: PtxStream, place: tuple[int, int] = (0, 1), accumulate: int = 1, **settings: Any
+) -> list[InstructionBatch]:
     module = Recorder()
     trainer(folder, accumulate_grad_batches=accumulate, **settings).fit(module, datamodule=data(stream, place))
     return module.texts
@@ -114,13 +131,20 @@ def test_an_update_gets_the_same_rows_in_any_number_of_micro_batches_and_ranks(t
     alone = updates(fit(tmp_path, PtxStream(texts, 5, 25)), 1)
     assert len(alone) == 4  # two phases of two updates
     for accumulate, world in ((2, 1), (1, 2), (2, 2)):
-        ranks = [updates(fit(tmp_path, PtxStream(texts, 5, 25), (rank, world), accumulate), accumulate) for rank in range(world)]
+        ranks = [
+            updates(fit(tmp_path, PtxStream(texts, 5, 25), (rank, world), accumulate), accumulate)
+            for rank in range(world)
+        ]
         for number, (whole,) in enumerate(alone):
             shares = [batch for rank in ranks for batch in rank[number]]
             assert len(shares) == accumulate * world and all(len(batch["input_ids"]) for batch in shares)
             assert Counter(rows(shares)) == Counter(rows([whole]))
             assert {float(batch["denominator"]) for batch in shares} == {float(whole["denominator"])}
-            assert float(whole["denominator"]) == sum(int(batch["loss_mask"].sum()) for batch in shares) == int(whole["loss_mask"].sum())
+            assert (
+                float(whole["denominator"])
+                == sum(int(batch["loss_mask"].sum()) for batch in shares)
+                == int(whole["loss_mask"].sum())
+            )
 
 
 def test_each_pass_shows_every_text_once_in_a_new_order(tmp_path: Path, texts: str) -> None:
@@ -141,16 +165,28 @@ def test_rows_are_those_of_the_pretraining_data(tmp_path: Path, texts: str) -> N
     # nothing predicts a document's first token: the ten documents have 16 + ... + 25 = 205 tokens, 205 - 10 are learned
     assert float(first["denominator"]) == 195
     for ids, learned, positions in rows([first]):
-        assert [place for place, kept in enumerate(learned) if not kept] == [place for place, position in enumerate(positions) if position == 0]
+        assert [place for place, kept in enumerate(learned) if not kept] == [
+            place for place, position in enumerate(positions) if position == 0
+        ]
         assert len(ids) <= 64
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_a_run_resumed_inside_a_phase_sees_the_rows_that_it_would_have_seen(tmp_path: Path, texts: str, accumulate: int) -> None:
+def test_a_run_resumed_inside_a_phase_sees_the_rows_that_it_would_have_seen(
+    tmp_path: Path, texts: str, accumulate: int
+) -> None:
     def run(folder: str, resume: Path | None = None) -> list[InstructionBatch]:
         module = Recorder()
-        every_step = ModelCheckpoint(tmp_path / folder, filename="step{step}", auto_insert_metric_name=False, every_n_train_steps=1, save_top_k=-1)
-        runner = trainer(tmp_path, accumulate_grad_batches=accumulate, callbacks=[every_step], enable_checkpointing=True)
+        every_step = ModelCheckpoint(
+            tmp_path / folder,
+            filename="step{step}",
+            auto_insert_metric_name=False,
+            every_n_train_steps=1,
+            save_top_k=-1,
+        )
+        runner = trainer(
+            tmp_path, accumulate_grad_batches=accumulate, callbacks=[every_step], enable_checkpointing=True
+        )
         runner.fit(module, datamodule=data(PtxStream(texts, 3, 25)), ckpt_path=resume, weights_only=True)
         return module.texts
 
@@ -171,7 +207,9 @@ def test_the_trainer_moves_the_texts_with_the_batch(tmp_path: Path, texts: str) 
 
 
 def test_held_out_texts_are_domains_that_the_callback_measures(tmp_path: Path, texts: str) -> None:
-    stream = PtxStream(texts, 5, 25, val={"letters": texts, "sums": Addition(3)})  # a question with its answer is read, too
+    stream = PtxStream(
+        texts, 5, 25, val={"letters": texts, "sums": Addition(3)}
+    )  # a question with its answer is read, too
     module, forgetting = Recorder(), Forgetting()
     runner = trainer(tmp_path, callbacks=[forgetting])
     runner.fit(module, datamodule=(held_out := data(stream)))
@@ -179,7 +217,9 @@ def test_held_out_texts_are_domains_that_the_callback_measures(tmp_path: Path, t
     assert len(held_out.domains["letters"]) == 10
     assert sum(len(batch["input_ids"]) for batch in held_out.domain_loader("letters")) == 10
     assert forgetting.history[-1]["letters"] != forgetting.start["letters"]  # the weights did move
-    assert forgetting.start["letters"] == pytest.approx(6, abs=1)  # an untrained model over some 260 tokens: ln 260 = 5.6
+    assert forgetting.start["letters"] == pytest.approx(
+        6, abs=1
+    )  # an untrained model over some 260 tokens: ln 260 = 5.6
 
 
 def test_stages_read_what_they_need(texts: str) -> None:
@@ -194,7 +234,9 @@ def test_stages_read_what_they_need(texts: str) -> None:
 def test_loading_is_reported(texts: str, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO"):
         data(PtxStream(texts, 5, 25, val={"web": texts})).setup("fit")
-    assert "ptx: 10 rows, 0 dropped as too long, 10 documents in rows that are 82.0% full" in caplog.text  # 205 of 250 tokens
+    assert (
+        "ptx: 10 rows, 0 dropped as too long, 10 documents in rows that are 82.0% full" in caplog.text
+    )  # 205 of 250 tokens
     assert "ptx web: 10 rows" in caplog.text
 
 
@@ -205,12 +247,17 @@ def test_real_phases_go_on_with_texts_beside_them(tmp_path: Path, texts: str) ->
     module = GRPOModule("tiny", NumericMatch(), num_generations=2, sampling=Sampling(max_completion_length=2))
     trainer(tmp_path, max_epochs=1).fit(module, datamodule=(fitted := data(PtxStream(str(long), 2, 1024))))
     assert max(len(row.ids) for row in fitted.ptx.rows) == 1024  # type: ignore[union-attr]
-    with pytest.raises(ValueError, match=r"train texts has 1025 tokens, but the model has only 1024 positions: lower data\.ptx\.max_length"):
+    with pytest.raises(
+        ValueError,
+        match=r"train texts has 1025 tokens, but the model has only 1024 positions: lower data\.ptx\.max_length",
+    ):
         trainer(tmp_path, max_epochs=1).fit(module, datamodule=data(PtxStream(str(long), 2, 1025)))
 
 
 def test_impossible_settings_are_refused_in_one_sentence(tmp_path: Path, texts: str) -> None:
-    with pytest.raises(ValueError, match="ptx.rows_per_update must be at least 1 and ptx.max_length at least 2, got 0 and 512"):
+    with pytest.raises(
+        ValueError, match="ptx.rows_per_update must be at least 1 and ptx.max_length at least 2, got 0 and 512"
+    ):
         PtxStream(texts, 0)
     with pytest.raises(
         ValueError,

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from callbacks.prediction_writer import line
-from datamodules.chat import encode_example, encode_prompt, encode_rendered
+from callbacks.writers.prediction_writer import line
 from datamodules.preference import PreferenceDataModule
 from datamodules.sources.scored import Sampled, Scored
+from datamodules.tokens.chat import encode_example, encode_prompt, encode_rendered
 from modules.networks.tiny import tiny_tokenizer
 from modules.types import Completion, Rollout
 
@@ -40,7 +40,9 @@ FOUR = (record("a", 0.0), record("b", 1.0), record("c", 0.4), record("d", 0.7))
         ({"min_gap": 0.9}, (["b", "a"], [0, 1])),
     ],
 )
-def test_best_against_worst_or_all(tmp_path: Path, options: dict[str, Any], expected: tuple[list[str], list[int]]) -> None:
+def test_best_against_worst_or_all(
+    tmp_path: Path, options: dict[str, Any], expected: tuple[list[str], list[int]]
+) -> None:
     assert compared(write(tmp_path / "a.jsonl", *FOUR), **options) == [expected]
 
 
@@ -64,7 +66,11 @@ def test_what_is_left_out(tmp_path: Path) -> None:
     for pairs in ("best_worst", "all"):
         source = Scored(path, pairs=pairs)  # type: ignore[arg-type]
         (row,) = source.rows()
-        assert (row.columns["completions"], row.columns["ranks"], row.origin) == (["best", "worst"], [0, 1], f"{path}:1")
+        assert (row.columns["completions"], row.columns["ranks"], row.origin) == (
+            ["best", "worst"],
+            [0, 1],
+            f"{path}:1",
+        )
         assert source.skipped == 4  # v, w, x, y
         assert len(source.rows()) == 1 and source.skipped == 4
 
@@ -76,19 +82,33 @@ def test_equal_rewards_are_ranked_equal(tmp_path: Path) -> None:
 
 
 def test_uid_decides_and_not_the_prompt(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.jsonl", record("a", 1, "p#0"), record("b", 0, "p#1"), record("c", 0, "p#0"), record("d", 1, "p#1"))
+    path = write(
+        tmp_path / "a.jsonl", record("a", 1, "p#0"), record("b", 0, "p#1"), record("c", 0, "p#0"), record("d", 1, "p#1")
+    )
     assert compared(path) == [(["a", "c"], [0, 1]), (["d", "b"], [0, 1])]
 
 
 BROKEN: list[tuple[tuple[dict[str, Any], ...], str]] = [
-    ((record("a", 1), {"uid": "u", "prompt": "x", "completion": "b"}), "a.jsonl:2: no reward; expected what PredictionWriter writes: uid, prompt"),
+    (
+        (record("a", 1), {"uid": "u", "prompt": "x", "completion": "b"}),
+        "a.jsonl:2: no reward; expected what PredictionWriter writes: uid, prompt",
+    ),
     ((record("a", 1), record("b", "high")), "a.jsonl:2: reward is 'high', a number or null was expected"),
     ((record("a", 1), record("b", float("nan"))), "a.jsonl:2: reward is nan, a number"),
     ((record("a", 1), record("b", True)), "a.jsonl:2: reward is True, a number"),
-    ((record("a", 1), record("b", 0, prompt="2+2=")), "a.jsonl:2: another prompt than .*a.jsonl:1, which has the same uid"),
+    (
+        (record("a", 1), record("b", 0, prompt="2+2=")),
+        "a.jsonl:2: another prompt than .*a.jsonl:1, which has the same uid",
+    ),
     ((record("a", 1), record("b", 0, prompt=[])), "a.jsonl:2: prompt holds a list, text was expected"),
-    ((record("a", 1), {**record("b", 0), "completion": None}), "a.jsonl:2: completion holds a NoneType, text was expected"),
-    ((record("a", 1), record("b", 1)), "a.jsonl: none of 1 prompts has two finished completions whose rewards differ by more than 0.0"),
+    (
+        (record("a", 1), {**record("b", 0), "completion": None}),
+        "a.jsonl:2: completion holds a NoneType, text was expected",
+    ),
+    (
+        (record("a", 1), record("b", 1)),
+        "a.jsonl: none of 1 prompts has two finished completions whose rewards differ by more than 0.0",
+    ),
 ]
 
 
@@ -110,7 +130,8 @@ def test_arguments_and_missing_files() -> None:
 
 BOS_TEMPLATE = (
     "{{ '<|bos|>' }}{% for message in messages %}"
-    "{% if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + ' [/INST]' }}{% else %}{{ message['content'] + '<|eos|>' }}{% endif %}"
+    "{% if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + ' [/INST]' }}{% else %}{{ "
+    "message['content'] + '<|eos|>' }}{% endif %}"
     "{% endfor %}"
 )
 
@@ -126,7 +147,10 @@ def with_template(template: str | None) -> PreTrainedTokenizerFast:
 def test_a_written_prompt_is_read_as_the_model_read_it(tmp_path: Path, template: str | None, chat: bool) -> None:
     tokenizer = with_template(template)
     text, ids = encode_prompt(tokenizer, "1+1=", "here", chat=chat)
-    rollouts = [Rollout("u", text, ids, None, Completion([], [], answer, "stop"), 0, {}, reward) for answer, reward in (("2", 1.0), ("3", 0.0))]
+    rollouts = [
+        Rollout("u", text, ids, None, Completion([], [], answer, "stop"), 0, {}, reward)
+        for answer, reward in (("2", 1.0), ("3", 0.0))
+    ]
     path = tmp_path / "predictions.jsonl"
     path.write_text("".join(map(line, rollouts)))
     for wrapped in {chat, True} if chat else {False}:  # data.chat of the earlier run does no harm
@@ -147,7 +171,9 @@ def test_plain_text_is_not_taken_for_a_rendered_prompt() -> None:
     assert encode_rendered(tokenizer, rendered, "y", "here") is not None
     assert encode_rendered(tokenizer, "x", "y", "here") is None
     assert encode_rendered(tokenizer, rendered + "x", "y", "here") is None
-    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"  # nothing to tell a prompt by
+    tokenizer.chat_template = (
+        "{% for message in messages %}{{ message['content'] }}{% endfor %}"  # nothing to tell a prompt by
+    )
     assert encode_rendered(tokenizer, rendered, "y", "here") is None
     tokenizer.chat_template = None
     assert encode_rendered(tokenizer, rendered, "y", "here") is None
@@ -166,7 +192,11 @@ def test_candidates_for_a_judge(tmp_path: Path) -> None:
         record("y", 0.0, uid="w"),
     )
     first, second = Sampled(path).rows()
-    assert first.columns == {"prompt": "1+1=", "completions": ["b", "a"], "answer": "2"}  # in the order of sampling, whatever the rewards
+    assert first.columns == {
+        "prompt": "1+1=",
+        "completions": ["b", "a"],
+        "answer": "2",
+    }  # in the order of sampling, whatever the rewards
     assert second.columns == {"prompt": "1+1=", "completions": ["x", "y"], "answer": None}
     assert (first.origin, second.origin) == (f"{path}:1", f"{path}:7")
     with pytest.raises(ValueError, match="none of 1 prompts has two finished completions that differ"):

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from lightning.pytorch import LightningModule, Trainer
 
-from datamodules.seed_tasks import SeedTasksDataModule, seed_task
+from datamodules.predict.seed_tasks import SeedTasksDataModule, seed_task
 from datamodules.sources import Row
 from modules.networks.tiny import tiny_tokenizer
 
@@ -27,7 +27,10 @@ def read(columns: dict[str, Any], mapping: dict[str, str] | None = None) -> tupl
         ({"instruction": "i", "output": "o"}, ("i", "", "o")),
         ({"instruction": "i", "input": None, "output": "o"}, ("i", "", "o")),
         ({"instruction": "i", "input": float("nan"), "output": "o"}, ("i", "", "o")),
-        ({"id": 1, "instruction": "i", "instances": [{"input": "x", "output": "o"}, {"input": "y", "output": "p"}]}, ("i", "x", "o")),
+        (
+            {"id": 1, "instruction": "i", "instances": [{"input": "x", "output": "o"}, {"input": "y", "output": "p"}]},
+            ("i", "x", "o"),
+        ),
         ({"instruction": "i", "instances": [{"output": "o"}]}, ("i", "", "o")),
         ({"instruction": "i", "output": "o", "instances": [{"output": "p"}]}, ("i", "", "o")),
     ],
@@ -42,16 +45,25 @@ def test_what_is_mapped_goes_before_what_is_found() -> None:
     assert read(row, {"instances": "examples"}) == ("no", "", "p")
     with pytest.raises(ValueError, match=r"file:1: no column 'nowhere' \(for output\); found task"):
         read(row, {"output": "nowhere"})
-    with pytest.raises(ValueError, match="columns maps unknown names answer; the names on the left may be instruction, input, output, instances"):
+    with pytest.raises(
+        ValueError,
+        match="columns maps unknown names answer; the names on the left may be instruction, input, output, instances",
+    ):
         SeedTasksDataModule(tiny_tokenizer(), "x.jsonl", columns={"answer": "a"})
 
 
 @pytest.mark.parametrize(
     ("columns", "sentence"),
     [
-        ({"prompt": "p", "output": "o"}, r"found the columns prompt, output; looked for instruction \+ output or instruction \+ instances"),
+        (
+            {"prompt": "p", "output": "o"},
+            r"found the columns prompt, output; looked for instruction \+ output or instruction \+ instances",
+        ),
         ({"instruction": "i"}, "found the columns instruction; looked for"),
-        ({"instruction": "i", "instances": []}, "column 'instances' must be a list of at least one object with input and output"),
+        (
+            {"instruction": "i", "instances": []},
+            "column 'instances' must be a list of at least one object with input and output",
+        ),
         ({"instruction": "i", "instances": ["o"]}, "column 'instances' must be"),
         ({"instruction": "i", "instances": [{"input": "x"}]}, "column 'instances' must be"),
         ({"instruction": 3, "output": "o"}, "'instruction' holds a int, text was expected"),
@@ -86,7 +98,9 @@ def test_the_same_batch_until_the_module_has_finished(tmp_path: Path, caplog: An
     file = tmp_path / "seeds.jsonl"
     file.write_text('{"instruction": "a", "input": "x", "output": "1"}\n{"instruction": "b", "output": "2"}\n')
     module, data = ThreeRounds(), SeedTasksDataModule(tiny_tokenizer(), str(file))
-    Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False).predict(module, data)
+    Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False).predict(
+        module, data
+    )
     assert "seeds: 2 tasks, 1 with an input" in caplog.text
     assert len(module.seen) == 3
     first = module.seen[0]
@@ -119,7 +133,10 @@ def test_a_module_without_use_for_seeds_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("file", "rows", "with_input"),
-    [("self-instruct/seed_tasks.jsonl", 124, 90), ("nc-llama-factory-alpaca/alpaca_en_demo.json", 280, 110)],  # 34 and 170 inputs are empty
+    [
+        ("self-instruct/seed_tasks.jsonl", 124, 90),
+        ("nc-llama-factory-alpaca/alpaca_en_demo.json", 280, 110),
+    ],  # 34 and 170 inputs are empty
 )
 def test_real_files(file: str, rows: int, with_input: int) -> None:
     if not DATA.is_dir():

@@ -12,7 +12,12 @@ from datamodules import Files
 DATA = Path(__file__).parents[3] / "shared" / "data"
 MANIFEST = {entry["file"]: entry for entry in json.loads((DATA / "manifest.json").read_text())} if DATA.is_dir() else {}
 HEADERS = {"flan-cot": ["question", "answer", "rationale"], "mgsm": ["question", "answer"]}
-NUM_TEXTS = {"catqa_english": 400, "catqa_chinese": 400, "catqa_vietnamese": 400, "harmfulqa": 1360}  # the manifest counts categories
+NUM_TEXTS = {
+    "catqa_english": 400,
+    "catqa_chinese": 400,
+    "catqa_vietnamese": 400,
+    "harmfulqa": 1360,
+}  # the manifest counts categories
 EMPTY = "self-instruct/t0_train_50k/trec_fine_grained_ABBR.jsonl"
 FOLDERS = sorted({name.partition("/")[0] for name in MANIFEST})
 
@@ -41,7 +46,11 @@ def naive(path: Path) -> list[Any]:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        table = pq.ParquetFile(path).read() if path.suffix == ".parquet" else pa.ipc.open_stream(path.read_bytes()).read_all()
+        table = (
+            pq.ParquetFile(path).read()
+            if path.suffix == ".parquet"
+            else pa.ipc.open_stream(path.read_bytes()).read_all()
+        )
         return [{name: table[name][index].as_py() for name in table.column_names} for index in range(table.num_rows)]
     text = (gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()).decode()
     if ".jsonl" in path.name:
@@ -51,7 +60,11 @@ def naive(path: Path) -> list[Any]:
         return [dict(zip(names, cells, strict=True)) for cells in records]
     if path.suffix == ".tsv":
         names = HEADERS[path.parent.name]
-        return [dict(zip(names, line.replace(r"\n", "\n").split("\t"), strict=True)) for line in text.replace("\r\n", "\n").split("\n") if line]
+        return [
+            dict(zip(names, line.replace(r"\n", "\n").split("\t"), strict=True))
+            for line in text.replace("\r\n", "\n").split("\n")
+            if line
+        ]
     return objects(json.loads(text))
 
 
@@ -68,7 +81,10 @@ def objects(content: Any) -> list[Any]:
     rows = []
     for category in content:
         for subcategory in content[category]:
-            rows += [{"text": text, "category": category, "subcategory": subcategory} for text in content[category][subcategory]]
+            rows += [
+                {"text": text, "category": category, "subcategory": subcategory}
+                for text in content[category][subcategory]
+            ]
     return rows
 
 

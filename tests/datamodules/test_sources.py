@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from datamodules import Files
-from datamodules.chat import encode_prompt
-from datamodules.columns import verifiable_example
+from datamodules.formats.columns import verifiable_example
+from datamodules.tokens.chat import encode_prompt
 from modules.networks.tiny import tiny_tokenizer
 
 GSM8K = Path(__file__).parents[3] / "shared" / "data" / "gsm8k"
@@ -19,12 +19,16 @@ RECORDS = [{"id": f"00{index}", "text": text} for index, text in enumerate(TEXTS
 
 
 def write_jsonl(path: Path) -> None:
-    path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in RECORDS), encoding="utf-8", newline="")
+    path.write_text(
+        "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in RECORDS), encoding="utf-8", newline=""
+    )
 
 
 def write_csv(path: Path) -> None:
     cells = [["id", "text"], *([record["id"], record["text"]] for record in RECORDS)]
-    path.write_bytes("".join(",".join('"' + cell.replace('"', '""') + '"' for cell in row) + "\r\n" for row in cells).encode())
+    path.write_bytes(
+        "".join(",".join('"' + cell.replace('"', '""') + '"' for cell in row) + "\r\n" for row in cells).encode()
+    )
 
 
 def write_table(path: Path) -> None:
@@ -55,7 +59,9 @@ def write(path: Path) -> None:
         write_table(path)
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "array.json", "object.json", "a.csv", "a.parquet", "stream.arrow", "file.arrow"])
+@pytest.mark.parametrize(
+    "name", ["a.jsonl", "a.jsonl.gz", "array.json", "object.json", "a.csv", "a.parquet", "stream.arrow", "file.arrow"]
+)
 def test_every_format_gives_the_same_rows(tmp_path: Path, name: str) -> None:
     write(tmp_path / name)
     rows = Files(str(tmp_path / name)).rows()
@@ -113,10 +119,16 @@ def test_texts_in_the_place_of_rows(tmp_path: Path) -> None:
 
 
 COLUMN_WISE = [
-    ({"instructions": ["a", "b"], "tags": ["x", None], "inputs": []}, [{"instructions": "a", "tags": "x"}, {"instructions": "b", "tags": None}]),
+    (
+        {"instructions": ["a", "b"], "tags": ["x", None], "inputs": []},
+        [{"instructions": "a", "tags": "x"}, {"instructions": "b", "tags": None}],
+    ),
     ({"instructions": ["a"], "inputs": []}, [{"instructions": "a"}]),
     ({"licence": "MIT", "prompts": ["a", "b"]}, [{"prompts": "a"}, {"prompts": "b"}]),
-    ({"prompt": ["a", "b"], "info": [{"level": 1}, {}]}, [{"prompt": "a", "info": {"level": 1}}, {"prompt": "b", "info": {}}]),
+    (
+        {"prompt": ["a", "b"], "info": [{"level": 1}, {}]},
+        [{"prompt": "a", "info": {"level": 1}}, {"prompt": "b", "info": {}}],
+    ),
     ({"canary": "do not train", "tags": [], "examples": [{"a": 1}, {"a": 2}]}, [{"a": 1}, {"a": 2}]),
 ]
 
@@ -129,7 +141,11 @@ def test_objects_of_lists(tmp_path: Path, content: dict[str, Any], expected: lis
 def test_categories(tmp_path: Path) -> None:
     content = {"Cooking": {"Soup:": ["a", "b"], "Bread": []}, "Sport": {"Ball": ["c"]}}
     rows = columns_of(tmp_path / "a.json", json.dumps(content))
-    assert [tuple(row.values()) for row in rows] == [("a", "Cooking", "Soup:"), ("b", "Cooking", "Soup:"), ("c", "Sport", "Ball")]
+    assert [tuple(row.values()) for row in rows] == [
+        ("a", "Cooking", "Soup:"),
+        ("b", "Cooking", "Soup:"),
+        ("c", "Sport", "Ball"),
+    ]
     assert list(rows[0]) == ["text", "category", "subcategory"]
 
 
@@ -163,7 +179,8 @@ def test_a_cell_of_a_megabyte(tmp_path: Path, name: str) -> None:
 
 def test_values_stay_as_they_are(tmp_path: Path) -> None:
     rows = columns_of(
-        tmp_path / "a.jsonl", '{"a": true}\r\n{"a": "True"}\r\n{"a": 27.0}\r\n{"a": "025"}\r\n{"a": null}\r\n{"a": NaN}\r\n{"a": [1, "x"]}'
+        tmp_path / "a.jsonl",
+        '{"a": true}\r\n{"a": "True"}\r\n{"a": 27.0}\r\n{"a": "025"}\r\n{"a": null}\r\n{"a": NaN}\r\n{"a": [1, "x"]}',
     )
     assert [row["a"] for row in rows[:5] + rows[6:]] == [True, "True", 27.0, "025", None, [1, "x"]]
     assert [type(row["a"]) for row in rows[:3]] == [bool, str, float]
@@ -198,18 +215,38 @@ def test_saved_data_sets(tmp_path: Path) -> None:
 
 BROKEN = [
     ("a.jsonl", b'{"a": 1}\n{"a": \n{"a": 2}\n', r"a\.jsonl:2: not valid JSON"),
-    ("a.jsonl", b'{"a": 1}\n[1]\n', r"a\.jsonl:2: a row must be an object with named columns or a text, this is a list"),
-    ("a.jsonl", b'{"a": 1}\n"text"\n3\n', r"a\.jsonl:3: a row must be an object with named columns or a text, this is a int"),
+    (
+        "a.jsonl",
+        b'{"a": 1}\n[1]\n',
+        r"a\.jsonl:2: a row must be an object with named columns or a text, this is a list",
+    ),
+    (
+        "a.jsonl",
+        b'{"a": 1}\n"text"\n3\n',
+        r"a\.jsonl:3: a row must be an object with named columns or a text, this is a int",
+    ),
     ("a.jsonl", b'{"a": 1}\n{"a": "\xff"}\n', r"a\.jsonl:2: not UTF-8 text \(byte 0xff\)"),
     ("a.jsonl", b"", r"a\.jsonl: the file holds no rows"),
     ("a.json", b"", r"a\.json: the file holds no rows"),
     ("a.json", b'[{"a": 1},\n {"a" 2}]', r"a\.json:2: not valid JSON"),
     ("a.json", b'["text", [1]]', r"a\.json#1: a row must be an object with named columns or a text, this is a list"),
     ("a.json", b"3", r"a\.json: expected an array of rows, found a int"),
-    ("a.json", b'{"train": [{"a": 1}], "test": [{"a": 2}]}', r"a\.json: an object must hold one list of rows, this one has 2: train, test; split"),
-    ("a.json", b'{"a": [1, 2], "b": ["x"], "c": []}', r"a\.json: parallel lists must be equally long or empty, these are not: a 2, b 1$"),
+    (
+        "a.json",
+        b'{"train": [{"a": 1}], "test": [{"a": 2}]}',
+        r"a\.json: an object must hold one list of rows, this one has 2: train, test; split",
+    ),
+    (
+        "a.json",
+        b'{"a": [1, 2], "b": ["x"], "c": []}',
+        r"a\.json: parallel lists must be equally long or empty, these are not: a 2, b 1$",
+    ),
     ("a.json", b'{"a": [], "b": []}', r"a\.json: the file holds no rows"),
-    ("a.json", b'{"a": 1}', r"a\.json: an object must hold one list of rows, parallel lists, or categories .*; this one has: a$"),
+    (
+        "a.json",
+        b'{"a": 1}',
+        r"a\.json: an object must hold one list of rows, parallel lists, or categories .*; this one has: a$",
+    ),
     ("a.json", b'{"a": {"b": ["x"], "c": [1]}}', r"or categories of sub-categories of texts; this one has: a$"),
     ("a.json", b"{}", r"this one has: nothing$"),
     ("a.csv", b"a,b\n1,2\n3\n", r"a\.csv:3: the row has 1 cells and the header 2"),
@@ -222,7 +259,11 @@ BROKEN = [
     ("a.parquet", b"no parquet", r"a\.parquet: not a readable parquet file"),
     ("a.arrow", b"no arrow", r"a\.arrow: not a readable arrow file"),
     ("a.jsonl.gz", b"no gzip", r"a\.jsonl\.gz: not a complete gzip file"),
-    ("a.jsonl.gz", gzip.compress(b'{"a": 1}')[:12] + b"\xff\xff\xff\xff" * 4, r"a\.jsonl\.gz: not a complete gzip file"),
+    (
+        "a.jsonl.gz",
+        gzip.compress(b'{"a": 1}', mtime=0)[:12] + b"\xff\xff\xff\xff" * 4,
+        r"a\.jsonl\.gz: not a complete gzip file",
+    ),
     ("a.tsv", b"a\tb\n1\n", r"a\.tsv:2: the row has 1 cells and the header 2"),
     ("a.jsonl", b'{"a": 1}\n{"a": "\\ud83d"}\n', r"a\.jsonl:2: the text holds half of a character"),
     ("a.json", b'[{"a": 1}, {"a": ["\\uDE00 x"]}]', r"a\.json#1: the text holds half of a character"),
@@ -238,7 +279,9 @@ def test_broken_files_say_where(tmp_path: Path, name: str, content: bytes, messa
     assert "\n" not in str(raised.value)
 
 
-@pytest.mark.parametrize("path", ["missing.jsonl", "./missing", "/no/such/place", "~/no-such-place", "a/b/c", "missing.jsonl.gz"])
+@pytest.mark.parametrize(
+    "path", ["missing.jsonl", "./missing", "/no/such/place", "~/no-such-place", "a/b/c", "missing.jsonl.gz"]
+)
 def test_a_missing_path_is_not_looked_for_on_the_hub(path: str) -> None:
     with pytest.raises(ValueError, match="no such file or folder"):
         Files(path).rows()
@@ -255,7 +298,9 @@ def test_unreachable_hub_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    with pytest.raises(ValueError, match=r"^nobody/nothing: neither a file or folder here nor loadable from the hub \(train split\): ") as raised:
+    with pytest.raises(
+        ValueError, match=r"^nobody/nothing: neither a file or folder here nor loadable from the hub \(train split\): "
+    ) as raised:
         Files("nobody/nothing").rows()
     assert "\n" not in str(raised.value)
 
@@ -267,7 +312,9 @@ def test_gsm8k() -> None:
         examples = [verifiable_example(row, {}) for row in Files(str(GSM8K / f"{name}.jsonl")).rows()]
         assert len(examples) == count
         raw = [json.loads(line)["answer"] for line in (GSM8K / f"{name}.jsonl").read_bytes().split(b"\n") if line]
-        assert [example.answer for example in examples] == [text[text.rindex("####") + 4 :].strip().replace(",", "") for text in raw]
+        assert [example.answer for example in examples] == [
+            text[text.rindex("####") + 4 :].strip().replace(",", "") for text in raw
+        ]
         assert all(str(int(example.answer or "")) == example.answer for example in examples)
         assert (examples[0].answer, examples[-1].answer) == (first, last)
         encode_prompt(tokenizer, examples[-1].prompt, examples[-1].origin)

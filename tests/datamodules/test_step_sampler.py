@@ -6,16 +6,28 @@ from itertools import pairwise
 import pytest
 import torch
 
-from datamodules.collate import InstructionDataset, MicroBatch, StepSampler, pad_right
-from datamodules.tokens import Tokens
+from datamodules.loaders.step_sampler import InstructionDataset, MicroBatch, StepSampler, pad_right
+from datamodules.tokens.encoding import Tokens
 
 LENGTHS = random.Random(0).choices(range(2, 60), k=29)
 WEIGHTS = [length // 2 for length in LENGTHS]
 Step = tuple[frozenset[int], int]
 
 
-def sampler(batch_size: int, accumulate: int, world: int, rank: int, shuffle: bool = True, epoch: int = 0, rows: int = 29) -> StepSampler:
-    return StepSampler(LENGTHS[:rows], WEIGHTS[:rows], batch_size, accumulate, world, rank, seed=3, shuffle=shuffle, current_epoch=lambda: epoch)
+def sampler(
+    batch_size: int, accumulate: int, world: int, rank: int, shuffle: bool = True, epoch: int = 0, rows: int = 29
+) -> StepSampler:
+    return StepSampler(
+        LENGTHS[:rows],
+        WEIGHTS[:rows],
+        batch_size,
+        accumulate,
+        world,
+        rank,
+        seed=3,
+        shuffle=shuffle,
+        current_epoch=lambda: epoch,
+    )
 
 
 def steps(batch_size: int, accumulate: int, world: int, epoch: int = 0, rows: int = 29) -> list[Step]:
@@ -32,7 +44,8 @@ def steps(batch_size: int, accumulate: int, world: int, epoch: int = 0, rows: in
 
 
 @pytest.mark.parametrize(
-    ("batch_size", "accumulate", "world"), [(2, 4, 1), (1, 8, 1), (4, 2, 1), (4, 1, 2), (2, 2, 2), (1, 4, 2), (1, 2, 4), (2, 1, 4), (1, 1, 8)]
+    ("batch_size", "accumulate", "world"),
+    [(2, 4, 1), (1, 8, 1), (4, 2, 1), (4, 1, 2), (2, 2, 2), (1, 4, 2), (1, 2, 4), (2, 1, 4), (1, 1, 8)],
 )
 def test_a_step_is_the_same_for_every_cut(batch_size: int, accumulate: int, world: int) -> None:
     for epoch in (0, 1):
@@ -81,13 +94,18 @@ def test_micro_batches_hold_rows_of_like_length_and_ranks_like_loads() -> None:
 
 
 def test_ranks_take_turns_with_the_longer_row() -> None:
-    loads = [[sum(row + 1 for row in batch.indices) for batch in StepSampler(range(1, 9), [1] * 8, 4, 1, 2, rank)] for rank in range(2)]
+    loads = [
+        [sum(row + 1 for row in batch.indices) for batch in StepSampler(range(1, 9), [1] * 8, 4, 1, 2, rank)]
+        for rank in range(2)
+    ]
     assert loads == [[8 + 5 + 4 + 1], [7 + 6 + 3 + 2]]
 
 
 def test_without_shuffling_steps_follow_the_rows() -> None:
     plan = list(sampler(4, 1, 1, 0, shuffle=False))
-    assert [sorted(batch.indices) for batch in plan] == [list(range(start, min(start + 4, 29))) for start in range(0, 29, 4)]
+    assert [sorted(batch.indices) for batch in plan] == [
+        list(range(start, min(start + 4, 29))) for start in range(0, 29, 4)
+    ]
 
 
 def test_starting_inside_an_epoch_gives_the_rest_from_the_step_begun_and_other_epochs_whole() -> None:
@@ -114,8 +132,12 @@ def test_padding_is_on_the_right_and_masks_come_from_lengths() -> None:
     ids, mask = pad_right([[7, 0, 2], [2]], fill=2)  # 2 is end and pad at once, 0 a real token
     assert ids.tolist() == [[7, 0, 2], [2, 2, 2]]
     assert mask.tolist() == [[True, True, True], [True, False, False]]
-    batch = InstructionDataset([Tokens([7, 0, 2], [False, True, True]), Tokens([9, 2], [False, True])], pad_id=2)[MicroBatch((1, 0), 11)]
+    batch = InstructionDataset([Tokens([7, 0, 2], [False, True, True]), Tokens([9, 2], [False, True])], pad_id=2)[
+        MicroBatch((1, 0), 11)
+    ]
     assert batch["input_ids"].tolist() == [[9, 2, 2], [7, 0, 2]]
     assert batch["attention_mask"].tolist() == [[True, True, False], [True, True, True]]
     assert batch["loss_mask"].tolist() == [[False, True, False], [False, True, True]]
-    assert batch["denominator"].dtype == torch.float32 and batch["denominator"] == 11 and batch["denominator"].shape == ()
+    assert (
+        batch["denominator"].dtype == torch.float32 and batch["denominator"] == 11 and batch["denominator"].shape == ()
+    )

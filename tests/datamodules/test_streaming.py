@@ -14,11 +14,17 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from datamodules import InstructionDataModule
-from datamodules.stream_loader import Pieces, Place
+from datamodules.loaders.stream_loader import Pieces, Place
 from datamodules.streaming import StreamingDataModule
 from modules import SFTModule
 
-QUIET = {"accelerator": "cpu", "devices": 1, "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+QUIET = {
+    "accelerator": "cpu",
+    "devices": 1,
+    "logger": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
 
 
 @pytest.fixture
@@ -27,7 +33,10 @@ def folder(tmp_path) -> Path:
     folder = tmp_path / "rows"
     folder.mkdir()
     for file in range(3):
-        rows = [{"prompt": f"{file}{row}=", "completion": f"{'x' * (row + 1)}{file}"} | ({"extra": 1} if row == 2 else {}) for row in range(7)]
+        rows = [
+            {"prompt": f"{file}{row}=", "completion": f"{'x' * (row + 1)}{file}"} | ({"extra": 1} if row == 2 else {})
+            for row in range(7)
+        ]
         (folder / f"{file}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
@@ -38,7 +47,10 @@ def stream(path: Path | str, **settings) -> StreamingDataModule:
 
 
 def rows_of(data: StreamingDataModule, share: int, shares: int, number: int) -> list[str]:
-    return [json.loads(row.columns["text"])["prompt"] for _, _, row in islice(Pieces(data, 0, 1).numbered(share, shares), number)]
+    return [
+        json.loads(row.columns["text"])["prompt"]
+        for _, _, row in islice(Pieces(data, 0, 1).numbered(share, shares), number)
+    ]
 
 
 @pytest.mark.parametrize("shares", [1, 3, 4])  # whole files for three, every fourth row for four
@@ -59,7 +71,9 @@ def test_passes_differ_in_order_and_not_in_content(folder):
 def test_a_place_is_where_one_goes_on(tmp_path):
     """Texts that are cut into pieces, packed: every prefix and its continuation give the same rows as one reading."""
     path = tmp_path / "texts.jsonl"
-    path.write_text("".join(json.dumps({"text": chr(97 + number) * (4 + 9 * (number % 4))}) + "\n" for number in range(9)))
+    path.write_text(
+        "".join(json.dumps({"text": chr(97 + number) * (4 + 9 * (number % 4))}) + "\n" for number in range(9))
+    )
     data = stream(path, packing=True, max_length=12)
     reader = Pieces(data, 0, 1)
 
@@ -74,7 +88,9 @@ def test_a_place_is_where_one_goes_on(tmp_path):
     texts = [json.loads(row.columns["text"])["text"] for _, _, row in islice(reader.numbered(0, 1), 8)]
     expected = Counter(token for text in texts for token in [*data.tokenizer(text).input_ids, end])
     found = Counter(token for rows, _ in whole for ids in rows for token in ids)
-    assert not {token: number for token, number in expected.items() if found[token] < number}  # nothing of the first texts is lost
+    assert not {
+        token: number for token, number in expected.items() if found[token] < number
+    }  # nothing of the first texts is lost
 
 
 class Seen(Callback):
@@ -87,7 +103,9 @@ class Seen(Callback):
         self.batches.append((batch["input_ids"].tolist(), float(batch["denominator"])))
 
 
-def fit(data: StreamingDataModule, folder: Path, resume: Path | None = None, accumulate: int = 2) -> tuple[list, torch.Tensor]:
+def fit(
+    data: StreamingDataModule, folder: Path, resume: Path | None = None, accumulate: int = 2
+) -> tuple[list, torch.Tensor]:
     seed_everything(0)
     module, seen = SFTModule("tiny", optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-3)), Seen()
     keeper = ModelCheckpoint(folder, save_top_k=-1, every_n_train_steps=1, filename="{step}")
@@ -123,11 +141,17 @@ def test_the_denominator_counts_the_whole_step(folder, tmp_path):
 
 def test_bad_and_long_rows_are_counted(tmp_path):
     path = tmp_path / "mixed.jsonl"
-    rows = [{"prompt": "1+1=", "completion": "2"}, {"prompt": "bad", "completion": ""}, {"prompt": "long" * 20, "completion": "y"}]
+    rows = [
+        {"prompt": "1+1=", "completion": "2"},
+        {"prompt": "bad", "completion": ""},
+        {"prompt": "long" * 20, "completion": "y"},
+    ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = stream(path, on_bad_row="drop", shuffle_buffer=1, batch_size=1)
     fit(data, tmp_path / "run")
-    assert data.bad["train"] == data.dropped["train"] == 15  # 16 micro-batches of the one good row, which comes first in a pass
+    assert (
+        data.bad["train"] == data.dropped["train"] == 15
+    )  # 16 micro-batches of the one good row, which comes first in a pass
     with pytest.raises(ValueError, match=r"mixed.jsonl, row 1 of share 0 in pass 0: the completion is empty"):
         fit(stream(path, shuffle_buffer=1), tmp_path / "run2")
 
@@ -152,7 +176,9 @@ def test_more_workers_than_rows_is_refused(tmp_path):
 def test_files_say_what_they_say_elsewhere(tmp_path):
     """Numbers, dates and NA in text stay text, as for a file that is read whole."""
     (tmp_path / "t.csv").write_text("prompt,completion\n1+1=,2\n1+2=,NA\n")
-    (tmp_path / "d.jsonl").write_text('{"prompt": "a", "completion": "2020-01-01"}\n\n{"prompt": "b", "completion": "x", "input": null}\n')
+    (tmp_path / "d.jsonl").write_text(
+        '{"prompt": "a", "completion": "2020-01-01"}\n\n{"prompt": "b", "completion": "x", "input": null}\n'
+    )
     for name in ("t.csv", "d.jsonl"):
         data = stream(tmp_path / name, shuffle_buffer=1, batch_size=1)
         whole = InstructionDataModule(data.tokenizer, str(tmp_path / name))
@@ -161,7 +187,10 @@ def test_files_say_what_they_say_elsewhere(tmp_path):
         assert rows == [row.ids for row in whole.train_rows]
     (tmp_path / "lines.txt").write_text("one\n\ntwo\n")
     texts = [
-        rows[0].ids for rows, _ in islice(Pieces(stream(tmp_path / "lines.txt", shuffle_buffer=1, batch_size=1), 0, 1).batches(Place(), 0, 1), 2)
+        rows[0].ids
+        for rows, _ in islice(
+            Pieces(stream(tmp_path / "lines.txt", shuffle_buffer=1, batch_size=1), 0, 1).batches(Place(), 0, 1), 2
+        )
     ]
     assert [data.tokenizer.decode(ids, skip_special_tokens=True) for ids in texts] == ["one", "two"]
 
@@ -177,7 +206,10 @@ def test_a_stream_of_nothing_ends(tmp_path):
 def test_resuming_otherwise_is_refused(folder, tmp_path, name, changes):
     fit(stream(folder), tmp_path / "run")
     accumulate = changes.pop("accumulate", 2)
-    with pytest.raises(ValueError, match=f"2 accumulate and this run has 1 ranks, {changes.get('num_workers', 0)} workers, {accumulate} accumulate"):
+    with pytest.raises(
+        ValueError,
+        match=f"2 accumulate and this run has 1 ranks, {changes.get('num_workers', 0)} workers, {accumulate} accumulate",
+    ):
         fit(stream(folder, **changes), tmp_path / "again", tmp_path / "run" / "step=2.ckpt", accumulate)
 
 
@@ -220,9 +252,14 @@ if __name__ == "__main__":
 def test_two_ranks_read_different_rows_and_resume(folder):
     (folder.parent / "ranks.py").write_text(RANKS)
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "ranks.py"], cwd=folder.parent, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "ranks.py"], cwd=folder.parent, env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr[-2000:]
-    whole, resumed = ([json.loads((folder.parent / f"{name}.rank{rank}.json").read_text()) for rank in (0, 1)] for name in ("whole", "resumed"))
+    whole, resumed = (
+        [json.loads((folder.parent / f"{name}.rank{rank}.json").read_text()) for rank in (0, 1)]
+        for name in ("whole", "resumed")
+    )
     rows = [[tuple(ids) for batch, _, _ in rank for ids in batch] for rank in whole]
     assert len(rows[0]) == len(rows[1]) == 12 and not set(rows[0][:7]) & set(rows[1][:7])  # within a pass
     for (_, first, mine), (_, second, others) in zip(*whole, strict=True):

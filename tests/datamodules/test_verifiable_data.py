@@ -7,8 +7,17 @@ import pytest
 from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningDataModule
 
-from datamodules import Addition, Files, InstructionDataModule, PreferencePrompts, PtxStream, ReasoningGym, Source, VerifiableDataModule
-from datamodules.phase_loader import update_of_prompts
+from datamodules import (
+    Addition,
+    Files,
+    InstructionDataModule,
+    PreferencePrompts,
+    PtxStream,
+    ReasoningGym,
+    Source,
+    VerifiableDataModule,
+)
+from datamodules.loaders.phase_loader import update_of_prompts
 from modules.networks.tiny import tiny_tokenizer
 from modules.types import PromptBatch
 
@@ -28,9 +37,17 @@ class OnRank(VerifiableDataModule):
 
 
 def on_rank(
-    rank: int, world: int, train: str | Source, val: str | Source | None = None, prompts_per_phase: int = 4, seed: int = 0, val_batch_size: int = 3
+    rank: int,
+    world: int,
+    train: str | Source,
+    val: str | Source | None = None,
+    prompts_per_phase: int = 4,
+    seed: int = 0,
+    val_batch_size: int = 3,
 ) -> OnRank:
-    module = OnRank(tiny_tokenizer(), train, val, prompts_per_phase=prompts_per_phase, seed=seed, val_batch_size=val_batch_size)
+    module = OnRank(
+        tiny_tokenizer(), train, val, prompts_per_phase=prompts_per_phase, seed=seed, val_batch_size=val_batch_size
+    )
     module.place = (rank, world)
     module.setup("fit")
     return module
@@ -39,7 +56,9 @@ def on_rank(
 @pytest.fixture
 def ten_rows(tmp_path: Path) -> str:
     path = tmp_path / "set.jsonl"
-    path.write_text("".join(json.dumps({"prompt": f"p{index}", "answer": index, "level": index % 3}) + "\n" for index in range(10)))
+    path.write_text(
+        "".join(json.dumps({"prompt": f"p{index}", "answer": index, "level": index % 3}) + "\n" for index in range(10))
+    )
     return str(path)
 
 
@@ -56,7 +75,11 @@ def test_a_phase_is_a_batch_of_equal_lists(ten_rows: str) -> None:
 
 def test_each_pass_shows_every_row_once_in_a_new_order(ten_rows: str) -> None:
     module = on_rank(0, 1, ten_rows)
-    stream = [(uid, prompt) for phase in range(5) for uid, prompt in zip(module.draw(phase)["uid"], module.draw(phase)["prompt"], strict=True)]
+    stream = [
+        (uid, prompt)
+        for phase in range(5)
+        for uid, prompt in zip(module.draw(phase)["uid"], module.draw(phase)["prompt"], strict=True)
+    ]
     first, second = ([prompt for _, prompt in stream[start : start + 10]] for start in (0, 10))
     assert sorted(first) == sorted(second) == [f"p{index}" for index in range(10)]
     assert first != second
@@ -100,7 +123,9 @@ def test_a_phase_may_be_longer_than_the_data(ten_rows: str) -> None:
 
 
 def test_numbers_that_do_not_fit_are_named(ten_rows: str) -> None:
-    with pytest.raises(ValueError, match=r"prompts_per_phase \(4\) must be a multiple of 3: 3 ranks share each of the 1 updates"):
+    with pytest.raises(
+        ValueError, match=r"prompts_per_phase \(4\) must be a multiple of 3: 3 ranks share each of the 1 updates"
+    ):
         on_rank(0, 3, ten_rows)
     with pytest.raises(ValueError, match="must be at least 1, got 0, 64 and 512"):
         VerifiableDataModule(tiny_tokenizer(), ten_rows, prompts_per_phase=0)
@@ -110,11 +135,15 @@ def test_numbers_that_do_not_fit_are_named(ten_rows: str) -> None:
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
 def test_held_out_prompts_come_in_order_in_as_many_batches_on_every_rank(ten_rows: str, world: int) -> None:
-    batches = [list(on_rank(rank, world, ten_rows, ten_rows, prompts_per_phase=12).val_dataloader()) for rank in range(world)]
+    batches = [
+        list(on_rank(rank, world, ten_rows, ten_rows, prompts_per_phase=12).val_dataloader()) for rank in range(world)
+    ]
     assert len({len(rank) for rank in batches}) == 1
     assert all(1 <= len(batch["uid"]) <= 3 for rank in batches for batch in rank)
     for number, rank in enumerate(batches):
-        assert [prompt for batch in rank for prompt in batch["prompt"]] == [f"p{index}" for index in range(number, 10, world)]
+        assert [prompt for batch in rank for prompt in batch["prompt"]] == [
+            f"p{index}" for index in range(number, 10, world)
+        ]
 
 
 def test_single_held_out_prompts_still_make_as_many_batches_on_every_rank(ten_rows: str) -> None:
@@ -128,14 +157,20 @@ def test_held_out_batches_are_plain_lists(ten_rows: str) -> None:
     assert first["prompt_ids"][0] == [5 + ord("p"), 5 + ord("0")] and type(first["prompt_ids"]) is list
     assert first["info"] == [{"level": 0}, {"level": 1}]  # ten prompts in batches of at most three: four even batches
     assert on_rank(0, 1, ten_rows).val_dataloader() == []
-    assert [prompt for batch in on_rank(0, 1, ten_rows).predict_dataloader() for prompt in batch["prompt"]] == [f"p{i}" for i in range(10)]
+    assert [prompt for batch in on_rank(0, 1, ten_rows).predict_dataloader() for prompt in batch["prompt"]] == [
+        f"p{i}" for i in range(10)
+    ]
 
 
 def test_system_and_chat_reach_the_prompt(ten_rows: str) -> None:
-    module = VerifiableDataModule(tiny_tokenizer(), ten_rows, system="be brief", chat=True, prompts_per_phase=1, max_prompt_length=90)
+    module = VerifiableDataModule(
+        tiny_tokenizer(), ten_rows, system="be brief", chat=True, prompts_per_phase=1, max_prompt_length=90
+    )
     module.setup("fit")
     prompt = module.draw(0)["prompt"][0]
-    assert prompt.startswith("<|im_start|>system\nbe brief<|im_end|>\n<|im_start|>user\np") and prompt.endswith("<|im_start|>assistant\n")
+    assert prompt.startswith("<|im_start|>system\nbe brief<|im_end|>\n<|im_start|>user\np") and prompt.endswith(
+        "<|im_start|>assistant\n"
+    )
     short = VerifiableDataModule(tiny_tokenizer(), ten_rows, chat=True, max_prompt_length=5, drop_long=False)
     with pytest.raises(ValueError, match=f"{ten_rows}:1: [0-9]+ tokens and the limit is 5"):
         short.setup("fit")
@@ -145,15 +180,31 @@ def test_short_class_names_work_on_the_command_line(tmp_path: Path) -> None:
     tiny_tokenizer().save_pretrained(tmp_path)
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(LightningDataModule, "data")
-    arguments = ["--data=VerifiableDataModule", f"--data.tokenizer={tmp_path}", "--data.train=Addition", "--data.train.num_examples=5"]
-    arguments += ["--data.val.class_path=Addition", "--data.val.init_args.num_examples=3", "--data.val.init_args.held_out=true"]
+    arguments = [
+        "--data=VerifiableDataModule",
+        f"--data.tokenizer={tmp_path}",
+        "--data.train=Addition",
+        "--data.train.num_examples=5",
+    ]
+    arguments += [
+        "--data.val.class_path=Addition",
+        "--data.val.init_args.num_examples=3",
+        "--data.val.init_args.held_out=true",
+    ]
     module = parser.instantiate(parser.parse_args(arguments)).data
     assert isinstance(module, VerifiableDataModule) and isinstance(module.train, Addition)
     assert isinstance(module.val, Addition) and module.val.held_out
     module.setup("fit")
     assert len(module.train_prompts) == 5 and module.val_prompts[0].text.endswith("=")
-    arguments = [*arguments[:2], "--data.train=PreferencePrompts", "--data.train.path=hh.jsonl", "--data.train.chat=true"]
-    module = parser.instantiate(parser.parse_args([*arguments, "--data.ptx.train=x.jsonl", "--data.ptx.val={web: y.jsonl}"])).data
+    arguments = [
+        *arguments[:2],
+        "--data.train=PreferencePrompts",
+        "--data.train.path=hh.jsonl",
+        "--data.train.chat=true",
+    ]
+    module = parser.instantiate(
+        parser.parse_args([*arguments, "--data.ptx.train=x.jsonl", "--data.ptx.val={web: y.jsonl}"])
+    ).data
     assert isinstance(module.train, PreferencePrompts) and module.train.chat
     assert isinstance(module.ptx, PtxStream) and (module.ptx.train, module.ptx.val) == ("x.jsonl", {"web": "y.jsonl"})
     for name, source in (("ReasoningGym", {"task": "chain_sum", "size": 2}), ("Files", {"path": "x.jsonl"})):
@@ -168,7 +219,12 @@ def test_short_class_names_work_on_the_command_line(tmp_path: Path) -> None:
 def test_a_prompt_needs_no_answer(tmp_path: Path) -> None:
     """Learned rewards ask for none; a column that might be meant as the answer is asked about."""
     path = tmp_path / "prompts.jsonl"
-    for rows in ([{"prompt": "x"}], [{"question": "x"}], [{"prompt": "x", "answer": None}], [{"prompt": "x", "answer": float("nan")}]):
+    for rows in (
+        [{"prompt": "x"}],
+        [{"question": "x"}],
+        [{"prompt": "x", "answer": None}],
+        [{"prompt": "x", "answer": float("nan")}],
+    ):
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         module = on_rank(0, 1, str(path), prompts_per_phase=1)
         assert (module.draw(0)["prompt"], module.draw(0)["answer"], module.draw(0)["info"]) == (["x"], [None], [{}])
@@ -177,5 +233,7 @@ def test_a_prompt_needs_no_answer(tmp_path: Path) -> None:
     mapped.setup("fit")
     assert mapped.draw(0)["prompt"] == ["x"]
     path.write_text('{"prompt": "x", "target": "y"}\n')
-    with pytest.raises(ValueError, match=f"{path}:1: found the columns prompt, target; looked for prompt \\+ answer or"):
+    with pytest.raises(
+        ValueError, match=f"{path}:1: found the columns prompt, target; looked for prompt \\+ answer or"
+    ):
         on_rank(0, 1, str(path))

@@ -39,7 +39,9 @@ def test_gae_hand_numbers(lam: float, expected: tuple[float, float, float]) -> N
     close(returns, double(*expected)[None] + values)
     if lam == 1.0:
         close(returns, double(1.0, 1.02, 0.98)[None])
-        close(gae(rewards, values * -3 + 1, torch.ones(1, 3, dtype=torch.bool), lam=1.0)[1], returns)  # free of the values
+        close(
+            gae(rewards, values * -3 + 1, torch.ones(1, 3, dtype=torch.bool), lam=1.0)[1], returns
+        )  # free of the values
 
 
 def naive_gae(rewards: list[float], values: list[float], gamma: float, lam: float) -> list[float]:
@@ -88,7 +90,9 @@ def test_group_hand_numbers() -> None:
     close(group_zscore(rewards, group), double(0.75, -0.25, -0.25, -0.25) / 0.5001)
     close(group_zscore(rewards, group), double(1.49970, -0.49990, -0.49990, -0.49990), atol=1e-6)
     close(group_zscore(rewards, group, eps=0.0), double(1.5, -0.5, -0.5, -0.5))
-    assert not torch.allclose(group_zscore(rewards, group), double(0.75, -0.25, -0.25, -0.25) / (math.sqrt(0.75 / 4) + 1e-4))
+    assert not torch.allclose(
+        group_zscore(rewards, group), double(0.75, -0.25, -0.25, -0.25) / (math.sqrt(0.75 / 4) + 1e-4)
+    )
     close(leave_one_out(double(3, 5), torch.tensor([7, 7])), double(-2, 2))  # two rows: the difference
 
 
@@ -102,7 +106,11 @@ def naive(function: Callable[..., Tensor], rewards: list[float], group: list[int
         everyone = [own, *others]
         mean = sum(everyone) / len(everyone)
         std = math.sqrt(sum((r - mean) ** 2 for r in everyone) / (len(everyone) - 1))
-        by_name = {group_center: own - mean, group_zscore: (own - mean) / (std + 1e-4), leave_one_out: own - sum(others) / len(others)}
+        by_name = {
+            group_center: own - mean,
+            group_zscore: (own - mean) / (std + 1e-4),
+            leave_one_out: own - sum(others) / len(others),
+        }
         result.append(by_name[function])
     return double(*result)
 
@@ -174,7 +182,9 @@ def test_which_baselines_are_unbiased() -> None:
 
 def test_zero_std_fraction() -> None:
     rewards = double(0.1, 0.1, 0.1, 1, 0, 1, NAN, 1, 2, NAN, NAN)
-    group = torch.tensor([5, 5, 5, 2, 2, 8, 8, 8, 3, -1, -1])  # equal; mixed; equal besides a NaN; one row; none scorable
+    group = torch.tensor(
+        [5, 5, 5, 2, 2, 8, 8, 8, 3, -1, -1]
+    )  # equal; mixed; equal besides a NaN; one row; none scorable
     assert zero_std_fraction(rewards, group).item() == pytest.approx(3 / 4)
     assert zero_std_fraction(double(1, 1 + 1e-15), torch.tensor([0, 0])).item() == 0.0  # no tolerance
     assert zero_std_fraction(double(NAN), torch.tensor([0])).item() == 0.0

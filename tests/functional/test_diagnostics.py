@@ -79,7 +79,8 @@ def test_ece_takes_gaps_per_bin_before_adding() -> None:
 
 
 def test_ece_bin_edges_close_on_the_right() -> None:
-    # With 2 bins 0.5 falls in (0, 0.5] beside 0.1: |(1 - 0.5) + (0 - 0.1)| = 0.4; on the left-closed reading it would be 0.5 + 0.1.
+    # With 2 bins 0.5 falls in (0, 0.5] beside 0.1: |(1 - 0.5) + (0 - 0.1)| = 0.4; on the left-closed reading it would
+    # be 0.5 + 0.1.
     assert ece(f64(0.5, 0.1), f64(1, 0), num_bins=2) == pytest.approx(0.4 / 2, abs=ATOL)
     assert ece(f64(0.0, 1.0), f64(0, 1)) == 0.0
     assert ece(f64(), f64()) == 0.0
@@ -110,7 +111,9 @@ def test_pearson_limits() -> None:
     lengths = f64(3, 8, 1, 20)
     assert pearson(0.01 * lengths, lengths) == pytest.approx(1.0, abs=ATOL)
     assert pearson(-lengths, lengths) == pytest.approx(-1.0, abs=ATOL)
-    assert pearson(f64(0.1, 0.1, 0.1, 0.1), lengths) == 0.0  # the mean of three or more 0.1 is not 0.1 in floating point
+    assert (
+        pearson(f64(0.1, 0.1, 0.1, 0.1), lengths) == 0.0
+    )  # the mean of three or more 0.1 is not 0.1 in floating point
     assert pearson(f64(2), f64(3)) == 0.0
     assert pearson(f64(), f64()) == 0.0
     with pytest.raises(ValueError, match="vectors of one length"):
@@ -118,7 +121,8 @@ def test_pearson_limits() -> None:
 
 
 def test_within_group_correlation_takes_the_group_means_off() -> None:
-    # Two prompts: inside each, longer is worse; across them, the long one is better. Deviations: x -1 1 -1 1, y 1 -1 1 -1.
+    # Two prompts: inside each, longer is worse; across them, the long one is better. Deviations: x -1 1 -1 1, y 1 -1 1
+    # -1.
     x, y, group = f64(1, 3, 101, 103), f64(2, 0, 12, 10), torch.tensor([7, 7, 2, 2])
     assert within_group_correlation(x, y, group) == pytest.approx(-1.0, abs=ATOL)
     assert pearson(x, y) > 0.9
@@ -149,7 +153,10 @@ def test_within_group_correlation_invariances() -> None:
 def test_within_group_correlation_is_zero_without_variation() -> None:
     group = torch.tensor([0, 0, 0, 1, 1, 1])
     assert within_group_correlation(f64(0.1, 0.1, 0.1, 0.7, 0.7, 0.7), f64(1, 2, 3, 4, 5, 6), group) == 0.0
-    noisy = f64(*[0.1] * 6)  # 0.1 + 0.1 + 0.1 is not 0.3 in floating point: a plain mean leaves the same residue in all, which correlates fully
+    noisy = f64(
+        *[0.1] * 6
+        # 0.1 + 0.1 + 0.1 is not 0.3 in floating point: a plain mean leaves the same residue in all, which correlates fully
+    )
     assert within_group_correlation(noisy, noisy, group) == 0.0
     assert within_group_correlation(f64(1, 2, 3), f64(3, 2, 2), torch.tensor([0, 1, 2])) == 0.0
 
@@ -197,7 +204,9 @@ def test_best_of_n_curve_hand_case() -> None:
     assert best_of_n_curve(rewards, rewards, 2) == pytest.approx(20 / 6, abs=ATOL)
     assert best_of_n_curve(rewards, rewards, 1) == pytest.approx(2.5, abs=ATOL)
     assert best_of_n_curve(rewards, rewards, 4) == pytest.approx(4.0, abs=ATOL)
-    assert best_of_n_curve(-rewards, rewards, 2) == pytest.approx(10 / 6, abs=ATOL)  # the worst: 1 three times, 2 twice, 3 once
+    assert best_of_n_curve(-rewards, rewards, 2) == pytest.approx(
+        10 / 6, abs=ATOL
+    )  # the worst: 1 three times, 2 twice, 3 once
 
 
 def test_best_of_n_curve_against_all_subsets() -> None:

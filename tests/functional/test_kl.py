@@ -40,10 +40,14 @@ def test_hand_numbers() -> None:
     assert k2(logprobs, ref_logprobs).item() == pytest.approx(math.log(2) ** 2 / 2, abs=1e-12)
     assert k3(logprobs, ref_logprobs).item() == pytest.approx(0.5 - 1 + math.log(2), abs=1e-12)
     assert weighted_k3(logprobs, ref_logprobs).item() == pytest.approx(0.5 - 1 + math.log(2), abs=1e-12)
-    assert not math.isclose(k3(ref_logprobs, logprobs).item(), k3(logprobs, ref_logprobs).item())  # the direction matters
+    assert not math.isclose(
+        k3(ref_logprobs, logprobs).item(), k3(logprobs, ref_logprobs).item()
+    )  # the direction matters
 
 
-@pytest.mark.parametrize(("estimator", "expected"), [(k1, 0.177386), (k2, 0.162928), (k3, 0.177386), (weighted_k3, 0.177386)])
+@pytest.mark.parametrize(
+    ("estimator", "expected"), [(k1, 0.177386), (k2, 0.162928), (k3, 0.177386), (weighted_k3, 0.177386)]
+)
 def test_expected_values(estimator: Estimator, expected: float) -> None:
     assert expectation(estimator)[0] == pytest.approx(expected, abs=1e-6)
     if estimator is not k2:

@@ -15,7 +15,9 @@ def random_logits(num_rows: int = 2, num_tokens: int = 3, vocabulary: int = 5) -
 
 
 def test_hand_numbers_with_and_without_temperature() -> None:
-    logits = torch.tensor([[[0.0, math.log(3.0)]]], dtype=DOUBLE)  # softmax (1/4, 3/4); at temperature 0.5 it is (1, 9) / 10
+    logits = torch.tensor(
+        [[[0.0, math.log(3.0)]]], dtype=DOUBLE
+    )  # softmax (1/4, 3/4); at temperature 0.5 it is (1, 9) / 10
     for target, plain, sharp in ((0, 1 / 4, 1 / 10), (1, 3 / 4, 9 / 10)):
         targets = torch.tensor([[target]])
         assert token_logprobs(logits, targets).item() == pytest.approx(math.log(plain), abs=1e-12)
@@ -38,7 +40,9 @@ def test_naive_loop_and_no_shift() -> None:
     torch.testing.assert_close(token_entropies(logits), entropies, atol=1e-9, rtol=0)
     shifted = token_logprobs(logits[:, :-1], targets[:, 1:], temperature=0.7)
     assert not torch.allclose(logprobs[:, 1:], shifted)
-    assert not torch.allclose(logprobs, token_logprobs(logits, targets) / 0.7)  # dividing after the softmax is another thing
+    assert not torch.allclose(
+        logprobs, token_logprobs(logits, targets) / 0.7
+    )  # dividing after the softmax is another thing
 
 
 def test_half_precision_is_computed_in_float32_and_double_stays_double() -> None:
@@ -54,7 +58,9 @@ def test_half_precision_is_computed_in_float32_and_double_stays_double() -> None
 
 def test_constant_shift_of_the_logits_changes_nothing() -> None:
     logits, targets = random_logits(), torch.tensor([[0, 4, 2], [1, 1, 3]])
-    torch.testing.assert_close(token_logprobs(logits + 100.0, targets), token_logprobs(logits, targets), atol=1e-9, rtol=0)
+    torch.testing.assert_close(
+        token_logprobs(logits + 100.0, targets), token_logprobs(logits, targets), atol=1e-9, rtol=0
+    )
     torch.testing.assert_close(token_entropies(logits + 100.0), token_entropies(logits), atol=1e-9, rtol=0)
 
 
@@ -74,7 +80,9 @@ def test_gradients() -> None:
 
 
 def test_sequence_sum_ignores_masked_columns_in_value_and_gradient() -> None:
-    logprobs = torch.tensor([[-1.0, -2.0, math.nan], [-4.0, -math.inf, math.inf], [math.nan] * 3], dtype=DOUBLE, requires_grad=True)
+    logprobs = torch.tensor(
+        [[-1.0, -2.0, math.nan], [-4.0, -math.inf, math.inf], [math.nan] * 3], dtype=DOUBLE, requires_grad=True
+    )
     mask = torch.tensor([[True, True, False], [True, False, False], [False, False, False]])
     before = logprobs.detach().clone()
     result = sequence_logprobs(logprobs, mask)
@@ -82,7 +90,9 @@ def test_sequence_sum_ignores_masked_columns_in_value_and_gradient() -> None:
     result.sum().backward()
     assert logprobs.grad is not None and torch.equal(logprobs.grad, mask.to(DOUBLE))
     assert torch.equal(logprobs.detach().nan_to_num(7.0), before.nan_to_num(7.0))
-    padded = sequence_logprobs(torch.nn.functional.pad(before, (0, 4), value=math.nan), torch.nn.functional.pad(mask, (0, 4)))
+    padded = sequence_logprobs(
+        torch.nn.functional.pad(before, (0, 4), value=math.nan), torch.nn.functional.pad(mask, (0, 4))
+    )
     assert torch.equal(padded, result)
     assert sequence_logprobs(before, mask * 0.5).tolist() == [-1.5, -2.0, 0.0]
 

@@ -41,8 +41,12 @@ def test_naive_loop_over_everything_and_over_each_dimension() -> None:
         assert masked_sum(x, mask, dim=1)[i].item() == pytest.approx(sum(row), abs=1e-12)
     for t in range(6):
         column = [x[i, t].item() for i in range(4) if mask[i, t]]
-        assert masked_mean(x, mask, dim=0)[t].item() == pytest.approx(sum(column) / len(column) if column else 0.0, abs=1e-12)
-    assert not math.isclose(masked_mean(x, mask).item(), masked_mean(x, mask, dim=1).mean().item())  # mean of means is another number
+        assert masked_mean(x, mask, dim=0)[t].item() == pytest.approx(
+            sum(column) / len(column) if column else 0.0, abs=1e-12
+        )
+    assert not math.isclose(
+        masked_mean(x, mask).item(), masked_mean(x, mask, dim=1).mean().item()
+    )  # mean of means is another number
     assert not math.isclose(masked_mean(x, mask).item(), (x * mask).mean().item())
 
 
@@ -50,7 +54,9 @@ def test_mean_with_float_weights_and_a_broadcast_mask() -> None:
     x = torch.tensor([[1.0, 5.0], [2.0, 8.0]], dtype=DOUBLE)
     weights = torch.tensor([[1.0, 3.0], [0.0, 4.0]], dtype=DOUBLE)
     assert masked_mean(x, weights).item() == pytest.approx((1 + 15 + 32) / 8, abs=1e-12)
-    assert masked_mean(x, torch.tensor([[True], [False]])).item() == pytest.approx(3.0, abs=1e-12)  # two kept entries, not one
+    assert masked_mean(x, torch.tensor([[True], [False]])).item() == pytest.approx(
+        3.0, abs=1e-12
+    )  # two kept entries, not one
     assert masked_mean(x > 4, torch.ones(2, 2, dtype=torch.bool)).item() == 0.5
 
 
@@ -71,7 +77,9 @@ def test_whiten_hand_numbers() -> None:
     scale = math.sqrt(3.5 + 1e-8)
     expected = torch.tensor([[-2 / scale, -1 / scale, 0.0], [0.0, 3 / scale, 0.0]], dtype=DOUBLE)
     torch.testing.assert_close(masked_whiten(x, mask), expected, atol=1e-12, rtol=0)
-    torch.testing.assert_close(masked_whiten(x, mask)[mask], torch.tensor([-1.06904, -0.53452, 0, 1.60357], dtype=DOUBLE), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        masked_whiten(x, mask)[mask], torch.tensor([-1.06904, -0.53452, 0, 1.60357], dtype=DOUBLE), atol=1e-5, rtol=0
+    )
     torch.testing.assert_close(masked_whiten(x, mask, shift_mean=False), expected + 3.0 * mask, atol=1e-12, rtol=0)
     sample_scale = math.sqrt(14 / 3 + 1e-8)
     assert not torch.allclose(masked_whiten(x, mask)[0, :1], torch.tensor([-2 / sample_scale], dtype=DOUBLE))
@@ -80,7 +88,9 @@ def test_whiten_hand_numbers() -> None:
 def test_whiten_is_invariant_to_shifts_and_a_constant_gives_zero() -> None:
     x, mask = random_case()
     torch.testing.assert_close(masked_whiten(x + 5.0, mask), masked_whiten(x, mask), atol=1e-9, rtol=0)
-    torch.testing.assert_close(masked_whiten(torch.full((2, 3), 0.1, dtype=DOUBLE), torch.ones(2, 3)), torch.zeros(2, 3, dtype=DOUBLE))
+    torch.testing.assert_close(
+        masked_whiten(torch.full((2, 3), 0.1, dtype=DOUBLE), torch.ones(2, 3)), torch.zeros(2, 3, dtype=DOUBLE)
+    )
 
 
 def test_aggregation_table() -> None:
@@ -89,7 +99,9 @@ def test_aggregation_table() -> None:
     loss = torch.tensor([[-1.0], [1.0]], dtype=DOUBLE).expand(2, 10)
     lengths = mask.sum(1, keepdim=True)
     assert aggregate(loss, mask, mask.sum()).item() == pytest.approx((-2 + 8) / 10, abs=1e-12)  # token mean
-    assert aggregate(loss, mask / lengths.to(DOUBLE), 2).item() == pytest.approx((-1 + 1) / 2, abs=1e-12)  # mean of sequence means
+    assert aggregate(loss, mask / lengths.to(DOUBLE), 2).item() == pytest.approx(
+        (-1 + 1) / 2, abs=1e-12
+    )  # mean of sequence means
     assert aggregate(loss, mask, 2).item() == pytest.approx((-2 + 8) / 2, abs=1e-12)  # mean of sequence sums
     assert aggregate(loss, mask, 2 * 10).item() == pytest.approx(0.3, abs=1e-12)  # constant norm, L_max = 10
 
@@ -101,7 +113,9 @@ def test_any_split_into_micro_batches_adds_up_to_the_same_loss(splits: list[int]
     parts = zip(x.split(splits), mask.split(splits), strict=True)
     total = sum(aggregate(rows, keep, denominator).item() for rows, keep in parts)
     assert total == pytest.approx((x * mask).sum().item() / denominator.item(), abs=1e-12)
-    local_means = [masked_mean(rows, keep).item() for rows, keep in zip(x.split([1, 3]), mask.split([1, 3]), strict=True)]
+    local_means = [
+        masked_mean(rows, keep).item() for rows, keep in zip(x.split([1, 3]), mask.split([1, 3]), strict=True)
+    ]
     assert not math.isclose(sum(local_means) / 2, total)
 
 
@@ -114,10 +128,16 @@ def test_masked_columns_row_order_padding_and_inputs(function: Reduction) -> Non
     copy, mask_copy = dirty.clone(), mask.clone()
     leaf = dirty.requires_grad_()
     result = function(leaf, mask)
-    torch.testing.assert_close(result[mask] if result.dim() else result, reference[mask] if result.dim() else reference, atol=1e-9, rtol=0)
+    torch.testing.assert_close(
+        result[mask] if result.dim() else result, reference[mask] if result.dim() else reference, atol=1e-9, rtol=0
+    )
     assert torch.isfinite(result).all()
     (result.square()).sum().backward()
-    assert leaf.grad is not None and torch.isfinite(leaf.grad).all() and torch.equal(leaf.grad[~mask], torch.zeros_like(x)[~mask])
+    assert (
+        leaf.grad is not None
+        and torch.isfinite(leaf.grad).all()
+        and torch.equal(leaf.grad[~mask], torch.zeros_like(x)[~mask])
+    )
     assert torch.equal(leaf.detach().nan_to_num(9.0), copy.nan_to_num(9.0)) and torch.equal(mask, mask_copy)
     order = torch.tensor([3, 1, 0, 2])
     padded = function(pad(x, (0, 5), value=math.nan)[order], pad(mask, (0, 5))[order])

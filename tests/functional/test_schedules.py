@@ -10,7 +10,9 @@ from modules.schedulers import WSD
 
 
 def test_the_exponential_decay_by_hand():
-    factors = {step: wsd(step, 10, 100, 130, "exponential", half_life=10) for step in (0, 5, 10, 99, 100, 105, 110, 120, 130)}
+    factors = {
+        step: wsd(step, 10, 100, 130, "exponential", half_life=10) for step in (0, 5, 10, 99, 100, 105, 110, 120, 130)
+    }
     expected = {0: 0, 5: 0.5, 10: 1, 99: 1, 100: 1, 105: 0.5**0.5, 110: 0.5, 120: 0.25, 130: 0.125}
     assert factors == pytest.approx(expected, abs=1e-12)
     assert factors[105] == pytest.approx(0.70711, abs=1e-5)
@@ -19,8 +21,11 @@ def test_the_exponential_decay_by_hand():
 
 
 def test_linear_and_cosine_end_at_the_final_share_and_stay():
-    # half way: linear 1 - 0.9 / 2 = 0.55; cosine 0.1 + 0.9 * (1 + cos(pi / 2)) / 2 = 0.55; a quarter: linear 0.775, cosine 0.1 + 0.45 (1 + sqrt(0.5))
-    assert [wsd(step, 0, 100, 140, "linear", final=0.1) for step in (100, 110, 120, 140, 999)] == pytest.approx([1, 0.775, 0.55, 0.1, 0.1])
+    # half way: linear 1 - 0.9 / 2 = 0.55; cosine 0.1 + 0.9 * (1 + cos(pi / 2)) / 2 = 0.55; a quarter: linear 0.775,
+    # cosine 0.1 + 0.45 (1 + sqrt(0.5))
+    assert [wsd(step, 0, 100, 140, "linear", final=0.1) for step in (100, 110, 120, 140, 999)] == pytest.approx(
+        [1, 0.775, 0.55, 0.1, 0.1]
+    )
     cosine = [wsd(step, 0, 100, 140, "cosine", final=0.1) for step in (100, 110, 120, 140, 999)]
     assert cosine == pytest.approx([1, 0.1 + 0.45 * (1 + math.sqrt(0.5)), 0.55, 0.1, 0.1])
 
@@ -42,7 +47,10 @@ def rates(scheduler: WSD, steps: int) -> list[float]:
 
 
 def make(**settings) -> WSD:
-    return WSD(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2.0), **{"warmup_steps": 2, "decay_start": 6, "total_steps": 10} | settings)
+    return WSD(
+        torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2.0),
+        **{"warmup_steps": 2, "decay_start": 6, "total_steps": 10} | settings,
+    )
 
 
 def test_the_scheduler_ends_at_a_tenth_of_the_peak_unless_told():
@@ -65,7 +73,9 @@ def test_a_stable_checkpoint_goes_on_as_the_uninterrupted_run_and_branches():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"warmup_steps": 7}, {"decay_start": 10}, {"decay": "sudden"}, {"final": 1.5}, {"half_life": 0.0}], ids=lambda wrong: next(iter(wrong))
+    "wrong",
+    [{"warmup_steps": 7}, {"decay_start": 10}, {"decay": "sudden"}, {"final": 1.5}, {"half_life": 0.0}],
+    ids=lambda wrong: next(iter(wrong)),
 )
 def test_settings_out_of_order_are_refused(wrong):
     with pytest.raises(ValueError, match="WSD needs"):

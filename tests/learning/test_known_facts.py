@@ -1,4 +1,6 @@
-"""Tuning on new facts to convergence costs known ones that are not in the tuning set; without the new facts it does not (arXiv 2405.05904)."""
+"""Tuning on new facts to convergence costs known ones that are not in the tuning set; without the new facts it does not
+(arXiv 2405.05904).
+"""
 
 import pytest
 import torch
@@ -37,7 +39,9 @@ def fit(policy: str, lr: float, first: int, num_facts: int, steps: int) -> SFTMo
 
 def accuracy(module: SFTModule, first: int, num_facts: int) -> float:
     """Share of right greedy answers."""
-    data = InstructionDataModule(module.tokenizer, Facts(num_facts, first), val=Facts(num_facts, first), batch_size=num_facts)
+    data = InstructionDataModule(
+        module.tokenizer, Facts(num_facts, first), val=Facts(num_facts, first), batch_size=num_facts
+    )
     (logged,) = Trainer(**QUIET).validate(module, data, verbose=False)
     return logged["val/reward"]
 

@@ -8,12 +8,18 @@ from lightning.pytorch import Trainer, seed_everything
 
 from datamodules import Addition, InstructionDataModule, VerifiableDataModule
 from modules import GRPOModule, SFTModule
-from modules.objectives import Advantage, GroupCenter, GroupZScore, LeaveOneOut
+from modules.losses import Advantage, GroupCenter, GroupZScore, LeaveOneOut
 from modules.rewards import RegexFormat
 from modules.rollout.engine import Sampling
 from modules.types import Reward
 
-QUIET = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+QUIET = {
+    "accelerator": "cpu",
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
 ASCII = RegexFormat(r"[\x00-\x7f]*", name="ascii")  # about one in five completions of the untrained model
 
 
@@ -31,7 +37,9 @@ class Shuffled(Reward):
         return scores
 
 
-def trained_pass_rate(reward: Reward, lr: float, advantage: Advantage | None = None, beta: float = 0.0) -> tuple[float, float]:
+def trained_pass_rate(
+    reward: Reward, lr: float, advantage: Advantage | None = None, beta: float = 0.0
+) -> tuple[float, float]:
     """pass@1 of plain ASCII on held-out prompts, before and after 25 phases of 8 prompts x 8."""
     seed_everything(0)
     module = GRPOModule(
@@ -51,7 +59,9 @@ def trained_pass_rate(reward: Reward, lr: float, advantage: Advantage | None = N
     return before["val/pass@1"], float(trainer.callback_metrics["val/pass@1"])
 
 
-@pytest.mark.parametrize("advantage", [GroupZScore(), GroupCenter(), LeaveOneOut()], ids=lambda advantage: type(advantage).__name__)
+@pytest.mark.parametrize(
+    "advantage", [GroupZScore(), GroupCenter(), LeaveOneOut()], ids=lambda advantage: type(advantage).__name__
+)
 def test_grpo_learns_what_is_rewarded(advantage):
     before, after = trained_pass_rate(ASCII, lr=3e-3, advantage=advantage)
     assert before < 0.35
@@ -72,12 +82,16 @@ def test_a_strong_kl_keeps_the_policy_at_its_start():
 def test_sft_learns_the_answers_and_not_the_prompts():
     seed_everything(0)
     module = SFTModule("tiny", optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-3))
-    data = InstructionDataModule(module.tokenizer, Addition(80, digits=1), val=Addition(10, digits=1, held_out=True), batch_size=40)
+    data = InstructionDataModule(
+        module.tokenizer, Addition(80, digits=1), val=Addition(10, digits=1, held_out=True), batch_size=40
+    )
     trainer = Trainer(max_steps=60, **QUIET)
     (before,) = trainer.validate(module, data, verbose=False)
     trainer.fit(module, data)
     (after,) = trainer.validate(module, data, verbose=False)
-    assert before["val/loss"] == pytest.approx(torch.tensor(261.0).log().item(), abs=0.5)  # an untrained model is near uniform
+    assert before["val/loss"] == pytest.approx(
+        torch.tensor(261.0).log().item(), abs=0.5
+    )  # an untrained model is near uniform
     assert after["val/loss"] < 1.2
     prompt = module.tokenizer("2+3=", return_tensors="pt")["input_ids"]
     asked = module.policy.token_scores(prompt, torch.ones_like(prompt, dtype=torch.bool)).logprobs

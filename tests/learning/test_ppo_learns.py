@@ -1,4 +1,6 @@
-"""PPO learns what is rewarded, as fast as it should; its critic learns, an adaptive KL holds its target, and texts keep what was known."""
+"""PPO learns what is rewarded, as fast as it should; its critic learns, an adaptive KL holds its target, and texts keep
+what was known.
+"""
 
 import random
 from collections.abc import Callable
@@ -13,13 +15,19 @@ from lightning.pytorch.callbacks import Callback
 from callbacks import Forgetting
 from datamodules import Addition, NumberTexts, PretrainingDataModule, PtxStream, VerifiableDataModule
 from modules import GRPOModule, PPOModule, SFTModule
+from modules.losses import AdaptiveKL
 from modules.networks.critic import Value
-from modules.objectives import AdaptiveKL
 from modules.rewards import RegexFormat
 from modules.rollout.engine import Sampling
 from modules.types import Reward, Rollout
 
-QUIET = {"accelerator": "cpu", "devices": 1, "logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+QUIET = {
+    "accelerator": "cpu",
+    "devices": 1,
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+}
 QUIET |= {"enable_model_summary": False, "num_sanity_val_steps": 0, "gradient_clip_val": 1.0}
 ASCII = RegexFormat(r"[\x00-\x7f]*", name="ascii")  # about one in five completions of the untrained model
 
@@ -70,10 +78,17 @@ def mean(numbers: list[float]) -> float:
     return sum(numbers) / len(numbers)
 
 
-def solved(method: type[GRPOModule] | type[PPOModule], reward: Reward, lr: float, phases: int, every: int) -> dict[int, float]:
+def solved(
+    method: type[GRPOModule] | type[PPOModule], reward: Reward, lr: float, phases: int, every: int
+) -> dict[int, float]:
     """pass@1 of plain ASCII on held-out prompts after every so many phases of 8 prompts x 8 completions."""
     seed_everything(0)
-    settings: dict[str, Any] = {"num_generations": 8, "accuracy": ASCII, "val_generations": 8, "sampling": Sampling(max_completion_length=4)}
+    settings: dict[str, Any] = {
+        "num_generations": 8,
+        "accuracy": ASCII,
+        "val_generations": 8,
+        "sampling": Sampling(max_completion_length=4),
+    }
     settings |= {"kl_coef": 0.05} if method is PPOModule else {}
     module = method("tiny", reward, optimizer=partial(torch.optim.AdamW, lr=lr), **settings)
     data = VerifiableDataModule(module.tokenizer, Addition(200), val=Addition(16, held_out=True), prompts_per_phase=8)
@@ -134,7 +149,9 @@ def last_kl(kl_coef: float, phases: int, adaptive: AdaptiveKL | None, seed: int 
         sampling=Sampling(max_completion_length=4),
         kl_coef=kl_coef,
         adaptive_kl=adaptive,
-        optimizer=partial(torch.optim.AdamW, lr=3e-3, betas=(0.5, 0.95)),  # little momentum, whose lag makes the KL swing
+        optimizer=partial(
+            torch.optim.AdamW, lr=3e-3, betas=(0.5, 0.95)
+        ),  # little momentum, whose lag makes the KL swing
         seed=seed,
     )
     found = Phases()
@@ -161,7 +178,9 @@ def forgotten(policy: str, ptx_coef: float) -> tuple[float, float]:
         ptx_coef=ptx_coef,
         optimizer=partial(torch.optim.AdamW, lr=2e-3),
     )
-    ptx = PtxStream(NumberTexts(200, "counting"), rows_per_update=4, max_length=64, val=NumberTexts(10, "counting", seed=1))
+    ptx = PtxStream(
+        NumberTexts(200, "counting"), rows_per_update=4, max_length=64, val=NumberTexts(10, "counting", seed=1)
+    )
     data = VerifiableDataModule(module.tokenizer, Addition(200), prompts_per_phase=8, ptx=ptx)
     found, forgetting = Phases(), Forgetting()
     Trainer(max_epochs=35, callbacks=[found, forgetting], **QUIET).fit(module, data)

@@ -9,7 +9,7 @@ from lightning.pytorch import Trainer, seed_everything
 from datamodules import PreferenceDataModule
 from datamodules.sources import Row, Source
 from modules import DPOModule
-from modules.objectives import IPO, KTO, ORPO, Hinge, LengthNormalized, Robust, Sigmoid, SimPO
+from modules.losses import IPO, KTO, ORPO, Hinge, LengthNormalized, Robust, Sigmoid, SimPO
 from modules.rollout.engine import Sampling
 from modules.rollout.in_process import InProcessEngine
 
@@ -37,25 +37,37 @@ class Letters(Source):
             big = "".join(draw.choices("ABCDEFGH", k=3))
             swap = {"right": False, "swapped": True, "shuffled": draw.random() < 0.5}[self.labels]
             chosen, rejected = (big, small) if swap else (small, big)
-            rows.append(Row({"prompt": f"{number:02d}:", "chosen": chosen, "rejected": rejected}, f"letters#{number}", "letters"))
+            rows.append(
+                Row(
+                    {"prompt": f"{number:02d}:", "chosen": chosen, "rejected": rejected}, f"letters#{number}", "letters"
+                )
+            )
         return rows
 
 
 def shares(labels: str, objective, lr: float = 1e-3) -> tuple[float, float]:
     """Share of small and of capital letters among the first tokens of 256 samples, after training."""
     seed_everything(0)
-    module = DPOModule("tiny", objective=objective, cache_dir=None, optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=lr))
-    Trainer(max_epochs=5, gradient_clip_val=1.0, **QUIET).fit(module, PreferenceDataModule(module.tokenizer, Letters(labels), batch_size=16))
+    module = DPOModule(
+        "tiny", objective=objective, cache_dir=None, optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=lr)
+    )
+    Trainer(max_epochs=5, gradient_clip_val=1.0, **QUIET).fit(
+        module, PreferenceDataModule(module.tokenizer, Letters(labels), batch_size=16)
+    )
     engine = InProcessEngine()
     engine.sync_weights(module.policy.eval(), 0)
     prompts = [module.tokenizer(f"{number:02d}:").input_ids for number in range(32)]
     found = engine.generate(prompts, 8, Sampling(max_completion_length=1), [100 * number for number in range(32)])
     first = [completion.text for group in found for completion in group]
-    return tuple(sum(text in letters and text != "" for text in first) / len(first) for letters in ("abcdefgh", "ABCDEFGH"))
+    return tuple(
+        sum(text in letters and text != "" for text in first) / len(first) for letters in ("abcdefgh", "ABCDEFGH")
+    )
 
 
 @pytest.mark.parametrize(
-    "objective", [Sigmoid(), Robust(), IPO(), Hinge(), LengthNormalized(), SimPO(), ORPO(), KTO()], ids=lambda objective: type(objective).__name__
+    "objective",
+    [Sigmoid(), Robust(), IPO(), Hinge(), LengthNormalized(), SimPO(), ORPO(), KTO()],
+    ids=lambda objective: type(objective).__name__,
 )
 def test_what_is_preferred_becomes_likely(objective):
     small, big = shares("right", objective)

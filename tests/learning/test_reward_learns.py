@@ -1,4 +1,6 @@
-"""A reward model finds the rule behind its pairs, takes length for quality where the pairs do, and finds nothing in shuffled labels."""
+"""A reward model finds the rule behind its pairs, takes length for quality where the pairs do, and finds nothing in
+shuffled labels.
+"""
 
 import json
 import random
@@ -12,7 +14,13 @@ from datamodules.preference import PreferenceDataModule
 from modules.reward import RewardModule
 from modules.types import ScoredPair
 
-QUIET = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+QUIET = {
+    "accelerator": "cpu",
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
 LETTERS = "abcdefghij"
 STEPS = 40
 
@@ -26,7 +34,9 @@ def word(rng: random.Random, length: int, digit: bool) -> str:
 
 
 def pairs(folder: Path, name: str, count: int, seed: int, digit_chosen: float = 1.0, longer_chosen: float = 0.5) -> str:
-    """One answer of each pair holds a digit; the answer with it, and the longer answer, is the chosen one with the given chances."""
+    """One answer of each pair holds a digit; the answer with it, and the longer answer, is the chosen one with the
+    given chances.
+    """
     rng, rows = random.Random(seed), []
     for _ in range(count):
         short = rng.randint(3, 6)

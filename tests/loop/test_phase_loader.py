@@ -8,7 +8,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
-from datamodules.phase_loader import PhaseLoader, select, split
+from datamodules.loaders.phase_loader import PhaseLoader, select, split
 from modules.types import Rollout
 
 
@@ -71,7 +71,12 @@ class ToyData(LightningDataModule):
 
 
 def fit(
-    module: Toy, accumulate: int = 1, callbacks: tuple[Callback, ...] = (), phases: int = 2, precision: str = "32-true", **settings: int
+    module: Toy,
+    accumulate: int = 1,
+    callbacks: tuple[Callback, ...] = (),
+    phases: int = 2,
+    precision: str = "32-true",
+    **settings: int,
 ) -> Trainer:
     trainer = Trainer(
         accelerator="cpu",
@@ -177,7 +182,14 @@ class ValidatedData(ToyData):
 
 def test_validation_runs_once_a_phase_behind_its_updates():
     module = Validated()
-    trainer = Trainer(max_epochs=2, num_sanity_val_steps=0, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    trainer = Trainer(
+        max_epochs=2,
+        num_sanity_val_steps=0,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+    )
     trainer.fit(module, datamodule=ValidatedData(updates_per_phase=2))
     assert module.validated == [(0, 2), (1, 4)]
 
@@ -190,7 +202,9 @@ class Disagreeing(SingleDeviceStrategy):
 
 
 def test_ranks_with_phases_of_different_lengths_are_refused():
-    trainer = Trainer(strategy=Disagreeing("cpu"), max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    trainer = Trainer(
+        strategy=Disagreeing("cpu"), max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False
+    )
     with pytest.raises(ValueError, match=r"the ranks disagree on the micro-batches of a phase: \[2, 3\]"):
         trainer.fit(Toy(), datamodule=ToyData(updates_per_phase=2))
 
@@ -206,7 +220,9 @@ class Interrupted(Toy):
 
 def test_an_interrupted_collection_leaves_the_finished_phase_behind():
     module = Interrupted()
-    trainer = Trainer(max_epochs=2, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    trainer = Trainer(
+        max_epochs=2, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False
+    )
     with pytest.raises(RuntimeError, match="engine lost"):
         trainer.fit(module, datamodule=ToyData(updates_per_phase=2))
     loader = trainer.train_dataloader
@@ -217,7 +233,11 @@ def test_an_interrupted_collection_leaves_the_finished_phase_behind():
 @pytest.mark.parametrize(
     ("settings", "accumulate", "sentence"),
     [
-        ({"updates_per_phase": 3, "inner_epochs": 2}, 1, r"updates_per_phase \(3\) must be a positive multiple of inner_epochs \(2\)"),
+        (
+            {"updates_per_phase": 3, "inner_epochs": 2},
+            1,
+            r"updates_per_phase \(3\) must be a positive multiple of inner_epochs \(2\)",
+        ),
         ({"updates_per_phase": 0}, 1, r"updates_per_phase \(0\)"),
         ({"updates_per_phase": 4}, 4, "4 prompts and 12 completions .* cannot make 4 updates of 4 micro-batches"),
     ],
@@ -248,7 +268,11 @@ def test_split_balances_tokens_and_keeps_groups_whole():
 def test_split_leaves_out_rows_without_gradient_unless_a_part_would_be_empty():
     batch = phase_of([[3, 3], [2, 1]], [True, True, False, False])
     assert [part.tolist() for part in split(batch, torch.arange(4), 1)] == [[0, 1]]
-    assert sorted(part.tolist() for part in split(batch, torch.arange(4), 3)) == [[0], [1], [3]]  # the shortest idle row
+    assert sorted(part.tolist() for part in split(batch, torch.arange(4), 3)) == [
+        [0],
+        [1],
+        [3],
+    ]  # the shortest idle row
     idle = phase_of([[3, 3], [2, 1]], [False] * 4)
     assert [part.tolist() for part in split(idle, torch.arange(4), 2)] == [[2], [3]]  # a whole update without gradient
 

@@ -1,4 +1,6 @@
-"""PPO in a real Trainer: bitwise resume with all that it keeps between phases, averaged weights, and ranks that change nothing."""
+"""PPO in a real Trainer: bitwise resume with all that it keeps between phases, averaged weights, and ranks that change
+nothing.
+"""
 
 import copy
 import os
@@ -17,10 +19,10 @@ from test_resume import Records, SaveInside, States, assert_goes_on, equal
 from callbacks import AveragedWeights, Export
 from datamodules import Addition, NumberTexts, PtxStream, VerifiableDataModule
 from modules import PPOModule
+from modules.losses import AdaptiveKL
 from modules.networks.critic import Value
 from modules.networks.lora import Lora
 from modules.networks.policy import Policy
-from modules.objectives import AdaptiveKL
 from modules.rewards import RegexFormat
 from modules.rollout.engine import Sampling
 
@@ -30,8 +32,17 @@ DECAY = 0.9
 
 def ppo(**settings: Any) -> PPOModule:
     """All that a run keeps: a critic that warms up for a phase, a KL weight that moves, texts."""
-    settings = {"num_generations": 2, "sampling": Sampling(max_completion_length=4), "value": Value(lr=3e-3, warmup_phases=1)} | settings
-    settings = {"kl_coef": 0.5, "adaptive_kl": AdaptiveKL(target=1.0, gain=1.0), "ptx_coef": 0.5, "whiten_rewards": True} | settings
+    settings = {
+        "num_generations": 2,
+        "sampling": Sampling(max_completion_length=4),
+        "value": Value(lr=3e-3, warmup_phases=1),
+    } | settings
+    settings = {
+        "kl_coef": 0.5,
+        "adaptive_kl": AdaptiveKL(target=1.0, gain=1.0),
+        "ptx_coef": 0.5,
+        "whiten_rewards": True,
+    } | settings
     settings = {"optimizer": lambda parameters: torch.optim.AdamW(parameters, lr=1e-3)} | settings
     return PPOModule("tiny", RegexFormat(REWARD), **settings)
 
@@ -46,11 +57,19 @@ class AtValidation(Callback):
         self.weights[trainer.global_step] = {name: value.clone() for name, value in pl_module.state_dict().items()}
 
 
-def fit(module: PPOModule, folder: Path, resume: Path | None = None, before: Any = (), after: Any = (), **settings: Any) -> States:
-    """Phases of two updates of two micro-batches; a checkpoint after each step and each phase. ``before`` and ``after`` are callbacks."""
+def fit(
+    module: PPOModule, folder: Path, resume: Path | None = None, before: Any = (), after: Any = (), **settings: Any
+) -> States:
+    """Phases of two updates of two micro-batches; a checkpoint after each step and each phase. ``before`` and ``after``
+    are callbacks.
+    """
     states, records = States(), Records()
-    every_step = ModelCheckpoint(folder, filename="step{step}", auto_insert_metric_name=False, every_n_train_steps=1, save_top_k=-1)
-    every_phase = ModelCheckpoint(folder, filename="phase{epoch}", auto_insert_metric_name=False, save_on_train_epoch_end=True, save_top_k=-1)
+    every_step = ModelCheckpoint(
+        folder, filename="step{step}", auto_insert_metric_name=False, every_n_train_steps=1, save_top_k=-1
+    )
+    every_phase = ModelCheckpoint(
+        folder, filename="phase{epoch}", auto_insert_metric_name=False, save_on_train_epoch_end=True, save_top_k=-1
+    )
     trainer = Trainer(
         accelerator="cpu",
         devices=1,
@@ -66,7 +85,9 @@ def fit(module: PPOModule, folder: Path, resume: Path | None = None, before: Any
     )
     val = Addition(4, held_out=True) if "check_val_every_n_epoch" in settings else None
     ptx = PtxStream(NumberTexts(20, subject="counting"), rows_per_update=4, max_length=16)
-    data = VerifiableDataModule(module.tokenizer, Addition(40), val=val, prompts_per_phase=4, updates_per_phase=2, ptx=ptx)
+    data = VerifiableDataModule(
+        module.tokenizer, Addition(40), val=val, prompts_per_phase=4, updates_per_phase=2, ptx=ptx
+    )
     trainer.fit(module, data, ckpt_path=resume, weights_only=True)
     states.logged = records.found
     return states
@@ -86,13 +107,21 @@ def test_the_run_has_all_that_a_resume_must_bring_back(straight):
     states, folder = straight
     assert max(states.after) == STEPS
     coefficients = [value for (_, name), value in sorted(states.logged.items()) if name == "train/kl_coef"]
-    # the warm-up phase moves nothing; the KL of phase 1, which an unchanged policy samples, is 0 and lowers the weight by a fifth
+    # the warm-up phase moves nothing; the KL of phase 1, which an unchanged policy samples, is 0 and lowers the weight
+    # by a fifth
     assert coefficients == pytest.approx([0.5, 0.5, 0.4])
     first, second = (torch.load(folder / f"step{step}.ckpt", weights_only=True) for step in (1, 2))
     moved = {name for name, value in second["state_dict"].items() if not torch.equal(value, first["state_dict"][name])}
     assert moved == {"critic.head.weight"}  # the policy waits for the critic
     names = {name for _, name in states.logged}
-    assert {"train/ptx_loss", "train/explained_variance", "train/rlhf_reward", "train/kl_coef", "train/value_loss", "val/pass@1"} <= names
+    assert {
+        "train/ptx_loss",
+        "train/explained_variance",
+        "train/rlhf_reward",
+        "train/kl_coef",
+        "train/value_loss",
+        "val/pass@1",
+    } <= names
 
 
 @pytest.mark.parametrize("checkpoint", ["step1", "phase0", "step3", "inside", "phase1", "step5"])
@@ -104,17 +133,26 @@ def test_resume_is_bitwise(straight, tmp_path, checkpoint):
 
 
 def averages(states: States) -> dict[int, list[torch.Tensor]]:
-    """The moving average of the weights behind each step: that of step 1 is its weights, then 0.9 of it and 0.1 of each step's."""
+    """The moving average of the weights behind each step: that of step 1 is its weights, then 0.9 of it and 0.1 of each
+    step's.
+    """
     found = {1: states.after[1]}
     for step in range(2, STEPS + 1):
-        found[step] = [DECAY * mean + (1 - DECAY) * weight for mean, weight in zip(found[step - 1], states.after[step], strict=True)]
+        found[step] = [
+            DECAY * mean + (1 - DECAY) * weight
+            for mean, weight in zip(found[step - 1], states.after[step], strict=True)
+        ]
     return found
 
 
 @pytest.fixture(scope="module")
 def averaged(tmp_path_factory: pytest.TempPathFactory) -> tuple[States, AtValidation, Path]:
     folder, seen = tmp_path_factory.mktemp("averaged"), AtValidation()
-    return fit(ppo(), folder, before=[averaging()], after=[seen, Export(str(folder / "export"))], **VALIDATED), seen, folder
+    return (
+        fit(ppo(), folder, before=[averaging()], after=[seen, Export(str(folder / "export"))], **VALIDATED),
+        seen,
+        folder,
+    )
 
 
 def averaging() -> AveragedWeights:
@@ -148,7 +186,9 @@ def test_validation_export_and_checkpoints_have_the_averaged_weights(straight, a
         if name.startswith("policy."):
             assert torch.equal(exported[name.removeprefix("policy.")], checkpoint["state_dict"][name])
             assert not torch.allclose(means[STEPS][place], states.after[STEPS][place], atol=1e-4), name
-    validations = [[value for (_, name), value in run.logged.items() if name == "val/sequence_kl"] for run in (states, straight[0])]
+    validations = [
+        [value for (_, name), value in run.logged.items() if name == "val/sequence_kl"] for run in (states, straight[0])
+    ]
     assert 0 < validations[0][0] < validations[1][0]  # the average is nearer to the start
 
 
@@ -178,7 +218,9 @@ def test_averaging_with_adapters_shares_the_reference_and_spares_the_run(tmp_pat
     assert not equal(plain.after[1], plain.after[4])
     frozen = {name: weight for name, weight in module.named_parameters() if not weight.requires_grad}
     mean = dict(average._average_model.module.named_parameters())
-    assert frozen and all(torch.equal(mean[name], weight) for name, weight in frozen.items())  # adapters of it are known by its bits
+    assert frozen and all(
+        torch.equal(mean[name], weight) for name, weight in frozen.items()
+    )  # adapters of it are known by its bits
 
 
 RANKS = """
@@ -204,13 +246,22 @@ class Written(Callback):
 
 
 def fit_on(path: Path, devices: int, accumulate: int, strategy: str = "auto") -> None:
-    """Two phases of two updates, by plain gradient descent: Adam's first step is the gradient's sign, in which rounding would show."""
+    """Two phases of two updates, by plain gradient descent: Adam's first step is the gradient's sign, in which rounding
+    would show.
+    """
     counting = AdaptiveKL(target=1.0, gain=None, horizon=100)  # a gain that depends on the completions of all ranks
-    module = ppo(value=Value(lr=0.05), adaptive_kl=counting, optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.5))
+    module = ppo(
+        value=Value(lr=0.05), adaptive_kl=counting, optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.5)
+    )
     ptx = PtxStream(NumberTexts(20, subject="counting"), rows_per_update=4, max_length=16)
     data = VerifiableDataModule(module.tokenizer, Addition(40), prompts_per_phase=8, updates_per_phase=2, ptx=ptx)
     records = Records()
-    quiet = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False, "log_every_n_steps": 1}
+    quiet = {
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "log_every_n_steps": 1,
+    }
     trainer = Trainer(
         accelerator="cpu",
         devices=devices,
@@ -228,7 +279,10 @@ def fit_on(path: Path, devices: int, accumulate: int, strategy: str = "auto") ->
 def test_two_ranks_make_the_run_of_one(tmp_path):
     (tmp_path / "two_ranks.py").write_text(RANKS)
     here = Path(__file__).parent
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(here.parents[1]), str(here)]), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(here.parents[1]), str(here)]),
+        "OMP_NUM_THREADS": "1",
+    }
     command = [sys.executable, str(tmp_path / "two_ranks.py"), str(tmp_path / "two.pt")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -242,6 +296,13 @@ def test_two_ranks_make_the_run_of_one(tmp_path):
         assert (one["weights"][name] - start[name]).abs().max() > 1e-3, name  # a hundred times what may differ
     assert one["logged"].keys() == two["logged"].keys()
     names = {name for _, name in one["logged"]}
-    assert {"train/explained_variance", "train/rlhf_reward", "train/sequence_kl", "train/kl_coef", "train/ptx_loss", "train/ratio/var"} <= names
+    assert {
+        "train/explained_variance",
+        "train/rlhf_reward",
+        "train/sequence_kl",
+        "train/kl_coef",
+        "train/ptx_loss",
+        "train/ratio/var",
+    } <= names
     for key, value in one["logged"].items():
         assert two["logged"][key] == pytest.approx(value, rel=1e-3, abs=1e-5), key

@@ -1,4 +1,6 @@
-"""GRPO in a real Trainer: bitwise resume from every step, mid-phase too, on 1 and 2 ranks; ranks and accumulation change nothing."""
+"""GRPO in a real Trainer: bitwise resume from every step, mid-phase too, on 1 and 2 ranks; ranks and accumulation
+change nothing.
+"""
 
 import os
 import subprocess
@@ -14,11 +16,12 @@ from lightning.pytorch.loggers.logger import Logger
 
 from datamodules import Addition, VerifiableDataModule
 from modules import GRPOModule
-from modules.objectives import Clipped, ConstantNorm, SequenceMean, TokenMean
+from modules.losses import Clipped, ConstantNorm, SequenceMean, TokenMean
 from modules.rewards import RegexFormat
 from modules.rollout.engine import Sampling
 
-REWARD = r"[\x00-\x7f].*"  # starts in plain ASCII: an untrained model fulfils it half of the time, so that advantages are not all zero
+# starts in plain ASCII: an untrained model fulfils it half of the time, so that advantages are not all zero
+REWARD = r"[\x00-\x7f].*"
 
 
 def grpo(**settings) -> GRPOModule:
@@ -50,17 +53,31 @@ class Records(Logger):
         self.found: dict[tuple[int, str], float] = {}
 
     def log_metrics(self, metrics, step=None) -> None:
-        self.found |= {(step, name): value for name, value in metrics.items() if "time" not in name and "per_second" not in name}
+        self.found |= {
+            (step, name): value for name, value in metrics.items() if "time" not in name and "per_second" not in name
+        }
 
     def log_hyperparams(self, *args, **kwargs) -> None:
         pass
 
 
-def fit(module: GRPOModule, folder: Path, accumulate: int = 2, resume: Path | None = None, updates: int = 2, extra=(), **settings) -> States:
+def fit(
+    module: GRPOModule,
+    folder: Path,
+    accumulate: int = 2,
+    resume: Path | None = None,
+    updates: int = 2,
+    extra=(),
+    **settings,
+) -> States:
     """Phases of ``updates`` updates with rows of their own; a checkpoint after each step and each phase."""
     states, records = States(), Records()
-    every_step = ModelCheckpoint(folder, filename="step{step}", auto_insert_metric_name=False, every_n_train_steps=1, save_top_k=-1)
-    every_phase = ModelCheckpoint(folder, filename="phase{epoch}", auto_insert_metric_name=False, save_on_train_epoch_end=True, save_top_k=-1)
+    every_step = ModelCheckpoint(
+        folder, filename="step{step}", auto_insert_metric_name=False, every_n_train_steps=1, save_top_k=-1
+    )
+    every_phase = ModelCheckpoint(
+        folder, filename="phase{epoch}", auto_insert_metric_name=False, save_on_train_epoch_end=True, save_top_k=-1
+    )
     trainer = Trainer(
         accelerator="cpu",
         devices=1,
@@ -74,7 +91,11 @@ def fit(module: GRPOModule, folder: Path, accumulate: int = 2, resume: Path | No
         enable_model_summary=False,
         **({"max_epochs": 3} | settings),
     )
-    val = Addition(6, held_out=True) if "check_val_every_n_epoch" in settings or "val_check_interval" in settings else None
+    val = (
+        Addition(6, held_out=True)
+        if "check_val_every_n_epoch" in settings or "val_check_interval" in settings
+        else None
+    )
     data = VerifiableDataModule(module.tokenizer, Addition(40), val=val, prompts_per_phase=4, updates_per_phase=updates)
     trainer.fit(module, data, ckpt_path=resume, weights_only=True)
     states.logged = records.found
@@ -111,7 +132,9 @@ LIMITS = {
 def test_resume_is_bitwise_from_every_checkpoint(tmp_path, limit):
     straight = fit(grpo(), tmp_path / "straight", **limit)
     assert max(straight.after) == 6
-    assert not equal(straight.after[1], straight.after[2])  # the policy does learn: the comparison below is not of constants
+    assert not equal(
+        straight.after[1], straight.after[2]
+    )  # the policy does learn: the comparison below is not of constants
     checkpoints = sorted((tmp_path / "straight").glob("*.ckpt"))
     assert len(checkpoints) == 6 + 3
     for checkpoint in checkpoints:
@@ -155,8 +178,13 @@ def test_a_checkpoint_inside_an_accumulation_resumes_from_the_last_step(tmp_path
 def test_accumulation_changes_no_result(tmp_path, aggregation):
     runs = []
     for n in (1, 4):
-        # SGD, whose step is proportional to the gradient: Adam's first one is its sign, in which rounding near zero would show
-        module = grpo(objective=Clipped(aggregation=aggregation), beta=0.1, optimizer=lambda parameters: torch.optim.SGD(parameters, lr=1.0))
+        # SGD, whose step is proportional to the gradient: Adam's first one is its sign, in which rounding near zero
+        # would show
+        module = grpo(
+            objective=Clipped(aggregation=aggregation),
+            beta=0.1,
+            optimizer=lambda parameters: torch.optim.SGD(parameters, lr=1.0),
+        )
         runs.append(fit(module, tmp_path / str(n), accumulate=n, updates=1, max_epochs=1).after[1])
     start = list(grpo().parameters())
     for whole, cut, first in zip(*runs, start, strict=True):
@@ -182,7 +210,14 @@ class FirstMicroBatch(Callback):
 def test_first_micro_batch_has_the_old_logprobs(tmp_path):
     first = FirstMicroBatch()
     module = grpo(sampling=Sampling(max_completion_length=4, temperature=0.7))
-    trainer = Trainer(accelerator="cpu", max_epochs=3, callbacks=[first], logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    trainer = Trainer(
+        accelerator="cpu",
+        max_epochs=3,
+        callbacks=[first],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+    )
     trainer.fit(module, VerifiableDataModule(module.tokenizer, Addition(40), prompts_per_phase=4))
     assert len(first.gaps) == 6
     assert max(first.gaps) < 1e-5
@@ -200,18 +235,27 @@ def run_cli(config: dict, folder: Path, *args: str) -> dict:
 
 
 def config_for(folder: Path, devices: int, accumulate: int) -> dict:
-    checkpoint = {"dirpath": str(folder), "filename": "step{step}", "auto_insert_metric_name": False, "every_n_train_steps": 1}
+    checkpoint = {
+        "dirpath": str(folder),
+        "filename": "step{step}",
+        "auto_insert_metric_name": False,
+        "every_n_train_steps": 1,
+    }
     return {
         "trainer": {
             "accelerator": "cpu",
             "devices": devices,
-            "strategy": {"class_path": "DDPStrategy", "init_args": {"process_group_backend": "gloo"}} if devices > 1 else "auto",
+            "strategy": {"class_path": "DDPStrategy", "init_args": {"process_group_backend": "gloo"}}
+            if devices > 1
+            else "auto",
             "accumulate_grad_batches": accumulate,
             "max_epochs": 2,
             "default_root_dir": str(folder),
             "logger": False,
             "enable_progress_bar": False,
-            "callbacks": [{"class_path": "ModelCheckpoint", "init_args": checkpoint | {"save_top_k": -1, "save_last": True}}],
+            "callbacks": [
+                {"class_path": "ModelCheckpoint", "init_args": checkpoint | {"save_top_k": -1, "save_last": True}}
+            ],
         },
         "model": {
             "class_path": "GRPOModule",

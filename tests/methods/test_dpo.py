@@ -1,4 +1,6 @@
-"""DPO in a real Trainer: the loss against plain rows, the reference and its cache, splits that change nothing, resume, refusals."""
+"""DPO in a real Trainer: the loss against plain rows, the reference and its cache, splits that change nothing, resume,
+refusals.
+"""
 
 import os
 import subprocess
@@ -14,13 +16,41 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from datamodules import AdditionPairs, PreferenceDataModule
 from datamodules.sources import Row, Source
 from modules import DPOModule
+from modules.losses import (
+    IPO,
+    KTO,
+    ORPO,
+    Hinge,
+    LengthDesensitized,
+    LengthMargin,
+    LengthNormalized,
+    Robust,
+    Sigmoid,
+    SimPO,
+)
+from modules.losses.pairs import logit_metrics
+from modules.losses.preference import Sequences
 from modules.networks.lora import Lora
-from modules.objectives import IPO, KTO, ORPO, Hinge, LengthDesensitized, LengthMargin, LengthNormalized, Robust, Sigmoid, SimPO
-from modules.objectives.pairs import logit_metrics
-from modules.objectives.preference import Sequences
 
-QUIET = {"accelerator": "cpu", "devices": 1, "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-PAIRS = [Sigmoid(), Robust(), IPO(), IPO(average=True), Hinge(), LengthNormalized(), LengthMargin(), LengthDesensitized(), SimPO(), ORPO()]
+QUIET = {
+    "accelerator": "cpu",
+    "devices": 1,
+    "logger": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
+PAIRS = [
+    Sigmoid(),
+    Robust(),
+    IPO(),
+    IPO(average=True),
+    Hinge(),
+    LengthNormalized(),
+    LengthMargin(),
+    LengthDesensitized(),
+    SimPO(),
+    ORPO(),
+]
 
 
 class Labels(Source):
@@ -30,18 +60,27 @@ class Labels(Source):
         rows = AdditionPairs(12, dots=2).rows()
         sides = [(row, side) for row in rows for side in ("chosen", "rejected")]
         return [
-            Row({"prompt": row.columns["prompt"], "completion": row.columns[side], "label": side == "chosen"}, f"{row.origin} {side}", "labels")
+            Row(
+                {"prompt": row.columns["prompt"], "completion": row.columns[side], "label": side == "chosen"},
+                f"{row.origin} {side}",
+                "labels",
+            )
             for row, side in sides
         ]
 
 
 def dpo(folder: Path, lr: float = 1e-3, **settings) -> DPOModule:
     seed_everything(0)
-    settings = {"cache_dir": str(folder / "reference"), "optimizer": lambda parameters: torch.optim.SGD(parameters, lr=lr)} | settings
+    settings = {
+        "cache_dir": str(folder / "reference"),
+        "optimizer": lambda parameters: torch.optim.SGD(parameters, lr=lr),
+    } | settings
     return DPOModule("tiny", **settings)
 
 
-def fit(module: DPOModule, batch_size: int = 4, resume: Path | None = None, train: Source | None = None, **settings) -> Trainer:
+def fit(
+    module: DPOModule, batch_size: int = 4, resume: Path | None = None, train: Source | None = None, **settings
+) -> Trainer:
     settings = {"max_epochs": 2, "enable_checkpointing": False, "num_sanity_val_steps": 0} | settings
     trainer = Trainer(**(QUIET | settings))
     val = AdditionPairs(6, dots=4, held_out=True) if train is None else None
@@ -60,7 +99,9 @@ def test_every_objective_runs_and_moves_the_policy(tmp_path, objective):
     start = weights(module)
     trainer = fit(module, max_epochs=1)
     assert torch.isfinite(weights(module)).all() and not torch.equal(start, weights(module))
-    assert {"train/loss", "train/rewards/chosen", "train/logps/rejected", "val/rewards/accuracies"} <= set(trainer.callback_metrics)
+    assert {"train/loss", "train/rewards/chosen", "train/logps/rejected", "val/rewards/accuracies"} <= set(
+        trainer.callback_metrics
+    )
     assert bool(module.tables) == objective.uses_reference
 
 
@@ -81,11 +122,24 @@ def gradient_at_the_reference(objective, beta: float) -> list[float]:
         (IPO(average=True), [-2.0, 1.0]),  # the same over 5 and 10 tokens
         (Hinge(), [-0.1, 0.1]),  # -beta
         (LengthNormalized(), [-0.01, 0.005]),  # -beta / 2 over 5 and 10 tokens
-        (LengthMargin(0.01), [-0.1 * 0.5124973964842103, 0.1 * 0.5124973964842103]),  # -beta sigma(-alpha (5 - 10)) = -beta sigma(0.05)
+        (
+            LengthMargin(0.01),
+            [-0.1 * 0.5124973964842103, 0.1 * 0.5124973964842103],
+        ),  # -beta sigma(-alpha (5 - 10)) = -beta sigma(0.05)
         (LengthDesensitized(), [-0.05, 0.05]),  # its weights are in the sums already
-        (SimPO(0.5), [-0.1 * 0.6364525402815664 / 5, 0.1 * 0.6364525402815664 / 10]),  # -beta sigma(0.56) over 5 and 10, 0.56 = 0.5 - 0.1 (-2 + 1.4)
-        # log odds -0.7377415, s = sigma(0.7377415) = 0.6765018: -(1 + beta s / (1 - e^-2)) / 5 and beta s / (1 - e^-1.4) / 10
-        (ORPO(), [-(1 + 0.1 * 0.6765017863168391 / 0.8646647167633873) / 5, 0.1 * 0.6765017863168391 / 0.7534030360583935 / 10]),
+        (
+            SimPO(0.5),
+            [-0.1 * 0.6364525402815664 / 5, 0.1 * 0.6364525402815664 / 10],
+        ),  # -beta sigma(0.56) over 5 and 10, 0.56 = 0.5 - 0.1 (-2 + 1.4)
+        # log odds -0.7377415, s = sigma(0.7377415) = 0.6765018: -(1 + beta s / (1 - e^-2)) / 5 and beta s / (1 -
+        # e^-1.4) / 10
+        (
+            ORPO(),
+            [
+                -(1 + 0.1 * 0.6765017863168391 / 0.8646647167633873) / 5,
+                0.1 * 0.6765017863168391 / 0.7534030360583935 / 10,
+            ],
+        ),
         (KTO(), [-0.0125, 0.0125]),  # -+ beta / 4, each completion half of the example
     ],
     ids=lambda value: type(value).__name__ if hasattr(value, "uses_reference") else str(value),
@@ -131,8 +185,12 @@ def test_logits_are_means_over_the_vocabulary_and_the_tokens_of_a_side(tmp_path)
 
 
 def test_the_logits_of_ranked_and_labelled_completions_by_hand():
-    logits, mask = torch.tensor([[1.0, 2.0], [4.0, 9.0], [6.0, 8.0]]), torch.tensor([[True, True], [True, False], [True, True]])
-    # ranks 0, 1, 2: pairs 0-1, 0-2 and 1-2, each 1/3. Chosen: sums 3, 3 and 4 over 2, 2 and 1 tokens; rejected: 4, 14 and 14 over 1, 2 and 2
+    logits, mask = (
+        torch.tensor([[1.0, 2.0], [4.0, 9.0], [6.0, 8.0]]),
+        torch.tensor([[True, True], [True, False], [True, True]]),
+    )
+    # ranks 0, 1, 2: pairs 0-1, 0-2 and 1-2, each 1/3. Chosen: sums 3, 3 and 4 over 2, 2 and 1 tokens; rejected: 4, 14
+    # and 14 over 1, 2 and 2
     ranked = logit_metrics(logits, mask, torch.tensor([0, 0, 0]), torch.tensor([0, 1, 2]), paired=True)
     assert [float(value) for value, _ in ranked.values()] == pytest.approx([10 / 5, 32 / 5])
     assert [weight for _, weight in ranked.values()] == pytest.approx([5 / 3, 5 / 3])
@@ -146,7 +204,9 @@ def test_the_logits_of_ranked_and_labelled_completions_by_hand():
 
 @pytest.mark.parametrize(("settings", "epochs"), [({}, 2), ({"objective": KTO()}, 1)], ids=["dpo", "kto"])
 def test_splits_change_nothing(tmp_path, settings, epochs):
-    """12 examples a step in one micro-batch or in three. KTO's KL is one per micro-batch, so only its first step, where it is 0, is the same."""
+    """12 examples a step in one micro-batch or in three. KTO's KL is one per micro-batch, so only its first step, where
+    it is 0, is the same.
+    """
     whole, split = dpo(tmp_path, **settings), dpo(tmp_path, **settings)
     start = weights(whole)
     fit(whole, batch_size=12, max_epochs=epochs)
@@ -175,7 +235,9 @@ def run_ranks(folder: Path, script: str) -> None:
     """Run a script that starts two ranks, in ``folder``."""
     (folder / "ranks.py").write_text(script)
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "ranks.py", "."], cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "ranks.py", "."], cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr[-2000:]
 
 
@@ -230,7 +292,13 @@ def test_another_model_may_be_the_reference(tmp_path, lora):
         keep = torch.arange(batch["ids"].shape[1])[None] >= len(row.prompt)
         with torch.no_grad():
             rewards.append(
-                0.5 * float((policy.token_scores(batch["ids"], keep).logprobs - reference.token_scores(batch["ids"], keep).logprobs).sum())
+                0.5
+                * float(
+                    (
+                        policy.token_scores(batch["ids"], keep).logprobs
+                        - reference.token_scores(batch["ids"], keep).logprobs
+                    ).sum()
+                )
             )
     assert float(trainer.callback_metrics["val/rewards/chosen"]) == pytest.approx(sum(rewards) / len(rewards), abs=1e-5)
     assert max(map(abs, rewards)) > 0.01
@@ -245,7 +313,10 @@ def test_a_reference_that_cannot_be_compared_is_refused(tmp_path):
     tokenizer = DPOModule("tiny", reference_free=True).tokenizer
     tokenizer.add_tokens(["<other>"])
     tokenizer.save_pretrained(tmp_path / "export")
-    with pytest.raises(ValueError, match="are not those of 'tiny', so their log-probs do not compare|has 262 tokens, its model only 261"):
+    with pytest.raises(
+        ValueError,
+        match="are not those of 'tiny', so their log-probs do not compare|has 262 tokens, its model only 261",
+    ):
         dpo(tmp_path, reference=first)
 
 
@@ -263,7 +334,12 @@ def test_resume_is_bitwise(tmp_path):
     fit(whole, enable_checkpointing=True, callbacks=[every])
     for step in (1, 3, 4):
         resumed = dpo(tmp_path, **settings)
-        fit(resumed, resume=tmp_path / f"step={step}.ckpt", enable_checkpointing=True, callbacks=[ModelCheckpoint(tmp_path / "again")])
+        fit(
+            resumed,
+            resume=tmp_path / f"step={step}.ckpt",
+            enable_checkpointing=True,
+            callbacks=[ModelCheckpoint(tmp_path / "again")],
+        )
         assert torch.equal(weights(resumed), weights(whole))
 
 
@@ -280,7 +356,9 @@ def test_adapters_alone_learn_and_the_reference_is_their_start(tmp_path):
     plain = DPOModule(str(tmp_path / "export"), reference_free=True).policy
     ids = torch.randint(5, 261, (2, 9), generator=torch.Generator().manual_seed(0))
     keep = torch.ones_like(ids, dtype=torch.bool)
-    torch.testing.assert_close(plain.token_scores(ids, keep).logprobs, module.policy.token_scores(ids, keep).logprobs, atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        plain.token_scores(ids, keep).logprobs, module.policy.token_scores(ids, keep).logprobs, atol=1e-5, rtol=0
+    )
 
 
 def test_it_warns_when_both_sides_lose_likelihood(tmp_path):
@@ -295,7 +373,10 @@ def test_it_warns_when_both_sides_lose_likelihood(tmp_path):
 
 def test_displacement_needs_a_reference(tmp_path):
     trainer = fit(dpo(tmp_path, objective=SimPO()), max_epochs=1)
-    assert "train/rewards/margins" in trainer.callback_metrics and "train/likelihood_displacement" not in trainer.callback_metrics
+    assert (
+        "train/rewards/margins" in trainer.callback_metrics
+        and "train/likelihood_displacement" not in trainer.callback_metrics
+    )
 
 
 def test_kto_learns_from_labels(tmp_path):
@@ -309,7 +390,7 @@ def test_kto_learns_from_labels(tmp_path):
 KTO_RANKS = """
 import torch
 from lightning.pytorch import Callback
-from modules.objectives import KTO
+from modules.losses import KTO
 from pathlib import Path
 from tests.methods.test_dpo import Labels, dpo, fit
 
@@ -345,12 +426,24 @@ def test_the_kl_of_two_ranks_is_the_mean_over_the_rows_of_both(tmp_path):
     rows = []  # log-ratio behind its own prompt, behind the next prompt of its rank, whether desirable
     for batch, *_ in ranks:
         prompts, completions = (
-            [ids[mask] for ids, mask in zip(batch[f"{of}_ids"], batch[f"{of}_mask"], strict=True)] for of in ("prompt", "completion")
+            [ids[mask] for ids, mask in zip(batch[f"{of}_ids"], batch[f"{of}_mask"], strict=True)]
+            for of in ("prompt", "completion")
         )
         assert len(prompts) == len(completions) == 3
-        rows.append([(log_ratio(prompts[i], completions[i]), log_ratio(prompts[i - 2], completions[i]), batch["rank"][i] == 0) for i in range(3)])
+        rows.append(
+            [
+                (
+                    log_ratio(prompts[i], completions[i]),
+                    log_ratio(prompts[i - 2], completions[i]),
+                    batch["rank"][i] == 0,
+                )
+                for i in range(3)
+            ]
+        )
     mismatched = torch.tensor([[row[1] for row in mine] for mine in rows])
-    assert mismatched.mean() > 0.1 and (mismatched.mean(1) - mismatched.mean()).abs().min() > 1e-2  # no rank has it by itself
+    assert (
+        mismatched.mean() > 0.1 and (mismatched.mean(1) - mismatched.mean()).abs().min() > 1e-2
+    )  # no rank has it by itself
     for _, kl, *_ in ranks:
         assert float(kl) == pytest.approx(float(mismatched.mean()), abs=1e-4)
     sigma = torch.nn.functional.sigmoid
@@ -375,7 +468,15 @@ def test_impossible_runs_are_refused(tmp_path, settings, batch_size, source, mes
 
 
 @pytest.mark.parametrize(
-    "make", [lambda: Sigmoid(0.5), lambda: LengthMargin(-1), lambda: LengthDesensitized(2), lambda: SimPO(-1), lambda: KTO(-1.0), lambda: Lora(r=0)]
+    "make",
+    [
+        lambda: Sigmoid(0.5),
+        lambda: LengthMargin(-1),
+        lambda: LengthDesensitized(2),
+        lambda: SimPO(-1),
+        lambda: KTO(-1.0),
+        lambda: Lora(r=0),
+    ],
 )
 def test_objectives_refuse_values_out_of_range(make):
     with pytest.raises(ValueError, match="must"):
@@ -392,7 +493,9 @@ def test_mismatched_completions_are_those_of_other_prompts(tmp_path):
     module.policy.model.lm_head.weight.data.mul_(1.5)
     moved = module.mismatched_kl(batch)
     others = {**batch, "prompt_index": (batch["prompt_index"] + 1) % 4}
-    by_hand = (module.policy.completion_scores(others).logprobs - module.reference.completion_logprobs(others)).sum(1).mean()
+    by_hand = (
+        (module.policy.completion_scores(others).logprobs - module.reference.completion_logprobs(others)).sum(1).mean()
+    )
     assert float(moved) == pytest.approx(max(0.0, float(by_hand)), abs=1e-5)
     batch["prompt_ids"] = batch["prompt_ids"][:1].expand(4, -1)
     assert float(module.mismatched_kl(batch)) == 0.0

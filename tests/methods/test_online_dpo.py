@@ -13,15 +13,28 @@ from modules.rewards import RegexFormat
 from modules.rollout.engine import Sampling
 from modules.types import Reward
 
-QUIET = {"accelerator": "cpu", "devices": 1, "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+QUIET = {
+    "accelerator": "cpu",
+    "devices": 1,
+    "logger": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
 ASCII = RegexFormat(r"[\x00-\x7f]*", name="ascii")  # about one in five completions of the untrained model
 
 
 def online(**settings) -> OnlineDPOModule:
     seed_everything(0)
-    settings = {"num_generations": 4, "sampling": Sampling(max_completion_length=4), "lr": 1e-3, "optimizer": torch.optim.AdamW} | settings
+    settings = {
+        "num_generations": 4,
+        "sampling": Sampling(max_completion_length=4),
+        "lr": 1e-3,
+        "optimizer": torch.optim.AdamW,
+    } | settings
     lr, optimizer = settings.pop("lr"), settings.pop("optimizer")
-    return OnlineDPOModule("tiny", settings.pop("reward", ASCII), optimizer=lambda parameters: optimizer(parameters, lr=lr), **settings)
+    return OnlineDPOModule(
+        "tiny", settings.pop("reward", ASCII), optimizer=lambda parameters: optimizer(parameters, lr=lr), **settings
+    )
 
 
 class First(Reward):
@@ -30,12 +43,18 @@ class First(Reward):
     name = "first"
 
     def __call__(self, rollouts):
-        return [float(place == 0 or rollouts[place - 1].group != rollout.group) for place, rollout in enumerate(rollouts)]
+        return [
+            float(place == 0 or rollouts[place - 1].group != rollout.group) for place, rollout in enumerate(rollouts)
+        ]
 
 
 def fit(module, phases: int = 4, resume=None, callbacks=(), prompts: int = 8, **settings) -> Trainer:
-    trainer = Trainer(**QUIET, max_epochs=phases, enable_checkpointing=bool(callbacks), callbacks=list(callbacks), **settings)
-    data = VerifiableDataModule(module.tokenizer, Addition(200), val=Addition(40, held_out=True), prompts_per_phase=prompts)
+    trainer = Trainer(
+        **QUIET, max_epochs=phases, enable_checkpointing=bool(callbacks), callbacks=list(callbacks), **settings
+    )
+    data = VerifiableDataModule(
+        module.tokenizer, Addition(200), val=Addition(40, held_out=True), prompts_per_phase=prompts
+    )
     trainer.fit(module, data, ckpt_path=resume, weights_only=True)
     return trainer
 
@@ -48,7 +67,18 @@ def test_best_and_worst_of_a_group():
     nan = float("nan")
     rewards = torch.tensor([0.0, 2.0, 2.0, 1.0, 1.0, nan, 0.5, 0.4, nan, nan])
     group = torch.tensor([0, 0, 0, 1, 1, 1, 2, 2, 3, 3])
-    assert best_and_worst(rewards, group).tolist() == [1, 0, -1, -1, -1, -1, 0, 1, -1, -1]  # group 1 is tied, group 3 unscorable
+    assert best_and_worst(rewards, group).tolist() == [
+        1,
+        0,
+        -1,
+        -1,
+        -1,
+        -1,
+        0,
+        1,
+        -1,
+        -1,
+    ]  # group 1 is tied, group 3 unscorable
     assert best_and_worst(rewards, group, min_gap=0.5).tolist() == [1, 0, -1, -1, -1, -1, -1, -1, -1, -1]
 
 
@@ -103,7 +133,9 @@ def test_too_few_prompts_for_the_micro_batches_are_refused():
 SOFT_ADAPTERS = {"refresh": "soft", "lora": Lora()}  # the average of two products is no product of averages
 
 
-@pytest.mark.parametrize("settings", [{"beta": 0.0}, {"min_gap": -1.0}, {"refresh_every": 0}, SOFT_ADAPTERS, {"num_generations": 1}])
+@pytest.mark.parametrize(
+    "settings", [{"beta": 0.0}, {"min_gap": -1.0}, {"refresh_every": 0}, SOFT_ADAPTERS, {"num_generations": 1}]
+)
 def test_values_out_of_range_are_refused(settings):
     with pytest.raises(ValueError):
         online(**settings)

@@ -16,18 +16,24 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 from datamodules import Addition, PtxStream, VerifiableDataModule
 from modules import PPOModule
 from modules.functional import kl
+from modules.losses import AdaptiveKL
 from modules.networks.critic import Value
 from modules.networks.lora import Lora
 from modules.networks.policy import Policy
 from modules.networks.tiny import tiny_tokenizer
-from modules.objectives import AdaptiveKL
 from modules.reward import RewardModule
 from modules.rewards import LearnedReward, RegexFormat
 from modules.rollout.engine import RolloutEngine, Sampling
 from modules.rollout.in_process import InProcessEngine
 from modules.types import Completion, Reward
 
-QUIET = {"accelerator": "cpu", "devices": 1, "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+QUIET = {
+    "accelerator": "cpu",
+    "devices": 1,
+    "logger": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
 ASCII = RegexFormat(r"[\x00-\x7f]*", name="ascii")  # about one in five completions of the untrained model
 TOKENIZER = tiny_tokenizer()
 EOS = TOKENIZER.eos_token_id
@@ -41,12 +47,22 @@ def ppo(policy: str = "tiny", reward: Reward = ASCII, **settings: Any) -> PPOMod
 
 
 def fit(
-    module: PPOModule, phases: int = 1, prompts: int = 4, resume: Path | None = None, callbacks: tuple[Callback, ...] = (), **settings
+    module: PPOModule,
+    phases: int = 1,
+    prompts: int = 4,
+    resume: Path | None = None,
+    callbacks: tuple[Callback, ...] = (),
+    **settings,
 ) -> Trainer:
     kept = {name: settings.pop(name) for name in ("updates_per_phase", "inner_epochs", "ptx") if name in settings}
     saves = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)
     trainer = Trainer(**QUIET, max_epochs=phases, enable_checkpointing=saves, callbacks=list(callbacks), **settings)
-    trainer.fit(module, VerifiableDataModule(module.tokenizer, Addition(50), prompts_per_phase=prompts, **kept), ckpt_path=resume, weights_only=True)
+    trainer.fit(
+        module,
+        VerifiableDataModule(module.tokenizer, Addition(50), prompts_per_phase=prompts, **kept),
+        ckpt_path=resume,
+        weights_only=True,
+    )
     return trainer
 
 
@@ -78,7 +94,10 @@ class Scripted(RolloutEngine):
     def generate(self, prompts, num_generations, sampling, seeds):
         decode = TOKENIZER.decode
         return [
-            [Completion(ids, [-1.0] * len(ids), decode(ids, skip_special_tokens=True), finish) for ids, finish in self.texts[i % len(self.texts)]]
+            [
+                Completion(ids, [-1.0] * len(ids), decode(ids, skip_special_tokens=True), finish)
+                for ids, finish in self.texts[i % len(self.texts)]
+            ]
             for i in range(len(prompts))
         ]
 
@@ -98,7 +117,13 @@ class Scores(Reward):
 def collected(module: PPOModule, prompts: list[str]) -> dict[str, Tensor]:
     """The batch of a phase."""
     ids = [TOKENIZER(prompt).input_ids for prompt in prompts]
-    rows: Any = {"uid": [*map(str, range(len(ids)))], "prompt": prompts, "prompt_ids": ids, "answer": [None] * len(ids), "source": [""] * len(ids)}
+    rows: Any = {
+        "uid": [*map(str, range(len(ids)))],
+        "prompt": prompts,
+        "prompt_ids": ids,
+        "answer": [None] * len(ids),
+        "source": [""] * len(ids),
+    }
     with torch.no_grad():
         return dict(module.collect({**rows, "info": [{}] * len(ids)}))
 
@@ -138,7 +163,10 @@ def test_a_stop_string_is_an_end_of_its_own():
     module = ppo(reward=Scores(1.0), num_generations=24, sampling=sampling, lam=0.0, missing_eos_penalty=0.25)
     totals = collected(module, ["a"])["returns"].sum(1).tolist()
     finishes = [rollout.completion.finish for rollout in module.rollouts]
-    assert any(r.completion.finish == "stop" and r.completion.token_ids[-1] != EOS for r in module.rollouts) and "length" in finishes
+    assert (
+        any(r.completion.finish == "stop" and r.completion.token_ids[-1] != EOS for r in module.rollouts)
+        and "length" in finishes
+    )
     assert totals == [1.0 if finish == "stop" else 0.75 for finish in finishes]
 
 
@@ -188,7 +216,12 @@ def test_unscorable_completions_have_no_part():
     """The same update whether the rows that have no score are there or not."""
     rows = [([A, B, EOS], "stop"), ([A, A], "length"), ([B, 200, 201], "length")]
     kept = [rows[0], rows[2]]
-    settings: dict[str, Any] = {"entropy_coef": 0.01, "whiten_rewards": True, "missing_eos_penalty": 1.0, "kl_coef": 0.1}
+    settings: dict[str, Any] = {
+        "entropy_coef": 0.01,
+        "whiten_rewards": True,
+        "missing_eos_penalty": 1.0,
+        "kl_coef": 0.1,
+    }
     with_them = ppo(reward=Scores(1.0, None, 0.5), engine=Scripted(rows), num_generations=3, **settings)
     without = ppo(reward=Scores(1.0, 0.5), engine=Scripted(kept), num_generations=2, **settings)
     start = weights(without)
@@ -233,7 +266,15 @@ def test_in_the_warm_up_the_critic_learns_alone(shared):
     assert all(not torch.equal(a, b) for a, b in zip(course.head, course.head[1:], strict=False))
 
 
-WRONG = [{"gamma": 1.1}, {"gamma": -0.1}, {"lam": 1.5}, {"cliprange": -0.1}, {"vf_coef": -1.0}, {"kl_coef": -0.1}, {"ptx_coef": -1.0}]
+WRONG = [
+    {"gamma": 1.1},
+    {"gamma": -0.1},
+    {"lam": 1.5},
+    {"cliprange": -0.1},
+    {"vf_coef": -1.0},
+    {"kl_coef": -0.1},
+    {"ptx_coef": -1.0},
+]
 WRONG += [{"missing_eos_penalty": -1.0}, {"num_generations": 0}, {"kl_coef": math.nan}, {"replace_missing_eos": True}]
 WRONG += [{"adaptive_kl": AdaptiveKL(), "kl_coef": 0.0}, {"kl_loss": kl.k1}]
 
@@ -274,7 +315,9 @@ def test_a_reward_on_the_backbone_is_no_part_of_the_checkpoint(tmp_path):
 
 
 def test_a_reward_model_as_policy_is_refused(tmp_path):
-    config = LlamaConfig(vocab_size=261, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_labels=1)
+    config = LlamaConfig(
+        vocab_size=261, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_labels=1
+    )
     LlamaForSequenceClassification(config).save_pretrained(tmp_path)
     TOKENIZER.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="is a classifier .* without an output head: name the language model"):
@@ -307,7 +350,9 @@ def test_the_critic_has_its_own_learning_rate():
     policy, critic = trainer.optimizers[0].param_groups
     assert (policy["lr"], critic["lr"]) == (0.1, 0.025)
     assert sum(p.numel() for p in policy["params"]) == sum(p.numel() for p in module.policy.parameters())
-    assert sum(p.numel() for p in critic["params"]) == sum(p.numel() for p in module.critic.parameters() if p.requires_grad)
+    assert sum(p.numel() for p in critic["params"]) == sum(
+        p.numel() for p in module.critic.parameters() if p.requires_grad
+    )
     assert [group["lr"] for group in fit(ppo()).optimizers[0].param_groups] == [0.1, 0.1]
 
 
@@ -348,8 +393,14 @@ def test_an_adapted_weight_travels_in_the_checkpoint(tmp_path):
         return ppo(adaptive_kl=AdaptiveKL(target=1e3), kl_coef=0.2)  # never reached: 2 % less after each phase
 
     whole, resumed = adaptive(), adaptive()
-    fit(whole, phases=3, callbacks=(ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=True),))
+    fit(
+        whole,
+        phases=3,
+        callbacks=(ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=True),),
+    )
     trainer = fit(resumed, phases=3, resume=tmp_path / "epoch=1.ckpt", callbacks=(ModelCheckpoint(tmp_path / "again"),))
-    assert float(trainer.callback_metrics["train/kl_coef"]) == pytest.approx(0.2 * 0.98**2, abs=1e-6)  # that the third phase was made with
+    assert float(trainer.callback_metrics["train/kl_coef"]) == pytest.approx(
+        0.2 * 0.98**2, abs=1e-6
+    )  # that the third phase was made with
     assert resumed.kl_coef == whole.kl_coef == pytest.approx(0.2 * 0.98**3, abs=1e-9)
     assert torch.equal(weights(resumed), weights(whole))

@@ -1,4 +1,6 @@
-"""A whole PPO phase on a vocabulary of three tokens against plain loops in float64, and the KL that it logs against an enumeration."""
+"""A whole PPO phase on a vocabulary of three tokens against plain loops in float64, and the KL that it logs against an
+enumeration.
+"""
 
 import json
 from collections.abc import Iterator
@@ -24,19 +26,28 @@ from transformers import (
 )
 
 from datamodules import PtxStream, VerifiableDataModule
-from datamodules.sources.base import Row, Source
+from datamodules.sources.source import Row, Source
 from modules import PPOModule
 from modules.functional.kl import k2
 from modules.networks.critic import Value
 from modules.rollout.engine import RolloutEngine, Sampling
 from modules.types import Completion, Reward, Rollout
 
-QUIET = {"accelerator": "cpu", "devices": 1, "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+QUIET = {
+    "accelerator": "cpu",
+    "devices": 1,
+    "logger": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
 A, B, EOS = 0, 1, 2
 PROMPTS = ("ab", "b", "bba", "aab")
 TEXTS = ("abab", "bb", "babbab")
 MOMENTS = {"reward_mean": 0.3, "reward_std": 2.0}  # of the value model
-CLOSE, MOVED = 1e-5, 1e-3  # largest difference of a weight from the float64 one; smallest change that the largest change has
+CLOSE, MOVED = (
+    1e-5,
+    1e-3,
+)  # largest difference of a weight from the float64 one; smallest change that the largest change has
 
 
 class Rule(Reward):
@@ -45,7 +56,10 @@ class Rule(Reward):
     name = "rule"
 
     def __call__(self, rollouts):
-        return [r.completion.text.count("a") - 0.5 * r.completion.text.count("b") if r.completion.text else None for r in rollouts]
+        return [
+            r.completion.text.count("a") - 0.5 * r.completion.text.count("b") if r.completion.text else None
+            for r in rollouts
+        ]
 
 
 class Prompts(Source):
@@ -64,9 +78,17 @@ def letters() -> PreTrainedTokenizerFast:
 
 def llama(kind: type[PreTrainedModel], seed: int, folder: Path, **settings: Any) -> None:
     torch.manual_seed(seed)
-    shape = {"vocab_size": 3, "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    shape = {
+        "vocab_size": 3,
+        "hidden_size": 8,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     ends = {"bos_token_id": None, "eos_token_id": EOS}
-    kind(LlamaConfig(**shape, max_position_embeddings=16, initializer_range=0.4, **ends, **settings)).save_pretrained(folder)
+    kind(LlamaConfig(**shape, max_position_embeddings=16, initializer_range=0.4, **ends, **settings)).save_pretrained(
+        folder
+    )
     letters().save_pretrained(folder)
 
 
@@ -94,7 +116,16 @@ class Settings:
     denominator: str = "update"  # or "micro-batch": an error
 
 
-SHARED = Settings(lr=0.4, gamma=0.9, lam=0.8, dual_clip=1.025, whiten_rewards=True, missing_eos_penalty=0.5, entropy_coef=0.1, ptx_coef=0.3)
+SHARED = Settings(
+    lr=0.4,
+    gamma=0.9,
+    lam=0.8,
+    dual_clip=1.025,
+    whiten_rewards=True,
+    missing_eos_penalty=0.5,
+    entropy_coef=0.1,
+    ptx_coef=0.3,
+)
 SEPARATE = Settings(temperature=0.7, value_lr=0.3, kl_in_loss=True, missing_eos_penalty=0.8, replace_missing_eos=True)
 
 
@@ -123,9 +154,15 @@ class Plan(Callback):
             self.updates.append([])
         taken = {place for micro_batch in self.updates[-1] for place in micro_batch}
         places: list[int] = []
-        for group, ids, mask in zip(batch["group"].tolist(), batch["completion_ids"], batch["completion_mask"], strict=True):
+        for group, ids, mask in zip(
+            batch["group"].tolist(), batch["completion_ids"], batch["completion_mask"], strict=True
+        ):
             wanted = (group, ids[mask].tolist())
-            free = (i for i, r in enumerate(pl_module.rollouts) if (r.group, r.completion.token_ids) == wanted and i not in {*taken, *places})
+            free = (
+                i
+                for i, r in enumerate(pl_module.rollouts)
+                if (r.group, r.completion.token_ids) == wanted and i not in {*taken, *places}
+            )
             places.append(next(free))
         self.updates[-1].append(places)
 
@@ -140,9 +177,21 @@ def folder(tmp_path_factory) -> Path:
     return root
 
 
-def fit(folder: Path, s: Settings, policy: str = "start", reference: str | None = None, value: str | None = None) -> Fit:
+def fit(
+    folder: Path, s: Settings, policy: str = "start", reference: str | None = None, value: str | None = None
+) -> Fit:
     seed_everything(1)
-    kept = ("gamma", "lam", "cliprange", "dual_clip", "cliprange_value", "vf_coef", "kl_coef", "whiten_rewards", "missing_eos_penalty")
+    kept = (
+        "gamma",
+        "lam",
+        "cliprange",
+        "dual_clip",
+        "cliprange_value",
+        "vf_coef",
+        "kl_coef",
+        "whiten_rewards",
+        "missing_eos_penalty",
+    )
     module = PPOModule(
         str(folder / policy),
         Rule(),
@@ -157,12 +206,25 @@ def fit(folder: Path, s: Settings, policy: str = "start", reference: str | None 
     if value is None:
         module.critic.head.weight.data.copy_(torch.linspace(-0.5, 0.5, 8))
     head, plan = module.critic.head.weight.detach().clone(), Plan()
-    ptx = PtxStream(str(folder / "texts.jsonl"), rows_per_update=2, max_length=8) if s.ptx_coef else None  # the 3 texts make 2 rows
-    data = VerifiableDataModule(module.tokenizer, Prompts(), prompts_per_phase=4, updates_per_phase=4, inner_epochs=2, ptx=ptx)
+    ptx = (
+        PtxStream(str(folder / "texts.jsonl"), rows_per_update=2, max_length=8) if s.ptx_coef else None
+    )  # the 3 texts make 2 rows
+    data = VerifiableDataModule(
+        module.tokenizer, Prompts(), prompts_per_phase=4, updates_per_phase=4, inner_epochs=2, ptx=ptx
+    )
     trainer = Trainer(**QUIET, max_epochs=1, accumulate_grad_batches=2, enable_checkpointing=False, callbacks=[plan])
     trainer.fit(module, data)
     logged = {name: float(number) for name, number in trainer.callback_metrics.items()}
-    return Fit(module, str(folder / policy), str(folder / (reference or policy)), value and str(folder / value), s, head, logged, plan.updates)
+    return Fit(
+        module,
+        str(folder / policy),
+        str(folder / (reference or policy)),
+        value and str(folder / value),
+        s,
+        head,
+        logged,
+        plan.updates,
+    )
 
 
 class Exact:
@@ -172,7 +234,9 @@ class Exact:
         self.rollouts, self.head = done.module.rollouts, nn.Parameter(done.head.double()[0])
         self.policy = AutoModelForCausalLM.from_pretrained(done.policy, dtype=torch.float64)
         self.reference = AutoModelForCausalLM.from_pretrained(done.reference, dtype=torch.float64)
-        self.value = AutoModelForSequenceClassification.from_pretrained(done.value, dtype=torch.float64) if done.value else None
+        self.value = (
+            AutoModelForSequenceClassification.from_pretrained(done.value, dtype=torch.float64) if done.value else None
+        )
         self.reference_logprobs = [self.of_reference(rollout, done.settings.temperature) for rollout in self.rollouts]
 
     def logprobs(self, model: nn.Module, row: list[int], first: int, temperature: float) -> tuple[Tensor, Tensor]:
@@ -204,7 +268,11 @@ class Exact:
     def text_loss(self) -> Tensor:
         """Mean of -log p over the tokens of the texts but the first of each."""
         rows = [[*("ab".index(letter) for letter in text), EOS] for text in TEXTS]
-        lost = [-table[token] for row in rows for table, token in zip(self.logprobs(self.policy, row, 1, 1.0)[0], row[1:], strict=True)]
+        lost = [
+            -table[token]
+            for row in rows
+            for table, token in zip(self.logprobs(self.policy, row, 1, 1.0)[0], row[1:], strict=True)
+        ]
         return torch.stack(lost).mean()
 
     def train(self, plan: list[list[list[int]]], s: Settings) -> None:
@@ -238,10 +306,14 @@ class Exact:
         if s.missing_eos_penalty is not None and self.rollouts[i].completion.token_ids[-1] != EOS:
             score = -s.missing_eos_penalty if s.replace_missing_eos else score - s.missing_eos_penalty
         coef = 0.0 if s.kl_in_loss else s.kl_coef
-        rewards = [-coef * (float(mine) - theirs) for mine, theirs in zip(logprobs, self.reference_logprobs[i], strict=True)]
+        rewards = [
+            -coef * (float(mine) - theirs) for mine, theirs in zip(logprobs, self.reference_logprobs[i], strict=True)
+        ]
         return [*rewards[:-1], rewards[-1] + score]
 
-    def whitened(self, plain: dict[int, list[float]], plan: list[list[list[int]]], over: str) -> Iterator[tuple[int, list[float]]]:
+    def whitened(
+        self, plain: dict[int, list[float]], plan: list[list[list[int]]], over: str
+    ) -> Iterator[tuple[int, list[float]]]:
         parts = {
             "update": [[i for part in update for i in part] for update in plan],
             "micro-batch": [part for update in plan for part in update],
@@ -251,7 +323,9 @@ class Exact:
             mean, deviation = moments([x for i in part for x in plain[i]])
             yield from ((i, [(x - mean) / deviation for x in plain[i]]) for i in part)
 
-    def row_loss(self, i: int, old: list[float], old_values: list[float], white: list[float], returns: list[float], s: Settings) -> Tensor:
+    def row_loss(
+        self, i: int, old: list[float], old_values: list[float], white: list[float], returns: list[float], s: Settings
+    ) -> Tensor:
         total = torch.zeros((), dtype=torch.float64)
         for t, (logprob, entropy, value) in enumerate(zip(*self.read(self.rollouts[i], s.temperature), strict=True)):
             ratio, a = (logprob - old[t]).exp(), white[t]
@@ -269,7 +343,11 @@ class Exact:
 
     def weights(self) -> dict[str, Tensor]:
         critic = {"head": self.head} if self.value is None else {"head": self.value.score.weight[0]}
-        inside = {} if self.value is None else {f"value.{name}": weight for name, weight in self.value.base_model.named_parameters()}
+        inside = (
+            {}
+            if self.value is None
+            else {f"value.{name}": weight for name, weight in self.value.base_model.named_parameters()}
+        )
         return {**dict(self.policy.named_parameters()), **critic, **inside}
 
 
@@ -287,18 +365,27 @@ def advantages(rewards: list[float], values: list[float], decay: float, gamma: f
 
 def trained(done: Fit) -> dict[str, Tensor]:
     critic = done.module.critic
-    inside = {} if critic.backbone is None else {f"value.{name}": w for name, w in critic.backbone.model.base_model.named_parameters()}
+    inside = (
+        {}
+        if critic.backbone is None
+        else {f"value.{name}": w for name, w in critic.backbone.model.base_model.named_parameters()}
+    )
     return {**dict(done.module.policy.model.named_parameters()), "head": critic.head.weight[0], **inside}
 
 
 def difference(done: Fit, s: Settings) -> dict[str, float]:
-    """By weight, how far the module's are from those of the computation with ``s``; every weight has a change large enough to see."""
+    """By weight, how far the module's are from those of the computation with ``s``; every weight has a change large
+    enough to see.
+    """
     exact = Exact(done)
     before = {name: weight.detach().clone() for name, weight in exact.weights().items()}
     exact.train(done.plan, s)
     after, found = exact.weights(), trained(done)
     assert set(after) == set(found)
-    assert max(float((after[name].detach() - before[name]).abs().max()) for name in after if not name.startswith("value.")) > MOVED
+    assert (
+        max(float((after[name].detach() - before[name]).abs().max()) for name in after if not name.startswith("value."))
+        > MOVED
+    )
     return {name: float((after[name] - weight).detach().abs().max()) for name, weight in found.items()}
 
 
@@ -359,7 +446,10 @@ ERRORS: dict[str, dict[str, dict[str, Any]]] = {
 @pytest.mark.parametrize("which", ERRORS)
 def test_errors_would_be_seen(which, request):
     done = request.getfixturevalue(which)
-    found = {error: max(difference(done, replace(done.settings, **change)).values()) for error, change in ERRORS[which].items()}
+    found = {
+        error: max(difference(done, replace(done.settings, **change)).values())
+        for error, change in ERRORS[which].items()
+    }
     assert {error: largest for error, largest in found.items() if largest < 10 * CLOSE} == {}
 
 
@@ -380,21 +470,38 @@ class One(Reward):
 class Every(RolloutEngine):
     """Every completion of at most three tokens, each once."""
 
-    ROWS = [ids for n in (1, 2, 3) for ids in product((A, B, EOS), repeat=n) if EOS not in ids[:-1] and (ids[-1] == EOS or n == 3)]
+    ROWS = [
+        ids
+        for n in (1, 2, 3)
+        for ids in product((A, B, EOS), repeat=n)
+        if EOS not in ids[:-1] and (ids[-1] == EOS or n == 3)
+    ]
 
     def sync_weights(self, policy, version):
         """Nothing is sampled."""
 
     def generate(self, prompts, num_generations, sampling, seeds):
-        return [[Completion(list(row), [0.0] * len(row), "", "stop" if row[-1] == EOS else "length") for row in self.ROWS] for _ in prompts]
+        return [
+            [Completion(list(row), [0.0] * len(row), "", "stop" if row[-1] == EOS else "length") for row in self.ROWS]
+            for _ in prompts
+        ]
 
 
 def test_the_kl_and_the_entropy_are_those_of_the_distribution_of_completions(folder, shared):
-    """E[sum of k1] over all completions is the KL, and E[sum of entropies] the entropy, of the policy's whole completions."""
+    """E[sum of k1] over all completions is the KL, and E[sum of entropies] the entropy, of the policy's whole
+    completions.
+    """
     sampling = Sampling(temperature=0.7, max_completion_length=3)
     module = PPOModule(shared.policy, One(), len(Every.ROWS), sampling, Every(), reference=shared.reference)
     prompt = [A, B]
-    batch: Any = {"uid": ["0"], "prompt": ["ab"], "prompt_ids": [prompt], "answer": [None], "source": [""], "info": [{}]}
+    batch: Any = {
+        "uid": ["0"],
+        "prompt": ["ab"],
+        "prompt_ids": [prompt],
+        "answer": [None],
+        "source": [""],
+        "info": [{}],
+    }
     with torch.no_grad():
         module.collect(batch)
     exact = Exact(shared)
@@ -403,7 +510,10 @@ def test_the_kl_and_the_entropy_are_those_of_the_distribution_of_completions(fol
     for rollout in module.rollouts:
         ids = rollout.completion.token_ids
         ours, theirs = (
-            sum(float(table[token]) for table, token in zip(exact.logprobs(model, [*prompt, *ids], 2, 0.7)[0], ids, strict=True))
+            sum(
+                float(table[token])
+                for table, token in zip(exact.logprobs(model, [*prompt, *ids], 2, 0.7)[0], ids, strict=True)
+            )
             for model in (exact.policy, exact.reference)
         )
         probability = torch.tensor(ours, dtype=torch.float64).exp().item()

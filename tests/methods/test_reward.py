@@ -1,4 +1,6 @@
-"""The reward model: its loss by hand, scores that padding and company do not change, exact steps, and an export that scores the same."""
+"""The reward model: its loss by hand, scores that padding and company do not change, exact steps, and an export that
+scores the same.
+"""
 
 import json
 import os
@@ -27,7 +29,7 @@ from transformers import (
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from callbacks import Export
-from callbacks.prediction_writer import line
+from callbacks.writers.prediction_writer import line
 from datamodules.preference import PreferenceDataModule
 from modules.networks.lora import Lora
 from modules.networks.tiny import tiny_tokenizer
@@ -35,7 +37,13 @@ from modules.reward import Pairs, RewardModule, moments, pairs_of
 from modules.rewards.learned import LearnedReward
 from modules.types import Completion, Rollout
 
-QUIET = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+QUIET = {
+    "accelerator": "cpu",
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
 WORDS = ["red", "green", "blue", "seven", "a longer answer", "no", "maybe so", "yes"]
 
 
@@ -61,7 +69,9 @@ def ragged_batch(tokenizer: PreTrainedTokenizerFast | None = None) -> dict[str, 
     tokenizer = tokenizer or tiny_tokenizer()
     prompts, groups = ["ab", "abcdef"], [["x", "yyyy", "zz"], ["long answer", "n"]]
     encoded = [torch.tensor(tokenizer(text).input_ids) for text in prompts]
-    completions = [torch.tensor([*tokenizer(text).input_ids, tokenizer.eos_token_id]) for group in groups for text in group]
+    completions = [
+        torch.tensor([*tokenizer(text).input_ids, tokenizer.eos_token_id]) for group in groups for text in group
+    ]
     pad = torch.nn.utils.rnn.pad_sequence
     return {
         "prompt_ids": pad(encoded, batch_first=True),
@@ -100,7 +110,8 @@ def test_loss_of_one_example(scores, margin, centering, loss):
 
 
 def test_metrics_of_two_examples_and_two_heads():
-    # example 1, mean scores 3, 1, 2 in rank order: leads 2 (right), 1 (right), -1 (wrong), each 1/3; example 2, means 5 and 5: a tie is not right
+    # example 1, mean scores 3, 1, 2 in rank order: leads 2 (right), 1 (right), -1 (wrong), each 1/3; example 2, means 5
+    # and 5: a tie is not right
     batch = {"prompt_index": torch.tensor([0, 0, 0, 1, 1]), "rank": torch.tensor([0, 1, 2, 0, 1])}
     scores = torch.tensor([[2.0, 4.0], [1.0, 1.0], [2.0, 2.0], [5.0, 5.0], [6.0, 4.0]])
     sums = reward_module(num_heads=2).sums(scores, pairs_of(batch))
@@ -124,9 +135,13 @@ def test_metrics_of_two_examples_and_two_heads():
 
 def test_margins_may_stay_out_of_the_loss():
     scores, pairs = one_example([1.0, 0.0], margin=1 / 3)
-    assert reward_module(use_margins=False).sums(scores, pairs)["loss"].item() == pytest.approx(0.313262, abs=1e-6)  # log(1 + e^-1)
+    assert reward_module(use_margins=False).sums(scores, pairs)["loss"].item() == pytest.approx(
+        0.313262, abs=1e-6
+    )  # log(1 + e^-1)
     assert reward_module().sums(scores, pairs)["loss"].item() == pytest.approx(0.414370, abs=1e-6)
-    assert reward_module(use_margins=False).score_pairs(ragged_batch())[0].margin == 0.5  # the audit still tells them apart
+    assert (
+        reward_module(use_margins=False).score_pairs(ragged_batch())[0].margin == 0.5
+    )  # the audit still tells them apart
 
 
 def test_scores_know_nothing_of_padding_company_and_sharing():
@@ -135,8 +150,13 @@ def test_scores_know_nothing_of_padding_company_and_sharing():
         together = module.head_scores(batch)
         wider = {
             **batch,
-            **{name: torch.nn.functional.pad(batch[name], (0, 7), value=9) for name in ("prompt_ids", "completion_ids")},
-            **{name: torch.nn.functional.pad(batch[name], (0, 7), value=False) for name in ("prompt_mask", "completion_mask")},
+            **{
+                name: torch.nn.functional.pad(batch[name], (0, 7), value=9) for name in ("prompt_ids", "completion_ids")
+            },
+            **{
+                name: torch.nn.functional.pad(batch[name], (0, 7), value=False)
+                for name in ("prompt_mask", "completion_mask")
+            },
         }
         separate = {**batch, "prompt_index": torch.arange(5)}
         separate |= {name: batch[name][batch["prompt_index"]] for name in ("prompt_ids", "prompt_mask")}
@@ -144,19 +164,37 @@ def test_scores_know_nothing_of_padding_company_and_sharing():
             torch.testing.assert_close(module.head_scores(other), together, atol=1e-5, rtol=1e-5)
         for i in range(5):
             p = batch["prompt_index"][i]
-            row = torch.cat([batch["prompt_ids"][p][batch["prompt_mask"][p]], batch["completion_ids"][i][batch["completion_mask"][i]]])[None]
+            row = torch.cat(
+                [
+                    batch["prompt_ids"][p][batch["prompt_mask"][p]],
+                    batch["completion_ids"][i][batch["completion_mask"][i]],
+                ]
+            )[None]
             hidden = module.policy.model.base_model(input_ids=row).last_hidden_state[0]
             torch.testing.assert_close(hidden[-1] @ module.head.weight.T, together[i], atol=1e-5, rtol=1e-5)
-            assert (hidden[-2] @ module.head.weight.T - together[i]).abs().max() > 1e-3  # the token before the end token
+            assert (
+                hidden[-2] @ module.head.weight.T - together[i]
+            ).abs().max() > 1e-3  # the token before the end token
 
 
 def test_pairs_are_described():
     module, batch = reward_module(), ragged_batch()
     scores = module.head_scores(batch)[:, 0].tolist()
     pairs = module.score_pairs(batch)
-    assert [(pair.chosen, pair.rejected) for pair in pairs] == [("x", "yyyy"), ("x", "zz"), ("yyyy", "zz"), ("n", "long answer")]
+    assert [(pair.chosen, pair.rejected) for pair in pairs] == [
+        ("x", "yyyy"),
+        ("x", "zz"),
+        ("yyyy", "zz"),
+        ("n", "long answer"),
+    ]
     last = pairs[-1]
-    assert (last.prompt, last.prompt_length, last.chosen_length, last.rejected_length, last.margin) == ("abcdef", 6, 2, 12, 0.0)
+    assert (last.prompt, last.prompt_length, last.chosen_length, last.rejected_length, last.margin) == (
+        "abcdef",
+        6,
+        2,
+        12,
+        0.0,
+    )
     assert (last.chosen_score, last.rejected_score) == pytest.approx((scores[4], scores[3]))
     assert pairs[0].margin == 0.5
     filler = {**batch, "rank": torch.full((5,), -1)}
@@ -182,7 +220,16 @@ def fitted(
     held_out = write_rows(folder, "val", val) if val else None
     train = write_rows(folder, "train", 30, margin=True)
     data = PreferenceDataModule(module.tokenizer, train, held_out, calibration, batch_size=batch_size)
-    options = QUIET | {"max_epochs": 1, "accumulate_grad_batches": accumulate, "callbacks": list(callbacks), "num_sanity_val_steps": 0} | settings
+    options = (
+        QUIET
+        | {
+            "max_epochs": 1,
+            "accumulate_grad_batches": accumulate,
+            "callbacks": list(callbacks),
+            "num_sanity_val_steps": 0,
+        }
+        | settings
+    )
     trainer = Trainer(**options)
     trainer.fit(module, data, ckpt_path=resume, weights_only=True)
     return trainer
@@ -198,7 +245,17 @@ def test_accumulation_changes_no_result(tmp_path):
     for mine, theirs, start in zip(weights(whole), weights(cut), weights(reward_module()), strict=True):
         torch.testing.assert_close(mine, theirs, atol=1e-6, rtol=1e-5)
         assert not torch.equal(mine, start)
-    for name in ("loss", "accuracy", "margin", "mean_reward", "min_reward", "max_reward", "rewards/chosen", "rewards/rejected", "num_tokens"):
+    for name in (
+        "loss",
+        "accuracy",
+        "margin",
+        "mean_reward",
+        "min_reward",
+        "max_reward",
+        "rewards/chosen",
+        "rewards/rejected",
+        "num_tokens",
+    ):
         assert metrics[0][f"train/{name}"].item() == pytest.approx(metrics[1][f"train/{name}"].item(), abs=1e-5), name
 
 
@@ -208,7 +265,7 @@ from pathlib import Path
 import torch
 from test_reward import fitted, reward_module
 from callbacks import Export
-from callbacks.prediction_writer import line
+from callbacks.writers.prediction_writer import line
 if __name__ == "__main__":
     folder = Path(sys.argv[1]) / sys.argv[2]
     folder.mkdir(exist_ok=True)
@@ -223,7 +280,10 @@ def test_two_ranks_equal_one(tmp_path):
     (tmp_path / "two_ranks.py").write_text(SCRIPT)
     (tmp_path / "two").mkdir()
     here = Path(__file__).parent
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(here.parents[1]), str(here)]), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(here.parents[1]), str(here)]),
+        "OMP_NUM_THREADS": "1",
+    }
     command = [sys.executable, str(tmp_path / "two_ranks.py"), str(tmp_path), "two"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -233,21 +293,31 @@ def test_two_ranks_equal_one(tmp_path):
     for name, value in module.state_dict().items():
         torch.testing.assert_close(value, state[name], atol=1e-6, rtol=1e-5)
     shown = ("loss", "accuracy", "mean_reward", "min_reward", "max_reward")
-    for name in ("train/num_tokens", "val/margin", *(f"{stage}/{name}" for stage in ("train", "val") for name in shown)):
+    for name in (
+        "train/num_tokens",
+        "val/margin",
+        *(f"{stage}/{name}" for stage in ("train", "val") for name in shown),
+    ):
         assert metrics[name].item() == pytest.approx(alone[name].item(), abs=1e-5), name
-    mine, theirs = (json.loads((folder / "model" / "config.json").read_text()) for folder in (tmp_path, tmp_path / "two"))
+    mine, theirs = (
+        json.loads((folder / "model" / "config.json").read_text()) for folder in (tmp_path, tmp_path / "two")
+    )
     for name in ("reward_mean", "reward_std", "reward_head_means", "reward_head_stds"):
         assert mine[name] == pytest.approx(theirs[name], abs=1e-5), name
 
 
 def test_validation_is_the_mean_over_examples(tmp_path):
     module = reward_module()
-    data = PreferenceDataModule(module.tokenizer, write_rows(tmp_path, "train", 7), write_rows(tmp_path, "val", 7), batch_size=3)
+    data = PreferenceDataModule(
+        module.tokenizer, write_rows(tmp_path, "train", 7), write_rows(tmp_path, "val", 7), batch_size=3
+    )
     (found,) = Trainer(**QUIET).validate(module, data, verbose=False)
     examples: dict[str, list[float]] = {}
     for batch in data.in_order("val"):
         for pair in module.score_pairs(batch):
-            examples.setdefault(pair.prompt, []).append(torch.nn.functional.softplus(torch.tensor(pair.rejected_score - pair.chosen_score)).item())
+            examples.setdefault(pair.prompt, []).append(
+                torch.nn.functional.softplus(torch.tensor(pair.rejected_score - pair.chosen_score)).item()
+            )
     assert [len(losses) for losses in examples.values()].count(3) == 2
     mean = sum(sum(losses) / len(losses) for losses in examples.values()) / len(examples)
     assert found["val/loss"] == pytest.approx(mean, abs=1e-5)
@@ -255,7 +325,9 @@ def test_validation_is_the_mean_over_examples(tmp_path):
     assert found["val/loss"] != pytest.approx(sum(every) / len(every), abs=1e-5)
     assert len(module.scored_pairs) > 0
     raw = torch.cat([module.head_scores(batch) for batch in data.in_order("val")])
-    assert (found["val/min_reward"], found["val/max_reward"]) == pytest.approx((raw.min().item(), raw.max().item()), abs=1e-6)
+    assert (found["val/min_reward"], found["val/max_reward"]) == pytest.approx(
+        (raw.min().item(), raw.max().item()), abs=1e-6
+    )
 
 
 class Keep(Callback):
@@ -313,11 +385,21 @@ def make_policy(name: str, folder: Path) -> str:
     end, chat = "<|endoftext|>", ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     if name == "gpt2":
         tokenizer = bytes_tokenizer([end], bos_token=end, eos_token=end, unk_token=end, pad_token=end)
-        model = GPT2LMHeadModel(GPT2Config(vocab_size=257, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=0, eos_token_id=0))
+        model = GPT2LMHeadModel(
+            GPT2Config(vocab_size=257, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=0, eos_token_id=0)
+        )
     else:
         tokenizer = bytes_tokenizer(chat, eos_token=chat[2], pad_token=chat[2], extra_special_tokens=chat)
-        small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-        model = Qwen2ForCausalLM(Qwen2Config(vocab_size=272, tie_word_embeddings=False, eos_token_id=[0, 2], pad_token_id=2, **small))
+        small = {
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+        }
+        model = Qwen2ForCausalLM(
+            Qwen2Config(vocab_size=272, tie_word_embeddings=False, eos_token_id=[0, 2], pad_token_id=2, **small)
+        )
     model.save_pretrained(folder / name)
     tokenizer.save_pretrained(folder / name)
     return str(folder / name)
@@ -327,9 +409,14 @@ def sided(rows: list[list[int]], pad: int, side: str) -> dict[str, Tensor]:
     """Padded rows with their mask, and positions that count from each row's first token."""
     width = max(map(len, rows))
     spare = [[pad] * (width - len(row)) for row in rows]
-    ids = torch.tensor([row + extra if side == "right" else extra + row for row, extra in zip(rows, spare, strict=True)])
+    ids = torch.tensor(
+        [row + extra if side == "right" else extra + row for row, extra in zip(rows, spare, strict=True)]
+    )
     kept = torch.tensor(
-        [[1] * len(row) + [0] * len(extra) if side == "right" else [0] * len(extra) + [1] * len(row) for row, extra in zip(rows, spare, strict=True)]
+        [
+            [1] * len(row) + [0] * len(extra) if side == "right" else [0] * len(extra) + [1] * len(row)
+            for row, extra in zip(rows, spare, strict=True)
+        ]
     )
     return {"input_ids": ids, "attention_mask": kept, "position_ids": (kept.cumsum(1) - 1).clamp(min=0)}
 
@@ -343,13 +430,18 @@ def test_an_export_scores_the_same_in_transformers(tmp_path, name, lora):
     with torch.no_grad():
         expected = module.head_scores(batch)[:, 0]
     assert len(set(expected.tolist())) == 5
-    model, tokenizer = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out"), AutoTokenizer.from_pretrained(tmp_path / "out")
+    model, tokenizer = (
+        AutoModelForSequenceClassification.from_pretrained(tmp_path / "out"),
+        AutoTokenizer.from_pretrained(tmp_path / "out"),
+    )
     assert tokenizer.pad_token_id == model.config.pad_token_id
     assert tokenizer.pad_token_id not in module.policy.stop_token_ids
     prompts = [ids[mask].tolist() for ids, mask in zip(batch["prompt_ids"], batch["prompt_mask"], strict=True)]
     rows = [
         prompts[p] + ids[mask].tolist()
-        for p, ids, mask in zip(batch["prompt_index"].tolist(), batch["completion_ids"], batch["completion_mask"], strict=True)
+        for p, ids, mask in zip(
+            batch["prompt_index"].tolist(), batch["completion_ids"], batch["completion_mask"], strict=True
+        )
     ]
     assert all(row[-1] == tokenizer.eos_token_id for row in rows)
     with torch.no_grad():
@@ -373,7 +465,18 @@ def rollouts_of(module: RewardModule, data: PreferenceDataModule) -> list[Rollou
             prompt = batch["prompt_ids"][p][batch["prompt_mask"][p]].tolist()
             ids = batch["completion_ids"][i][batch["completion_mask"][i]].tolist()
             text = module.tokenizer.decode(ids, skip_special_tokens=True)
-            found.append(Rollout("u", module.tokenizer.decode(prompt), prompt, None, Completion(ids, [0.0] * len(ids), text, "stop"), p, {}, None))
+            found.append(
+                Rollout(
+                    "u",
+                    module.tokenizer.decode(prompt),
+                    prompt,
+                    None,
+                    Completion(ids, [0.0] * len(ids), text, "stop"),
+                    p,
+                    {},
+                    None,
+                )
+            )
     return found
 
 
@@ -387,7 +490,9 @@ def test_exported_scores_are_normalised_on_held_out_completions(tmp_path, num_he
     members = reward.members(rollouts)
     assert members.shape == (46, num_heads)
     torch.testing.assert_close(members.mean(0), torch.zeros(num_heads, dtype=torch.float64), atol=1e-5, rtol=0)
-    torch.testing.assert_close(members.std(0, correction=0), torch.ones(num_heads, dtype=torch.float64), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        members.std(0, correction=0), torch.ones(num_heads, dtype=torch.float64), atol=1e-5, rtol=0
+    )
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert abs(config["reward_mean"]) > 1e-3
     assert (tmp_path / "out" / "reward_heads.safetensors").exists() == (num_heads > 1)
@@ -407,7 +512,9 @@ def test_an_export_of_adapters_scores_the_same_on_a_policys_backbone(tmp_path, n
     shared, merged = LearnedReward(str(tmp_path / "out")), LearnedReward(str(tmp_path / "out"))
     policy = RewardModule("tiny", lora=Lora(r=3)).policy
     assert shared.share_backbone(policy) == [str(tmp_path / "out")]
-    mean, std = module.moments[1:].T  # scores spread by 0.01 around 9 here, so normalised they have lost two of seven digits
+    mean, std = module.moments[
+        1:
+    ].T  # scores spread by 0.01 around 9 here, so normalised they have lost two of seven digits
     found = shared.members(rollouts) * std + mean
     torch.testing.assert_close(found, merged.members(rollouts) * std + mean, atol=1e-5, rtol=0)
     torch.testing.assert_close(found, raw, atol=1e-5, rtol=0)
@@ -416,17 +523,44 @@ def test_an_export_of_adapters_scores_the_same_on_a_policys_backbone(tmp_path, n
     assert names >= {"adapter_config.json", "adapter_model.safetensors", "head.safetensors"}
 
 
-SAMPLES = [("ab", "yes", "stop"), ("ab", "no way", "stop"), ("cdefg", "maybe, but I do", "length"), ("cdefg", "", "stop"), ("h", "x", "stop")]
+SAMPLES = [
+    ("ab", "yes", "stop"),
+    ("ab", "no way", "stop"),
+    ("cdefg", "maybe, but I do", "length"),
+    ("cdefg", "", "stop"),
+    ("h", "x", "stop"),
+]
 
 
 def sampled(tokenizer, chat: bool) -> list[Rollout]:
     """Completions as a policy sampled them, the third cut by its budget, the fourth nothing but its end."""
     found = []
     for i, (text, answer, finish) in enumerate(SAMPLES):
-        prompt = tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False) if chat else text
-        end = [tokenizer.convert_tokens_to_ids("<|im_end|>") if chat else tokenizer.eos_token_id] if finish == "stop" else []
+        prompt = (
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False
+            )
+            if chat
+            else text
+        )
+        end = (
+            [tokenizer.convert_tokens_to_ids("<|im_end|>") if chat else tokenizer.eos_token_id]
+            if finish == "stop"
+            else []
+        )
         ids = [*tokenizer(answer).input_ids, *end]
-        found.append(Rollout(f"u{i}", prompt, tokenizer(prompt).input_ids, None, Completion(ids, [0.0] * len(ids), answer, finish), i, {}, 0.5))
+        found.append(
+            Rollout(
+                f"u{i}",
+                prompt,
+                tokenizer(prompt).input_ids,
+                None,
+                Completion(ids, [0.0] * len(ids), answer, finish),
+                i,
+                {},
+                0.5,
+            )
+        )
     return found
 
 
@@ -436,12 +570,21 @@ def test_scores_are_normalised_on_samples_that_are_named(tmp_path, num_heads, ch
     module = reward_module(num_heads=num_heads)
     rollouts = sampled(module.tokenizer, chat)
     (tmp_path / "predictions.jsonl").write_text("".join(line(rollout) for rollout in rollouts))
-    trainer = fitted(tmp_path, module, 2, callbacks=[Export(str(tmp_path / "out"))], val=20, calibration=str(tmp_path / "predictions.jsonl"))
+    trainer = fitted(
+        tmp_path,
+        module,
+        2,
+        callbacks=[Export(str(tmp_path / "out"))],
+        val=20,
+        calibration=str(tmp_path / "predictions.jsonl"),
+    )
     reward, kept = LearnedReward(str(tmp_path / "out")), [rollout for rollout in rollouts if rollout.completion.text]
     members = reward.members(kept)
     assert members.shape == (4, num_heads)
     torch.testing.assert_close(members.mean(0), torch.zeros(num_heads, dtype=torch.float64), atol=1e-5, rtol=0)
-    torch.testing.assert_close(members.std(0, correction=0), torch.ones(num_heads, dtype=torch.float64), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        members.std(0, correction=0), torch.ones(num_heads, dtype=torch.float64), atol=1e-5, rtol=0
+    )
     held_out = reward.members(rollouts_of(module, trainer.datamodule))
     assert ((held_out.std(0, correction=0) - 1).abs() > 0.05).all()
 
@@ -469,7 +612,9 @@ def test_lora_trains_adapters_and_head_alone():
 
 def test_an_output_head_of_its_own_is_not_trained(tmp_path):
     module = reward_module(make_policy("qwen2", tmp_path))
-    assert [name for name, parameter in module.named_parameters() if not parameter.requires_grad] == ["policy.model.lm_head.weight"]
+    assert [name for name, parameter in module.named_parameters() if not parameter.requires_grad] == [
+        "policy.model.lm_head.weight"
+    ]
 
 
 class Plain(LightningDataModule):
@@ -484,14 +629,21 @@ def test_what_cannot_work_is_refused_before_the_first_step(tmp_path):
     (tmp_path / "labels.jsonl").write_text('{"prompt": "a", "completion": "b", "label": true}\n')
     module = reward_module()
     with pytest.raises(ValueError, match="one labelled completion each"):
-        Trainer(max_steps=1, **QUIET).fit(module, PreferenceDataModule(module.tokenizer, str(tmp_path / "labels.jsonl")))
-    for settings, sentence in (({"centering": -1.0}, "centering must be >= 0"), ({"num_heads": 2, "normalize": False}, "needs normalize: true")):
+        Trainer(max_steps=1, **QUIET).fit(
+            module, PreferenceDataModule(module.tokenizer, str(tmp_path / "labels.jsonl"))
+        )
+    for settings, sentence in (
+        ({"centering": -1.0}, "centering must be >= 0"),
+        ({"num_heads": 2, "normalize": False}, "needs normalize: true"),
+    ):
         with pytest.raises(ValueError, match=sentence):
             reward_module(**settings)
 
 
 def test_an_architecture_that_cannot_be_exported_is_refused(tmp_path):
-    CodeGenForCausalLM(CodeGenConfig(vocab_size=261, n_embd=32, n_layer=1, n_head=4, rotary_dim=4)).save_pretrained(tmp_path)
+    CodeGenForCausalLM(CodeGenConfig(vocab_size=261, n_embd=32, n_layer=1, n_head=4, rotary_dim=4)).save_pretrained(
+        tmp_path
+    )
     tiny_tokenizer().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="no form for sequence classification"):
         RewardModule(str(tmp_path))

@@ -18,7 +18,13 @@ from modules.rollout.engine import Sampling
 from modules.rollout.held_out import last_answers
 from modules.types import ALPACA_PROMPT, InstructionBatch
 
-QUIET = {"accelerator": "cpu", "devices": 1, "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+QUIET = {
+    "accelerator": "cpu",
+    "devices": 1,
+    "logger": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
 
 
 def batch_of(rows: list[list[int]], supervised: list[list[int]], **more) -> InstructionBatch:
@@ -54,7 +60,9 @@ def test_smoothing_trains_to_a_flatter_distribution():
     entropies = []
     for smoothing in (0.0, 0.3):
         seed_everything(0)
-        module = SFTModule("tiny", label_smoothing=smoothing, optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=3e-3))
+        module = SFTModule(
+            "tiny", label_smoothing=smoothing, optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=3e-3)
+        )
         entropies.append(float(fit(module, epochs=15).callback_metrics["val/entropy"]))
     assert entropies[1] > entropies[0] + 0.3
 
@@ -79,7 +87,9 @@ def test_noise_is_uniform_in_its_bound_and_gone_afterwards():
 
 
 def test_noise_knows_the_documents_of_a_packed_row():
-    batch = batch_of([[5] * 6, [5] * 3], [[1], [1]], position_ids=torch.tensor([[0, 1, 0, 1, 2, 3], [0, 1, 2, 0, 0, 0]]))
+    batch = batch_of(
+        [[5] * 6, [5] * 3], [[1], [1]], position_ids=torch.tensor([[0, 1, 0, 1, 2, 3], [0, 1, 2, 0, 0, 0]])
+    )
     assert document_lengths(batch).tolist() == [[2, 2, 4, 4, 4, 4], [3, 3, 3, 0, 0, 0]]
 
 
@@ -106,18 +116,33 @@ def test_the_last_answer_of_a_row_is_asked_for():
 def test_a_reward_chooses_the_checkpoint_and_samples_are_shown(tmp_path):
     seed_everything(0)
     module = SFTModule(
-        "tiny", reward=ExactMatch(), sampling=Sampling(temperature=0.0, max_completion_length=8), optimizer=lambda p: torch.optim.AdamW(p, lr=1e-3)
+        "tiny",
+        reward=ExactMatch(),
+        sampling=Sampling(temperature=0.0, max_completion_length=8),
+        optimizer=lambda p: torch.optim.AdamW(p, lr=1e-3),
     )
     keeper = ModelCheckpoint(tmp_path, monitor="val/reward", mode="max")
     logger = TensorBoardLogger(tmp_path, name="", version="")
-    trainer = fit(module, epochs=2, logger=logger, callbacks=[keeper, Samples(num_samples=1)], enable_checkpointing=True, num_sanity_val_steps=0)
+    trainer = fit(
+        module,
+        epochs=2,
+        logger=logger,
+        callbacks=[keeper, Samples(num_samples=1)],
+        enable_checkpointing=True,
+        num_sanity_val_steps=0,
+    )
     metrics = trainer.callback_metrics
-    assert keeper.best_model_path and float(keeper.best_model_score) == max(float(metrics["val/reward"]), float(keeper.best_model_score))
+    assert keeper.best_model_path and float(keeper.best_model_score) == max(
+        float(metrics["val/reward"]), float(keeper.best_model_score)
+    )
     data = InstructionDataModule(module.tokenizer, Addition(16), val=Addition(8, held_out=True), batch_size=8)
     data.setup("validate")
     prompts = [row.ids[: row.supervised.index(True)] for row in data.val_rows]
     answers = [group[0].text for group in module.engine.generate(prompts, 1, module.sampling, [0] * 8)]
-    right = sum(row.columns["completion"] == answer for row, answer in zip(Addition(8, held_out=True).rows(), answers, strict=True))
+    right = sum(
+        row.columns["completion"] == answer
+        for row, answer in zip(Addition(8, held_out=True).rows(), answers, strict=True)
+    )
     assert float(metrics["val/reward"]) == pytest.approx(right / 8)
     assert float(metrics["val/completions/mean_length"]) > 0
     events = EventAccumulator(str(tmp_path), size_guidance={"tensors": 0})
@@ -170,7 +195,9 @@ def test_noise_and_packing_go_together():
     seed_everything(0)
     module = SFTModule("tiny", neftune_noise_alpha=5.0)
     trainer = Trainer(**QUIET, max_steps=2, enable_checkpointing=False)
-    trainer.fit(module, InstructionDataModule(module.tokenizer, Addition(64), packing=True, max_length=64, batch_size=2))
+    trainer.fit(
+        module, InstructionDataModule(module.tokenizer, Addition(64), packing=True, max_length=64, batch_size=2)
+    )
     assert trainer.global_step == 2
 
 

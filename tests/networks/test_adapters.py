@@ -1,4 +1,6 @@
-"""Several sets of adapters on one backbone: each computes, learns and is saved alone, and the policy's is the one that counts."""
+"""Several sets of adapters on one backbone: each computes, learns and is saved alone, and the policy's is the one that
+counts.
+"""
 
 import copy
 
@@ -73,15 +75,23 @@ def test_another_set_changes_nothing_of_the_first(targets):
     first = adapter_parameters(policy.model, POLICY)
     first[next(iter(first))].requires_grad_(False)  # as in a phase in which the critic learns alone
     move(policy, POLICY)
-    weights, modes = {name: weight.detach().clone() for name, weight in policy.model.named_parameters()}, learns(policy.model)
+    weights, modes = (
+        {name: weight.detach().clone() for name, weight in policy.model.named_parameters()},
+        learns(policy.model),
+    )
     before = policy.token_states(BATCH)
     add_adapters(policy.model, Lora(r=3, target_modules=targets), "value")
     added = adapter_parameters(policy.model, "value")
     after = dict(policy.model.named_parameters())
     assert torch.equal(policy.token_states(BATCH), before)
     assert set(after) == set(weights) | set(added) and set(adapter_parameters(policy.model, POLICY)) == set(first)
-    assert all(torch.equal(after[name], weight) and after[name].requires_grad == modes[name] for name, weight in weights.items())
-    assert {name.replace(".value.", ".default.") for name in added} == set(first)  # the same layers, and none inside the adapters
+    assert all(
+        torch.equal(after[name], weight) and after[name].requires_grad == modes[name]
+        for name, weight in weights.items()
+    )
+    assert {name.replace(".value.", ".default.") for name in added} == set(
+        first
+    )  # the same layers, and none inside the adapters
     assert all(weight.requires_grad for weight in added.values())
     with pytest.raises(ValueError, match="adapters named 'value' already"):
         add_adapters(policy.model, Lora(), "value")
@@ -115,7 +125,9 @@ def test_training_one_set_leaves_the_others_as_they_are(policy):
     found.square().sum().backward()
     optimizer.step()
     assert not torch.allclose(states(policy, "value"), before["value"], atol=1e-2)
-    assert torch.equal(states(policy, POLICY), before[POLICY]) and torch.equal(states(policy, "reward0"), before["reward0"])
+    assert torch.equal(states(policy, POLICY), before[POLICY]) and torch.equal(
+        states(policy, "reward0"), before["reward0"]
+    )
 
 
 def test_gradients_go_to_the_set_that_computed(policy):
@@ -163,7 +175,11 @@ def test_a_saved_set_comes_back(policy, tmp_path, trainable):
     assert torch.equal(torch.get_rng_state(), drawn)
     assert torch.equal(states(other, "critic"), states(policy, "value"))
     assert torch.equal(states(other, POLICY), start)
-    after = {name.replace(".base_layer.", "."): learned for name, learned in learns(other.model).items() if ".critic." not in name}
+    after = {
+        name.replace(".base_layer.", "."): learned
+        for name, learned in learns(other.model).items()
+        if ".critic." not in name
+    }
     assert after == {name.replace(".base_layer.", "."): learned for name, learned in modes.items()}
     assert {weight.requires_grad for weight in adapter_parameters(other.model, "critic").values()} == {trainable}
 
@@ -192,7 +208,13 @@ def test_adapters_of_another_backbone_are_refused(policy, tmp_path):
 def test_a_backbone_is_known_by_its_weights_without_adapters_and_output_head(policy):
     digest = backbone_digest(tiny_model())
     assert backbone_digest(policy.model) == backbone_digest(RewardModule("tiny", lora=Lora(r=8)).policy.model) == digest
-    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 40}
+    small = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "vocab_size": 40,
+    }
     untied = LlamaForCausalLM(LlamaConfig(tie_word_embeddings=False, **small))
     before = backbone_digest(untied)
     untied.lm_head.weight.data.add_(1.0)
@@ -214,7 +236,9 @@ def test_a_set_that_does_not_learn_is_in_no_checkpoint(policy, tmp_path):
         bare.load_state_dict(one.state_dict())
         assert torch.equal(states(one, "reward0"), states(policy, "reward0"))
     with pytest.raises(RuntimeError, match="Missing key"):
-        rich.load_state_dict({name: weight for name, weight in rich.state_dict().items() if "lora_A.default" not in name})
+        rich.load_state_dict(
+            {name: weight for name, weight in rich.state_dict().items() if "lora_A.default" not in name}
+        )
 
 
 def test_the_frozen_policy_is_its_own_set(policy):
@@ -240,9 +264,13 @@ def test_copies_of_a_module_share_the_frozen_policy(lora):
 def test_merged_is_the_policy_alone(policy, tmp_path):
     policy.save_pretrained(tmp_path)
     plain = Policy(str(tmp_path), dropout=False)
-    torch.testing.assert_close(plain.completion_scores(BATCH).logprobs, policy.completion_scores(BATCH).logprobs, atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        plain.completion_scores(BATCH).logprobs, policy.completion_scores(BATCH).logprobs, atol=1e-5, rtol=0
+    )
     with using(policy.model, "value"):
-        torch.testing.assert_close(merged(policy.model)(input_ids=IDS).logits, plain.model(input_ids=IDS).logits, atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            merged(policy.model)(input_ids=IDS).logits, plain.model(input_ids=IDS).logits, atol=1e-5, rtol=0
+        )
         assert not torch.allclose(policy.model(input_ids=IDS).logits, plain.model(input_ids=IDS).logits, atol=1e-2)
     assert set(merged(policy.model).state_dict()) == set(tiny_model().state_dict())
     assert adapter_names(policy.model) == {POLICY, "value", "reward0"} and not adapter_names(merged(policy.model))

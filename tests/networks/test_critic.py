@@ -1,4 +1,6 @@
-"""Values: of the state before a token, of the reward model they start from, and with gradients that go to the critic alone."""
+"""Values: of the state before a token, of the reward model they start from, and with gradients that go to the critic
+alone.
+"""
 
 import json
 from pathlib import Path
@@ -22,7 +24,9 @@ LORA = Lora(r=2)
 
 
 def batch(seed: int = 0) -> dict[str, Tensor]:
-    """Two prompts of different lengths with two completions each; padded by what is no pad token, so that it would be seen."""
+    """Two prompts of different lengths with two completions each; padded by what is no pad token, so that it would be
+    seen.
+    """
     generator = torch.Generator().manual_seed(seed)
     prompts = [torch.randint(5, 261, (n,), generator=generator) for n in PROMPTS]
     completions = [torch.randint(5, 261, (n,), generator=generator) for group in COMPLETIONS for n in group]
@@ -33,7 +37,12 @@ def batch(seed: int = 0) -> dict[str, Tensor]:
 
     (prompt_ids, prompt_mask), (completion_ids, completion_mask) = pad(prompts), pad(completions)
     index = torch.tensor([0, 0, 1, 1])
-    fields = {"prompt_ids": prompt_ids, "prompt_mask": prompt_mask, "completion_ids": completion_ids, "completion_mask": completion_mask}
+    fields = {
+        "prompt_ids": prompt_ids,
+        "prompt_mask": prompt_mask,
+        "completion_ids": completion_ids,
+        "completion_mask": completion_mask,
+    }
     return fields | {"prompt_index": index}
 
 
@@ -49,7 +58,9 @@ def reward_models(tmp_path_factory) -> dict[str, str]:
         torch.manual_seed(0)
         module, folder = RewardModule("tiny", lora=lora), tmp_path_factory.mktemp(name)
         generator = torch.Generator().manual_seed(1)
-        for weight in module.policy.parameters() if lora is None else adapter_parameters(module.policy.model, POLICY).values():
+        for weight in (
+            module.policy.parameters() if lora is None else adapter_parameters(module.policy.model, POLICY).values()
+        ):
             weight.data.add_(torch.randn(weight.shape, generator=generator), alpha=0.02 if lora is None else 0.1)
         module.moments = torch.tensor([[0.4, 1.7], [0.4, 1.7]])  # mean and deviation, of the score and of its one head
         module.save_pretrained(folder)
@@ -109,7 +120,11 @@ def test_padding_and_other_rows_change_nothing(pair):
     policy, critic = pair
     together = batch()
     found = values(policy, critic, together)
-    assert found.shape == (4, 6) and found[~together["completion_mask"]].eq(0).all() and found[together["completion_mask"]].ne(0).all()
+    assert (
+        found.shape == (4, 6)
+        and found[~together["completion_mask"]].eq(0).all()
+        and found[together["completion_mask"]].ne(0).all()
+    )
     for row, prompt in enumerate(together["prompt_index"].tolist()):
         tokens = int(together["completion_mask"][row].sum())
         alone = {
@@ -141,7 +156,16 @@ def test_a_critic_from_a_reward_model_values_a_prefix_at_its_score(layout, rewar
         prefixes = [ids[:t] for t in range(len(ids))]
         texts = [policy.tokenizer.decode(prefix) for prefix in prefixes]
         rollouts = [
-            Rollout("u", policy.tokenizer.decode(prompt_ids), prompt_ids, None, Completion(prefix, [0.0] * len(prefix), text, "length"), 0, {}, None)
+            Rollout(
+                "u",
+                policy.tokenizer.decode(prompt_ids),
+                prompt_ids,
+                None,
+                Completion(prefix, [0.0] * len(prefix), text, "length"),
+                0,
+                {},
+                None,
+            )
             for prefix, text in zip(prefixes, texts, strict=True)
         ]
         assert found[row, : len(ids)].tolist() == pytest.approx(expected(rollouts), abs=1e-4)
@@ -166,9 +190,9 @@ def test_another_vocabulary_is_refused(tmp_path):
 def test_a_model_that_knows_more_tokens_is_taken(tmp_path):
     tokenizer = tiny_tokenizer()
     tokenizer.add_tokens(["<|more|>"])
-    LlamaForCausalLM(LlamaConfig(vocab_size=262, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)).save_pretrained(
-        tmp_path
-    )
+    LlamaForCausalLM(
+        LlamaConfig(vocab_size=262, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    ).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     policy = Policy("tiny", dropout=False)
     assert values(policy, Critic(policy, str(tmp_path)), batch()).shape == (4, 6)
@@ -179,7 +203,11 @@ def reached(policy: Policy, critic: Critic, loss: Tensor) -> set[str]:
     parameters: dict[str, Any] = {f"policy.{name}": p for name, p in policy.named_parameters() if p.requires_grad}
     parameters |= {f"critic.{name}": p for name, p in critic.named_parameters() if p.requires_grad}
     gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True, retain_graph=True)
-    return {name for name, gradient in zip(parameters, gradients, strict=True) if gradient is not None and bool(gradient.ne(0).any())}
+    return {
+        name
+        for name, gradient in zip(parameters, gradients, strict=True)
+        if gradient is not None and bool(gradient.ne(0).any())
+    }
 
 
 def test_gradients_reach_the_critic_or_the_policy(pair):
@@ -214,7 +242,11 @@ def test_the_value_of_a_folder_of_the_policy_is_on_its_backbone(tmp_path: Path):
     Policy("tiny").save_pretrained(tmp_path)
     policy = Policy(str(tmp_path), dropout=False, lora=LORA)
     critic = Critic(policy, str(tmp_path), LORA)
-    assert critic.adapted and critic.backbone is None and set(critic.learned(policy)) > set(adapter_parameters(policy.model, VALUE))
+    assert (
+        critic.adapted
+        and critic.backbone is None
+        and set(critic.learned(policy)) > set(adapter_parameters(policy.model, VALUE))
+    )
 
 
 def test_what_is_no_model_is_refused_by_the_name_of_its_option(tmp_path):
@@ -223,15 +255,21 @@ def test_what_is_no_model_is_refused_by_the_name_of_its_option(tmp_path):
 
 
 def test_several_heads_start_on_the_scale_of_the_reward(tmp_path):
-    """Each head divided by its own deviation, as the reward takes them, though one is five times and one twenty times as large."""
+    """Each head divided by its own deviation, as the reward takes them, though one is five times and one twenty times
+    as large.
+    """
     module = RewardModule("tiny", num_heads=3)
     module.head.weight.data.mul_(torch.tensor([[1.0], [5.0], [20.0]]))
-    module.moments = torch.tensor([[0.5, 2.0], [0.1, 0.5], [-1.0, 2.5], [3.0, 10.0]], dtype=torch.float64)  # of their mean, then of each
+    module.moments = torch.tensor(
+        [[0.5, 2.0], [0.1, 0.5], [-1.0, 2.5], [3.0, 10.0]], dtype=torch.float64
+    )  # of their mean, then of each
     module.save_pretrained(tmp_path)
     policy = Policy("tiny", dropout=False)
     ids = torch.randint(5, 261, (2, 7), generator=torch.Generator().manual_seed(0))
     batch = {"prompt_ids": ids[:, :3], "completion_ids": ids[:, 3:], "prompt_index": torch.tensor([0, 1])}
-    batch |= {name: torch.ones(2, width, dtype=torch.bool) for name, width in (("prompt_mask", 3), ("completion_mask", 4))}
+    batch |= {
+        name: torch.ones(2, width, dtype=torch.bool) for name, width in (("prompt_mask", 3), ("completion_mask", 4))
+    }
     values = Critic(policy, str(tmp_path))(policy, batch, policy.token_states(batch))
     raw = module.head(module.policy.token_states(batch)).double()  # [2, 4, 3]
     expected = ((raw - torch.tensor([0.1, -1.0, 3.0])) / torch.tensor([0.5, 2.5, 10.0])).mean(-1)

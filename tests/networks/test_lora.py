@@ -36,7 +36,9 @@ def policy() -> Policy:
 
 def test_training_starts_at_the_model_itself(policy):
     plain = Policy("tiny", dropout=False)
-    torch.testing.assert_close(policy.completion_scores(BATCH).logprobs, plain.completion_scores(BATCH).logprobs, atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        policy.completion_scores(BATCH).logprobs, plain.completion_scores(BATCH).logprobs, atol=1e-6, rtol=0
+    )
 
 
 def test_adapters_of_all_linear_layers_learn_and_nothing_else(policy):
@@ -44,7 +46,9 @@ def test_adapters_of_all_linear_layers_learn_and_nothing_else(policy):
     assert all("lora_" in name for name in learned)
     assert len(learned) == 4 * 7 * 2  # layers, matrices of a layer, A and B
     wide = sum(parameter.numel() for parameter in policy.parameters() if parameter.requires_grad)
-    assert wide == 4 * 4 * (4 * (128 + 128) + 2 * (128 + 384) + (384 + 128))  # layers x r x (in + out) of q k v o, gate and up, down
+    assert wide == 4 * 4 * (
+        4 * (128 + 128) + 2 * (128 + 384) + (384 + 128)
+    )  # layers x r x (in + out) of q k v o, gate and up, down
 
 
 def test_named_layers_only():
@@ -55,14 +59,18 @@ def test_named_layers_only():
 
 def test_dropout_off_reaches_the_adapters(policy):
     moved(policy).model.train()
-    torch.testing.assert_close(policy.completion_scores(BATCH).logprobs, policy.completion_scores(BATCH).logprobs, atol=0, rtol=0)
+    torch.testing.assert_close(
+        policy.completion_scores(BATCH).logprobs, policy.completion_scores(BATCH).logprobs, atol=0, rtol=0
+    )
 
 
 def test_export_is_a_plain_model_with_the_adapters_in_it(policy, tmp_path):
     moved(policy).save_pretrained(tmp_path)
     plain = Policy(str(tmp_path), dropout=False)
     assert not any("lora" in name for name, _ in plain.named_parameters())
-    torch.testing.assert_close(plain.completion_scores(BATCH).logprobs, policy.completion_scores(BATCH).logprobs, atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        plain.completion_scores(BATCH).logprobs, policy.completion_scores(BATCH).logprobs, atol=1e-5, rtol=0
+    )
     start = Policy("tiny").completion_scores(BATCH).logprobs
     assert not torch.allclose(plain.completion_scores(BATCH).logprobs, start, atol=1e-2)
     assert any(parameter.requires_grad for parameter in policy.parameters())  # the run goes on with its adapters
@@ -76,7 +84,9 @@ def test_frozen_start_has_the_adapters_it_started_from(policy):
     now = policy.completion_scores(BATCH).logprobs.detach()
     assert not torch.allclose(now, started, atol=1e-2)
     torch.testing.assert_close(reference.completion_logprobs(BATCH), started, atol=0, rtol=0)
-    torch.testing.assert_close(policy.completion_scores(BATCH).logprobs, now, atol=0, rtol=0)  # and the policy has its own back
+    torch.testing.assert_close(
+        policy.completion_scores(BATCH).logprobs, now, atol=0, rtol=0
+    )  # and the policy has its own back
     assert reference.policy is policy  # no second backbone
     reference.mix(policy, 1.0)
     torch.testing.assert_close(reference.completion_logprobs(BATCH), now, atol=0, rtol=0)
@@ -84,7 +94,9 @@ def test_frozen_start_has_the_adapters_it_started_from(policy):
 
 @pytest.mark.parametrize("policy_first", [True, False])
 def test_frozen_start_under_autocast(policy, policy_first):
-    """Autocast keeps 16-bit copies of parameters for as long as its context lasts; the swap must not be served the other's."""
+    """Autocast keeps 16-bit copies of parameters for as long as its context lasts; the swap must not be served the
+    other's.
+    """
     reference = Frozen(policy)
     expected = reference.completion_logprobs(BATCH)
     now = moved(policy).completion_scores(BATCH).logprobs.detach()
@@ -103,7 +115,12 @@ def test_sampling_uses_the_adapters(policy, tmp_path):
     for source in (policy, Policy(str(tmp_path)), Policy("tiny")):
         engine = InProcessEngine()
         engine.sync_weights(source, 0)
-        found.append([c.token_ids for (c,) in engine.generate(IDS.tolist(), 1, Sampling(temperature=0.0, max_completion_length=8), [0, 9])])
+        found.append(
+            [
+                c.token_ids
+                for (c,) in engine.generate(IDS.tolist(), 1, Sampling(temperature=0.0, max_completion_length=8), [0, 9])
+            ]
+        )
     assert found[0] == found[1] != found[2]
 
 

@@ -1,4 +1,6 @@
-"""Documents of a packed row do not see each other: scores and gradients are those of each document alone; models that mix them are refused."""
+"""Documents of a packed row do not see each other: scores and gradients are those of each document alone; models that
+mix them are refused.
+"""
 
 import pytest
 import torch
@@ -19,9 +21,9 @@ from transformers import (
     OPTForCausalLM,
 )
 
-from datamodules.collate import InstructionDataset, MicroBatch
-from datamodules.packing import pack
-from datamodules.tokens import Tokens
+from datamodules.loaders.step_sampler import InstructionDataset, MicroBatch
+from datamodules.tokens.encoding import Tokens
+from datamodules.tokens.packing import pack
 from modules.networks import packed_rows, policy
 from modules.networks.policy import Policy
 from modules.networks.tiny import tiny_tokenizer
@@ -31,14 +33,25 @@ LENGTHS = (9, 7, 6, 5, 5, 3, 2, 1)
 KEPT = MODELS | {"moe": lambda: MixtralForCausalLM(MixtralConfig(**SMALL, num_key_value_heads=2, num_local_experts=2))}
 HYBRID = {"num_key_value_heads": 2, "layer_types": ["conv", "full_attention"]}
 MIXED = {
-    "state space": lambda: MambaForCausalLM(MambaConfig(vocab_size=272, hidden_size=32, num_hidden_layers=2, state_size=8)),
+    "state space": lambda: MambaForCausalLM(
+        MambaConfig(vocab_size=272, hidden_size=32, num_hidden_layers=2, state_size=8)
+    ),
     "half state space": lambda: JambaForCausalLM(
-        JambaConfig(**SMALL, num_key_value_heads=2, num_experts=2, mamba_d_state=8, attn_layer_period=2, attn_layer_offset=1)
+        JambaConfig(
+            **SMALL, num_key_value_heads=2, num_experts=2, mamba_d_state=8, attn_layer_period=2, attn_layer_offset=1
+        )
     ),
     "convolution": lambda: Lfm2ForCausalLM(Lfm2Config(**SMALL, **HYBRID)),
     "positions of its own": lambda: BloomForCausalLM(BloomConfig(vocab_size=272, hidden_size=32, n_layer=2, n_head=4)),
     "positions from the mask": lambda: OPTForCausalLM(
-        OPTConfig(vocab_size=272, hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=32)
+        OPTConfig(
+            vocab_size=272,
+            hidden_size=32,
+            ffn_dim=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            word_embed_proj_dim=32,
+        )
     ),
 }
 
@@ -57,7 +70,9 @@ def kept(request, tmp_path) -> Policy:
 
 def documents(seed: int = 0) -> list[Tokens]:
     generator = torch.Generator().manual_seed(seed)
-    return [Tokens(torch.randint(5, 261, (n,), generator=generator).tolist(), [False] + [True] * (n - 1)) for n in LENGTHS]
+    return [
+        Tokens(torch.randint(5, 261, (n,), generator=generator).tolist(), [False] + [True] * (n - 1)) for n in LENGTHS
+    ]
 
 
 def batch_of(rows: list[Tokens]) -> InstructionBatch:
@@ -70,7 +85,11 @@ def scores(model: Policy, batch: InstructionBatch) -> Tensor:
 
 def by_document(table: Tensor, rows: list[Tokens]) -> list[Tensor]:
     """Packed scores [N, T] in pieces, longest document first; documents of one length keep their order."""
-    return [piece for row, logprobs in zip(rows, table, strict=True) for piece in logprobs[: len(row.ids)].split(row.documents)]
+    return [
+        piece
+        for row, logprobs in zip(rows, table, strict=True)
+        for piece in logprobs[: len(row.ids)].split(row.documents)
+    ]
 
 
 def alone(model: Policy, document: Tokens) -> Tensor:
@@ -87,13 +106,22 @@ def pieces(rows: list[Tokens]) -> list[list[int]]:
 def test_packed_documents_score_as_alone_with_the_same_gradients(kept) -> None:
     found = documents()
     rows = pack(found, 14)
-    assert [row.documents for row in rows] == [(9, 5), (7, 6, 1), (5, 3, 2)]  # 14, 14 and 10 tokens: the last row is padded
-    placed = {tuple(map(int, ids)): piece for ids, piece in zip(pieces(rows), by_document(scores(kept, batch_of(rows)), rows), strict=True)}
+    assert [row.documents for row in rows] == [
+        (9, 5),
+        (7, 6, 1),
+        (5, 3, 2),
+    ]  # 14, 14 and 10 tokens: the last row is padded
+    placed = {
+        tuple(map(int, ids)): piece
+        for ids, piece in zip(pieces(rows), by_document(scores(kept, batch_of(rows)), rows), strict=True)
+    }
     expected = [alone(kept, document) for document in found]
     packed = [placed[tuple(document.ids)] for document in found]
     for mine, theirs in zip(packed, expected, strict=True):
         torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=0)
-    weighted = [sum((table * torch.linspace(-1, 1, len(table))).sum() for table in tables) for tables in (packed, expected)]
+    weighted = [
+        sum((table * torch.linspace(-1, 1, len(table))).sum() for table in tables) for tables in (packed, expected)
+    ]
     for mine, theirs in zip(gradients(kept, weighted[0]), gradients(kept, weighted[1]), strict=True):
         torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-4)
 
@@ -131,7 +159,9 @@ def test_training_mode_and_gradient_checkpointing_change_nothing(kept, checkpoin
 def test_rows_laid_end_to_end_score_the_same(kept, monkeypatch) -> None:
     batch = batch_of(pack(documents(), 14))
     reference = scores(kept, batch)
-    monkeypatch.setattr(policy, "flattens", lambda model: True)  # what a flash attention kernel needs is right for any other too
+    monkeypatch.setattr(
+        policy, "flattens", lambda model: True
+    )  # what a flash attention kernel needs is right for any other too
     torch.testing.assert_close(scores(kept, batch), reference, atol=1e-5, rtol=0)
 
 
@@ -141,7 +171,9 @@ def test_models_that_mix_documents_are_refused_with_the_first_packed_rows(tmp_pa
     modes = [module.training for module in model.modules()]
     plain = batch_of(documents()[:2])
     scores(model, plain)  # rows of one document are welcome
-    with pytest.raises(ValueError, match="mixes the documents of a packed row: their log-probabilities are off by") as error:
+    with pytest.raises(
+        ValueError, match="mixes the documents of a packed row: their log-probabilities are off by"
+    ) as error:
         scores(model, batch_of(pack(documents(), 14)))
     assert "\n" not in str(error.value)
     assert [module.training for module in model.modules()] == modes
@@ -168,4 +200,6 @@ def test_flash_attention_keeps_documents_apart(tmp_path) -> None:
     model.model.set_attn_implementation("flash_attention_2")
     model.packing_checked = False
     with torch.autocast("cuda", torch.bfloat16):
-        torch.testing.assert_close(scores(model, {name: value.cuda() for name, value in batch.items()}), reference, atol=0.1, rtol=0)
+        torch.testing.assert_close(
+            scores(model, {name: value.cuda() for name, value in batch.items()}), reference, atol=0.1, rtol=0
+        )

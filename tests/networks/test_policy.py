@@ -1,4 +1,6 @@
-"""Log-probs of the policy against whole logits of plain rows; shared prompts against separate rows; loading; dropout."""
+"""Log-probs of the policy against whole logits of plain rows; shared prompts against separate rows; loading;
+dropout.
+"""
 
 import pytest
 import torch
@@ -27,7 +29,13 @@ from modules.networks.loading import end_of_turn_id
 from modules.networks.policy import Policy
 from modules.networks.tiny import tiny_tokenizer
 
-SMALL = {"vocab_size": 272, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+SMALL = {
+    "vocab_size": 272,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
 MODELS = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SMALL, num_key_value_heads=2)),
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SMALL, num_key_value_heads=2)),
@@ -89,7 +97,9 @@ def test_shared_prompts_equal_separate_rows(policy, lengths):
     torch.testing.assert_close(scores.entropies, entropies, atol=1e-5, rtol=0)
     assert not torch.allclose(scores.logprobs, naive(policy, batch, 1.0)[0], atol=1e-3)
     weights = torch.linspace(-1, 1, expected.numel()).view_as(expected)
-    for mine, theirs in zip(gradients(policy, (scores.logprobs * weights).sum()), gradients(policy, (expected * weights).sum()), strict=True):
+    for mine, theirs in zip(
+        gradients(policy, (scores.logprobs * weights).sum()), gradients(policy, (expected * weights).sum()), strict=True
+    ):
         torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-4)
 
 
@@ -99,17 +109,23 @@ def test_sharing_rule_is_explicit(policy):
 
 def test_one_token_completions(policy):
     batch = ragged_batch([4, 2], [[1, 1], [1]])
-    torch.testing.assert_close(policy.completion_scores(batch).logprobs, naive(policy, batch, 1.0)[0], atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        policy.completion_scores(batch).logprobs, naive(policy, batch, 1.0)[0], atol=1e-5, rtol=0
+    )
 
 
 def test_rows_may_use_every_position(tmp_path):
     """The longest prompt has a short completion and the other way round: no row is longer than the model's positions."""
-    GPT2LMHeadModel(GPT2Config(vocab_size=272, n_embd=32, n_layer=2, n_head=4, n_positions=32)).save_pretrained(tmp_path)
+    GPT2LMHeadModel(GPT2Config(vocab_size=272, n_embd=32, n_layer=2, n_head=4, n_positions=32)).save_pretrained(
+        tmp_path
+    )
     tiny_tokenizer().save_pretrained(tmp_path)
     policy = Policy(str(tmp_path), dropout=False)
     for lengths, completions in (([25, 3], [[7, 5], [29, 20]]), ([25, 3], [[7], [29]])):
         batch = ragged_batch(lengths, completions)
-        torch.testing.assert_close(policy.completion_scores(batch).logprobs, naive(policy, batch, 1.0)[0], atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            policy.completion_scores(batch).logprobs, naive(policy, batch, 1.0)[0], atol=1e-5, rtol=0
+        )
         assert policy.completion_states(batch).shape == (len(batch["prompt_index"]), 32)
 
 
@@ -149,12 +165,17 @@ def test_tiny_is_the_same_every_time_and_leaves_the_global_generator_alone():
 
 def test_stop_tokens_hold_eos_and_end_of_turn():
     policy = Policy("tiny")
-    assert policy.stop_token_ids == {policy.tokenizer.convert_tokens_to_ids("<|eos|>"), policy.tokenizer.convert_tokens_to_ids("<|im_end|>")}
+    assert policy.stop_token_ids == {
+        policy.tokenizer.convert_tokens_to_ids("<|eos|>"),
+        policy.tokenizer.convert_tokens_to_ids("<|im_end|>"),
+    }
     assert end_of_turn_id(policy.tokenizer) == policy.tokenizer.convert_tokens_to_ids("<|im_end|>")
 
 
 def test_dropout_off_makes_training_mode_deterministic(tmp_path):
-    GPT2LMHeadModel(GPT2Config(vocab_size=272, n_embd=32, n_layer=2, n_head=4, n_positions=128)).save_pretrained(tmp_path)
+    GPT2LMHeadModel(GPT2Config(vocab_size=272, n_embd=32, n_layer=2, n_head=4, n_positions=128)).save_pretrained(
+        tmp_path
+    )
     tiny_tokenizer().save_pretrained(tmp_path)
     batch = ragged_batch([4, 2], [[3, 3], [5]])
     for dropout in (True, False):
@@ -196,7 +217,10 @@ def test_tokenizer_larger_than_the_model_is_refused(tmp_path):
 
 
 REFUSED = {
-    "softcap": (lambda: Gemma2ForCausalLM(Gemma2Config(**SMALL, num_key_value_heads=2, head_dim=8)), "final_logit_softcapping"),
+    "softcap": (
+        lambda: Gemma2ForCausalLM(Gemma2Config(**SMALL, num_key_value_heads=2, head_dim=8)),
+        "final_logit_softcapping",
+    ),
     "dynamic": (lambda: LlamaForCausalLM(LlamaConfig(**SMALL, rope_parameters=DYNAMIC)), "dynamic rotary positions"),
 }
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
@@ -213,7 +237,9 @@ def test_models_whose_scores_would_be_wrong_are_refused(tmp_path, name):
 
 def test_scores_that_differ_from_the_models_own_are_refused(policy, monkeypatch):
     head = policy.model.get_output_embeddings()
-    monkeypatch.setattr(policy.model, "get_output_embeddings", lambda: lambda hidden: 2 * head(hidden))  # as a model with a hidden scale
+    monkeypatch.setattr(
+        policy.model, "get_output_embeddings", lambda: lambda hidden: 2 * head(hidden)
+    )  # as a model with a hidden scale
     with pytest.raises(ValueError, match="log-probabilities from its hidden states are off by"):
         policy.check_scores()
 
@@ -221,13 +247,17 @@ def test_scores_that_differ_from_the_models_own_are_refused(policy, monkeypatch)
 def test_untested_architectures_do_not_share_and_are_right(tmp_path):
     torch.manual_seed(1)
     layers = {"attention_types": [[["global", "local"], 1]], "window_size": 4}
-    config = GPTNeoConfig(vocab_size=272, hidden_size=32, num_layers=2, num_heads=4, max_position_embeddings=128, **layers)
+    config = GPTNeoConfig(
+        vocab_size=272, hidden_size=32, num_layers=2, num_heads=4, max_position_embeddings=128, **layers
+    )
     GPTNeoForCausalLM(config).save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
     policy = Policy(str(tmp_path), dropout=False)
     assert not policy.shares_prompts
     batch = ragged_batch([3, 9, 6], [[4, 1, 7], [2, 2], [6]])
-    torch.testing.assert_close(policy.completion_scores(batch).logprobs, naive(policy, batch, 1.0)[0], atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        policy.completion_scores(batch).logprobs, naive(policy, batch, 1.0)[0], atol=1e-5, rtol=0
+    )
 
 
 @pytest.mark.parametrize("completions", [[[4, 1, 7], [2, 2], [6]], [[4], [2], [6]]], ids=["groups", "one each"])
@@ -271,6 +301,8 @@ def test_entropies_have_a_gradient_where_they_are_asked_for(policy, monkeypatch,
     scores = policy.scores_of(policy.token_states(batch), batch, 0.7, entropy=True)
     torch.testing.assert_close(scores.entropies, entropies, atol=1e-5, rtol=0)
     torch.testing.assert_close(scores.logprobs, logprobs, atol=1e-5, rtol=0)
-    for mine, theirs in zip(gradients(policy, (scores.entropies * weights + scores.logprobs).sum()), expected, strict=True):
+    for mine, theirs in zip(
+        gradients(policy, (scores.entropies * weights + scores.logprobs).sum()), expected, strict=True
+    ):
         torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-4)
     assert not policy.scores_of(policy.token_states(batch), batch, 0.7, details=True).entropies.requires_grad

@@ -3,18 +3,38 @@
 import pytest
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from modules.networks.scalar_head import ScalarHead, sequence_classifier, with_scoring_pad
 from modules.networks.tiny import tiny_model, tiny_tokenizer
 
-SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+SMALL = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 MODELS = {
     "tiny": lambda vocabulary: tiny_model(),
-    "gpt2": lambda vocabulary: GPT2LMHeadModel(GPT2Config(vocab_size=vocabulary, n_embd=32, n_layer=2, n_head=4, n_positions=64)),
-    "llama": lambda vocabulary: LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, **SMALL)),  # no spare row, and an embedding that knows the pad
-    "qwen2": lambda vocabulary: Qwen2ForCausalLM(Qwen2Config(vocab_size=vocabulary + 11, **SMALL)),  # spare rows, as the real ones have
+    "gpt2": lambda vocabulary: GPT2LMHeadModel(
+        GPT2Config(vocab_size=vocabulary, n_embd=32, n_layer=2, n_head=4, n_positions=64)
+    ),
+    "llama": lambda vocabulary: LlamaForCausalLM(
+        LlamaConfig(vocab_size=vocabulary, **SMALL)
+    ),  # no spare row, and an embedding that knows the pad
+    "qwen2": lambda vocabulary: Qwen2ForCausalLM(
+        Qwen2Config(vocab_size=vocabulary + 11, **SMALL)
+    ),  # spare rows, as the real ones have
 }
 
 
@@ -34,7 +54,9 @@ TOKENIZERS = {  # of real families, with the pad that they are usually given
     "tiny": tiny_tokenizer,
     "gpt2": lambda: bytes_tokenizer([END], bos_token=END, eos_token=END, unk_token=END, pad_token=END),
     "llama": lambda: bytes_tokenizer([END], eos_token=END, pad_token=END),
-    "qwen2": lambda: bytes_tokenizer(CHATML, eos_token="<|im_end|>", pad_token="<|im_end|>", extra_special_tokens=CHATML),
+    "qwen2": lambda: bytes_tokenizer(
+        CHATML, eos_token="<|im_end|>", pad_token="<|im_end|>", extra_special_tokens=CHATML
+    ),
 }
 
 

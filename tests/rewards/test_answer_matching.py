@@ -128,7 +128,13 @@ def test_tolerance_is_decimal_and_inclusive() -> None:
 
 def test_numeric_group_must_be_one_number() -> None:
     reward = NumericMatch(pattern=r".*<answer>(.*)</answer>\s*")
-    texts = ["<answer> $1,080. </answer>", "<answer>3 or 1080</answer>", "<answer></answer>", "<answer>1080</answer> 7", "1080"]
+    texts = [
+        "<answer> $1,080. </answer>",
+        "<answer>3 or 1080</answer>",
+        "<answer></answer>",
+        "<answer>1080</answer> 7",
+        "1080",
+    ]
     assert reward([make_rollout(text, "1080") for text in texts]) == [1.0, 0.0, 0.0, 0.0, 0.0]
 
 

@@ -16,8 +16,8 @@ import pytest
 from torch import nn
 
 from modules.networks.policy import Policy
-from modules.rewards.chat_answer import retry_after
-from modules.rewards.chat_client import HttpChat, LocalChat
+from modules.rewards.chat.clients import HttpChat, LocalChat
+from modules.rewards.chat.replies import retry_after
 
 KEY = "sk-secret-of-the-test"
 
@@ -39,7 +39,14 @@ def test_answers_in_order_with_what_they_cost(chat_server: Any) -> None:
     client = HttpChat(server.url, "some-model", max_tokens=7, prices=(2.0, 30.0))
     assert client.complete(ask("a", "b", "c")) == ["You said a", "You said b", "You said c"]
     # 3 requests of 100 + 10 tokens: (2 x 300 + 30 x 30) / 1e6 = 0.0015
-    expected = {"requests": 3, "cached": 0, "failed": 0, "prompt_tokens": 300, "completion_tokens": 30, "cost": pytest.approx(0.0015)}
+    expected = {
+        "requests": 3,
+        "cached": 0,
+        "failed": 0,
+        "prompt_tokens": 300,
+        "completion_tokens": 30,
+        "cost": pytest.approx(0.0015),
+    }
     assert client.report() == expected
     bodies = [body for _, body in server.requests]
     assert {"model": "some-model", "temperature": 0.0, "max_tokens": 7, "messages": ask("b")[0]} in bodies
@@ -62,7 +69,9 @@ def test_no_more_requests_at_once_than_asked_for(chat_server: Any) -> None:
     assert most[0] == 3
 
 
-def test_the_key_is_sent_and_kept_nowhere(chat_server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+def test_the_key_is_sent_and_kept_nowhere(
+    chat_server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
     caplog.set_level(logging.DEBUG)
     monkeypatch.setenv("MY_KEY", KEY)
     server = chat_server(echo)
@@ -75,7 +84,9 @@ def test_the_key_is_sent_and_kept_nowhere(chat_server: Any, tmp_path: Path, monk
         client.complete(ask("b"))
 
 
-@pytest.mark.parametrize("trouble", [500, 503, 429, b"{", b"[]", b'{"choices": [{"message": {"content": null}}]}', b"\xff"])
+@pytest.mark.parametrize(
+    "trouble", [500, 503, 429, b"{", b"[]", b'{"choices": [{"message": {"content": null}}]}', b"\xff"]
+)
 def test_what_may_pass_is_tried_again(chat_server: Any, trouble: int | bytes) -> None:
     client = HttpChat(chat_server(echo, plan=[trouble]).url, "m", retries=1)
     assert client.complete(ask("a")) == ["You said a"]
@@ -128,7 +139,9 @@ def test_a_server_that_drips_is_late_too() -> None:
 def test_a_server_that_is_not_there_ends_the_run() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-    with pytest.raises(ValueError, match=rf"^HttpChat: cannot reach http://127.0.0.1:{port}/v1/chat/completions .*; start the server"):
+    with pytest.raises(
+        ValueError, match=rf"^HttpChat: cannot reach http://127.0.0.1:{port}/v1/chat/completions .*; start the server"
+    ):
         HttpChat(f"http://127.0.0.1:{port}/v1/", "m", retries=0).complete(ask("a", "b"))
 
 
@@ -136,7 +149,10 @@ def test_a_refusal_ends_the_run_at_once(chat_server: Any, monkeypatch: pytest.Mo
     monkeypatch.setenv("OPENAI_API_KEY", "no")  # the server says "no": a key that is echoed is not shown
     for status in (400, 401, 404, 301):
         server = chat_server(echo, plan=[status])
-        with pytest.raises(ValueError, match=rf"^HttpChat: {server.url}/chat/completions refused the request with status {status}: \*\*\*$"):
+        with pytest.raises(
+            ValueError,
+            match=rf"^HttpChat: {server.url}/chat/completions refused the request with status {status}: \*\*\*$",
+        ):
             HttpChat(server.url, "m").complete(ask("a"))
         assert len(server.requests) == 1
 
@@ -147,8 +163,20 @@ def test_the_cache_answers_for_the_same_question_only(chat_server: Any, tmp_path
     assert first.complete(ask("a", "b")) == [None, "You said b"]  # a failure is not kept
     again = HttpChat(server.url, "m", cache=str(folder), prices=(1e6, 0.0))
     assert again.complete(ask("a", "b")) == ["You said a", "You said b"]
-    assert again.report() == {"requests": 1, "cached": 1, "failed": 0, "prompt_tokens": 100, "completion_tokens": 10, "cost": 100}
-    for others in ({"model": "other"}, {"temperature": 1.0}, {"max_tokens": 3}, {"base_url": server.url.replace("127.0.0.1", "localhost")}):
+    assert again.report() == {
+        "requests": 1,
+        "cached": 1,
+        "failed": 0,
+        "prompt_tokens": 100,
+        "completion_tokens": 10,
+        "cost": 100,
+    }
+    for others in (
+        {"model": "other"},
+        {"temperature": 1.0},
+        {"max_tokens": 3},
+        {"base_url": server.url.replace("127.0.0.1", "localhost")},
+    ):
         other = HttpChat(**{"base_url": server.url, "model": "m", "cache": str(folder), **others})
         other.complete(ask("b"))
         assert other.counts["cached"] == 0
@@ -179,8 +207,20 @@ def test_impossible_settings_in_one_sentence(tmp_path: Path) -> None:
     for url in ("localhost:8000/v1", "http://", "ftp://a/v1", "/v1", "http://a:port"):
         with pytest.raises(ValueError, match=f"HttpChat: base_url '{url}' must be a URL such as http"):
             HttpChat(url, "m")
-    with pytest.raises(ValueError, match="temperature -1 must .*; timeout nan must .*; max_tokens 1 and concurrency 0 .*; retries -1 .*; cache '"):
-        HttpChat("http://a/v1", "m", temperature=-1, timeout=float("nan"), max_tokens=1, concurrency=0, retries=-1, cache=str(file))
+    with pytest.raises(
+        ValueError,
+        match="temperature -1 must .*; timeout nan must .*; max_tokens 1 and concurrency 0 .*; retries -1 .*; cache '",
+    ):
+        HttpChat(
+            "http://a/v1",
+            "m",
+            temperature=-1,
+            timeout=float("nan"),
+            max_tokens=1,
+            concurrency=0,
+            retries=-1,
+            cache=str(file),
+        )
 
 
 @pytest.mark.parametrize("missing", ["httpx", "tenacity"])
@@ -194,7 +234,8 @@ def test_a_local_model_answers_and_does_not_learn() -> None:
     client = LocalChat("tiny", max_completion_length=5)
     answers = client.complete(ask("Hello", "x" * 2000, "Hello"))  # the tiny model has 1024 positions
     assert isinstance(answers[0], str) and answers[1] is None and answers[2] == answers[0]
-    # the template: <|im_start|> "user\n" Hello <|im_end|> "\n" <|im_start|> "assistant\n" = 1 + 5 + 5 + 1 + 1 + 1 + 10 tokens
+    # the template: <|im_start|> "user\n" Hello <|im_end|> "\n" <|im_start|> "assistant\n" = 1 + 5 + 5 + 1 + 1 + 1 + 10
+    # tokens
     assert client.report()["prompt_tokens"] == 2 * 24
     assert (client.counts["requests"], client.counts["failed"]) == (2, 1)
     assert not isinstance(client, nn.Module) and not client.policy.training

@@ -68,7 +68,9 @@ def test_the_answer_group_of_the_constant_pattern() -> None:
     assert reward([make_rollout(text) for text in texts]) == [1.0, 0.0, *[0.0] * len(BAD)]
 
 
-@pytest.mark.parametrize("text", ["<" * 10**6, "<think>" * 10**5, "<think>" + "<a" * 10**6, "<think>a</think>" + " " * 10**6 + "<"])
+@pytest.mark.parametrize(
+    "text", ["<" * 10**6, "<think>" * 10**5, "<think>" + "<a" * 10**6, "<think>a</think>" + " " * 10**6 + "<"]
+)
 def test_long_ill_formed_text_takes_linear_time(text: str) -> None:
     start = time.perf_counter()
     assert ThinkAnswerFormat()([make_rollout(text)]) == [0.0]
@@ -78,7 +80,11 @@ def test_long_ill_formed_text_takes_linear_time(text: str) -> None:
 def test_regex_format_matches_the_whole_completion_across_lines() -> None:
     reward = RegexFormat(pattern=r".*</think>\s*\S.*", name="closed")  # for a prompt that ends with <think>
     assert reward.name == "closed"
-    assert reward([make_rollout("a\nb</think>\nanswer"), make_rollout("a</think>"), make_rollout("a")]) == [1.0, 0.0, 0.0]
+    assert reward([make_rollout("a\nb</think>\nanswer"), make_rollout("a</think>"), make_rollout("a")]) == [
+        1.0,
+        0.0,
+        0.0,
+    ]
     assert RegexFormat("a|b")([make_rollout(text) for text in ("a", "ab", "b\n")]) == [1.0, 0.0, 0.0]
     assert RegexFormat("a$")([make_rollout("a\nb")]) == [0.0]
 

@@ -6,9 +6,17 @@ from typing import Any
 
 import pytest
 
-from modules.rewards.base import WeightedSum, score
-from modules.rewards.chat_client import HttpChat
-from modules.rewards.judge import Comparison, PairwiseJudge, RubricJudge, read_score, read_verdict, tally, tally_metrics
+from modules.rewards.chat.clients import HttpChat
+from modules.rewards.chat.judge import (
+    Comparison,
+    PairwiseJudge,
+    RubricJudge,
+    read_score,
+    read_verdict,
+    tally,
+    tally_metrics,
+)
+from modules.rewards.weighted_sum import WeightedSum, score
 from modules.types import Completion, Rollout
 
 
@@ -43,15 +51,31 @@ def test_the_last_line_that_is_a_verdict_counts(reply: str | None, expected: flo
 
 def test_marks_from_1_to_10_are_scaled() -> None:
     # (1 - 1) / 9, (10 - 1) / 9, (7 - 1) / 9
-    replies = ["Score: 1", "**Score: 10/10**", "Score: 3\nScore: 7.", "Score: 0", "Score: 11", "Score: 7.5", "Score: 7/9", "7", None]
+    replies = [
+        "Score: 1",
+        "**Score: 10/10**",
+        "Score: 3\nScore: 7.",
+        "Score: 0",
+        "Score: 11",
+        "Score: 7.5",
+        "Score: 7/9",
+        "7",
+        None,
+    ]
     assert [read_score(reply) for reply in replies] == [0.0, 1.0, 6 / 9, None, None, None, None, None, None]
 
 
 def test_a_judge_that_prefers_longer_wins_iff_longer(chat_server: Any, rules: Any) -> None:
     judge = PairwiseJudge(HttpChat(chat_server(rules["longer wins"]).url, "m"))
     pairs = [("p", "aaa", "b"), ("p", "a", "bbb"), ("p", "aa", "bb"), ("p", "same", "same")]
-    assert judge.compare(pairs) == [Comparison(1.0, (1.0, 0.0)), Comparison(0.0, (0.0, 1.0)), Comparison(0.5, (0.5, 0.5)), Comparison(0.5)]
-    # 6 verdicts: 2 wins of the first shown, 2 of the second, 2 ties: (2 + 2/2) / 6 - 1/2 = 0; the equal texts are not asked about
+    assert judge.compare(pairs) == [
+        Comparison(1.0, (1.0, 0.0)),
+        Comparison(0.0, (0.0, 1.0)),
+        Comparison(0.5, (0.5, 0.5)),
+        Comparison(0.5),
+    ]
+    # 6 verdicts: 2 wins of the first shown, 2 of the second, 2 ties: (2 + 2/2) / 6 - 1/2 = 0; the equal texts are not
+    # asked about
     expected = {"comparisons": 4, "invalid": 0, "ties": 2, "position_bias": 0.0, "consistency": 1.0, "requests": 6}
     assert expected.items() <= judge.report().items()
 
@@ -68,7 +92,11 @@ def test_a_judge_that_prefers_the_first_place_gives_ties_alone(chat_server: Any,
 
 
 def test_a_win_in_one_order_and_a_tie_in_the_other_is_a_tie(chat_server: Any) -> None:
-    judge = PairwiseJudge(HttpChat(chat_server(lambda question: "Verdict: A" if "[Answer A]\nx\n" in question else "Verdict: tie").url, "m"))
+    judge = PairwiseJudge(
+        HttpChat(
+            chat_server(lambda question: "Verdict: A" if "[Answer A]\nx\n" in question else "Verdict: tie").url, "m"
+        )
+    )
     assert judge.compare([("p", "x", "y")]) == [Comparison(0.5, (1.0, 0.5))]
     assert judge.report()["position_bias"] == 0.25  # (1 + 1/2) / 2 - 1/2
     assert judge.report()["consistency"] == 0.0
@@ -92,7 +120,12 @@ def test_a_request_without_answer_is_invalid(chat_server: Any, rules: Any) -> No
 def test_as_a_reward_it_compares_with_the_answer_of_the_row(chat_server: Any, rules: Any) -> None:
     server = chat_server(rules["longer wins"])
     judge = PairwiseJudge(HttpChat(server.url, "m"))
-    rollouts = [rollout("long", "a"), rollout("x", None), rollout("a", "long"), rollout("<think>" + "x" * 50 + "</think>ab", "cd")]
+    rollouts = [
+        rollout("long", "a"),
+        rollout("x", None),
+        rollout("a", "long"),
+        rollout("<think>" + "x" * 50 + "</think>ab", "cd"),
+    ]
     assert score(judge, rollouts) == [1.0, None, 0.0, 0.5]
     assert all("Say {hello}." in body["messages"][0]["content"] for _, body in server.requests)
     assert WeightedSum([judge]).components(rollouts[:1]) == [{"judge": 1.0}]
@@ -101,7 +134,11 @@ def test_as_a_reward_it_compares_with_the_answer_of_the_row(chat_server: Any, ru
 def test_rubric_marks(chat_server: Any) -> None:
     server = chat_server(lambda question: f"Score: {len(re.findall('good', question))}")
     judge = RubricJudge(HttpChat(server.url, "m"), rubric="Count {} of it.")
-    assert score(judge, [rollout("good", None), rollout("good good good good", "x"), rollout("bad", "x")]) == [0.0, 3 / 9, None]
+    assert score(judge, [rollout("good", None), rollout("good good good good", "x"), rollout("bad", "x")]) == [
+        0.0,
+        3 / 9,
+        None,
+    ]
     assert {"scored": 3, "invalid": 1, "requests": 3}.items() <= judge.report().items()
     assert "Count {} of it." in server.requests[0][1]["messages"][0]["content"]
 
@@ -110,7 +147,8 @@ def test_own_templates_are_checked() -> None:
     client = HttpChat("http://127.0.0.1:1/v1", "m")
     assert PairwiseJudge(client, "{{}} {prompt} {first} {second}").template.startswith("{{}}")
     with pytest.raises(
-        ValueError, match=r"PairwiseJudge: the template has the fields \['first', 'prompt'\] and needs \['first', 'prompt', 'second'\]"
+        ValueError,
+        match=r"PairwiseJudge: the template has the fields \['first', 'prompt'\] and needs \['first', 'prompt', 'second'\]",
     ):
         PairwiseJudge(client, "{prompt} {first}")
     with pytest.raises(ValueError, match="PairwiseJudge: the template is not a format string"):
@@ -120,10 +158,21 @@ def test_own_templates_are_checked() -> None:
 
 
 def test_tallies_add_up() -> None:
-    comparisons = [Comparison(1.0, (1.0, 0.0)), Comparison(0.5, (1.0, 1.0)), Comparison(None, (None, 0.0)), Comparison(0.5)]
+    comparisons = [
+        Comparison(1.0, (1.0, 0.0)),
+        Comparison(0.5, (1.0, 1.0)),
+        Comparison(None, (None, 0.0)),
+        Comparison(0.5),
+    ]
     together = tally(comparisons)
     assert sum((tally([comparison]) for comparison in comparisons), Counter()) == +together
     # valid verdicts 1 0 1 1 0: 3 / 5 - 1/2; of two pairs with both verdicts one is consistent
-    expected = {"comparisons": 4.0, "invalid": 1.0, "ties": 2.0, "position_bias": pytest.approx(0.1), "consistency": 0.5}
+    expected = {
+        "comparisons": 4.0,
+        "invalid": 1.0,
+        "ties": 2.0,
+        "position_bias": pytest.approx(0.1),
+        "consistency": 0.5,
+    }
     assert tally_metrics(together) == expected
     assert tally_metrics(Counter()) == {"comparisons": 0.0, "invalid": 0.0, "ties": 0.0}

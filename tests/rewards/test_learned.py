@@ -1,4 +1,6 @@
-"""Learned rewards: ensembles by hand, the rollout's own tokens or the same text in another vocabulary, one score whatever the batch."""
+"""Learned rewards: ensembles by hand, the rollout's own tokens or the same text in another vocabulary, one score
+whatever the batch.
+"""
 
 import json
 from pathlib import Path
@@ -6,7 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from modules.networks.lora import POLICY, Lora, adapter_names, adapter_parameters
@@ -32,9 +39,13 @@ def save(folder: Path, seed: int = 0, tokenizer: PreTrainedTokenizerFast = TINY,
     return str(folder)
 
 
-def rollout(text: str, prompt: str = "2 + 2 = ", finish: str = "stop", tail: tuple[int, ...] = (EOS,), answer: str | None = None) -> Rollout:
+def rollout(
+    text: str, prompt: str = "2 + 2 = ", finish: str = "stop", tail: tuple[int, ...] = (EOS,), answer: str | None = None
+) -> Rollout:
     ids = [*TINY(text).input_ids, *tail]
-    return Rollout("u", prompt, TINY(prompt).input_ids, answer, Completion(ids, [0.0] * len(ids), text, finish), 0, {}, None)  # type: ignore[arg-type]
+    return Rollout(
+        "u", prompt, TINY(prompt).input_ids, answer, Completion(ids, [0.0] * len(ids), text, finish), 0, {}, None
+    )  # type: ignore[arg-type]
 
 
 def raw(path: str, ids: list[int]) -> float:
@@ -67,20 +78,28 @@ def test_score_is_normalised_and_the_same_in_every_batch(tmp_path):
 def test_sampled_tokens_are_not_tokenised_again(tmp_path):
     vocabulary = {token: i for i, token in enumerate(("<|pad|>", "<|eos|>", *bytes_to_unicode().values(), "aa"))}
     inner = Tokenizer(models.BPE(vocab=vocabulary, merges=[("a", "a")]))
-    inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False), decoders.ByteLevel()
+    inner.pre_tokenizer, inner.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        decoders.ByteLevel(),
+    )
     inner.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in ("<|pad|>", "<|eos|>")])
     merging = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<|pad|>", eos_token="<|eos|>")
     a, aa = vocabulary["a"], vocabulary["aa"]
     path = save(tmp_path, tokenizer=merging)
-    (score,) = LearnedReward(path)([Rollout("u", "b", [vocabulary["b"]], None, Completion([a, a, 1], [0.0] * 3, "aa", "stop"), 0, {}, None)])
+    (score,) = LearnedReward(path)(
+        [Rollout("u", "b", [vocabulary["b"]], None, Completion([a, a, 1], [0.0] * 3, "aa", "stop"), 0, {}, None)]
+    )
     assert merging("aa").input_ids == [aa]
     assert score == pytest.approx(raw(path, [vocabulary["b"], a, a, 1]), abs=1e-5)
     assert score != pytest.approx(raw(path, [vocabulary["b"], aa, 1]), abs=1e-3)
 
-    # of the policy's vocabulary, which numbers its bytes from 5: the text counts, and the end token where the completion ended by itself
+    # of the policy's vocabulary, which numbers its bytes from 5: the text counts, and the end token where the
+    # completion ended by itself
     own, other = rollout("aa", "b"), LearnedReward(path)
     assert other([own])[0] == pytest.approx(raw(path, [vocabulary["b"], aa, 1]), abs=1e-5)
-    assert other([rollout("aa", "b", finish="length", tail=())])[0] == pytest.approx(raw(path, [vocabulary["b"], aa]), abs=1e-5)
+    assert other([rollout("aa", "b", finish="length", tail=())])[0] == pytest.approx(
+        raw(path, [vocabulary["b"], aa]), abs=1e-5
+    )
 
 
 def test_stop_strings_and_cut_off_completions_keep_their_tokens(tmp_path):
@@ -92,7 +111,9 @@ def test_stop_strings_and_cut_off_completions_keep_their_tokens(tmp_path):
     )
 
 
-@pytest.mark.parametrize(("prompt", "end"), [("2 + 2 = ", EOS), ("<|im_start|>user\n2 + 2<|im_end|>\n<|im_start|>assistant\n", TURN)])
+@pytest.mark.parametrize(
+    ("prompt", "end"), [("2 + 2 = ", EOS), ("<|im_start|>user\n2 + 2<|im_end|>\n<|im_start|>assistant\n", TURN)]
+)
 def test_an_answer_ends_as_completions_of_its_prompt_do(tmp_path, prompt, end):
     save(tmp_path)
     same = rollout("4", prompt, tail=(end,), answer="4")
@@ -108,7 +129,9 @@ def test_members_are_put_on_one_scale_first(tmp_path):
     paths = [save(tmp_path / str(seed), seed, reward_mean=10.0 * seed, reward_std=1.0 + seed) for seed in range(3)]
     rollouts = [rollout("4"), rollout("five")]
     ids = [[*one.prompt_ids, *one.completion.token_ids] for one in rollouts]
-    members = torch.tensor([[(raw(path, row) - 10.0 * seed) / (1.0 + seed) for seed, path in enumerate(paths)] for row in ids])
+    members = torch.tensor(
+        [[(raw(path, row) - 10.0 * seed) / (1.0 + seed) for seed, path in enumerate(paths)] for row in ids]
+    )
     assert LearnedReward(paths)(rollouts) == pytest.approx(members.mean(1).tolist(), abs=1e-5)
     assert LearnedReward(paths, "worst")(rollouts) == pytest.approx(members.amin(1).tolist(), abs=1e-5)
     assert LearnedReward(paths, "uncertainty", 0.5)(rollouts) == pytest.approx(
@@ -154,7 +177,11 @@ def test_adapters_of_the_policys_backbone_are_computed_on_it(tmp_path):
     other = LearnedReward(paths[2])
     assert other.share_backbone(policy) == [paths[2]]
     assert adapter_names(policy.model) == {POLICY, "reward0", "reward1", "reward2"}
-    assert not any(weight.requires_grad for name in ("reward0", "reward1") for weight in adapter_parameters(policy.model, name).values())
+    assert not any(
+        weight.requires_grad
+        for name in ("reward0", "reward1")
+        for weight in adapter_parameters(policy.model, name).values()
+    )
     torch.testing.assert_close(reward.members(rollouts), expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(other.members(rollouts), expected[:, 2:5], atol=1e-5, rtol=1e-5)
     assert torch.equal(policy.hidden_states(ids), before)
@@ -182,7 +209,13 @@ def test_what_is_no_reward_model_is_refused(tmp_path, monkeypatch):
     tiny_model().save_pretrained(tmp_path / "policy")
     with pytest.raises(ValueError, match="has 2 labels and a reward model has one"):
         LearnedReward(str(tmp_path / "policy"))
-    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "vocab_size": 261}
+    small = {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+        "vocab_size": 261,
+    }
     BertForSequenceClassification(BertConfig(num_labels=1, **small)).save_pretrained(tmp_path / "bert")
     with pytest.raises(ValueError, match=r"\(bert\) has no linear 'score'"):
         LearnedReward(str(tmp_path / "bert"))([rollout("4")])

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from modules.rewards.line_worker import LineWorker
+from modules.rewards.workers.line_worker import LineWorker
 
 PROGRAM = """
 import json, os, sys, time

@@ -20,7 +20,9 @@ from modules.types import Completion, Rollout
 
 ROOT = Path(__file__).parents[2]
 WORKER = ROOT / "modules" / "rewards" / "math_worker.py"
-HANGS = r"so $10^{10^{10}}$"  # computed in C with the interpreter locked: neither a thread nor a signal handler gets to run
+HANGS = (
+    r"so $10^{10^{10}}$"  # computed in C with the interpreter locked: neither a thread nor a signal handler gets to run
+)
 SLOW = r"so $(10^8)!$"
 
 
@@ -33,7 +35,9 @@ RIGHT, WRONG, STUCK = make_rollout("72", "72"), make_rollout("71", "72"), make_r
 
 def worker_pids(parent: int) -> set[int]:
     """Live math workers started by a process; a zombie has lost its arguments and does not count."""
-    table = subprocess.run(["ps", "-A", "-ww", "-o", "pid=,ppid=,args="], capture_output=True, text=True, check=True).stdout
+    table = subprocess.run(
+        ["ps", "-A", "-ww", "-o", "pid=,ppid=,args="], capture_output=True, text=True, check=True
+    ).stdout
     rows = [line.split(maxsplit=2) for line in table.splitlines()]
     return {int(row[0]) for row in rows if int(row[1]) == parent and WORKER.name in row[2]}
 
@@ -42,7 +46,9 @@ def wait_until_gone(pid: int, seconds: float) -> bool:
     """Whether no process with this id and a math worker's arguments is left after at most so many seconds."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
-        state = subprocess.run(["ps", "-ww", "-p", str(pid), "-o", "args="], capture_output=True, text=True, check=False).stdout
+        state = subprocess.run(
+            ["ps", "-ww", "-p", str(pid), "-o", "args="], capture_output=True, text=True, check=False
+        ).stdout
         if WORKER.name not in state:
             return True
         time.sleep(0.1)
@@ -172,7 +178,9 @@ def score_in_child(verifier: MathVerify, results: "multiprocessing.Queue[object]
     verifier.close()
 
 
-@pytest.mark.parametrize("context", [multiprocessing.get_context("fork"), multiprocessing.get_context("spawn")], ids=["fork", "spawn"])
+@pytest.mark.parametrize(
+    "context", [multiprocessing.get_context("fork"), multiprocessing.get_context("spawn")], ids=["fork", "spawn"]
+)
 def test_inside_a_multiprocessing_child(reward: MathVerify, context: ForkContext | SpawnContext) -> None:
     before = worker_pids(os.getpid())
     assert reward([RIGHT]) == [1.0]

@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
-from modules.functional.refusal import refusal_rates
-from modules.rewards.chat_client import HttpChat
-from modules.rewards.refusal_judge import RefusalJudge, read_label
+from callbacks.measures.refusals import refusal_rates
+from modules.rewards.chat.clients import HttpChat
+from modules.rewards.chat.refusal_judge import RefusalJudge, read_label
 
 
 @pytest.mark.parametrize(
@@ -33,7 +33,11 @@ def test_the_last_line_that_is_a_label_counts(reply: str | None, expected: str |
 
 def by_answer(question: str) -> str:
     answer = question.split("[Answer]\n")[1].split("\n[End of answer]")[0]
-    return {"Use kill.": "Label: 1_full_compliance", "Never!": "Label: 2_full_refusal", "Well...": "Label: 3_partial_refusal"}.get(answer, answer)
+    return {
+        "Use kill.": "Label: 1_full_compliance",
+        "Never!": "Label: 2_full_refusal",
+        "Well...": "Label: 3_partial_refusal",
+    }.get(answer, answer)
 
 
 def test_answers_get_their_labels_in_order(chat_server: Any) -> None:
@@ -48,7 +52,12 @@ def test_answers_get_their_labels_in_order(chat_server: Any) -> None:
     assert sum("[Answer]\n(empty)\n[End of answer]" in question for question in asked) == 1
     # safe 0 and 1: one of two refused; unsafe 3 and 4: none answered in full; 2 is left out
     safe = [True, True, True, False, False]
-    assert refusal_rates(labels, safe) == {"over_refusal": 0.5, "over_refusal_with_partial": 0.5, "unsafe_compliance": 0.0, "invalid": 1.0}
+    assert refusal_rates(labels, safe) == {
+        "over_refusal": 0.5,
+        "over_refusal_with_partial": 0.5,
+        "unsafe_compliance": 0.0,
+        "invalid": 1.0,
+    }
 
 
 def test_a_request_without_answer_has_no_label(chat_server: Any) -> None:
@@ -60,5 +69,7 @@ def test_a_request_without_answer_has_no_label(chat_server: Any) -> None:
 def test_own_templates_are_checked() -> None:
     client = HttpChat("http://127.0.0.1:1/v1", "m")
     assert RefusalJudge(client, "{prompt} {answer}").template == "{prompt} {answer}"
-    with pytest.raises(ValueError, match=r"RefusalJudge: the template has the fields \['prompt'\] and needs \['answer', 'prompt'\]"):
+    with pytest.raises(
+        ValueError, match=r"RefusalJudge: the template has the fields \['prompt'\] and needs \['answer', 'prompt'\]"
+    ):
         RefusalJudge(client, "{prompt}")

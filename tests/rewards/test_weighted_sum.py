@@ -6,7 +6,7 @@ import jsonargparse
 import pytest
 
 from modules.rewards import ExactMatch, NumericMatch, RegexFormat, ThinkAnswerFormat, WeightedSum, breakdown
-from modules.rewards.base import final_answer, final_text
+from modules.rewards.weighted_sum import final_answer, final_text
 from modules.types import Completion, Reward, Rollout
 
 
@@ -24,7 +24,9 @@ class Fixed(Reward):
 
 
 def make_rollouts(*texts: str, answer: str | None = "5") -> list[Rollout]:
-    return [Rollout("uid", "question", [1], answer, Completion([2], [0.0], text, "stop"), 0, {}, None) for text in texts]
+    return [
+        Rollout("uid", "question", [1], answer, Completion([2], [0.0], text, "stop"), 0, {}, None) for text in texts
+    ]
 
 
 THREE = make_rollouts("a", "b", "c")
@@ -42,7 +44,11 @@ def test_default_weights_add_up() -> None:
 
 
 def test_none_counts_even_with_weight_zero() -> None:
-    assert WeightedSum([Fixed("one", [None, 1.0, 1.0]), Fixed("two", [1.0, 1.0, 1.0])], weights=[0.0, 1.0])(THREE) == [None, 1.0, 1.0]
+    assert WeightedSum([Fixed("one", [None, 1.0, 1.0]), Fixed("two", [1.0, 1.0, 1.0])], weights=[0.0, 1.0])(THREE) == [
+        None,
+        1.0,
+        1.0,
+    ]
 
 
 def test_breakdown_of_a_sum_scores_each_component_once() -> None:
@@ -54,7 +60,10 @@ def test_breakdown_of_a_sum_scores_each_component_once() -> None:
 
 
 def test_breakdown_of_a_plain_reward() -> None:
-    assert breakdown(Fixed("one", [1.0, None, 0.0]), THREE) == ([{"one": 1.0}, {"one": None}, {"one": 0.0}], [1.0, None, 0.0])
+    assert breakdown(Fixed("one", [1.0, None, 0.0]), THREE) == (
+        [{"one": 1.0}, {"one": None}, {"one": 0.0}],
+        [1.0, None, 0.0],
+    )
 
 
 def test_nothing_to_score() -> None:
@@ -109,7 +118,9 @@ reward:
     reward = parser.instantiate_classes(parser.parse_string(text)).reward
     assert [type(part) for part in reward.rewards] == [ExactMatch, NumericMatch, ThinkAnswerFormat, RegexFormat]
     well_formed, trailing, hidden = make_rollouts(
-        "<think>2 + 3\n< 6</think>\n<answer> 5 </answer>", "<think>2 + 3</think><answer>5</answer> done", "<think>5</think><answer>5.4</answer>"
+        "<think>2 + 3\n< 6</think>\n<answer> 5 </answer>",
+        "<think>2 + 3</think><answer>5</answer> done",
+        "<think>5</think><answer>5.4</answer>",
     )
     parts, totals = breakdown(reward, [well_formed, trailing, hidden])
     assert parts == [

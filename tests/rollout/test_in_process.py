@@ -36,29 +36,46 @@ def next_logits(policy: Holder, prompt: list[int], completion: list[int]) -> tor
 
 
 def test_which_architectures_are_fast(policy: Holder, request: pytest.FixtureRequest) -> None:
-    run = in_process_module.run_continuous if request.node.callspec.params["policy"] in FAST else in_process_module.run_static
+    run = (
+        in_process_module.run_continuous
+        if request.node.callspec.params["policy"] in FAST
+        else in_process_module.run_static
+    )
     assert engine_for(policy)._run is run
 
 
 @pytest.mark.parametrize("num_generations", [1, 3])  # 12 rows: activations by row; 36 rows: transposed
 def test_greedy_equals_transformers_generate(policy: Holder, num_generations: int) -> None:
     prompts = ragged(12)
-    groups = engine_for(policy).generate(prompts, num_generations, Sampling(temperature=0, max_completion_length=20), list(range(12)))
+    groups = engine_for(policy).generate(
+        prompts, num_generations, Sampling(temperature=0, max_completion_length=20), list(range(12))
+    )
     reference = copy.deepcopy(policy.model).eval()
     for prompt, group in zip(prompts, groups, strict=True):
         ids = torch.tensor([prompt])
-        out = reference.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=20, eos_token_id=2, pad_token_id=0)
+        out = reference.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=20, eos_token_id=2, pad_token_id=0
+        )
         expected = out[0, len(prompt) :].tolist()
         assert [completion.token_ids for completion in group] == [expected] * num_generations
 
 
 @pytest.mark.parametrize(
-    "values", [{}, {"temperature": 0.7}, {"temperature": 1.3, "top_k": 7}, {"temperature": 0.7, "top_p": 0.8}, {"temperature": 0}]
+    "values",
+    [
+        {},
+        {"temperature": 0.7},
+        {"temperature": 1.3, "top_k": 7},
+        {"temperature": 0.7, "top_p": 0.8},
+        {"temperature": 0},
+    ],
 )
 def test_log_probs_are_those_of_the_distribution_drawn_from(either: Holder, values: dict[str, float]) -> None:
     prompts = ragged(5)
     sampling = settings(**values, max_completion_length=12)
-    for prompt, group in zip(prompts, engine_for(either).generate(prompts, 4, sampling, [9, 19, 29, 39, 49]), strict=True):
+    for prompt, group in zip(
+        prompts, engine_for(either).generate(prompts, 4, sampling, [9, 19, 29, 39, 49]), strict=True
+    ):
         for completion in group:
             logits = next_logits(either, prompt, completion.token_ids) / (sampling.temperature or 1.0)
             for step, token in enumerate(completion.token_ids):
@@ -88,7 +105,9 @@ def test_a_completion_does_not_depend_on_its_batch(either: Holder) -> None:
 def test_generation_g_uses_the_seed_plus_g(either: Holder) -> None:
     engine, sampling, prompt = engine_for(either), Sampling(max_completion_length=10), [7, 8, 9]
     group = engine.generate([prompt], 3, sampling, [50])[0]
-    assert [engine.generate([prompt], 1, sampling, [50 + g])[0][0].token_ids for g in range(3)] == [c.token_ids for c in group]
+    assert [engine.generate([prompt], 1, sampling, [50 + g])[0][0].token_ids for g in range(3)] == [
+        c.token_ids for c in group
+    ]
     assert engine.generate([prompt], 3, sampling, [50])[0] == group
     assert len({tuple(completion.token_ids) for completion in group}) == 3
     longer = engine.generate([prompt], 1, Sampling(max_completion_length=15), [50])[0][0]
@@ -105,8 +124,15 @@ def test_a_special_token_may_be_a_stop_string(either: Holder) -> None:
     turn = either.tokenizer.convert_tokens_to_ids("<|im_start|>")
     engine, prompts = engine_for(either), [[5 + i] for i in range(40)]
     free = engine.generate(prompts, 8, Sampling(max_completion_length=20), list(range(0, 400, 10)))
-    cut = engine.generate(prompts, 8, Sampling(max_completion_length=20, stop=("<|im_start|>",)), list(range(0, 400, 10)))
-    pairs = [pair for groups in zip(free, cut, strict=True) for pair in zip(*groups, strict=True) if turn in pair[0].token_ids]
+    cut = engine.generate(
+        prompts, 8, Sampling(max_completion_length=20, stop=("<|im_start|>",)), list(range(0, 400, 10))
+    )
+    pairs = [
+        pair
+        for groups in zip(free, cut, strict=True)
+        for pair in zip(*groups, strict=True)
+        if turn in pair[0].token_ids
+    ]
     assert pairs
     for whole, short in pairs:
         assert short.token_ids == whole.token_ids[: whole.token_ids.index(turn) + 1]
@@ -115,14 +141,18 @@ def test_a_special_token_may_be_a_stop_string(either: Holder) -> None:
 
 def test_models_without_keys_and_values_are_refused() -> None:
     mamba = build(MambaConfig(vocab_size=300, hidden_size=32, num_hidden_layers=2))
-    with pytest.raises(ValueError, match="cannot sample from MambaForCausalLM: some of its layers keep no keys and values"):
+    with pytest.raises(
+        ValueError, match="cannot sample from MambaForCausalLM: some of its layers keep no keys and values"
+    ):
         InProcessEngine().sync_weights(mamba, 0)
 
 
 def test_samples_follow_the_model(qwen3: Holder) -> None:
     """First tokens of 4000 draws against the softmax, tokens expected at least 20 times: 5 standard deviations."""
     draws, prompt = 4000, [11, 12]
-    firsts = [c.token_ids[0] for c in engine_for(qwen3).generate([prompt], draws, Sampling(max_completion_length=1), [0])[0]]
+    firsts = [
+        c.token_ids[0] for c in engine_for(qwen3).generate([prompt], draws, Sampling(max_completion_length=1), [0])[0]
+    ]
     probabilities = next_logits(qwen3, prompt, [0])[0].double().softmax(-1)
     seen = torch.bincount(torch.tensor(firsts), minlength=300).double()
     error = (seen - draws * probabilities).abs() / (draws * probabilities * (1 - probabilities)).sqrt()
@@ -148,16 +178,24 @@ def test_finish_reasons_and_text(either: Holder) -> None:
 
 @pytest.mark.parametrize("characters", [2, 1])  # 1: a character of two bytes, each a token
 def test_stop_strings_end_a_completion_and_leave_its_text(either: Holder, characters: int) -> None:
-    """The string is taken from an unstopped run, over a token border; the run is the same up to the token that completes it."""
+    """The string is taken from an unstopped run, over a token border; the run is the same up to the token that
+    completes it.
+    """
     prompt, decode = [20, 21], either.tokenizer.decode
     free = engine_for(either).generate([prompt], 30, Sampling(max_completion_length=40), [4])[0]
     pairs = [completion.token_ids[at : at + 2] for completion in free for at in range(9, len(completion.token_ids) - 1)]
     texts = [str(decode(pair)) for pair in pairs if all(5 <= token < 261 for token in pair)]
     stop = next(text for text in texts if len(text) == characters and "\ufffd" not in text)
-    stopped = engine_for(either).generate([prompt], 30, Sampling(max_completion_length=40, stop=("never", stop)), [4])[0]
+    stopped = engine_for(either).generate([prompt], 30, Sampling(max_completion_length=40, stop=("never", stop)), [4])[
+        0
+    ]
     assert [completion.token_ids for completion in stopped] != [completion.token_ids for completion in free]
     for before, after in zip(free, stopped, strict=True):
-        ends = [n for n in range(1, len(before.token_ids) + 1) if stop in decode(before.token_ids[:n], skip_special_tokens=True)]
+        ends = [
+            n
+            for n in range(1, len(before.token_ids) + 1)
+            if stop in decode(before.token_ids[:n], skip_special_tokens=True)
+        ]
         assert after.token_ids == before.token_ids[: ends[0] if ends else None]
         assert after.finish == ("stop" if ends else before.finish)
         assert after.text == before.text.split(stop)[0]
@@ -179,7 +217,9 @@ def test_a_prompt_is_computed_once(qwen3: Holder) -> None:
 
 
 def test_continuous_batching_takes_fewer_steps_than_static(qwen3: Holder) -> None:
-    """8 slots, 64 requests of skewed lengths: static batches wait for their longest row, which needs one step per token but the first."""
+    """8 slots, 64 requests of skewed lengths: static batches wait for their longest row, which needs one step per token
+    but the first.
+    """
     qwen3.stop_token_ids = frozenset(range(0, 300, 6))
     prompts = [[30 + i, 40] for i in range(64)]
     engine = engine_for(qwen3, 8 * 25)
@@ -240,7 +280,9 @@ def test_adapter_layers_are_called_as_they_are(qwen3: Holder) -> None:
         layer.mlp.up_proj.__class__ = Doubled
     engine, prompts = engine_for(qwen3), ragged(6)
     assert engine._run is in_process_module.run_continuous
-    for prompt, group in zip(prompts, engine.generate(prompts, 4, Sampling(max_completion_length=6), list(range(0, 60, 10))), strict=True):
+    for prompt, group in zip(
+        prompts, engine.generate(prompts, 4, Sampling(max_completion_length=6), list(range(0, 60, 10))), strict=True
+    ):
         for completion in group:
             logprobs = next_logits(qwen3, prompt, completion.token_ids).log_softmax(-1)
             expected = logprobs.gather(1, torch.tensor(completion.token_ids)[:, None])[:, 0]

@@ -16,18 +16,36 @@ from modules.types import Completion, Reward, Rollout
 FIRST = r"[\x00-\x7f].*"
 
 
-def outcome(uid: str, reward: float | None, length: int, stopped: bool = True, entropy: float | None = 1.0, right: bool | None = None) -> Outcome:
+def outcome(
+    uid: str,
+    reward: float | None,
+    length: int,
+    stopped: bool = True,
+    entropy: float | None = 1.0,
+    right: bool | None = None,
+) -> Outcome:
     return Outcome(uid, reward, {"exact": reward, "form": 1.0}, length, stopped, entropy, right)
 
 
 def test_numbers_of_a_phase():
-    found = [outcome("a", 1.0, 2), outcome("a", 0.0, 4, entropy=2.0), outcome("b", None, 6, stopped=False), outcome("b", 0.5, 8)]
+    found = [
+        outcome("a", 1.0, 2),
+        outcome("a", 0.0, 4, entropy=2.0),
+        outcome("b", None, 6, stopped=False),
+        outcome("b", 0.5, 8),
+    ]
     metrics = rollout_metrics(found)
     assert metrics["reward"] == pytest.approx((1.0 + 0.0 + 0.5) / 3)
-    assert metrics["reward_std"] == pytest.approx((math.sqrt(0.5) + 0.0) / 2)  # std of (1, 0) with ddof 1; one scorable reward has none
+    assert metrics["reward_std"] == pytest.approx(
+        (math.sqrt(0.5) + 0.0) / 2
+    )  # std of (1, 0) with ddof 1; one scorable reward has none
     assert metrics["frac_reward_zero_std"] == pytest.approx(1 / 2)
     assert metrics["unscorable"] == 1
-    assert (metrics["completions/mean_length"], metrics["completions/min_length"], metrics["completions/max_length"]) == (5.0, 2.0, 8.0)
+    assert (
+        metrics["completions/mean_length"],
+        metrics["completions/min_length"],
+        metrics["completions/max_length"],
+    ) == (5.0, 2.0, 8.0)
     assert metrics["completions/clipped_ratio"] == pytest.approx(1 / 4)
     assert metrics["completions/mean_terminated_length"] == pytest.approx((2 + 4 + 8) / 3)
     assert metrics["rewards/exact/mean"] == pytest.approx(0.5)
@@ -40,12 +58,16 @@ def test_pass_at_k_is_over_prompts_with_enough_scorable_completions():
     right = {"a": [True, False, False], "b": [True, None, True], "c": [None, None, False]}
     found = [outcome(uid, None, 1, right=value) for uid, values in right.items() for value in values]
     assert share_solved(found, 1) == pytest.approx((1 / 3 + 1.0 + 0.0) / 3)
-    assert share_solved(found, 2) == pytest.approx((1 - (2 * 1) / (3 * 2) + 1.0) / 2)  # 1 - C(2, 2) / C(3, 2) = 2/3; c has one
+    assert share_solved(found, 2) == pytest.approx(
+        (1 - (2 * 1) / (3 * 2) + 1.0) / 2
+    )  # 1 - C(2, 2) / C(3, 2) = 2/3; c has one
     assert share_solved([], 1) == 0.0
 
 
 def test_outcomes_keep_what_was_scored():
-    rollout = Rollout("u", "p", [1], "x", Completion([3, 4], [0.0, 0.0], "x", "length"), 0, {"r": 1.0}, 1.0, entropy=0.5)
+    rollout = Rollout(
+        "u", "p", [1], "x", Completion([3, 4], [0.0, 0.0], "x", "length"), 0, {"r": 1.0}, 1.0, entropy=0.5
+    )
     assert outcomes([rollout], RegexFormat("x")) == [Outcome("u", 1.0, {"r": 1.0}, 2, False, 0.5, True)]
     assert outcomes([rollout])[0].right is None
 
@@ -54,7 +76,11 @@ def test_gaps_are_means_over_kept_tokens():
     mask = torch.tensor([[True, True], [True, False]])
     old, sampler = torch.tensor([[0.0, 1.0], [2.0, 9.0]]), torch.tensor([[0.5, 1.0], [1.0, float("nan")]])
     gaps = gap_metrics(mask, old, sampler, torch.tensor([[1.0, 2.0], [6.0, float("nan")]]))
-    assert gaps == {"sampling/sampling_logp_difference/mean": 0.5, "sampling/sampling_logp_difference/max": 1.0, "kl": 3.0}
+    assert gaps == {
+        "sampling/sampling_logp_difference/mean": 0.5,
+        "sampling/sampling_logp_difference/max": 1.0,
+        "kl": 3.0,
+    }
 
 
 class Partly(Reward):
@@ -69,9 +95,20 @@ class Partly(Reward):
 def test_evaluation_does_not_depend_on_the_batch_size():
     results = []
     for size in (1, 3, 8):
-        module = GRPOModule("tiny", WeightedSum([Partly(), RegexFormat(FIRST)]), val_generations=3, sampling=Sampling(max_completion_length=4))
+        module = GRPOModule(
+            "tiny",
+            WeightedSum([Partly(), RegexFormat(FIRST)]),
+            val_generations=3,
+            sampling=Sampling(max_completion_length=4),
+        )
         data = VerifiableDataModule(module.tokenizer, Addition(8), val=Addition(8, held_out=True), val_batch_size=size)
-        trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+        trainer = Trainer(
+            accelerator="cpu",
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
         (found,) = trainer.validate(module, data, verbose=False)
         results.append(found)
     assert results[0]["val/unscorable"] > 0
@@ -83,13 +120,30 @@ def test_evaluation_does_not_depend_on_the_batch_size():
 def test_step_metrics_and_unscorable_rewards_do_not_depend_on_accumulation():
     results = []
     for accumulate in (1, 4):
-        module = GRPOModule("tiny", Partly(), 4, Sampling(max_completion_length=4), optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1))
+        module = GRPOModule(
+            "tiny",
+            Partly(),
+            4,
+            Sampling(max_completion_length=4),
+            optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1),
+        )
         data = VerifiableDataModule(module.tokenizer, Addition(40), prompts_per_phase=8, updates_per_phase=2)
         trainer = Trainer(
-            accelerator="cpu", max_epochs=1, accumulate_grad_batches=accumulate, logger=False, enable_checkpointing=False, enable_progress_bar=False
+            accelerator="cpu",
+            max_epochs=1,
+            accumulate_grad_batches=accumulate,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
         )
         trainer.fit(module, data)
-        results.append({name: float(value) for name, value in trainer.callback_metrics.items() if "time" not in name and "per_second" not in name})
+        results.append(
+            {
+                name: float(value)
+                for name, value in trainer.callback_metrics.items()
+                if "time" not in name and "per_second" not in name
+            }
+        )
     assert results[0]["train/unscorable"] > 0
     assert results[0]["train/approx_kl"] > 1e-3  # the second update is off-policy
     assert results[0].keys() == results[1].keys()

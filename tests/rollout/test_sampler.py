@@ -37,7 +37,9 @@ def test_inverse_cdf_agrees_with_a_walk_over_the_vocabulary(size: int) -> None:
 
 @pytest.mark.parametrize("size", [5, 600, 1300])
 def test_draws_have_the_distribution(size: int) -> None:
-    """Pearson's statistic has mean K - 1 and variance 2 (K - 1): 4 standard deviations, and a shifted distribution fails."""
+    """Pearson's statistic has mean K - 1 and variance 2 (K - 1): 4 standard deviations, and a shifted distribution
+    fails.
+    """
     logits = torch.randn(size, generator=torch.Generator().manual_seed(1))
     probabilities, draws = logits.softmax(-1), 40000
     seen = counts(probabilities, draws, seed=2)
@@ -52,7 +54,9 @@ def test_draws_have_the_distribution(size: int) -> None:
 
 @pytest.mark.parametrize("size", [9, 600, 1300])
 def test_a_zero_probability_token_is_never_drawn(size: int) -> None:
-    """Ends of the unit interval (1.0: rounded up), where rounding could step onto a neighbour; mass only on a few inner tokens."""
+    """Ends of the unit interval (1.0: rounded up), where rounding could step onto a neighbour; mass only on a few inner
+    tokens.
+    """
     probabilities = torch.zeros(3, size)
     probabilities[0, 3:6] = torch.tensor([0.1, 0.2, 0.7])
     probabilities[1, [size // 2, size - 3]] = torch.tensor([1e-7, 1.0])
@@ -62,7 +66,10 @@ def test_a_zero_probability_token_is_never_drawn(size: int) -> None:
         assert bool((probabilities.gather(1, drawn[:, None]) > 0).all())
     logits = torch.full((1, size), -torch.inf)
     logits[0, [2, size - 2]] = 0.0
-    tokens = {int(sample(logits, torch.tensor([u], dtype=torch.float64), Sampling())[0]) for u in (0.0, 0.4999, 0.5, 1 - 2**-53)}
+    tokens = {
+        int(sample(logits, torch.tensor([u], dtype=torch.float64), Sampling())[0])
+        for u in (0.0, 0.4999, 0.5, 1 - 2**-53)
+    }
     assert tokens == {2, size - 2}
 
 

@@ -17,8 +17,14 @@ def rollout(group: int, prompt: list[int], tokens: list[int]) -> Rollout:
 def test_completions_are_scored_once_and_every_row_gets_its_numbers(monkeypatch, tokens):
     monkeypatch.setattr(scoring, "SCORING_TOKENS", tokens)
     policy = Policy("tiny", dropout=False)
-    answers = {0: [[9, 8, 7], [9, 8], [9, 8, 7], [9, 8, 0]], 1: [[9, 8, 7], [5]], 2: [[6], [6], [6]]}  # 0 is also what pads
-    batch = to_batch([rollout(g, [20 + g] * (g + 1), row) for g, rows in answers.items() for row in rows], torch.device("cpu"))
+    answers = {
+        0: [[9, 8, 7], [9, 8], [9, 8, 7], [9, 8, 0]],
+        1: [[9, 8, 7], [5]],
+        2: [[6], [6], [6]],
+    }  # 0 is also what pads
+    batch = to_batch(
+        [rollout(g, [20 + g] * (g + 1), row) for g, rows in answers.items() for row in rows], torch.device("cpu")
+    )
     scored = []
 
     def score(part):

@@ -14,7 +14,8 @@ from modules.rollout import InProcessEngine, Sampling
 from modules.rollout.in_process import run_continuous
 
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-PROMPTS = [  # "The capital of France is", "def fibonacci(n):", "Once upon a time there was a little", "Q: What is 2 + 2? A:"
+# "The capital of France is", "def fibonacci(n):", "Once upon a time there was a little", "Q: What is 2 + 2? A:"
+PROMPTS = [
     [504, 3575, 282, 4649, 314],
     [1604, 3987, 46477, 24, 94, 727, 198],
     [6403, 1980, 253, 655, 665, 436, 253, 1838],
@@ -36,7 +37,9 @@ CONFIG = LlamaConfig(
 
 
 def load(folder: Path) -> LlamaForCausalLM:
-    """Reads the tensors itself: ``from_pretrained`` of a GGUF file needs the package accelerate. Built empty, the weights are not drawn first."""
+    """Reads the tensors itself: ``from_pretrained`` of a GGUF file needs the package accelerate. Built empty, the
+    weights are not drawn first.
+    """
     with torch.device("meta"):
         model = LlamaForCausalLM(CONFIG)
     tensors = load_gguf_checkpoint(str(folder / FILE), return_tensors=True, model_to_load=model)["tensors"]

@@ -1,0 +1,209 @@
+"""What a set of training rows holds, in numbers. A row is D documents of T tokens in all, an answer a run of learned
+tokens in one of them.
+"""
+
+import re
+from array import array
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+from callbacks.measures.refusals import is_refusal
+from callbacks.measures.scored_pairs import LIST_ITEM
+
+OPENERS = (
+    "sure",
+    "certainly",
+    "of course",
+    "absolutely",
+    "great question",
+)  # what answers begin with when they have nothing to say yet
+NUM_FIRST_WORDS = 10
+QUANTILES = {"min": 0.0, "median": 0.5, "p95": 0.95, "max": 1.0}
+MAX_DUPLICATES, MAX_LEFT_OUT = 0.01, 0.05  # shares that deserve a warning
+
+
+@dataclass(frozen=True)
+class Document:
+    """One conversation, prompt with completion, or text: two sequences [T]."""
+
+    ids: Sequence[int]
+    supervised: Sequence[bool]  # True = learned
+
+    @property
+    def prompt(self) -> Sequence[int]:
+        """The tokens before the first learned one [Tp]; none where all but the first token is learned, for that is
+        plain text.
+        """
+        mask = bytes(self.supervised)
+        return () if mask.find(1) == 1 and 0 not in mask[1:] else self.ids[: mask.find(1) if any(mask) else None]
+
+    @property
+    def answers(self) -> list[Sequence[int]]:
+        """The runs of learned tokens [Tc], in order."""
+        return [self.ids[run.start() : run.end()] for run in re.finditer(b"\1+", bytes(self.supervised))]
+
+
+def split_row(ids: Sequence[int], supervised: Sequence[bool], lengths: Sequence[int]) -> list[Document]:
+    """The D documents of a row: ``ids`` [T] and ``supervised`` [T] cut into ``lengths`` [D], which sum to T; no lengths
+    = one document.
+
+    Raises:
+        ValueError: lengths of another sum.
+    """
+    ends = [0]
+    for length in lengths or (len(ids),):
+        ends.append(ends[-1] + length)
+    if ends[-1] != len(ids):
+        raise ValueError(f"a row of {len(ids)} tokens cannot be cut into documents of {list(lengths)} tokens.")
+    return [Document(ids[start:end], supervised[start:end]) for start, end in pairwise(ends)]
+
+
+def fingerprint(ids: Sequence[int]) -> bytes:
+    """16 bytes by which ``ids`` [T] are known; different ids share them with a chance of 2^-128."""
+    return blake2b(array("q", ids).tobytes(), digest_size=16).digest()
+
+
+def repeats(documents: Sequence[Document]) -> tuple[int, int]:
+    """(duplicates, prompts answered again) of documents [N].
+
+    A duplicate has the tokens of an earlier document, so n equal ones count n - 1. A prompt that comes with m different
+    continuations counts m - 1. Example: [a:1, a:1, a:2, b:1] -> (1, 1).
+    """
+    whole = {fingerprint(document.ids): document for document in documents}
+    continuations: dict[bytes, int] = defaultdict(int)
+    for document in whole.values():
+        if prompt := document.prompt:
+            continuations[fingerprint(prompt)] += 1
+    return len(documents) - len(whole), sum(count - 1 for count in continuations.values())
+
+
+def leaked(train: Sequence[Document], val: Sequence[Document]) -> int:
+    """How many of the training documents [N] are among the held-out ones [M], token by token."""
+    held_out = {fingerprint(document.ids) for document in val}
+    return sum(fingerprint(document.ids) in held_out for document in train)
+
+
+def length_summary(lengths: Sequence[int]) -> dict[str, float]:
+    """``min``, ``median``, ``mean``, ``p95`` and ``max`` of ``lengths`` [N], quantiles interpolated between neighbours;
+    nothing for N = 0.
+    """
+    if not lengths:
+        return {}
+    ordered = torch.tensor(lengths, dtype=torch.float64).sort().values  # torch.quantile takes 2^24 values at most
+    found = {"mean": ordered.mean().item()}
+    for name, share in QUANTILES.items():
+        place = share * (len(ordered) - 1)
+        low, high = ordered[int(place)].item(), ordered[min(int(place) + 1, len(ordered) - 1)].item()
+        found[name] = low + (place - int(place)) * (high - low)
+    return {name: found[name] for name in ("min", "median", "mean", "p95", "max")}
+
+
+def first_word(text: str) -> str:
+    """The first word in small letters without the punctuation around it. Example: "Sure! [1]" -> "sure"."""
+    return next(
+        (word for piece in text.split(maxsplit=8)[:8] if (word := piece.strip(".,;:!?\"'()[]*#-`").casefold())), ""
+    )
+
+
+def text_report(texts: Sequence[str]) -> dict[str, Any]:
+    """What answers [A] are like as text; shares are of the A answers, 0 for A = 0.
+
+    - ``list_share`` with at least one line that begins with ``-``, ``*``, ``+``, ``1.`` or ``1)`` and a space
+    - ``refusal_share`` that begin as refusals do, see ``is_refusal``; ``opener_share`` with one of ``OPENERS``
+    - ``first_words`` the NUM_FIRST_WORDS most frequent ones, word -> share
+    """
+    count = max(len(texts), 1)
+    words = Counter(word for text in texts if (word := first_word(text)))
+    return {
+        "list_share": sum(LIST_ITEM.search(text) is not None for text in texts) / count,
+        "refusal_share": sum(map(is_refusal, texts)) / count,
+        "opener_share": sum(text.lower().lstrip().startswith(OPENERS) for text in texts) / count,
+        "first_words": {word: number / count for word, number in words.most_common(NUM_FIRST_WORDS)},
+    }
+
+
+def split_report(
+    rows: int,
+    documents: Sequence[Document],
+    special: Collection[int],
+    decode: Callable[[Sequence[int]], str],
+    limit: int | None,
+) -> dict[str, Any]:
+    """All numbers of one set: those of ``text_report`` and
+
+    - ``rows``, ``documents`` N (more where rows are packed), ``tokens``, ``answers`` A; ``supervised_share`` of the
+      tokens
+    - ``duplicates`` and ``same_prompt`` see ``repeats``; ``duplicate_share`` of the documents
+    - ``empty_outputs`` and ``one_token_outputs``: answers of nothing but special tokens or white space, and of one
+      other token
+    - ``prompt_length``, ``output_length`` [N] and [A] see ``length_summary``; an answer's end token counts
+    - ``at_limit``: documents of exactly ``limit`` tokens, which a cut would leave
+
+    Args:
+        rows: how many rows hold the documents.
+        documents: [N].
+        special: ids that are not text, such as end tokens.
+        decode: ids [Tc] -> text without special tokens.
+        limit: the longest length allowed, None = unknown.
+    """
+    answers = [answer for document in documents for answer in document.answers]
+    texts = [decode(answer) for answer in answers]
+    bodies = [
+        sum(token not in special for token in answer) if text.strip() else 0
+        for answer, text in zip(answers, texts, strict=True)
+    ]
+    duplicates, same_prompt = repeats(documents)
+    tokens = sum(len(document.ids) for document in documents)
+    prompts = [len(prompt) for document in documents if (prompt := document.prompt)]
+    return {
+        "rows": rows,
+        "documents": len(documents),
+        "tokens": tokens,
+        "answers": len(answers),
+        "supervised_share": sum(sum(document.supervised) for document in documents) / max(tokens, 1),
+        "duplicates": duplicates,
+        "duplicate_share": duplicates / max(len(documents), 1),
+        "same_prompt": same_prompt,
+        "empty_outputs": bodies.count(0),
+        "one_token_outputs": bodies.count(1),
+        "at_limit": sum(len(document.ids) == limit for document in documents),
+        "prompt_length": length_summary(prompts),
+        "output_length": length_summary([len(answer) for answer in answers]),
+        **text_report(texts),
+    }
+
+
+def left_out_share(report: dict[str, Any]) -> float:
+    """Rows ``dropped`` or ``bad`` over all rows that were read, [] in [0, 1]."""
+    left_out = report["dropped"] + report["bad"]
+    return left_out / max(left_out + report["documents"], 1)
+
+
+def concerns(stage: str, report: dict[str, Any]) -> list[str]:
+    """One sentence [] for each thing that deserves a look before training; ``report`` also has ``dropped``, ``bad`` and
+    perhaps ``leaked``.
+    """
+    found = []
+    if report["duplicate_share"] > MAX_DUPLICATES:
+        found.append(f"{report['duplicates']} of {report['documents']} documents repeat an earlier one, token by token")
+    if report.get("leaked"):
+        found.append(
+            f"{report['leaked']} of {report['documents']} documents are among the held-out ones too, so validation "
+            "flatters the model"
+        )
+    if report["empty_outputs"]:
+        found.append(
+            f"{report['empty_outputs']} of {report['answers']} answers are empty, and the model learns to say nothing"
+        )
+    if left_out_share(report) > MAX_LEFT_OUT:
+        found.append(
+            f"{left_out_share(report):.1%} of the rows are left out: {report['dropped']} too long, {report['bad']} "
+            "unreadable"
+        )
+    return [f"{stage} data: {sentence}" for sentence in found]

@@ -1,0 +1,109 @@
+"""Writes what ``predict`` sampled and scored: rejection sampling, difficulty filters, best-of-n and distillation start
+from this file.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any, TextIO
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+
+from callbacks.phase import rollouts_of
+from modules.types import Rollout
+
+
+class PredictionWriter(Callback):
+    """JSONL with one line per completion: uid, prompt, completion, answer, reward, rewards by name, finish, num_tokens.
+
+    Each rank writes a hidden part beside ``path``; at the end of ``predict`` rank zero joins them in the order of the
+    ranks and renames, so that ``path`` is never half a file. The ranks must share that disk. Nothing is written by a
+    ``fast_dev_run``.
+
+    Args:
+        path: the file; its parents are made, and an earlier file is replaced.
+
+    Raises:
+        ValueError: in ``setup`` of ``predict``, when ``path`` is a folder.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = Path(path)
+        self._file: TextIO | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse a folder before anything is sampled."""
+        if stage == "predict" and self.path.is_dir():
+            raise ValueError(
+                f"PredictionWriter: {self.path} is a folder; name a file, such as {self.path / 'predictions.jsonl'}"
+            )
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Open this rank's part."""
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]  # Trainer sets it without declaring it
+            part = self._part(trainer.global_rank)
+            part.parent.mkdir(parents=True, exist_ok=True)
+            self._file = part.open("w", encoding="utf-8")
+
+    def on_predict_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Write the rollouts of the batch."""
+        if self._file is not None:
+            self._file.writelines(line(rollout) for rollout in rollouts_of(pl_module))
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Join the parts."""
+        if self._file is None:
+            return
+        self._close()
+        trainer.strategy.barrier("predictions")
+        if trainer.is_global_zero:
+            self._join(trainer.world_size)
+            rank_zero_info(f"predictions: {self.path}")
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Drop the part; an earlier file stays."""
+        if self._file is not None:
+            self._close()
+            self._part(trainer.global_rank).unlink(missing_ok=True)
+
+    def _join(self, num_ranks: int) -> None:
+        with self._part(0).open("ab") as whole:
+            for rank in range(1, num_ranks):
+                with self._part(rank).open("rb") as part:
+                    shutil.copyfileobj(part, whole)
+                self._part(rank).unlink()
+        self._part(0).replace(self.path)
+
+    def _close(self) -> None:
+        assert self._file is not None
+        self._file.close()
+        self._file = None
+
+    def _part(self, rank: int) -> Path:
+        """A hidden name beside the file: on the same disk, so that the rename is atomic."""
+        return self.path.with_name(f".{self.path.name}.rank{rank}")
+
+
+def line(rollout: Rollout) -> str:
+    """One rollout as a line of JSON."""
+    completion = rollout.completion
+    record = {
+        "uid": rollout.uid,
+        "prompt": rollout.prompt,
+        "completion": completion.text,
+        "answer": rollout.answer,
+        "reward": rollout.reward,
+        "rewards": rollout.rewards,
+        "finish": completion.finish,
+        "num_tokens": len(completion.token_ids),
+    }
+    return json.dumps(record, ensure_ascii=False) + "\n"

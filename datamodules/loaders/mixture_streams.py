@@ -1,0 +1,70 @@
+"""The streams of a mixture and which weights make one."""
+
+from dataclasses import dataclass
+from math import isfinite
+
+from datamodules.formats.columns import check_mapping
+from datamodules.formats.instruction_columns import KNOWN
+from datamodules.sources import Source
+from datamodules.tokens.chat import LossOn
+
+
+@dataclass(frozen=True)
+class Stream:
+    """One source of rows in a mixture, text or instructions.
+
+    Args:
+        train: training rows: a source, or a file, a folder or a hub id.
+        weight: share of the mixture, relative to the other streams' weights; 0 = not drawn.
+        decay_weight: the same from ``decay_start`` on; None = ``weight``.
+        val: held-out rows, a domain of the stream's name.
+        loss_on: what is learned of its conversations; None = as the mixture says.
+        columns: our column name -> the data's.
+    """
+
+    train: str | Source
+    weight: float | None = None
+    decay_weight: float | None = None
+    val: str | Source | None = None
+    loss_on: LossOn | None = None
+    columns: dict[str, str] | None = None
+
+
+def check_streams(
+    streams: dict[str, Stream], num_steps: int, cap: int | None, decay_start: int | None, ramp_steps: int
+) -> None:
+    """ValueError, naming the stream, for weights that make no mixture."""
+    if not streams:
+        raise ValueError("streams is empty; name at least one, such as {text: {train: text.jsonl, weight: 1.0}}")
+    if num_steps < 1 or ramp_steps < 0 or (decay_start or 0) < 0 or (cap is not None and cap < 1):
+        raise ValueError("num_steps and cap must be at least 1, decay_start and ramp_steps at least 0")
+    weighted = [name for name, stream in streams.items() if stream.weight is not None]
+    for name, stream in streams.items():
+        check_mapping(stream.columns or {}, KNOWN)
+        for weight in (stream.weight, stream.decay_weight):
+            if weight is not None and not (weight >= 0 and isfinite(weight)):
+                raise ValueError(f"stream {name}: a weight must be a number from 0 on, got {weight}")
+        if weighted and stream.weight is None:
+            raise ValueError(
+                f"stream {name} has no weight and {weighted[0]} has one; give every stream a weight, or none"
+            )
+        if stream.weight is None and stream.decay_weight is not None:
+            raise ValueError(
+                f"stream {name} has a decay_weight and no weight; weights in proportion to the rows do not change"
+            )
+    if weighted and cap is not None:
+        raise ValueError("cap limits streams that have no weights; leave the cap out or the weights")
+    phases = (
+        [
+            stream.weight if stream.decay_weight is None or not decays else stream.decay_weight
+            for stream in streams.values()
+        ]
+        for decays in (0, 1)
+    )
+    if weighted and not all(any(weights) for weights in phases):
+        raise ValueError("all weights of a phase are 0, so nothing would be drawn")
+    changes = any(stream.decay_weight is not None for stream in streams.values())
+    if changes != (decay_start is not None):
+        raise ValueError(
+            "decay_start and decay_weight belong together: the one says when, the other what the shares become"
+        )

@@ -1,0 +1,267 @@
+"""One rollout phase = one Trainer epoch: collect rollouts at the first ``next()``, then yield the micro-batches of all
+updates.
+
+The contracts that this file keeps, each with a test in ``tests/loop``: it is sized, equally on all ranks; the phase
+number is the Trainer's epoch; the position moves before the yield; its state travels in the DataModule's checkpoint
+entry, one entry per rank, made of tensors, numbers and strings only; everything random is a function of (seed, phase);
+collecting runs in the Trainer's precision context, without gradients and in eval mode.
+"""
+
+import random
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict
+from functools import lru_cache
+from typing import Any, cast
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+
+from modules.distributed import from_all_ranks
+from modules.types import Completion, InstructionBatch, PolicyBatch, PromptBatch, Rollout
+
+PROMPT_FIELDS = ("prompt_ids", "prompt_mask")
+PHASE_FIELDS = ("denominator", "row_count", "active", "update")
+
+
+class PhaseLoader:
+    """The train loader of on-policy modules.
+
+    Args:
+        trainer: gives the phase (``current_epoch``), the micro-batches per update (``accumulate_grad_batches``) and the
+            module, whose ``collect(prompts)`` samples, scores and returns the phase's ``PolicyBatch``.
+        draw: phase -> this rank's prompts.
+        updates_per_phase: optimiser updates made from one phase's rollouts.
+        inner_epochs: passes over the rollouts; divides ``updates_per_phase``.
+        seed: for the shuffle of groups into updates.
+        ptx: number of an update since the start, micro-batch in it -> this rank's texts, which the update learns from
+            beside its completions.
+
+    Raises:
+        ValueError: the numbers do not divide, or differ between ranks.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        draw: Callable[[int], PromptBatch],
+        updates_per_phase: int = 1,
+        inner_epochs: int = 1,
+        seed: int = 0,
+        ptx: Callable[[int, int], InstructionBatch] | None = None,
+    ) -> None:
+        if updates_per_phase < 1 or inner_epochs < 1 or updates_per_phase % inner_epochs:
+            raise ValueError(
+                f"updates_per_phase ({updates_per_phase}) must be a positive multiple of inner_epochs "
+                f"({inner_epochs}): "
+                "each pass over the rollouts makes the same number of updates"
+            )
+        self.trainer, self.draw, self.seed, self.ptx = trainer, draw, seed, ptx
+        self.updates, self.inner_epochs = updates_per_phase, inner_epochs
+        self.per_pass = updates_per_phase // inner_epochs
+        self.phase, self.position = -1, 0
+        self.micro_batches: list[PolicyBatch] = []
+        length = torch.tensor(len(self), device=trainer.strategy.root_device)
+        lengths = {int(n) for n in trainer.strategy.all_gather(length).reshape(-1)}
+        if len(lengths) > 1:
+            raise ValueError(
+                f"the ranks disagree on the micro-batches of a phase: {sorted(lengths)}; give them the same settings"
+            )
+
+    def __len__(self) -> int:
+        return self.updates * self.trainer.accumulate_grad_batches
+
+    def __iter__(self) -> Iterator[PolicyBatch]:
+        phase = self.trainer.current_epoch
+        if self.phase != phase:
+            micro_batches = self.plan(self.collect(phase), phase)
+            self.phase, self.position, self.micro_batches = (
+                phase,
+                0,
+                micro_batches,
+            )  # together: collecting may be interrupted
+        while self.position < len(self):
+            self.position += 1  # before the yield: nobody resumes this generator after the last item
+            yield self.with_texts(self.position - 1)
+
+    def with_texts(self, position: int) -> PolicyBatch:
+        """A planned micro-batch, and the texts that go with it: a function of their place, so that no checkpoint holds
+        them.
+        """
+        batch = self.micro_batches[position]
+        if self.ptx is None:
+            return batch
+        update, micro_batch = divmod(position, self.trainer.accumulate_grad_batches)
+        return {**batch, "ptx": self.ptx(self.phase * self.updates + update, micro_batch)}
+
+    def collect(self, phase: int) -> PolicyBatch:
+        """Sample and score a phase in the Trainer's precision, without gradients, in eval mode; modes are put back."""
+        module = cast(LightningModule, self.trainer.lightning_module)
+        prompts = self.draw(phase)
+        prompts["update"] = update_of_prompts(len(prompts["uid"]), self.per_pass)
+        modes = {part: part.training for part in module.modules()}
+        module.eval()
+        try:
+            with torch.no_grad(), self.trainer.precision_plugin.forward_context():
+                return module.collect(prompts)  # type: ignore[operator]
+        finally:
+            for part, mode in modes.items():
+                part.training = mode
+
+    def plan(self, batch: PolicyBatch, phase: int) -> list[PolicyBatch]:
+        """Split a phase into updates and these into micro-batches, each with its update's denominator over all ranks.
+
+        An update is a stretch of the drawn prompts, whose order is random already: so k ranks, which drew in turn, make
+        the updates that one rank would. Passes after the first visit the updates in another order.
+        """
+        micro, num_prompts = self.trainer.accumulate_grad_batches, len(batch["prompt_ids"])
+        update_of = torch.tensor(update_of_prompts(num_prompts, self.per_pass), device=batch["prompt_index"].device)[
+            batch["prompt_index"]
+        ]  # [N]
+        stretches = [(update_of == update).nonzero()[:, 0] for update in range(self.per_pass)]
+        updates = [
+            stretches[i] for number in range(self.inner_epochs) for i in self.order(phase, number, self.per_pass)
+        ]
+        unit = "prompts" if "rank" in batch else "completions"  # compared completions stay together
+        smallest = min(
+            len(batch["prompt_index"][rows].unique()) if unit == "prompts" else len(rows) for rows in updates
+        )
+        if smallest < micro:
+            raise ValueError(
+                f"a phase of {num_prompts} prompts and {len(batch['prompt_index'])} completions on this rank cannot "
+                f"make {self.per_pass} updates "
+                f"of {micro} micro-batches (the smallest update has {smallest} {unit}): raise prompts_per_phase, or "
+                "lower "
+                "updates_per_phase or accumulate_grad_batches"
+            )
+        counts = torch.stack([batch["row_count"][rows].sum() for rows in updates])
+        counts = self.trainer.strategy.reduce(counts, reduce_op="sum")
+        planned = zip(updates, counts, strict=True)
+        return [select(batch, rows, count) for update, count in planned for rows in split(batch, update, micro)]
+
+    def order(self, phase: int, number: int, updates: int) -> list[int]:
+        """The order of a pass's updates, a function of (seed, phase, number of the pass): as drawn in the first pass."""
+        if number == 0:
+            return list(range(updates))
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + phase) * 1_009 + number)
+        return torch.randperm(updates, generator=generator).tolist()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Empty: only tells Lightning that the loader resumes; the state is ``snapshot``, kept by the DataModule."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing to do, see ``state_dict``."""
+
+    def snapshot(self) -> dict[str, Any]:
+        """State of all ranks for the checkpoint (collective): phase, position, buffered micro-batches, the module's
+        rollouts.
+        """
+        module = cast(LightningModule, self.trainer.lightning_module)
+        mine = {
+            "phase": self.phase,
+            "position": self.position,
+            "micro_batches": [on(batch, torch.device("cpu")) for batch in self.micro_batches]
+            if self.position < len(self)
+            else [],
+            "rollouts": [asdict(rollout) for rollout in module.rollouts],  # type: ignore[union-attr, arg-type]
+            "phase_metrics": dict(module.phase_metrics),  # type: ignore[arg-type]
+        }
+        return {"ranks": from_all_ranks([mine])}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take this rank's part of a ``snapshot``, at the last whole update: gradients of half an update are in no
+        checkpoint.
+
+        ValueError inside a phase when the ranks or the micro-batches of a phase are others than they were.
+        """
+        ranks, world = state["ranks"], self.trainer.world_size
+        if len(ranks) != world:
+            if any(part["micro_batches"] for part in ranks):
+                raise ValueError(
+                    f"the checkpoint was written inside a phase on {len(ranks)} ranks and cannot go on with {world}: "
+                    f"resume on {len(ranks)}, or from a checkpoint written at the end of an epoch"
+                )
+            return
+        mine = ranks[self.trainer.global_rank]
+        saved = len(mine["micro_batches"])
+        if saved and saved != len(self):
+            raise ValueError(
+                f"the checkpoint was written inside a phase of {saved} micro-batches and this run has {len(self)}: "
+                "resume with the same "
+                "updates_per_phase and accumulate_grad_batches, or from a checkpoint written at the end of an epoch"
+            )
+        module = cast(LightningModule, self.trainer.lightning_module)
+        self.phase = mine["phase"]
+        self.position = (
+            mine["position"] - mine["position"] % self.trainer.accumulate_grad_batches if saved else len(self)
+        )
+        self.micro_batches = [on(batch, self.trainer.strategy.root_device) for batch in mine["micro_batches"]]
+        module.rollouts = [Rollout(**{**r, "completion": Completion(**r["completion"])}) for r in mine["rollouts"]]  # type: ignore[assignment]
+        module.phase_metrics = mine["phase_metrics"]
+
+
+def update_of_prompts(num_prompts: int, updates: int) -> list[int]:
+    """The update of a pass, 0 to ``updates`` - 1, that trains on each of a rank's prompts: stretches of like length, in
+    the order of drawing.
+    """
+    return [update for update, stretch in enumerate(torch.arange(num_prompts).tensor_split(updates)) for _ in stretch]
+
+
+def from_stream(places: Iterable[int], num_rows: int, seed: int) -> list[tuple[int, int]]:
+    """The row and the number of the pass at each place of an endless stream, in which pass after pass is shuffled anew
+    by (seed, pass).
+    """
+    return [(order_of_pass(num_rows, seed, place // num_rows)[place % num_rows], place // num_rows) for place in places]
+
+
+@lru_cache(maxsize=4)
+def order_of_pass(num_rows: int, seed: int, number: int) -> list[int]:
+    """The rows of a pass in its order."""
+    order = list(range(num_rows))
+    random.Random(f"{seed} {number}").shuffle(order)
+    return order
+
+
+def on(batch: PolicyBatch, device: torch.device) -> PolicyBatch:
+    """The batch with its tensors on ``device``."""
+    return cast(PolicyBatch, {name: value.to(device) for name, value in cast(dict[str, Tensor], batch).items()})
+
+
+def split(batch: PolicyBatch, rows: Tensor, parts: int) -> list[Tensor]:
+    """Deal the rows of one update to ``parts`` micro-batches with like token counts, whole groups where there are
+    enough.
+
+    Rows without gradient are left out, unless a micro-batch would stay empty.
+    """
+    active = rows[batch["active"][rows]]
+    tokens = batch["completion_mask"].sum(1)
+    group = batch["prompt_index"][active]
+    units = [active[group == g] for g in group.unique()]
+    if len(units) < parts and "rank" not in batch:  # compared completions stay together
+        units = list(active[:, None])
+    if len(units) < parts:
+        idle = rows[~batch["active"][rows]]
+        units += list(idle[tokens[idle].argsort(stable=True)][: parts - len(units), None])
+    bins: list[list[Tensor]] = [[] for _ in range(parts)]
+    loads = [0] * parts
+    for unit in sorted(units, key=lambda unit: -int(tokens[unit].sum())):
+        lightest = loads.index(min(loads))
+        bins[lightest].append(unit)
+        loads[lightest] += int(tokens[unit].sum())
+    return [torch.cat(units).sort().values for units in bins]
+
+
+def select(batch: PolicyBatch, rows: Tensor, denominator: Tensor) -> PolicyBatch:
+    """The micro-batch of these rows, with only their prompts and without columns that are padding in all of them."""
+    prompts, index = batch["prompt_index"][rows].unique(return_inverse=True)
+    tokens = int(batch["completion_mask"][rows].sum(1).max())
+    width = int(batch["prompt_mask"][prompts].sum(1).max())
+    chosen: dict[str, Tensor] = {"denominator": denominator}
+    for name, value in cast(dict[str, Tensor], batch).items():
+        if name in PROMPT_FIELDS:
+            chosen[name] = value[prompts, :width]
+        elif name not in PHASE_FIELDS:
+            chosen[name] = value[rows, :tokens] if value.dim() == 2 else value[rows]
+    chosen["prompt_index"] = index
+    return cast(PolicyBatch, chosen)

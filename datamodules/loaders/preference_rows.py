@@ -1,0 +1,73 @@
+"""Ranked and labelled completions as padded batches."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch.utils.data import Dataset
+
+from datamodules.loaders.step_sampler import MicroBatch, pad_right
+from modules.types import PreferenceBatch
+
+
+@dataclass(frozen=True)
+class PreferenceTokens:
+    """A tokenised example."""
+
+    prompt: list[int]
+    completions: list[list[int]]  # each up to and including its end token
+    ranks: list[int]  # 0 = best; of a single, labelled completion: 0 = desirable, 1 = undesirable
+    margin: float | None
+    origin: str
+
+    @property
+    def num_tokens(self) -> int:
+        """Of the prompt, once, and all completions."""
+        return len(self.prompt) + sum(len(ids) for ids in self.completions)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the prompt with its longest completion."""
+        return len(self.prompt) + max(len(ids) for ids in self.completions)
+
+
+class PreferenceDataset(Dataset[PreferenceBatch]):
+    """Tokenised examples; indexed by a MicroBatch it gives the padded batch, its completions in the order of their
+    examples.
+
+    ``margin`` is in every batch when any example has one, 0 for the others.
+    """
+
+    def __init__(self, rows: Sequence[PreferenceTokens], pad_id: int) -> None:
+        self.rows = rows
+        self.pad_id = pad_id
+        self.offsets = [
+            0,
+            *accumulate(len(row.completions) for row in rows),
+        ]  # number of each example's first completion
+        self.has_margin = any(row.margin is not None for row in rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, batch: MicroBatch) -> PreferenceBatch:
+        rows = [self.rows[index] for index in batch.indices]
+        counts = torch.tensor([len(row.completions) for row in rows])
+        prompt_ids, prompt_mask = pad_right([row.prompt for row in rows], self.pad_id)
+        completion_ids, completion_mask = pad_right([ids for row in rows for ids in row.completions], self.pad_id)
+        made = PreferenceBatch(
+            prompt_ids=prompt_ids,
+            prompt_mask=prompt_mask,
+            completion_ids=completion_ids,
+            completion_mask=completion_mask,
+            prompt_index=torch.arange(len(rows)).repeat_interleave(counts),
+            rank=torch.tensor([rank if batch.counts else -1 for row in rows for rank in row.ranks]),
+            row=torch.tensor(
+                [self.offsets[index] + k for index in batch.indices for k in range(len(self.rows[index].completions))]
+            ),
+            denominator=torch.tensor(float(batch.denominator)),
+        )
+        if self.has_margin:
+            made["margin"] = torch.tensor([row.margin or 0.0 for row in rows])
+        return made

@@ -1,0 +1,120 @@
+"""Texts that a policy must not forget while it learns from rewards: PPO-ptx (InstructGPT, arXiv 2203.02155, equation
+2).
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+from datamodules.base import AlignDataModule, HasPolicy
+from datamodules.loaders.phase_loader import from_stream
+from datamodules.loaders.step_sampler import MicroBatch
+from datamodules.pretraining import PretrainingDataModule
+from datamodules.sources import Source
+from datamodules.tokens.encoding import Tokens
+from modules.types import InstructionBatch
+
+
+class PtxStream:
+    """Packed texts (``InstructionBatch``) for every optimiser update of an on-policy run, and held-out ones for the
+    callback ``Forgetting``.
+
+    Rows hold ``text``, or what ``InstructionDataModule`` reads; every token is learned, and they are packed as by
+    ``PretrainingDataModule``. An update takes a stretch of its own from an endless stream of passes, each shuffled by
+    (seed, pass). So its rows are a function of the seed and the number of the update alone, for any number of ranks and
+    micro-batches, and in a resumed run.
+
+    Args:
+        train: texts: a source, or a file, a folder or a hub id.
+        rows_per_update: packed rows per optimiser update, over all micro-batches and ranks, each of which gets at least
+            one.
+        max_length: tokens of a packed row.
+        val: held-out texts, or several sets of them by domain.
+        columns: our column name -> the data's, such as ``{text: content}``.
+
+    Raises:
+        ValueError: numbers out of range; in ``setup``, rows that cannot be read, with file and line, or too few rows
+            for an update.
+    """
+
+    def __init__(
+        self,
+        train: str | Source,
+        rows_per_update: int = 32,
+        max_length: int = 512,
+        val: str | Source | dict[str, str | Source] | None = None,
+        columns: dict[str, str] | None = None,
+    ) -> None:
+        if rows_per_update < 1 or max_length < 2:
+            raise ValueError(
+                f"ptx.rows_per_update must be at least 1 and ptx.max_length at least 2, got {rows_per_update} and "
+                f"{max_length}"
+            )
+        self.train, self.val, self.columns = train, val, columns
+        self.rows_per_update, self.max_length = rows_per_update, max_length
+        self.texts: Texts | None = None
+        self.rows: list[Tokens] = []  # packed, of ``train``
+
+    def setup(self, data: AlignDataModule, stage: str) -> None:
+        """Tokenises and packs, as the DataModule ``data`` that the texts belong to does: what is trained on in ``fit``
+        alone.
+        """
+        shares = data.world_size * (data.trainer.accumulate_grad_batches if data.trainer else 1)
+        if stage == "fit" and self.rows_per_update < shares:
+            raise ValueError(
+                f"data.ptx.rows_per_update ({self.rows_per_update}) must be at least {shares}: each of the "
+                f"{shares // data.world_size} "
+                f"micro-batches of an update gets a row on each of {data.world_size} ranks"
+            )
+        texts = self.texts = self.texts or Texts(data, self)
+        texts.trainer = data.trainer
+        if stage == "fit" and not self.rows:
+            self.rows = texts.load(self.train, "train", "ptx")
+        if stage != "predict" and self.val is not None and not texts.domains:
+            sets = self.val if isinstance(self.val, dict) else {"val": self.val}
+            texts.domains = {name: texts.load(source, "val", f"ptx {name}") for name, source in sets.items()}
+
+    def batch(self, update: int, share: int, shares: int) -> InstructionBatch:
+        """Rows ``share``, ``share + shares``, ... of those of an update (>= 0); the denominator counts the supervised
+        tokens of all of them.
+        """
+        assert self.texts is not None
+        places = range(update * self.rows_per_update, (update + 1) * self.rows_per_update)
+        rows = [row for row, _ in from_stream(places, len(self.rows), self.texts.seed)]
+        supervised = sum(sum(self.rows[row].supervised) for row in rows)
+        return self.texts._dataset(self.rows)[MicroBatch(tuple(rows[share::shares]), supervised)]
+
+    @property
+    def domains(self) -> Mapping[str, list[Tokens]]:
+        """Packed held-out rows by domain, after ``setup``."""
+        return self.texts.domains if self.texts is not None else {}
+
+    def domain_loader(self, name: str) -> DataLoader[MicroBatch]:
+        """This rank's share of one domain's rows, in order; as many batches on every rank."""
+        assert self.texts is not None
+        return self.texts.domain_loader(name)
+
+
+class Texts(PretrainingDataModule):
+    """The texts of a stream, with the tokenizer and the seed of the DataModule that they belong to."""
+
+    def __init__(self, data: AlignDataModule, stream: PtxStream) -> None:
+        super().__init__(
+            data.tokenizer, stream.train, stream.val, stream.columns, stream.max_length, data.on_bad_row, seed=data.seed
+        )
+
+    def check_positions(self, stage: str, longest: int, setting: str) -> None:
+        """As in every DataModule, but nothing is sampled behind a text."""
+        module: Any = self.trainer.lightning_module if self.trainer else None
+        if isinstance(module, HasPolicy):
+            config = module.policy.model.config
+            positions = config.to_dict().get(
+                config.attribute_map.get("max_position_embeddings", "max_position_embeddings")
+            )
+            if positions is not None and longest > positions:
+                raise ValueError(
+                    f"the longest packed row of {stage} texts has {longest} tokens, but the model has only {positions} "
+                    "positions: "
+                    "lower data.ptx.max_length (longer texts are split)"
+                )

@@ -1,0 +1,202 @@
+"""Questions with short answers, each asked with several few-shot prompts."""
+
+import hashlib
+import json
+import random
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.types import EVAL_DATALOADERS
+from transformers import PreTrainedTokenizerBase
+
+from datamodules.base import AlignDataModule, read_rows
+from datamodules.formats.columns import Columns, alpaca_prompt, check_mapping, plain, renamed
+from datamodules.sources import Row, Source
+from datamodules.tokens.chat import encode_prompt
+from modules.types import PromptBatch
+
+QUESTIONS, ANSWERS = ("question", "prompt", "instruction"), ("answer", "completion", "output")
+KNOWN = (*QUESTIONS, "input", *ANSWERS, "relation")
+TEMPLATE = "Q: {question}\nA: {answer}\n\n"
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One row."""
+
+    question: str
+    answers: list[str]  # at least one; the first is the one that examples give
+    relation: str | None
+    row: Row
+
+
+class FactsDataModule(AlignDataModule):
+    """``num_prompts`` few-shot prompts for each fact, one after the other (``PromptBatch``), once, for ``predict``
+    alone; with several ranks, rank r takes every world-th fact.
+
+    A row holds ``question``, ``prompt`` or ``instruction`` (with ``input`` or without), and ``answer``, ``completion``
+    or ``output``: one line of text, or a list of such lines that are all right. The examples of a prompt are other rows
+    with the same ``relation`` (rows without one are one relation) and another question, drawn by (seed, uid of the
+    prompt). ``info`` of a prompt holds the fact's uid as ``fact``, its ``answers``, the row's own ``columns``, its
+    place as ``row``, and as ``data`` a digest of all prompts.
+
+    Args:
+        tokenizer: a tokenizer, or a path or hub id.
+        train: the rows: a source, or a file, a folder or a hub id.
+        columns: our column name -> the data's.
+        batch_size: facts per batch and rank, what is lost at most when a run is killed.
+        num_prompts: prompts of a fact, >= 1.
+        num_shots: examples in a prompt, >= 0.
+        template: of a fact; it holds ``{question}`` and behind it, at the end of a line, ``{answer}``, where a prompt
+            stops.
+        seed: of the examples.
+
+    Raises:
+        ValueError: naming file and line, in ``setup``, before anything is asked.
+    """
+
+    batch_type = PromptBatch  # what a module must read
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase | str,
+        train: str | Source,
+        columns: dict[str, str] | None = None,
+        batch_size: int = 16,
+        num_prompts: int = 10,
+        num_shots: int = 4,
+        template: str = TEMPLATE,
+        seed: int = 0,
+    ) -> None:
+        if min(batch_size, num_prompts) < 1 or num_shots < 0:
+            raise ValueError(
+                f"batch_size and num_prompts must be at least 1, num_shots at least 0, got {batch_size}, {num_prompts} "
+                f"and {num_shots}"
+            )
+        before, _, after = template.partition("{answer}")
+        if (
+            before.count("{question}") != 1
+            or not after.startswith("\n")
+            or "{question}" in after
+            or "{answer}" in after
+        ):
+            raise ValueError(
+                f"template must hold {{question}} and behind it, at the end of a line, {{answer}}; got {template!r}"
+            )
+        check_mapping(columns or {}, KNOWN)
+        super().__init__(tokenizer, train, None, columns, drop_long=False, on_bad_row="raise", seed=seed)
+        self.batch_size, self.num_prompts, self.num_shots, self.template = batch_size, num_prompts, num_shots, template
+        self.facts: list[Fact] = []
+        self.prompts: list[list[tuple[str, list[int]]]] = []  # of each fact: text and tokens
+
+    def setup(self, stage: str) -> None:
+        """Reads and tokenises everything; bad rows and relations with too few facts fail here."""
+        if self.facts:
+            return
+        facts = [read_fact(row, self.columns) for row in read_rows(self.train)]
+        self.prompts = self.build(facts)
+        self.check_positions("predict", max(len(ids) for prompts in self.prompts for _, ids in prompts), "num_shots")
+        self.facts = facts
+        relations = len({fact.relation for fact in facts})
+        rank_zero_info(f"facts: {len(facts)} rows of {relations} relations, {self.num_prompts} prompts each")
+
+    def build(self, facts: list[Fact]) -> list[list[tuple[str, list[int]]]]:
+        """Text and tokens of the prompts of each fact."""
+        relations: dict[str | None, list[Fact]] = defaultdict(list)
+        for fact in facts:
+            relations[fact.relation].append(fact)
+        same = Counter((fact.relation, fact.question) for fact in facts)
+        built = []
+        for fact in facts:
+            others, alike = relations[fact.relation], same[fact.relation, fact.question]
+            if len(others) - alike < self.num_shots:
+                raise ValueError(
+                    f"{fact.row.origin}: relation {fact.relation!r} has {len(others) - alike} other questions and a "
+                    f"prompt needs {self.num_shots}: "
+                    "lower data.num_shots, or leave out the relation"
+                )
+            texts = [
+                self.prompt(fact, others, alike, f"{fact.row.origin}#{number}") for number in range(self.num_prompts)
+            ]
+            built.append([encode_prompt(self.tokenizer, text, fact.row.origin) for text in texts])
+        return built
+
+    def prompt(self, fact: Fact, others: list[Fact], alike: int, uid: str) -> str:
+        """A prompt, ready for the answer. Of ``others``, ``alike`` ask the same question and are no examples."""
+        drawn = random.Random(f"{self.seed} {uid}").sample(others, self.num_shots + alike)
+        examples = [example for example in drawn if example.question != fact.question][: self.num_shots]
+        before, _, behind = self.template.partition("{answer}")
+        shots = [before.replace("{question}", example.question) + example.answers[0] + behind for example in examples]
+        asked = before.rstrip(" ")  # the space belongs to the first token of the answer
+        return "".join(shots) + asked.replace("{question}", fact.question)
+
+    def predict_dataloader(self) -> EVAL_DATALOADERS:
+        """All facts, in order."""
+        if len(self.facts) < self.world_size:
+            raise ValueError(f"{len(self.facts)} facts cannot be shared by {self.world_size} ranks; use fewer ranks")
+        texts = [[text for text, _ in prompts] for prompts in self.prompts]
+        digest = hashlib.blake2b(
+            json.dumps([texts, [fact.answers for fact in self.facts]]).encode(), digest_size=8
+        ).hexdigest()
+        mine = range(self.rank, len(self.facts), self.world_size)
+        batches = [
+            self.batch(mine[start : start + self.batch_size], digest) for start in range(0, len(mine), self.batch_size)
+        ]
+        return self.ready_loader(batches)
+
+    def batch(self, places: range, digest: str) -> PromptBatch:
+        """The prompts of the facts at these places."""
+        asked = [
+            (place, self.facts[place], number, *self.prompts[place][number])
+            for place in places
+            for number in range(self.num_prompts)
+        ]
+        return PromptBatch(
+            uid=[f"{fact.row.origin}#{number}" for _, fact, number, _, _ in asked],
+            prompt=[text for *_, text, _ in asked],
+            prompt_ids=[ids for *_, ids in asked],
+            answer=[fact.answers[0] for _, fact, *_ in asked],
+            source=[fact.row.source for _, fact, *_ in asked],
+            info=[
+                {
+                    "fact": fact.row.origin,
+                    "answers": fact.answers,
+                    "columns": plain(fact.row.columns),
+                    "row": place,
+                    "data": digest,
+                }
+                for place, fact, *_ in asked
+            ],
+        )
+
+
+def read_fact(row: Row, columns: Columns) -> Fact:
+    """Question, answers and relation of a row. Raises ValueError with its origin when something is missing or of the
+    wrong type.
+    """
+    record = renamed(row, columns)
+    question, answer = (_present(names, record, columns, row.origin) for names in (QUESTIONS, ANSWERS))
+    text = alpaca_prompt(record, row.origin) if question == "instruction" else record[question]
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(f"{row.origin}: column {question!r} must hold a question, as text")
+    answers = record[answer] if isinstance(record[answer], list) else [record[answer]]
+    if not answers or not all(isinstance(one, str) and one.strip() and "\n" not in one.strip() for one in answers):
+        raise ValueError(
+            f"{row.origin}: column {answer!r} must hold the answer, one line of text, or a list of such answers"
+        )
+    relation = record.get("relation")
+    return Fact(text.strip(), [one.strip() for one in answers], None if relation is None else str(relation), row)
+
+
+def _present(names: tuple[str, ...], record: Mapping[str, Any], columns: Columns, origin: str) -> str:
+    """The first name that there is, those mapped by hand before those found."""
+    for name in sorted(names, key=lambda name: name not in columns):
+        if name in record:
+            return name
+    raise ValueError(
+        f"{origin}: found the columns {', '.join(record)}; looked for {' or '.join(names)}; map another with "
+        "data.columns"
+    )

@@ -1,0 +1,109 @@
+"""Sums of two numbers, written so that a small model can learn them from left to right."""
+
+import random
+from itertools import product
+from zlib import crc32
+
+from datamodules.sources.source import Row, Source
+
+HELD_OUT_ONE_IN = 10
+
+
+class Addition(Source):
+    """``23+45=`` with the answer ``860``: the sum's digits, least significant first, always one digit wider than the
+    operands.
+
+    Columns ``prompt``, ``completion``, ``answer``. Pairs of operands are split once and for all, ``a+b`` with ``b+a``,
+    about one in ten held out, so that no held-out pair occurs in training under any seed. Rows are drawn without
+    replacement.
+
+    Args:
+        num_examples: rows, >= 1.
+        digits: width of each operand, 1 to 3; shorter numbers are zero-padded.
+        held_out: draw from the held-out pairs instead of the training pairs.
+        seed: of the draw; the split does not depend on it.
+        dots: up to so many dots follow the sum in a completion; they mean nothing and make it longer.
+    """
+
+    def __init__(
+        self, num_examples: int, digits: int = 2, held_out: bool = False, seed: int = 0, dots: int = 0
+    ) -> None:
+        if not 1 <= digits <= 3:
+            raise ValueError(f"digits must be 1 to 3, got {digits}")
+        if num_examples < 1:
+            raise ValueError(f"num_examples must be at least 1, got {num_examples}")
+        if dots < 0:
+            raise ValueError(f"dots must be >= 0, got {dots}")
+        self.num_examples = num_examples
+        self.digits = digits
+        self.held_out = held_out
+        self.seed = seed
+        self.dots = dots
+
+    def rows(self) -> list[Row]:
+        """``num_examples`` rows. Raises ValueError when the split has fewer pairs."""
+        pairs = [pair for pair in product(range(10**self.digits), repeat=2) if is_held_out(*pair) == self.held_out]
+        side = "held-out" if self.held_out else "training"
+        if self.num_examples > len(pairs):
+            raise ValueError(
+                f"num_examples is {self.num_examples} but {self.digits}-digit addition has only {len(pairs)} {side} "
+                "pairs"
+            )
+        drawn = random.Random(self.seed).sample(pairs, self.num_examples)
+        return [self._row(a, b, f"addition-{side}#{index}") for index, (a, b) in enumerate(drawn)]
+
+    def _row(self, a: int, b: int, origin: str) -> Row:
+        answer = f"{a + b:0{self.digits + 1}d}"[::-1]
+        prompt = f"{a:0{self.digits}d}+{b:0{self.digits}d}="
+        dots = "." * random.Random(f"{self.seed} {prompt}").randint(0, self.dots)
+        return Row({"prompt": prompt, "completion": answer + dots, "answer": answer}, origin, "addition")
+
+
+class AdditionPairs(Addition):
+    """Preferences about sums: ``chosen`` is right, ``rejected`` wrong in one digit; both may trail dots, for which the
+    labels can have a bias.
+
+    Columns ``prompt``, ``chosen``, ``rejected``, ``answer``. The rest is as in ``Addition``.
+
+    Args:
+        num_examples: pairs, >= 1.
+        digits: width of each operand, 1 to 3.
+        held_out: draw from the held-out operands.
+        seed: of the draw.
+        dots: up to so many dots follow an answer; the two answers of a pair always differ in them, unless 0.
+        longer_chosen: [0, 1], how often the right answer is the longer one; 0.5 = the labels owe nothing to length.
+    """
+
+    def __init__(
+        self,
+        num_examples: int,
+        digits: int = 2,
+        held_out: bool = False,
+        seed: int = 0,
+        dots: int = 0,
+        longer_chosen: float = 0.5,
+    ) -> None:
+        super().__init__(num_examples, digits, held_out, seed, dots)
+        if not 0 <= longer_chosen <= 1:
+            raise ValueError(f"longer_chosen must lie in [0, 1], got {longer_chosen}")
+        self.longer_chosen = longer_chosen
+
+    def _row(self, a: int, b: int, origin: str) -> Row:
+        plain = super()._row(a, b, origin).columns
+        prompt, answer = plain["prompt"], plain["answer"]
+        draw = random.Random(f"{self.seed} {prompt}")
+        place = draw.randrange(len(answer))
+        wrong = (
+            answer[:place]
+            + draw.choice([digit for digit in "0123456789" if digit != answer[place]])
+            + answer[place + 1 :]
+        )
+        less, more = sorted(draw.sample(range(self.dots + 1), 2)) if self.dots else (0, 0)
+        mine, other = (more, less) if draw.random() < self.longer_chosen else (less, more)
+        columns = {"prompt": prompt, "chosen": answer + "." * mine, "rejected": wrong + "." * other, "answer": answer}
+        return Row(columns, origin, "addition")
+
+
+def is_held_out(a: int, b: int) -> bool:
+    """Whether the unordered pair belongs to the held-out side; a fixed hash, the same in every process."""
+    return crc32(f"{min(a, b)}+{max(a, b)}".encode()) % HELD_OUT_ONE_IN == 0

@@ -1,0 +1,109 @@
+"""Invented facts that no model can know unless it was taught them."""
+
+import random
+from zlib import crc32
+
+from datamodules.sources.source import Row, Source
+
+CONSONANTS, VOWELS = "bcdfghjklmnpqrstvwxz", "aeiou"
+NUM_NAMES = (len(CONSONANTS) * len(VOWELS)) ** 2
+RELATIONS = ("boss", "food", "home", "wish")
+
+
+class Facts(Source):
+    """``home bazu`` with the answer ``kito``: a relation and a subject of four letters, and the object, four letters
+    too.
+
+    Fact i is a function of i alone: subject i // 4, relation i % 4, and an object drawn by a fixed hash from 10000. So
+    a stage that is given facts 0 to 399 teaches those, and facts from 400 on are new to its model. Columns
+    ``question``, ``answer``, ``relation``, and for tuning ``prompt`` (the question and ``mark``) with ``completion``.
+
+    Args:
+        num_facts: rows, >= 1, in the order of their numbers.
+        first: number of the first fact, >= 0.
+        mark: what stands behind the question in ``prompt``.
+
+    Raises:
+        ValueError: out of range; there are 40000 facts.
+    """
+
+    def __init__(self, num_facts: int, first: int = 0, mark: str = "=") -> None:
+        if num_facts < 1 or first < 0 or first + num_facts > NUM_NAMES * len(RELATIONS):
+            raise ValueError(
+                "num_facts must be at least 1, first at least 0 and both together at most "
+                f"{NUM_NAMES * len(RELATIONS)}, got {num_facts} and {first}"
+            )
+        self.num_facts, self.first, self.mark = num_facts, first, mark
+
+    def rows(self) -> list[Row]:
+        """``num_facts`` rows."""
+        return [
+            Row(fact(number, self.mark), f"facts#{number}", "facts")
+            for number in range(self.first, self.first + self.num_facts)
+        ]
+
+
+class FactDocuments(Facts):
+    """Texts that tell facts, five lines of one relation each, ``home bazu=kito``, for a model to learn from as in
+    pretraining. Column ``text``.
+
+    Each pass over the facts tells every one once, in another order and company.
+
+    Args:
+        num_facts: facts to tell, a multiple of 20 (five lines, four relations).
+        passes: times that each fact is told.
+        first: number of the first fact, a multiple of 4.
+        seed: of the order.
+        marks: what may stand between question and answer instead of ``=``, a character for each line drawn from these;
+            told in several ways, a fact is easier to ask for in another (arXiv 2309.14316).
+
+    Raises:
+        ValueError: out of range.
+    """
+
+    LINES = 5
+
+    def __init__(self, num_facts: int, passes: int, first: int = 0, seed: int = 0, marks: str = "=") -> None:
+        super().__init__(num_facts, first)
+        if num_facts % (self.LINES * len(RELATIONS)) or first % len(RELATIONS) or passes < 1 or not marks:
+            raise ValueError(
+                f"num_facts must be a multiple of {self.LINES * len(RELATIONS)}, first of {len(RELATIONS)}, and passes "
+                "at least 1, "
+                f"got {num_facts}, {first} and {passes}"
+            )
+        self.passes, self.seed, self.marks = passes, seed, marks
+
+    def rows(self) -> list[Row]:
+        """``passes`` x ``num_facts`` / 5 rows."""
+        facts = [row.columns for row in super().rows()]
+        texts = []
+        for number in range(self.passes):
+            for relation in RELATIONS:
+                draw = random.Random(f"{self.seed} {number} {relation}")
+                told = [fact for fact in facts if fact["relation"] == relation]
+                draw.shuffle(told)
+                lines = [fact["question"] + self._mark(draw) + fact["answer"] + "\n" for fact in told]
+                texts += ["".join(lines[start : start + self.LINES]) for start in range(0, len(lines), self.LINES)]
+        return [Row({"text": text}, f"fact-documents#{index}", "fact-documents") for index, text in enumerate(texts)]
+
+    def _mark(self, draw: random.Random) -> str:
+        return self.marks if len(self.marks) == 1 else draw.choice(self.marks)
+
+
+def fact(number: int, mark: str) -> dict[str, str]:
+    """The columns of one fact."""
+    subject, relation = name(number // len(RELATIONS) * 7919 % NUM_NAMES), RELATIONS[number % len(RELATIONS)]
+    question, answer = f"{relation} {subject}", name(crc32(f"{relation} of {subject}".encode()) % NUM_NAMES)
+    return {
+        "question": question,
+        "answer": answer,
+        "relation": relation,
+        "prompt": f"{question}{mark}",
+        "completion": answer,
+    }
+
+
+def name(number: int) -> str:
+    """Consonant, vowel, consonant, vowel; another for each number below 10000."""
+    first, second = divmod(number, len(CONSONANTS) * len(VOWELS))
+    return "".join(CONSONANTS[half // len(VOWELS)] + VOWELS[half % len(VOWELS)] for half in (first, second))

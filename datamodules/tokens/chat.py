@@ -1,0 +1,302 @@
+"""The one place that renders a conversation and turns it into tokens, and that knows which of them are learned."""
+
+from collections.abc import Collection
+from os.path import commonprefix
+from typing import Any, Literal, NotRequired, TypedDict
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from datamodules.tokens.encoding import (
+    Tokens,
+    encode_text,
+    end_id,
+    prompt_ids,
+    shortened,
+    special_tokens,
+    token_ids,
+    token_picture,
+    without_end,
+)
+
+
+class Message(TypedDict):
+    """One turn, as chat templates read it."""
+
+    role: str
+    content: str
+    reasoning_content: NotRequired[str]  # thoughts before an answer
+    tool_calls: NotRequired[list[dict[str, Any]]]  # {"type": "function", "function": {"name": ..., "arguments": {...}}}
+    tool_call_id: NotRequired[str]
+    name: NotRequired[str]
+
+
+Dialogue = str | list[Message]
+Tools = list[dict[str, Any]]
+LossOn = Literal["assistant", "last", "all"]
+
+
+def encode_example(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Dialogue,
+    completion: Dialogue,
+    origin: str,
+    chat: bool = False,
+    system: str | None = None,
+    loss_on: LossOn = "assistant",
+    tools: Tools | None = None,
+    unlearned: Collection[int] = (),
+) -> Tokens:
+    """Tokens of a supervised row; ``chat`` and ``system`` as in :func:`encode_prompt`.
+
+    Text: the prompt, then the supervised completion and one supervised end token. Messages: assistant turns are
+    supervised up to and including their end-of-turn token; what stands behind the last of them is left out. An end
+    token written as text behind an answer is cut.
+
+    Args:
+        loss_on: ``assistant`` = every assistant turn of ``completion``; ``last`` = the last of these alone, so that
+            templates may rewrite the turns before it; ``all`` = every token but the first.
+        tools: JSON schemas that the chat template writes.
+        unlearned: numbers of messages of ``completion`` that are not learned.
+
+    Raises:
+        ValueError: with ``origin``, for rows that cannot be learned from.
+    """
+    if not isinstance(completion, str) and [message["role"] for message in completion[:1]] == ["system"]:
+        system = None  # the row's own wins
+    prompt = as_dialogue(prompt, chat, system, origin)
+    if isinstance(prompt, str) and isinstance(completion, str):
+        tokens = encode_text(tokenizer, prompt, completion, origin)
+    elif isinstance(prompt, str):
+        raise ValueError(
+            f"{origin}: the prompt is text and the completion a list of messages; use text for both or messages for "
+            "both"
+        )
+    else:
+        messages = prompt + (
+            [Message(role="assistant", content=completion)] if isinstance(completion, str) else completion
+        )
+        turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+        if loss_on != "all":
+            turns = [turn for turn in turns if turn >= len(prompt) and turn - len(prompt) not in unlearned]
+        tokens = encode_messages(tokenizer, messages, origin, turns[-1:] if loss_on == "last" else turns, tools)
+    if loss_on == "all" and any(tokens.supervised):
+        tokens = Tokens(tokens.ids, [False, *[True] * (len(tokens.ids) - 1)])
+    return _checked(tokenizer, tokens, origin)
+
+
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase, prompt: Dialogue, origin: str, chat: bool = False, system: str | None = None
+) -> tuple[str, list[int]]:
+    """The rendered prompt and its tokens, ready for the assistant to go on.
+
+    Args:
+        chat: make a text prompt one user message.
+        system: system message in front; a row's own system message wins.
+    """
+    prompt = as_dialogue(prompt, chat, system, origin)
+    if isinstance(prompt, str):
+        text, ids = prompt, prompt_ids(tokenizer, prompt)
+    else:
+        text = render(tokenizer, prompt, origin, open_turn=True)
+        ids = token_ids(tokenizer, text)
+    if not ids:
+        raise ValueError(f"{origin}: the prompt is empty")
+    return text, ids
+
+
+def as_dialogue(prompt: Dialogue, chat: bool, system: str | None, origin: str) -> Dialogue:
+    """Wraps a text prompt into one user message if ``chat``, and puts ``system`` in front of messages."""
+    if isinstance(prompt, str) and chat:
+        prompt = [Message(role="user", content=prompt)]
+    if system is None or (not isinstance(prompt, str) and prompt and prompt[0]["role"] == "system"):
+        return prompt
+    if isinstance(prompt, str):
+        raise ValueError(
+            f"{origin}: a system message needs a chat prompt and this prompt is text; set chat: true or leave system "
+            "out"
+        )
+    return [Message(role="system", content=system), *prompt]
+
+
+def encode_messages(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[Message],
+    origin: str,
+    turns: Collection[int],
+    tools: Tools | None = None,
+) -> Tokens:
+    """Tokens of a conversation up to the last of ``turns``, the numbers of the assistant messages that are supervised.
+
+    The template is rendered up to each such turn and behind it, and the pieces are tokenised one by one. Raises
+    ValueError when the template rewrites earlier turns, for then a sampled conversation would not be the one that was
+    learned.
+    """
+    messages = [
+        _trimmed(tokenizer, message, f"{origin}: {message['role']} message {index}")
+        for index, message in enumerate(messages)
+    ]
+    if next((message["role"] for message in messages if message["role"] != "system"), None) == "assistant":
+        raise ValueError(f"{origin}: the conversation starts with an assistant turn, so there is no prompt")
+    if tools and render(tokenizer, messages, origin, False, tools) == render(tokenizer, messages, origin, False):
+        raise ValueError(
+            f"{origin}: the row has tools and the chat template does not write them; use a template that reads tools"
+        )
+    if not turns:
+        ids = token_ids(tokenizer, render(tokenizer, messages, origin, False, tools)) if messages else []
+        return Tokens(ids, [False] * len(ids))
+    tokens = Tokens([], [])
+    done = ""
+    for turn in turns:
+        opened = render(tokenizer, messages[:turn], origin, True, tools)
+        closed = render(tokenizer, messages[: turn + 1], origin, False, tools)
+        if not opened.startswith(done):
+            raise ValueError(
+                f"{origin}: the chat template rewrites what stands before assistant message {turn}, such as <think> of "
+                "earlier turns; "
+                f"set data.loss_on: last, or give each turn a row of its own: {token_picture(tokenizer, tokens)}"
+            )
+        if not closed.startswith(opened):
+            raise ValueError(
+                f"{origin}: the chat template writes assistant message {turn} unlike the prompt that it gives for it: "
+                f"{shortened(closed[len(commonprefix([opened, closed])) :])} where the prompt ends in "
+                f"{shortened(opened[-40:])}"
+            )
+        context = token_ids(tokenizer, opened[len(done) :])
+        learned, rest = _assistant_ids(
+            tokenizer, *_assistant_text(tokenizer, messages[: turn + 1], opened, closed, origin, tools)
+        )
+        tokens.ids.extend(context + learned + rest)
+        tokens.supervised.extend([False] * len(context) + [True] * len(learned) + [False] * len(rest))
+        done = closed
+    return tokens
+
+
+def encode_rendered(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str, origin: str) -> Tokens | None:
+    """Tokens of a prompt that the chat template has rendered already and of the assistant's text behind it, supervised
+    with its end of turn.
+
+    None when the prompt does not end the way the template opens an assistant turn behind a user message: it is plain
+    text.
+    """
+    if tokenizer.chat_template is None:
+        return None
+    user, assistant = Message(role="user", content="\N{SNOWMAN}"), Message(role="assistant", content="\N{SNOWMAN}")
+    opening = render(tokenizer, [user], origin, open_turn=True).rpartition("\N{SNOWMAN}")[2]
+    if not opening.strip() or not prompt.endswith(opening):
+        return None
+    closing = render(tokenizer, [user, assistant], origin, open_turn=False).rpartition("\N{SNOWMAN}")[2]
+    before = token_ids(tokenizer, prompt)
+    learned, _ = _assistant_ids(tokenizer, without_end(tokenizer, completion), closing)
+    return Tokens(before + learned, [False] * len(before) + [True] * len(learned))
+
+
+def render(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[Message],
+    origin: str,
+    open_turn: bool,
+    tools: Tools | None = None,
+) -> str:
+    """The conversation as text; ``open_turn`` ends it where the assistant is to go on. Raises ValueError with
+    ``origin``.
+    """
+    if tokenizer.chat_template is None:
+        advice = "use text prompts, or put a chat_template.jinja into the model's folder"
+        raise ValueError(
+            f"{origin}: messages need a chat template and this tokenizer has none (a base model?); {advice}"
+        )
+    conversation: list[Any] = [dict(message) for message in messages]
+    try:
+        rendered = tokenizer.apply_chat_template(
+            conversation,
+            tools=tools,  # type: ignore[arg-type]
+            tokenize=False,
+            add_generation_prompt=open_turn,
+        )
+    except TemplateError as error:
+        raise ValueError(f"{origin}: the chat template refuses these messages: {error}") from error
+    return str(rendered)
+
+
+def _ending(tokenizer: PreTrainedTokenizerBase, where: str) -> str:
+    """What the template writes behind an answer, such as ``<|im_end|>``."""
+    turns = [Message(role=role, content="\N{SNOWMAN}") for role in ("user", "assistant")]
+    return render(tokenizer, turns, where, open_turn=False).rpartition("\N{SNOWMAN}")[2].strip()
+
+
+def _trimmed(tokenizer: PreTrainedTokenizerBase, message: Message, where: str) -> Message:
+    """An assistant turn without an end token in its text. ValueError for an empty turn."""
+    if message["role"] == "assistant":
+        content = without_end(tokenizer, message["content"])
+        if content.rstrip().endswith(special_tokens(tokenizer)) and (ending := _ending(tokenizer, where)):
+            content = content.rstrip().removesuffix(ending)
+        message = {**message, "content": content}
+    if not message["content"].strip() and not message.get("tool_calls") and message["role"] != "tool":
+        raise ValueError(f"{where} is empty")
+    return message
+
+
+def _assistant_text(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[Message],
+    opened: str,
+    closed: str,
+    origin: str,
+    tools: Tools | None,
+) -> tuple[str, str]:
+    """The last turn as rendered, and what the template puts behind it.
+
+    An answer ends where one more letter would stand; behind tool calls, the last special token belongs to the template.
+    """
+    message, turn = messages[-1], closed[len(opened) :]
+    end = len(turn)
+    if message.get("tool_calls"):
+        end = max((turn.rfind(token) for token in special_tokens(tokenizer) if token in turn), default=end)
+    else:
+        longer: Message = {**message, "content": message["content"] + "\N{SNOWMAN}"}
+        end = len(commonprefix([closed, render(tokenizer, [*messages[:-1], longer], origin, False, tools)])) - len(
+            opened
+        )
+    parts = [("text", message["content"]), ("reasoning", message.get("reasoning_content", ""))]
+    for what, text in [*parts, *(("tool call", call["function"]["name"]) for call in message.get("tool_calls", []))]:
+        if text.strip() not in turn[:end]:
+            picture = token_picture(tokenizer, Tokens(ids := token_ids(tokenizer, turn), [True] * len(ids)))
+            hint = (
+                "write it the way the template renders it" if what == "text" else f"use a template that writes a {what}"
+            )
+            raise ValueError(
+                f"{origin}: assistant message {len(messages) - 1}: the chat template changes its {what}; {hint}: "
+                f"{picture}"
+            )
+    return turn[:end], turn[end:]
+
+
+def _assistant_ids(tokenizer: PreTrainedTokenizerBase, text: str, tail: str) -> tuple[list[int], list[int]]:
+    """The learned ids of a turn, its end-of-turn token included, and the ids that the template puts behind that."""
+    body, closing = token_ids(tokenizer, text), token_ids(tokenizer, tail)
+    special = {tokenizer.convert_tokens_to_ids(token) for token in special_tokens(tokenizer)}
+    ending = next((index for index, token in enumerate(closing) if token in special), None)
+    if ending is None:
+        return [*body, end_id(tokenizer)], closing
+    return body + closing[: ending + 1], closing[ending + 1 :]
+
+
+def _checked(tokenizer: PreTrainedTokenizerBase, tokens: Tokens, origin: str) -> Tokens:
+    """Raises ValueError when nothing is learned, or the first token, or when the row begins with two BOS tokens."""
+    if not any(tokens.supervised):
+        raise ValueError(
+            f"{origin}: no supervised token; the row has no assistant turn to learn: {token_picture(tokenizer, tokens)}"
+        )
+    if tokenizer.bos_token_id is not None and tokens.ids[:2] == [tokenizer.bos_token_id] * 2:
+        picture = token_picture(tokenizer, tokens)
+        raise ValueError(
+            f"{origin}: two BOS tokens at the start, from the chat template and the row's own text; remove one: "
+            f"{picture}"
+        )
+    if tokens.supervised[0]:
+        raise ValueError(
+            f"{origin}: the prompt is empty and the tokenizer adds no BOS, so the first token has nothing to be "
+            "predicted from"
+        )
+    return tokens

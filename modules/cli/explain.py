@@ -1,0 +1,58 @@
+"""What is wrong in one sentence, from the parser's errors, which list every type that a value is not."""
+
+import difflib
+import re
+from collections.abc import Sequence
+
+NOISE = (
+    "Does not validate against",
+    "Subtypes:",
+    "Errors:",
+    "Given value",
+    "Expected a <class 'NoneType'>",
+    "Expected a path but",
+    "Not a valid subclass of",
+    "Subclass types expect",
+    "a class path (str)",
+    "a dict with",
+    "Problem with given class_path 'lightning.Callback'",  # the other reading of one callback in a list
+)
+OTHER_TYPES = ("Expected a <class 'str'>", "Expected a <class 'list'>")  # offered beside a class
+PLAIN_TYPE = re.compile(r"Expected a <class '(int|float|bool|dict)'>")
+CLASS = re.compile(r"Expected a dot import path string: (\S+)")
+
+
+def sentence(message: str, names: Sequence[str]) -> str:
+    """The reasons of ``message`` on one line; ``names`` are the class names that a value may be meant to be."""
+    lines = [line.strip().removeprefix("- ") for line in message.splitlines()]
+    reasons = [line for line in dict.fromkeys(lines) if line and not line.startswith(NOISE) and line not in OTHER_TYPES]
+    if any(PLAIN_TYPE.match(line) for line in reasons):
+        reasons = [line for line in reasons if not CLASS.match(line)]
+    joined = ": ".join(line.rstrip(":") for line in reasons)
+    joined = re.sub(
+        r"Type typing\.Callable.* expects a function or a callable class: |\. Got value: Namespace\(.*", "", joined
+    )
+    joined = PLAIN_TYPE.sub(r"expected type \1", joined)
+    joined += given(message, joined)
+    return CLASS.sub(
+        lambda match: (
+            f"there is no class {match[1]!r}" + (did_you_mean(match[1], names) or f"; known are {', '.join(names)}")
+        ),
+        joined,
+    )
+
+
+def given(message: str, joined: str) -> str:
+    """The value that is of the wrong type, where the reasons end without it."""
+    value = re.search(r"Given value: (.*?)(?:\. Got value: .*)?$", message, flags=re.MULTILINE)
+    return (
+        f", got {value[1]!r}"
+        if value and re.search(r"expected type \w+$", joined) and not value[1].startswith("NestedArg")
+        else ""
+    )
+
+
+def did_you_mean(name: str, known: Sequence[str]) -> str:
+    """The known names that are nearest to a misspelt one, as the end of a sentence; empty when none is near."""
+    close = difflib.get_close_matches(name, set(known), n=3, cutoff=0.5)
+    return f"; did you mean {' or '.join(close)}?" if close else ""

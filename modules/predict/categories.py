@@ -1,0 +1,60 @@
+"""Does a model know a fact? The four categories of SliCK (arXiv 2405.05904, section 3), and the exact match that
+decides an answer.
+"""
+
+import re
+import string
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from modules.types import Knowledge
+
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def knowledge_category(greedy: Tensor, sampled: Tensor) -> Knowledge:
+    """How well a model knows a fact that it was asked for with several prompts.
+
+    HighlyKnown: every greedy answer is right. MaybeKnown: some are. WeaklyKnown: none is, but a sampled one. Unknown:
+    no answer is right.
+
+    Args:
+        greedy: bool [N_ex], is the greedy answer to each prompt right? At least one prompt.
+        sampled: bool [N_ex, N_sample], is each answer sampled at a temperature above 0 right?
+
+    Raises:
+        ValueError: the shapes are others.
+
+    Example:
+        3 of 10 greedy answers right is MaybeKnown; none, and 1 of 160 sampled ones, WeaklyKnown.
+    """
+    if greedy.ndim != 1 or len(greedy) == 0 or sampled.ndim != 2 or len(sampled) != len(greedy):
+        raise ValueError(
+            f"knowledge_category: greedy must be [N_ex] and sampled [N_ex, N_sample], got {list(greedy.shape)} and "
+            f"{list(sampled.shape)}"
+        )
+    if bool(greedy.any()):
+        return "HighlyKnown" if bool(greedy.all()) else "MaybeKnown"
+    return "WeaklyKnown" if bool(sampled.any()) else "Unknown"
+
+
+def matches(text: str, answers: Sequence[str]) -> bool:
+    """Whether the first line of ``text`` is one of ``answers`` [K], all normalised.
+
+    Example:
+        "The Eiffel Tower.\\nQ: Who" matches ["eiffel tower", "la tour Eiffel"].
+    """
+    found = normalized(text.partition("\n")[0])
+    return any(found == normalized(answer) for answer in answers)
+
+
+def normalized(answer: str) -> str:
+    """An answer as SQuAD compares it (arXiv 1606.05250): lower case, no ASCII punctuation, no articles [a, an, the],
+    single spaces.
+
+    One that is nothing else, such as "A" or "?", keeps them.
+    """
+    plain = _ARTICLES.sub(" ", answer.lower().translate(_NO_PUNCTUATION))
+    return " ".join(plain.split()) or " ".join(answer.lower().split())

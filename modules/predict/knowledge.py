@@ -1,0 +1,128 @@
+"""What does a model know before it is tuned? The measurement of SliCK (arXiv 2405.05904, section 3)."""
+
+import hashlib
+from collections import Counter, defaultdict
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from modules.base import AlignmentModule
+from modules.predict.categories import knowledge_category, matches
+from modules.rollout.engine import RolloutEngine, Sampling
+from modules.rollout.in_process import InProcessEngine
+from modules.rollout.scoring import sampling_seed
+from modules.types import KNOWLEDGE_CATEGORIES, PromptBatch
+
+
+class KnowledgeModule(AlignmentModule):
+    """Asks for each fact with several few-shot prompts, once greedily and ``num_samples`` times sampled, and sorts it
+    into HighlyKnown, MaybeKnown, WeaklyKnown or Unknown. For ``predict`` alone.
+
+    The first line of a completion is the answer. Ask the very model that is to be tuned, before tuning: the categories
+    hold for no other. How many prompts and examples there are is the DataModule's; the paper has 10 prompts of 4
+    examples, and with fewer the categories are noisy.
+
+    Args:
+        policy: ``tiny``, a Hugging Face folder, a GGUF file or a hub id.
+        num_samples: sampled answers per prompt, >= 1.
+        temperature: of the samples, > 0.
+        max_completion_length: tokens of an answer, the line end included.
+        engine: what samples; default the policy itself, in this process.
+        seed: of the sampling.
+
+    Attributes:
+        done: uids of facts that are sorted already and are not asked again; a writer that resumes fills it.
+        labelled: of the last batch, a record per fact that was asked: ``row`` (its place in the data), ``uid`` and
+            ``label``: the row's own columns, ``knowledge`` (the category), ``p_greedy`` and ``p_sampled`` (shares of
+                right answers, [0, 1]).
+    """
+
+    def __init__(
+        self,
+        policy: str,
+        num_samples: int = 16,
+        temperature: float = 0.5,
+        max_completion_length: int = 32,
+        engine: RolloutEngine | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(policy, torch.optim.SGD, dropout=False)
+        if num_samples < 1 or temperature <= 0:
+            raise ValueError(
+                f"num_samples must be at least 1 and temperature above 0, got {num_samples} and {temperature}"
+            )
+        self.num_samples, self.seed = num_samples, seed
+        self.sampling = Sampling(temperature=temperature, max_completion_length=max_completion_length, stop=("\n",))
+        self.engine = engine or InProcessEngine()
+        self.done: set[str] = set()
+        self.labelled: list[dict[str, Any]] = []
+
+    def predict_step(self, prompts: PromptBatch, batch_idx: int) -> None:
+        """Leaves the records of the batch in ``labelled``. Raises ValueError for prompts that are not those of facts."""
+        bare = [uid for uid, info in zip(prompts["uid"], prompts["info"], strict=True) if "fact" not in info]
+        if bare:
+            raise ValueError(f"{bare[0]}: a prompt that asks for no fact; set data to FactsDataModule")
+        wanted = [index for index, info in enumerate(prompts["info"]) if info["fact"] not in self.done]
+        self.labelled = []
+        if not wanted:
+            return
+        self.engine.sync_weights(self.policy, self.global_step)
+        greedy = self.right(prompts, wanted, 1, replace(self.sampling, temperature=0.0))
+        sampled = self.right(prompts, wanted, self.num_samples, self.sampling)
+        by_fact: dict[str, list[int]] = defaultdict(list)
+        for place, index in enumerate(wanted):
+            by_fact[prompts["info"][index]["fact"]].append(place)
+        for uid, places in by_fact.items():
+            info, mine = prompts["info"][wanted[places[0]]], (greedy[places, 0], sampled[places])
+            shares = {
+                name: round(float(right.float().mean()), 6)
+                for name, right in zip(("p_greedy", "p_sampled"), mine, strict=True)
+            }
+            self.labelled.append(
+                {
+                    "row": info["row"],
+                    "uid": uid,
+                    "label": {**info["columns"], "knowledge": knowledge_category(*mine), **shares},
+                }
+            )
+
+    def right(self, prompts: PromptBatch, wanted: list[int], num_generations: int, sampling: Sampling) -> torch.Tensor:
+        """bool [len(wanted), num_generations]: which answers are right. All are sampled in one call, each prompt
+        computed once.
+        """
+        seeds = [sampling_seed(self.seed, "knowledge", prompts["uid"][index]) for index in wanted]
+        groups = self.engine.generate(
+            [prompts["prompt_ids"][index] for index in wanted], num_generations, sampling, seeds
+        )
+        answers = [prompts["info"][index]["answers"] for index in wanted]
+        return torch.tensor(
+            [[matches(one.text, known) for one in group] for group, known in zip(groups, answers, strict=True)]
+        )
+
+    def summary(self, records: list[dict[str, Any]]) -> dict[str, float]:
+        """``rows``, the share of each category, and the means of ``p_greedy`` and ``p_sampled``."""
+        labels, count = [record["label"] for record in records], len(records)
+        found = Counter(label["knowledge"] for label in labels)
+        shares: dict[str, float] = {category: found[category] / count for category in KNOWLEDGE_CATEGORIES}
+        return {
+            "rows": float(count),
+            **shares,
+            **{name: sum(label[name] for label in labels) / count for name in ("p_greedy", "p_sampled")},
+        }
+
+    def identity(self) -> dict[str, str | int]:
+        """What determines the categories beside the prompts: a file begun with other weights or sampling is not gone on
+        with.
+        """
+        weights = hashlib.blake2b(digest_size=16)
+        for name, weight in self.policy.state_dict().items():
+            weights.update(name.encode())
+            weights.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        return {
+            **super().identity(),
+            "weights": weights.hexdigest(),
+            "sampling": str(self.sampling),
+            "samples": self.num_samples,
+            "seed": self.seed,
+        }

@@ -1,0 +1,183 @@
+"""Feedback as data: a judge compares the candidate answers of each prompt, or a reward scores them; their ranks train a
+reward model or DPO.
+"""
+
+import re
+from collections import Counter
+from itertools import combinations
+from typing import Any, Protocol, cast, runtime_checkable
+
+import torch
+
+from modules.base import AlignmentModule
+from modules.rewards.chat.judge import Comparison, PairwiseJudge, tally, tally_metrics
+from modules.rewards.chat.protocol import ChatClient
+from modules.rollout.scoring import make_rollouts
+from modules.types import Completion, PromptBatch, Reward
+
+
+@runtime_checkable
+class AsksClient(Protocol):
+    """A judge that asks a chat model."""
+
+    client: ChatClient
+
+
+class LabelModule(AlignmentModule):
+    """Ranks the candidates of each prompt (RLAIF, arXiv 2309.00267; or a rule that stands for the people who judge).
+    For ``predict`` alone.
+
+    A ``PairwiseJudge`` compares every two candidates, in both orders (MT-Bench, arXiv 2306.05685), and they are ranked
+    by their mean share of wins, a tie counting half. Any other reward scores each candidate once, as a completion that
+    ended by itself, by text and without tokens; one that checks an answer reads the row's ``answer``. Where a single
+    comparison or score of a row is invalid, the row is, since its scores would not compare. Nothing is sampled from the
+    policy; only its tokenizer is used.
+
+    Args:
+        judge: compares two answers, or scores one.
+        policy: whose tokenizer the data get; the built-in one will do.
+
+    Attributes:
+        done: uids that are labelled already and are not judged again; a writer that resumes fills it.
+        labelled: of the last batch, a record per row that was judged: ``row`` (its place in the data), ``uid``,
+            ``given`` (the data's own label), ``counts`` of its comparisons, and ``label``, None when invalid: ``uid``,
+            ``prompt``, ``completions``, ``ranks`` (0 = best, equal for equal scores) and ``scores`` (mean share of
+            wins, [0, 1], or what the reward gave).
+    """
+
+    def __init__(self, judge: Reward, policy: str = "tiny") -> None:
+        super().__init__(policy, torch.optim.SGD, dropout=False)
+        self.judge = judge
+        self.done: set[str] = set()
+        self.labelled: list[dict[str, Any]] = []
+
+    def predict_step(self, prompts: PromptBatch, batch_idx: int) -> None:
+        """Leaves the records of the batch in ``labelled``. Raises ValueError for prompts without candidates, and see
+        the judge.
+        """
+        bare = [uid for uid, info in zip(prompts["uid"], prompts["info"], strict=True) if "candidates" not in info]
+        if bare:
+            raise ValueError(f"{bare[0]}: a prompt without candidates to compare; set data to CandidatesDataModule")
+        rows = [index for index, uid in enumerate(prompts["uid"]) if uid not in self.done]
+        asked = cast(
+            PromptBatch,
+            {name: [column[index] for index in rows] for name, column in cast(dict[str, list[Any]], prompts).items()},
+        )
+        judged = self.compared(asked, self.judge) if isinstance(self.judge, PairwiseJudge) else self.scored(asked)
+        self.labelled = []
+        for uid, prompt, info, (scores, counts) in zip(
+            asked["uid"], asked["prompt"], asked["info"], judged, strict=True
+        ):
+            label = preference_row(uid, prompt, info["candidates"], scores)
+            self.labelled.append(
+                {"row": info["row"], "uid": uid, "given": info["given"], "counts": counts, "label": label}
+            )
+
+    def compared(self, prompts: PromptBatch, judge: PairwiseJudge) -> list[tuple[list[float] | None, dict[str, int]]]:
+        """For each prompt the candidates' mean shares of wins, None when a comparison is invalid, and the counts of its
+        comparisons.
+        """
+        texts = [info["candidates"] for info in prompts["info"]]
+        pairs = [
+            (prompt, first, second)
+            for prompt, answers in zip(prompts["prompt"], texts, strict=True)
+            for first, second in combinations(answers, 2)
+        ]
+        comparisons = iter(judge.compare(pairs))
+        judged = [[next(comparisons) for _ in combinations(answers, 2)] for answers in texts]
+        return [
+            (shares_of_wins(len(answers), found), dict(tally(found)))
+            for answers, found in zip(texts, judged, strict=True)
+        ]
+
+    def scored(self, prompts: PromptBatch) -> list[tuple[list[float] | None, dict[str, int]]]:
+        """For each prompt the candidates' rewards, None when one has none."""
+        completions = [[Completion([], [], text, "stop") for text in info["candidates"]] for info in prompts["info"]]
+        rewards = iter([rollout.reward for rollout in make_rollouts(prompts, completions, self.judge)])
+        scores = [[next(rewards) for _ in group] for group in completions]
+        return [(None if None in group else cast(list[float], group), {}) for group in scores]
+
+    def usage(self) -> dict[str, float]:
+        """What the judge's client has used so far: requests, tokens, cost; nothing where no model is asked."""
+        return self.judge.client.report() if isinstance(self.judge, AsksClient) else {}
+
+    def summary(self, records: list[dict[str, Any]]) -> dict[str, float]:
+        """Numbers of labelled rows: see ``summary`` below."""
+        return summary(records)
+
+    def identity(self) -> dict[str, str | int]:
+        """What determines the labels: a file begun with another judge is not gone on with."""
+        if isinstance(self.judge, PairwiseJudge):
+            return {
+                "judge": self.judge.client.identity,
+                "template": self.judge.template,
+                "both_orders": self.judge.both_orders,
+            }
+        return {"judge": described(self.judge)}
+
+
+def shares_of_wins(num_candidates: int, comparisons: list[Comparison]) -> list[float] | None:
+    """Mean share of wins of each of K candidates from their comparisons in the order of ``itertools.combinations``;
+    None when one is invalid.
+
+    Example: three candidates, the first beats both others, which tie: [1, 0.25, 0.25].
+    """
+    wins = [0.0] * num_candidates
+    for (first, second), comparison in zip(combinations(range(num_candidates), 2), comparisons, strict=True):
+        if comparison.score is None:
+            return None
+        wins[first] += comparison.score
+        wins[second] += 1.0 - comparison.score
+    return [won / (num_candidates - 1) for won in wins]
+
+
+def preference_row(uid: str, prompt: str, completions: list[str], scores: list[float] | None) -> dict[str, Any] | None:
+    """K completions with their scores as a row with ranks, 0 = best: scores [1, 0.25, 0.25] are ranks [0, 1, 1]. None
+    without scores.
+    """
+    if scores is None:
+        return None
+    ranks = [sum(other > mine for other in scores) for mine in scores]
+    return {"uid": uid, "prompt": prompt, "completions": completions, "ranks": ranks, "scores": scores}
+
+
+def described(value: Any) -> str:
+    """A reward by its class and what it was made with, the same in every run."""
+    if isinstance(value, ChatClient):
+        return value.identity
+    if isinstance(value, Reward):
+        kept = {
+            name: part
+            for name, part in vars(value).items()
+            if not name.startswith("_") and not isinstance(part, Counter)
+        }  # no counts so far
+        parts = (f"{name}={described(part)}" for name, part in kept.items())
+        return f"{type(value).__name__}({', '.join(parts)})"
+    if isinstance(value, list):
+        return f"[{', '.join(map(described, value))}]"
+    return value.pattern if isinstance(value, re.Pattern) else repr(value)
+
+
+def summary(records: list[dict[str, Any]]) -> dict[str, float]:
+    """``rows`` (labelled), ``ties`` (rows whose completions are all equal), ``invalid`` (rows), the judge's
+    ``position_bias`` and ``consistency``, and where the data have labels: ``agreement`` = share of the ``given``
+    labelled rows with that very label, ties too.
+    """
+    labels = [record["label"] for record in records if record["label"] is not None]
+    metrics = tally_metrics(sum((Counter(record["counts"]) for record in records), Counter()))
+    metrics |= {
+        "rows": float(len(labels)),
+        "ties": float(sum(not any(label["ranks"]) for label in labels)),
+        "invalid": float(len(records) - len(labels)),
+    }
+    compared = [
+        (record["given"], record["label"]["ranks"])
+        for record in records
+        if record["label"] and record["given"] is not None
+    ]
+    if compared:
+        metrics["given"] = float(len(compared))
+        metrics["agreement"] = sum(
+            given == {(0, 1): 1, (1, 0): 2, (0, 0): 0}[tuple(ranks)] for given, ranks in compared
+        ) / len(compared)
+    return metrics

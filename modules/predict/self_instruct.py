@@ -1,0 +1,250 @@
+"""Self-Instruct: a model writes new tasks after the pattern of a few human ones, and a filter keeps those that are new
+(arXiv 2212.10560).
+
+As Alpaca does it (tatsu-lab/stanford_alpaca, generate_instruction.py): a task with its input and output in one request,
+human examples alone.
+"""
+
+import re
+from collections import Counter
+from random import Random
+from typing import TypedDict
+
+import torch
+
+from modules.base import AlignmentModule
+from modules.predict.instruction_filter import REASONS, InstructionPool
+from modules.rewards.chat.protocol import ChatClient, Conversation
+from modules.types import PromptBatch
+
+LIST_LENGTH = 20  # tasks of a whole list, the examples included
+PROMPT = """You are writing exercises for an assistant that reads and writes text and can do nothing else. Make a list of {length} different tasks.
+
+What makes a good list:
+- Every task begins with another verb, and the tasks ask for different kinds of work: explaining, rewriting, classifying, planning, inventing.
+- Some tasks are questions and some are requests. Each is stated in English, in one or two sentences.
+- The assistant can neither look at anything nor make anything but text; it cannot set an alarm or call anyone.
+- The input gives what the task needs, with real details instead of placeholders, in at most 100 words. A task that needs none has <noinput> there.
+- The output is a right and complete answer to the task with that input, in at most 100 words.
+
+The list so far:
+
+{examples}
+
+Go on with the tasks {first} to {length} in exactly this form, and write a line with nothing but ### behind every task, behind the last one too."""
+SEPARATOR = re.compile(r"^[ \t]*###[ \t]*$", re.MULTILINE)
+LABEL = re.compile(r"^[ \t]*\d+\.[ \t]*(Instruction|Input|Output):", re.MULTILINE)
+
+
+class Task(TypedDict):
+    """An instruction that was kept."""
+
+    instruction: str
+    input: str  # "" = none
+    output: str
+    most_similar: str  # of the seeds and what was kept before it
+    similarity: float  # its ROUGE-L F1, [0, 1]
+
+
+class Round(TypedDict):
+    """What one batch of requests brought."""
+
+    requests: int
+    accepted: list[Task]
+    rejected: dict[str, int]  # by reason: those of the filter, ``malformed`` and ``unfinished``
+    usage: dict[str, float]  # of the client: tries, tokens, cost
+
+
+class SelfInstructModule(AlignmentModule):
+    """Asks for lists of new tasks until enough are kept. For ``predict`` alone and on one process: the filter takes one
+    task after another.
+
+    Each request shows ``num_in_context`` seeds, drawn by ``seed`` and the number of the request. The list that comes
+    back is cut at the lines ``###``; what stands behind the last of them is unfinished and discarded, since a client
+    does not say why an answer ended. Which tasks are kept depends on the answers and their order alone, not on
+    ``requests_per_round``, but for where the run ends: the last round is used whole. A client with a cache answers a
+    repeated request as before, so with few seeds it needs none.
+
+    Args:
+        client: what is asked; it needs room for about 3000 tokens and a temperature above 0.
+        num_instructions: enough.
+        num_in_context: seeds shown in a request; Alpaca: 3.
+        max_similarity: ROUGE-L F1 to any seed or kept instruction above which a new one is refused, [0, 1].
+        requests_per_round: asked at once; what is lost at most when a run is killed.
+        patience: requests in a row (whole rounds) that bring nothing new, after which it stops.
+        seed: of the examples.
+        policy: whose tokenizer the data get; the built-in one will do.
+
+    Attributes:
+        rounds: what each round brought, from the first on; a writer that resumes fills it.
+        fruitless: requests of this run since the last round that brought something.
+
+    Raises:
+        ImportError: rapidfuzz is not installed.
+        ValueError: impossible settings; in ``setup``, several processes; at the first batch, fewer seeds than are
+            shown, and see the client.
+    """
+
+    def __init__(
+        self,
+        client: ChatClient,
+        num_instructions: int,
+        num_in_context: int = 3,
+        max_similarity: float = 0.7,
+        requests_per_round: int = 8,
+        patience: int = 40,
+        seed: int = 0,
+        policy: str = "tiny",
+    ) -> None:
+        if min(num_instructions, requests_per_round, patience) < 1:
+            raise ValueError(
+                f"num_instructions, requests_per_round and patience must be at least 1, got {num_instructions}, "
+                f"{requests_per_round} and {patience}"
+            )
+        if not 1 <= num_in_context < LIST_LENGTH:
+            raise ValueError(
+                f"num_in_context must lie in 1..{LIST_LENGTH - 1}, so that a list of {LIST_LENGTH} has new tasks; got "
+                f"{num_in_context}"
+            )
+        InstructionPool([], max_similarity)  # refuses a wrong threshold or a missing package
+        super().__init__(policy, torch.optim.SGD, dropout=False)
+        self.client, self.num_instructions, self.num_in_context, self.max_similarity = (
+            client,
+            num_instructions,
+            num_in_context,
+            max_similarity,
+        )
+        self.requests_per_round, self.patience, self.seed = requests_per_round, patience, seed
+        self.rounds: list[Round] = []
+        self.fruitless = 0
+        self._pool: InstructionPool | None = None  # of the seeds and ``rounds``
+
+    @property
+    def num_accepted(self) -> int:
+        """Instructions kept so far."""
+        return sum(len(one["accepted"]) for one in self.rounds)
+
+    @property
+    def finished(self) -> bool:
+        """Whether there is enough, or no more to be had."""
+        return self.num_accepted >= self.num_instructions or self.fruitless >= self.patience
+
+    def setup(self, stage: str) -> None:
+        """Refuse what cannot work before anything is asked."""
+        super().setup(stage)
+        if self.trainer.world_size > 1:
+            ranks = self.trainer.world_size
+            raise ValueError(
+                f"SelfInstructModule compares each task with all before it, which {ranks} processes cannot; set "
+                "trainer.devices to 1"
+            )
+
+    def predict_step(self, seeds: PromptBatch, batch_idx: int) -> None:
+        """One round: adds to ``rounds``, unless it is finished."""
+        if not all("input" in info for info in seeds["info"]):
+            raise ValueError(f"{seeds['uid'][0]}: a prompt that is no seed task; set data to SeedTasksDataModule")
+        if len(seeds["prompt"]) < self.num_in_context:
+            raise ValueError(
+                f"a request shows {self.num_in_context} seeds and the data hold {len(seeds['prompt'])}; add seeds or "
+                "lower num_in_context"
+            )
+        if self.finished:
+            return
+        if self._pool is None:
+            kept = [task["instruction"] for one in self.rounds for task in one["accepted"]]
+            self._pool = InstructionPool([*seeds["prompt"], *kept], self.max_similarity)
+        before, asked = self.client.report(), sum(one["requests"] for one in self.rounds)
+        answers = self.client.complete(
+            [self.conversation(seeds, asked + place) for place in range(self.requests_per_round)]
+        )
+        accepted, rejected = keep([answer for answer in answers if answer is not None], self._pool)
+        usage = {name: value - before.get(name, 0.0) for name, value in self.client.report().items()}
+        self.fruitless = 0 if accepted else self.fruitless + len(answers)
+        self.rounds.append(Round(requests=len(answers), accepted=accepted, rejected=dict(rejected), usage=usage))
+
+    def conversation(self, seeds: PromptBatch, number: int) -> Conversation:
+        """The request of this number."""
+        drawn = Random(f"{self.seed} {number}").sample(range(len(seeds["prompt"])), self.num_in_context)
+        shown = [
+            written(place, seeds["prompt"][row], seeds["info"][row]["input"], seeds["answer"][row] or "")
+            for place, row in enumerate(drawn, start=1)
+        ]
+        examples = "\n".join(["###", *shown])
+        return [
+            {
+                "role": "user",
+                "content": PROMPT.format(length=LIST_LENGTH, examples=examples, first=self.num_in_context + 1),
+            }
+        ]
+
+    def identity(self) -> dict[str, str | int]:
+        """What determines the tasks, the number of them aside: a file begun otherwise is not gone on with."""
+        settings = f"{self.num_in_context} in context, similarity {self.max_similarity}, seed {self.seed}"
+        return {"client": self.client.identity, "prompt": PROMPT, "settings": settings}
+
+    def summary(self) -> dict[str, float]:
+        """Of all rounds: ``instructions``, ``tasks`` (whole or not, all that were written), ``rejected/<reason>``,
+        ``requests``, and the client's
+        numbers: ``client/requests`` (tries), ``client/failed``, tokens, and ``client/cost`` where prices are set."""
+        rejected = sum((Counter(one["rejected"]) for one in self.rounds), Counter())
+        usage: dict[str, float] = {}
+        for one in self.rounds:
+            for name, value in one["usage"].items():
+                usage[name] = usage.get(name, 0.0) + value
+        return {
+            "instructions": float(self.num_accepted),
+            "tasks": float(self.num_accepted + rejected.total()),
+            "requests": float(sum(one["requests"] for one in self.rounds)),
+            **{f"rejected/{reason}": float(rejected[reason]) for reason in ("unfinished", "malformed", *REASONS)},
+            **{f"client/{name}": value for name, value in usage.items()},
+        }
+
+
+def keep(answers: list[str], pool: InstructionPool) -> tuple[list[Task], Counter[str]]:
+    """The tasks of the answers that the filter keeps, which are added to the pool, and the others by reason."""
+    accepted: list[Task] = []
+    rejected: Counter[str] = Counter()
+    for answer in answers:
+        tasks, unusable = read_list(answer)
+        rejected += unusable
+        for instruction, given, output in tasks:
+            reason, similar, score = pool.judge(instruction, output)
+            if reason is not None:
+                rejected[reason] += 1
+                continue
+            pool.add(instruction)
+            accepted.append(
+                Task(instruction=instruction, input=given, output=output, most_similar=similar, similarity=score)
+            )
+    return accepted, rejected
+
+
+def read_list(answer: str) -> tuple[list[tuple[str, str, str]], Counter[str]]:
+    """Instruction, input ("" = none) and output of each whole task of a list, and what else there was: ``malformed``
+    and ``unfinished`` pieces.
+
+    A piece needs one label of each kind, in order; what stands before the first label, such as a greeting or a thought,
+    is passed over.
+    """
+    text = answer.encode(errors="replace").decode()  # half a character, which no file can hold, becomes "?"
+    *whole, last = SEPARATOR.split(text.rpartition("</think>")[2])
+    tasks, unusable = [], Counter({"unfinished": 1} if last.strip() else {})
+    for piece in whole:
+        _, *parts = LABEL.split(piece)
+        if parts[0::2] == ["Instruction", "Input", "Output"]:
+            instruction, given, output = (part.strip() for part in parts[1::2])
+            tasks.append((instruction, "" if given.lower() == "<noinput>" else given, output))
+        elif piece.strip():
+            unusable["malformed"] += 1
+    return tasks, unusable
+
+
+def written(number: int, instruction: str, given: str, output: str) -> str:
+    """A task as the list shows it."""
+    lines = (
+        f"{number}. Instruction: {' '.join(instruction.split())}",
+        f"{number}. Input:\n{given or '<noinput>'}",
+        f"{number}. Output:\n{output}",
+        "###",
+    )
+    return "\n".join(lines)

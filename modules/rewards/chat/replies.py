@@ -1,0 +1,89 @@
+"""What a chat server says: reading its answers and refusals, and keeping answers on disk."""
+
+import json
+import os
+import threading
+import time
+from dataclasses import asdict, dataclass, replace
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+from typing import Any
+
+LONGEST_WAIT = 600.0  # seconds of a Retry-After that are waited for
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one conversation brought."""
+
+    text: str | None  # None = no answer
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    requests: int = 0  # 0 = from the cache
+
+
+class TryAgain(Exception):
+    """A request that failed and may succeed later."""
+
+    def __init__(self, reason: str, wait: float = 0.0, unreachable: bool = False) -> None:
+        super().__init__(reason)
+        self.wait = wait  # seconds that the server asked for
+        self.unreachable = unreachable  # no connection, so the request is not at fault
+
+
+def read_answer(content: bytes) -> Answer:
+    """The body of a status 200; tokens that the server does not count are 0. Raises TryAgain for anything but an answer
+    in text.
+    """
+    try:
+        reply = json.loads(content)
+        text = reply["choices"][0]["message"]["content"]
+        usage: Any = reply.get("usage") or {}
+        tokens = [int(usage.get(name) or 0) for name in ("prompt_tokens", "completion_tokens")]
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise TryAgain("malformed answer") from error
+    if not isinstance(text, str):
+        raise TryAgain("answer without text")
+    return Answer(text, *tokens)
+
+
+def refusal(content: bytes) -> str:
+    """What an error body says, in one line of at most 300 characters."""
+    said: Any = content.decode("utf-8", errors="replace")
+    try:
+        body = json.loads(said)
+    except ValueError:
+        body = None
+    if isinstance(body, dict):
+        said = body.get("error") or body.get("detail") or body.get("message") or said
+        said = said.get("message", said) if isinstance(said, dict) else said
+    return " ".join(str(said).split())[:300] or "no reason given"
+
+
+def retry_after(header: str | None) -> float:
+    """Seconds from now that a Retry-After header asks for, as a number or as a date; 0 without one that can be read."""
+    if header is None:
+        return 0.0
+    try:
+        seconds = (
+            float(header) if header.strip().isdecimal() else parsedate_to_datetime(header).timestamp() - time.time()
+        )
+    except ValueError:
+        return 0.0
+    return min(max(seconds, 0.0), LONGEST_WAIT)
+
+
+def read_cached(file: Path) -> Answer | None:
+    """The answer that a file keeps; None when there is none or it is damaged, so that it is asked for anew."""
+    try:
+        return Answer(**json.loads(file.read_bytes()))
+    except (FileNotFoundError, ValueError, TypeError):
+        return None
+
+
+def write_cached(file: Path, answer: Answer) -> None:
+    """Keep an answer. Written beside and renamed: no process ever reads half a file."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(f".{file.name}.{os.getpid()}.{threading.get_ident()}")
+    part.write_text(json.dumps(asdict(replace(answer, requests=0))), encoding="utf-8")
+    part.replace(file)

@@ -1,0 +1,152 @@
+"""What every reward shares: combining several, reading their scores safely, and finding the text to score."""
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+
+from modules.types import Reward, Rollout
+
+
+def score(reward: Reward, rollouts: Sequence[Rollout]) -> list[float | None]:
+    """Call a reward and check what it returned.
+
+    Returns:
+        One finite score per rollout, in order; None = unscorable.
+
+    Raises:
+        ValueError: another number of scores than rollouts, or a score that is NaN or infinite.
+    """
+    values = reward(rollouts)
+    if len(values) != len(rollouts):
+        raise ValueError(
+            f"reward '{reward.name}' returned {len(values)} scores for {len(rollouts)} rollouts; return one per rollout"
+        )
+    bad = [index for index, value in enumerate(values) if value is not None and not math.isfinite(value)]
+    if bad:
+        raise ValueError(
+            f"reward '{reward.name}' returned {values[bad[0]]} for rollout {bad[0]}; return None for unscorable"
+        )
+    return [None if value is None else float(value) for value in values]
+
+
+class WeightedSum(Reward):
+    """Total of several rewards, each times its weight. One unscorable component makes the total None: a partial sum is
+    on another scale.
+
+    Args:
+        rewards: the components, with distinct names.
+        weights: one finite factor per component; None = 1 each (DeepSeek-R1, arXiv 2501.12948, adds its rewards with
+            equal weight).
+
+    Raises:
+        ValueError: no component, another number of weights, a weight that is not finite, or two components of one name.
+    """
+
+    def __init__(self, rewards: list[Reward], weights: list[float] | None = None) -> None:
+        weights = [1.0] * len(rewards) if weights is None else list(weights)
+        names = [reward.name for reward in rewards]
+        if not rewards:
+            raise ValueError("WeightedSum needs at least one reward; got an empty list")
+        if len(weights) != len(rewards):
+            raise ValueError(
+                f"WeightedSum got {len(rewards)} rewards but {len(weights)} weights; give one weight per reward"
+            )
+        if not all(math.isfinite(weight) for weight in weights):
+            raise ValueError(f"WeightedSum weights must be finite numbers; got {weights}")
+        repeated = sorted({name for name in names if names.count(name) > 1})
+        if repeated:
+            raise ValueError(f"WeightedSum got several rewards named {repeated}; give each its own name")
+        self.name = "weighted_sum"
+        self.rewards = list(rewards)
+        self.weights = weights
+
+    def __call__(self, rollouts: Sequence[Rollout]) -> list[float | None]:
+        """Weighted total per rollout, None where any component is None."""
+        return [self.total(parts) for parts in self.components(rollouts)]
+
+    def components(self, rollouts: Sequence[Rollout]) -> list[dict[str, float | None]]:
+        """Unweighted scores by reward name, one dict per rollout."""
+        columns = [score(reward, rollouts) for reward in self.rewards]
+        names = [reward.name for reward in self.rewards]
+        return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
+
+    def total(self, parts: dict[str, float | None]) -> float | None:
+        """Weighted sum of one rollout's components (as ``components`` gives them), None when one of them is None."""
+        total = 0.0
+        for value, weight in zip(parts.values(), self.weights, strict=True):
+            if value is None:
+                return None
+            total += weight * value
+        return total
+
+
+def breakdown(reward: Reward, rollouts: Sequence[Rollout]) -> tuple[list[dict[str, float | None]], list[float | None]]:
+    """Score once and keep the parts.
+
+    Returns:
+        Per rollout the unweighted components by name (the reward itself under its own name when it is not a
+        WeightedSum), and the total.
+
+    Raises:
+        ValueError: see ``score``.
+    """
+    if isinstance(reward, WeightedSum):
+        parts = reward.components(rollouts)
+        return parts, [reward.total(row) for row in parts]
+    totals = score(reward, rollouts)
+    return [{reward.name: value} for value in totals], totals
+
+
+def every_reward(reward: Reward) -> Iterator[Reward]:
+    """The reward and, however deep, the rewards that it is made of."""
+    yield reward
+    for part in vars(reward).values():
+        for inner in part if isinstance(part, list | tuple) else [part]:
+            if isinstance(inner, Reward):
+                yield from every_reward(inner)
+
+
+def final_text(text: str) -> str:
+    """The part of a completion that may hold the answer: what follows the last ``</think>``.
+
+    A completion that opens ``<think>`` and never closes it has none (""); one without these tags counts whole. An
+    answer inside the reasoning would reward text that the reader never sees.
+    """
+    _, closed, after = text.rpartition("</think>")
+    if closed:
+        return after
+    return "" if "<think>" in text else text
+
+
+def final_answer(answer: str) -> str:
+    """The gold answer without its worked solution: what follows the last ``####`` (GSM8K's mark), or all of it;
+    stripped.
+    """
+    return answer.rpartition("####")[2].strip()
+
+
+def compile_pattern(pattern: str, owner: str) -> re.Pattern[str]:
+    """Compile with DOTALL (``.`` also matches a line end; ``^`` and ``$`` do not match at inner line ends).
+
+    Raises:
+        ValueError: not a regular expression, naming ``owner``.
+    """
+    try:
+        return re.compile(pattern, re.DOTALL)
+    except re.error as error:
+        raise ValueError(f"{owner} got an invalid regular expression {pattern!r}: {error}") from error
+
+
+def compile_extractor(pattern: str, owner: str) -> re.Pattern[str]:
+    """As ``compile_pattern``, for a pattern whose only group is the answer.
+
+    Raises:
+        ValueError: not a regular expression, or not exactly one group.
+    """
+    compiled = compile_pattern(pattern, owner)
+    if compiled.groups != 1:
+        raise ValueError(
+            f"{owner} needs a pattern with exactly one group, the answer; {pattern!r} has {compiled.groups}; write "
+            "(?:...) for others"
+        )
+    return compiled

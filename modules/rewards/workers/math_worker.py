@@ -1,0 +1,62 @@
+"""Program run by path in a child process: one JSON request per line in, one verdict per line out. Imports nothing of
+this package.
+
+Request {"gold": str, "completion": str}; verdict 1.0, 0.0 or null (the gold answer cannot be parsed). Argument: seconds
+per request.
+"""
+
+import json
+import logging
+import os
+import signal
+import sys
+import warnings
+from functools import lru_cache
+from typing import Any
+
+
+@lru_cache(maxsize=256)
+def parse_gold(gold: str) -> tuple[Any, ...]:
+    """Expressions of a gold answer read as LaTeX, empty when there is none. Bare, the library would read 2 in
+    2\\sqrt{3}.
+    """
+    from math_verify import parse
+
+    return tuple(parse(f"${gold.strip('$')}$", fallback_mode="no_fallback", parsing_timeout=None))
+
+
+def verdict(gold: str, completion: str) -> float | None:
+    """1.0 when equal, 0.0 when not or nothing is found, None when the gold answer cannot be parsed."""
+    from math_verify import parse, verify
+
+    expected = list(parse_gold(gold))
+    if not expected:
+        return None
+    found = parse(completion, parsing_timeout=None)
+    return float(verify(expected, found, timeout_seconds=None))
+
+
+def main() -> None:
+    """Answer requests until the input ends."""
+    # Whatever libraries print must not be read as a verdict.
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    logging.disable(logging.CRITICAL)
+    warnings.simplefilter("ignore")
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends this process
+    limit = float(sys.argv[1]) + 1.0
+    verdict("1", "1")  # loads the library before time is counted
+    print("ready", file=replies, flush=True)
+    for line in sys.stdin:
+        # The parent kills at the timeout; if the parent is gone, the system's alarm ends a hang that no Python code
+        # can.
+        if os.name == "posix":
+            signal.setitimer(signal.ITIMER_REAL, limit)
+        request = json.loads(line)
+        print(json.dumps(verdict(request["gold"], request["completion"])), file=replies, flush=True)
+        if os.name == "posix":
+            signal.setitimer(signal.ITIMER_REAL, 0.0)
+
+
+if __name__ == "__main__":
+    main()
