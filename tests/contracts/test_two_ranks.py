@@ -16,7 +16,12 @@ from two_ranks import TwoRanks
 CONFIGS = {path.stem: path for path in sorted((ROOT / "configs").glob("*.yaml"))}
 DDP = ["--config", str(ROOT / "configs/overlays/ddp.yaml")]
 FIT = [name for name, path in CONFIGS.items() if "max_epochs" in path.read_text() or "max_steps" in path.read_text()]
-TWO_EPOCHS = ["--trainer.max_epochs=2", "--trainer.limit_train_batches=1", "--trainer.check_val_every_n_epoch=1", *ONE_BATCH]
+TWO_EPOCHS = [
+    "--trainer.max_epochs=2",
+    "--trainer.limit_train_batches=1",
+    "--trainer.check_val_every_n_epoch=1",
+    *ONE_BATCH,
+]
 WITHIN = 30.0  # seconds in which a run ends that is told to
 
 
@@ -54,4 +59,6 @@ def test_a_judge_labels(two_ranks, tmp_path, chat_server, rules):
 
 
 def test_every_config_is_here():
-    assert {*FIT, "knowledge", "label", "self_instruct"} == set(CONFIGS)  # self_instruct refuses a second rank, see its own test
+    assert {*FIT, "knowledge", "label", "self_instruct"} == set(
+        CONFIGS
+    )  # self_instruct refuses a second rank, see its own test

@@ -31,13 +31,25 @@ class TwoRanks:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         for rank in range(2):
-            here = {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            here = {
+                "LOCAL_RANK": str(rank),
+                "NODE_RANK": "0",
+                "WORLD_SIZE": "2",
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+            }
             environment = {**os.environ, **here, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
             answer, end = os.pipe()
             log = tempfile.TemporaryFile("w+")
             command = [sys.executable, str(Path(__file__).with_name("rank.py")), str(end)]
             process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, text=True, env=environment, pass_fds=[end]
+                command,
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                text=True,
+                env=environment,
+                pass_fds=[end],
             )
             os.close(end)
             self.ranks.append(process)
