@@ -40,7 +40,7 @@ class TwoRanks:
             }
             environment = {**os.environ, **here, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
             answer, end = os.pipe()
-            log = tempfile.TemporaryFile("w+")
+            log = tempfile.TemporaryFile("w+")  # noqa: SIM115
             command = [sys.executable, str(Path(__file__).with_name("rank.py")), str(end)]
             process = subprocess.Popen(
                 command,
