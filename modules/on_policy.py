@@ -33,7 +33,7 @@ ENOUGH = 64  # completions of a phase, below which a standard error is too uncer
 
 
 class OnPolicyModule(AlignmentModule):
-    """A method whose phases are sampled from the policy itself; a subclass says what a phase teaches (``finish``) and
+    """A method whose phases are sampled from the policy itself; a subclass says what a phase teaches (``prepare``) and
     the loss.
 
     Args:
@@ -59,6 +59,7 @@ class OnPolicyModule(AlignmentModule):
         self,
         policy: str,
         reward: Reward,
+        *,
         num_generations: int,
         sampling: Sampling,
         engine: RolloutEngine | None,
@@ -121,7 +122,7 @@ class OnPolicyModule(AlignmentModule):
             rank_zero_info(f"reward {path}: computed {own}")
 
     @abstractmethod
-    def finish(self, batch: PolicyBatch) -> None:
+    def prepare(self, batch: PolicyBatch) -> None:
         """Put what the loss needs into a phase's batch: advantages or ranks, ``row_count`` and ``active``; numbers to
         log go to ``phase_metrics``.
         """
@@ -154,7 +155,7 @@ class OnPolicyModule(AlignmentModule):
         self.rollouts = with_sums(rollouts, entropies, log_ratio, mask)
         self.phase_metrics = gap_metrics(mask, batch["old_logprobs"], batch["sampler_logprobs"], k3)
         self.check_kl()
-        self.finish(batch)
+        self.prepare(batch)
         self.phase_metrics |= {"time/sampling": sampled - start, "time/scoring": time.perf_counter() - sampled}
         self._training_start = time.perf_counter()
         return batch

@@ -14,9 +14,10 @@ from torch.utils.data import DataLoader
 from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
 from modules.base import AlignmentModule
+from modules.checks import check_numbers
 from modules.distributed import from_all_ranks, log_equal
-from modules.losses.pairs import Pairs, describe, pairs_of
-from modules.losses.preference_loss import bradley_terry_loss
+from modules.losses.pairs import Pairs, find_pairs, make_scored_pairs
+from modules.losses.preference import BradleyTerry
 from modules.networks.lora import ADAPTERS, HEAD_FILE, POLICY, Lora, merged, save_adapters
 from modules.networks.scalar_head import HEADS_FILE, ScalarHead, sequence_classifier, with_scoring_pad
 from modules.types import PreferenceBatch, ScoredPair
@@ -90,8 +91,7 @@ class RewardModule(AlignmentModule):
         scheduler: LRSchedulerCallable | None = None,
     ) -> None:
         super().__init__(policy, optimizer, scheduler, dropout=False, lora=lora)
-        if centering < 0 or num_heads < 1:
-            raise ValueError(f"centering must be >= 0 and num_heads at least 1, got {centering} and {num_heads}")
+        check_numbers("RewardModule", centering=(centering, "[0, inf)"), num_heads=(num_heads, "[1, inf)"))
         if num_heads > 1 and not normalize:
             raise ValueError("several heads have offsets of their own, so their ensemble needs normalize: true")
         config = self.policy.model.config
@@ -104,7 +104,7 @@ class RewardModule(AlignmentModule):
         output = self.policy.model.get_output_embeddings()
         if output.weight is not self.policy.model.get_input_embeddings().weight:
             output.requires_grad_(False)  # never used, and DDP waits for the gradient of every parameter
-        self.centering, self.use_margins, self.normalize = centering, use_margins, normalize
+        self.objective, self.use_margins, self.normalize = BradleyTerry(centering), use_margins, normalize
         self.moments: Tensor | None = (
             None  # [1 + heads, 2], mean and standard deviation of the score and of each head's
         )
@@ -134,7 +134,7 @@ class RewardModule(AlignmentModule):
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
         """The loss [] of a micro-batch: its share of the step's mean over examples."""
-        scores, pairs = self.head_scores(batch), pairs_of(batch)
+        scores, pairs = self.head_scores(batch), find_pairs(batch)
         sums = self.sums(scores, pairs)
         counted = batch["rank"] >= 0
         if batch_idx % self.trainer.accumulate_grad_batches == 0:
@@ -164,14 +164,14 @@ class RewardModule(AlignmentModule):
 
     def evaluate(self, batch: PreferenceBatch, stage: str) -> None:
         """Log how the held-out pairs of a batch are scored, and keep them."""
-        scores, pairs = self.head_scores(batch), pairs_of(batch)
+        scores, pairs = self.head_scores(batch), find_pairs(batch)
         examples = float(pairs.weight.sum())
         self.log_mean(
             {f"{stage}/{name}": total / max(examples, 1.0) for name, total in self.sums(scores, pairs).items()},
             examples,
         )
         self._held_out += scores.mean(1)[batch["rank"] >= 0].tolist()
-        self.scored_pairs = describe(self.tokenizer, batch, scores.mean(1), pairs)
+        self.scored_pairs = make_scored_pairs(self.tokenizer, batch, scores.mean(1), pairs)
 
     def on_validation_start(self) -> None:
         """Forget what an interrupted evaluation left."""
@@ -190,7 +190,7 @@ class RewardModule(AlignmentModule):
         they are averaged.
         """
         margin = pairs.margin[:, None] if self.use_margins and pairs.margin is not None else None
-        losses = bradley_terry_loss(scores[pairs.better], scores[pairs.worse], margin, self.centering).mean(1)  # [M]
+        losses = self.objective.losses(scores[pairs.better], scores[pairs.worse], margin).mean(1)  # [M]
         mean = scores.detach().mean(1)
         chosen, rejected = mean[pairs.better], mean[pairs.worse]
         values = {
@@ -206,7 +206,7 @@ class RewardModule(AlignmentModule):
 
     def score_pairs(self, batch: PreferenceBatch) -> list[ScoredPair]:
         """Every pair of a batch with its scores and texts."""
-        return describe(self.tokenizer, batch, self.head_scores(batch).mean(1), pairs_of(batch))
+        return make_scored_pairs(self.tokenizer, batch, self.head_scores(batch).mean(1), find_pairs(batch))
 
     @torch.no_grad()
     def before_export(self) -> None:

@@ -29,6 +29,7 @@ from datamodules import PtxStream, VerifiableDataModule
 from datamodules.sources.source import Row, Source
 from modules import PPOModule
 from modules.functional.kl import k2
+from modules.losses import GAE, KL, Clip, MissingEos
 from modules.networks.critic import Value
 from modules.rollout.engine import RolloutEngine, Sampling
 from modules.types import Completion, Reward, Rollout
@@ -94,7 +95,7 @@ def llama(kind: type[PreTrainedModel], seed: int, folder: Path, **settings: Any)
 
 @dataclass(frozen=True)
 class Settings:
-    """What both computations are told, by the module's names, and (last three) how they cut the phase."""
+    """What both computations are told, by TRL's names, and (last three) how they cut the phase."""
 
     lr: float = 0.1
     temperature: float = 1.0
@@ -181,27 +182,19 @@ def fit(
     folder: Path, s: Settings, policy: str = "start", reference: str | None = None, value: str | None = None
 ) -> Fit:
     seed_everything(1)
-    kept = (
-        "gamma",
-        "lam",
-        "cliprange",
-        "dual_clip",
-        "cliprange_value",
-        "vf_coef",
-        "kl_coef",
-        "whiten_rewards",
-        "missing_eos_penalty",
-    )
     module = PPOModule(
         str(folder / policy),
         Rule(),
         num_generations=3,
         sampling=Sampling(temperature=s.temperature, max_completion_length=3),
-        value=Value(value and str(folder / value), s.value_lr),
-        kl_loss=k2 if s.kl_in_loss else None,
-        reference=reference and str(folder / reference),
+        gae=GAE(s.gamma, s.lam, s.whiten_rewards),
+        clip=Clip(s.cliprange, s.dual_clip, s.cliprange_value),
+        kl=KL(s.kl_coef, loss=k2 if s.kl_in_loss else None, reference=reference and str(folder / reference)),
+        value=Value(value and str(folder / value), s.value_lr, coef=s.vf_coef),
+        missing_eos=None if s.missing_eos_penalty is None else MissingEos(s.missing_eos_penalty, s.replace_missing_eos),
+        entropy_coef=s.entropy_coef,
+        ptx_coef=s.ptx_coef,
         optimizer=lambda parameters: torch.optim.SGD(parameters, lr=s.lr),
-        **{name: getattr(s, name) for name in (*kept, "replace_missing_eos", "entropy_coef", "ptx_coef")},
     )
     if value is None:
         module.critic.head.weight.data.copy_(torch.linspace(-0.5, 0.5, 8))
