@@ -2,28 +2,13 @@
 
 import json
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol, runtime_checkable
+from typing import Any, BinaryIO
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from callbacks.writers.resumable_jsonl import append_lines, open_whole_lines, write_whole
-
-
-@runtime_checkable
-class Grows(Protocol):
-    """A module that makes more of seeds."""
-
-    rounds: list[Any]  # what each round brought, with ``accepted``; all but the tasks is numbers by name
-    num_instructions: int  # enough
-    num_accepted: int  # so far
-    fruitless: int  # requests of this run since something was kept
-
-    def identity(self) -> dict[str, str | int]:
-        """What determines the tasks."""
-
-    def summary(self) -> dict[str, float]:
-        """Numbers of all rounds."""
+from modules.types import GrowsTasks
 
 
 class InstructionWriter(Callback):
@@ -58,7 +43,7 @@ class InstructionWriter(Callback):
             raise ValueError(
                 f"InstructionWriter: {self.path} is a folder; name a file, such as {self.path / 'instructions.jsonl'}"
             )
-        if not isinstance(pl_module, Grows):
+        if not isinstance(pl_module, GrowsTasks):
             raise ValueError(
                 f"InstructionWriter: {type(pl_module).__name__} grows no tasks; set model to SelfInstructModule"
             )

@@ -7,9 +7,7 @@ from collections import Counter
 from itertools import combinations
 from typing import Any, Protocol, cast, runtime_checkable
 
-import torch
-
-from modules.base import AlignmentModule
+from modules.predict.base import PredictModule
 from modules.rewards.chat.judge import Comparison, PairwiseJudge, tally, tally_metrics
 from modules.rewards.chat.protocol import ChatClient
 from modules.rollout.scoring import make_rollouts
@@ -23,37 +21,34 @@ class AsksClient(Protocol):
     client: ChatClient
 
 
-class LabelModule(AlignmentModule):
+class LabelModule(PredictModule):
     """Ranks the candidates of each prompt (RLAIF, arXiv 2309.00267; or a rule that stands for the people who judge).
     For ``predict`` alone.
 
     A ``PairwiseJudge`` compares every two candidates, in both orders (MT-Bench, arXiv 2306.05685), and they are ranked
     by their mean share of wins, a tie counting half. Any other reward scores each candidate once, as a completion that
     ended by itself, by text and without tokens; one that checks an answer reads the row's ``answer``. Where a single
-    comparison or score of a row is invalid, the row is, since its scores would not compare. Nothing is sampled from the
-    policy; only its tokenizer is used.
+    comparison or score of a row is invalid, the row is, since its scores would not compare.
 
     Args:
         judge: compares two answers, or scores one.
-        policy: whose tokenizer the data get; the built-in one will do.
 
     Attributes:
         done: uids that are labelled already and are not judged again; a writer that resumes fills it.
-        labelled: of the last batch, a record per row that was judged: ``row`` (its place in the data), ``uid``,
-            ``given`` (the data's own label), ``counts`` of its comparisons, and ``label``, None when invalid: ``uid``,
+        record: ``labels`` holds an entry per row that was judged: ``row`` (its place in the data), ``uid``, ``given``
+            (the data's own label), ``counts`` of its comparisons, and ``label``, None when invalid: ``uid``,
             ``prompt``, ``completions``, ``ranks`` (0 = best, equal for equal scores) and ``scores`` (mean share of
             wins, [0, 1], or what the reward gave).
     """
 
-    def __init__(self, judge: Reward, policy: str = "tiny") -> None:
-        super().__init__(policy, torch.optim.SGD, dropout=False)
+    def __init__(self, judge: Reward) -> None:
+        super().__init__()
         self.judge = judge
         self.done: set[str] = set()
-        self.labelled: list[dict[str, Any]] = []
 
     def predict_step(self, prompts: PromptBatch, batch_idx: int) -> None:
-        """Leaves the records of the batch in ``labelled``. Raises ValueError for prompts without candidates, and see
-        the judge.
+        """Leave the labels of the batch in ``record.labels``. Raises ValueError for prompts without candidates, and
+        see the judge.
         """
         bare = [uid for uid, info in zip(prompts["uid"], prompts["info"], strict=True) if "candidates" not in info]
         if bare:
@@ -64,12 +59,12 @@ class LabelModule(AlignmentModule):
             {name: [column[index] for index in rows] for name, column in cast(dict[str, list[Any]], prompts).items()},
         )
         judged = self.compared(asked, self.judge) if isinstance(self.judge, PairwiseJudge) else self.scored(asked)
-        self.labelled = []
+        self.record.labels = []
         for uid, prompt, info, (scores, counts) in zip(
             asked["uid"], asked["prompt"], asked["info"], judged, strict=True
         ):
             label = preference_row(uid, prompt, info["candidates"], scores)
-            self.labelled.append(
+            self.record.labels.append(
                 {"row": info["row"], "uid": uid, "given": info["given"], "counts": counts, "label": label}
             )
 

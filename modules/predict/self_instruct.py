@@ -10,9 +10,7 @@ from collections import Counter
 from random import Random
 from typing import TypedDict
 
-import torch
-
-from modules.base import AlignmentModule
+from modules.predict.base import PredictModule
 from modules.predict.instruction_filter import REASONS, InstructionPool
 from modules.rewards.chat.protocol import ChatClient, Conversation
 from modules.types import PromptBatch
@@ -55,7 +53,7 @@ class Round(TypedDict):
     usage: dict[str, float]  # of the client: tries, tokens, cost
 
 
-class SelfInstructModule(AlignmentModule):
+class SelfInstructModule(PredictModule):
     """Asks for lists of new tasks until enough are kept. For ``predict`` alone and on one process: the filter takes one
     task after another.
 
@@ -73,7 +71,6 @@ class SelfInstructModule(AlignmentModule):
         requests_per_round: asked at once; what is lost at most when a run is killed.
         patience: requests in a row (whole rounds) that bring nothing new, after which it stops.
         seed: of the examples.
-        policy: whose tokenizer the data get; the built-in one will do.
 
     Attributes:
         rounds: what each round brought, from the first on; a writer that resumes fills it.
@@ -94,7 +91,6 @@ class SelfInstructModule(AlignmentModule):
         requests_per_round: int = 8,
         patience: int = 40,
         seed: int = 0,
-        policy: str = "tiny",
     ) -> None:
         if min(num_instructions, requests_per_round, patience) < 1:
             raise ValueError(
@@ -107,7 +103,7 @@ class SelfInstructModule(AlignmentModule):
                 f"{num_in_context}"
             )
         InstructionPool([], max_similarity)  # refuses a wrong threshold or a missing package
-        super().__init__(policy, torch.optim.SGD, dropout=False)
+        super().__init__()
         self.client, self.num_instructions, self.num_in_context, self.max_similarity = (
             client,
             num_instructions,

@@ -21,7 +21,6 @@ from datamodules.instruction import InstructionDataModule
 from datamodules.predict.seed_tasks import SeedTasksDataModule
 from modules import SFTModule
 from modules.__main__ import main
-from modules.networks.tiny import tiny_tokenizer
 from modules.predict.self_instruct import SelfInstructModule
 from modules.rewards.chat.clients import HttpChat, LocalChat
 
@@ -56,7 +55,7 @@ def grow(
     **settings: Any,
 ) -> None:
     module = SelfInstructModule(client, num, **{"requests_per_round": 2, **settings})
-    data = SeedTasksDataModule(tiny_tokenizer(), str(seeds(file.parent, rows) if file.parent.is_dir() else file))
+    data = SeedTasksDataModule(str(seeds(file.parent, rows) if file.parent.is_dir() else file))
     options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, **(options or {})}
     Trainer(accelerator="cpu", devices=1, callbacks=[InstructionWriter(str(file))], **options).predict(module, data)
 
@@ -93,7 +92,7 @@ def test_tasks_a_report_and_nothing_else(tmp_path: Path, chat_server: Any, caplo
         in caplog.text
     )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.jsonl", "out.jsonl.report.json", "seeds.jsonl"]
-    data = InstructionDataModule(tiny_tokenizer(), str(file))
+    data = InstructionDataModule(str(file))
     data.setup("fit")
     assert len(data.train_rows) == 24
 

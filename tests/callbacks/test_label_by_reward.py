@@ -32,7 +32,7 @@ def label(
     file: Path, judge: Reward, rows: list[dict[str, Any]] = ROWS, batch_size: int = 3
 ) -> tuple[list[dict[str, Any]], dict[str, float]]:
     (file.parent / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    data = CandidatesDataModule(tiny_tokenizer(), str(file.parent / "in.jsonl"), batch_size=batch_size)
+    data = CandidatesDataModule(str(file.parent / "in.jsonl"), batch_size=batch_size)
     quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     Trainer(accelerator="cpu", devices=1, callbacks=[PreferenceWriter(str(file))], **quiet).predict(
         LabelModule(judge), data

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
 from callbacks.preference_audit import PreferenceAudit, reliability, smells_of_length, summary, table
-from modules.types import ScoredPair
+from modules.types import Record, ScoredPair
 
 pytestmark = pytest.mark.filterwarnings("ignore:audit")
 
@@ -36,7 +36,7 @@ class Scorer(LightningModule):
         self.weight = torch.nn.Parameter(torch.zeros(1))
         self.frozen = torch.nn.Dropout().eval()
         self.dropout = torch.nn.Dropout(1.0)  # kills the score in training mode
-        self.scored_pairs: list[ScoredPair] = []
+        self.record = Record()
         self.num_scored = 0
         self.logged: list[bool] = []  # whether each validation logged a report
 
@@ -56,7 +56,7 @@ class Scorer(LightningModule):
         return -self.weight.sum()
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
-        self.scored_pairs = self.score_pairs(batch)
+        self.record.pairs = self.score_pairs(batch)
 
     def on_validation_end(self) -> None:
         self.logged.append("val/audit/accuracy" in self.trainer.callback_metrics)

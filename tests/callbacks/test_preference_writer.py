@@ -22,7 +22,6 @@ from datamodules.predict.candidates import CandidatesDataModule
 from datamodules.sources import Files
 from modules import SFTModule
 from modules.__main__ import main
-from modules.networks.tiny import tiny_tokenizer
 from modules.predict.label import LabelModule, shares_of_wins, summary
 from modules.rewards.chat.clients import HttpChat, LocalChat
 from modules.rewards.chat.judge import Comparison, PairwiseJudge
@@ -42,7 +41,7 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
 
 
 def label(file: Path, rows: Path, client: Any, batch_size: int = 2, **options: Any) -> None:
-    data = CandidatesDataModule(tiny_tokenizer(), str(rows), batch_size=batch_size)
+    data = CandidatesDataModule(str(rows), batch_size=batch_size)
     options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, **options}
     Trainer(accelerator="cpu", devices=1, callbacks=[PreferenceWriter(str(file))], **options).predict(
         LabelModule(PairwiseJudge(client)), data

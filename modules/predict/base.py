@@ -1,0 +1,31 @@
+"""What the modules share that only predict."""
+
+from abc import abstractmethod
+
+from lightning.pytorch import LightningModule
+
+from modules.types import Record
+
+
+class PredictModule(LightningModule):
+    """A method that trains nothing: ``predict`` leaves what it found in ``record`` for a writer. No optimizer.
+
+    Attributes:
+        record: what callbacks read.
+
+    Raises:
+        ValueError: in ``setup``, another command than ``predict``.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.record = Record()
+
+    def setup(self, stage: str) -> None:
+        """Refuse to train or evaluate."""
+        if stage != "predict":
+            raise ValueError(f"{type(self).__name__} trains and evaluates nothing: run predict, not {stage}")
+
+    @abstractmethod
+    def identity(self) -> dict[str, str | int]:
+        """What determines the result: a writer does not go on with a file that was begun otherwise."""
