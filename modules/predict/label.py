@@ -8,7 +8,7 @@ from itertools import combinations
 from typing import Any, Protocol, cast, runtime_checkable
 
 from modules.predict.base import PredictModule
-from modules.rewards.chat.judge import Comparison, PairwiseJudge, tally, tally_metrics
+from modules.rewards.chat.judge import JudgedPair, PairwiseJudge, tally, tally_metrics
 from modules.rewards.chat.protocol import ChatClient
 from modules.rollout.scoring import make_rollouts
 from modules.types import Completion, PromptBatch, Reward
@@ -111,7 +111,7 @@ class LabelModule(PredictModule):
         return {"judge": described(self.judge)}
 
 
-def shares_of_wins(num_candidates: int, comparisons: list[Comparison]) -> list[float] | None:
+def shares_of_wins(num_candidates: int, comparisons: list[JudgedPair]) -> list[float] | None:
     """Mean share of wins of each of K candidates from their comparisons in the order of ``itertools.combinations``;
     None when one is invalid.
 
