@@ -195,23 +195,6 @@ class HasRecord(Protocol):
 
 
 @runtime_checkable
-class GrowsTasks(Protocol):
-    """A module that makes more tasks of seeds, round by round."""
-
-    rounds: list[Any]  # what each round brought, with ``accepted``; all but the tasks is numbers by name
-    num_instructions: int  # enough
-    num_accepted: int  # so far
-    fruitless: int  # requests of this run since something was kept
-    finished: bool  # enough, or no more to be had
-
-    def identity(self) -> dict[str, str | int]:
-        """What determines the tasks."""
-
-    def summary(self) -> dict[str, float]:
-        """Numbers of all rounds."""
-
-
-@runtime_checkable
 class HasRowsInOrder(Protocol):
     """A DataModule that gives its rows in order, as reward models and audits read them."""
 

@@ -2,13 +2,28 @@
 
 import json
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol, runtime_checkable
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from callbacks.writers.resumable_jsonl import append_lines, open_whole_lines, write_whole
-from modules.types import GrowsTasks
+
+
+@runtime_checkable
+class GrowsTasks(Protocol):
+    """A module that makes more tasks of seeds, round by round."""
+
+    rounds: list[Any]  # what each round brought, with ``accepted``; all but the tasks is numbers by name
+    num_instructions: int  # enough
+    num_accepted: int  # so far
+    fruitless: int  # requests of this run since something was kept
+
+    def identity(self) -> dict[str, str | int]:
+        """What determines the tasks."""
+
+    def summary(self) -> dict[str, float]:
+        """Numbers of all rounds."""
 
 
 class InstructionWriter(Callback):

@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import astuple, dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import EVAL_DATALOADERS
@@ -13,9 +13,16 @@ from datamodules.base import RowsDataModule
 from datamodules.formats.columns import Columns, check_mapping, renamed
 from datamodules.sources import Row, Source
 from datamodules.sources.files import read_rows
-from modules.types import GrowsTasks, PromptBatch
+from modules.types import PromptBatch
 
 KNOWN = ("instruction", "input", "output", "instances")
+
+
+@runtime_checkable
+class Finishes(Protocol):
+    """A module that makes more of the seeds, until it has enough."""
+
+    finished: bool
 
 
 @dataclass(frozen=True)
@@ -34,7 +41,7 @@ class Rounds:
     more.
     """
 
-    def __init__(self, batch: PromptBatch, module: GrowsTasks) -> None:
+    def __init__(self, batch: PromptBatch, module: Finishes) -> None:
         self.batch, self.module = batch, module
 
     def __iter__(self) -> Iterator[PromptBatch]:
@@ -74,7 +81,7 @@ class SeedTasksDataModule(RowsDataModule):
     def predict_dataloader(self) -> EVAL_DATALOADERS:
         """The seeds, once a round."""
         module: Any = self.trainer.lightning_module if self.trainer else None
-        if not isinstance(module, GrowsTasks):
+        if not isinstance(module, Finishes):
             raise ValueError(f"{type(module).__name__} makes no tasks of seeds; set model to SelfInstructModule")
         return Rounds(self.batch(), module)
 

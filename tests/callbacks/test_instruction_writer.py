@@ -21,6 +21,7 @@ from datamodules.instruction import InstructionDataModule
 from datamodules.predict.seed_tasks import SeedTasksDataModule
 from modules import SFTModule
 from modules.__main__ import main
+from modules.networks.tiny import tiny_tokenizer
 from modules.predict.self_instruct import SelfInstructModule
 from modules.rewards.chat.clients import HttpChat, LocalChat
 
@@ -92,7 +93,7 @@ def test_tasks_a_report_and_nothing_else(tmp_path: Path, chat_server: Any, caplo
         in caplog.text
     )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.jsonl", "out.jsonl.report.json", "seeds.jsonl"]
-    data = InstructionDataModule(str(file))
+    data = InstructionDataModule(tiny_tokenizer(), str(file))
     data.setup("fit")
     assert len(data.train_rows) == 24
 

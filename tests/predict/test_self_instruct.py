@@ -12,6 +12,7 @@ from lightning.pytorch import Trainer
 
 from datamodules.predict.seed_tasks import SeedTasksDataModule
 from datamodules.verifiable import VerifiableDataModule
+from modules.networks.tiny import tiny_tokenizer
 from modules.predict.instruction_filter import InstructionPool
 from modules.predict.self_instruct import SelfInstructModule, keep, read_list, written
 from modules.rewards.chat.clients import HttpChat
@@ -233,7 +234,7 @@ def test_too_few_seeds_other_data_and_several_processes(tmp_path: Path) -> None:
         grow(tmp_path, author, SEEDS[:2])
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "p", "answer": "a"}\n' * 4)
     trainer = Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False)
-    data = VerifiableDataModule(str(tmp_path / "prompts.jsonl"), str(tmp_path / "prompts.jsonl"))
+    data = VerifiableDataModule(tiny_tokenizer(), str(tmp_path / "prompts.jsonl"), str(tmp_path / "prompts.jsonl"))
     with pytest.raises(
         ValueError, match=r"prompts.jsonl:1.*: a prompt that is no seed task; set data to SeedTasksDataModule"
     ):
