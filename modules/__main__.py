@@ -26,6 +26,7 @@ import modules.losses
 import modules.rewards
 import modules.schedulers
 from modules.cli.explain import did_you_mean, sentence
+from modules.predict.base import PredictModule
 
 PACKAGES = (modules, modules.losses, modules.rewards, modules.schedulers, datamodules, callbacks)
 CHOICES = [vars(package)[name] for package in PACKAGES for name in package.__all__]
@@ -181,7 +182,8 @@ def check_run(command: str | None, trainer: Trainer, model: LightningModule, dat
         if not is_overridden(needed, owner):
             raise ValueError(f"{type(owner).__name__} has no {needed}, so there is nothing to {command}")
     if not hasattr(model, "tokenizer") and getattr(data, "tokenizer", method) is None:
-        raise ValueError(f"{source} reads text with the model's tokenizer and {method} has none: set data.tokenizer")
+        other = f"set data to {model.reads}" if isinstance(model, PredictModule) else "set data.tokenizer"
+        raise ValueError(f"{source} needs a tokenizer and {method} has none; {other}")
     wanted, given = batch_read_by(model), getattr(data, "batch_type", None)
     if wanted is not None and given is not None and wanted is not given:
         raise ValueError(

@@ -17,6 +17,8 @@ class PredictModule(LightningModule):
         ValueError: in ``setup``, another command than ``predict``.
     """
 
+    reads: str  # the DataModule that gives what it reads
+
     def __init__(self) -> None:
         super().__init__()
         self.record = Record()

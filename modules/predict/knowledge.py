@@ -39,6 +39,8 @@ class KnowledgeModule(PredictModule):
             right answers, [0, 1]).
     """
 
+    reads = "FactsDataModule"
+
     def __init__(
         self,
         policy: str,

@@ -41,6 +41,8 @@ class LabelModule(PredictModule):
             wins, [0, 1], or what the reward gave).
     """
 
+    reads = "CandidatesDataModule"
+
     def __init__(self, judge: Reward) -> None:
         super().__init__()
         self.judge = judge

@@ -82,6 +82,8 @@ class SelfInstructModule(PredictModule):
             shown, and see the client.
     """
 
+    reads = "SeedTasksDataModule"
+
     def __init__(
         self,
         client: ChatClient,

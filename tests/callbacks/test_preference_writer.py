@@ -344,7 +344,7 @@ def test_a_killed_process_goes_on(tmp_path: Path, chat_server: Any, rules: Any, 
         (["--model.judge.template", "{prompt}"], "error: PairwiseJudge: the template has the fields"),
         (
             ["--data", "VerifiableDataModule"],
-            "a prompt without candidates to compare; set data to CandidatesDataModule",
+            "VerifiableDataModule needs a tokenizer and LabelModule has none; set data to CandidatesDataModule",
         ),
     ],
 )
