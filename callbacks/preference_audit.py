@@ -144,7 +144,7 @@ class PreferenceAudit(Callback):
         path = self.path or next((Path(logger.log_dir) / "audit.json" for logger in loggers), None)
         if path is not None:
             write_json(path, {"split": split, "step": trainer.global_step, "report": report})
-        rank_zero_info(summary(report) + ("" if path is None else f": {path}"))
+        rank_zero_info(summarise(report) + ("" if path is None else f": {path}"))
         if smells_of_length(report):
             rank_zero_warn(
                 "audit: the score may be little more than length; see accuracy_chosen_shorter and "
@@ -152,7 +152,7 @@ class PreferenceAudit(Callback):
             )
 
 
-def summary(report: dict[str, float]) -> str:
+def summarise(report: dict[str, float]) -> str:
     """The report in one line."""
     shorter, longer, correlation = (
         f"{report[key]:.2f}" if key in report else "unknown"

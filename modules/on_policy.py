@@ -163,7 +163,6 @@ class OnPolicyModule(AlignmentModule):
 
     def on_train_epoch_end(self) -> None:
         """Log the phase."""
-        self.log_phase({"time/training": time.perf_counter() - self._training_start})
         metrics = self.phase_metrics()
         log_equal(self, {f"train/{name}": value for name, value in metrics.items()})
         short = {
@@ -178,7 +177,8 @@ class OnPolicyModule(AlignmentModule):
         (collective).
         """
         found = from_all_ranks(outcomes(self.record.rollouts))
-        logged = weighted_means({name: (value, 1.0) for name, value in self.record.metrics.items()})
+        mine = {**self.record.metrics, "time/training": time.perf_counter() - self._training_start}
+        logged = weighted_means({name: (value, 1.0) for name, value in mine.items()})
         seconds = sum(value for name, value in logged.items() if name.startswith("time/"))
         return rollout_metrics(found) | logged | {"completions_per_second": len(found) / seconds}
 
@@ -216,10 +216,11 @@ class OnPolicyModule(AlignmentModule):
         self.record.greedy += outcomes(greedy, self.accuracy)
 
     def evaluation_metrics(self) -> dict[str, float]:
-        """pass@1, pass@k, greedy accuracy and the sampled completions' numbers, over all batches and ranks."""
+        """As for every module, and pass@1, pass@k, greedy accuracy and the numbers of the sampled completions."""
         sampled, greedy = from_all_ranks(self.record.sampled), from_all_ranks(self.record.greedy)
         solved = {f"pass@{k}": share_solved(sampled, k) for k in {1, self.val_generations}}
-        return solved | {"greedy_accuracy": share_solved(greedy, 1), **rollout_metrics(sampled)}
+        solved |= {"greedy_accuracy": share_solved(greedy, 1), **rollout_metrics(sampled)}
+        return super().evaluation_metrics() | solved
 
     def sample(
         self, prompts: PromptBatch, num_generations: int, sampling: Sampling, phase: str

@@ -99,8 +99,8 @@ class LabelModule(PredictModule):
         return self.judge.client.report() if isinstance(self.judge, AsksClient) else {}
 
     def summary(self, records: list[dict[str, Any]]) -> dict[str, float]:
-        """Numbers of labelled rows: see ``summary`` below."""
-        return summary(records)
+        """Numbers of labelled rows: see ``summarise_labels``."""
+        return summarise_labels(records)
 
     def identity(self) -> dict[str, str | int]:
         """What determines the labels: a file begun with another judge is not gone on with."""
@@ -110,7 +110,7 @@ class LabelModule(PredictModule):
                 "template": self.judge.template,
                 "both_orders": self.judge.both_orders,
             }
-        return {"judge": described(self.judge)}
+        return {"judge": describe_judge(self.judge)}
 
 
 def shares_of_wins(num_candidates: int, comparisons: list[JudgedPair]) -> list[float] | None:
@@ -138,7 +138,7 @@ def preference_row(uid: str, prompt: str, completions: list[str], scores: list[f
     return {"uid": uid, "prompt": prompt, "completions": completions, "ranks": ranks, "scores": scores}
 
 
-def described(value: Any) -> str:
+def describe_judge(value: Any) -> str:
     """A reward by its class and what it was made with, the same in every run."""
     if isinstance(value, ChatClient):
         return value.identity
@@ -148,14 +148,14 @@ def described(value: Any) -> str:
             for name, part in vars(value).items()
             if not name.startswith("_") and not isinstance(part, Counter)
         }  # no counts so far
-        parts = (f"{name}={described(part)}" for name, part in kept.items())
+        parts = (f"{name}={describe_judge(part)}" for name, part in kept.items())
         return f"{type(value).__name__}({', '.join(parts)})"
     if isinstance(value, list):
-        return f"[{', '.join(map(described, value))}]"
+        return f"[{', '.join(map(describe_judge, value))}]"
     return value.pattern if isinstance(value, re.Pattern) else repr(value)
 
 
-def summary(records: list[dict[str, Any]]) -> dict[str, float]:
+def summarise_labels(records: list[dict[str, Any]]) -> dict[str, float]:
     """``rows`` (labelled), ``ties`` (rows whose completions are all equal), ``invalid`` (rows), the judge's
     ``position_bias`` and ``consistency``, and where the data have labels: ``agreement`` = share of the ``given``
     labelled rows with that very label, ties too.

@@ -155,7 +155,7 @@ class SelfInstructModule(PredictModule):
         answers = self.client.complete(
             [self.conversation(seeds, asked + place) for place in range(self.requests_per_round)]
         )
-        accepted, rejected = keep([answer for answer in answers if answer is not None], self._pool)
+        accepted, rejected = keep_new_tasks([answer for answer in answers if answer is not None], self._pool)
         usage = {name: value - before.get(name, 0.0) for name, value in self.client.report().items()}
         self.fruitless = 0 if accepted else self.fruitless + len(answers)
         self.rounds.append(Round(requests=len(answers), accepted=accepted, rejected=dict(rejected), usage=usage))
@@ -164,7 +164,7 @@ class SelfInstructModule(PredictModule):
         """The request of this number."""
         drawn = Random(f"{self.seed} {number}").sample(range(len(seeds["prompt"])), self.num_in_context)
         shown = [
-            written(place, seeds["prompt"][row], seeds["info"][row]["input"], seeds["answer"][row] or "")
+            write_task(place, seeds["prompt"][row], seeds["info"][row]["input"], seeds["answer"][row] or "")
             for place, row in enumerate(drawn, start=1)
         ]
         examples = "\n".join(["###", *shown])
@@ -198,7 +198,7 @@ class SelfInstructModule(PredictModule):
         }
 
 
-def keep(answers: list[str], pool: InstructionPool) -> tuple[list[Task], Counter[str]]:
+def keep_new_tasks(answers: list[str], pool: InstructionPool) -> tuple[list[Task], Counter[str]]:
     """The tasks of the answers that the filter keeps, which are added to the pool, and the others by reason."""
     accepted: list[Task] = []
     rejected: Counter[str] = Counter()
@@ -237,7 +237,7 @@ def read_list(answer: str) -> tuple[list[tuple[str, str, str]], Counter[str]]:
     return tasks, unusable
 
 
-def written(number: int, instruction: str, given: str, output: str) -> str:
+def write_task(number: int, instruction: str, given: str, output: str) -> str:
     """A task as the list shows it."""
     lines = (
         f"{number}. Instruction: {' '.join(instruction.split())}",

@@ -16,7 +16,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
-from callbacks.preference_audit import PreferenceAudit, reliability, smells_of_length, summary, table
+from callbacks.preference_audit import PreferenceAudit, reliability, smells_of_length, summarise, table
 from modules.types import Record, ScoredPair
 
 pytestmark = pytest.mark.filterwarnings("ignore:audit")
@@ -232,7 +232,7 @@ def test_the_warning_is_for_scores_that_are_length() -> None:
     assert not smells_of_length(healthy | {"score_length_pearson_within_prompt": -0.9})
     assert smells_of_length(healthy | {"longer_wins": 0.71})
     assert not smells_of_length({"accuracy": 0.7, "longer_wins": 0.6})
-    assert "(chosen shorter unknown, longer unknown)" in summary(healthy)
+    assert "(chosen shorter unknown, longer unknown)" in summarise(healthy)
 
 
 def test_the_warning_is_given_once(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from datamodules.predict.candidates import CandidatesDataModule
 from datamodules.sources import Files
 from modules import SFTModule
 from modules.__main__ import main
-from modules.predict.label import LabelModule, shares_of_wins, summary
+from modules.predict.label import LabelModule, shares_of_wins, summarise_labels
 from modules.rewards.chat.clients import HttpChat, LocalChat
 from modules.rewards.chat.judge import JudgedPair, PairwiseJudge
 
@@ -369,4 +369,4 @@ def test_nothing_to_fit(tmp_path: Path, capsys: Any) -> None:
 
 def test_summary_of_nothing_given() -> None:
     records = [{"row": 0, "uid": "u", "given": None, "counts": {"comparisons": 1, "invalid": 1}, "label": None}]
-    assert summary(records) == {"comparisons": 1, "rows": 0, "ties": 0, "invalid": 1}
+    assert summarise_labels(records) == {"comparisons": 1, "rows": 0, "ties": 0, "invalid": 1}

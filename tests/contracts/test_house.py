@@ -1,6 +1,7 @@
 """The house keeps its shape: imports point one way."""
 
 import ast
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -114,3 +115,10 @@ def test_top_level_holds_what_was_agreed():
         path.name for path in ROOT.iterdir() if not path.name.startswith(".") and not path.name.endswith(".egg-info")
     }
     assert found <= agreed
+
+
+def test_no_class_has_the_name_of_another():
+    found = Counter(
+        node.name for path in FILES for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ClassDef)
+    )
+    assert [name for name, count in found.items() if count > 1] == []
