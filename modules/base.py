@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
@@ -23,6 +23,7 @@ from modules.networks.policy import MAX_LOGITS, Policy
 from modules.rollout.engine import Sampling
 from modules.rollout.in_process import InProcessEngine
 from modules.schedulers import RunSchedule
+from modules.stopping import StopTogether
 from modules.types import Record
 
 
@@ -67,6 +68,10 @@ class AlignmentModule(LightningModule):
     def tokenizer(self) -> Any:
         """The policy's tokenizer, which the DataModule is given."""
         return self.policy.tokenizer
+
+    def configure_callbacks(self) -> list[Callback]:
+        """What every run has: an end that all ranks reach."""
+        return [StopTogether()]
 
     def setup(self, stage: str) -> None:
         """Refuse precisions under which Lightning would cast the batch's log-probs and denominators to 16 bits."""

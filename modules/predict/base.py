@@ -2,8 +2,9 @@
 
 from abc import abstractmethod
 
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 
+from modules.stopping import StopTogether
 from modules.types import Record
 
 
@@ -22,6 +23,10 @@ class PredictModule(LightningModule):
     def __init__(self) -> None:
         super().__init__()
         self.record = Record()
+
+    def configure_callbacks(self) -> list[Callback]:
+        """What every run has: an end that all ranks reach."""
+        return [StopTogether()]
 
     def setup(self, stage: str) -> None:
         """Refuse to train or evaluate."""
