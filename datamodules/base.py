@@ -18,15 +18,15 @@ Example = TypeVar("Example")
 
 
 @runtime_checkable
-class HasPolicy(Protocol):
-    """A module around a causal language model."""
+class HasPositions(Protocol):
+    """A module around a causal language model: ``policy.max_positions`` is None or the tokens of its longest row."""
 
     policy: Any
 
 
 @runtime_checkable
-class Samples(Protocol):
-    """A module that samples completions."""
+class HasSampling(Protocol):
+    """A module that samples completions, up to ``sampling.max_completion_length`` tokens."""
 
     sampling: Any
 
@@ -43,8 +43,68 @@ class StepLoader(DataLoader[Any]):
         """Nothing to do."""
 
 
-class AlignDataModule(LightningDataModule):
-    """Base of the DataModules.
+class RowsDataModule(LightningDataModule):
+    """Rows of a source, shared out over the processes: all that a DataModule for ``predict`` needs.
+
+    Args:
+        train: the rows: a source, or what :class:`Files` takes (file, folder, hub id).
+        columns: our column name -> the data's, where detection does not suffice.
+    """
+
+    def __init__(self, train: str | Source, columns: dict[str, str] | None) -> None:
+        super().__init__()
+        self.train, self.columns = train, columns or {}
+
+    @property
+    def rank(self) -> int:
+        """This process, 0 without a Trainer."""
+        return self.trainer.global_rank if self.trainer else 0
+
+    @property
+    def world_size(self) -> int:
+        """Processes, 1 without a Trainer."""
+        return self.trainer.world_size if self.trainer else 1
+
+    def check_positions(self, stage: str, longest: int, setting: str) -> None:
+        """ValueError when the longest row (tokens), with a completion where the module samples, exceeds the positions
+        of the Trainer's model.
+
+        ``setting`` is the name of the limit to lower.
+        """
+        module: Any = self.trainer.lightning_module if self.trainer else None
+        if not isinstance(module, HasPositions):
+            return
+        positions = module.policy.max_positions
+        sampling = (
+            module.sampling
+            if isinstance(module, HasSampling) and (stage == "val" or hasattr(module, "collect"))
+            else None
+        )
+        budget = sampling.max_completion_length if sampling is not None else 0
+        if positions is None or longest + budget <= positions:
+            return
+        and_completion = (
+            f" and a completion up to {budget} more (model.sampling.max_completion_length)" if budget else ""
+        )
+        raise ValueError(
+            f"the longest {stage} row has {longest} tokens{and_completion}, but the model has only {positions} "
+            "positions: "
+            f"lower data.{setting} (longer rows are dropped)" + (" or max_completion_length" if budget else "")
+        )
+
+    def ready_loader(self, batches: Sequence[Any]) -> DataLoader[Any]:
+        """This rank's finished batches, in order. A sampler of one replica keeps Lightning from sharing them out again."""
+        sampler = DistributedSampler(batches, num_replicas=1, rank=0, shuffle=False)  # type: ignore[arg-type, var-annotated]
+        return DataLoader(batches, sampler=sampler, batch_size=None, collate_fn=_as_is)  # type: ignore[arg-type]
+
+
+def load_tokenizer(tokenizer: PreTrainedTokenizerBase | str) -> PreTrainedTokenizerBase:
+    """The tokenizer, or that of a path or hub id."""
+    return AutoTokenizer.from_pretrained(tokenizer) if isinstance(tokenizer, str) else tokenizer  # type: ignore[no-any-return]
+
+
+class AlignDataModule(RowsDataModule):
+    """Base of the DataModules that train.
 
     Args:
         tokenizer: a tokenizer, or a path or hub id for ``AutoTokenizer``.
@@ -73,19 +133,11 @@ class AlignDataModule(LightningDataModule):
         on_bad_row: Literal["raise", "drop"],
         seed: int,
     ) -> None:
-        super().__init__()
+        super().__init__(train, columns)
         if on_bad_row not in ("raise", "drop"):
             raise ValueError(f"on_bad_row must be raise or drop, got {on_bad_row!r}")
-        self.tokenizer: PreTrainedTokenizerBase = (
-            AutoTokenizer.from_pretrained(tokenizer) if isinstance(tokenizer, str) else tokenizer
-        )
-        self.train, self.columns, self.drop_long, self.on_bad_row, self.seed = (
-            train,
-            columns or {},
-            drop_long,
-            on_bad_row,
-            seed,
-        )
+        self.tokenizer = load_tokenizer(tokenizer)
+        self.drop_long, self.on_bad_row, self.seed = drop_long, on_bad_row, seed
         self.val: Any = val
         self.dropped = {"train": 0, "val": 0}
         self.bad = {"train": 0, "val": 0}
@@ -97,16 +149,6 @@ class AlignDataModule(LightningDataModule):
         )  # of the last source: by encode, too long, bad, what is wrong with the first bad one
         self._sampler: StepSampler | None = None
         self._resume: dict[str, int] | None = None
-
-    @property
-    def rank(self) -> int:
-        """This process, 0 without a Trainer."""
-        return self.trainer.global_rank if self.trainer else 0
-
-    @property
-    def world_size(self) -> int:
-        """Processes, 1 without a Trainer."""
-        return self.trainer.world_size if self.trainer else 1
 
     def encode_rows(
         self,
@@ -165,32 +207,6 @@ class AlignDataModule(LightningDataModule):
         if stage in ("validate", "test") and self.val is None:
             raise ValueError("there are no held-out rows to evaluate; set data.val")
 
-    def check_positions(self, stage: str, longest: int, setting: str) -> None:
-        """ValueError when the longest row (tokens), with a completion where the module samples, exceeds the positions
-        of the Trainer's model.
-
-        ``setting`` is the name of the limit to lower.
-        """
-        module: Any = self.trainer.lightning_module if self.trainer else None
-        if not isinstance(module, HasPolicy):
-            return
-        config = module.policy.model.config
-        positions = config.to_dict().get(config.attribute_map.get("max_position_embeddings", "max_position_embeddings"))
-        sampling = (
-            module.sampling if isinstance(module, Samples) and (stage == "val" or hasattr(module, "collect")) else None
-        )
-        budget = sampling.max_completion_length if sampling is not None else 0
-        if positions is None or longest + budget <= positions:
-            return
-        and_completion = (
-            f" and a completion up to {budget} more (model.sampling.max_completion_length)" if budget else ""
-        )
-        raise ValueError(
-            f"the longest {stage} row has {longest} tokens{and_completion}, but the model has only {positions} "
-            "positions: "
-            f"lower data.{setting} (longer rows are dropped)" + (" or max_completion_length" if budget else "")
-        )
-
     def report(self, stage: str, num_rows: int, detail: str, name: str | None = None) -> None:
         """Prints one line about a loaded stage, or one set of rows of it, on rank 0."""
         skipped, too_long, bad, problem = self._left_out
@@ -233,11 +249,6 @@ class AlignDataModule(LightningDataModule):
         )
         self._apply_resume()
         return StepLoader(dataset, sampler=self._sampler, batch_size=None)
-
-    def ready_loader(self, batches: Sequence[Any]) -> DataLoader[Any]:
-        """This rank's finished batches, in order. A sampler of one replica keeps Lightning from sharing them out again."""
-        sampler = DistributedSampler(batches, num_replicas=1, rank=0, shuffle=False)  # type: ignore[arg-type, var-annotated]
-        return DataLoader(batches, sampler=sampler, batch_size=None, collate_fn=_as_is)  # type: ignore[arg-type]
 
     def held_out_loader(
         self, dataset: Dataset[Any], lengths: Sequence[int], weights: Sequence[int], batch_size: int

@@ -25,8 +25,8 @@ import modules
 import modules.losses
 import modules.rewards
 import modules.schedulers
-from modules.base import AlignmentModule
 from modules.cli.explain import did_you_mean, sentence
+from modules.predict.base import PredictModule
 
 PACKAGES = (modules, modules.losses, modules.rewards, modules.schedulers, datamodules, callbacks)
 CHOICES = [vars(package)[name] for package in PACKAGES for name in package.__all__]
@@ -122,7 +122,10 @@ class AlignmentCLI(LightningCLI):
         configuration.
         """
         parser.link_arguments(
-            "model", "data.init_args.tokenizer", compute_fn=lambda model: model.tokenizer, apply_on="instantiate"
+            "model",
+            "data.init_args.tokenizer",
+            compute_fn=lambda model: getattr(model, "tokenizer", None),
+            apply_on="instantiate",
         )
         for action in parser._actions:
             if action.dest in ("model", "data"):
@@ -178,6 +181,9 @@ def check_run(command: str | None, trainer: Trainer, model: LightningModule, dat
     for owner, needed in zip((model, data), NEEDED[str(command)], strict=True):
         if not is_overridden(needed, owner):
             raise ValueError(f"{type(owner).__name__} has no {needed}, so there is nothing to {command}")
+    if not hasattr(model, "tokenizer") and getattr(data, "tokenizer", method) is None:
+        other = f"set data to {model.reads}" if isinstance(model, PredictModule) else "set data.tokenizer"
+        raise ValueError(f"{source} needs a tokenizer and {method} has none; {other}")
     wanted, given = batch_read_by(model), getattr(data, "batch_type", None)
     if wanted is not None and given is not None and wanted is not given:
         raise ValueError(
@@ -212,7 +218,7 @@ def main(args: list[str] | None = None) -> None:
         warnings.filterwarnings("ignore", message=message)
     try:
         AlignmentCLI(
-            AlignmentModule,
+            LightningModule,
             LightningDataModule,
             save_config_callback=SaveConfig,
             subclass_mode_model=True,

@@ -80,7 +80,6 @@ class DPOModule(AlignmentModule):
         self.reference = Frozen(other or self.policy, own=other is not None) if self.needs_reference else None
         self.tables: dict[str, ReferenceLogprobs] = {}  # by stage of the data
         self._tables_of: Any = None  # the DataModule that they are of
-        self.scored_pairs: list[ScoredPair] = []  # of the current evaluation batch
         self._fallen = {
             "rewards/chosen": 0.0,
             "rewards/rejected": 0.0,
@@ -193,24 +192,24 @@ class DPOModule(AlignmentModule):
             )
 
     def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
-        """Means over the held-out examples; the pairs with their implicit rewards stay in ``scored_pairs`` for
+        """Means over the held-out examples; the pairs with their implicit rewards stay in ``record.pairs`` for
         callbacks.
         """
-        self.evaluate(batch, "val")
+        self.evaluate(batch)
 
     def test_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
         """The same under ``test/``."""
-        self.evaluate(batch, "test")
+        self.evaluate(batch)
 
-    def evaluate(self, batch: PreferenceBatch, stage: str) -> None:
+    def evaluate(self, batch: PreferenceBatch) -> None:
         """Log what the policy makes of held-out examples."""
         sequences, scores = self.sequences(batch, "val")
         examples = float(batch["prompt_index"][batch["rank"] >= 0].unique().numel())
         pairs, kl = find_pairs(batch), self.mismatched_kl(batch)
-        self.log_mean({f"{stage}/loss": self.loss(sequences, batch, pairs, kl) / max(examples, 1.0)}, examples)
+        self.log_evaluation({"loss": self.loss(sequences, batch, pairs, kl) / max(examples, 1.0)}, examples)
         for name, (value, weight) in self.metrics(sequences, scores, batch, pairs, kl).items():
-            self.log_mean({f"{stage}/{name}": value}, weight)
-        self.scored_pairs = make_scored_pairs(
+            self.log_evaluation({name: value}, weight)
+        self.record.pairs = make_scored_pairs(
             self.tokenizer, batch, self.objective.implicit_rewards(sequences, self.beta), pairs
         )
 

@@ -9,13 +9,15 @@ from typing import Any, BinaryIO, Protocol, runtime_checkable
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
+from modules.types import Record
+
 
 @runtime_checkable
 class Labels(Protocol):
     """A module that labels rows."""
 
     done: set[str]  # uids that it must not label again
-    labelled: list[dict[str, Any]]  # records of the last batch, with row, uid and label (None = invalid)
+    record: Record  # ``labels`` of the last batch
 
     def identity(self) -> dict[str, str | int]:
         """What determines the labels."""
@@ -100,7 +102,7 @@ class ResumableJsonl(Callback):
         used = Counter(self.usage(pl_module))
         spent = {name: value - self._used[name] for name, value in used.items()}
         self._used = used
-        append_lines(self._file, [*pl_module.labelled, {"usage": spent}])
+        append_lines(self._file, [*pl_module.record.labels, {"usage": spent}])
 
     def on_predict_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Join the parts."""

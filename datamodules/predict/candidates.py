@@ -8,9 +8,8 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import EVAL_DATALOADERS
-from transformers import PreTrainedTokenizerBase
 
-from datamodules.base import AlignDataModule
+from datamodules.base import RowsDataModule
 from datamodules.formats.columns import Columns, alpaca_prompt, check_mapping, final_answer, renamed
 from datamodules.sources import Row, Source
 from datamodules.sources.files import read_rows
@@ -34,7 +33,7 @@ class Candidates:
     source: str
 
 
-class CandidatesDataModule(AlignDataModule):
+class CandidatesDataModule(RowsDataModule):
     """Rows in order (``PromptBatch``), once, for ``predict`` alone; with several ranks, rank r takes every world-th.
 
     A row holds ``prompt``, ``question``, ``instruction`` (with ``input`` or without) or ``input``, and the texts
@@ -42,10 +41,10 @@ class CandidatesDataModule(AlignDataModule):
     ``rejected``. A column ``preference`` or ``label`` tells which of two is better as a person saw it: 1, 2, 0 or
     ``Tie``, or a number between 1 and 2; of ``chosen`` and ``rejected`` it is the first. A column ``answer`` is the
     right answer, for a reward that checks it. ``info`` of a batch holds the texts as ``candidates``, that label as
-    ``given`` (1, 2, 0, None), the place of the row as ``row``, and as ``data`` a digest of all rows.
+    ``given`` (1, 2, 0, None), the place of the row as ``row``, and as ``data`` a digest of all rows; ``prompt_ids`` are
+    empty, since nothing is sampled.
 
     Args:
-        tokenizer: a tokenizer, or a path or hub id.
         train: the rows: a source, or a file, a folder or a hub id.
         columns: our column name -> the data's.
         batch_size: rows per batch and rank, what is lost at most when a run is killed.
@@ -56,17 +55,11 @@ class CandidatesDataModule(AlignDataModule):
 
     batch_type = PromptBatch  # what a module must read
 
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase | str,
-        train: str | Source,
-        columns: dict[str, str] | None = None,
-        batch_size: int = 16,
-    ) -> None:
+    def __init__(self, train: str | Source, columns: dict[str, str] | None = None, batch_size: int = 16) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         check_mapping(columns or {}, KNOWN)
-        super().__init__(tokenizer, train, None, columns, drop_long=False, on_bad_row="raise", seed=0)
+        super().__init__(train, columns)
         self.batch_size = batch_size
         self.rows: list[Candidates] = []
 
@@ -95,7 +88,7 @@ class CandidatesDataModule(AlignDataModule):
         return PromptBatch(
             uid=[row.origin for row in rows],
             prompt=[row.prompt for row in rows],
-            prompt_ids=[list(self.tokenizer(row.prompt, verbose=False).input_ids) for row in rows],
+            prompt_ids=[[] for _ in rows],
             answer=[row.answer for row in rows],
             source=[row.source for row in rows],
             info=[

@@ -12,9 +12,10 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import EVAL_DATALOADERS
 from transformers import PreTrainedTokenizerBase
 
-from datamodules.base import AlignDataModule, read_rows
+from datamodules.base import RowsDataModule, load_tokenizer
 from datamodules.formats.columns import Columns, alpaca_prompt, check_mapping, plain, renamed
 from datamodules.sources import Row, Source
+from datamodules.sources.files import read_rows
 from datamodules.tokens.chat import encode_prompt
 from modules.types import PromptBatch
 
@@ -33,7 +34,7 @@ class Fact:
     row: Row
 
 
-class FactsDataModule(AlignDataModule):
+class FactsDataModule(RowsDataModule):
     """``num_prompts`` few-shot prompts for each fact, one after the other (``PromptBatch``), once, for ``predict``
     alone; with several ranks, rank r takes every world-th fact.
 
@@ -87,7 +88,8 @@ class FactsDataModule(AlignDataModule):
                 f"template must hold {{question}} and behind it, at the end of a line, {{answer}}; got {template!r}"
             )
         check_mapping(columns or {}, KNOWN)
-        super().__init__(tokenizer, train, None, columns, drop_long=False, on_bad_row="raise", seed=seed)
+        super().__init__(train, columns)
+        self.tokenizer, self.seed = load_tokenizer(tokenizer), seed
         self.batch_size, self.num_prompts, self.num_shots, self.template = batch_size, num_prompts, num_shots, template
         self.facts: list[Fact] = []
         self.prompts: list[list[tuple[str, list[int]]]] = []  # of each fact: text and tokens

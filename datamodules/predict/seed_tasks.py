@@ -8,19 +8,19 @@ from typing import Any, Protocol, runtime_checkable
 
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import EVAL_DATALOADERS
-from transformers import PreTrainedTokenizerBase
 
-from datamodules.base import AlignDataModule, read_rows
+from datamodules.base import RowsDataModule
 from datamodules.formats.columns import Columns, check_mapping, renamed
 from datamodules.sources import Row, Source
+from datamodules.sources.files import read_rows
 from modules.types import PromptBatch
 
 KNOWN = ("instruction", "input", "output", "instances")
 
 
 @runtime_checkable
-class Grows(Protocol):
-    """A module that makes more of the seeds."""
+class Finishes(Protocol):
+    """A module that makes more of the seeds, until it has enough."""
 
     finished: bool
 
@@ -41,7 +41,7 @@ class Rounds:
     more.
     """
 
-    def __init__(self, batch: PromptBatch, module: Grows) -> None:
+    def __init__(self, batch: PromptBatch, module: Finishes) -> None:
         self.batch, self.module = batch, module
 
     def __iter__(self) -> Iterator[PromptBatch]:
@@ -49,7 +49,7 @@ class Rounds:
             yield self.batch
 
 
-class SeedTasksDataModule(AlignDataModule):
+class SeedTasksDataModule(RowsDataModule):
     """All seeds in one batch (``PromptBatch``), again and again until the module has finished. For ``predict`` alone.
 
     A row holds ``instruction``, ``output`` and perhaps ``input`` (Alpaca), or ``instruction`` and ``instances``, a list
@@ -58,7 +58,6 @@ class SeedTasksDataModule(AlignDataModule):
     ``data``, a digest of all rows.
 
     Args:
-        tokenizer: not read; every DataModule here has one.
         train: the seeds: a source, or a file, a folder or a hub id.
         columns: our column name -> the data's.
 
@@ -68,11 +67,9 @@ class SeedTasksDataModule(AlignDataModule):
 
     batch_type = PromptBatch  # what a module must read
 
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerBase | str, train: str | Source, columns: dict[str, str] | None = None
-    ) -> None:
+    def __init__(self, train: str | Source, columns: dict[str, str] | None = None) -> None:
         check_mapping(columns or {}, KNOWN)
-        super().__init__(tokenizer, train, None, columns, drop_long=False, on_bad_row="raise", seed=0)
+        super().__init__(train, columns)
         self.rows: list[SeedTask] = []
 
     def setup(self, stage: str) -> None:
@@ -84,7 +81,7 @@ class SeedTasksDataModule(AlignDataModule):
     def predict_dataloader(self) -> EVAL_DATALOADERS:
         """The seeds, once a round."""
         module: Any = self.trainer.lightning_module if self.trainer else None
-        if not isinstance(module, Grows):
+        if not isinstance(module, Finishes):
             raise ValueError(f"{type(module).__name__} makes no tasks of seeds; set model to SelfInstructModule")
         return Rounds(self.batch(), module)
 

@@ -8,7 +8,6 @@ import pytest
 
 from datamodules.predict.candidates import CandidatesDataModule, candidates
 from datamodules.sources import Row
-from modules.networks.tiny import tiny_tokenizer
 
 DATA = Path(__file__).parents[2].parent / "shared" / "data"
 
@@ -71,7 +70,7 @@ def test_what_is_mapped_goes_before_what_is_found() -> None:
     with pytest.raises(
         ValueError, match="columns maps unknown names answers; the names on the left may be prompt, question"
     ):
-        CandidatesDataModule(tiny_tokenizer(), "x.jsonl", columns={"answers": "a"})
+        CandidatesDataModule("x.jsonl", columns={"answers": "a"})
 
 
 @pytest.mark.parametrize(
@@ -115,9 +114,7 @@ def test_bad_rows_in_one_sentence(columns: dict[str, Any], sentence: str) -> Non
 )
 def test_the_right_answer_travels(tmp_path: Path, columns: dict[str, Any], expected: str | None) -> None:
     (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "p", "completions": ["a", "b"], **columns}))
-    data = CandidatesDataModule(
-        tiny_tokenizer(), str(tmp_path / "rows.jsonl"), columns={"answer": "gold"} if "gold" in columns else None
-    )
+    data = CandidatesDataModule(str(tmp_path / "rows.jsonl"), columns={"answer": "gold"} if "gold" in columns else None)
     data.setup("predict")
     (batch,) = data.predict_dataloader()
     assert batch["answer"] == [expected]
@@ -137,7 +134,7 @@ def test_ranks_share_the_rows_in_order(tmp_path: Path) -> None:
     )
     found = []
     for rank in range(2):
-        data = CandidatesDataModule(tiny_tokenizer(), str(file), batch_size=2)
+        data = CandidatesDataModule(str(file), batch_size=2)
         data.trainer = World(rank, 2)  # type: ignore[assignment]
         data.setup("predict")
         batches = list(data.predict_dataloader())
@@ -155,7 +152,7 @@ def test_other_rows_have_another_digest(tmp_path: Path) -> None:
     digests = set()
     for changed in ({}, {"rejected": "c"}, {"answer": "4"}):
         (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "p", "chosen": "a", "rejected": "b", **changed}))
-        data = CandidatesDataModule(tiny_tokenizer(), str(tmp_path / "rows.jsonl"))
+        data = CandidatesDataModule(str(tmp_path / "rows.jsonl"))
         data.setup("predict")
         digests |= {batch["info"][0]["data"] for batch in data.predict_dataloader()}
     assert len(digests) == 3
@@ -172,7 +169,7 @@ def test_other_rows_have_another_digest(tmp_path: Path) -> None:
 def test_real_files(file: str, rows: int, given: set[int | None]) -> None:
     if not DATA.is_dir():
         pytest.skip("no real data beside the repository")
-    data = CandidatesDataModule(tiny_tokenizer(), str(DATA / file))
+    data = CandidatesDataModule(str(DATA / file))
     data.setup("predict")
     assert len(data.rows) == rows
     assert {row.given for row in data.rows} == given
@@ -184,4 +181,4 @@ def test_a_real_row_that_is_no_text() -> None:
     with pytest.raises(
         ValueError, match=r"pandalm/testset-v1.json#\d+: column 'response[12]' holds a bool, text was expected"
     ):
-        CandidatesDataModule(tiny_tokenizer(), str(DATA / "pandalm/testset-v1.json")).setup("predict")
+        CandidatesDataModule(str(DATA / "pandalm/testset-v1.json")).setup("predict")

@@ -159,7 +159,11 @@ RUNS: dict[str, Run] = {
                 "gae": {"gamma": 1.0, "lam": 0.95, "whiten_rewards": True},
                 "missing_eos": {"penalty": 0.5},
                 "entropy_coef": 0.01,
-                "value": {"coef": 0.1, "model": START, "lr": 6e-3},  # the policy's own start: adapters beside the policy's
+                "value": {
+                    "coef": 0.1,
+                    "model": START,
+                    "lr": 6e-3,
+                },  # the policy's own start: adapters beside the policy's
                 "lora": LORA,
                 "optimizer": adamw(3e-3),
             },
