@@ -40,7 +40,7 @@ class OnlineDPOModule(OnPolicyModule):
         lora: train low-rank adapters instead of all weights.
         optimizer: parameters -> optimizer; default AdamW, learning rate 5e-7.
         scheduler: optimizer -> scheduler, stepped per update.
-        seed: of the sampling.
+        seed: of the sampling; None = the run's.
     """
 
     SOFT_SHARE = 0.6
@@ -61,7 +61,7 @@ class OnlineDPOModule(OnPolicyModule):
         lora: Lora | None = None,
         optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=5e-7),
         scheduler: LRSchedulerCallable | None = None,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         super().__init__(
             policy,

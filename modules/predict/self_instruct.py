@@ -15,6 +15,7 @@ import torch
 from modules.base import AlignmentModule
 from modules.predict.instruction_filter import REASONS, InstructionPool
 from modules.rewards.chat.protocol import ChatClient, Conversation
+from modules.seeds import run_seed
 from modules.types import PromptBatch
 
 LIST_LENGTH = 20  # tasks of a whole list, the examples included
@@ -72,7 +73,7 @@ class SelfInstructModule(AlignmentModule):
         max_similarity: ROUGE-L F1 to any seed or kept instruction above which a new one is refused, [0, 1].
         requests_per_round: asked at once; what is lost at most when a run is killed.
         patience: requests in a row (whole rounds) that bring nothing new, after which it stops.
-        seed: of the examples.
+        seed: of the examples; None = the run's.
         policy: whose tokenizer the data get; the built-in one will do.
 
     Attributes:
@@ -93,7 +94,7 @@ class SelfInstructModule(AlignmentModule):
         max_similarity: float = 0.7,
         requests_per_round: int = 8,
         patience: int = 40,
-        seed: int = 0,
+        seed: int | None = None,
         policy: str = "tiny",
     ) -> None:
         if min(num_instructions, requests_per_round, patience) < 1:
@@ -114,7 +115,7 @@ class SelfInstructModule(AlignmentModule):
             num_in_context,
             max_similarity,
         )
-        self.requests_per_round, self.patience, self.seed = requests_per_round, patience, seed
+        self.requests_per_round, self.patience, self.seed = requests_per_round, patience, run_seed(seed)
         self.rounds: list[Round] = []
         self.fruitless = 0
         self._pool: InstructionPool | None = None  # of the seeds and ``rounds``

@@ -10,7 +10,7 @@ PACKAGES = ("modules", "datamodules", "callbacks")
 FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 FRAMEWORKS = {"lightning", "transformers", "datasets", "jsonargparse", "torchmetrics"}
 PARTS = {"networks", "losses", "rewards", "rollout"}
-SHARED = {"types", "functional", "distributed"}
+SHARED = {"types", "functional", "distributed", "seeds"}
 
 
 def trains(path: Path) -> bool:
@@ -33,6 +33,7 @@ def layer(module: str) -> str:
 ALLOWED = {
     "types": set(),
     "distributed": set(),
+    "seeds": set(),
     "functional": {"types"},
     **{part: {*SHARED, *PARTS} for part in PARTS},
     "schedulers": {"functional"},
