@@ -15,11 +15,10 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from modules.cli.checks import check_checkpoint, check_run, check_trainer, checkpoint_in
 from modules.cli.choices import import_own
-from modules.cli.ending import what_next
+from modules.cli.ending import TellsHowToGoOn, what_next
 from modules.cli.parser import with_data_module
 from modules.cli.progress import StepLines
 from modules.cli.run_folder import CHECKPOINTS, KeepsFolder, RunFolder, goes_on_in, last_checkpoint, usual_folder
-from modules.cli.signals import StopOnSignal
 
 Kind = Literal["tensorboard", "csv", "wandb"]
 Export: Any = vars(import_own("callbacks"))["Export"]
@@ -104,7 +103,7 @@ class AlignmentCLI(LightningCLI):
         if kind is not None or (path is not None and trainer["logger"] in (None, True)):
             name = "" if self.subcommand == "fit" else str(self.subcommand)
             changes["logger"] = make_logger(kind or "tensorboard", path or Path.cwd(), name)
-        callbacks: list[Callback] = [StopOnSignal()]
+        callbacks: list[Callback] = [TellsHowToGoOn()]
         if isinstance(folder, RunFolder):
             callbacks.append(KeepsFolder(folder))
             if trainer["callbacks"] is None and trainer["enable_checkpointing"] is not False:

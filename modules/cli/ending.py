@@ -3,10 +3,13 @@
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_only
 
 from modules.cli.progress import numbers
+from modules.cli.run_folder import CHECKPOINTS
 from modules.cli.words import command, from_here
+from modules.stopping import StopTogether
 
 SHOWN = 6  # numbers on the first line
 
@@ -31,6 +34,23 @@ def what_next(trainer: Trainer, export: Path | None) -> list[str]:
     elif folder:
         lines.append(f"curves: {from_here(Path(folder))}")
     return lines
+
+
+class TellsHowToGoOn(Callback):
+    """Prints the command that goes on with a run that was told to stop."""
+
+    @rank_zero_only
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Where the stop has left a checkpoint."""
+        stops = [callback for callback in trainer.callbacks if isinstance(callback, StopTogether)]  # type: ignore[attr-defined]
+        saved = next((stop.saved for stop in stops if stop.saved), None)
+        if saved is None:
+            return
+        run = saved.parent.parent
+        if saved.parent.name == CHECKPOINTS and (run / "config.yaml").is_file():
+            print(f"go on: {command('fit', '--config', run / 'config.yaml', '--ckpt_path', run)}", flush=True)
+        else:
+            print(f"go on: the same command with --ckpt_path {from_here(saved)}", flush=True)
 
 
 def rank(name: str) -> int:
