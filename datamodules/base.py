@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from datamodules.loaders.step_sampler import MicroBatch, StepSampler
 from datamodules.sources import Row, Source
 from datamodules.sources.files import read_rows
+from modules.seeds import run_seed
 
 Example = TypeVar("Example")
 
@@ -113,7 +114,7 @@ class AlignDataModule(RowsDataModule):
         columns: our column name -> the data's, where detection does not suffice.
         drop_long: drop rows that are too long and count them; False makes them an error.
         on_bad_row: ``drop`` leaves out rows that cannot be read and counts them; ``raise`` makes them an error.
-        seed: of the shuffles.
+        seed: of the shuffles; None = the run's.
 
     Attributes:
         dropped: rows left out for their length, by stage.
@@ -131,13 +132,13 @@ class AlignDataModule(RowsDataModule):
         columns: dict[str, str] | None,
         drop_long: bool,
         on_bad_row: Literal["raise", "drop"],
-        seed: int,
+        seed: int | None,
     ) -> None:
         super().__init__(train, columns)
         if on_bad_row not in ("raise", "drop"):
             raise ValueError(f"on_bad_row must be raise or drop, got {on_bad_row!r}")
         self.tokenizer = load_tokenizer(tokenizer)
-        self.drop_long, self.on_bad_row, self.seed = drop_long, on_bad_row, seed
+        self.drop_long, self.on_bad_row, self.seed = drop_long, on_bad_row, run_seed(seed)
         self.val: Any = val
         self.dropped = {"train": 0, "val": 0}
         self.bad = {"train": 0, "val": 0}

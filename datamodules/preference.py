@@ -61,7 +61,7 @@ class PreferenceDataModule(AlignDataModule):
         balance_length: drop training pairs until as many have the longer answer chosen as the shorter, in each bin of
             length differences (1, 2 to 3, 4 to 7, ... tokens); counted in ``unbalanced``.
         on_bad_row: ``drop`` leaves out rows that cannot be read and counts them in ``bad``.
-        seed: of the shuffle, with the epoch, and of the balancing.
+        seed: of the shuffle, with the epoch, and of the balancing; None = the run's.
 
     Raises:
         ValueError: naming file and line, in ``setup``, before the first step; also where two answers of different rank
@@ -85,7 +85,7 @@ class PreferenceDataModule(AlignDataModule):
         margins: dict[str, float] | Literal["small", "large"] | None = None,
         balance_length: bool = False,
         on_bad_row: Literal["raise", "drop"] = "raise",
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         if batch_size < 1 or max_length < 2:
             raise ValueError(

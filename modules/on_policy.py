@@ -25,6 +25,7 @@ from modules.rollout.engine import RolloutEngine, Sampling
 from modules.rollout.in_process import InProcessEngine
 from modules.rollout.metrics import gap_metrics, outcomes, rollout_metrics, share_solved
 from modules.rollout.scoring import in_chunks, make_rollouts, sampling_seed, to_batch, with_sums
+from modules.seeds import run_seed
 from modules.types import Completion, InstructionBatch, PolicyBatch, PromptBatch, Reward, Rollout
 
 NEGATIVE_KL = (
@@ -51,7 +52,7 @@ class OnPolicyModule(AlignmentModule):
         lora: train low-rank adapters instead of all weights.
         optimizer: parameters -> optimizer.
         scheduler: optimizer -> scheduler, stepped per update.
-        seed: of the sampling.
+        seed: of the sampling; None = the run's.
     """
 
     least_generations = 2  # completions of a prompt that the method needs
@@ -70,7 +71,7 @@ class OnPolicyModule(AlignmentModule):
         lora: Lora | None,
         optimizer: OptimizerCallable,
         scheduler: LRSchedulerCallable | None,
-        seed: int,
+        seed: int | None,
     ) -> None:
         super().__init__(policy, optimizer, scheduler, dropout=False, lora=lora)
         if num_generations < self.least_generations:
@@ -93,7 +94,7 @@ class OnPolicyModule(AlignmentModule):
             num_generations,
             val_generations,
             sampling,
-            seed,
+            run_seed(seed),
         )
         self.engine = engine or InProcessEngine()
         other = companion(self.policy, reference, "reference") if isinstance(reference, str) else None

@@ -60,7 +60,7 @@ class PPOModule(OnPolicyModule):
             share one frozen backbone.
         optimizer: parameters -> optimizer; default AdamW, learning rate 3e-6.
         scheduler: optimizer -> scheduler, stepped per update.
-        seed: of the sampling.
+        seed: of the sampling; None = the run's.
 
     Raises:
         ValueError: values out of range; in ``setup``, ``ptx_coef`` without ``data.ptx``.
@@ -87,7 +87,7 @@ class PPOModule(OnPolicyModule):
         lora: Lora | None = None,
         optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=3e-6),
         scheduler: LRSchedulerCallable | None = None,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         check_numbers("PPOModule", entropy_coef=(entropy_coef, "(-inf, inf)"), ptx_coef=(ptx_coef, "[0, inf)"))
         super().__init__(

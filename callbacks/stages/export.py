@@ -8,6 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
 
 from callbacks.phase import require_period
+from callbacks.run_folder import in_run_folder, require_writable
 
 
 @runtime_checkable
@@ -28,7 +29,8 @@ class Export(Callback):
     Nothing is written after an exception, nor by a ``fast_dev_run``, whose weights are worth nothing.
 
     Args:
-        folder: where to; its parents are made. It may hold an earlier export, which is replaced.
+        folder: where to; its parents are made. It may hold an earlier export, which is replaced. None = ``export`` in
+            the run's folder.
         every_n_epochs: also export after each so many epochs.
 
     Raises:
@@ -36,10 +38,11 @@ class Export(Callback):
             else in it, or a ``WeightAveraging`` that comes behind the export.
     """
 
-    def __init__(self, folder: str, every_n_epochs: int | None = None) -> None:
+    def __init__(self, folder: str | None = None, every_n_epochs: int | None = None) -> None:
         if every_n_epochs is not None:
             require_period("every_n_epochs", every_n_epochs)
-        self.folder = Path(folder)
+        self._given = None if folder is None else Path(folder)
+        self.folder = self._given or Path("export")  # settled at setup
         self.every_n_epochs = every_n_epochs
         self.exported_step = -1
 
@@ -52,6 +55,7 @@ class Export(Callback):
                 f"Export: {type(pl_module).__name__} has no save_pretrained and prepare_export, so it cannot be written: "
                 "remove the callback."
             )
+        self.folder = in_run_folder(trainer, self._given, "export")
         if self.folder.is_file() or (
             self.folder.is_dir() and any(self.folder.iterdir()) and not (self.folder / "config.json").is_file()
         ):
@@ -59,6 +63,8 @@ class Export(Callback):
                 f"Export would replace {self.folder}, which is not a Hugging Face folder (no config.json): choose "
                 "another folder."
             )
+        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            require_writable(self.folder, "Export")
         callbacks = trainer.callbacks  # type: ignore[attr-defined]  # Trainer sets it without declaring it
         if any(isinstance(behind, WeightAveraging) for behind in callbacks[callbacks.index(self) :]):
             raise ValueError(

@@ -53,7 +53,7 @@ class FactsDataModule(RowsDataModule):
         num_shots: examples in a prompt, >= 0.
         template: of a fact; it holds ``{question}`` and behind it, at the end of a line, ``{answer}``, where a prompt
             stops.
-        seed: of the examples.
+        seed: of the examples; None = the run's.
 
     Raises:
         ValueError: naming file and line, in ``setup``, before anything is asked.
@@ -70,7 +70,7 @@ class FactsDataModule(RowsDataModule):
         num_prompts: int = 10,
         num_shots: int = 4,
         template: str = TEMPLATE,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         if min(batch_size, num_prompts) < 1 or num_shots < 0:
             raise ValueError(

@@ -13,6 +13,7 @@ from modules.predict.categories import knowledge_category, matches
 from modules.rollout.engine import RolloutEngine, Sampling
 from modules.rollout.in_process import InProcessEngine
 from modules.rollout.scoring import sampling_seed
+from modules.seeds import run_seed
 from modules.types import KNOWLEDGE_CATEGORIES, PromptBatch
 
 
@@ -30,7 +31,7 @@ class KnowledgeModule(PredictModule):
         temperature: of the samples, > 0.
         max_completion_length: tokens of an answer, the line end included.
         engine: what samples; default the policy itself, in this process.
-        seed: of the sampling.
+        seed: of the sampling; None = the run's.
 
     Attributes:
         done: uids of facts that are sorted already and are not asked again; a writer that resumes fills it.
@@ -48,7 +49,7 @@ class KnowledgeModule(PredictModule):
         temperature: float = 0.5,
         max_completion_length: int = 32,
         engine: RolloutEngine | None = None,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         super().__init__()
         if num_samples < 1 or temperature <= 0:
@@ -56,7 +57,7 @@ class KnowledgeModule(PredictModule):
                 f"num_samples must be at least 1 and temperature above 0, got {num_samples} and {temperature}"
             )
         self.policy = Policy(policy, dropout=False)
-        self.num_samples, self.seed = num_samples, seed
+        self.num_samples, self.seed = num_samples, run_seed(seed)
         self.sampling = Sampling(temperature=temperature, max_completion_length=max_completion_length, stop=("\n",))
         self.engine = engine or InProcessEngine()
         self.done: set[str] = set()

@@ -13,6 +13,7 @@ from typing import TypedDict
 from modules.predict.base import PredictModule
 from modules.predict.instruction_filter import REASONS, InstructionPool
 from modules.rewards.chat.protocol import ChatClient, Conversation
+from modules.seeds import run_seed
 from modules.types import PromptBatch
 
 LIST_LENGTH = 20  # tasks of a whole list, the examples included
@@ -70,7 +71,7 @@ class SelfInstructModule(PredictModule):
         max_similarity: ROUGE-L F1 to any seed or kept instruction above which a new one is refused, [0, 1].
         requests_per_round: asked at once; what is lost at most when a run is killed.
         patience: requests in a row (whole rounds) that bring nothing new, after which it stops.
-        seed: of the examples.
+        seed: of the examples; None = the run's.
 
     Attributes:
         rounds: what each round brought, from the first on; a writer that resumes fills it.
@@ -92,7 +93,7 @@ class SelfInstructModule(PredictModule):
         max_similarity: float = 0.7,
         requests_per_round: int = 8,
         patience: int = 40,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         if min(num_instructions, requests_per_round, patience) < 1:
             raise ValueError(
@@ -112,7 +113,7 @@ class SelfInstructModule(PredictModule):
             num_in_context,
             max_similarity,
         )
-        self.requests_per_round, self.patience, self.seed = requests_per_round, patience, seed
+        self.requests_per_round, self.patience, self.seed = requests_per_round, patience, run_seed(seed)
         self.rounds: list[Round] = []
         self.fruitless = 0
         self._pool: InstructionPool | None = None  # of the seeds and ``rounds``

@@ -11,7 +11,7 @@ PACKAGES = ("modules", "datamodules", "callbacks")
 FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 FRAMEWORKS = {"lightning", "transformers", "datasets", "jsonargparse", "torchmetrics"}
 PARTS = {"networks", "losses", "rewards", "rollout"}
-SHARED = {"types", "functional", "distributed", "modes"}
+SHARED = {"types", "functional", "distributed", "modes", "seeds"}
 
 
 def trains(path: Path) -> bool:
@@ -35,6 +35,7 @@ ALLOWED = {
     "types": set(),
     "distributed": set(),
     "modes": set(),
+    "seeds": set(),
     "stopping": {"distributed"},
     "functional": {"types"},
     **{part: {*SHARED, *PARTS} for part in PARTS},
@@ -43,7 +44,7 @@ ALLOWED = {
     "on_policy": {*SHARED, *PARTS, "base"},
     "method": {*SHARED, *PARTS, "base", "on_policy", "method", "stopping"},
     "modules": {"method"},
-    "cli": {*SHARED, *PARTS, "base", "on_policy", "method", "modules", "schedulers"},
+    "cli": {*SHARED, *PARTS, "base", "on_policy", "method", "modules", "schedulers", "stopping"},
     "datamodules": SHARED,
     "callbacks": SHARED,
 }

@@ -5,6 +5,7 @@ from itertools import product
 from zlib import crc32
 
 from datamodules.sources.source import Row, Source
+from modules.seeds import run_seed
 
 HELD_OUT_ONE_IN = 10
 
@@ -21,12 +22,12 @@ class Addition(Source):
         num_examples: rows, >= 1.
         digits: width of each operand, 1 to 3; shorter numbers are zero-padded.
         held_out: draw from the held-out pairs instead of the training pairs.
-        seed: of the draw; the split does not depend on it.
+        seed: of the draw; None = the run's. The split does not depend on it.
         dots: up to so many dots follow the sum in a completion; they mean nothing and make it longer.
     """
 
     def __init__(
-        self, num_examples: int, digits: int = 2, held_out: bool = False, seed: int = 0, dots: int = 0
+        self, num_examples: int, digits: int = 2, held_out: bool = False, seed: int | None = None, dots: int = 0
     ) -> None:
         if not 1 <= digits <= 3:
             raise ValueError(f"digits must be 1 to 3, got {digits}")
@@ -37,7 +38,7 @@ class Addition(Source):
         self.num_examples = num_examples
         self.digits = digits
         self.held_out = held_out
-        self.seed = seed
+        self.seed = run_seed(seed)
         self.dots = dots
 
     def rows(self) -> list[Row]:
@@ -69,7 +70,7 @@ class AdditionPairs(Addition):
         num_examples: pairs, >= 1.
         digits: width of each operand, 1 to 3.
         held_out: draw from the held-out operands.
-        seed: of the draw.
+        seed: of the draw; None = the run's.
         dots: up to so many dots follow an answer; the two answers of a pair always differ in them, unless 0.
         longer_chosen: [0, 1], how often the right answer is the longer one; 0.5 = the labels owe nothing to length.
     """
@@ -79,7 +80,7 @@ class AdditionPairs(Addition):
         num_examples: int,
         digits: int = 2,
         held_out: bool = False,
-        seed: int = 0,
+        seed: int | None = None,
         dots: int = 0,
         longer_chosen: float = 0.5,
     ) -> None:
