@@ -61,8 +61,9 @@ class TokenisedText:
 
     def prompt(self, start: int, end: int) -> list[int]:
         """The tokens of ``text[start:end]`` as they are where the text ends at ``end``: those that a prompt ends in."""
-        last = next((i for i in range(self._token_at(end) - 1, -1, -1) if self.ids[i] in self.special), 0)
-        anchor = self._start(last) if self.ids else 0  # texts before and behind a special token do not touch each other
+        inside = range(self._token_at(end) - 1, -1, -1)
+        anchor = next((self.starts[index] for index in inside if self.ids[index] in self.special), 0)
+        # texts before and behind a special token do not touch each other
         tail = TokenisedText(self.tokenizer, self.text[anchor:end], self.special)
         if start <= anchor:
             return self.part(start, anchor) + tail.ids
@@ -86,6 +87,8 @@ class TokenisedText:
 
     def _start(self, index: int) -> int:
         """Where a token begins, with the space in front that some tokenizers leave out of its characters."""
+        if self.ids[index] in self.special:
+            return self.starts[index]
         return min(self.starts[index], self.ends[index - 1]) if index else 0
 
 
