@@ -2,13 +2,14 @@
 identity.
 """
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
-from lightning.pytorch import LightningModule
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
@@ -20,6 +21,7 @@ from modules.networks.memory import memory_line, training_memory
 from modules.networks.policy import MAX_LOGITS, Policy
 from modules.rollout.engine import Sampling
 from modules.rollout.in_process import InProcessEngine
+from modules.schedulers import RunSchedule
 from modules.types import Rollout
 
 
@@ -81,11 +83,28 @@ class AlignmentModule(LightningModule):
             )
 
     def configure_optimizers(self) -> Any:
-        """The optimizer, and the scheduler stepped per update."""
+        """The optimizer, and the scheduler, stepped per update; one that waits for a plateau steps per epoch."""
         optimizer = self.optimizer(self.parameter_groups())
         if self.scheduler is None:
             return optimizer
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.scheduler(optimizer), "interval": "step"}}
+        scheduler = self.scheduler(optimizer)
+        if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            if not isinstance(scheduler, ReduceLROnPlateau):
+                raise ValueError(
+                    "torch's ReduceLROnPlateau does not say which metric it watches: name "
+                    "lightning.pytorch.cli.ReduceLROnPlateau with init_args {monitor: val/loss}"
+                )
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": scheduler.monitor}}
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_train_start(self) -> None:
+        """Tell a schedule over the whole run how long the run is."""
+        for config in self.trainer.lr_scheduler_configs:
+            if isinstance(config.scheduler, RunSchedule):
+                before, total = config.scheduler.total_steps, updates_of(self.trainer)
+                if self.global_step > 0 and before != total:
+                    rank_zero_info(f"schedule: now over {total:.0f} updates instead of {before:.0f}")
+                config.scheduler.plan(total)
 
     def parameter_groups(self) -> list[Any]:
         """What the optimizer trains: parameters, or groups of them with settings of their own."""
@@ -251,6 +270,17 @@ class AlignmentModule(LightningModule):
             "parameters": sum(parameter.numel() for name, parameter in self.policy.named_parameters() if name in kept),
             "vocab_size": config.vocab_size,
         }
+
+
+def updates_of(trainer: Trainer) -> float:
+    """Optimiser updates of the whole run, from its start; infinite where nothing bounds them.
+
+    ``trainer.estimated_stepping_batches`` would say the same, but asking for it makes Lightning forget the state of the
+    loaders on resume.
+    """
+    per_epoch = -(-trainer.num_training_batches // trainer.accumulate_grad_batches)
+    by_epochs = math.inf if trainer.max_epochs in (None, -1) else per_epoch * trainer.max_epochs
+    return min(by_epochs, math.inf if trainer.max_steps == -1 else trainer.max_steps)
 
 
 def at_whole_step(loop: dict[str, Any], accumulate: int, validates: bool, by_steps: bool) -> None:

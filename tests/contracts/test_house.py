@@ -36,7 +36,7 @@ ALLOWED = {
     "functional": {"types"},
     **{part: {*SHARED, *PARTS} for part in PARTS},
     "schedulers": {"functional"},
-    "base": {*SHARED, *PARTS},
+    "base": {*SHARED, *PARTS, "schedulers"},
     "on_policy": {*SHARED, *PARTS, "base"},
     "method": {*SHARED, *PARTS, "base", "on_policy", "method"},
     "modules": {"method"},
