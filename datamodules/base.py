@@ -3,13 +3,15 @@ epoch.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, TypeVar, runtime_checkable
 
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from datamodules.formats.reading import Reading
+from datamodules.formats.table import Purpose
 from datamodules.loaders.step_sampler import MicroBatch, StepSampler
 from datamodules.sources import Row, Source
 from datamodules.sources.files import read_rows
@@ -58,10 +60,14 @@ class AlignDataModule(LightningDataModule):
     Attributes:
         dropped: rows left out for their length, by stage.
         bad: rows left out because they could not be read, by stage.
+        reading: how the rows of the last data set were read.
 
     Raises:
-        ValueError: ``on_bad_row`` is neither.
+        ValueError: ``on_bad_row`` is neither, or ``columns`` maps names that the DataModule does not read.
     """
+
+    purpose: ClassVar[Purpose] = "instruction"  # which columns of the table are read
+    not_encoded: ClassVar[str] = "left out"  # what is said of rows for which ``encode`` gives None
 
     def __init__(
         self,
@@ -89,12 +95,7 @@ class AlignDataModule(LightningDataModule):
         self.val: Any = val
         self.dropped = {"train": 0, "val": 0}
         self.bad = {"train": 0, "val": 0}
-        self._left_out = (
-            0,
-            0,
-            0,
-            "",
-        )  # of the last source: by encode, too long, bad, what is wrong with the first bad one
+        self.reading = Reading(self.purpose, self.columns)
         self._sampler: StepSampler | None = None
         self._resume: dict[str, int] | None = None
 
@@ -118,7 +119,7 @@ class AlignDataModule(LightningDataModule):
     ) -> list[Example]:
         """Encodes the rows of a source, without those for which ``encode`` gives None, the ones longer than ``limit``
         tokens, added to ``dropped[stage]``, and, if rows may be bad, those for which it raises ValueError, added to
-        ``bad[stage]``.
+        ``bad[stage]``. ``reading`` is then that of this source.
 
         Raises ValueError for bad rows unless ``on_bad_row`` is drop, for long rows unless ``drop_long``, and when
         nothing is left.
@@ -127,6 +128,8 @@ class AlignDataModule(LightningDataModule):
         problem: ValueError | None = None
         skipped = too_long = bad = 0
         rows = read_rows(source)
+        self.reading = Reading(self.purpose, self.columns)
+        self.settle(rows, stage)
         for row in rows:
             try:
                 example = encode(row)
@@ -149,7 +152,9 @@ class AlignDataModule(LightningDataModule):
                 )
         self.dropped[stage] += too_long
         self.bad[stage] += bad
-        self._left_out = (skipped, too_long, bad, str(problem))
+        self.reading.counts.update({"used": len(kept), self.not_encoded: skipped, "too long": too_long, "bad": bad})
+        if problem is not None:
+            self.reading.note(f"the first bad row: {problem}")
         if not kept:
             first = f"; the first bad row is {problem}" if problem else ""
             left_out = f"{skipped} left out, {bad} bad, {too_long} longer than {limit} tokens" + (
@@ -158,7 +163,12 @@ class AlignDataModule(LightningDataModule):
             raise ValueError(
                 f"{rows[0].origin}: of {len(rows)} {stage} rows from here on none is left: {left_out}{first}"
             )
+        if stage != "calibration":  # whose rows are what predict writes
+            self.reading.finish(rows)
         return kept
+
+    def settle(self, rows: Sequence[Row], stage: str) -> None:
+        """Settles in ``reading`` what only all rows of a data set tell, before the first is encoded."""
 
     def require_held_out(self, stage: str) -> None:
         """ValueError for a ``setup(stage)`` that only reads held-out rows when there are none."""
@@ -191,13 +201,9 @@ class AlignDataModule(LightningDataModule):
             f"lower data.{setting} (longer rows are dropped)" + (" or max_completion_length" if budget else "")
         )
 
-    def report(self, stage: str, num_rows: int, detail: str, name: str | None = None) -> None:
-        """Prints one line about a loaded stage, or one set of rows of it, on rank 0."""
-        skipped, too_long, bad, problem = self._left_out
-        more = (f", {skipped} left out" if skipped else "") + (
-            f", {bad} bad rows dropped (the first: {problem})" if bad else ""
-        )
-        rank_zero_info(f"{name or stage}: {num_rows} rows, {too_long} dropped as too long{more}, {detail}")
+    def report(self, stage: str, detail: str, name: str | None = None) -> None:
+        """Prints one line about the last data set, on rank 0: how it was read and what became of its rows."""
+        rank_zero_info(f"{name or stage}: {self.reading.line()}; {detail}")
 
     def step_loader(
         self,

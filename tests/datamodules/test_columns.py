@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 import yaml
-
-from datamodules import InstructionDataModule, VerifiableDataModule
 from datamodules.formats.columns import final_answer, verifiable_example
 from datamodules.formats.instruction_columns import instruction_example
+
+from datamodules import InstructionDataModule, VerifiableDataModule
 from datamodules.sources import Row
 from modules.networks.tiny import tiny_tokenizer
 from modules.types import ALPACA_PROMPT_WITH_INPUT

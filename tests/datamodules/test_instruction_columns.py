@@ -5,9 +5,9 @@ import re
 from typing import Any
 
 import pytest
-
 from datamodules.formats.columns import check_mapping
 from datamodules.formats.instruction_columns import KNOWN, READERS, encode_instruction, instruction_example
+
 from datamodules.sources import Row
 from datamodules.tokens.chat import LossOn, Tokens
 from modules.networks.tiny import BOS, CHAT_TEMPLATE, END_OF_TURN, EOS, tiny_tokenizer

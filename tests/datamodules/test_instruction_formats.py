@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from datamodules.formats.instruction_columns import encode_instruction, instruction_example
 from transformers import PreTrainedTokenizerFast
 
-from datamodules.formats.instruction_columns import encode_instruction, instruction_example
 from datamodules.sources import Files, Row
 from datamodules.tokens.chat import Tokens
 from modules.networks.tiny import CHAT_TEMPLATE, END_OF_TURN, EOS, tiny_tokenizer

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from datamodules.formats.preference_columns import preference_example
+
 from datamodules.sources.oasst import OasstTrees, is_held_out
 
 OASST = Path(__file__).parents[2].parent / "shared" / "data" / "oasst"

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from datamodules.formats.columns import check_mapping
 from datamodules.formats.preference_columns import KNOWN, PreferenceExample, dense_ranks, preference_example
+
 from datamodules.preference import PreferenceDataModule
 from datamodules.sources import Files, Row
 from datamodules.tokens.chat import encode_example

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from datamodules.formats.preference_columns import preference_example
 
 from datamodules import PreferencePrompts, VerifiableDataModule
-from datamodules.formats.preference_columns import preference_example
 from datamodules.sources import Files
 from modules.networks.tiny import tiny_tokenizer
 

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from datamodules.formats.columns import verifiable_example
 
 from datamodules import Files
-from datamodules.formats.columns import verifiable_example
 from datamodules.tokens.chat import encode_prompt
 from modules.networks.tiny import tiny_tokenizer
 
