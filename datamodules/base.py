@@ -67,6 +67,7 @@ class AlignDataModule(LightningDataModule):
     """
 
     purpose: ClassVar[Purpose] = "instruction"  # which columns of the table are read
+    may_drop: ClassVar[bool] = True  # whether ``on_bad_row`` is an option
     not_encoded: ClassVar[str] = "left out"  # what is said of rows for which ``encode`` gives None
 
     def __init__(
@@ -135,9 +136,8 @@ class AlignDataModule(LightningDataModule):
                 example = encode(row)
             except ValueError as error:
                 if self.on_bad_row == "raise":
-                    raise ValueError(
-                        f"{error}; mend the row, or set data.on_bad_row: drop to leave such rows out"
-                    ) from error
+                    way_out = "; mend the row, or set data.on_bad_row: drop to leave such rows out"
+                    raise ValueError(f"{error}{way_out if self.may_drop else ''}") from error
                 problem, bad = problem or error, bad + 1
                 continue
             if example is None:

@@ -114,7 +114,7 @@ class StreamingDataModule(InstructionDataModule):
         first = Row(reader.data.columns_of(raw.columns, raw.origin), raw.origin, raw.source)
         if self.on_bad_row == "raise":
             self.encode(first)
-            rank_zero_info(f"train: rows are streamed from {self.train}, the first: {self.reading.line()}")
+            rank_zero_info(f"train: rows are streamed from {self.train}, the first: {self.reading.columns_line()}")
         else:
             rank_zero_info(f"train: rows are streamed from {self.train}, the first holds {', '.join(first.columns)}")
         return []

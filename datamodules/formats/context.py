@@ -73,7 +73,11 @@ def surrounded(cells: Cells, prompt: Dialogue, chat: bool) -> Asked:
     """
     if not isinstance(prompt, str):
         for name in BESIDE:
-            if cells.holds(name) and not repeats(cells.values[cells.name(name)], list(prompt)):
+            if (
+                cells.holds(name)
+                and cells.name(name) not in cells.used
+                and not repeats(cells.values[cells.name(name)], list(prompt))
+            ):
                 raise ValueError(
                     f"{cells.origin}: column {cells.name(name)!r} stands beside messages, which have no place for it; write "
                     f"it into the user's message, or leave it out with --data.columns '{{{name}: \"\"}}'"
@@ -102,7 +106,7 @@ def surrounded(cells: Cells, prompt: Dialogue, chat: bool) -> Asked:
 def note_unread(cells: Cells, conversation: Conversation, column: str) -> None:
     """Names what of its messages is not read."""
     for name in sorted(conversation.unread):
-        cells.unread[f"{column}.{name}"] = "of messages"
+        cells.unread[f"{column}.{name}"] = "beside what messages say"
 
 
 def _history(cells: Cells) -> list[Message]:

@@ -118,7 +118,7 @@ def _find_shape(cells: Cells, format: str | None) -> tuple[str, ...]:
         for shape in shapes:
             if all(map(holds, shape)):
                 return shape
-    if format is None and {"chosen", "label"} & set(cells.names):
+    if format is None and cells.has("chosen"):
         raise ValueError(
             f"{cells.origin}: the row is a preference ({', '.join(cells.row.columns)}); set data to PreferenceDataModule"
         )
@@ -126,7 +126,10 @@ def _find_shape(cells: Cells, format: str | None) -> tuple[str, ...]:
 
 
 def _conversation(cells: Cells) -> InstructionExample:
-    value, name = unpack(cells.take("messages")), cells.name("messages")
+    name = cells.name("messages")
+    value = unpack(cells.take("messages"))
+    if value is None and isinstance(value := unpack(cells.values[name]), list | str):
+        raise ValueError(f"{cells.origin}: column {name!r} is empty")
     if not isinstance(value, list) and not looks_like_messages(value):
         raise ValueError(
             f"{cells.origin}: column {name!r} holds a {type(value).__name__}, a list of messages was expected"
@@ -152,17 +155,14 @@ def _asked(cells: Cells, shape: tuple[str, ...], chat: bool | None) -> Instructi
         conversation = read_messages(completion, f"{cells.origin}: {where}")
         note_unread(cells, conversation, where)
         turns, unlearned = conversation.turns, conversation.unlearned
-    if not isinstance(asked.prompt, str) and asked.prompt and asked.prompt[-1]["role"] == "assistant":
-        if isinstance(turns, str) or (turns and turns[0]["role"] == "assistant"):
-            raise ValueError(
-                f"{cells.origin}: the prompt ends in an assistant turn and {cells.name(shape[1])!r} is another one; move the "
-                "beginning of the answer into the completion"
-            )
-    if (
-        cells.holds("history")
-        and isinstance(turns, str)
-        and not looks_like_messages(cells.values[cells.name(shape[0])])
-    ):
+    answers = isinstance(turns, str) or (turns and turns[0]["role"] == "assistant")
+    if answers and not isinstance(asked.prompt, str) and asked.prompt and asked.prompt[-1]["role"] == "assistant":
+        raise ValueError(
+            f"{cells.origin}: the prompt ends in an assistant turn and {cells.name(shape[1])!r} is another one; move the "
+            "beginning of the answer into the completion"
+        )
+    is_text = isinstance(cells.values[cells.name(shape[0])], str) and isinstance(turns, str)
+    if cells.holds("history") and is_text and not isinstance(asked.prompt, str):
         turns = [*asked.prompt, Message(role="assistant", content=turns)]  # answers in a history are learned too
         return InstructionExample([], turns, cells.origin, cells.row.source, tools=asked.tools)
     alpaca = None

@@ -10,7 +10,7 @@ from datamodules.formats.context import PROMPTS, Asked, note_unread, read_bare_p
 from datamodules.formats.messages import looks_like_messages, read_messages
 from datamodules.formats.reading import Cells, Reading
 from datamodules.formats.values import as_number, unpack
-from datamodules.formats.verdicts import Ours, Scale, settle_labels, settle_scale
+from datamodules.formats.verdicts import Ours, Scale, check_labels, settle_scale
 from datamodules.sources.source import Row
 from datamodules.tokens.chat import Dialogue, Message, Tools
 
@@ -18,9 +18,9 @@ Answer = str | list[Message]  # text, or one assistant turn where it holds more 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"  # of Anthropic's transcripts
 VERDICTS = ("preference", "label", "labels", "annotator1")
 SHAPES = (  # our columns; of two answers without a verdict only a judge has a use
-    *(("output_1", "output_2", verdict) for verdict in VERDICTS),
     ("chosen", "rejected"),
     ("completions",),
+    *(("output_1", "output_2", verdict) for verdict in VERDICTS),
     ("completion", "label"),
     ("messages", "label"),
 )
@@ -97,7 +97,7 @@ def settle_verdicts(rows: Sequence[Row], reading: Reading, first_is_better: Ours
         ValueError: a column that can be read in two ways, a label that is neither true nor false, or an option without
             effect.
     """
-    verdicts: dict[str, list[Any]] = {}
+    verdicts: dict[tuple[str, ...], list[Any]] = {}  # annotators together
     labels: dict[str, dict[str, Any]] = {}
     for row in rows:
         cells = Cells(row, reading)
@@ -105,13 +105,15 @@ def settle_verdicts(rows: Sequence[Row], reading: Reading, first_is_better: Ours
         if shape and "label" in shape and "output_1" not in shape:
             labels.setdefault(cells.name("label"), {})[row.origin] = cells.values[cells.name("label")]
         elif shape and (shape[0] == "output_1" or (shape[0] == "completions" and _is_pair(cells))):
-            for name in _verdict_columns(cells):
-                verdicts.setdefault(cells.name(name), []).append(cells.values[cells.name(name)])
+            names = [cells.name(name) for name in _verdict_columns(cells)]
+            verdicts.setdefault(tuple(names), []).extend(cells.values[name] for name in names)
     for name, values in labels.items():
-        settle_labels(name, values, first_is_better)
-    for name, given in verdicts.items():
-        reading.settled[name] = settle_scale(name, given, first_is_better, rows[0].origin)
-        reading.note(f"`{name}`: {reading.settled[name]}")
+        check_labels(name, values, first_is_better)
+    verdicts.pop((), None)
+    for names_of, given in verdicts.items():
+        scale = settle_scale(names_of[0], given, first_is_better, rows[0].origin)
+        reading.settled |= dict.fromkeys(names_of, scale)
+        reading.note(f"`{names_of[0]}`: {scale}")
     if first_is_better is not None and not verdicts:
         raise ValueError(
             f"{rows[0].origin}: data.first_is_better has no effect, for no row has two answers with a verdict; leave it out"
@@ -133,15 +135,14 @@ def read_compared(cells: Cells, judged: bool, decided: bool = True) -> Compared:
     if shape is None:
         raise _no_shape(cells)
     if shape[0] == "chosen":
-        return Compared({cells.name(name): cells.take(name) for name in shape}, [0, 1], "chosen + rejected")
+        return Compared(_take_both(cells, shape), [0, 1], "chosen + rejected")
     if shape[0] == "output_1":
-        answers = {cells.name(name): cells.values[cells.name(name)] for name in shape[:2]}
-        for name in shape[:2]:
-            cells.take(name)
-        ranks, strength = _judged(cells, decided)
-        return Compared(answers, ranks, "two answers" + (" with a verdict" if ranks else ""), strength)
+        ranks, strength = _judged(cells, judged, decided)
+        return Compared(
+            _take_both(cells, shape[:2]), ranks, "two answers" + (" with a verdict" if ranks else ""), strength
+        )
     if shape[0] == "completions":
-        return _ranked(cells, decided)
+        return _ranked(cells, judged, decided)
     number = as_number(cells.take("label"))
     if number not in (0, 1):
         value = cells.values[cells.name("label")]
@@ -168,15 +169,21 @@ def read_answers(
         ValueError: with the row's origin, where an answer is not one assistant turn behind the prompt, or empty.
     """
     answers = {name: unpack(value) if looks_like_messages(value) else value for name, value in answers.items()}
-    kinds = {type(value) if isinstance(value, str) else list for value in answers.values()}
+    kinds = {isinstance(value, str) for value in answers.values()}
+    first = next(iter(answers.values()))
     for name, value in answers.items():
-        if not isinstance(value, str | dict | list) and not (may_be_empty and value is None) or len(kinds) > 1:
+        if not isinstance(value, str | dict | list) or isinstance(value, str) != isinstance(first, str):
             raise ValueError(
                 f"{cells.origin}: {name} is a {type(value).__name__}; the answers must all be text or all be messages"
             )
     labelled = "messages" in cells.roles.values()
     prompt = None if labelled else _prompt(cells, template)
-    if kinds == {str}:
+    if prompt is None and cells.missing:
+        raise cells.not_found("a prompt")
+    empty = [cells.name(name) for name in PROMPTS if cells.has(name)] if prompt is None and not labelled else []
+    if empty and kinds == {True}:
+        raise ValueError(f"{cells.origin}: the prompt is empty (column {empty[0]!r})")
+    if kinds == {True}:
         turns, made = (prompt, list(answers.values())) if prompt is not None else _transcripts(answers, cells, template)
     else:
         sides = {name: _side(cells, name, value) for name, value in answers.items()}
@@ -246,13 +253,21 @@ def _verdict_columns(cells: Cells) -> list[str]:
     return found[:1]
 
 
-def _judged(cells: Cells, decided: bool) -> tuple[list[int] | None, float | None]:
-    """Ranks and strength of two answers; the majority of several verdicts counts."""
+def _take_both(cells: Cells, names: tuple[str, ...]) -> dict[str, Any]:
+    """Two answers by their names, empty or not."""
+    for name in names:
+        cells.take(name)
+    return {cells.name(name): cells.values[cells.name(name)] for name in names}
+
+
+def _judged(cells: Cells, judged: bool, decided: bool) -> tuple[list[int] | None, float | None]:
+    """Ranks and strength of two answers; the majority of several verdicts counts. Nothing said is a tie where they must
+    be ``judged``, else None."""
     names = _verdict_columns(cells)
     if not decided:
         for name in names:
             cells.take(name)
-    if not names or not decided:
+    if not names or not decided or not (judged or any(map(cells.holds, names))):
         return None, None
     choices = []
     for name in names:
@@ -260,7 +275,7 @@ def _judged(cells: Cells, decided: bool) -> tuple[list[int] | None, float | None
         cells.take(name)
         value = cells.values[theirs]
         cells.roles[theirs] = name
-        scale = cells.reading.settled.get(theirs) or settle_scale(theirs, [value], None, cells.origin)
+        scale: Scale = cells.reading.settled.get(theirs, Scale("one_two"))
         choice = scale.read(value)
         if choice is None:
             raise ValueError(
@@ -278,7 +293,7 @@ def _judged(cells: Cells, decided: bool) -> tuple[list[int] | None, float | None
     return dense_ranks([choice, 3 - choice]), abs(2 * choice - 3)
 
 
-def _ranked(cells: Cells, decided: bool) -> Compared:
+def _ranked(cells: Cells, judged: bool, decided: bool) -> Compared:
     """Best first, by ``ranks``, ``scores`` or a verdict of two, or objects with a rank or score of their own."""
     column = "completions" if cells.has("completions") else "answer"
     given = unpack(cells.take(column))
@@ -298,7 +313,7 @@ def _ranked(cells: Cells, decided: bool) -> Compared:
             f"{cells.origin}: completions with labels are steps of one answer, not answers to compare; give ranks or scores"
         )
     elif len(given) == 2 and _verdict_columns(cells):
-        ranks, strength = _judged(cells, decided)
+        ranks, strength = _judged(cells, judged, decided)
         places = [float(rank) for rank in ranks] if ranks else None
     if all(isinstance(item, Mapping) and not looks_like_messages(item) for item in given):
         given, own = _objects(cells, given, cells.name(column))
@@ -365,7 +380,10 @@ def _ignore_rest(cells: Cells) -> None:
 def _prompt(cells: Cells, template: bool) -> Dialogue | None:
     """The prompt without its context; None where the answers share it."""
     turns = unpack(cells.values[cells.name("messages")]) if cells.holds("messages") else None
-    asks = looks_like_messages(turns) and read_messages(turns, cells.origin).turns[-1]["role"] != "assistant"
+    asks = (
+        looks_like_messages(turns)
+        and read_messages(turns, f"{cells.origin}: {cells.name('messages')}").turns[-1]["role"] != "assistant"
+    )
     names = [name for name in PROMPTS if cells.holds(name) and (name != "messages" or asks)]
     asked = read_bare_prompt(cells, tuple(names))
     if asked is None:

@@ -56,9 +56,9 @@ def verifiable_example(row: Row, reading: Reading, chat: bool = False) -> Verifi
     answer, column = right_answer(cells)
     reading.close(cells, "a prompt" + (" with an answer" if column else ""))
     asks = {theirs for theirs, role in cells.roles.items() if role in ("prompt", "instruction", "messages")}
-    info = {
-        name: value for name, value in row.columns.items() if name not in asks and (name, name) != ("answer", column)
-    }
+    if "answer" not in reading.by_hand:
+        asks.add("answer")
+    info = {name: value for name, value in row.columns.items() if name not in asks}
     return VerifiableExample(asked.prompt, answer, plain(info), row.origin, row.source, asked.tools)
 
 

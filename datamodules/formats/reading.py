@@ -2,11 +2,13 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from datamodules.formats.table import MODULES, NAMED, Purpose, check_mapping, normal, our_names, suggest
 from datamodules.formats.values import is_empty, repeats
-from datamodules.sources.source import Row
+
+if TYPE_CHECKING:  # sources read rows through this file
+    from datamodules.sources.source import Row
 
 Columns = Mapping[str, str]
 
@@ -37,7 +39,7 @@ class Reading:
         self._notes: dict[str, None] = {}
         self._mapped_seen: set[str] = set()
 
-    def open(self, row: Row) -> "Cells":
+    def open(self, row: "Row") -> "Cells":
         """The row by our names."""
         return Cells(row, self)
 
@@ -70,7 +72,7 @@ class Reading:
         """A mapped column was there."""
         self._mapped_seen.add(ours)
 
-    def finish(self, rows: Sequence[Row]) -> None:
+    def finish(self, rows: Sequence["Row"]) -> None:
         """ValueError for a mapping that had no effect on any of the rows."""
         for ours, theirs in self.by_hand.items():
             if theirs and self.shapes and ours not in {role for roles in self._became.values() for role in roles}:
@@ -90,8 +92,13 @@ class Reading:
         self.counts[reason] += count
 
     def line(self) -> str:
-        """The shape, which column became what, what was not read and why, and what became of the rows."""
-        num_rows = sum(self.counts.values())
+        """As :meth:`columns_line`, and what became of the rows."""
+        others = [f"{count} {reason}" for reason, count in self.counts.items() if count and reason != "used"]
+        rows = " + ".join([f"{self.counts['used']} used", *others])
+        return f"{self.columns_line()}; {sum(self.counts.values())} rows in = {rows}"
+
+    def columns_line(self) -> str:
+        """The shape, which column became what, and what was not read and why."""
         parts = [" or ".join(self.shapes)]
         became = [
             f"`{theirs}` -> {' or '.join(roles)}"
@@ -103,12 +110,9 @@ class Reading:
         for name, why in self._unread.items():
             if name not in self._became:
                 reasons.setdefault(why, []).append(f"`{name}`")
-        parts += [f"{', '.join(names)}: not read" + (f" ({why})" if why else "") for why, names in reasons.items()]
-        parts += list(self._notes)
-        others = [f"{count} {reason}" for reason, count in self.counts.items() if count and reason != "used"]
-        return f"{'; '.join(filter(None, parts))}; {num_rows} rows in = " + " + ".join(
-            [f"{self.counts['used']} used", *others]
-        )
+        to_rewards = " (but by rewards, as info)" if self.purpose == "verifiable" else ""
+        parts += [f"{', '.join(names)}: not read{f' ({why})' if why else to_rewards}" for why, names in reasons.items()]
+        return "; ".join(filter(None, [*parts, *self._notes]))
 
     def _refusal(self, ours: str, theirs: str, shape: str) -> str:
         column = NAMED[ours]
@@ -135,7 +139,7 @@ class Cells:
         unread: the data's name -> why it was not read.
     """
 
-    def __init__(self, row: Row, reading: Reading) -> None:
+    def __init__(self, row: "Row", reading: Reading) -> None:
         self.row, self.origin, self.reading = row, row.origin, reading
         self.values: dict[str, Any] = dict(row.columns)
         self.used: dict[str, Any] = {}

@@ -93,8 +93,8 @@ def settle_scale(name: str, values: Sequence[Any], first: Ours | None, origin: s
     return Scale("one_two")
 
 
-def settle_labels(name: str, values: Mapping[str, Any], first: Ours | None) -> None:
-    """Checks a column of labels, each of one answer: true or 1 = good, false or 0 = not.
+def check_labels(name: str, values: Mapping[str, Any], first: Ours | None) -> None:
+    """Checks a column of labels, each of one answer, as a whole: true or 1 = good, false or 0 = not.
 
     Args:
         name: of the column.
@@ -102,12 +102,12 @@ def settle_labels(name: str, values: Mapping[str, Any], first: Ours | None) -> N
         first: must be None, for there is no first answer.
 
     Raises:
-        ValueError: naming the first row whose label is neither.
+        ValueError: naming the first row with another number, which makes the meaning of all of them unknown.
     """
     if first is not None:
         raise ValueError(f"data.first_is_better is of two answers and column {name!r} labels one; leave it out")
     for origin, value in values.items():
-        if as_number(value) not in (0, 1):
+        if as_number(value) not in (0, 1, None):
             raise ValueError(
                 f"{origin}: column {name!r} holds {value!r}, expected true (desirable) or false, or 1 and 0"
             )

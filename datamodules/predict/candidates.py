@@ -53,7 +53,7 @@ class CandidatesDataModule(AlignDataModule):
     """
 
     batch_type = PromptBatch  # what a module must read
-    purpose = "preference"
+    purpose, may_drop = "preference", False
 
     def __init__(
         self,

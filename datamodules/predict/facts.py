@@ -57,7 +57,7 @@ class FactsDataModule(AlignDataModule):
     """
 
     batch_type = PromptBatch  # what a module must read
-    purpose = "facts"
+    purpose, may_drop = "facts", False
 
     def __init__(
         self,

@@ -65,7 +65,7 @@ class SeedTasksDataModule(AlignDataModule):
     """
 
     batch_type = PromptBatch  # what a module must read
-    purpose = "seeds"
+    purpose, may_drop = "seeds", False
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase | str, train: str | Source, columns: dict[str, str] | None = None

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from datamodules.formats.reading import Reading
 from datamodules.predict.facts import FactsDataModule, read_fact
 from datamodules.sources import FactDocuments, Facts, Row
 from modules.networks.tiny import tiny_tokenizer
@@ -94,13 +95,13 @@ def test_rows_without_a_relation_are_one_and_zero_shots_are_none(tmp_path: Path)
     ],
 )
 def test_shapes(columns: dict[str, Any], expected: Any) -> None:
-    fact = read_fact(Row(columns, "file:1", "file"), {})
+    fact = read_fact(Row(columns, "file:1", "file"), Reading("facts"))
     assert (fact.question, fact.answers, fact.relation) == expected
 
 
 def test_what_is_mapped_goes_first() -> None:
     row = Row({"question": "no", "prompt": "q", "possible": ["a"], "answer": "no", "prop": "r"}, "file:1", "file")
-    fact = read_fact(row, {"prompt": "prompt", "answer": "possible", "relation": "prop"})
+    fact = read_fact(row, Reading("facts", {"prompt": "prompt", "answer": "possible", "relation": "prop"}))
     assert (fact.question, fact.answers, fact.relation, fact.row.columns) == ("q", ["a"], "r", row.columns)
 
 
@@ -128,7 +129,7 @@ def test_what_is_mapped_goes_first() -> None:
 )
 def test_refused_rows(columns: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ValueError, match=f"^file:1: .*{sentence}"):
-        read_fact(Row(columns, "file:1", "file"), {})
+        read_fact(Row(columns, "file:1", "file"), Reading("facts"))
 
 
 def test_too_few_facts_of_a_relation(tmp_path: Path) -> None:

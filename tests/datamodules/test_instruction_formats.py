@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from datamodules.formats.instruction_columns import encode_instruction, instruction_example
 from transformers import PreTrainedTokenizerFast
 
+from datamodules.formats.instruction_shapes import encode_instruction, instruction_example
+from datamodules.formats.reading import Reading
 from datamodules.sources import Files, Row
 from datamodules.tokens.chat import Tokens
 from modules.networks.tiny import CHAT_TEMPLATE, END_OF_TURN, EOS, tiny_tokenizer
@@ -51,7 +52,7 @@ def learned(tokenizer: PreTrainedTokenizerFast, tokens: Tokens) -> list[str]:
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, row: Row, columns: dict[str, str]) -> Tokens:
-    return encode_instruction(tokenizer, instruction_example(row, columns))
+    return encode_instruction(tokenizer, instruction_example(row, Reading("instruction", columns)))
 
 
 def gpt(record: dict[str, Any]) -> list[str]:
@@ -106,7 +107,7 @@ def test_rows_of_a_file(name: str, count: int, columns: dict[str, str], answers:
     rows, records = Files(str(path)).rows(), raw(path)
     assert len(rows) == len(records) == count
     for index in {*range(min(count, 40)), count - 1}:
-        example, expected = instruction_example(rows[index], columns), answers(records[index])
+        example, expected = instruction_example(rows[index], Reading("instruction", columns)), answers(records[index])
         if not all(answer.strip() for answer in expected):
             with pytest.raises(ValueError, match="is empty"):
                 encode_instruction(tokenizer, example)
@@ -184,7 +185,7 @@ def test_tool_calls_of_sharegpt() -> None:
     rows, records = Files(str(path)).rows(), raw(path)
     assert len(rows) == len(records) == 56
     assert (
-        sum(instruction_example(row, {}).tools is None for row in rows)
+        sum(instruction_example(row, Reading("instruction")).tools is None for row in rows)
         == sum(json.loads(record["tools"]) == [] for record in records)
         == 23
     )

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from datamodules.formats.preference_columns import preference_example
 
 from datamodules import PreferencePrompts, VerifiableDataModule
+from datamodules.formats.preference_shapes import preference_example
+from datamodules.formats.reading import Reading
 from datamodules.sources import Files
 from modules.networks.tiny import tiny_tokenizer
 
@@ -107,7 +108,7 @@ def test_transcripts_of_hh_rlhf_become_prompts(tmp_path: Path) -> None:
         tiny_tokenizer(), PreferencePrompts(path, chat=True, on_bad_row="drop"), max_prompt_length=4096
     )
     data.setup("fit")
-    example = preference_example(Files(path).rows()[0], {}, template=True)
+    example = preference_example(Files(path).rows()[0], Reading("preference"), template=True)
     assert example is not None and data.train_prompts[0].example.prompt == example.prompt
     assert len(data.train_prompts) == 99  # row 86 has an empty answer
     assert data.train_prompts[0].text.startswith("<|im_start|>user\n") and data.train_prompts[0].text.endswith(

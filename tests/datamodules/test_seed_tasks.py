@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from lightning.pytorch import LightningModule, Trainer
 
+from datamodules.formats.reading import Reading
 from datamodules.predict.seed_tasks import SeedTasksDataModule, seed_task
 from datamodules.sources import Row
 from modules.networks.tiny import tiny_tokenizer
@@ -15,7 +16,7 @@ DATA = Path(__file__).parents[3] / "shared" / "data"
 
 
 def read(columns: dict[str, Any], mapping: dict[str, str] | None = None) -> tuple[str, str, str]:
-    task = seed_task(Row(columns, "file:1", "source"), mapping or {})
+    task = seed_task(Row(columns, "file:1", "source"), Reading("seeds", mapping or {}))
     assert (task.origin, task.source) == ("file:1", "source")
     return task.instruction, task.input, task.output
 
