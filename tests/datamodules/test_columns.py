@@ -3,7 +3,6 @@
 import json
 import logging
 import pickle
-import re
 from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
@@ -11,10 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 
 from datamodules import InstructionDataModule, VerifiableDataModule
-from datamodules.formats.instruction_shapes import instruction_example
 from datamodules.formats.prompt_shapes import final_answer, verifiable_example
 from datamodules.formats.reading import Reading
 from datamodules.sources import Row

@@ -86,7 +86,12 @@ FILES: list[tuple[str, int, dict[str, str], Answers]] = [
     ("nc-safety-tuned-llamas/training/safety_only_data_Instructions.json", 700, {}, lambda record: [record["output"]]),
     ("self-instruct/seed_tasks.jsonl", 124, {}, lambda record: [record["instances"][0]["output"]]),
     ("self-instruct/user_oriented_instructions.jsonl", 177, {}, lambda record: [record["instances"][0]["output"]]),
-    ("self-instruct/predictions/text-davinci-003_predictions.jsonl", 177, {}, lambda record: [record["response"]]),
+    (
+        "self-instruct/predictions/text-davinci-003_predictions.jsonl",
+        177,
+        {"instruction": "instruction", "completion": "response"},
+        lambda record: [record["response"]],
+    ),
     ("gsm8k/train.jsonl", 7473, {"prompt": "question", "completion": "answer"}, lambda record: [record["answer"]]),
     (
         "gsm8k/test_socratic.jsonl",
@@ -233,16 +238,20 @@ def test_reasoning_with_tools_in_typed_parts() -> None:
 @pytest.mark.parametrize(
     ("name", "columns", "message"),
     [
-        ("nc-alpaca-farm/multisamples_sft.json", {}, "column 'output' holds a list, text was expected"),
+        (
+            "nc-alpaca-farm/outputs_pairs.json",
+            {},
+            "found the columns instruction, input, output_1, output_2; looked for",
+        ),
         (
             "llama-factory/dpo_en_demo.json",
             {},
-            "the row is a preference .chosen, rejected.; set data to PreferenceDataModule",
+            "column 'chosen' .* InstructionDataModule does not read it; set data to PreferenceDataModule",
         ),
         (
             "oasst/en_100_tree.jsonl",
             {},
-            "found the columns message_tree_id, tree_state, prompt; looked for messages or conversations",
+            "found the columns message_tree_id, tree_state, prompt; looked for messages, prompt",
         ),
         ("xstest/xstest_prompts.csv", {}, "found the columns id, prompt, type, label, focus, note; looked for"),
     ],

@@ -79,7 +79,7 @@ def test_bad_rows_are_refused_or_dropped_with_a_count(tmp_path: Path, caplog: py
         PreferencePrompts(path).rows()
     with caplog.at_level("INFO"):
         assert [row.columns["prompt"] for row in PreferencePrompts(path, on_bad_row="drop").rows()] == ["p"]
-    assert f"1 different prompts in 2 rows, 1 bad rows dropped (the first: {path}:2: rejected is empty)" in caplog.text
+    assert f"the first bad row: {path}:2: rejected is empty; 2 rows in = 1 used + 1 bad" in caplog.text
     with pytest.raises(
         ValueError, match=f"{path}:1: none of 1 rows from here on can be read; the first: {path}:1: rejected is empty"
     ):
