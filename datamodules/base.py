@@ -3,13 +3,15 @@ epoch.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, TypeVar, runtime_checkable
 
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from datamodules.formats.reading import Reading
+from datamodules.formats.table import Purpose
 from datamodules.loaders.step_sampler import MicroBatch, StepSampler
 from datamodules.sources import Row, Source
 from datamodules.sources.files import read_rows
@@ -50,11 +52,28 @@ class RowsDataModule(LightningDataModule):
     Args:
         train: the rows: a source, or what :class:`Files` takes (file, folder, hub id).
         columns: our column name -> the data's, where detection does not suffice.
+
+    Attributes:
+        dropped: rows left out for their length, by stage.
+        bad: rows left out because they could not be read, by stage.
+        reading: how the rows of the last data set were read.
+
+    Raises:
+        ValueError: ``columns`` maps names that the DataModule does not read.
     """
+
+    purpose: ClassVar[Purpose] = "instruction"  # which columns of the table are read
+    may_drop: ClassVar[bool] = True  # whether ``on_bad_row`` is an option
+    not_encoded: ClassVar[str] = "left out"  # what is said of rows for which ``encode`` gives None
 
     def __init__(self, train: str | Source, columns: dict[str, str] | None) -> None:
         super().__init__()
         self.train, self.columns = train, columns or {}
+        self.drop_long = False
+        self.on_bad_row: Literal["raise", "drop"] = "raise"
+        self.dropped = {"train": 0, "val": 0}
+        self.bad = {"train": 0, "val": 0}
+        self.reading = Reading(self.purpose, self.columns)
 
     @property
     def rank(self) -> int:
@@ -65,6 +84,70 @@ class RowsDataModule(LightningDataModule):
     def world_size(self) -> int:
         """Processes, 1 without a Trainer."""
         return self.trainer.world_size if self.trainer else 1
+
+    def encode_rows(
+        self,
+        source: str | Source,
+        stage: str,
+        encode: Callable[[Row], Example | None],
+        length: Callable[[Example], int],
+        limit: int,
+    ) -> list[Example]:
+        """Encodes the rows of a source, without those for which ``encode`` gives None, the ones longer than ``limit``
+        tokens, added to ``dropped[stage]``, and, if rows may be bad, those for which it raises ValueError, added to
+        ``bad[stage]``. ``reading`` is then that of this source.
+
+        Raises ValueError for bad rows unless ``on_bad_row`` is drop, for long rows unless ``drop_long``, and when
+        nothing is left.
+        """
+        kept: list[Example] = []
+        problem: ValueError | None = None
+        skipped = too_long = bad = 0
+        rows = read_rows(source)
+        self.reading = Reading(self.purpose, self.columns)
+        self.settle(rows, stage)
+        for row in rows:
+            try:
+                example = encode(row)
+            except ValueError as error:
+                if self.on_bad_row == "raise":
+                    way_out = "; mend the row, or set data.on_bad_row: drop to leave such rows out"
+                    raise ValueError(f"{error}{way_out if self.may_drop else ''}") from error
+                problem, bad = problem or error, bad + 1
+                continue
+            if example is None:
+                skipped += 1
+            elif length(example) <= limit:
+                kept.append(example)
+            elif self.drop_long:
+                too_long += 1
+            else:
+                raise ValueError(
+                    f"{row.origin}: {length(example)} tokens and the limit is {limit}; raise it or set drop_long: true"
+                )
+        self.dropped[stage] += too_long
+        self.bad[stage] += bad
+        self.reading.counts.update({"used": len(kept), self.not_encoded: skipped, "too long": too_long, "bad": bad})
+        if problem is not None:
+            self.reading.note(f"the first bad row: {problem}")
+        if not kept:
+            first = f"; the first bad row is {problem}" if problem else ""
+            left_out = f"{skipped} left out, {bad} bad, {too_long} longer than {limit} tokens" + (
+                " (raise the limit)" if too_long else ""
+            )
+            raise ValueError(
+                f"{rows[0].origin}: of {len(rows)} {stage} rows from here on none is left: {left_out}{first}"
+            )
+        if stage != "calibration":  # whose rows are what predict writes
+            self.reading.finish(rows)
+        return kept
+
+    def settle(self, rows: Sequence[Row], stage: str) -> None:
+        """Settles in ``reading`` what only all rows of a data set tell, before the first is encoded."""
+
+    def report(self, stage: str, detail: str, name: str | None = None) -> None:
+        """Prints one line about the last data set, on rank 0: how it was read and what became of its rows."""
+        rank_zero_info(f"{name or stage}: {self.reading.line()}; {detail}")
 
     def check_positions(self, stage: str, longest: int, setting: str) -> None:
         """ValueError when the longest row (tokens), with a completion where the module samples, exceeds the positions
@@ -116,12 +199,8 @@ class AlignDataModule(RowsDataModule):
         on_bad_row: ``drop`` leaves out rows that cannot be read and counts them; ``raise`` makes them an error.
         seed: of the shuffles; None = the run's.
 
-    Attributes:
-        dropped: rows left out for their length, by stage.
-        bad: rows left out because they could not be read, by stage.
-
     Raises:
-        ValueError: ``on_bad_row`` is neither.
+        ValueError: ``on_bad_row`` is neither, or ``columns`` maps names that the DataModule does not read.
     """
 
     def __init__(
@@ -140,81 +219,13 @@ class AlignDataModule(RowsDataModule):
         self.tokenizer = load_tokenizer(tokenizer)
         self.drop_long, self.on_bad_row, self.seed = drop_long, on_bad_row, run_seed(seed)
         self.val: Any = val
-        self.dropped = {"train": 0, "val": 0}
-        self.bad = {"train": 0, "val": 0}
-        self._left_out = (
-            0,
-            0,
-            0,
-            "",
-        )  # of the last source: by encode, too long, bad, what is wrong with the first bad one
         self._sampler: StepSampler | None = None
         self._resume: dict[str, int] | None = None
-
-    def encode_rows(
-        self,
-        source: str | Source,
-        stage: str,
-        encode: Callable[[Row], Example | None],
-        length: Callable[[Example], int],
-        limit: int,
-    ) -> list[Example]:
-        """Encodes the rows of a source, without those for which ``encode`` gives None, the ones longer than ``limit``
-        tokens, added to ``dropped[stage]``, and, if rows may be bad, those for which it raises ValueError, added to
-        ``bad[stage]``.
-
-        Raises ValueError for bad rows unless ``on_bad_row`` is drop, for long rows unless ``drop_long``, and when
-        nothing is left.
-        """
-        kept: list[Example] = []
-        problem: ValueError | None = None
-        skipped = too_long = bad = 0
-        rows = read_rows(source)
-        for row in rows:
-            try:
-                example = encode(row)
-            except ValueError as error:
-                if self.on_bad_row == "raise":
-                    raise ValueError(
-                        f"{error}; mend the row, or set data.on_bad_row: drop to leave such rows out"
-                    ) from error
-                problem, bad = problem or error, bad + 1
-                continue
-            if example is None:
-                skipped += 1
-            elif length(example) <= limit:
-                kept.append(example)
-            elif self.drop_long:
-                too_long += 1
-            else:
-                raise ValueError(
-                    f"{row.origin}: {length(example)} tokens and the limit is {limit}; raise it or set drop_long: true"
-                )
-        self.dropped[stage] += too_long
-        self.bad[stage] += bad
-        self._left_out = (skipped, too_long, bad, str(problem))
-        if not kept:
-            first = f"; the first bad row is {problem}" if problem else ""
-            left_out = f"{skipped} left out, {bad} bad, {too_long} longer than {limit} tokens" + (
-                " (raise the limit)" if too_long else ""
-            )
-            raise ValueError(
-                f"{rows[0].origin}: of {len(rows)} {stage} rows from here on none is left: {left_out}{first}"
-            )
-        return kept
 
     def require_held_out(self, stage: str) -> None:
         """ValueError for a ``setup(stage)`` that only reads held-out rows when there are none."""
         if stage in ("validate", "test") and self.val is None:
             raise ValueError("there are no held-out rows to evaluate; set data.val")
-
-    def report(self, stage: str, num_rows: int, detail: str, name: str | None = None) -> None:
-        """Prints one line about a loaded stage, or one set of rows of it, on rank 0."""
-        skipped, too_long, bad, problem = self._left_out
-        more = (f", {skipped} left out" if skipped else "") + (
-            f", {bad} bad rows dropped (the first: {problem})" if bad else ""
-        )
-        rank_zero_info(f"{name or stage}: {num_rows} rows, {too_long} dropped as too long{more}, {detail}")
 
     def step_loader(
         self,

@@ -6,16 +6,13 @@ from collections.abc import Iterator
 from dataclasses import astuple, dataclass
 from typing import Any, Protocol, runtime_checkable
 
-from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import EVAL_DATALOADERS
 
 from datamodules.base import RowsDataModule
-from datamodules.formats.columns import Columns, check_mapping, renamed
+from datamodules.formats.instruction_shapes import first_instance
+from datamodules.formats.reading import Reading
 from datamodules.sources import Row, Source
-from datamodules.sources.files import read_rows
 from modules.types import PromptBatch
-
-KNOWN = ("instruction", "input", "output", "instances")
 
 
 @runtime_checkable
@@ -66,17 +63,17 @@ class SeedTasksDataModule(RowsDataModule):
     """
 
     batch_type = PromptBatch  # what a module must read
+    purpose, may_drop = "seeds", False
 
     def __init__(self, train: str | Source, columns: dict[str, str] | None = None) -> None:
-        check_mapping(columns or {}, KNOWN)
         super().__init__(train, columns)
         self.rows: list[SeedTask] = []
 
     def setup(self, stage: str) -> None:
         """Read all rows; bad ones fail here."""
         if not self.rows:
-            self.rows = [seed_task(row, self.columns) for row in read_rows(self.train)]
-            rank_zero_info(f"seeds: {len(self.rows)} tasks, {sum(bool(row.input) for row in self.rows)} with an input")
+            self.rows = self.encode_rows(self.train, "train", lambda row: seed_task(row, self.reading), lambda _: 0, 0)
+            self.report("seeds", f"{sum(bool(row.input) for row in self.rows)} with an input")
 
     def predict_dataloader(self) -> EVAL_DATALOADERS:
         """The seeds, once a round."""
@@ -100,43 +97,21 @@ class SeedTasksDataModule(RowsDataModule):
         )
 
 
-def seed_task(row: Row, columns: Columns) -> SeedTask:
+def seed_task(row: Row, reading: Reading) -> SeedTask:
     """The texts of a row, stripped. Raises ValueError with its origin when something is missing, empty or of the wrong
     type.
     """
-    record = renamed(row, columns)
-    nested = "instances" in record and ("output" not in record or "instances" in columns)
-    if "instruction" not in record or not (nested or "output" in record):
-        wanted = "instruction + output or instruction + instances"
-        raise ValueError(
-            f"{row.origin}: found the columns {', '.join(record)}; looked for {wanted}; map others with columns"
-        )
-    task = _first_instance(record["instances"], row.origin) if nested else record
-    instruction, output = _text(record, "instruction", row.origin), _text(task, "output", row.origin)
-    for name, text in (("instruction", instruction), ("output", output)):
+    cells = reading.open(row)
+    asks = next((name for name in ("instruction", "prompt") if cells.has(name)), None)
+    nested = cells.has("instances") and (not cells.has("completion") or "instances" in reading.by_hand)
+    if asks is None or not (nested or cells.has("completion")):
+        raise cells.not_found("instruction + output or instruction + instances")
+    output = first_instance(cells) if nested else cells.take_text("completion")
+    instruction, given = cells.take_text(asks).strip(), cells.take_text("input").strip()
+    for name, text in (("instruction", instruction), ("output", output.strip())):
         if not text:
             raise ValueError(
                 f"{row.origin}: the {name} is empty, so it shows a model nothing; write one or remove the row"
             )
-    return SeedTask(instruction, _text({"input": "", **task}, "input", row.origin), output, row.origin, row.source)
-
-
-def _first_instance(instances: Any, origin: str) -> dict[str, Any]:
-    if (
-        not isinstance(instances, list)
-        or not instances
-        or not isinstance(instances[0], dict)
-        or "output" not in instances[0]
-    ):
-        raise ValueError(f"{origin}: column 'instances' must be a list of at least one object with input and output")
-    found: dict[str, Any] = instances[0]
-    return found
-
-
-def _text(record: dict[str, Any], name: str, origin: str) -> str:
-    value = record[name]
-    if name == "input" and (value is None or value != value):  # NaN, which tables hold where a cell is empty
-        return ""
-    if not isinstance(value, str):
-        raise ValueError(f"{origin}: {name!r} holds a {type(value).__name__}, text was expected")
-    return value.strip()
+    reading.close(cells, "instruction + " + ("instances" if nested else "output"))
+    return SeedTask(instruction, given, output.strip(), row.origin, row.source)

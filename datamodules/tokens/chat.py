@@ -96,19 +96,30 @@ def encode_example(
 
 
 def encode_prompt(
-    tokenizer: PreTrainedTokenizerBase, prompt: Dialogue, origin: str, chat: bool = False, system: str | None = None
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Dialogue,
+    origin: str,
+    chat: bool = False,
+    system: str | None = None,
+    tools: Tools | None = None,
 ) -> tuple[str, list[int]]:
-    """The rendered prompt and its tokens, ready for the assistant to go on.
+    """The rendered prompt and its tokens, ready for the assistant to go on; a last assistant turn is gone on with.
 
     Args:
         chat: make a text prompt one user message.
         system: system message in front; a row's own system message wins.
+        tools: JSON schemas that the chat template writes.
+
+    Raises:
+        ValueError: with ``origin``, for an empty prompt and for what the chat template does not write.
     """
     prompt = as_dialogue(prompt, chat, system, origin)
     if isinstance(prompt, str):
         text, ids = prompt, prompt_ids(tokenizer, prompt)
     else:
-        text = render(tokenizer, prompt, origin, open_turn=True)
+        check_written(tokenizer, prompt, origin, tools)
+        opens = not prompt or prompt[-1]["role"] != "assistant"
+        text = render(tokenizer, prompt, origin, opens, tools, goes_on=not opens)
         ids = token_ids(tokenizer, text)
     if not ids:
         raise ValueError(f"{origin}: the prompt is empty")
@@ -148,10 +159,7 @@ def encode_messages(
     ]
     if next((message["role"] for message in messages if message["role"] != "system"), None) == "assistant":
         raise ValueError(f"{origin}: the conversation starts with an assistant turn, so there is no prompt")
-    if tools and render(tokenizer, messages, origin, False, tools) == render(tokenizer, messages, origin, False):
-        raise ValueError(
-            f"{origin}: the row has tools and the chat template does not write them; use a template that reads tools"
-        )
+    check_written(tokenizer, messages, origin, tools)
     if not turns:
         ids = token_ids(tokenizer, render(tokenizer, messages, origin, False, tools)) if messages else []
         return Tokens(ids, [False] * len(ids))
@@ -193,26 +201,63 @@ def render(
     origin: str,
     open_turn: bool,
     tools: Tools | None = None,
+    goes_on: bool = False,
 ) -> str:
-    """The conversation as text; ``open_turn`` ends it where the assistant is to go on. Raises ValueError with
-    ``origin``.
+    """The conversation as text; ``open_turn`` ends it where the assistant is to go on, ``goes_on`` inside its last turn.
+
+    Reasoning is handed over under each name that templates have for it. Raises ValueError with ``origin``.
     """
     if tokenizer.chat_template is None:
         advice = "use text prompts, or put a chat_template.jinja into the model's folder"
         raise ValueError(
             f"{origin}: messages need a chat template and this tokenizer has none (a base model?); {advice}"
         )
-    conversation: list[Any] = [dict(message) for message in messages]
+    conversation: list[Any] = [
+        {**message, **{name: message["reasoning_content"] for name in ("thinking", "reasoning")}}
+        if "reasoning_content" in message
+        else dict(message)
+        for message in messages
+    ]
     try:
         rendered = tokenizer.apply_chat_template(
             conversation,
             tools=tools,  # type: ignore[arg-type]
             tokenize=False,
             add_generation_prompt=open_turn,
+            continue_final_message=goes_on,
         )
-    except TemplateError as error:
+    except (TemplateError, ValueError) as error:
         raise ValueError(f"{origin}: the chat template refuses these messages: {error}") from error
     return str(rendered)
+
+
+def check_written(
+    tokenizer: PreTrainedTokenizerBase, messages: list[Message], origin: str, tools: Tools | None = None
+) -> None:
+    """ValueError when the chat template leaves out the tools, or a name, a tool call or the reasoning of a turn.
+
+    Templates may drop the reasoning of earlier turns, so that each turn is looked at as the last one. A tool's name
+    and the ids of calls only link turns.
+    """
+    if tools and render(tokenizer, messages, origin, False, tools) == render(tokenizer, messages, origin, False):
+        raise ValueError(
+            f"{origin}: the row has tools and the chat template does not write them; use a template that reads tools"
+        )
+    for index, message in enumerate(messages):
+        for field in ("reasoning_content", "tool_calls", "name"):
+            if not message.get(field) or (field == "name" and message["role"] == "tool"):
+                continue
+            so_far = messages[: index + 1]
+            bare: Any = {key: part for key, part in message.items() if key != field}
+            if field == "tool_calls" and not message["content"].strip():
+                bare["content"] = "\N{SNOWMAN}"  # some templates refuse a turn that says nothing
+            said = render(tokenizer, so_far, origin, False, tools)
+            if said == render(tokenizer, [*messages[:index], bare], origin, False, tools).replace("\N{SNOWMAN}", ""):
+                what = {"reasoning_content": "reasoning", "tool_calls": "tool call"}.get(field, field)
+                raise ValueError(
+                    f"{origin}: {message['role']} message {index}: the chat template changes its {what}; use a template "
+                    f"that writes a {what}, or remove it from the row"
+                )
 
 
 def _ending(tokenizer: PreTrainedTokenizerBase, where: str) -> str:
@@ -228,7 +273,7 @@ def _trimmed(tokenizer: PreTrainedTokenizerBase, message: Message, where: str) -
         if content.rstrip().endswith(special_tokens(tokenizer)) and (ending := _ending(tokenizer, where)):
             content = content.rstrip().removesuffix(ending)
         message = {**message, "content": content}
-    if not message["content"].strip() and not message.get("tool_calls") and message["role"] != "tool":
+    if not message["content"].strip() and not message.get("tool_calls") and message["role"] not in ("tool", "system"):
         raise ValueError(f"{where} is empty")
     return message
 

@@ -65,7 +65,8 @@ class LabelModule(PredictModule):
         for uid, prompt, info, (scores, counts) in zip(
             asked["uid"], asked["prompt"], asked["info"], judged, strict=True
         ):
-            label = preference_row(uid, prompt, info["candidates"], scores)
+            columns = info.get("columns") or {"prompt": prompt, "completions": info["candidates"]}
+            label = preference_row(uid, columns, scores)
             self.record.labels.append(
                 {"row": info["row"], "uid": uid, "given": info["given"], "counts": counts, "label": label}
             )
@@ -128,14 +129,14 @@ def shares_of_wins(num_candidates: int, comparisons: list[JudgedPair]) -> list[f
     return [won / (num_candidates - 1) for won in wins]
 
 
-def preference_row(uid: str, prompt: str, completions: list[str], scores: list[float] | None) -> dict[str, Any] | None:
-    """K completions with their scores as a row with ranks, 0 = best: scores [1, 0.25, 0.25] are ranks [0, 1, 1]. None
-    without scores.
+def preference_row(uid: str, columns: dict[str, Any], scores: list[float] | None) -> dict[str, Any] | None:
+    """A prompt and K completions (``columns``) with their scores as a row with ranks, 0 = best: scores [1, 0.25, 0.25]
+    are ranks [0, 1, 1]. None without scores.
     """
     if scores is None:
         return None
     ranks = [sum(other > mine for other in scores) for mine in scores]
-    return {"uid": uid, "prompt": prompt, "completions": completions, "ranks": ranks, "scores": scores}
+    return {"uid": uid, **columns, "ranks": ranks, "scores": scores}
 
 
 def describe_judge(value: Any) -> str:

@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 import yaml
+from datamodules.formats.preference_columns import preference_example
 from lightning.pytorch import Trainer
 
 from callbacks.writers.preference_writer import PreferenceWriter
-from datamodules.formats.preference_columns import preference_example
 from datamodules.predict.candidates import CandidatesDataModule
 from datamodules.sources import Files
 from modules import SFTModule

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from lightning.pytorch import LightningModule, Trainer
 
+from datamodules.formats.reading import Reading
 from datamodules.predict.seed_tasks import SeedTasksDataModule, seed_task
 from datamodules.sources import Row
 
@@ -14,7 +15,7 @@ DATA = Path(__file__).parents[3] / "shared" / "data"
 
 
 def read(columns: dict[str, Any], mapping: dict[str, str] | None = None) -> tuple[str, str, str]:
-    task = seed_task(Row(columns, "file:1", "source"), mapping or {})
+    task = seed_task(Row(columns, "file:1", "source"), Reading("seeds", mapping or {}))
     assert (task.origin, task.source) == ("file:1", "source")
     return task.instruction, task.input, task.output
 
@@ -42,11 +43,11 @@ def test_what_is_mapped_goes_before_what_is_found() -> None:
     row = {"task": "i", "instruction": "no", "output": "o", "examples": [{"output": "p"}]}
     assert read(row, {"instruction": "task"}) == ("i", "", "o")
     assert read(row, {"instances": "examples"}) == ("no", "", "p")
-    with pytest.raises(ValueError, match=r"file:1: no column 'nowhere' \(for output\); found task"):
+    with pytest.raises(ValueError, match=r"file:1: no column 'nowhere' \(for completion\); found task"):
         read(row, {"output": "nowhere"})
     with pytest.raises(
         ValueError,
-        match="columns maps unknown names answer; the names on the left may be instruction, input, output, instances",
+        match="columns maps answer .the right answer, .*, which SeedTasksDataModule does not read",
     ):
         SeedTasksDataModule("x.jsonl", columns={"answer": "a"})
 
@@ -55,19 +56,23 @@ def test_what_is_mapped_goes_before_what_is_found() -> None:
     ("columns", "sentence"),
     [
         (
-            {"prompt": "p", "output": "o"},
-            r"found the columns prompt, output; looked for instruction \+ output or instruction \+ instances",
+            {"text": "p", "output": "o"},
+            r"found the columns text, output; looked for instruction \+ output or instruction \+ instances",
         ),
         ({"instruction": "i"}, "found the columns instruction; looked for"),
         (
             {"instruction": "i", "instances": []},
-            "column 'instances' must be a list of at least one object with input and output",
+            "column 'instances' must be a list of objects with input and output, at least one",
         ),
         ({"instruction": "i", "instances": ["o"]}, "column 'instances' must be"),
         ({"instruction": "i", "instances": [{"input": "x"}]}, "column 'instances' must be"),
         ({"instruction": 3, "output": "o"}, "'instruction' holds a int, text was expected"),
         ({"instruction": "i", "input": ["x"], "output": "o"}, "'input' holds a list, text was expected"),
-        ({"instruction": "i", "output": None}, "'output' holds a NoneType, text was expected"),
+        ({"instruction": "i", "output": None}, "the output is empty, so it shows a model nothing"),
+        (
+            {"instruction": "i", "output": "o", "system": "s"},
+            "column 'system' .*, and SeedTasksDataModule does not read it; set",
+        ),
         ({"instruction": " ", "output": "o"}, "the instruction is empty"),
         ({"instruction": "i", "output": "\n"}, "the output is empty, so it shows a model nothing"),
     ],
@@ -100,7 +105,7 @@ def test_the_same_batch_until_the_module_has_finished(tmp_path: Path, caplog: An
     Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False).predict(
         module, data
     )
-    assert "seeds: 2 tasks, 1 with an input" in caplog.text
+    assert "seeds: instruction + output; `output` -> completion; 2 rows in = 2 used; 1 with an input" in caplog.text
     assert len(module.seen) == 3
     first = module.seen[0]
     assert (first["uid"], first["prompt"], first["answer"]) == ([f"{file}:1", f"{file}:2"], ["a", "b"], ["1", "2"])
