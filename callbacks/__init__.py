@@ -1,6 +1,7 @@
 """Questions about a run's health, one a file. They look and log; they change nothing."""
 
 from callbacks.averaged_weights import AveragedWeights
+from callbacks.claims import Claims
 from callbacks.comparison import Comparison
 from callbacks.data_report import DataReport
 from callbacks.diversity import Diversity
@@ -22,6 +23,7 @@ from callbacks.win_rate import WinRate
 
 __all__ = [
     "AveragedWeights",
+    "Claims",
     "Comparison",
     "DataReport",
     "Diversity",
