@@ -88,8 +88,8 @@ def standard_error(found: Mapping[str, float], metric: str, words: str) -> float
 class Claims(Callback):
     """Checks what a recipe claims, prints each claim as held or not, and ends the run with exit status 1 where one failed.
 
-    Checked are the last validation of a ``fit`` and that of ``validate``. A run cut short by ``fast_dev_run`` or ``limit_val_batches`` is not
-    judged and says so. Stands behind ``Summary`` and ``Comparison`` in the list of callbacks, so that their tables are printed and kept first.
+    Checked are the last validation of a ``fit`` and that of ``validate``, but no ``fast_dev_run``. Stands behind ``Summary`` and ``Comparison``
+    in the list of callbacks, so that their tables are printed and kept first.
 
     Args:
         claims: what must hold.
@@ -121,9 +121,7 @@ class Claims(Callback):
 
     def check(self, trainer: Trainer) -> None:
         """Print every claim as held or not."""
-        limit = trainer.limit_val_batches  # 1 is one batch, 1.0 are all
-        if trainer.fast_dev_run or isinstance(limit, int) or limit < 1:  # type: ignore[attr-defined]  # Trainer sets it undeclared
-            rank_zero_info("claims: not checked, because the validation is cut short")
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]  # Trainer sets it without declaring it
             return
         models = earlier(trainer) | {HERE: self.found}
         self.failed = []

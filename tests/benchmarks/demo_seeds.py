@@ -16,9 +16,9 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-import torch
+import torch  # noqa: E402
 
-from modules.networks.tiny import tiny_model, tiny_tokenizer
+from modules.networks.tiny import tiny_model, tiny_tokenizer  # noqa: E402
 
 BOUND = 0.85
 NUMERICS = {  # the environment of a run; perturbed: the start weights are off by a millionth

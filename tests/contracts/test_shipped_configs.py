@@ -1,6 +1,7 @@
 """Every shipped YAML runs: its own method and data, on the tiny model, one batch of each loader; the stages of a recipe one after the other."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -29,8 +30,17 @@ def write_preferences(folder: Path) -> None:
     (folder / "val.jsonl").write_text("".join(rows[:8]))
 
 
+def claims_may_fail(stage: Callable[[], None], capfd: pytest.CaptureFixture[str]) -> None:
+    """Run a stage; after so short a training its claims need not hold, and nothing else may be wrong."""
+    try:
+        stage()
+    except SystemExit:
+        if "claims did not hold: " not in capfd.readouterr().err:
+            raise
+
+
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
-def test_stages_of_recipes_hand_over_to_each_other(tmp_path, recipe):
+def test_stages_of_recipes_hand_over_to_each_other(tmp_path, recipe, capfd):
     paths = sorted(recipe.glob("*.yaml"))
     assert sorted({int(path.stem.split("-")[0]) for path in paths}) == list(range(1, int(paths[-1].stem.split("-")[0]) + 1))
     if any("runs/hh/" in path.read_text() for path in paths):
@@ -50,7 +60,8 @@ def test_stages_of_recipes_hand_over_to_each_other(tmp_path, recipe):
         short = ONE_STEP if command == "fit" else ONE_STEP[2:]
         if "ckpt_path:" in text:  # it goes on behind the epoch of the stage before
             changes += ["--trainer.max_epochs=2"]
-        run(command, "--config", str(path), *QUIET, *short, *changes, folder=tmp_path)
+        arguments = ["--config", str(path), *QUIET, *short, *changes]
+        claims_may_fail(lambda command=command, arguments=arguments: run(command, *arguments, folder=tmp_path), capfd)
 
 
 @pytest.mark.parametrize("method", ["sft", "reward", "dpo", "online_dpo", "grpo"])

@@ -20,9 +20,12 @@ def test_the_demo_learns(tmp_path: Path, seed: int, numerics: str) -> None:
     assert after >= BOUND
 
 
-def test_a_demo_that_did_not_learn_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_warm_up_that_does_not_reach_its_bound_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
-    changes = ["--model.policy=tiny", "--ckpt_path=null", "--data.val.num_examples=20", "--trainer.num_sanity_val_steps=-1"]
+    short = ["--trainer.max_epochs=1", "--data.train.num_examples=320", "--trainer.val_check_interval=5", "--trainer.enable_progress_bar=false"]
     with pytest.raises(SystemExit) as stop:
-        main(["validate", "--config", str(ROOT / "configs/recipes/demo/03-validate-grpo.yaml"), *changes])
+        main(["fit", "--config", str(ROOT / "configs/recipes/demo/01-fit-sft.yaml"), *short])
     assert stop.value.code == 1
+    said = capfd.readouterr().err
+    assert "claim: the warm-up answers half of the held-out sums right: NOT held (0" in said
+    assert "error: 1 of 1 claims did not hold: the warm-up answers half of the held-out sums right (0" in said
