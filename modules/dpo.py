@@ -145,7 +145,7 @@ class DPOModule(AlignmentModule):
                     "the reference was let go when the first fit began: make a new DPOModule for other data"
                 )
             self.reference.to(self.device)
-            folder = None if self.trainer.fast_dev_run else self.cache
+            folder = None if self.trainer.fast_dev_run else self.cache  # type: ignore[attr-defined]
             with self.trainer.precision_plugin.forward_context():
                 batches, place = self.data.in_order(stage), self.trainer.strategy.batch_to_device
                 self.tables[stage] = reference_logprobs(
