@@ -8,9 +8,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from datamodules.base import AlignDataModule
-from datamodules.formats.columns import check_mapping
-from datamodules.formats.instruction_columns import (
-    KNOWN,
+from datamodules.formats.instruction_shapes import (
     InstructionExample,
     check_format,
     encode_instruction,
@@ -64,6 +62,7 @@ class InstructionDataModule(AlignDataModule):
     """
 
     batch_type = InstructionBatch  # what a module must read
+    not_encoded = "not known (data.unknown)"
 
     def __init__(
         self,
@@ -93,7 +92,6 @@ class InstructionDataModule(AlignDataModule):
         ):
             if value not in known:
                 raise ValueError(f"{name} must be {', '.join(known[:-1])} or {known[-1]}, got {value!r}")
-        check_mapping(columns or {}, KNOWN)
         check_format(format)
         super().__init__(tokenizer, train, val, columns, drop_long, on_bad_row, seed)
         self.format, self.loss_on, self.max_length, self.packing, self.batch_size = (
@@ -154,12 +152,12 @@ class InstructionDataModule(AlignDataModule):
         rows = self.encode_rows(source, stage, encode, lambda tokens: len(tokens.ids), self.max_length)
         lengths, supervised = sizes(rows)
         self.check_positions(stage, max(lengths), "max_length")
-        self.report(stage, len(rows), f"{sum(supervised) / sum(lengths):.1%} of {sum(lengths)} tokens supervised", name)
+        self.report(stage, f"{sum(supervised) / sum(lengths):.1%} of {sum(lengths)} tokens supervised", name)
         return rows
 
     def encode(self, row: Row, unknown: str = "keep") -> Tokens | None:
         """Tokens of one raw row; None = left out as not known. Raises ValueError with the row's origin."""
-        example = instruction_example(row, self.columns, self.format)
+        example = instruction_example(row, self.reading, self.format, self.chat)
         knowledge = row.columns.get("knowledge")
         if unknown == "drop" and knowledge in UNKNOWN:
             return None

@@ -78,8 +78,8 @@ def load_documents(
         rows = pack(rows, data.max_length)
     lengths, supervised = sizes(rows)
     data.check_positions(stage, max(lengths), "max_length")
-    made = f"{num_documents} documents in rows that are {sum(lengths) / len(rows) / data.max_length:.1%} full"
-    data.report(
-        stage, len(rows), f"{made}, {sum(supervised) / sum(lengths):.1%} of {sum(lengths)} tokens supervised", name
+    made = (
+        f"{num_documents} documents in {len(rows)} rows that are {sum(lengths) / len(rows) / data.max_length:.1%} full"
     )
+    data.report(stage, f"{made}, {sum(supervised) / sum(lengths):.1%} of {sum(lengths)} tokens supervised", name)
     return rows

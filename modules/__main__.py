@@ -5,10 +5,9 @@ import sys
 import warnings
 from pathlib import Path
 
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from modules.base import AlignmentModule
 from modules.cli.chat import run_chat
 from modules.cli.command import AlignmentCLI
 from modules.cli.parser import Parser, read_old_names, refuse
@@ -45,7 +44,7 @@ def main(args: list[str] | None = None) -> None:
             run_chat(given[1:])
         else:
             AlignmentCLI(
-                AlignmentModule,
+                LightningModule,
                 LightningDataModule,
                 save_config_callback=SaveConfig,
                 seed_everything_default=0,

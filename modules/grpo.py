@@ -8,9 +8,10 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
+from modules.checks import check_numbers
 from modules.functional import kl
 from modules.functional.masked import aggregate
-from modules.losses import Advantage, Clipped, GroupZScore, PolicyObjective
+from modules.losses import Clipped, PolicyObjective
 from modules.networks.lora import Lora
 from modules.on_policy import OnPolicyModule
 from modules.rollout.engine import RolloutEngine, Sampling
@@ -24,7 +25,7 @@ class GRPOModule(OnPolicyModule):
     ``-min(ratio A, clip(ratio) A)`` (+ ``beta`` x KL). What differs from the paper: the loss is a mean over the tokens
     of the whole step instead of per completion, the upper clip is higher (both DAPO, arXiv 2503.14476), and there is no
     KL term unless ``beta`` asks for it. The published form is ``SequenceMean`` with clips 0.2/0.2 and ``beta`` 0.04;
-    Dr. GRPO is ``GroupCenter`` with ``ConstantNorm``; RLOO's advantage is ``LeaveOneOut``.
+    Dr. GRPO is ``group_center`` with ``ConstantNorm``; RLOO's advantage is ``leave_one_out``.
 
     Args:
         policy: ``tiny``, a Hugging Face folder, a GGUF file or a hub id. Dropout is off, so that the ratio is 1 at the
@@ -33,8 +34,9 @@ class GRPOModule(OnPolicyModule):
         num_generations: completions per prompt, at least 2.
         sampling: how to sample in training.
         engine: what samples; default the policy itself, in this process.
-        advantage: rewards -> advantages; default ``GroupZScore``.
-        objective: the policy loss; default ``Clipped``.
+        advantage: rewards [N], group [N] -> advantages [N], by dotted path: ``modules.functional.advantages.group_zscore``,
+            ``.group_center``, ``.leave_one_out`` or your own; default the objective's (``group_zscore`` for most).
+        objective: the policy loss; default ``Clipped``. Others are ``GSPO``, ``CISPO`` and ``MirrorDescent``.
         beta: weight of the KL to the frozen start policy in the loss, nats; 0 = none.
         kl_loss: estimator of that term whose gradient is the reverse KL's: ``modules.functional.kl.weighted_k3`` or
             ``.k2``.
@@ -54,7 +56,7 @@ class GRPOModule(OnPolicyModule):
         num_generations: int = 8,
         sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
         engine: RolloutEngine | None = None,
-        advantage: Advantage | None = None,
+        advantage: Callable[[Tensor, Tensor], Tensor] | None = None,
         objective: PolicyObjective | None = None,
         beta: float = 0.0,
         kl_loss: Callable[[Tensor, Tensor], Tensor] = kl.weighted_k3,
@@ -69,9 +71,9 @@ class GRPOModule(OnPolicyModule):
         super().__init__(
             policy,
             reward,
-            num_generations,
-            sampling,
-            engine,
+            num_generations=num_generations,
+            sampling=sampling,
+            engine=engine,
             reference=beta > 0 or measure_kl,
             accuracy=accuracy,
             val_generations=val_generations,
@@ -80,18 +82,20 @@ class GRPOModule(OnPolicyModule):
             scheduler=scheduler,
             seed=seed,
         )
-        if beta < 0:
-            raise ValueError(f"beta must be >= 0, got {beta}")
-        self.advantage, self.objective = advantage or GroupZScore(), objective or Clipped()
+        check_numbers("GRPOModule", beta=(beta, "[0, inf)"))
+        if kl_loss is kl.k1:
+            raise ValueError("kl_loss: k1 has no gradient on average: use modules.functional.kl.weighted_k3 or k2")
+        self.objective = objective or Clipped()
+        self.advantage = advantage or self.objective.make_advantages
         self.beta, self.kl_loss = beta, kl_loss
 
-    def finish(self, batch: PolicyBatch) -> None:
-        """Advantages of the phase, and which completions have a gradient."""
+    def prepare(self, batch: PolicyBatch) -> None:
+        """Make the advantages of the phase, and say which completions have a gradient."""
         mask = batch["completion_mask"]
         advantages = self.advantage(batch["rewards"], batch["group"])  # [N]
         batch["advantages"] = advantages[:, None] * mask
         batch["row_count"] = self.objective.aggregation.row_count(mask)
-        batch["active"] = (advantages != 0) | (self.beta > 0)
+        batch["active"] = (advantages != 0) | (self.beta > 0 or not self.objective.needs_advantage)
 
     def training_step(self, batch: PolicyBatch, batch_idx: int) -> Tensor:
         """The loss [] of a micro-batch: its share of the step's objective."""

@@ -12,8 +12,8 @@ from callbacks.writers.resumable_jsonl import append_lines, open_whole_lines, wr
 
 
 @runtime_checkable
-class Grows(Protocol):
-    """A module that makes more of seeds."""
+class GrowsTasks(Protocol):
+    """A module that makes more tasks of seeds, round by round."""
 
     rounds: list[Any]  # what each round brought, with ``accepted``; all but the tasks is numbers by name
     num_instructions: int  # enough
@@ -67,7 +67,7 @@ class InstructionWriter(Callback):
                 f"InstructionWriter: {self.path} is a folder; name a file, such as {self.path / 'instructions.jsonl'}"
             )
         require_writable(self.path, "InstructionWriter")
-        if not isinstance(pl_module, Grows):
+        if not isinstance(pl_module, GrowsTasks):
             raise ValueError(
                 f"InstructionWriter: {type(pl_module).__name__} grows no tasks; set model to SelfInstructModule"
             )

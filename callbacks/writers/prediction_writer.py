@@ -10,7 +10,7 @@ from typing import Any, TextIO
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
-from callbacks.phase import rollouts_of
+from callbacks.phase import record_of
 from callbacks.run_folder import in_run_folder, require_writable
 from modules.types import Rollout
 
@@ -64,7 +64,7 @@ class PredictionWriter(Callback):
     ) -> None:
         """Write the rollouts of the batch."""
         if self._file is not None:
-            self._file.writelines(line(rollout) for rollout in rollouts_of(pl_module))
+            self._file.writelines(line(rollout) for rollout in record_of(pl_module).rollouts)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Join the parts."""

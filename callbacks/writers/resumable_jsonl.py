@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from callbacks.run_folder import in_run_folder, require_writable
+from modules.types import Record
 
 
 @runtime_checkable
@@ -17,7 +18,7 @@ class Labels(Protocol):
     """A module that labels rows."""
 
     done: set[str]  # uids that it must not label again
-    labelled: list[dict[str, Any]]  # records of the last batch, with row, uid and label (None = invalid)
+    record: Record  # ``labels`` of the last batch
 
     def identity(self) -> dict[str, str | int]:
         """What determines the labels."""
@@ -107,7 +108,7 @@ class ResumableJsonl(Callback):
         used = Counter(self.usage(pl_module))
         spent = {name: value - self._used[name] for name, value in used.items()}
         self._used = used
-        append_lines(self._file, [*pl_module.labelled, {"usage": spent}])
+        append_lines(self._file, [*pl_module.record.labels, {"usage": spent}])
 
     def on_predict_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Join the parts."""

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from modules.cli.choices import batch_read_by, givers
 from modules.cli.run_folder import CHECKPOINTS, last_checkpoint
+from modules.predict.base import PredictModule
 
 NEEDED = {
     "fit": ("training_step", "train_dataloader"),
@@ -85,6 +86,9 @@ def check_run(command: str, model: LightningModule, data: LightningDataModule) -
     for owner, needed in zip((model, data), NEEDED[command], strict=True):
         if not is_overridden(needed, owner):
             raise ValueError(f"{type(owner).__name__} has no {needed}, so there is nothing to {command}")
+    if not hasattr(model, "tokenizer") and getattr(data, "tokenizer", method) is None:
+        other = f"set data to {model.reads}" if isinstance(model, PredictModule) else "set data.tokenizer"
+        raise ValueError(f"{source} needs a tokenizer and {method} has none; {other}")
     wanted, given = batch_read_by(type(model)), getattr(data, "batch_type", None)
     if wanted is not None and given is not None and wanted is not given:
         raise ValueError(

@@ -42,7 +42,10 @@ class AlignmentCLI(LightningCLI):
             "--logger", type=Kind | None, default=None, help="tensorboard (the default), csv or wandb, in the folder."
         )
         parser.link_arguments(
-            "model", "data.init_args.tokenizer", compute_fn=lambda model: model.tokenizer, apply_on="instantiate"
+            "model",
+            "data.init_args.tokenizer",
+            compute_fn=lambda model: getattr(model, "tokenizer", None),
+            apply_on="instantiate",
         )
         for action in parser._actions:
             if action.dest in ("model", "data"):

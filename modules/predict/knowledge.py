@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from modules.base import AlignmentModule
+from modules.networks.policy import Policy
+from modules.predict.base import PredictModule
 from modules.predict.categories import knowledge_category, matches
 from modules.rollout.engine import RolloutEngine, Sampling
 from modules.rollout.in_process import InProcessEngine
@@ -16,7 +17,7 @@ from modules.seeds import run_seed
 from modules.types import KNOWLEDGE_CATEGORIES, PromptBatch
 
 
-class KnowledgeModule(AlignmentModule):
+class KnowledgeModule(PredictModule):
     """Asks for each fact with several few-shot prompts, once greedily and ``num_samples`` times sampled, and sorts it
     into HighlyKnown, MaybeKnown, WeaklyKnown or Unknown. For ``predict`` alone.
 
@@ -34,10 +35,12 @@ class KnowledgeModule(AlignmentModule):
 
     Attributes:
         done: uids of facts that are sorted already and are not asked again; a writer that resumes fills it.
-        labelled: of the last batch, a record per fact that was asked: ``row`` (its place in the data), ``uid`` and
+        record: ``labels`` holds an entry per fact that was asked: ``row`` (its place in the data), ``uid`` and
             ``label``: the row's own columns, ``knowledge`` (the category), ``p_greedy`` and ``p_sampled`` (shares of
-                right answers, [0, 1]).
+            right answers, [0, 1]).
     """
+
+    reads = "FactsDataModule"
 
     def __init__(
         self,
@@ -48,24 +51,29 @@ class KnowledgeModule(AlignmentModule):
         engine: RolloutEngine | None = None,
         seed: int | None = None,
     ) -> None:
-        super().__init__(policy, torch.optim.SGD, dropout=False)
+        super().__init__()
         if num_samples < 1 or temperature <= 0:
             raise ValueError(
                 f"num_samples must be at least 1 and temperature above 0, got {num_samples} and {temperature}"
             )
+        self.policy = Policy(policy, dropout=False)
         self.num_samples, self.seed = num_samples, run_seed(seed)
         self.sampling = Sampling(temperature=temperature, max_completion_length=max_completion_length, stop=("\n",))
         self.engine = engine or InProcessEngine()
         self.done: set[str] = set()
-        self.labelled: list[dict[str, Any]] = []
+
+    @property
+    def tokenizer(self) -> Any:
+        """The policy's tokenizer, which the DataModule is given."""
+        return self.policy.tokenizer
 
     def predict_step(self, prompts: PromptBatch, batch_idx: int) -> None:
-        """Leaves the records of the batch in ``labelled``. Raises ValueError for prompts that are not those of facts."""
+        """Leave the labels of the batch in ``record.labels``. Raises ValueError for prompts that are not those of facts."""
         bare = [uid for uid, info in zip(prompts["uid"], prompts["info"], strict=True) if "fact" not in info]
         if bare:
             raise ValueError(f"{bare[0]}: a prompt that asks for no fact; set data to FactsDataModule")
         wanted = [index for index, info in enumerate(prompts["info"]) if info["fact"] not in self.done]
-        self.labelled = []
+        self.record.labels = []
         if not wanted:
             return
         self.engine.sync_weights(self.policy, self.global_step)
@@ -80,7 +88,7 @@ class KnowledgeModule(AlignmentModule):
                 name: round(float(right.float().mean()), 6)
                 for name, right in zip(("p_greedy", "p_sampled"), mine, strict=True)
             }
-            self.labelled.append(
+            self.record.labels.append(
                 {
                     "row": info["row"],
                     "uid": uid,
@@ -121,7 +129,7 @@ class KnowledgeModule(AlignmentModule):
             weights.update(name.encode())
             weights.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
         return {
-            **super().identity(),
+            "method": type(self).__name__,
             "weights": weights.hexdigest(),
             "sampling": str(self.sampling),
             "samples": self.num_samples,

@@ -4,7 +4,6 @@ outcomes at once.
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,21 +12,7 @@ from torch import Tensor
 from modules.distributed import from_all_ranks
 from modules.functional.advantages import zero_std_fraction
 from modules.functional.diagnostics import pass_at_k
-from modules.types import Reward, Rollout
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What metrics need of a rollout; small, so that it can be gathered from all ranks."""
-
-    uid: str  # outcomes of one prompt instance share it
-    reward: float | None  # None = unscorable
-    rewards: dict[str, float | None]
-    length: int  # tokens of the completion, the end token included
-    stopped: bool  # ended by itself
-    entropy: float | None  # nats per token
-    right: bool | None = None  # None = not asked or unscorable
-    kl: float | None = None  # nats, sum over the completion; None = no reference
+from modules.types import Outcome, Reward, Rollout
 
 
 def outcomes(rollouts: Sequence[Rollout], accuracy: Reward | None = None) -> list[Outcome]:

@@ -11,25 +11,15 @@ from callbacks.phase import require_period
 from callbacks.run_folder import in_run_folder, require_writable
 
 
-class Saves(Protocol):
-    """A model that writes itself and its tokenizer as a Hugging Face folder."""
+@runtime_checkable
+class Exports(Protocol):
+    """A module that writes itself as a Hugging Face folder."""
+
+    def prepare_export(self) -> None:
+        """Called on all ranks first, for what they must do together (collective)."""
 
     def save_pretrained(self, folder: Path) -> None:
-        """Write model and tokenizer into an existing folder."""
-
-
-@runtime_checkable
-class Exports(Saves, Protocol):
-    """A module that is more than its policy and writes itself."""
-
-    def before_export(self) -> None:
-        """Called on all ranks first, for what they must do together."""
-
-
-class HasPolicy(Protocol):
-    """What is read of the module."""
-
-    policy: Saves
+        """Write model and tokenizer into an existing folder, on rank zero alone."""
 
 
 class Export(Callback):
@@ -44,8 +34,8 @@ class Export(Callback):
         every_n_epochs: also export after each so many epochs.
 
     Raises:
-        ValueError: ``every_n_epochs`` below 1; at setup, a folder with something else in it, or a ``WeightAveraging``
-            that comes behind the export.
+        ValueError: ``every_n_epochs`` below 1; at setup, a module that does not write itself, a folder with something
+            else in it, or a ``WeightAveraging`` that comes behind the export.
     """
 
     def __init__(self, folder: str | None = None, every_n_epochs: int | None = None) -> None:
@@ -60,6 +50,11 @@ class Export(Callback):
         """Refuse a folder that holds something else; put back one that a killed run left aside."""
         if stage != "fit":
             return
+        if not isinstance(pl_module, Exports):
+            raise ValueError(
+                f"Export: {type(pl_module).__name__} has no save_pretrained and prepare_export, so it cannot be written: "
+                "remove the callback."
+            )
         self.folder = in_run_folder(trainer, self._given, "export")
         if self.folder.is_file() or (
             self.folder.is_dir() and any(self.folder.iterdir()) and not (self.folder / "config.json").is_file()
@@ -92,14 +87,14 @@ class Export(Callback):
     def _export(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.fast_dev_run:  # type: ignore[attr-defined]  # Trainer sets it without declaring it
             return
-        if isinstance(pl_module, Exports):
-            pl_module.before_export()
+        module = cast(Exports, pl_module)
+        module.prepare_export()
         if trainer.is_global_zero:
-            self._write(pl_module if isinstance(pl_module, Exports) else cast(HasPolicy, pl_module).policy)
+            self._write(module)
         self.exported_step = trainer.global_step
         trainer.strategy.barrier("export")
 
-    def _write(self, model: Saves) -> None:
+    def _write(self, model: Exports) -> None:
         partial = self._sibling("partial")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
