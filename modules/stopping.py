@@ -76,7 +76,7 @@ class StopTogether(Callback):
         folder = next((callback.dirpath for callback in savers if callback.dirpath), None)
         if folder is not None:
             self.saved = Path(folder) / "last.ckpt"
-            trainer.save_checkpoint(self.saved)
+            trainer.save_checkpoint(self.saved, weights_only=False)
         rank_zero_info(
             f"stopped behind step {trainer.global_step}, "
             + (f"from which {self.saved} goes on" if self.saved else "without a checkpoint, as the run keeps none")
