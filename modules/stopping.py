@@ -23,22 +23,50 @@ class StopTogether(Callback):
 
     def __init__(self) -> None:
         self.asked = False  # this rank, to stop
+        self.shared = 0.0  # batches of the evaluation or prediction that all ranks still have before them
 
     def note(self, signum: int, frame: FrameType | None) -> None:
         """Remember the signal."""
         self.asked = True
 
-    def listen(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def listen(self) -> None:
         """Put ``note`` in place of the handler that Lightning has registered by now."""
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, self.note)
 
-    on_sanity_check_start = on_train_start = on_validation_start = on_test_start = on_predict_start = listen
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Listen."""
+        self.listen()
 
-    def stop(self, trainer: Trainer, pl_module: LightningModule, *batch: Any, **which: Any) -> None:
-        """Stop where any rank is asked to (collective)."""
-        if any(from_all_ranks([self.asked])):
-            # the process that launched the others tells how the run ended; they end quietly, or it would be killed for them
-            raise SIGTERMException(128 + signal.SIGTERM if trainer.local_rank == 0 else 0)
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *batch: Any) -> None:
+        """Stop where any rank is asked to (collective): all have as many batches."""
+        stop_if(any(from_all_ranks([self.asked])), trainer)
 
-    on_train_batch_end = on_validation_batch_end = on_test_batch_end = on_predict_batch_end = stop
+    def begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Listen, and count the batches that all ranks have (collective): some may have more."""
+        self.listen()
+        if trainer.predicting:
+            batches = trainer.num_predict_batches
+        elif trainer.testing:
+            batches = trainer.num_test_batches
+        else:
+            batches = trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches
+        self.shared = min(from_all_ranks([sum(batches)]))
+        if self.shared == float("inf"):  # streams, of which nobody knows
+            self.shared = 0
+
+    on_validation_start = on_test_start = on_predict_start = begin
+
+    def behind(self, trainer: Trainer, pl_module: LightningModule, *batch: Any, **which: Any) -> None:
+        """Stop where any rank is asked to (collective); alone where other ranks may have no batch any more."""
+        self.shared -= 1
+        stop_if(self.asked if self.shared < 0 else any(from_all_ranks([self.asked])), trainer)
+
+    on_validation_batch_end = on_test_batch_end = on_predict_batch_end = behind
+
+
+def stop_if(asked: bool, trainer: Trainer) -> None:
+    """SIGTERMException if ``asked``. The process that launched the others tells how it ended."""
+    if asked:
+        # an exit status other than 0 of a launched process would make Lightning kill the first, whatever it is at
+        raise SIGTERMException(128 + signal.SIGTERM if trainer.local_rank == 0 else 0)
