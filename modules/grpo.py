@@ -3,6 +3,7 @@ it.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -57,10 +58,10 @@ class GRPOModule(OnPolicyModule):
         num_generations: int = 8,
         sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
         engine: RolloutEngine | None = None,
-        advantage: Callable[[Tensor, Tensor], Tensor] | None = None,
+        advantage: Callable[[Tensor, Tensor], Any] | None = None,  # Any: a function need not be annotated
         objective: PolicyObjective | None = None,
         beta: float = 0.0,
-        kl_loss: Callable[[Tensor, Tensor], Tensor] = kl.weighted_k3,
+        kl_loss: Callable[[Tensor, Tensor], Any] = kl.weighted_k3,
         measure_kl: bool = False,
         accuracy: Reward | None = None,
         val_generations: int = 1,
