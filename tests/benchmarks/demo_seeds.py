@@ -30,8 +30,12 @@ NUMERICS = {  # the environment of a run; perturbed: the start weights are off b
 }
 
 
-def run_demo(folder: Path, seed: int, numerics: str) -> tuple[float, float]:
-    """Run the demo in an empty folder; pass@1 before and after GRPO. RuntimeError, with the end of what it printed, when a stage fails early."""
+def run_demo(folder: Path, seed: int, numerics: str, *grpo: str) -> tuple[float, float]:
+    """Run the demo in an empty folder; pass@1 before and after GRPO.
+
+    grpo: more arguments of the stage that trains by GRPO. Claims that do not hold are no error here. Raises RuntimeError, with the end of what
+    the stage printed, when a stage fails otherwise.
+    """
     model = tiny_model(seed)
     if numerics == "perturbed":
         torch.manual_seed(seed)
@@ -52,6 +56,7 @@ def run_demo(folder: Path, seed: int, numerics: str) -> tuple[float, float]:
         ]
         command += [f"--seed_everything={seed}", f"--data.seed={seed}"]
         command += [f"--model.policy={folder / 'start'}"] if "sft" in path.stem else [f"--model.seed={seed}"]
+        command += grpo if path.stem == "02-fit-grpo" else ()
         environment = os.environ | {"PYTHONPATH": str(ROOT)} | NUMERICS[numerics]
         stage = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
         said = stage.stdout + stage.stderr

@@ -8,16 +8,16 @@ import pytest
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tests/benchmarks"))
 
-from demo_seeds import BOUND, run_demo  # noqa: E402 (the table of all seeds and numerics is made by the same function)
+from demo_seeds import run_demo  # noqa: E402 (the table of all seeds and numerics is made by the same function)
 
 from modules.__main__ import main  # noqa: E402
 
 
 @pytest.mark.parametrize(("seed", "numerics"), [(1, "sse41"), (2, "perturbed")])
 def test_the_demo_learns(tmp_path: Path, seed: int, numerics: str) -> None:
-    before, after = run_demo(tmp_path, seed, numerics)
-    assert 0.4 <= before <= 0.8
-    assert after >= BOUND
+    before, after = run_demo(tmp_path, seed, numerics, "--trainer.max_epochs=75")  # half of it, up to the first checkpoint
+    assert 0.5 <= before <= 0.75
+    assert after >= 0.78
 
 
 def test_a_warm_up_that_does_not_reach_its_bound_fails(
