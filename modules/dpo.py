@@ -41,7 +41,8 @@ class DPOModule(AlignmentModule):
         nll_weight: >= 0; adds the negative log-likelihood per token of the chosen completion (RPO, arXiv 2404.19733),
             which keeps it from falling.
         lora: train low-rank adapters instead of all weights.
-        cache_dir: folder of the reference log-probs, named by model, rows and precision; None = none.
+        cache_dir: folder of the reference log-probs, named by model, rows and precision; None = ``reference`` in the
+            run's folder.
         optimizer: parameters -> optimizer; default AdamW, learning rate 1e-6.
         scheduler: optimizer -> scheduler, stepped per update.
 
@@ -59,7 +60,7 @@ class DPOModule(AlignmentModule):
         reference_free: bool = False,
         nll_weight: float = 0.0,
         lora: Lora | None = None,
-        cache_dir: str | None = "runs/reference",
+        cache_dir: str | None = None,
         optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=1e-6),
         scheduler: LRSchedulerCallable | None = None,
     ) -> None:
@@ -80,7 +81,6 @@ class DPOModule(AlignmentModule):
         self.reference = Frozen(other or self.policy, own=other is not None) if self.needs_reference else None
         self.tables: dict[str, ReferenceLogprobs] = {}  # by stage of the data
         self._tables_of: Any = None  # the DataModule that they are of
-        self.scored_pairs: list[ScoredPair] = []  # of the current evaluation batch
         self._fallen = {
             "rewards/chosen": 0.0,
             "rewards/rejected": 0.0,
@@ -129,6 +129,11 @@ class DPOModule(AlignmentModule):
         super().on_validation_start()
         self.precompute("val")
 
+    @property
+    def cache(self) -> Path:
+        """Where the reference's log-probs are kept."""
+        return Path(self.cache_dir or Path(self.trainer.default_root_dir) / "reference")
+
     def precompute(self, *stages: str) -> None:
         """Fill ``tables`` for the stages that are not there yet."""
         for stage in stages:
@@ -139,7 +144,7 @@ class DPOModule(AlignmentModule):
                     "the reference was let go when the first fit began: make a new DPOModule for other data"
                 )
             self.reference.to(self.device)
-            folder = Path(self.cache_dir) if self.cache_dir else None
+            folder = None if self.trainer.fast_dev_run else self.cache  # type: ignore[attr-defined]
             with self.trainer.precision_plugin.forward_context():
                 batches, place = self.data.in_order(stage), self.trainer.strategy.batch_to_device
                 self.tables[stage] = reference_logprobs(
@@ -193,24 +198,24 @@ class DPOModule(AlignmentModule):
             )
 
     def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
-        """Means over the held-out examples; the pairs with their implicit rewards stay in ``scored_pairs`` for
+        """Means over the held-out examples; the pairs with their implicit rewards stay in ``record.pairs`` for
         callbacks.
         """
-        self.evaluate(batch, "val")
+        self.evaluate(batch)
 
     def test_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
         """The same under ``test/``."""
-        self.evaluate(batch, "test")
+        self.evaluate(batch)
 
-    def evaluate(self, batch: PreferenceBatch, stage: str) -> None:
+    def evaluate(self, batch: PreferenceBatch) -> None:
         """Log what the policy makes of held-out examples."""
         sequences, scores = self.sequences(batch, "val")
         examples = float(batch["prompt_index"][batch["rank"] >= 0].unique().numel())
         pairs, kl = find_pairs(batch), self.mismatched_kl(batch)
-        self.log_mean({f"{stage}/loss": self.loss(sequences, batch, pairs, kl) / max(examples, 1.0)}, examples)
+        self.log_evaluation({"loss": self.loss(sequences, batch, pairs, kl) / max(examples, 1.0)}, examples)
         for name, (value, weight) in self.metrics(sequences, scores, batch, pairs, kl).items():
-            self.log_mean({f"{stage}/{name}": value}, weight)
-        self.scored_pairs = make_scored_pairs(
+            self.log_evaluation({name: value}, weight)
+        self.record.pairs = make_scored_pairs(
             self.tokenizer, batch, self.objective.implicit_rewards(sequences, self.beta), pairs
         )
 
@@ -282,5 +287,5 @@ class DPOModule(AlignmentModule):
                 raise ValueError(
                     "policy and reference differ before the first update (log-probs of a completion by up to "
                     f"{float(gap.max()):.3g}): "
-                    f"empty {self.cache_dir} or name the right policy"
+                    f"empty {self.cache} or name the right policy"
                 )

@@ -46,7 +46,7 @@ class GRPOModule(OnPolicyModule):
         lora: train low-rank adapters instead of all weights.
         optimizer: parameters -> optimizer; default AdamW, learning rate 1e-6.
         scheduler: optimizer -> scheduler, stepped per update.
-        seed: of the sampling.
+        seed: of the sampling; None = the run's.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class GRPOModule(OnPolicyModule):
         lora: Lora | None = None,
         optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=1e-6),
         scheduler: LRSchedulerCallable | None = None,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         super().__init__(
             policy,

@@ -41,7 +41,7 @@ class OnlineDPOModule(OnPolicyModule):
         lora: train low-rank adapters instead of all weights.
         optimizer: parameters -> optimizer; default AdamW, learning rate 5e-7.
         scheduler: optimizer -> scheduler, stepped per update.
-        seed: of the sampling.
+        seed: of the sampling; None = the run's.
     """
 
     SOFT_SHARE = 0.6
@@ -62,7 +62,7 @@ class OnlineDPOModule(OnPolicyModule):
         lora: Lora | None = None,
         optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=5e-7),
         scheduler: LRSchedulerCallable | None = None,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         super().__init__(
             policy,

@@ -60,7 +60,7 @@ class PPOModule(OnPolicyModule):
             share one frozen backbone.
         optimizer: parameters -> optimizer; default AdamW, learning rate 3e-6.
         scheduler: optimizer -> scheduler, stepped per update.
-        seed: of the sampling.
+        seed: of the sampling; None = the run's.
 
     Raises:
         ValueError: values out of range; in ``setup``, ``ptx_coef`` without ``data.ptx``.
@@ -87,7 +87,7 @@ class PPOModule(OnPolicyModule):
         lora: Lora | None = None,
         optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=3e-6),
         scheduler: LRSchedulerCallable | None = None,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         check_numbers("PPOModule", entropy_coef=(entropy_coef, "(-inf, inf)"), ptx_coef=(ptx_coef, "[0, inf)"))
         super().__init__(
@@ -163,11 +163,13 @@ class PPOModule(OnPolicyModule):
         batch["advantages"] = whiten_over_ranks(advantages, mask, update, int(update.max()) + 1)
         batch["row_count"], batch["active"] = mask.sum(1).float(), mask.any(1)
         objective = (scores - (penalties * mask).sum(1))[~scores.isnan()]
-        self.phase_metrics |= {
-            "kl_coef": self.kl_coef,
-            "rlhf_reward": mean_and_error(objective.tolist())[0],
-            "explained_variance": explained_variance(batch["values"], batch["returns"], mask),
-        }
+        self.log_phase(
+            {
+                "kl_coef": self.kl_coef,
+                "rlhf_reward": mean_and_error(objective.tolist())[0],
+                "explained_variance": explained_variance(batch["values"], batch["returns"], mask),
+            }
+        )
 
     def training_step(self, batch: PolicyBatch, batch_idx: int) -> Tensor:
         """The loss [] of a micro-batch: its share of the step's objective."""
@@ -202,22 +204,20 @@ class PPOModule(OnPolicyModule):
         return self.current_epoch >= self.value.warmup_phases
 
     def step_metrics(self) -> dict[str, float]:
-        """As for every module, with the variance of the ratio over the whole step, unless it has no completion with a
-        score.
+        """As for every module, with the gradient norms of policy and critic, and the variance of the ratio over the
+        whole step, unless it has no completion with a score.
         """
         metrics = super().step_metrics()
+        for name, group in zip(("policy", "value"), self.trainer.optimizers[0].param_groups, strict=True):
+            gradients = [parameter.grad for parameter in group["params"] if parameter.grad is not None]
+            metrics[f"grad_norm/{name}"] = float(torch.nn.utils.get_total_norm(gradients))
         if "ratio/square" in metrics:
             metrics["ratio/var"] = metrics.pop("ratio/square") - (metrics["ratio/mean"] - 1) ** 2
         return metrics
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Log the step, with the gradient norms of policy and critic; in the warm-up the policy stays exactly as it is."""
+        """Log the step; in the warm-up the policy stays exactly as it is."""
         super().on_before_optimizer_step(optimizer)
-        for name, group in zip(("policy", "value"), optimizer.param_groups, strict=True):
-            norm = torch.nn.utils.get_total_norm(
-                [parameter.grad for parameter in group["params"] if parameter.grad is not None]
-            )
-            self.log(f"train/grad_norm/{name}", norm, on_step=True, on_epoch=False, batch_size=1)
         if not self.policy_learns:
             for parameter in optimizer.param_groups[0]["params"]:
                 parameter.grad = None
@@ -226,7 +226,7 @@ class PPOModule(OnPolicyModule):
         """Log the phase; move ``kl_coef``."""
         super().on_train_epoch_end()
         if self.kl.adaptive is not None and self.policy_learns:
-            sums = from_all_ranks([rollout.kl for rollout in self.rollouts])
+            sums = from_all_ranks([rollout.kl for rollout in self.record.rollouts])
             self.kl_coef = self.kl.adaptive(self.kl_coef, sum(sums) / len(sums), len(sums))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

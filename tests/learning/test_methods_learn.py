@@ -37,9 +37,7 @@ class Shuffled(Reward):
         return scores
 
 
-def trained_pass_rate(
-    reward: Reward, lr: float, advantage=None, beta: float = 0.0
-) -> tuple[float, float]:
+def trained_pass_rate(reward: Reward, lr: float, advantage=None, beta: float = 0.0) -> tuple[float, float]:
     """pass@1 of plain ASCII on held-out prompts, before and after 25 phases of 8 prompts x 8."""
     seed_everything(0)
     module = GRPOModule(

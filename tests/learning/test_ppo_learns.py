@@ -66,9 +66,9 @@ class Phases(Callback):
         self.solved: dict[int, float] = {}  # pass@1 on held-out prompts, by phases so far
 
     def on_train_epoch_end(self, trainer, pl_module) -> None:
-        self.kl.append(mean([rollout.kl or 0.0 for rollout in pl_module.rollouts]))
-        self.rewards.append(mean([rollout.reward for rollout in pl_module.rollouts]))
-        self.explained.append(pl_module.phase_metrics.get("explained_variance", 0.0))
+        self.kl.append(mean([rollout.kl or 0.0 for rollout in pl_module.record.rollouts]))
+        self.rewards.append(mean([rollout.reward for rollout in pl_module.record.rollouts]))
+        self.explained.append(pl_module.record.metrics.get("explained_variance", 0.0))
 
     def on_validation_end(self, trainer, pl_module) -> None:
         self.solved[trainer.current_epoch + 1] = float(trainer.callback_metrics["val/pass@1"])

@@ -163,9 +163,9 @@ def test_a_stop_string_is_an_end_of_its_own():
     settings: dict[str, Any] = {"gae": GAE(lam=0.0), "missing_eos": MissingEos(0.25)}
     module = ppo(reward=Scores(1.0), num_generations=24, sampling=sampling, **settings)
     totals = collected(module, ["a"])["returns"].sum(1).tolist()
-    finishes = [rollout.completion.finish for rollout in module.rollouts]
+    finishes = [rollout.completion.finish for rollout in module.record.rollouts]
     assert (
-        any(r.completion.finish == "stop" and r.completion.token_ids[-1] != EOS for r in module.rollouts)
+        any(r.completion.finish == "stop" and r.completion.token_ids[-1] != EOS for r in module.record.rollouts)
         and "length" in finishes
     )
     assert totals == [1.0 if finish == "stop" else 0.75 for finish in finishes]
@@ -177,7 +177,7 @@ def test_the_kl_is_exactly_0_before_the_first_step():
 
     class Start(Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-            found.setdefault("kl", [rollout.kl for rollout in pl_module.rollouts])
+            found.setdefault("kl", [rollout.kl for rollout in pl_module.record.rollouts])
 
     trainer = fit(module, callbacks=(Start(),))
     assert found["kl"] == [0.0] * 8
@@ -354,10 +354,10 @@ def test_what_is_logged(moved):
     logged = {name: float(number) for name, number in trainer.callback_metrics.items()}
     assert {f"train/{name}" for name in LOGGED.split()} <= set(logged)
     assert [name for name, number in logged.items() if not math.isfinite(number)] == []
-    sums = [rollout.kl for rollout in module.rollouts]
+    sums = [rollout.kl for rollout in module.record.rollouts]
     assert logged["train/kl_coef"] == pytest.approx(0.3)
     assert logged["train/sequence_kl"] == pytest.approx(sum(sums) / 8, abs=1e-5)
-    objective = [rollout.reward - 0.3 * kl for rollout, kl in zip(module.rollouts, sums, strict=True)]
+    objective = [rollout.reward - 0.3 * kl for rollout, kl in zip(module.record.rollouts, sums, strict=True)]
     assert logged["train/rlhf_reward"] == pytest.approx(sum(objective) / 8, abs=1e-5)
     norms = logged["train/grad_norm/policy"] ** 2 + logged["train/grad_norm/value"] ** 2
     assert norms > 0 and logged["train/grad_norm"] ** 2 == pytest.approx(norms, rel=1e-4)

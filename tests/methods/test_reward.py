@@ -324,7 +324,7 @@ def test_validation_is_the_mean_over_examples(tmp_path):
     assert found["val/loss"] == pytest.approx(mean, abs=1e-5)
     every = [loss for losses in examples.values() for loss in losses]
     assert found["val/loss"] != pytest.approx(sum(every) / len(every), abs=1e-5)
-    assert len(module.scored_pairs) > 0
+    assert len(module.record.pairs) > 0
     raw = torch.cat([module.head_scores(batch) for batch in data.in_order("val")])
     assert (found["val/min_reward"], found["val/max_reward"]) == pytest.approx(
         (raw.min().item(), raw.max().item()), abs=1e-6

@@ -1,0 +1,48 @@
+"""Names of an earlier layout, so that a ``config.yaml`` that an earlier version saved still runs."""
+
+import re
+from typing import Any
+
+MODULES = {  # where classes lay -> where they lie
+    "callbacks.instruction_writer": "callbacks.writers.instruction_writer",
+    "callbacks.knowledge_writer": "callbacks.writers.knowledge_writer",
+    "callbacks.prediction_writer": "callbacks.writers.prediction_writer",
+    "callbacks.preference_writer": "callbacks.writers.preference_writer",
+    "datamodules.candidates": "datamodules.predict.candidates",
+    "datamodules.facts": "datamodules.predict.facts",
+    "datamodules.mixture_streams": "datamodules.loaders.mixture_streams",
+    "datamodules.ptx": "datamodules.loaders.ptx",
+    "datamodules.seed_tasks": "datamodules.predict.seed_tasks",
+    "datamodules.sources.addition": "datamodules.sources.toys.addition",
+    "datamodules.sources.base": "datamodules.sources.source",
+    "datamodules.sources.facts": "datamodules.sources.toys.invented_facts",
+    "datamodules.sources.guarded": "datamodules.sources.toys.guarded_addition",
+    "datamodules.sources.number_texts": "datamodules.sources.toys.number_texts",
+    "modules.knowledge": "modules.predict.knowledge",
+    "modules.label": "modules.predict.label",
+    "modules.objectives": "modules.losses",
+    "modules.objectives.pairs": "modules.losses.pairs",
+    "modules.objectives.policy": "modules.losses.policy",
+    "modules.objectives.preference": "modules.losses.preference",
+    "modules.rewards.base": "modules.rewards.weighted_sum",
+    "modules.rewards.chat_client": "modules.rewards.chat.clients",
+    "modules.rewards.judge": "modules.rewards.chat.judge",
+    "modules.rewards.refusal_judge": "modules.rewards.chat.refusal_judge",
+    "modules.self_instruct": "modules.predict.self_instruct",
+}
+OLD = re.compile(rf"\b({'|'.join(sorted(map(re.escape, MODULES), key=len, reverse=True))})\.(?=[A-Za-z_]\w*$)")
+
+
+def renew(value: Any) -> Any:
+    """A loaded configuration, or a part of it, with today's names.
+
+    >>> renew({"class_path": "modules.objectives.policy.Clipped", "init_args": {"clip_low": 0.2}})
+    {'class_path': 'modules.losses.policy.Clipped', 'init_args': {'clip_low': 0.2}}
+    """
+    if isinstance(value, str):
+        return OLD.sub(lambda match: f"{MODULES[match[1]]}.", value)
+    if isinstance(value, list):
+        return [renew(part) for part in value]
+    if isinstance(value, dict):
+        return {name: renew(part) for name, part in value.items()}
+    return value
