@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterator
+from typing import Literal
 
 from jsonargparse import ArgumentParser
 from transformers import AutoConfig, AutoTokenizer
@@ -10,17 +11,25 @@ from modules.networks.policy import Policy
 from modules.rewards.learned import LearnedReward
 from modules.rollout.engine import Sampling
 from modules.rollout.in_process import InProcessEngine
-from modules.types import Completion, Rollout
+from modules.types import ALPACA_PROMPT, Completion, Rollout
+
+Form = Literal["chat", "alpaca", "text"]
+SAID: dict[Form, str] = {
+    "chat": "a conversation, by the chat template",
+    "alpaca": "each line is an instruction in Alpaca's prompt",
+    "text": "goes on with your line as it stands",
+}
 
 
-def chat(policy: str, max_completion_length: int = 256, temperature: float = 0.0) -> None:
+def chat(policy: str, form: Form | None = None, max_completion_length: int = 256, temperature: float = 0.0) -> None:
     """Answer each line that is typed; an empty line begins a new conversation, Ctrl-D ends.
 
-    A model without a chat template goes on with the line as it stands. A reward model is asked for a prompt and an
-    answer, and gives its score.
+    A reward model is asked for a prompt and an answer, and gives its score.
 
     Args:
         policy: ``tiny``, a Hugging Face folder, a GGUF file or a hub id; such as the export of a run.
+        form: what becomes of a line: a turn of a ``chat`` by the chat template, the instruction in ``alpaca``'s prompt,
+            or ``text`` that the model goes on with. None = chat where there is a template, else text.
         max_completion_length: tokens of an answer.
         temperature: of the sampling; 0 = greedy.
     """
@@ -29,17 +38,18 @@ def chat(policy: str, max_completion_length: int = 256, temperature: float = 0.0
         return
     model, engine = Policy(policy, dropout=False), InProcessEngine()
     engine.sync_weights(model, 0)
-    talks = model.tokenizer.chat_template is not None
-    say(
-        f"{policy}: {'a conversation' if talks else 'no chat template: goes on with your line as it stands'}; Ctrl-D ends"
-    )
+    form = form or ("chat" if model.tokenizer.chat_template is not None else "text")
+    if form == "chat" and model.tokenizer.chat_template is None:
+        raise ValueError(f"'{policy}' has no chat template: --form text or --form alpaca")
+    say(f"{policy}: {SAID[form]}; Ctrl-D ends")
     messages: list[dict[str, str]] = []
     for number, line in enumerate(lines("> ")):
         if not line:
             messages = []
             continue
         messages.append({"role": "user", "content": line})
-        prompt = model.prompt_ids(messages) if talks else text_ids(model, line)
+        text = ALPACA_PROMPT.format(instruction=line) if form == "alpaca" else line
+        prompt = model.prompt_ids(messages) if form == "chat" else text_ids(model, text)
         config = model.model.config
         positions = config.to_dict().get(config.attribute_map.get("max_position_embeddings", "max_position_embeddings"))
         room = max_completion_length if positions is None else min(max_completion_length, positions - len(prompt))

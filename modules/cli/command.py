@@ -95,28 +95,34 @@ class AlignmentCLI(LightningCLI):
         trainer, kind = self.config_init[str(self.subcommand)]["trainer"], self.settings["logger"]
         if kind is not None and trainer["logger"] is False:
             raise ValueError(f"logger: {kind} and trainer.logger: false: leave one out")
-        changes: dict[str, Any] = {}
         path = folder.path if isinstance(folder, RunFolder) else folder
+        changes: dict[str, Any] = {"callbacks": self.callbacks(folder, path)}
         if path is not None:
             self.settings["out"] = str(path)
             changes["default_root_dir"] = str(path)
-            for callback in trainer["callbacks"] or []:
-                if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
-                    callback.dirpath = str(path.absolute() / CHECKPOINTS)
         if kind is not None or (path is not None and trainer["logger"] in (None, True)):
             name = "" if self.subcommand == "fit" else str(self.subcommand)
             changes["logger"] = make_logger(kind or "tensorboard", path or Path.cwd(), name)
-        callbacks: list[Callback] = [TellsHowToGoOn()]
+        return changes
+
+    def callbacks(self, folder: RunFolder | Path | None, path: Path | None) -> list[Callback]:
+        """The configuration's callbacks, with the run's folder, and those that every run has."""
+        trainer = self.config_init[str(self.subcommand)]["trainer"]
+        given = trainer["callbacks"] or []
+        callbacks: list[Callback] = [*(given if isinstance(given, list) else [given]), TellsHowToGoOn()]
         if isinstance(folder, RunFolder):
             callbacks.append(KeepsFolder(folder))
-            if trainer["callbacks"] is None and trainer["enable_checkpointing"] is not False:
+            if not given and trainer["enable_checkpointing"] is not False:
                 callbacks += [ModelCheckpoint(save_last=True, enable_version_counter=False), Export()]
-        if not os.isatty(1) and trainer["enable_progress_bar"] is not False:
-            given = trainer["callbacks"] or []
-            if not any(isinstance(callback, ProgressBar) for callback in given):
-                callbacks.append(StepLines())
-        changes["callbacks"] = [*(trainer["callbacks"] or []), *callbacks]
-        return changes
+        for callback in callbacks:
+            if path is not None and isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
+                callback.dirpath = str(path.absolute() / CHECKPOINTS)
+        if trainer["fast_dev_run"]:  # ModelCheckpoint would write last.ckpt even so
+            callbacks = [callback for callback in callbacks if not isinstance(callback, ModelCheckpoint)]
+        bar = any(isinstance(callback, ProgressBar) for callback in callbacks)
+        if not bar and not os.isatty(1) and trainer["enable_progress_bar"] is not False:
+            callbacks.append(StepLines())
+        return callbacks
 
     def before_validate(self) -> None:
         """Say which weights."""
@@ -149,7 +155,8 @@ class AlignmentCLI(LightningCLI):
         """Say what to do next."""
         exports = [callback for callback in self.trainer.callbacks if isinstance(callback, Export)]  # type: ignore[attr-defined]
         if not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
-            for line in what_next(self.trainer, exports[-1].folder if exports else None):
+            looks = [callback for callback in self.trainer.callbacks if isinstance(callback, TellsHowToGoOn)]  # type: ignore[attr-defined]
+            for line in what_next(self.trainer, exports[-1].folder if exports else None, looks[0].form):
                 print(line, flush=True)
 
 

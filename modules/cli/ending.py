@@ -14,12 +14,13 @@ from modules.stopping import StopTogether
 SHOWN = 6  # numbers on the first line
 
 
-def what_next(trainer: Trainer, export: Path | None) -> list[str]:
+def what_next(trainer: Trainer, export: Path | None, form: str | None = None) -> list[str]:
     """Three lines: results and export, how to ask the model, how to see the curves.
 
     Args:
         trainer: of the fit that has ended.
         export: the folder of the exported model, None where nothing was exported.
+        form: of the prompts, see ``chat``; None = as by default.
     """
     logged = {name: value for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
     logged = logged or {name: value for name, value in trainer.logged_metrics.items() if name.startswith("train/")}
@@ -27,7 +28,7 @@ def what_next(trainer: Trainer, export: Path | None) -> list[str]:
     where = f"model: {from_here(export)}" if export else "no model exported: list Export in trainer.callbacks"
     lines = [f"step {trainer.global_step}: {numbers(shown) or 'nothing logged'}; {where}"]
     if export:
-        lines.append(f"ask it: {command('chat', '--policy', export)}")
+        lines.append(f"ask it: {command('chat', '--policy', export, *(['--form', form] if form else []))}")
     folder = next((logger.save_dir for logger in trainer.loggers if logger.save_dir), None)
     if folder and any(type(logger).__name__ == "TensorBoardLogger" for logger in trainer.loggers):
         lines.append(f"curves: {command('--logdir', Path(folder), module='tensorboard.main')}")
@@ -36,8 +37,32 @@ def what_next(trainer: Trainer, export: Path | None) -> list[str]:
     return lines
 
 
+def form_of(text: str, tokenizer: Any) -> str | None:
+    """How the prompt in a rendered row was written, as ``chat`` must write it too; None where that is its default."""
+    if "### Instruction:" in text:
+        return "alpaca"
+    if tokenizer.chat_template is None:
+        return None
+    asked = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "?"}], tokenize=False, add_generation_prompt=True
+    )
+    return None if str(asked).rpartition("?")[2].strip() in text else "text"
+
+
 class TellsHowToGoOn(Callback):
-    """Prints the command that goes on with a run that was told to stop."""
+    """Remembers how prompts look, for the end, and prints the command that goes on with a run that was told to stop."""
+
+    def __init__(self) -> None:
+        self.form: str | None = None  # see ``chat``
+
+    @rank_zero_only
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Look at a row."""
+        if trainer.global_step == 0 and batch_idx == 0 and isinstance(batch, dict):
+            ids = next((batch[name] for name in ("prompt_ids", "input_ids") if name in batch), None)
+            if ids is not None:
+                tokenizer: Any = pl_module.tokenizer
+                self.form = form_of(str(tokenizer.decode(ids[0])), tokenizer)
 
     @rank_zero_only
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
