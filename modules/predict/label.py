@@ -68,8 +68,8 @@ class LabelModule(AlignmentModule):
         for uid, prompt, info, (scores, counts) in zip(
             asked["uid"], asked["prompt"], asked["info"], judged, strict=True
         ):
-            asked = info.get("columns") or {"prompt": prompt, "completions": info["candidates"]}
-            label = preference_row(uid, asked, scores)
+            columns = info.get("columns") or {"prompt": prompt, "completions": info["candidates"]}
+            label = preference_row(uid, columns, scores)
             self.labelled.append(
                 {"row": info["row"], "uid": uid, "given": info["given"], "counts": counts, "label": label}
             )
