@@ -9,8 +9,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from callbacks.phase import MAX_PHASES, Mean, mean_over_ranks, new_figure, tensorboards
-from callbacks.preference_audit import evaluating
+from callbacks.phase import MAX_PHASES, Mean, new_figure, tensorboards
+from modules.distributed import log_equal, weighted_means
+from modules.modes import evaluating
 from modules.types import InstructionBatch
 
 if TYPE_CHECKING:
@@ -89,8 +90,7 @@ class Forgetting(Callback):
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure beside the validation's own metrics."""
         values = self._measure(trainer, pl_module)
-        for name, value in values.items():
-            pl_module.log(name, value, sync_dist=True, batch_size=1)  # equal on all ranks by now
+        log_equal(pl_module, values)
         if trainer.sanity_checking:  # of which the Trainer writes nothing
             self._log(trainer, values)
 
@@ -114,7 +114,7 @@ class Forgetting(Callback):
     def _measure(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
         """The metrics of the current weights (collective). The first measurement of a domain in a fit is its start."""
         means = {name: self._domain(trainer, pl_module, name) for name in domains(trainer)}
-        losses = mean_over_ranks(trainer, pl_module.device, means)
+        losses = weighted_means(means)
         if trainer.state.fn == "fit":
             self.start = losses | self.start
             self.history.append({"step": float(trainer.global_step), **losses})

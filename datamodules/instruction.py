@@ -52,7 +52,7 @@ class InstructionDataModule(AlignDataModule):
         system: system message in front of every chat that has none.
         unknown: for training rows with a column ``knowledge`` (arXiv 2405.05904): ``drop`` keeps HighlyKnown and
             MaybeKnown rows; ``idk`` answers the Unknown ones with "I don't know."
-        seed: of the shuffle, with the epoch.
+        seed: of the shuffle, with the epoch; None = the run's.
 
     Attributes:
         domains: held-out rows by domain, ``val`` where ``val`` is one set.
@@ -80,7 +80,7 @@ class InstructionDataModule(AlignDataModule):
         chat: bool | None = None,
         system: str | None = None,
         unknown: Literal["keep", "drop", "idk"] = "keep",
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         if batch_size < 1 or max_length < 2:
             raise ValueError(

@@ -64,7 +64,7 @@ class PreferenceDataModule(AlignDataModule):
         first_is_better: the number by which a column of verdicts of 0 and 1 says that the first of two answers is
             better; of a column that goes below 0, the sign (-1 or 1).
         on_bad_row: ``drop`` leaves out rows that cannot be read and counts them in ``bad``.
-        seed: of the shuffle, with the epoch, and of the balancing.
+        seed: of the shuffle, with the epoch, and of the balancing; None = the run's.
 
     Raises:
         ValueError: naming file and line, in ``setup``, before the first step; also where two answers of different rank
@@ -91,7 +91,7 @@ class PreferenceDataModule(AlignDataModule):
         balance_length: bool = False,
         first_is_better: Ours | None = None,
         on_bad_row: Literal["raise", "drop"] = "raise",
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         if batch_size < 1 or max_length < 2:
             raise ValueError(

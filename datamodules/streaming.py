@@ -54,7 +54,7 @@ class StreamingDataModule(InstructionDataModule):
         chat: render text prompts with the chat template.
         shuffle_buffer: rows among which the next is drawn.
         num_workers: processes that read and tokenise.
-        seed: of the shuffle, with the pass.
+        seed: of the shuffle, with the pass; None = the run's.
 
     Raises:
         ValueError: naming the row, when it is read.
@@ -76,7 +76,7 @@ class StreamingDataModule(InstructionDataModule):
         chat: bool | None = None,
         shuffle_buffer: int = 1000,
         num_workers: int = 0,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         if min(steps_per_epoch, shuffle_buffer) < 1 or num_workers < 0:
             raise ValueError(

@@ -50,7 +50,7 @@ class VerifiableDataModule(AlignDataModule):
         inner_epochs: passes over one phase's rollouts.
         val_batch_size: held-out prompts per batch and rank.
         ptx: texts for every update, which the policy must not forget, for methods that learn from them (PPO-ptx).
-        seed: of the shuffles.
+        seed: of the shuffles; None = the run's.
 
     Raises:
         ValueError: naming file and line, in ``setup``, before the first step.
@@ -75,7 +75,7 @@ class VerifiableDataModule(AlignDataModule):
         inner_epochs: int = 1,
         val_batch_size: int = 64,
         ptx: PtxStream | None = None,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         if min(prompts_per_phase, val_batch_size, max_prompt_length) < 1:
             raise ValueError(

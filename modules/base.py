@@ -2,17 +2,19 @@
 identity.
 """
 
+import math
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from pathlib import Path
+from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor, nn
-from torchmetrics import MeanMetric
+from torch import Tensor
 
+from modules.distributed import Join, Tally, log_equal
 from modules.networks.frozen import Frozen
 from modules.networks.loading import lacks_output_head
 from modules.networks.lora import Lora
@@ -20,7 +22,9 @@ from modules.networks.memory import memory_line, training_memory
 from modules.networks.policy import MAX_LOGITS, Policy
 from modules.rollout.engine import Sampling
 from modules.rollout.in_process import InProcessEngine
-from modules.types import Rollout
+from modules.schedulers import RunSchedule
+from modules.stopping import StopTogether
+from modules.types import Record
 
 
 class AlignmentModule(LightningModule):
@@ -34,8 +38,7 @@ class AlignmentModule(LightningModule):
         lora: train low-rank adapters instead of all weights.
 
     Attributes:
-        rollouts: this rank's rollouts of the current phase, valid from its first micro-batch to the end of the epoch.
-        phase_metrics: numbers of the current phase that its end logs.
+        record: what callbacks read.
     """
 
     forms_logits = True  # whether training computes logits
@@ -55,14 +58,9 @@ class AlignmentModule(LightningModule):
                 f"policy: '{policy}' is a classifier (a reward model?) without an output head: name the language model"
             )
         self.optimizer, self.scheduler = optimizer, scheduler
-        self.rollouts: list[Rollout] = []
-        self.phase_metrics: dict[str, float] = {}
+        self.record = Record()
         self.num_tokens = 0  # trained on so far, all ranks
-        self.means = nn.ModuleDict()  # of validation, by metric name
-        self._step: dict[
-            str, Tensor
-        ] = {}  # (total, weight) of each metric over the micro-batches of an optimiser step so far
-        self._means: set[str] = set()  # names that are averaged
+        self._step, self._evaluation = Tally(), Tally()  # metrics of the optimiser step and of the evaluation so far
         self._step_start = time.perf_counter()
         self._memory_said = False
 
@@ -70,6 +68,10 @@ class AlignmentModule(LightningModule):
     def tokenizer(self) -> Any:
         """The policy's tokenizer, which the DataModule is given."""
         return self.policy.tokenizer
+
+    def configure_callbacks(self) -> list[Callback]:
+        """What every run has: an end that all ranks reach."""
+        return [StopTogether()]
 
     def setup(self, stage: str) -> None:
         """Refuse precisions under which Lightning would cast the batch's log-probs and denominators to 16 bits."""
@@ -81,11 +83,28 @@ class AlignmentModule(LightningModule):
             )
 
     def configure_optimizers(self) -> Any:
-        """The optimizer, and the scheduler stepped per update."""
+        """The optimizer, and the scheduler, stepped per update; one that waits for a plateau steps per epoch."""
         optimizer = self.optimizer(self.parameter_groups())
         if self.scheduler is None:
             return optimizer
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.scheduler(optimizer), "interval": "step"}}
+        scheduler = self.scheduler(optimizer)
+        if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            if not isinstance(scheduler, ReduceLROnPlateau):
+                raise ValueError(
+                    "torch's ReduceLROnPlateau does not say which metric it watches: name "
+                    "lightning.pytorch.cli.ReduceLROnPlateau with init_args {monitor: val/loss}"
+                )
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": scheduler.monitor}}
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_train_start(self) -> None:
+        """Tell a schedule over the whole run how long the run is."""
+        for config in self.trainer.lr_scheduler_configs:
+            if isinstance(config.scheduler, RunSchedule):
+                before, total = config.scheduler.total_steps, updates_of(self.trainer)
+                if self.global_step > 0 and before != total:
+                    rank_zero_info(f"schedule: now over {total:.0f} updates instead of {before:.0f}")
+                config.scheduler.plan(total)
 
     def parameter_groups(self) -> list[Any]:
         """What the optimizer trains: parameters, or groups of them with settings of their own."""
@@ -97,27 +116,21 @@ class AlignmentModule(LightningModule):
         """
         return loss * self.trainer.accumulate_grad_batches * self.trainer.world_size
 
-    def log_step(self, metrics: Mapping[str, Tensor | float], weight: float | None = None) -> None:
-        """Collect numbers of a micro-batch for ``train/<name>``, logged once per optimiser step over its micro-batches
-        and all ranks.
+    def log_step(self, metrics: Mapping[str, Tensor | float], weight: float | None = None, join: Join = sum) -> None:
+        """Log numbers of a micro-batch as ``train/<name>``, once per optimiser step over its micro-batches and all ranks.
 
-        With ``weight`` they are averaged with it; without, they are shares of the step and summed. All ranks give the
-        same names.
+        With ``weight`` they are averaged with it; without, they are shares of the step and summed, or its ``min`` or
+        ``max``.
         """
-        if weight is not None:
-            self._means.update(metrics)
-        for name, value in metrics.items():
-            number = torch.as_tensor(value, dtype=torch.float32, device=self.device).detach()
-            pair = (
-                torch.stack([number, torch.zeros_like(number)])
-                if weight is None
-                else torch.stack([number * weight, torch.full_like(number, weight)])
-            )
-            self._step[name] = self._step[name] + pair if name in self._step else pair
+        self._step.add(metrics, weight, join)
 
-    def show(self, metrics: Mapping[str, Tensor | float]) -> None:
-        """Show numbers that are equal on all ranks in the progress bar, under names short enough for it."""
-        self.log_dict(dict(metrics), prog_bar=True, logger=False, batch_size=1, rank_zero_only=True)
+    def log_evaluation(
+        self, metrics: Mapping[str, Tensor | float], weight: float | None = None, join: Join = sum
+    ) -> None:
+        """Log numbers of a held-out batch as ``val/<name>`` or ``test/<name>``, once per evaluation over its batches and
+        all ranks; ``weight`` and ``join`` as for ``log_step``.
+        """
+        self._evaluation.add(metrics, weight, join)
 
     def respond(self, conversations: Sequence[list[dict[str, str]]], max_completion_length: int = 256) -> list[str]:
         """Greedy answers of the current weights, on this rank alone; the policy's modes and the random state stay as
@@ -133,8 +146,7 @@ class AlignmentModule(LightningModule):
                 an answer.
         """
         prompts = [self.policy.prompt_ids(messages) for messages in conversations]
-        config = self.policy.model.config
-        positions = config.to_dict().get(config.attribute_map.get("max_position_embeddings", "max_position_embeddings"))
+        positions = self.policy.max_positions
         longest = max(map(len, prompts), default=0)
         if positions is not None:
             max_completion_length = min(max_completion_length, positions - longest)
@@ -149,24 +161,25 @@ class AlignmentModule(LightningModule):
         return [group[0].text for group in engine.generate(prompts, 1, sampling, [0] * len(prompts))]
 
     def on_validation_start(self) -> None:
-        """Begin with new means: Lightning resets the old ones in inference mode, after which a later fit could not
-        update them.
-        """
-        self.means = nn.ModuleDict()
+        """Forget what an earlier evaluation, or an interrupted one, left."""
+        self._evaluation = Tally(self.device)
+        self.record.sampled, self.record.greedy = [], []
 
     def on_test_start(self) -> None:
         """As for validation."""
         self.on_validation_start()
 
-    def log_mean(self, metrics: Mapping[str, Tensor | float], weight: float) -> None:
-        """Log evaluation metrics, averaged exactly over batches and ranks with ``weight``; all ranks must log the same
-        names.
-        """
-        for name, value in metrics.items():
-            if name not in self.means:
-                self.means[name] = MeanMetric().to(self.device)
-            self.means[name].update(value, weight)  # type: ignore[operator]
-            self.log(name, self.means[name], metric_attribute=f"means.{name}")  # type: ignore[arg-type]
+    def on_validation_epoch_end(self) -> None:
+        """Log the validation, over all batches and ranks."""
+        log_equal(self, {f"val/{name}": value for name, value in self.evaluation_metrics().items()})
+
+    def on_test_epoch_end(self) -> None:
+        """The same under ``test/``."""
+        log_equal(self, {f"test/{name}": value for name, value in self.evaluation_metrics().items()})
+
+    def evaluation_metrics(self) -> dict[str, float]:
+        """What ``log_evaluation`` collected, over all batches and ranks (collective)."""
+        return self._evaluation.join()
 
     def say_memory(self, batch: Any) -> None:
         """Say how much memory training needs, as far as it is known, with micro-batches like the first."""
@@ -186,7 +199,7 @@ class AlignmentModule(LightningModule):
             self._memory_said = True
             self.say_memory(batch)
         if batch_idx % self.trainer.accumulate_grad_batches == 0:
-            self._step, self._step_start = {}, time.perf_counter()
+            self._step, self._step_start = Tally(self.device), time.perf_counter()
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Log the step: what ``log_step`` collected, gradient norm before clipping, learning rate, tokens."""
@@ -200,20 +213,20 @@ class AlignmentModule(LightningModule):
             "learning_rate": optimizer.param_groups[0]["lr"],
             "grad_norm": float(torch.nn.utils.get_total_norm(gradients)),
         }
-        self.log_dict(
-            {f"train/{name}": value for name, value in metrics.items()}, on_step=True, on_epoch=False, batch_size=1
-        )
+        log_equal(self, {f"train/{name}": value for name, value in metrics.items()})
         if "loss" in metrics:
-            self.show({"loss": metrics["loss"]})
+            log_equal(self, {"loss": metrics["loss"]}, prog_bar=True, logger=False)
 
     def step_metrics(self) -> dict[str, float]:
-        """The collected metrics over the micro-batches of the step and all ranks (collective); a mean of nothing is
-        left out.
-        """
-        pairs = self.trainer.strategy.reduce(torch.stack(list(self._step.values())), reduce_op="sum")
-        totals = zip(self._step, cast(Tensor, pairs).tolist(), strict=True)
-        kept = [(name, total, weight) for name, (total, weight) in totals if name not in self._means or weight > 0]
-        return {name: total / weight if name in self._means else total for name, total, weight in kept}
+        """What ``log_step`` collected, over the micro-batches of the step and all ranks (collective)."""
+        return self._step.join()
+
+    def prepare_export(self) -> None:
+        """Do what all ranks must do together before one of them calls ``save_pretrained`` (collective): here nothing."""
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write what was trained, with its tokenizer, as a Hugging Face folder."""
+        self.policy.save_pretrained(folder)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Say what the checkpoint is of, so that another model refuses it in one sentence."""
@@ -251,6 +264,17 @@ class AlignmentModule(LightningModule):
             "parameters": sum(parameter.numel() for name, parameter in self.policy.named_parameters() if name in kept),
             "vocab_size": config.vocab_size,
         }
+
+
+def updates_of(trainer: Trainer) -> float:
+    """Optimiser updates of the whole run, from its start; infinite where nothing bounds them.
+
+    ``trainer.estimated_stepping_batches`` would say the same, but asking for it makes Lightning forget the state of the
+    loaders on resume.
+    """
+    per_epoch = -(-trainer.num_training_batches // trainer.accumulate_grad_batches)
+    by_epochs = math.inf if trainer.max_epochs in (None, -1) else per_epoch * trainer.max_epochs
+    return min(by_epochs, math.inf if trainer.max_steps == -1 else trainer.max_steps)
 
 
 def at_whole_step(loop: dict[str, Any], accumulate: int, validates: bool, by_steps: bool) -> None:

@@ -7,9 +7,73 @@ from typing import get_args
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from modules.functional.schedules import Decay, wsd
+from modules.functional.schedules import Decay, warmup_decay, wsd
 
-__all__ = ["WSD"]
+__all__ = ["WSD", "ConstantWithWarmup", "CosineDecay", "LinearDecay"]
+
+
+class RunSchedule(LambdaLR):
+    """A schedule over the whole run. The module tells it the run's length with ``plan`` before the first update.
+
+    Args:
+        optimizer: whose learning rates are the peak.
+        warmup: share of the run's updates, in [0, 1), or their number (a whole number >= 1), in which the learning rate
+            rises linearly.
+        final: where the decay ends, as a share of the peak, in [0, 1].
+
+    Raises:
+        ValueError: a value out of range.
+    """
+
+    decay: Decay | None = None
+
+    def __init__(self, optimizer: Optimizer, warmup: float = 0.03, final: float = 0.0) -> None:
+        if not (0 <= warmup < 1 or (1 <= warmup < math.inf and warmup == int(warmup))):
+            raise ValueError(
+                f"{type(self).__name__}: warmup is {warmup}; expected a share of the run in [0, 1) or a whole number of "
+                "updates"
+            )
+        if not 0 <= final <= 1:
+            raise ValueError(f"{type(self).__name__}: final is {final}; expected a share of the peak in [0, 1]")
+        self.warmup, self.final, self.total_steps = warmup, final, math.inf
+        super().__init__(optimizer, lambda step: self.factor(step))
+
+    @property
+    def warmup_steps(self) -> int:
+        """Updates of the warm-up; of a share rounded up, and 0 while the run's length is not known."""
+        if self.warmup >= 1:
+            return int(self.warmup)
+        return 0 if math.isinf(self.total_steps) else math.ceil(self.warmup * self.total_steps)
+
+    def factor(self, step: int) -> float:
+        """The factor of the peak learning rate at an update, counted from 0."""
+        return warmup_decay(step, self.warmup_steps, self.total_steps, self.decay, self.final)
+
+    def plan(self, total_steps: float) -> None:
+        """Spread the schedule over ``total_steps`` updates; the current learning rate follows."""
+        self.total_steps = total_steps
+        self._last_lr = [rate * self.factor(self.last_epoch) for rate in self.base_lrs]
+        for group, rate in zip(self.optimizer.param_groups, self._last_lr, strict=True):
+            group["lr"] = rate
+
+
+class LinearDecay(RunSchedule):
+    """Warm up, then fall linearly to ``final`` at the end of the run (the Hugging Face Trainer's default)."""
+
+    decay = "linear"
+
+
+class CosineDecay(RunSchedule):
+    """Warm up, then fall along half a cosine to ``final`` at the end of the run (arXiv 1608.03983, without restarts)."""
+
+    decay = "cosine"
+
+
+class ConstantWithWarmup(RunSchedule):
+    """Warm up, then stay at the peak."""
+
+    def __init__(self, optimizer: Optimizer, warmup: float = 0.03) -> None:
+        super().__init__(optimizer, warmup)
 
 
 class WSD(LambdaLR):

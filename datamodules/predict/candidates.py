@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning.pytorch.utilities.types import EVAL_DATALOADERS
-from transformers import PreTrainedTokenizerBase
 
-from datamodules.base import AlignDataModule
+from datamodules.base import RowsDataModule
 from datamodules.formats.preference_shapes import read_answers, read_compared, settle_verdicts
 from datamodules.formats.prompt_shapes import right_answer
 from datamodules.formats.reading import Reading
@@ -32,17 +31,16 @@ class Candidates:
     source: str
 
 
-class CandidatesDataModule(AlignDataModule):
+class CandidatesDataModule(RowsDataModule):
     """Rows in order (``PromptBatch``), once, for ``predict`` alone; with several ranks, rank r takes every world-th.
 
     Rows are those of :class:`PreferenceDataModule`, messages and transcripts included, and two answers or a list of them
     need no verdict. What a verdict says is kept as ``given``: 1 or 2 is better, 0 = a tie, None = nothing is said. A
     column ``answer`` is the right answer, for a reward that checks it. ``info`` of a batch holds the texts as
     ``candidates``, ``given``, the place of the row as ``row``, its ``columns`` (prompt and completions as they were), and
-    as ``data`` a digest of all rows.
+    as ``data`` a digest of all rows; ``prompt_ids`` are empty, since nothing is sampled.
 
     Args:
-        tokenizer: a tokenizer, or a path or hub id.
         train: the rows: a source, or a file, a folder or a hub id.
         columns: our column name -> the data's.
         batch_size: rows per batch and rank, what is lost at most when a run is killed.
@@ -57,7 +55,6 @@ class CandidatesDataModule(AlignDataModule):
 
     def __init__(
         self,
-        tokenizer: PreTrainedTokenizerBase | str,
         train: str | Source,
         columns: dict[str, str] | None = None,
         batch_size: int = 16,
@@ -65,16 +62,15 @@ class CandidatesDataModule(AlignDataModule):
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        super().__init__(tokenizer, train, None, columns, drop_long=False, on_bad_row="raise", seed=0)
+        super().__init__(train, columns)
         self.batch_size, self.first_is_better = batch_size, first_is_better
         self.rows: list[Candidates] = []
 
     def setup(self, stage: str) -> None:
         """Read all rows; bad ones fail here."""
         if not self.rows:
-            has_template = self.tokenizer.chat_template is not None
             self.rows = self.encode_rows(
-                self.train, "train", lambda row: read_candidates(row, self.reading, has_template), lambda _: 0, 0
+                self.train, "train", lambda row: read_candidates(row, self.reading), lambda _: 0, 0
             )
             labelled = sum(row.given is not None for row in self.rows)
             self.report("candidates", f"{labelled} with a given label")
@@ -101,7 +97,7 @@ class CandidatesDataModule(AlignDataModule):
         return PromptBatch(
             uid=[row.origin for row in rows],
             prompt=[row.prompt for row in rows],
-            prompt_ids=[list(self.tokenizer(row.prompt, verbose=False).input_ids) for row in rows],
+            prompt_ids=[[] for _ in rows],
             answer=[row.answer for row in rows],
             source=[row.source for row in rows],
             info=[
@@ -117,7 +113,7 @@ class CandidatesDataModule(AlignDataModule):
         )
 
 
-def read_candidates(row: Row, reading: Reading, template: bool) -> Candidates:
+def read_candidates(row: Row, reading: Reading) -> Candidates:
     """The prompt, the answers and the label of a row, in every shape that PreferenceDataModule reads.
 
     Raises ValueError with its origin when something is missing or of the wrong type.
@@ -126,7 +122,7 @@ def read_candidates(row: Row, reading: Reading, template: bool) -> Candidates:
     compared = read_compared(cells, judged=False)
     if len(compared.answers) < 2:
         raise ValueError(f"{row.origin}: there is one answer ({compared.shape}), and a judge compares at least 2")
-    asked, answers = read_answers(cells, compared.answers, template, chat=True, may_be_empty=True)
+    asked, answers = read_answers(cells, compared.answers, template=True, chat=True, may_be_empty=True)
     answer, _ = right_answer(cells, ("answer",))
     for name in ("margin", "strength"):
         cells.take(name)

@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from lightning.pytorch.utilities.types import EVAL_DATALOADERS
 from transformers import PreTrainedTokenizerBase
 
-from datamodules.base import AlignDataModule
+from datamodules.base import RowsDataModule, load_tokenizer
 from datamodules.formats.context import read_prompt
 from datamodules.formats.prompt_shapes import question_text
 from datamodules.formats.reading import Reading
 from datamodules.formats.values import plain, unpack
 from datamodules.sources import Row, Source
 from datamodules.tokens.chat import encode_prompt
+from modules.seeds import run_seed
 from modules.types import PromptBatch
 
 TEMPLATE = "Q: {question}\nA: {answer}\n\n"
@@ -31,7 +32,7 @@ class Fact:
     row: Row
 
 
-class FactsDataModule(AlignDataModule):
+class FactsDataModule(RowsDataModule):
     """``num_prompts`` few-shot prompts for each fact, one after the other (``PromptBatch``), once, for ``predict``
     alone; with several ranks, rank r takes every world-th fact.
 
@@ -50,7 +51,7 @@ class FactsDataModule(AlignDataModule):
         num_shots: examples in a prompt, >= 0.
         template: of a fact; it holds ``{question}`` and behind it, at the end of a line, ``{answer}``, where a prompt
             stops.
-        seed: of the examples.
+        seed: of the examples; None = the run's.
 
     Raises:
         ValueError: naming file and line, in ``setup``, before anything is asked.
@@ -68,7 +69,7 @@ class FactsDataModule(AlignDataModule):
         num_prompts: int = 10,
         num_shots: int = 4,
         template: str = TEMPLATE,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         if min(batch_size, num_prompts) < 1 or num_shots < 0:
             raise ValueError(
@@ -85,7 +86,8 @@ class FactsDataModule(AlignDataModule):
             raise ValueError(
                 f"template must hold {{question}} and behind it, at the end of a line, {{answer}}; got {template!r}"
             )
-        super().__init__(tokenizer, train, None, columns, drop_long=False, on_bad_row="raise", seed=seed)
+        super().__init__(train, columns)
+        self.tokenizer, self.seed = load_tokenizer(tokenizer), run_seed(seed)
         self.batch_size, self.num_prompts, self.num_shots, self.template = batch_size, num_prompts, num_shots, template
         self.facts: list[Fact] = []
         self.prompts: list[list[tuple[str, list[int]]]] = []  # of each fact: text and tokens

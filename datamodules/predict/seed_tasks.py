@@ -7,9 +7,8 @@ from dataclasses import astuple, dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from lightning.pytorch.utilities.types import EVAL_DATALOADERS
-from transformers import PreTrainedTokenizerBase
 
-from datamodules.base import AlignDataModule
+from datamodules.base import RowsDataModule
 from datamodules.formats.instruction_shapes import first_instance
 from datamodules.formats.reading import Reading
 from datamodules.sources import Row, Source
@@ -17,8 +16,8 @@ from modules.types import PromptBatch
 
 
 @runtime_checkable
-class Grows(Protocol):
-    """A module that makes more of the seeds."""
+class Finishes(Protocol):
+    """A module that makes more of the seeds, until it has enough."""
 
     finished: bool
 
@@ -39,7 +38,7 @@ class Rounds:
     more.
     """
 
-    def __init__(self, batch: PromptBatch, module: Grows) -> None:
+    def __init__(self, batch: PromptBatch, module: Finishes) -> None:
         self.batch, self.module = batch, module
 
     def __iter__(self) -> Iterator[PromptBatch]:
@@ -47,7 +46,7 @@ class Rounds:
             yield self.batch
 
 
-class SeedTasksDataModule(AlignDataModule):
+class SeedTasksDataModule(RowsDataModule):
     """All seeds in one batch (``PromptBatch``), again and again until the module has finished. For ``predict`` alone.
 
     A row holds ``instruction``, ``output`` and perhaps ``input`` (Alpaca), or ``instruction`` and ``instances``, a list
@@ -56,7 +55,6 @@ class SeedTasksDataModule(AlignDataModule):
     ``data``, a digest of all rows.
 
     Args:
-        tokenizer: not read; every DataModule here has one.
         train: the seeds: a source, or a file, a folder or a hub id.
         columns: our column name -> the data's.
 
@@ -67,10 +65,8 @@ class SeedTasksDataModule(AlignDataModule):
     batch_type = PromptBatch  # what a module must read
     purpose, may_drop = "seeds", False
 
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerBase | str, train: str | Source, columns: dict[str, str] | None = None
-    ) -> None:
-        super().__init__(tokenizer, train, None, columns, drop_long=False, on_bad_row="raise", seed=0)
+    def __init__(self, train: str | Source, columns: dict[str, str] | None = None) -> None:
+        super().__init__(train, columns)
         self.rows: list[SeedTask] = []
 
     def setup(self, stage: str) -> None:
@@ -82,7 +78,7 @@ class SeedTasksDataModule(AlignDataModule):
     def predict_dataloader(self) -> EVAL_DATALOADERS:
         """The seeds, once a round."""
         module: Any = self.trainer.lightning_module if self.trainer else None
-        if not isinstance(module, Grows):
+        if not isinstance(module, Finishes):
             raise ValueError(f"{type(module).__name__} makes no tasks of seeds; set model to SelfInstructModule")
         return Rounds(self.batch(), module)
 

@@ -1,18 +1,19 @@
 """The one place that renders a conversation and turns it into tokens, and that knows which of them are learned."""
 
 from collections.abc import Collection
-from os.path import commonprefix
-from typing import Any, Literal, NotRequired, TypedDict
+from typing import Any, Literal, NamedTuple, NotRequired, TypedDict
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from datamodules.tokens.encoding import (
+    TokenisedText,
     Tokens,
     encode_text,
     end_id,
     prompt_ids,
     shortened,
+    special_ids,
     special_tokens,
     token_ids,
     token_picture,
@@ -31,6 +32,15 @@ class Message(TypedDict):
     name: NotRequired[str]
 
 
+class Turn(NamedTuple):
+    """Where an assistant turn stands in a rendered conversation, in characters."""
+
+    start: int  # where the prompt for it ends
+    end: int  # where the answer ends
+    tail: int  # up to where the template may have written its end of turn
+
+
+MARK = "\N{SNOWMAN}"  # a text that shows where the template puts a content
 Dialogue = str | list[Message]
 Tools = list[dict[str, Any]]
 LossOn = Literal["assistant", "last", "all"]
@@ -139,9 +149,9 @@ def encode_messages(
 ) -> Tokens:
     """Tokens of a conversation up to the last of ``turns``, the numbers of the assistant messages that are supervised.
 
-    The template is rendered up to each such turn and behind it, and the pieces are tokenised one by one. Raises
-    ValueError when the template rewrites earlier turns, for then a sampled conversation would not be the one that was
-    learned.
+    The whole conversation is rendered and tokenised once, and the turns are found by their characters. What stands
+    before a turn has the tokens of the prompt that asks for it. Raises ValueError when the template rewrites earlier
+    turns, for then a sampled conversation would not be the one that was learned.
     """
     messages = [
         _trimmed(tokenizer, message, f"{origin}: {message['role']} message {index}")
@@ -153,31 +163,16 @@ def encode_messages(
     if not turns:
         ids = token_ids(tokenizer, render(tokenizer, messages, origin, False, tools)) if messages else []
         return Tokens(ids, [False] * len(ids))
-    tokens = Tokens([], [])
-    done = ""
-    for turn in turns:
-        opened = render(tokenizer, messages[:turn], origin, True, tools)
-        closed = render(tokenizer, messages[: turn + 1], origin, False, tools)
-        if not opened.startswith(done):
-            raise ValueError(
-                f"{origin}: the chat template rewrites what stands before assistant message {turn}, such as <think> of "
-                "earlier turns; "
-                f"set data.loss_on: last, or give each turn a row of its own: {token_picture(tokenizer, tokens)}"
-            )
-        if not closed.startswith(opened):
-            raise ValueError(
-                f"{origin}: the chat template writes assistant message {turn} unlike the prompt that it gives for it: "
-                f"{shortened(closed[len(commonprefix([opened, closed])) :])} where the prompt ends in "
-                f"{shortened(opened[-40:])}"
-            )
-        context = token_ids(tokenizer, opened[len(done) :])
-        learned, rest = _assistant_ids(
-            tokenizer, *_assistant_text(tokenizer, messages[: turn + 1], opened, closed, origin, tools)
-        )
-        tokens.ids.extend(context + learned + rest)
-        tokens.supervised.extend([False] * len(context) + [True] * len(learned) + [False] * len(rest))
-        done = closed
-    return tokens
+    text, spans = _turn_spans(tokenizer, messages, origin, sorted(turns), tools)
+    whole = TokenisedText(tokenizer, text, special_ids(tokenizer))
+    tokens, place = Tokens([], []), 0
+    for span in spans:
+        context = whole.prompt(place, span.start)
+        learned, place = _learned(whole, span.start, span.end, span.tail)
+        tokens.ids.extend(context + learned)
+        tokens.supervised.extend([False] * len(context) + [True] * len(learned))
+    rest = whole.part(place, len(whole.text))
+    return Tokens(tokens.ids + rest, tokens.supervised + [False] * len(rest))
 
 
 def encode_rendered(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str, origin: str) -> Tokens | None:
@@ -189,13 +184,14 @@ def encode_rendered(tokenizer: PreTrainedTokenizerBase, prompt: str, completion:
     """
     if tokenizer.chat_template is None:
         return None
-    user, assistant = Message(role="user", content="\N{SNOWMAN}"), Message(role="assistant", content="\N{SNOWMAN}")
-    opening = render(tokenizer, [user], origin, open_turn=True).rpartition("\N{SNOWMAN}")[2]
+    user, assistant = Message(role="user", content=MARK), Message(role="assistant", content=MARK)
+    opening = render(tokenizer, [user], origin, open_turn=True).rpartition(MARK)[2]
     if not opening.strip() or not prompt.endswith(opening):
         return None
-    closing = render(tokenizer, [user, assistant], origin, open_turn=False).rpartition("\N{SNOWMAN}")[2]
-    before = token_ids(tokenizer, prompt)
-    learned, _ = _assistant_ids(tokenizer, without_end(tokenizer, completion), closing)
+    text = prompt + without_end(tokenizer, completion)
+    closed = text + render(tokenizer, [user, assistant], origin, open_turn=False).rpartition(MARK)[2]
+    whole = TokenisedText(tokenizer, closed, special_ids(tokenizer))
+    before, (learned, _) = token_ids(tokenizer, prompt), _learned(whole, len(prompt), len(text), len(closed))
     return Tokens(before + learned, [False] * len(before) + [True] * len(learned))
 
 
@@ -266,8 +262,8 @@ def check_written(
 
 def _ending(tokenizer: PreTrainedTokenizerBase, where: str) -> str:
     """What the template writes behind an answer, such as ``<|im_end|>``."""
-    turns = [Message(role=role, content="\N{SNOWMAN}") for role in ("user", "assistant")]
-    return render(tokenizer, turns, where, open_turn=False).rpartition("\N{SNOWMAN}")[2].strip()
+    turns = [Message(role=role, content=MARK) for role in ("user", "assistant")]
+    return render(tokenizer, turns, where, open_turn=False).rpartition(MARK)[2].strip()
 
 
 def _trimmed(tokenizer: PreTrainedTokenizerBase, message: Message, where: str) -> Message:
@@ -282,49 +278,89 @@ def _trimmed(tokenizer: PreTrainedTokenizerBase, message: Message, where: str) -
     return message
 
 
-def _assistant_text(
+def _turn_spans(
+    tokenizer: PreTrainedTokenizerBase, messages: list[Message], origin: str, turns: list[int], tools: Tools | None
+) -> tuple[str, list[Turn]]:
+    """The conversation up to the last of the ``turns`` as text, and where each of them stands in it.
+
+    Raises ValueError where a turn stands in it otherwise than behind its own prompt and as it was when it was the last.
+    """
+    whole, spans = render(tokenizer, messages[: turns[-1] + 1], origin, False, tools), []
+    for place, turn in enumerate(turns):
+        opened = render(tokenizer, messages[:turn], origin, True, tools)
+        closed = whole if turn == turns[-1] else render(tokenizer, messages[: turn + 1], origin, False, tools)
+        if not closed.startswith(opened):
+            raise ValueError(
+                f"{origin}: the chat template writes assistant message {turn} unlike the prompt that it gives for it: "
+                f"{shortened(closed[_num_shared(closed, opened) :])} where the prompt ends in {shortened(opened[-40:])}"
+            )
+        end = _answer_end(tokenizer, messages[: turn + 1], opened, closed, origin, tools)
+        tail = _num_shared(whole, closed)
+        if tail < end:
+            alone = encode_messages(tokenizer, messages[: turn + 1], origin, [turn], tools)
+            raise ValueError(
+                f"{origin}: the chat template rewrites what stands before assistant message {turns[place + 1]}, such "
+                "as <think> of earlier turns; set data.loss_on: last, or give each turn a row of its own: "
+                f"{token_picture(tokenizer, alone)}"
+            )
+        spans.append(Turn(len(opened), end, tail))
+    return whole, spans
+
+
+def _answer_end(
     tokenizer: PreTrainedTokenizerBase,
     messages: list[Message],
     opened: str,
     closed: str,
     origin: str,
     tools: Tools | None,
-) -> tuple[str, str]:
-    """The last turn as rendered, and what the template puts behind it.
+) -> int:
+    """Where the answer of the last message ends in the text ``closed``, which goes on from its prompt ``opened``.
 
     An answer ends where one more letter would stand; behind tool calls, the last special token belongs to the template.
     """
-    message, turn = messages[-1], closed[len(opened) :]
-    end = len(turn)
+    message, start = messages[-1], len(opened)
     if message.get("tool_calls"):
-        end = max((turn.rfind(token) for token in special_tokens(tokenizer) if token in turn), default=end)
+        ends = [closed.rfind(token, start) for token in special_tokens(tokenizer)]
+        end = max((place for place in ends if place >= 0), default=len(closed))
     else:
-        longer: Message = {**message, "content": message["content"] + "\N{SNOWMAN}"}
-        end = len(commonprefix([closed, render(tokenizer, [*messages[:-1], longer], origin, False, tools)])) - len(
-            opened
-        )
+        longer: Message = {**message, "content": message["content"] + MARK}
+        end = _num_shared(closed, render(tokenizer, [*messages[:-1], longer], origin, False, tools))
     parts = [("text", message["content"]), ("reasoning", message.get("reasoning_content", ""))]
     for what, text in [*parts, *(("tool call", call["function"]["name"]) for call in message.get("tool_calls", []))]:
-        if text.strip() not in turn[:end]:
-            picture = token_picture(tokenizer, Tokens(ids := token_ids(tokenizer, turn), [True] * len(ids)))
+        if text.strip() not in closed[start:end]:
+            ids = token_ids(tokenizer, closed[start:])
             hint = (
                 "write it the way the template renders it" if what == "text" else f"use a template that writes a {what}"
             )
             raise ValueError(
                 f"{origin}: assistant message {len(messages) - 1}: the chat template changes its {what}; {hint}: "
-                f"{picture}"
+                f"{token_picture(tokenizer, Tokens(ids, [True] * len(ids)))}"
             )
-    return turn[:end], turn[end:]
+    return end
 
 
-def _assistant_ids(tokenizer: PreTrainedTokenizerBase, text: str, tail: str) -> tuple[list[int], list[int]]:
-    """The learned ids of a turn, its end-of-turn token included, and the ids that the template puts behind that."""
-    body, closing = token_ids(tokenizer, text), token_ids(tokenizer, tail)
-    special = {tokenizer.convert_tokens_to_ids(token) for token in special_tokens(tokenizer)}
-    ending = next((index for index, token in enumerate(closing) if token in special), None)
-    if ending is None:
-        return [*body, end_id(tokenizer)], closing
-    return body + closing[: ending + 1], closing[ending + 1 :]
+def _num_shared(first: str, second: str) -> int:
+    """The number of characters that two texts begin with alike."""
+    low, high = 0, min(len(first), len(second))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if first[low:middle] == second[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def _learned(whole: TokenisedText, start: int, end: int, tail: int) -> tuple[list[int], int]:
+    """The learned ids of a turn, its end-of-turn token included, and the place behind them.
+
+    An end token is added where the template writes none before ``tail``.
+    """
+    closing = whole.first_special(end, tail)
+    if closing is not None:
+        return whole.part(start, closing), closing
+    return [*whole.part(start, end), end_id(whole.tokenizer)], end
 
 
 def _checked(tokenizer: PreTrainedTokenizerBase, tokens: Tokens, origin: str) -> Tokens:

@@ -22,6 +22,9 @@ def wsd(
     exponential: 0.5 ** ((s - T) / half_life), whatever S (the paper prints (s - S) / T, which would rise);
     linear: 1 - (1 - final) (s - T) / (S - T); cosine: final + (1 - final) (1 + cos(pi (s - T) / (S - T))) / 2; both
     stay at ``final`` behind S.
+
+    >>> [wsd(s, warmup_steps=2, decay_start=4, total_steps=8, decay="linear", final=0.0) for s in (1, 3, 6, 8)]
+    [0.5, 1.0, 0.5, 0.0]
     """
     if step < warmup_steps:
         return step / warmup_steps
@@ -32,3 +35,21 @@ def wsd(
     done = min(1.0, (step - decay_start) / (total_steps - decay_start))
     fallen = done if decay == "linear" else (1 - math.cos(math.pi * done)) / 2
     return 1 - (1 - final) * fallen
+
+
+def warmup_decay(step: float, warmup_steps: int, total_steps: float, decay: Decay | None, final: float = 0.0) -> float:
+    """Warm up linearly, then decay over the rest of the run: the factor [] in [0, 1] of the peak learning rate.
+
+    With s = step >= 0, W = warmup_steps, S = total_steps > W: (s + 1) / (W + 1) before W, so that already the first
+    update moves the weights. Behind W, with d = min(1, (s - W) / (S - W)): linear 1 - (1 - final) d; cosine
+    final + (1 - final) (1 + cos(pi d)) / 2; None stays at 1. An infinite S has no decay.
+
+    >>> [round(warmup_decay(step, 1, 5, "linear"), 2) for step in range(6)]
+    [0.5, 1.0, 0.75, 0.5, 0.25, 0.0]
+    """
+    if step < warmup_steps:
+        return (step + 1) / (warmup_steps + 1)
+    if decay is None or math.isinf(total_steps):
+        return 1.0
+    done = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+    return 1 - (1 - final) * (done if decay == "linear" else (1 - math.cos(math.pi * done)) / 2)

@@ -9,7 +9,6 @@ import pytest
 from datamodules.formats.reading import Reading
 from datamodules.predict.candidates import CandidatesDataModule, read_candidates
 from datamodules.sources import Row
-from modules.networks.tiny import tiny_tokenizer
 
 DATA = Path(__file__).parents[2].parent / "shared" / "data"
 
@@ -22,7 +21,7 @@ def said(text: str) -> dict[str, str]:
 
 
 def read(columns: dict[str, Any], mapping: dict[str, str] | None = None) -> tuple[str, list[str], int | None]:
-    row = read_candidates(Row(columns, "file:1", "file"), Reading("preference", mapping), True)
+    row = read_candidates(Row(columns, "file:1", "file"), Reading("preference", mapping))
     return row.prompt, row.completions, row.given
 
 
@@ -87,7 +86,7 @@ def test_what_is_mapped_goes_before_what_is_found() -> None:
     with pytest.raises(
         ValueError, match=r"columns maps unknown names anwser \(did you mean answer\?\); the names on the left may be"
     ):
-        CandidatesDataModule(tiny_tokenizer(), "x.jsonl", columns={"anwser": "a"})
+        CandidatesDataModule("x.jsonl", columns={"anwser": "a"})
 
 
 @pytest.mark.parametrize(
@@ -134,9 +133,7 @@ def test_bad_rows_in_one_sentence(columns: dict[str, Any], sentence: str) -> Non
 )
 def test_the_right_answer_travels(tmp_path: Path, columns: dict[str, Any], expected: str | None) -> None:
     (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "p", "completions": ["a", "b"], **columns}))
-    data = CandidatesDataModule(
-        tiny_tokenizer(), str(tmp_path / "rows.jsonl"), columns={"answer": "gold"} if "gold" in columns else None
-    )
+    data = CandidatesDataModule(str(tmp_path / "rows.jsonl"), columns={"answer": "gold"} if "gold" in columns else None)
     data.setup("predict")
     (batch,) = data.predict_dataloader()
     assert batch["answer"] == [expected]
@@ -156,7 +153,7 @@ def test_ranks_share_the_rows_in_order(tmp_path: Path) -> None:
     )
     found = []
     for rank in range(2):
-        data = CandidatesDataModule(tiny_tokenizer(), str(file), batch_size=2)
+        data = CandidatesDataModule(str(file), batch_size=2)
         data.trainer = World(rank, 2)  # type: ignore[assignment]
         data.setup("predict")
         batches = list(data.predict_dataloader())
@@ -174,7 +171,7 @@ def test_other_rows_have_another_digest(tmp_path: Path) -> None:
     digests = set()
     for changed in ({}, {"rejected": "c"}, {"answer": "4"}):
         (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "p", "chosen": "a", "rejected": "b", **changed}))
-        data = CandidatesDataModule(tiny_tokenizer(), str(tmp_path / "rows.jsonl"))
+        data = CandidatesDataModule(str(tmp_path / "rows.jsonl"))
         data.setup("predict")
         digests |= {batch["info"][0]["data"] for batch in data.predict_dataloader()}
     assert len(digests) == 3
@@ -191,7 +188,7 @@ def test_other_rows_have_another_digest(tmp_path: Path) -> None:
 def test_real_files(file: str, rows: int, given: set[int | None]) -> None:
     if not DATA.is_dir():
         pytest.skip("no real data beside the repository")
-    data = CandidatesDataModule(tiny_tokenizer(), str(DATA / file))
+    data = CandidatesDataModule(str(DATA / file))
     data.setup("predict")
     assert len(data.rows) == rows
     assert {row.given for row in data.rows} == given
@@ -203,4 +200,4 @@ def test_a_real_row_that_is_no_text() -> None:
     with pytest.raises(
         ValueError, match=r"pandalm/testset-v1.json#\d+: response[12] is a bool; the answers must all be text"
     ):
-        CandidatesDataModule(tiny_tokenizer(), str(DATA / "pandalm/testset-v1.json")).setup("predict")
+        CandidatesDataModule(str(DATA / "pandalm/testset-v1.json")).setup("predict")

@@ -20,7 +20,7 @@ from modules.networks.policy import Policy
 from modules.networks.tiny import tiny_tokenizer
 from modules.rewards import NumericMatch
 from modules.rollout.engine import Sampling
-from modules.types import InstructionBatch, PolicyBatch, PromptBatch, Rollout
+from modules.types import InstructionBatch, PolicyBatch, PromptBatch, Record
 
 Row = tuple[tuple[int, ...], tuple[bool, ...], tuple[int, ...]]  # ids, supervised, positions
 
@@ -31,8 +31,7 @@ class Recorder(LightningModule):
     def __init__(self) -> None:
         super().__init__()
         self.policy = Policy("tiny")
-        self.rollouts: list[Rollout] = []
-        self.phase_metrics: dict[str, float] = {}
+        self.record = Record()
         self.texts: list[InstructionBatch] = []
         self.moved: list[Any] = []
 

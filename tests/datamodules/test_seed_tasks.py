@@ -10,7 +10,6 @@ from lightning.pytorch import LightningModule, Trainer
 from datamodules.formats.reading import Reading
 from datamodules.predict.seed_tasks import SeedTasksDataModule, seed_task
 from datamodules.sources import Row
-from modules.networks.tiny import tiny_tokenizer
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 
@@ -50,7 +49,7 @@ def test_what_is_mapped_goes_before_what_is_found() -> None:
         ValueError,
         match="columns maps answer .the right answer, .*, which SeedTasksDataModule does not read",
     ):
-        SeedTasksDataModule(tiny_tokenizer(), "x.jsonl", columns={"answer": "a"})
+        SeedTasksDataModule("x.jsonl", columns={"answer": "a"})
 
 
 @pytest.mark.parametrize(
@@ -102,7 +101,7 @@ class ThreeRounds(LightningModule):
 def test_the_same_batch_until_the_module_has_finished(tmp_path: Path, caplog: Any) -> None:
     file = tmp_path / "seeds.jsonl"
     file.write_text('{"instruction": "a", "input": "x", "output": "1"}\n{"instruction": "b", "output": "2"}\n')
-    module, data = ThreeRounds(), SeedTasksDataModule(tiny_tokenizer(), str(file))
+    module, data = ThreeRounds(), SeedTasksDataModule(str(file))
     Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False).predict(
         module, data
     )
@@ -118,7 +117,7 @@ def test_other_seeds_have_another_digest(tmp_path: Path) -> None:
     digests = []
     for output in ("1", "2", "1"):
         (tmp_path / "seeds.json").write_text(json.dumps([{"instruction": "a", "output": output}]))
-        data = SeedTasksDataModule(tiny_tokenizer(), str(tmp_path / "seeds.json"))
+        data = SeedTasksDataModule(str(tmp_path / "seeds.json"))
         data.setup("predict")
         digests.append(data.batch()["info"][0]["data"])
     assert digests[0] == digests[2] != digests[1]
@@ -133,7 +132,7 @@ def test_a_module_without_use_for_seeds_is_refused(tmp_path: Path) -> None:
     (tmp_path / "seeds.json").write_text('[{"instruction": "a", "output": "1"}]')
     trainer = Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False)
     with pytest.raises(ValueError, match="Other makes no tasks of seeds; set model to SelfInstructModule"):
-        trainer.predict(Other(), SeedTasksDataModule(tiny_tokenizer(), str(tmp_path / "seeds.json")))
+        trainer.predict(Other(), SeedTasksDataModule(str(tmp_path / "seeds.json")))
 
 
 @pytest.mark.parametrize(
@@ -146,6 +145,6 @@ def test_a_module_without_use_for_seeds_is_refused(tmp_path: Path) -> None:
 def test_real_files(file: str, rows: int, with_input: int) -> None:
     if not DATA.is_dir():
         pytest.skip("no real data beside the repository")
-    data = SeedTasksDataModule(tiny_tokenizer(), str(DATA / file))
+    data = SeedTasksDataModule(str(DATA / file))
     data.setup("predict")
     assert (len(data.rows), sum(bool(row.input) for row in data.rows)) == (rows, with_input)

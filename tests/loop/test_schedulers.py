@@ -1,0 +1,78 @@
+"""Schedules over the whole run: the Trainer tells their length, a resumed run goes on along the same curve."""
+
+import math
+
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import ReduceLROnPlateau
+
+from datamodules import Addition, InstructionDataModule
+from modules import SFTModule
+from modules.schedulers import ConstantWithWarmup, CosineDecay, LinearDecay
+
+
+class Rates(Callback):
+    """The learning rate of every update."""
+
+    def __init__(self):
+        self.rates = []
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        self.rates.append(optimizer.param_groups[0]["lr"])
+
+
+def fit(folder, scheduler, ckpt_path=None, callbacks=(), **settings):
+    module = SFTModule("tiny", optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.5), scheduler=scheduler)
+    rows = Addition(num_examples=40)
+    data = InstructionDataModule(module.tokenizer, rows, Addition(num_examples=8, held_out=True), batch_size=4)
+    rates = Rates()
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    trainer = Trainer(default_root_dir=folder, callbacks=[rates, *callbacks], **quiet | {"max_epochs": 2} | settings)
+    trainer.fit(module, data, ckpt_path=ckpt_path)
+    return rates.rates
+
+
+def test_a_linear_decay_spans_epochs_accumulation_and_max_steps(tmp_path):
+    # 40 rows / 4 = 10 micro-batches, 5 updates of 2 an epoch, 10 in all; warm-up ceil(0.2 * 10) = 2 updates
+    rates = fit(tmp_path, lambda optimizer: LinearDecay(optimizer, warmup=0.2), accumulate_grad_batches=2)
+    assert rates == pytest.approx([0.5 * f for f in (1 / 3, 2 / 3, *(1 - k / 8 for k in range(8)))])
+    rates = fit(tmp_path, lambda optimizer: LinearDecay(optimizer, warmup=0), max_steps=4)
+    assert rates == pytest.approx([0.5, 0.375, 0.25, 0.125])
+
+
+def test_cosine_and_constant(tmp_path):
+    rates = fit(tmp_path, lambda optimizer: CosineDecay(optimizer, warmup=2, final=0.1), max_steps=6)
+    decay = [0.1 + 0.9 * (1 + math.cos(math.pi * k / 4)) / 2 for k in range(4)]
+    assert rates == pytest.approx([0.5 * f for f in (1 / 3, 2 / 3, *decay)])
+    rates = fit(tmp_path, lambda optimizer: ConstantWithWarmup(optimizer, warmup=1), max_steps=3)
+    assert rates == pytest.approx([0.25, 0.5, 0.5])
+
+
+def test_a_resumed_run_follows_the_same_curve_and_says_where_a_longer_one_leads(tmp_path, caplog):
+    schedule = lambda optimizer: LinearDecay(optimizer, warmup=0.1)  # noqa: E731
+    whole = fit(tmp_path, schedule)
+    saver = ModelCheckpoint(dirpath=tmp_path, filename="{step}", every_n_train_steps=7, save_top_k=-1)
+    fit(tmp_path, schedule, callbacks=[saver])
+    assert fit(tmp_path, schedule, ckpt_path=tmp_path / "step=7.ckpt") == whole[7:]
+    with caplog.at_level("INFO"):
+        longer = fit(tmp_path, schedule, ckpt_path=tmp_path / "step=7.ckpt", max_epochs=3)
+    assert "schedule: now over 30 updates instead of 20" in caplog.text
+    assert longer[0] == pytest.approx(0.5 * (1 - 4 / 27))  # update 7 of 30, 3 of them warm-up
+
+
+def test_a_plateau_is_watched(tmp_path):
+    rates = fit(
+        tmp_path, lambda optimizer: ReduceLROnPlateau(optimizer, "val/loss", patience=0, threshold=100.0), max_epochs=3
+    )
+    assert rates[:10] == [0.5] * 10
+    assert rates[-1] < 0.5  # the loss never falls by a factor of 100
+    with pytest.raises(ValueError, match="which metric it watches"):
+        fit(tmp_path, lambda optimizer: torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer))
+
+
+@pytest.mark.parametrize("settings", [{"warmup": 1.5}, {"warmup": -0.1}, {"warmup": math.nan}, {"final": 2.0}])
+def test_values_out_of_range_are_refused(settings):
+    with pytest.raises(ValueError, match="expected"):
+        LinearDecay(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0), **settings)
