@@ -16,7 +16,7 @@ from test_shipped_configs import ONE_BATCH, RECIPES, ROOT, stages
 from two_ranks import TwoRanks
 
 CONFIGS = {path.stem: path for path in sorted((ROOT / "configs").glob("*.yaml"))}
-DDP = ["--config", str(ROOT / "configs/overlays/ddp.yaml")]
+DDP = ["--config", str(ROOT / "configs/overlays/ddp.yaml"), "--trainer.callbacks+=RichProgressBar"]
 FIT = [name for name, path in CONFIGS.items() if re.search("max_epochs|max_steps", path.read_text())]
 TWO_EPOCHS = ["--trainer.max_epochs=2", "--trainer.limit_train_batches=1", *ONE_BATCH]
 ROWS = 200  # of a built-in source at most: enough for a step on two ranks
