@@ -9,6 +9,7 @@ from callbacks.preference_audit import PreferenceAudit
 from callbacks.refusal import Refusal
 from callbacks.samples import Samples
 from callbacks.stages.averaged_weights import AveragedWeights
+from callbacks.stages.claims import Claims
 from callbacks.stages.comparison import Comparison
 from callbacks.stages.export import Export
 from callbacks.stages.hand_off import HandOff
@@ -22,6 +23,7 @@ from callbacks.writers.preference_writer import PreferenceWriter
 
 __all__ = [
     "AveragedWeights",
+    "Claims",
     "Comparison",
     "DataReport",
     "Diversity",

@@ -3,6 +3,7 @@ it.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -12,6 +13,7 @@ from modules.checks import check_numbers
 from modules.functional import kl
 from modules.functional.masked import aggregate
 from modules.losses import Clipped, PolicyObjective
+from modules.losses.policy import leave_out_unscored
 from modules.networks.lora import Lora
 from modules.on_policy import OnPolicyModule
 from modules.rollout.engine import RolloutEngine, Sampling
@@ -56,10 +58,10 @@ class GRPOModule(OnPolicyModule):
         num_generations: int = 8,
         sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
         engine: RolloutEngine | None = None,
-        advantage: Callable[[Tensor, Tensor], Tensor] | None = None,
+        advantage: Callable[[Tensor, Tensor], Any] | None = None,  # Any: a function need not be annotated
         objective: PolicyObjective | None = None,
         beta: float = 0.0,
-        kl_loss: Callable[[Tensor, Tensor], Tensor] = kl.weighted_k3,
+        kl_loss: Callable[[Tensor, Tensor], Any] = kl.weighted_k3,
         measure_kl: bool = False,
         accuracy: Reward | None = None,
         val_generations: int = 1,
@@ -90,26 +92,25 @@ class GRPOModule(OnPolicyModule):
         self.beta, self.kl_loss = beta, kl_loss
 
     def prepare(self, batch: PolicyBatch) -> None:
-        """Make the advantages of the phase, and say which completions have a gradient."""
-        mask = batch["completion_mask"]
+        """Make the advantages of the phase, and say which completions have a gradient: those without a score have none."""
+        mask = leave_out_unscored(batch)["completion_mask"]
         advantages = self.advantage(batch["rewards"], batch["group"])  # [N]
         batch["advantages"] = advantages[:, None] * mask
         batch["row_count"] = self.objective.aggregation.row_count(mask)
-        batch["active"] = (advantages != 0) | (self.beta > 0 or not self.objective.needs_advantage)
+        batch["active"] = mask.any(1) & ((advantages != 0) | (self.beta > 0 or not self.objective.needs_advantage))
 
     def training_step(self, batch: PolicyBatch, batch_idx: int) -> Tensor:
         """The loss [] of a micro-batch: its share of the step's objective."""
         logprobs = self.policy.completion_scores(batch, self.sampling.temperature).logprobs
-        loss, metrics = self.objective(logprobs, batch)
-        tokens = float(batch["completion_mask"].sum())
-        self.log_step(metrics, weight=tokens)
+        scored = leave_out_unscored(batch)
+        mask = scored["completion_mask"]
+        loss, metrics = self.objective(logprobs, scored)
+        self.log_step(metrics, weight=float(mask.sum()))
         effective = float((batch["advantages"] != 0).any(1).sum())
-        self.log_step(
-            {"policy_loss": loss, "effective_batch": effective, "tokens": tokens + float(batch["prompt_mask"].sum())}
-        )
+        tokens = float(batch["completion_mask"].sum() + batch["prompt_mask"].sum())
+        self.log_step({"policy_loss": loss, "effective_batch": effective, "tokens": tokens})
         if self.beta > 0:
-            weights = self.objective.aggregation.weights(batch["completion_mask"])
-            loss = loss + self.beta * aggregate(
-                self.kl_loss(logprobs, batch["ref_logprobs"]), weights, batch["denominator"]
-            )
+            distance = self.kl_loss(logprobs, batch["ref_logprobs"])  # [N, Tc]
+            weights = self.objective.aggregation.weights(mask)
+            loss = loss + self.beta * aggregate(distance, weights, batch["denominator"])
         return self.step_loss(loss)

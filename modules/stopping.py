@@ -33,6 +33,7 @@ class StopTogether(Callback):
     def __init__(self) -> None:
         self.asked = 0  # the signal that this rank got
         self.saved: Path | None = None
+        self.shared = 0.0  # batches of the evaluation or prediction that all ranks still have before them
         self._together = False  # all ranks have agreed to stop
 
     def note(self, signum: int, frame: FrameType | None) -> None:
@@ -42,33 +43,55 @@ class StopTogether(Callback):
         self.asked = signum
         sys.stderr.write(f"\n{signal.Signals(signum).name}: the run stops behind this step; a second one: at once\n")
 
-    def listen(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def listen(self) -> None:
         """Put ``note`` in place of the handlers that Lightning has registered by now."""
         if threading.current_thread() is threading.main_thread():
             for signum in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(signum, self.note)
 
-    on_sanity_check_start = on_train_start = on_validation_start = on_test_start = on_predict_start = listen
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Listen."""
+        self.listen()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Stop behind a whole step."""
         if trainer.is_last_batch or (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
-            self.stop(trainer, pl_module)
+            self.stop(trainer)
 
-    def stop(self, trainer: Trainer, pl_module: LightningModule, *batch: Any, **which: Any) -> None:
-        """Stop where any rank is asked to (collective)."""
-        asked = max(from_all_ranks([self.asked]))
+    def begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Listen, and count the batches that all ranks have (collective): some may have more."""
+        self.listen()
+        if trainer.predicting:
+            batches = trainer.num_predict_batches
+        elif trainer.testing:
+            batches = trainer.num_test_batches
+        else:
+            batches = trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches
+        self.shared = min(from_all_ranks([sum(batches)]))
+        if self.shared == float("inf"):  # streams, of which nobody knows
+            self.shared = 0
+
+    on_validation_start = on_test_start = on_predict_start = begin
+
+    def behind(self, trainer: Trainer, pl_module: LightningModule, *batch: Any, **which: Any) -> None:
+        """Stop behind a batch where any rank is asked to; alone where other ranks may have no batch any more."""
+        self.shared -= 1
+        self.stop(trainer, together=self.shared >= 0)
+
+    on_validation_batch_end = on_test_batch_end = on_predict_batch_end = behind
+
+    def stop(self, trainer: Trainer, together: bool = True) -> None:
+        """Stop where any rank is asked to (collective if ``together``)."""
+        asked = max(from_all_ranks([self.asked])) if together else self.asked
         if not asked:
             return
-        self._together = True
+        self._together = together
         if trainer.training:
             self.save(trainer)
         # the process that launched the others tells how the run ended; they end quietly, or it would be killed for them
         raise SIGTERMException(128 + asked if trainer.local_rank == 0 else 0)
-
-    on_validation_batch_end = on_test_batch_end = on_predict_batch_end = stop
 
     def save(self, trainer: Trainer) -> None:
         """Write the checkpoint, where the run keeps any."""

@@ -136,6 +136,10 @@ def _sorted_out(message: Mapping[str, Any], where: str) -> tuple[dict[str, Any],
         fields |= {ours: said[0]} if said else {}
     metadata = {name for name in given if name.lower() in METADATA}
     unknown = [name for name, part in given.items() if name not in metadata and not is_empty(part)]
+    if "replies" in given:
+        raise ValueError(
+            f"{where} is one of a conversation tree; set data.train to OasstTrees, which reads its threads"
+        )
     if unknown:
         known = ", ".join(name for names in FIELDS.values() for name in names)
         raise ValueError(

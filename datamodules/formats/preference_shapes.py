@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from datamodules.formats.context import PROMPTS, Asked, note_unread, read_bare_prompt, surrounded
+from datamodules.formats.context import BESIDE, PROMPTS, Asked, note_unread, read_bare_prompt, surrounded
 from datamodules.formats.messages import looks_like_messages, read_messages
 from datamodules.formats.reading import Cells, Reading
 from datamodules.formats.values import as_number, unpack
@@ -177,7 +177,8 @@ def read_answers(
                 f"{cells.origin}: {name} is a {type(value).__name__}; the answers must all be text or all be messages"
             )
     labelled = "messages" in cells.roles.values()
-    prompt = None if labelled else _prompt(cells, template)
+    whole = looks_like_messages(first) and isinstance(first, list) and len(first) > 1
+    prompt = None if labelled else _prompt(cells, template, whole)
     if prompt is None and cells.missing:
         raise cells.not_found("a prompt")
     empty = [cells.name(name) for name in PROMPTS if cells.has(name)] if prompt is None and not labelled else []
@@ -377,14 +378,16 @@ def _ignore_rest(cells: Cells) -> None:
         cells.used[theirs] = None
 
 
-def _prompt(cells: Cells, template: bool) -> Dialogue | None:
-    """The prompt without its context; None where the answers share it."""
+def _prompt(cells: Cells, template: bool, whole: bool) -> Dialogue | None:
+    """The prompt without its context; None where the answers share it. Answers that are whole conversations have theirs
+    where no column is meant for it."""
     turns = unpack(cells.values[cells.name("messages")]) if cells.holds("messages") else None
     asks = (
         looks_like_messages(turns)
         and read_messages(turns, f"{cells.origin}: {cells.name('messages')}").turns[-1]["role"] != "assistant"
     )
     names = [name for name in PROMPTS if cells.holds(name) and (name != "messages" or asks)]
+    names = [name for name in names if not (whole and name in BESIDE)]
     asked = read_bare_prompt(cells, tuple(names))
     if asked is None:
         return None

@@ -7,12 +7,13 @@ from typing import Any
 
 from datamodules.formats.context import PROMPTS, Asked, read_options, read_prompt
 from datamodules.formats.reading import Cells, Reading
+from datamodules.formats.table import normal
 from datamodules.formats.values import as_number, is_empty, plain, unpack
 from datamodules.sources.source import Row
 from datamodules.tokens.chat import Dialogue, Tools
 
 ANSWERS = ("answer", "completion", "label")  # our columns that may hold the right answer, in this order
-NO_GOLD = ("response", "assistant")  # of them, what somebody said, right or wrong
+NO_GOLD = ("completion", "response", "outputs", "assistant")  # what somebody said, right or wrong
 LONGEST_ANSWER = 200  # characters behind "####"; more is a worked solution with headings
 
 
@@ -79,7 +80,7 @@ def settle_choices(rows: Sequence[Row], reading: Reading) -> None:
         return
     from_0 = all(0 <= number < len(texts) for number, texts in numbers)
     from_1 = all(1 <= number <= len(texts) for number, texts in numbers)
-    if from_0 == from_1 or any(str(number) in texts for number, texts in numbers):
+    if from_0 == from_1:
         raise ValueError(
             f"{rows[0].origin}: the answers beside the options are whole numbers, and they may be the options' numbers from "
             "0, from 1, or their texts; write the letters (A, B, ...) as answers"
@@ -88,13 +89,17 @@ def settle_choices(rows: Sequence[Row], reading: Reading) -> None:
     reading.note(f"answers are numbers of options, from {reading.settled['options']}, and become letters")
 
 
-def right_answer(cells: Cells) -> tuple[str | None, str | None]:
-    """The answer and the name of its column; None where no column of ``ANSWERS`` holds one.
+def right_answer(cells: Cells, names: tuple[str, ...] = ANSWERS) -> tuple[str | None, str | None]:
+    """The answer and the name of its column; None where no column of ``names`` holds one.
 
     Raises ValueError for an object, and for a list of several answers.
     """
-    for name in ANSWERS:
-        if not cells.holds(name) or (cells.name(name) in NO_GOLD and name not in cells.reading.by_hand):
+    for name in names:
+        if name not in cells.reading.by_hand and name in cells.names:
+            cells.names[name].sort(key=lambda theirs: normal(theirs) in NO_GOLD or is_empty(cells.values[theirs]))
+            if normal(cells.name(name)) in NO_GOLD:
+                continue
+        if not cells.holds(name):
             continue
         theirs = cells.name(name)
         answer = unpack(cells.take(name, one_of_several=True))

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from datamodules.formats.table import MODULES, NAMED, Purpose, check_mapping, normal, our_names, suggest
+from datamodules.formats.table import COMPARED, MODULES, NAMED, Purpose, check_mapping, normal, our_names, suggest
 from datamodules.formats.values import is_empty, repeats
 
 if TYPE_CHECKING:  # sources read rows through this file
@@ -50,19 +50,21 @@ class Reading:
         one that another DataModule reads, unless the user chose (``chosen``, or by a mapping) what to read.
         """
         for ours, theirs in cells.left():
+            column = NAMED[ours]
             if repeats(cells.values[theirs], list(cells.used.values())):
                 self._unread.setdefault(theirs, "repeats what was read")
-            elif self.purpose == "verifiable" and not NAMED[ours].side:
-                continue
-            elif NAMED[ours].side or not (self.purpose in NAMED[ours].used_by or chosen or self.by_hand):
+            elif self.purpose == "verifiable" and (not column.side or column.used_by == COMPARED):
+                self._unread.setdefault(theirs, "")
+            elif column.side or not (self.purpose in column.used_by or chosen or self.by_hand):
                 raise ValueError(f"{cells.origin}: {self._refusal(ours, theirs, shape)}")
             else:
                 self._unread.setdefault(theirs, f"the row is read as {shape}")
         for name, why in cells.unread.items():
             self._unread.setdefault(name, why)
         self.shapes[shape] += 1
-        for theirs, role in cells.roles.items():
-            self._became.setdefault(theirs, Counter())[role] += 1
+        for theirs in cells.values:
+            if theirs in cells.roles:
+                self._became.setdefault(theirs, Counter())[cells.roles[theirs]] += 1
 
     def note(self, sentence: str) -> None:
         """Something to say once about the data set."""
@@ -197,7 +199,8 @@ class Cells:
         if is_empty(value):
             return None
         for other in others:
-            if normal(first) == ours or one_of_several or is_empty(self.values[other]):
+            named = normal(first) == ours and ours != "answer"  # which may stand beside a worked solution
+            if named or one_of_several or is_empty(self.values[other]):
                 continue
             if value == self.values[other] or repeats(value, self.values[other]) or repeats(self.values[other], value):
                 continue

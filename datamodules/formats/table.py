@@ -106,7 +106,9 @@ def our_names(names: tuple[str, ...]) -> dict[str, str]:
     Example: ``("id", "question", "response_a", "response_b")`` gives ``prompt``, ``output_1``, ``output_2``.
     """
     spelled = {normal(name): name for name in names}
-    known = {spelled[name]: ours for name, ours in OURS.items() if name in spelled and ours not in PAIRED}
+    order = list(OURS)
+    mine = sorted((name for name in names if normal(name) in OURS), key=lambda name: order.index(normal(name)))
+    known = {name: OURS[normal(name)] for name in mine if OURS[normal(name)] not in PAIRED}
     for first, second in PAIRS:
         if first in spelled and second in spelled:
             return known | {spelled[first]: PAIRED[0], spelled[second]: PAIRED[1]}

@@ -55,6 +55,24 @@ def given(message: str, joined: str) -> str:
     )
 
 
+EXAMPLES = {
+    "policy": "--model.policy PATH_OR_HUB_ID",
+    "reward": "--model.reward ExactMatch, or another reward's name",
+    "train": "--data.train my.jsonl",
+}
+
+
+def missing_arguments(message: str) -> str:
+    """What to add to the command where a class did not get what it needs; empty for other errors."""
+    found = re.search(r"class_path '(?:[\w.]+\.)?(\w+)'.*?arguments are required: ([\w, ]+)", message, flags=re.DOTALL)
+    if found is None:
+        return ""
+    wanted = "; ".join(f"add {EXAMPLES.get(name, f'the argument {name}')}" for name in found[2].split(", "))
+    method = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", found[1].removesuffix("Module")).lower()
+    tiny = method if found[1].endswith("Module") and not found[1].endswith("DataModule") else "<method>"
+    return f"{found[1]} needs {found[2]}: {wanted}; with nothing of your own, configs/tiny/{tiny}.yaml runs offline"
+
+
 def nearest_argument(message: str) -> str:
     """The arguments of a class that are nearest to a misspelt one, as the end of a sentence."""
     found = re.search(r".*class_path '([\w.]+)'.*?Option '([\w.]+)' is not accepted", message, flags=re.DOTALL)
@@ -78,5 +96,5 @@ def did_you_mean(name: str, known: Sequence[str], before: str = "") -> str:
     """The known names that are nearest to a misspelt one, each with ``before`` in front, as the end of a sentence;
     empty when none is near.
     """
-    close = difflib.get_close_matches(name, set(known), n=3, cutoff=0.5)
+    close = difflib.get_close_matches(name, set(known), n=3, cutoff=0.6)
     return f"; did you mean {' or '.join(before + other for other in close)}?" if close else ""

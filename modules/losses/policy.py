@@ -29,7 +29,7 @@ class Aggregation(ABC):
 
     @abstractmethod
     def row_count(self, mask: Tensor) -> Tensor:
-        """What each row adds to the denominator, [N], from the keep-mask [N, Tc]."""
+        """What each row adds to the denominator, [N], from the keep-mask [N, Tc]; 0 for a row that keeps nothing."""
 
     def weights(self, mask: Tensor) -> Tensor:
         """Weight of each token loss, [N, Tc], zero where the mask is False."""
@@ -47,7 +47,7 @@ class SequenceMean(Aggregation):
     """Mean over completions of their mean token loss (GRPO as published; short completions weigh more per token)."""
 
     def row_count(self, mask: Tensor) -> Tensor:
-        return torch.ones(len(mask), device=mask.device)
+        return mask.any(1).float()
 
     def weights(self, mask: Tensor) -> Tensor:
         return mask / mask.sum(1, keepdim=True).clamp(min=1)
@@ -65,7 +65,7 @@ class ConstantNorm(Aggregation):
         self.max_length = max_length
 
     def row_count(self, mask: Tensor) -> Tensor:
-        return torch.full((len(mask),), float(self.max_length), device=mask.device)
+        return mask.any(1) * float(self.max_length)
 
 
 class PolicyObjective(ABC):
@@ -188,8 +188,7 @@ class MirrorDescent(PolicyObjective):
 
     Source: Kimi k1.5, arXiv 2501.12599, section 2.3.2, eq. 3, the mean reward standing for tau log Z. The policy that
     sampled the phase is the reference of the square, which is 0 at a phase's first update. Unlike there, the
-    optimizer's moments are kept from phase to phase. A completion without a reward has its square only. Metrics:
-    ``approx_kl``.
+    optimizer's moments are kept from phase to phase. Metrics: ``approx_kl``.
 
     Args:
         tau: >= 0, strength of the tie to the sampling policy; the square grows like the length squared, so keep it

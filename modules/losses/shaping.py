@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,7 +53,7 @@ class KL:
     coef: float = 0.05  # >= 0, weight per nat; the first one where ``adaptive`` moves it
     adaptive: AdaptiveKL | None = None  # holds the KL at a target
     # None = the KL is part of the reward, as k1 without gradient; kl.weighted_k3 or kl.k2, by dotted path = of the loss
-    loss: Callable[[Tensor, Tensor], Tensor] | None = None
+    loss: Callable[[Tensor, Tensor], Any] | None = None  # Any: a function need not be annotated
     reference: str | None = None  # None = the policy as it starts; a folder or hub id = another model
 
     def __post_init__(self) -> None:

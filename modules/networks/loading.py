@@ -19,7 +19,7 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar, get_verbosity, set_verbosity, set_verbosity_error
 
-from modules.networks.tiny import tiny_model, tiny_tokenizer
+from modules.networks.tiny import BUILT_IN, tiny_model, tiny_tokenizer
 
 disable_progress_bar()  # of weight loading: the Trainer's bar is the one to watch
 
@@ -31,8 +31,8 @@ def load(path: str, role: str = "policy") -> tuple[PreTrainedModel, PreTrainedTo
     """The fp32 model and the tokenizer behind ``path`` (see ``Policy``); ValueError, in the name of ``role``, when
     there is none.
     """
-    if path == "tiny":
-        return tiny_model(), tiny_tokenizer()
+    if path in BUILT_IN:
+        return tiny_model(path), tiny_tokenizer()
     local = Path(path).expanduser()
     if path.endswith(".gguf"):
         if not local.is_file():
@@ -50,7 +50,7 @@ def load(path: str, role: str = "policy") -> tuple[PreTrainedModel, PreTrainedTo
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
-            f"{role}: '{path}' is not 'tiny', a Hugging Face model folder, a .gguf file or a hub id that can be read "
+            f"{role}: '{path}' is not 'tiny', 'tiny-addition', a Hugging Face model folder, a .gguf file or a hub id that can be read "
             f"({reason})"
         ) from error
 

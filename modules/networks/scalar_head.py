@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from modules.networks.loading import is_classifier
+from modules.networks.tiny import BUILT_IN
 
 HEADS_FILE = (
     "reward_heads.safetensors"  # beside a sequence classifier that is the mean of several heads: weight [heads, H]
@@ -88,7 +89,7 @@ def load_head(path: str) -> tuple[Tensor | None, float, float]:
 
     No head (None, 0, 1) where ``path`` is not a sequence classifier with one label on a causal backbone.
     """
-    if path == "tiny" or path.endswith(".gguf"):
+    if path in BUILT_IN or path.endswith(".gguf"):
         return None, 0.0, 1.0
     config = AutoConfig.from_pretrained(path)
     if not is_classifier(config) or config.num_labels != 1:

@@ -34,8 +34,9 @@ def outcomes(rollouts: Sequence[Rollout], accuracy: Reward | None = None) -> lis
 
 
 def rollout_metrics(found: Sequence[Outcome]) -> dict[str, float]:
-    """Rewards, lengths in tokens, entropy in nats per token, KL in nats per completion; unscorable completions are
-    counted and otherwise left out.
+    """Prompts, rewards, lengths in tokens, entropy in nats per token, KL in nats per completion.
+
+    Unscorable completions are counted and otherwise left out.
     """
     rewards = column(outcome.reward for outcome in found)
     lengths = column(outcome.length for outcome in found)
@@ -43,6 +44,7 @@ def rollout_metrics(found: Sequence[Outcome]) -> dict[str, float]:
     numbers = {uid: number for number, uid in enumerate(dict.fromkeys(outcome.uid for outcome in found))}
     group = torch.tensor([numbers[outcome.uid] for outcome in found])
     metrics = {
+        "num_prompts": float(len(numbers)),
         "reward": mean(rewards),
         "reward_std": mean(column(std(rewards[group == g]) for g in group.unique())),
         "frac_reward_zero_std": float(zero_std_fraction(rewards, group)),

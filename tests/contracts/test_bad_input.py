@@ -223,9 +223,7 @@ def test_an_optional_package_that_is_missing_is_named(refusal, monkeypatch):
 def test_misspelt_yaml_key_names_the_key(tmp_path, refusal):
     file = tmp_path / "more.yaml"
     file.write_text("trainer:\n  max_epoch: 3\n")
-    assert "'trainer.max_epoch' is not expected; did you mean trainer.max_epochs" in refusal(
-        "grpo", "--config", str(file)
-    )
+    assert "option 'trainer.max_epoch'; did you mean trainer.max_epochs" in refusal("grpo", "--config", str(file))
     file.write_text("data:\n  init_args: {prompt_per_phase: 3}\n")
     assert "did you mean prompts_per_phase" in refusal("grpo", "--config", str(file))
 

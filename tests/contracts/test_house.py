@@ -11,7 +11,7 @@ PACKAGES = ("modules", "datamodules", "callbacks")
 FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 FRAMEWORKS = {"lightning", "transformers", "datasets", "jsonargparse", "torchmetrics"}
 PARTS = {"networks", "losses", "rewards", "rollout"}
-SHARED = {"types", "functional", "distributed", "modes", "seeds"}
+SHARED = {"types", "functional", "distributed", "checks", "modes", "seeds"}
 
 
 def trains(path: Path) -> bool:
@@ -34,6 +34,7 @@ def layer(module: str) -> str:
 ALLOWED = {
     "types": set(),
     "distributed": set(),
+    "checks": set(),
     "modes": set(),
     "seeds": set(),
     "stopping": {"distributed"},

@@ -91,8 +91,8 @@ def test_bad_rows_are_refused_or_dropped_with_a_count(tmp_path: Path, caplog: py
         PreferencePrompts(alone).rows()
     with pytest.raises(ValueError, match="on_bad_row must be raise or drop, got 'skip'"):
         PreferencePrompts("x.jsonl", on_bad_row="skip")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="columns maps unknown names better"):
-        PreferencePrompts("x.jsonl", columns={"better": "chosen"})
+    with pytest.raises(ValueError, match="columns maps unknown names nicer"):
+        PreferencePrompts("x.jsonl", columns={"nicer": "chosen"})
 
 
 def test_transcripts_of_hh_rlhf_become_prompts(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
+from test_ppo import EOS, A, B, Scores, Scripted
 from torch import Tensor
 
 from datamodules import Addition, VerifiableDataModule
@@ -25,14 +26,15 @@ QUIET = {
     "enable_checkpointing": False,
 }
 ASCII = RegexFormat(r"[\x00-\x7f]*", name="ascii")  # about one in five completions of the untrained model
-OBJECTIVES = [Clipped(0.02, 0.02), GSPO(), CISPO(0.01), MirrorDescent(0.3)]
+OBJECTIVES = [Clipped(0.02, 0.02), GSPO(0.1, 0.1), CISPO(0.01), MirrorDescent(0.3)]
 each_objective = pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda objective: type(objective).__name__)
 
 
 def grpo(**settings: Any) -> GRPOModule:
     seed_everything(0)
     settings = {"num_generations": 4, "sampling": Sampling(max_completion_length=4)} | settings
-    return GRPOModule("tiny", ASCII, optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.5), **settings)
+    reward = settings.pop("reward", ASCII)
+    return GRPOModule("tiny", reward, optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.5), **settings)
 
 
 def fit(module: GRPOModule, accumulate: int = 1, updates: int = 2, callbacks: tuple[Callback, ...] = ()) -> Trainer:
@@ -105,6 +107,8 @@ def test_the_gradient_of_a_step_is_that_of_plain_loops(objective):
     for batch, at, found in ((first, now, gradient), (second, later, gradient_later)):
         total = rows.get(type(objective).__name__, 0)
         assert total in (0, int(batch["denominator"]))
+        if isinstance(objective, MirrorDescent):
+            assert len(batch["rewards"]) == 32  # the square moves completions of advantage 0 too
         loss = (policy.completion_scores(batch, 1.0).logprobs * slopes(objective, batch, at, total)).sum()
         policy.zero_grad()
         loss.backward()
@@ -126,6 +130,20 @@ def test_splits_change_nothing(objective, beta):
     fit(split, accumulate=11)
     torch.testing.assert_close(weights(split), weights(whole), atol=2e-6, rtol=0)
     assert float((weights(whole) - start).abs().max()) > 1e-3
+
+
+@each_objective
+def test_unscorable_completions_have_no_part(objective):
+    """The same update whether the rows that have no score are there or not, with a KL too."""
+    rows = [([A, B, EOS], "stop"), ([A, A], "length"), ([B, 200, 201], "length")]
+    found = []
+    for scores, texts in (((1.0, None, 0.5), rows), ((1.0, 0.5), [rows[0], rows[2]])):
+        settings = {"num_generations": len(texts), "objective": objective, "beta": 0.1}
+        module = grpo(reward=Scores(*scores), engine=Scripted(texts), **settings)
+        fit(module, accumulate=2)
+        found.append(weights(module))
+    torch.testing.assert_close(found[0], found[1], atol=1e-6, rtol=0)
+    assert float((found[0] - weights(grpo())).abs().max()) > 1e-4
 
 
 @pytest.mark.parametrize("advantage", [group_center, leave_one_out, lambda rewards, group: rewards - 0.5])

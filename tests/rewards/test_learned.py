@@ -32,7 +32,7 @@ EOS, TURN = TINY.eos_token_id, TINY.convert_tokens_to_ids("<|im_end|>")
 def save(folder: Path, seed: int = 0, tokenizer: PreTrainedTokenizerFast = TINY, **numbers) -> str:
     """A reward model with weights of its own, and ``reward_mean`` and ``reward_std`` if given."""
     torch.manual_seed(seed)
-    sequence_classifier(tiny_model(seed), torch.randn(128), tokenizer).save_pretrained(folder)
+    sequence_classifier(tiny_model(seed=seed), torch.randn(128), tokenizer).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | numbers))

@@ -4,6 +4,8 @@ import random
 from itertools import product
 from zlib import crc32
 
+from lightning.pytorch.utilities import rank_zero_info
+
 from datamodules.sources.source import Row, Source
 from modules.seeds import run_seed
 
@@ -42,7 +44,7 @@ class Addition(Source):
         self.dots = dots
 
     def rows(self) -> list[Row]:
-        """``num_examples`` rows. Raises ValueError when the split has fewer pairs."""
+        """``num_examples`` rows, after a line that says how sums are written. Raises ValueError when the split has fewer pairs."""
         pairs = [pair for pair in product(range(10**self.digits), repeat=2) if is_held_out(*pair) == self.held_out]
         side = "held-out" if self.held_out else "training"
         if self.num_examples > len(pairs):
@@ -51,6 +53,10 @@ class Addition(Source):
                 "pairs"
             )
         drawn = random.Random(self.seed).sample(pairs, self.num_examples)
+        if not self.held_out:  # once a run
+            rank_zero_info(
+                'sums are written backwards, ones first, as one adds them: "22+19=140" says 041, not a wrong 140'
+            )
         return [self._row(a, b, f"addition-{side}#{index}") for index, (a, b) in enumerate(drawn)]
 
     def _row(self, a: int, b: int, origin: str) -> Row:
