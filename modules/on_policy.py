@@ -19,6 +19,7 @@ from modules.networks.companion import companion
 from modules.networks.frozen import Frozen
 from modules.networks.lora import Lora
 from modules.networks.policy import TokenScores
+from modules.rewards.function import as_reward
 from modules.rewards.learned import LearnedReward
 from modules.rewards.weighted_sum import every_reward
 from modules.rollout.engine import RolloutEngine, Sampling
@@ -87,7 +88,7 @@ class OnPolicyModule(AlignmentModule):
             )
         if val_generations < 1:
             raise ValueError(f"val_generations must be at least 1, got {val_generations}")
-        self.reward, self.accuracy = reward, accuracy or reward
+        self.reward, self.accuracy = as_reward(reward), as_reward(accuracy or reward)
         if lora is not None:
             self.share_backbone()
         self.num_generations, self.val_generations, self.sampling, self.seed = (

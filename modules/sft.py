@@ -13,6 +13,7 @@ from modules.functional.masked import aggregate
 from modules.networks.lora import Lora
 from modules.networks.noise import embedding_noise
 from modules.networks.policy import TokenScores
+from modules.rewards.function import as_reward
 from modules.rollout.engine import Sampling
 from modules.rollout.held_out import last_answers
 from modules.rollout.in_process import InProcessEngine
@@ -57,7 +58,11 @@ class SFTModule(AlignmentModule):
                 f"label_smoothing must be in [0, 1) and neftune_noise_alpha >= 0, got {label_smoothing} and "
                 f"{neftune_noise_alpha}"
             )
-        self.label_smoothing, self.neftune_noise_alpha, self.reward = label_smoothing, neftune_noise_alpha, reward
+        self.label_smoothing, self.neftune_noise_alpha, self.reward = (
+            label_smoothing,
+            neftune_noise_alpha,
+            as_reward(reward),
+        )
         self.sampling = sampling or (
             Sampling(temperature=0.0, max_completion_length=256) if reward is not None else None
         )

@@ -5,6 +5,7 @@ import importlib
 import inspect
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
 NOISE = (
     "Does not validate against",
@@ -82,9 +83,18 @@ def nearest_argument(message: str) -> str:
     return did_you_mean(found[2], list(inspect.signature(kind).parameters))
 
 
+def taken_name(message: str) -> str:
+    """Why a class of the user's is not found, as the end of a sentence: their folder is called as a package of ours."""
+    for name in re.findall(r"class_path '(callbacks|datamodules|modules)\.", message):
+        here = Path(name).resolve()
+        if here.is_dir() and here != Path(__file__).parents[2] / name:
+            return f"; the folder {name} here has the name of a package of this program: rename it"
+    return ""
+
+
 def did_you_mean(name: str, known: Sequence[str], before: str = "") -> str:
     """The known names that are nearest to a misspelt one, each with ``before`` in front, as the end of a sentence;
     empty when none is near.
     """
-    close = difflib.get_close_matches(name, set(known), n=3, cutoff=0.5)
+    close = difflib.get_close_matches(name, set(known), n=3, cutoff=0.6)
     return f"; did you mean {' or '.join(before + other for other in close)}?" if close else ""

@@ -15,7 +15,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from modules.cli.choices import NAMES, usual_data
-from modules.cli.explain import did_you_mean, missing_arguments, nearest_argument, sentence
+from modules.cli.explain import did_you_mean, missing_arguments, nearest_argument, sentence, taken_name
 from modules.cli.renamed import renew
 from modules.rewards.function import as_reward
 from modules.types import Reward
@@ -71,8 +71,8 @@ class Parser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """End with the sentence and exit status 2."""
-        told = missing_arguments(message) or sentence(message, NAMES) + nearest_argument(message)
-        unknown = re.search(r"^unrecognized arguments: --([^\s=;]+)|[Kk]ey '([\w.]+)' is not expected", message)
+        told = missing_arguments(message) or sentence(message, NAMES) + nearest_argument(message) + taken_name(message)
+        unknown = re.search(r"^unrecognized arguments: --([^\s=;]+)|accept option '([\w.]+)'", message)
         if unknown:
             told += did_you_mean(unknown[1] or unknown[2], self.options(), "--" if unknown[1] else "")
         super().error(told, ex)

@@ -52,7 +52,7 @@ OPTIONS = {  # of a class, that moved into a group; "" = that had no effect and 
         "reference": "kl.reference",
         "missing_eos_penalty": "missing_eos.penalty",
         "replace_missing_eos": "missing_eos.replace",
-    }
+    },
 }
 OLD = re.compile(rf"\b({'|'.join(sorted(map(re.escape, MODULES), key=len, reverse=True))})\.(?=[A-Za-z_]\w*$)")
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 
+from modules.rewards.function import as_reward
 from modules.types import Reward, Rollout
 
 
@@ -42,6 +43,7 @@ class WeightedSum(Reward):
     """
 
     def __init__(self, rewards: list[Reward], weights: list[float] | None = None) -> None:
+        rewards = as_reward(rewards)
         weights = [1.0] * len(rewards) if weights is None else list(weights)
         names = [reward.name for reward in rewards]
         if not rewards:

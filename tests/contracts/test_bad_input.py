@@ -100,7 +100,20 @@ def test_a_data_file_stays_a_path(tmp_path, monkeypatch, run, caplog, name, text
         (["--data.train", "absent.jsonl"], "absent.jsonl: no such file or folder"),
         (["--model.policy", "absent.gguf"], "no GGUF file at 'absent.gguf'"),
         (["--model.policy", "./nowhere"], "'./nowhere' is not 'tiny', a Hugging Face model folder"),
-        (["--model.num_generation", "4"], "GRPOModule': Option 'num_generation' is not accepted"),
+        (
+            ["--model.num_generation", "4"],
+            "GRPOModule': Option 'num_generation' is not accepted; did you mean num_generations",
+        ),
+        (["--data.batchsize", "4"], "Option 'batchsize' is not accepted; did you mean val_batch_size?"),
+        (["--model.objectve", "Clipped"], "Option 'objectve' is not accepted; did you mean objective?"),
+        (["--model.sampling.temperatur", "1"], "did you mean temperature?"),
+        (
+            ["--trainer.accumulate_grad_batches", "0"],
+            "error: trainer.accumulate_grad_batches must be at least 1, got 0",
+        ),
+        (["--trainer.gradient_clip_val=-1"], "trainer.gradient_clip_val must be a finite number >= 0, got -1"),
+        (["--trainer.gradient_clip_val=.nan"], "trainer.gradient_clip_val must be a finite number >= 0, got nan"),
+        (["--trainer.devices=-1"], "error: trainer: `devices` selected with `CPUAccelerator` should be an int > 0."),
         (
             ["--trainer.max_epoch", "4"],
             "unrecognized arguments: --trainer.max_epoch 4; did you mean --trainer.max_epochs",
@@ -210,7 +223,9 @@ def test_an_optional_package_that_is_missing_is_named(refusal, monkeypatch):
 def test_misspelt_yaml_key_names_the_key(tmp_path, refusal):
     file = tmp_path / "more.yaml"
     file.write_text("trainer:\n  max_epoch: 3\n")
-    assert "'trainer.max_epoch'" in refusal("grpo", "--config", str(file))
+    assert "option 'trainer.max_epoch'; did you mean trainer.max_epochs" in refusal("grpo", "--config", str(file))
+    file.write_text("data:\n  init_args: {prompt_per_phase: 3}\n")
+    assert "did you mean prompts_per_phase" in refusal("grpo", "--config", str(file))
 
 
 def test_the_tip_is_a_command_that_works(capsys, run):

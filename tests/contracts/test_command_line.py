@@ -87,18 +87,9 @@ def test_the_config_is_that_of_the_last_run_that_began(capsys):
     assert yaml.safe_load(saved.read_text())["seed_everything"] == 7
 
 
-def test_no_config_is_written_without_a_logger():
-    shipped(
-        "fit",
-        "sft",
-        *SHORT,
-        "--trainer.logger",
-        "false",
-        "--trainer.callbacks",
-        "null",
-        "--trainer.enable_checkpointing",
-        "false",
-    )
+def test_no_config_is_written_without_a_folder_and_a_logger():
+    nothing = ["--out=null", "--trainer.logger=false", "--trainer.callbacks=null"]
+    shipped("fit", "sft", *SHORT, *nothing, "--trainer.enable_checkpointing=false")
     assert list(Path().iterdir()) == []
 
 

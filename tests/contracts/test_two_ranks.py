@@ -18,7 +18,7 @@ from two_ranks import TwoRanks
 CONFIGS = {path.stem: path for path in sorted((ROOT / "configs").glob("*.yaml"))}
 TINY = {path.stem: path for path in sorted((ROOT / "configs/tiny").glob("*.yaml"))}
 COMPLETION = {"sft": {"completion": "4"}, **dict.fromkeys(("dpo", "reward"), {"chosen": "4", "rejected": "5"})}
-DDP = ["--config", str(ROOT / "configs/overlays/ddp.yaml")]
+DDP = ["--config", str(ROOT / "configs/overlays/ddp.yaml"), "--trainer.callbacks+=RichProgressBar"]
 FIT, FIT_TINY = (
     [name for name, path in found.items() if re.search("max_epochs|max_steps", path.read_text())]
     for found in (CONFIGS, TINY)
