@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 from callbacks.phase import MAX_PHASES, Mean, mean_over_ranks, new_figure, tensorboards
 from callbacks.preference_audit import evaluating
+from modules.distributed import log_equal
 from modules.types import InstructionBatch
 
 if TYPE_CHECKING:
@@ -89,8 +90,7 @@ class Forgetting(Callback):
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure beside the validation's own metrics."""
         values = self._measure(trainer, pl_module)
-        for name, value in values.items():
-            pl_module.log(name, value, sync_dist=True, batch_size=1)  # equal on all ranks by now
+        log_equal(pl_module, values)
         if trainer.sanity_checking:  # of which the Trainer writes nothing
             self._log(trainer, values)
 

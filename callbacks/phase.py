@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from modules.distributed import log_equal
 from modules.types import Rollout
 
 if TYPE_CHECKING:
@@ -119,10 +120,7 @@ class PhaseCallback(Callback):
         values = self.derive(mean_over_ranks(trainer, pl_module.device, self.measure(rollouts_of(pl_module))))
         if not values:
             return
-        for name, value in values.items():
-            # Equal on all ranks by now. Lightning averages batch sizes over ranks as integers, so uneven ones would
-            # bias the value.
-            pl_module.log(f"train/{self.name}/{name}", value, sync_dist=True, batch_size=1)
+        log_equal(pl_module, {f"train/{self.name}/{name}": value for name, value in values.items()})
         self.history.append({"phase": float(trainer.current_epoch), **values})
         if len(self.history) > MAX_PHASES:
             self.history = self.history[::2]

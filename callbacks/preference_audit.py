@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from callbacks.measures.scored_pairs import audit_report
 from callbacks.phase import new_figure, tensorboards
 from callbacks.writers.resumable_jsonl import write_json
-from modules.distributed import from_all_ranks
+from modules.distributed import from_all_ranks, log_equal
 from modules.types import PreferenceBatch, ScoredPair
 
 if TYPE_CHECKING:
@@ -111,8 +111,7 @@ class PreferenceAudit(Callback):
         if trainer.sanity_checking:
             return
         self.pairs, self.validated_step = from_all_ranks(self.pairs), trainer.global_step
-        for key, value in audit_report(self.pairs).items():
-            pl_module.log(f"val/audit/{key}", value, sync_dist=True, batch_size=1)  # equal on all ranks by now
+        log_equal(pl_module, {f"val/audit/{key}": value for key, value in audit_report(self.pairs).items()})
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Judge the final weights: by the last validation, if it was of them."""

@@ -13,7 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from callbacks.measures.refusals import is_refusal, refusal_rates
 from callbacks.phase import require_period, tensorboards
 from callbacks.samples import block, cell
-from modules.distributed import from_all_ranks
+from modules.distributed import from_all_ranks, log_equal
 from modules.types import FULL_COMPLIANCE, FULL_REFUSAL, REFUSAL_LABELS
 
 NUM_MISJUDGED = 3  # answers shown of each kind
@@ -146,8 +146,7 @@ class Refusal(Callback):
         if self.judge is None:
             del rates["over_refusal_with_partial"], rates["invalid"]  # which the matcher does not know
         metrics = {f"val/refusal/{name}": rate for name, rate in rates.items()}
-        for name, rate in metrics.items():
-            pl_module.log(name, rate, sync_dist=True, batch_size=1)  # equal on all ranks by now
+        log_equal(pl_module, metrics)
         for logger in tensorboards(trainer):
             if trainer.sanity_checking:  # which Lightning does not write down
                 logger.log_metrics(metrics, step=trainer.global_step)

@@ -1,13 +1,12 @@
 """How often does the policy beat a baseline, and how often would it at equal length?"""
 
-from collections import defaultdict
 from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from callbacks.measures.preferences import length_controlled_win_rate, win_rate, win_rate_standard_error
-from modules.distributed import from_all_ranks
+from modules.distributed import from_all_ranks, log_equal, mean_of_ranks
 from modules.types import Reward, Rollout
 
 
@@ -92,11 +91,8 @@ class WinRate(Callback):
         """Log the rates over all batches and ranks."""
         metrics = rates(from_all_ranks(self.comparisons))
         if isinstance(self.judge, Reports):
-            metrics |= {
-                f"judge/{key}": value for key, value in mean_report(from_all_ranks([self.judge.report()])).items()
-            }
-        for name, value in metrics.items():
-            pl_module.log(f"val/{name}", value, sync_dist=True, batch_size=1)  # equal on all ranks by now
+            metrics |= {f"judge/{key}": value for key, value in mean_of_ranks(self.judge.report()).items()}
+        log_equal(pl_module, {f"val/{name}": value for name, value in metrics.items()})
         self.comparisons = []
 
 
@@ -124,12 +120,3 @@ def rates(comparisons: list[Comparison]) -> dict[str, float]:
         "win_rate_ties": 100.0 * (preference == 0.5).double().mean().item(),
         **unscorable,
     }
-
-
-def mean_report(reports: list[dict[str, float]]) -> dict[str, float]:
-    """Mean of each key over the ranks that have it."""
-    values: dict[str, list[float]] = defaultdict(list)
-    for report in reports:
-        for key, value in report.items():
-            values[key].append(value)
-    return {key: sum(numbers) / len(numbers) for key, numbers in values.items()}

@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor, nn
-from torchmetrics import MeanMetric
+from torch import Tensor
 
+from modules.distributed import log_equal, weighted_means
 from modules.networks.frozen import Frozen
 from modules.networks.loading import lacks_output_head
 from modules.networks.lora import Lora
@@ -22,6 +22,7 @@ from modules.networks.policy import MAX_LOGITS, Policy
 from modules.rollout.engine import Sampling
 from modules.rollout.in_process import InProcessEngine
 from modules.schedulers import RunSchedule
+from modules.stopping import StopTogether
 from modules.types import Rollout
 
 
@@ -60,11 +61,13 @@ class AlignmentModule(LightningModule):
         self.rollouts: list[Rollout] = []
         self.phase_metrics: dict[str, float] = {}
         self.num_tokens = 0  # trained on so far, all ranks
-        self.means = nn.ModuleDict()  # of validation, by metric name
         self._step: dict[
             str, Tensor
         ] = {}  # (total, weight) of each metric over the micro-batches of an optimiser step so far
         self._means: set[str] = set()  # names that are averaged
+        self._evaluated: dict[
+            str, Tensor
+        ] = {}  # (total, weight) of each metric over this rank's evaluation batches so far
         self._step_start = time.perf_counter()
         self._memory_said = False
 
@@ -72,6 +75,10 @@ class AlignmentModule(LightningModule):
     def tokenizer(self) -> Any:
         """The policy's tokenizer, which the DataModule is given."""
         return self.policy.tokenizer
+
+    def configure_callbacks(self) -> list[Callback]:
+        """What every run has: an end that all ranks reach."""
+        return [StopTogether()]
 
     def setup(self, stage: str) -> None:
         """Refuse precisions under which Lightning would cast the batch's log-probs and denominators to 16 bits."""
@@ -136,7 +143,7 @@ class AlignmentModule(LightningModule):
 
     def show(self, metrics: Mapping[str, Tensor | float]) -> None:
         """Show numbers that are equal on all ranks in the progress bar, under names short enough for it."""
-        self.log_dict(dict(metrics), prog_bar=True, logger=False, batch_size=1, rank_zero_only=True)
+        log_equal(self, {name: float(value) for name, value in metrics.items()}, prog_bar=True, logger=False)
 
     def respond(self, conversations: Sequence[list[dict[str, str]]], max_completion_length: int = 256) -> list[str]:
         """Greedy answers of the current weights, on this rank alone; the policy's modes and the random state stay as
@@ -168,24 +175,32 @@ class AlignmentModule(LightningModule):
         return [group[0].text for group in engine.generate(prompts, 1, sampling, [0] * len(prompts))]
 
     def on_validation_start(self) -> None:
-        """Begin with new means: Lightning resets the old ones in inference mode, after which a later fit could not
-        update them.
-        """
-        self.means = nn.ModuleDict()
+        """Forget what an interrupted evaluation left."""
+        self._evaluated = {}
 
     def on_test_start(self) -> None:
         """As for validation."""
         self.on_validation_start()
 
     def log_mean(self, metrics: Mapping[str, Tensor | float], weight: float) -> None:
-        """Log evaluation metrics, averaged exactly over batches and ranks with ``weight``; all ranks must log the same
-        names.
-        """
+        """Collect a batch's evaluation metrics; their exact mean over batches and ranks by ``weight`` is logged at the end."""
         for name, value in metrics.items():
-            if name not in self.means:
-                self.means[name] = MeanMetric().to(self.device)
-            self.means[name].update(value, weight)  # type: ignore[operator]
-            self.log(name, self.means[name], metric_attribute=f"means.{name}")  # type: ignore[arg-type]
+            number = torch.as_tensor(value, dtype=torch.float32, device=self.device).detach()
+            pair = torch.stack([number * weight, torch.full_like(number, weight)])
+            self._evaluated[name] = self._evaluated[name] + pair if name in self._evaluated else pair
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the validation, over all batches and ranks."""
+        self.log_evaluation("val")
+
+    def on_test_epoch_end(self) -> None:
+        """The same under ``test/``."""
+        self.log_evaluation("test")
+
+    def log_evaluation(self, stage: str) -> None:
+        """Log what ``log_mean`` collected, over all ranks (collective), and forget it."""
+        log_equal(self, weighted_means({name: pair.tolist() for name, pair in self._evaluated.items()}))
+        self._evaluated = {}
 
     def say_memory(self, batch: Any) -> None:
         """Say how much memory training needs, as far as it is known, with micro-batches like the first."""

@@ -1,9 +1,11 @@
-"""What all ranks hold together: their lists joined, and moments over all of their rows. Every function here is
-collective.
+"""What all ranks hold together: their lists joined, and moments over all of their rows. Every function but
+``log_equal`` is collective.
 """
 
 import math
-from typing import Any
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, distributed
@@ -18,6 +20,56 @@ def from_all_ranks(items: list[Any]) -> list[Any]:
     parts: list[list[Any]] = [[] for _ in range(distributed.get_world_size())]
     distributed.all_gather_object(parts, items)
     return [item for part in parts for item in part]
+
+
+class Logs(Protocol):
+    """What is called of a LightningModule."""
+
+    def log(
+        self,
+        name: str,
+        value: float,
+        *,
+        prog_bar: bool,
+        logger: bool | None,
+        sync_dist: bool,
+        rank_zero_only: bool,
+        batch_size: int,
+    ) -> None:
+        """Log a number."""
+
+
+def log_equal(module: Logs, metrics: Mapping[str, float], prog_bar: bool = False, logger: bool | None = None) -> None:
+    """Log numbers [] that are equal on all ranks, and leave no collective for whoever reads them.
+
+    Every rank must call it. Lightning averages what is logged with ``sync_dist`` alone only when somebody first reads
+    it: a progress bar, on one rank, would wait for ever. ``prog_bar``, ``logger``: as in ``LightningModule.log``.
+    """
+    for name, value in metrics.items():
+        # rank_zero_only takes the average out, sync_dist the advice to ask for it; a batch size of 1 keeps
+        # Lightning from guessing one.
+        module.log(name, value, prog_bar=prog_bar, logger=logger, sync_dist=True, rank_zero_only=True, batch_size=1)
+
+
+def mean_of_ranks(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Mean of each number [] over the ranks that have it."""
+    values: dict[str, list[float]] = defaultdict(list)
+    for found in from_all_ranks([dict(metrics)]):
+        for name, value in found.items():
+            values[name].append(value)
+    return {name: math.fsum(numbers) / len(numbers) for name, numbers in values.items()}
+
+
+def weighted_means(sums: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """Mean of each metric over the parts of all ranks, from this rank's (total, weight) [2]; a mean of nothing is left
+    out.
+    """
+    totals, weights = Counter[str](), Counter[str]()
+    for found in from_all_ranks([dict(sums)]):
+        for name, (total, weight) in found.items():
+            totals[name] += total
+            weights[name] += weight
+    return {name: total / weights[name] for name, total in totals.items() if weights[name] > 0}
 
 
 def _moments_over_ranks(x: Tensor, mask: Tensor, label: Tensor, num_labels: int) -> tuple[Tensor, Tensor]:

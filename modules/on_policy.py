@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from modules.base import AlignmentModule
-from modules.distributed import from_all_ranks, mean_and_error
+from modules.distributed import from_all_ranks, log_equal, mean_and_error, mean_of_ranks
 from modules.functional import kl
 from modules.networks.companion import companion
 from modules.networks.frozen import Frozen
@@ -161,11 +161,11 @@ class OnPolicyModule(AlignmentModule):
 
     def on_train_epoch_end(self) -> None:
         """Log the phase, over all ranks: rewards, lengths, entropy, KL, and where the time went."""
-        times = {**self.phase_metrics, "time/training": time.perf_counter() - self._training_start}
+        times = mean_of_ranks({**self.phase_metrics, "time/training": time.perf_counter() - self._training_start})
         seconds = sum(value for name, value in times.items() if name.startswith("time/"))
-        metrics = rollout_metrics(from_all_ranks(outcomes(self.rollouts))) | times
-        metrics["completions_per_second"] = len(self.rollouts) * self.trainer.world_size / seconds
-        self.log_dict({f"train/{name}": value for name, value in metrics.items()}, sync_dist=True, batch_size=1)
+        found = from_all_ranks(outcomes(self.rollouts))
+        metrics = rollout_metrics(found) | times | {"completions_per_second": len(found) / seconds}
+        log_equal(self, {f"train/{name}": value for name, value in metrics.items()})
         self.show(
             {"reward": metrics["reward"], "length": metrics["completions/mean_length"], "kl": metrics.get("kl", 0.0)}
         )
@@ -183,14 +183,6 @@ class OnPolicyModule(AlignmentModule):
     def test_step(self, prompts: PromptBatch, batch_idx: int) -> None:
         """The same for ``test``."""
         self.evaluate(prompts, "test")
-
-    def on_validation_epoch_end(self) -> None:
-        """Log pass@1, pass@k, greedy accuracy and the numbers of the sampled completions, over all batches and ranks."""
-        self.log_evaluation("val")
-
-    def on_test_epoch_end(self) -> None:
-        """The same under ``test/``."""
-        self.log_evaluation("test")
 
     def predict_step(self, prompts: PromptBatch, batch_idx: int) -> None:
         """Leaves ``num_generations`` scored completions per prompt in ``rollouts``, for callbacks to write."""
@@ -215,7 +207,7 @@ class OnPolicyModule(AlignmentModule):
         self.evaluated.append((outcomes(rollouts, self.accuracy), outcomes(greedy, self.accuracy)))
 
     def log_evaluation(self, stage: str) -> None:
-        """Log what was kept, of all ranks, and forget it."""
+        """Log pass@1, pass@k, greedy accuracy and the sampled completions' numbers, over all batches and ranks."""
         sampled, greedy = (
             from_all_ranks([outcome for batch in kept for outcome in batch])
             for kept in zip(*self.evaluated, strict=True)
@@ -223,7 +215,7 @@ class OnPolicyModule(AlignmentModule):
         self.evaluated = []
         metrics = {f"pass@{k}": share_solved(sampled, k) for k in {1, self.val_generations}}
         metrics |= {"greedy_accuracy": share_solved(greedy, 1), **rollout_metrics(sampled)}
-        self.log_dict({f"{stage}/{name}": value for name, value in metrics.items()}, sync_dist=True, batch_size=1)
+        log_equal(self, {f"{stage}/{name}": value for name, value in metrics.items()})
 
     def sample(
         self, prompts: PromptBatch, num_generations: int, sampling: Sampling, phase: str

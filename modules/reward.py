@@ -11,11 +11,10 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader
-from torchmetrics import MaxMetric, MinMetric
 from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
 from modules.base import AlignmentModule
-from modules.distributed import from_all_ranks
+from modules.distributed import from_all_ranks, log_equal
 from modules.losses.pairs import Pairs, describe, pairs_of
 from modules.losses.preference_loss import bradley_terry_loss
 from modules.networks.lora import ADAPTERS, HEAD_FILE, POLICY, Lora, merged, save_adapters
@@ -111,6 +110,7 @@ class RewardModule(AlignmentModule):
         )
         self.scored_pairs: list[ScoredPair] = []  # of the current validation batch
         self._seen: list[float] = []  # scores of the optimiser step so far, on this rank
+        self._held_out: list[float] = []  # scores of the evaluation so far, on this rank
 
     def setup(self, stage: str) -> None:
         """Refuse data without pairs, and without rows to normalise on."""
@@ -170,16 +170,20 @@ class RewardModule(AlignmentModule):
             {f"{stage}/{name}": total / max(examples, 1.0) for name, total in self.sums(scores, pairs).items()},
             examples,
         )
-        self.log_range(stage, scores.mean(1)[batch["rank"] >= 0])
+        self._held_out += scores.mean(1)[batch["rank"] >= 0].tolist()
         self.scored_pairs = describe(self.tokenizer, batch, scores.mean(1), pairs)
 
-    def log_range(self, stage: str, scores: Tensor) -> None:
-        """Log the lowest and the highest of all held-out scores; ``scores`` [N] are those of a batch, maybe none."""
-        for name, kind in ((f"{stage}/min_reward", MinMetric), (f"{stage}/max_reward", MaxMetric)):
-            if name not in self.means:
-                self.means[name] = kind().to(self.device)
-            self.means[name].update(scores)  # type: ignore[operator]
-            self.log(name, self.means[name], metric_attribute=f"means.{name}")  # type: ignore[arg-type]
+    def on_validation_start(self) -> None:
+        """Forget what an interrupted evaluation left."""
+        super().on_validation_start()
+        self._held_out = []
+
+    def log_evaluation(self, stage: str) -> None:
+        """As for every module, and the lowest and the highest of all held-out scores."""
+        super().log_evaluation(stage)
+        scores, self._held_out = from_all_ranks(self._held_out), []
+        if scores:
+            log_equal(self, {f"{stage}/min_reward": min(scores), f"{stage}/max_reward": max(scores)})
 
     def sums(self, scores: Tensor, pairs: Pairs) -> dict[str, Tensor]:
         """Loss and metrics of raw scores [N, heads], each a weighted sum [] over the pairs. Each head has its own loss;

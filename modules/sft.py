@@ -8,7 +8,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
 from modules.base import AlignmentModule
-from modules.distributed import from_all_ranks
+from modules.distributed import from_all_ranks, log_equal
 from modules.functional.masked import aggregate
 from modules.networks.lora import Lora
 from modules.networks.noise import embedding_noise
@@ -115,14 +115,6 @@ class SFTModule(AlignmentModule):
         """Forget what an interrupted evaluation left."""
         self.answered = []
 
-    def on_validation_epoch_end(self) -> None:
-        """Log the answers of all batches and ranks."""
-        self.log_answers("val")
-
-    def on_test_epoch_end(self) -> None:
-        """The same under ``test/``."""
-        self.log_answers("test")
-
     def evaluate(self, batch: InstructionBatch, stage: str) -> None:
         """Log what the policy makes of held-out rows, and keep its own answers to them."""
         tokens = batch["loss_mask"].sum()
@@ -137,15 +129,16 @@ class SFTModule(AlignmentModule):
             )
             self.answered += outcomes(self.held_out_rollouts)
 
-    def log_answers(self, stage: str) -> None:
-        """Log the rewards and lengths of the answers and forget them."""
+    def log_evaluation(self, stage: str) -> None:
+        """As for every module, and the rewards and lengths of the answers."""
+        super().log_evaluation(stage)
         answered, self.answered = from_all_ranks(self.answered), []
         if not answered:
             return
         metrics = rollout_metrics(answered)
         if self.reward is None:
             metrics = {name: value for name, value in metrics.items() if name.startswith("completions/")}
-        self.log_dict({f"{stage}/{name}": value for name, value in metrics.items()}, sync_dist=True, batch_size=1)
+        log_equal(self, {f"{stage}/{name}": value for name, value in metrics.items()})
 
 
 def token_means(scores: TokenScores, count: Tensor) -> dict[str, Tensor | float]:

@@ -33,10 +33,11 @@ def layer(module: str) -> str:
 ALLOWED = {
     "types": set(),
     "distributed": set(),
+    "stopping": {"distributed"},
     "functional": {"types"},
     **{part: {*SHARED, *PARTS} for part in PARTS},
     "schedulers": {"functional"},
-    "base": {*SHARED, *PARTS, "schedulers"},
+    "base": {*SHARED, *PARTS, "schedulers", "stopping"},
     "on_policy": {*SHARED, *PARTS, "base"},
     "method": {*SHARED, *PARTS, "base", "on_policy", "method"},
     "modules": {"method"},

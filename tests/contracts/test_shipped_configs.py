@@ -3,6 +3,7 @@ one after the other.
 """
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,12 +13,7 @@ from modules.__main__ import main
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted([*(ROOT / "configs/recipes").iterdir(), *(ROOT / "configs/studies").iterdir()])
 OVERLAYS = sorted((ROOT / "configs/overlays").glob("*.yaml"))
-ONE_STEP = [
-    "--trainer.max_epochs=1",
-    "--trainer.limit_train_batches=1",
-    "--trainer.limit_val_batches=1",
-    "--trainer.limit_predict_batches=1",
-]
+ONE_BATCH = ["--trainer.limit_val_batches=1", "--trainer.limit_predict_batches=1"]
 QUIET = ["--trainer.enable_progress_bar=false"]
 
 
@@ -36,14 +32,14 @@ def write_preferences(folder: Path) -> None:
     (folder / "val.jsonl").write_text("".join(rows[:8]))
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
-def test_stages_of_recipes_hand_over_to_each_other(tmp_path, recipe):
+def stages(recipe: Path, folder: Path, epochs: int) -> Iterator[list[str]]:
+    """The command lines of a recipe on the tiny model, of ``epochs`` short epochs a fit.
+
+    The data that its user brings are put into the folder.
+    """
     paths = sorted(recipe.glob("*.yaml"))
-    assert sorted({int(path.stem.split("-")[0]) for path in paths}) == list(
-        range(1, int(paths[-1].stem.split("-")[0]) + 1)
-    )
     if any("runs/hh/" in path.read_text() for path in paths):
-        write_preferences(tmp_path / "runs/hh")
+        write_preferences(folder / "runs/hh")
     for path in paths:
         command = path.stem.split("-")[1]
         text = path.read_text()
@@ -57,11 +53,19 @@ def test_stages_of_recipes_hand_over_to_each_other(tmp_path, recipe):
         if "judge: {class_path: ExactMatch" in text:  # likewise
             changes += ["--model.judge=RegexFormat", "--model.judge.pattern=.[0-4].*"]
         if path.stem == "01-fit-sft":  # long enough for completions to end by themselves
-            changes += ["--trainer.limit_train_batches=60"]
-        short = ONE_STEP if command == "fit" else ONE_STEP[2:]
-        if "ckpt_path:" in text:  # it goes on behind the epoch of the stage before
-            changes += ["--trainer.max_epochs=2"]
-        run(command, "--config", str(path), *QUIET, *short, *changes, folder=tmp_path)
+            changes += [f"--trainer.limit_train_batches={60 // epochs}"]
+        if command == "fit":  # one with a checkpoint goes on behind the epochs of the stage before
+            last = 2 * epochs if "ckpt_path:" in text else epochs
+            changes = ["--trainer.limit_train_batches=1", f"--trainer.max_epochs={last}", *changes]
+        yield [command, "--config", str(path), *ONE_BATCH, *changes]
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
+def test_stages_of_recipes_hand_over_to_each_other(tmp_path, recipe):
+    numbers = {int(path.stem.split("-")[0]) for path in recipe.glob("*.yaml")}
+    assert sorted(numbers) == list(range(1, len(numbers) + 1))
+    for arguments in stages(recipe, tmp_path, epochs=1):
+        run(*arguments, *QUIET, folder=tmp_path)
 
 
 @pytest.mark.parametrize("method", ["sft", "reward", "dpo", "online_dpo", "grpo"])

@@ -83,7 +83,10 @@ class LineWorker:
     def _start(self) -> "subprocess.Popen[bytes]":
         # -P keeps the script's folder off the import path: its math.py would hide the standard library's.
         command = [sys.executable, "-P", str(self.script), str(self.timeout)]
-        child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
+        # A session of its own: a signal to all of the run is not for the child, which the run may still need.
+        child = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, start_new_session=True
+        )
         ready, _ = _converse(child, b"", _START_SECONDS)
         if ready is None:
             with child:

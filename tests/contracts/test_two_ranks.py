@@ -1,0 +1,111 @@
+"""Every shipped YAML on two processes, with its own callbacks and the bar: nobody waits for a rank that is elsewhere."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from test_shipped_configs import ONE_BATCH, RECIPES, ROOT, stages
+from two_ranks import TwoRanks
+
+CONFIGS = {path.stem: path for path in sorted((ROOT / "configs").glob("*.yaml"))}
+DDP = ["--config", str(ROOT / "configs/overlays/ddp.yaml")]
+FIT = [name for name, path in CONFIGS.items() if re.search("max_epochs|max_steps", path.read_text())]
+TWO_EPOCHS = ["--trainer.max_epochs=2", "--trainer.limit_train_batches=1", *ONE_BATCH]
+ROWS = 200  # of a built-in source at most: enough for a step on two ranks
+
+
+@pytest.fixture(scope="module")
+def two_ranks() -> Iterator[TwoRanks]:
+    ranks = TwoRanks()
+    yield ranks
+    ranks.end()
+
+
+def shrunk(path: Path, folder: Path) -> str:
+    """A copy of the YAML with few rows, which validates every epoch, or every step."""
+    text = re.sub(
+        r"(num_(?:examples|texts|facts): )(\d+)",
+        lambda found: f"{found[1]}{min(ROWS, int(found[2]))}",
+        path.read_text(),
+    )
+    text = re.sub(r"(check_val_every_n_epoch|val_check_interval): \d+", r"\1: 1", text)
+    copy = folder / path.name
+    copy.write_text(text)
+    return str(copy)
+
+
+@pytest.mark.parametrize("name", FIT)
+def test_a_method_ends(two_ranks, tmp_path, name):
+    config = shrunk(CONFIGS[name], tmp_path)
+    two_ranks.run(tmp_path, "fit", "--config", config, *DDP, *TWO_EPOCHS)
+    two_ranks.run(tmp_path, "validate", "--config", config, *DDP, *ONE_BATCH)
+    assert (tmp_path / "runs" / name / "export/config.json").is_file()
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
+def test_a_recipe_ends(two_ranks, tmp_path, recipe):
+    for command, _, path, *arguments in stages(recipe, tmp_path, epochs=2):
+        two_ranks.run(tmp_path, command, "--config", shrunk(Path(path), tmp_path), *arguments, *DDP)
+
+
+def test_facts_are_sorted(two_ranks, tmp_path):
+    two_ranks.run(tmp_path, "predict", "--config", str(CONFIGS["knowledge"]), *DDP)
+    assert len((tmp_path / "runs/knowledge/facts.jsonl").read_text().splitlines()) == 40
+
+
+def test_a_judge_labels(two_ranks, tmp_path, chat_server, rules):
+    rows = [{"prompt": f"Say {number}.", "completions": ["Hi", "Hello there"]} for number in range(5)]
+    (tmp_path / "my.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    url = f"--model.judge.client.base_url={chat_server(rules['longer wins']).url}"
+    two_ranks.run(tmp_path, "predict", "--config", str(CONFIGS["label"]), *DDP, url)
+    assert len((tmp_path / "runs/label/preferences.jsonl").read_text().splitlines()) == 5
+
+
+def test_every_config_is_tried():
+    assert {*FIT, "knowledge", "label", "self_instruct"} == set(CONFIGS)  # self_instruct wants one process, and says so
+
+
+def processes(mark: str) -> list[str]:
+    """The command lines of all processes with this mark in their environment; ended ones have none."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if mark.encode() in (process / "environ").read_bytes():
+                found.append((process / "cmdline").read_text().replace("\0", " "))
+        except OSError:  # it has ended, or is somebody else's
+            continue
+    return found
+
+
+@pytest.mark.parametrize("receiver", ["first process", "all processes"])
+def test_sigterm_ends_both_ranks(tmp_path, receiver):
+    config, mark = shrunk(CONFIGS["grpo"], tmp_path), f"MARK={tmp_path}"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MARK": str(tmp_path)}
+    command = [sys.executable, "-m", "modules", "fit", "--config", config, *DDP, "--trainer.num_sanity_val_steps=0"]
+    with (tmp_path / "log").open("w") as log:
+        run = subprocess.Popen(
+            command, cwd=tmp_path, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    try:
+        begun = tmp_path / "runs/grpo/config.yaml"  # written with the first batch
+        deadline = time.monotonic() + 240
+        while not begun.exists() and run.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert begun.exists(), (tmp_path / "log").read_text()
+        (os.kill if receiver == "first process" else os.killpg)(run.pid, signal.SIGTERM)
+        assert run.wait(60) == 143, (tmp_path / "log").read_text()
+        deadline = time.monotonic() + 20
+        while (left := processes(mark)) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        assert left == []
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(run.pid, signal.SIGKILL)
