@@ -1,18 +1,19 @@
 """Questions about a run's health, one a file. They look and log; they change nothing."""
 
-from callbacks.averaged_weights import AveragedWeights
-from callbacks.comparison import Comparison
 from callbacks.data_report import DataReport
 from callbacks.diversity import Diversity
-from callbacks.export import Export
 from callbacks.forgetting import Forgetting
-from callbacks.hand_off import HandOff
 from callbacks.length_bias import LengthBias
 from callbacks.overoptimization import Overoptimization
 from callbacks.preference_audit import PreferenceAudit
 from callbacks.refusal import Refusal
 from callbacks.samples import Samples
-from callbacks.summary import Summary
+from callbacks.stages.averaged_weights import AveragedWeights
+from callbacks.stages.claims import Claims
+from callbacks.stages.comparison import Comparison
+from callbacks.stages.export import Export
+from callbacks.stages.hand_off import HandOff
+from callbacks.stages.summary import Summary
 from callbacks.token_picture import TokenPicture
 from callbacks.win_rate import WinRate
 from callbacks.writers.instruction_writer import InstructionWriter
@@ -22,6 +23,7 @@ from callbacks.writers.preference_writer import PreferenceWriter
 
 __all__ = [
     "AveragedWeights",
+    "Claims",
     "Comparison",
     "DataReport",
     "Diversity",

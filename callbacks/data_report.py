@@ -36,7 +36,7 @@ class ComparedRow(Protocol):
     completions: list[list[int]]
 
 
-class HasRows(Protocol):
+class ReportedData(Protocol):
     """What is read of the DataModule."""
 
     tokenizer: Any
@@ -84,7 +84,7 @@ class DataReport(Callback):
     def _report(self, trainer: Trainer) -> None:
         if not trainer.is_global_zero:
             return
-        data = cast(HasRows, trainer.datamodule)  # type: ignore[attr-defined]
+        data = cast(ReportedData, trainer.datamodule)  # type: ignore[attr-defined]
         stages = {stage: rows for stage in ("train", "val") if (rows := getattr(data, f"{stage}_rows", None))}
         if not stages or not all(isinstance(rows[0], TokenRow | ComparedRow) for rows in stages.values()):
             rank_zero_info("data report: these data are not rows with learned tokens, so there is nothing to report")
@@ -130,7 +130,7 @@ def documents_of(row: TokenRow | ComparedRow) -> list[Document]:
     return [Document(row.prompt + ids, [False] * len(row.prompt) + [True] * len(ids)) for ids in row.completions]
 
 
-def report(data: HasRows, stage: str, rows: int, documents: list[Document]) -> dict[str, Any]:
+def report(data: ReportedData, stage: str, rows: int, documents: list[Document]) -> dict[str, Any]:
     """The numbers of one stage, with what the DataModule left out and the languages."""
     tokenizer = data.tokenizer
 

@@ -9,9 +9,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from callbacks.phase import MAX_PHASES, Mean, mean_over_ranks, new_figure, tensorboards
-from callbacks.preference_audit import evaluating
-from modules.distributed import log_equal
+from callbacks.phase import MAX_PHASES, Mean, new_figure, tensorboards
+from modules.distributed import log_equal, weighted_means
+from modules.modes import evaluating
 from modules.types import InstructionBatch
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ class Forgetting(Callback):
     def _measure(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
         """The metrics of the current weights (collective). The first measurement of a domain in a fit is its start."""
         means = {name: self._domain(trainer, pl_module, name) for name in domains(trainer)}
-        losses = mean_over_ranks(trainer, pl_module.device, means)
+        losses = weighted_means(means)
         if trainer.state.fn == "fit":
             self.start = losses | self.start
             self.history.append({"step": float(trainer.global_step), **losses})

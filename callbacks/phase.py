@@ -4,16 +4,14 @@ then.
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
 from math import fsum
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from modules.distributed import log_equal
-from modules.types import Rollout
+from modules.distributed import log_equal, weighted_means
+from modules.types import HasRecord, Record, Rollout
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -21,18 +19,11 @@ if TYPE_CHECKING:
 MAX_PHASES = 1000  # of history; a longer one is thinned
 
 
-class HasRollouts(Protocol):
-    """What is read of the module; a module that does not sample leaves the list empty."""
-
-    rollouts: list[Rollout]  # this rank's, from the first micro-batch to the end of the epoch
-
-
-@dataclass(frozen=True)
-class Mean:
+class Mean(NamedTuple):
     """A mean as the two numbers that add up over ranks, so that k ranks log what one would."""
 
     total: float
-    count: float  # how many values, or their weight; 0 = there is nothing to average
+    weight: float  # how many values, or their weight; 0 = there is nothing to average
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Mean":
@@ -40,18 +31,14 @@ class Mean:
         return cls(fsum(values), len(values))
 
 
-def rollouts_of(pl_module: LightningModule) -> list[Rollout]:
-    """This rank's rollouts of the phase; empty for a module that does not sample."""
-    return cast(HasRollouts, pl_module).rollouts
-
-
-def mean_over_ranks(trainer: Trainer, device: torch.device, means: dict[str, Mean]) -> dict[str, float]:
-    """The means over all ranks, without those that nothing was counted for. Every rank must call it with the same
-    names.
-    """
-    sums = torch.tensor([(mean.total, mean.count) for mean in means.values()], device=device)  # [names, 2]
-    totals = cast(torch.Tensor, trainer.strategy.reduce(sums, reduce_op="sum")).tolist()
-    return {name: total / count for name, (total, count) in zip(means, totals, strict=True) if count > 0}
+def record_of(pl_module: LightningModule) -> Record:
+    """What the module leaves for callbacks. Raises ValueError for a module that leaves nothing."""
+    if not isinstance(pl_module, HasRecord):
+        raise ValueError(
+            f"{type(pl_module).__name__} leaves no record (modules.types.Record) for callbacks: remove those that read "
+            "rollouts, or give it one"
+        )
+    return pl_module.record
 
 
 def tensorboards(trainer: Trainer) -> list[TensorBoardLogger]:
@@ -117,7 +104,7 @@ class PhaseCallback(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure, log and, every n phases, draw."""
-        values = self.derive(mean_over_ranks(trainer, pl_module.device, self.measure(rollouts_of(pl_module))))
+        values = self.derive(weighted_means(self.measure(record_of(pl_module).rollouts)))
         if not values:
             return
         log_equal(pl_module, {f"train/{self.name}/{name}": value for name, value in values.items()})

@@ -1,7 +1,6 @@
 """Does the score prefer what people prefer, or only what is longer?"""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast, runtime_checkable
 
@@ -12,10 +11,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from callbacks.measures.scored_pairs import audit_report
-from callbacks.phase import new_figure, tensorboards
+from callbacks.phase import new_figure, record_of, tensorboards
 from callbacks.writers.resumable_jsonl import write_json
 from modules.distributed import from_all_ranks, log_equal
-from modules.types import PreferenceBatch, ScoredPair
+from modules.modes import evaluating
+from modules.types import HasRowsInOrder, PreferenceBatch, Record, ScoredPair
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -27,22 +27,12 @@ NUM_BINS = 10  # of the reliability diagram, over [0, 1]
 
 @runtime_checkable
 class ScoresPairs(Protocol):
-    """What is read of the module: a reward model, or a policy with its implicit reward."""
+    """A reward model, or a policy with its implicit reward, which leaves the pairs of a held-out batch in its record."""
 
-    scored_pairs: list[ScoredPair]  # this rank's, of the current evaluation batch
+    record: Record
 
     def score_pairs(self, batch: PreferenceBatch) -> list[ScoredPair]:
         """The pairs of a batch, which is on the module's device; fillers make none."""
-
-
-@runtime_checkable
-class HasRowsInOrder(Protocol):
-    """What is read of the DataModule."""
-
-    val: object | None  # None = no held-out rows
-
-    def in_order(self, stage: Split) -> DataLoader[PreferenceBatch]:
-        """This rank's rows, each once; as many batches on every rank."""
 
 
 class PreferenceAudit(Callback):
@@ -104,7 +94,7 @@ class PreferenceAudit(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Keep the pairs of the batch."""
-        self.pairs += cast(ScoresPairs, pl_module).scored_pairs
+        self.pairs += record_of(pl_module).pairs
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the report on the pairs of all ranks; not in the sanity check, which may see a few rows only."""
@@ -154,7 +144,7 @@ class PreferenceAudit(Callback):
         path = self.path or next((Path(logger.log_dir) / "audit.json" for logger in loggers), None)
         if path is not None:
             write_json(path, {"split": split, "step": trainer.global_step, "report": report})
-        rank_zero_info(summary(report) + ("" if path is None else f": {path}"))
+        rank_zero_info(summarise(report) + ("" if path is None else f": {path}"))
         if smells_of_length(report):
             rank_zero_warn(
                 "audit: the score may be little more than length; see accuracy_chosen_shorter and "
@@ -162,19 +152,7 @@ class PreferenceAudit(Callback):
             )
 
 
-@contextmanager
-def evaluating(module: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode; each part goes back to its own mode after it."""
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, mode in modes:
-            part.training = mode
-
-
-def summary(report: dict[str, float]) -> str:
+def summarise(report: dict[str, float]) -> str:
     """The report in one line."""
     shorter, longer, correlation = (
         f"{report[key]:.2f}" if key in report else "unknown"

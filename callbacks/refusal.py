@@ -34,14 +34,14 @@ class ClassifiesAnswers(Protocol):
         """``1_full_compliance``, ``2_full_refusal`` or ``3_partial_refusal`` for each answer; None = no valid verdict."""
 
 
-class HasRows(Protocol):
+class RowSource(Protocol):
     """A source of rows, each with ``columns`` and ``origin``."""
 
     def rows(self) -> Any:
         """All rows, in an order of their own."""
 
 
-class Prompt(NamedTuple):
+class AskedPrompt(NamedTuple):
     """One row of the file."""
 
     text: str
@@ -49,7 +49,7 @@ class Prompt(NamedTuple):
     type: str  # "" = none
 
 
-class Answer(NamedTuple):
+class GivenAnswer(NamedTuple):
     """What became of a prompt."""
 
     row: int  # of the prompt
@@ -91,7 +91,7 @@ class Refusal(Callback):
         every_n_epochs: int = 1,
         judge: ClassifiesAnswers | None = None,
         limit: int | None = None,
-        source: HasRows | None = None,
+        source: RowSource | None = None,
     ) -> None:
         require_period("every_n_epochs", every_n_epochs)
         if max_completion_length < 1 or (limit is not None and limit < 2):
@@ -108,7 +108,7 @@ class Refusal(Callback):
             judge,
             limit,
         )
-        self.prompts: list[Prompt] = []
+        self.prompts: list[AskedPrompt] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Read the prompts."""
@@ -152,7 +152,7 @@ class Refusal(Callback):
                 logger.log_metrics(metrics, step=trainer.global_step)
             logger.experiment.add_text("val/refusal", report(self.prompts, answers), global_step=trainer.global_step)
 
-    def _ask(self, pl_module: LightningModule, indices: Sequence[int]) -> list[Answer]:
+    def _ask(self, pl_module: LightningModule, indices: Sequence[int]) -> list[GivenAnswer]:
         """The answers to some of the prompts."""
         assert isinstance(pl_module, Responds)
         prompts = [self.prompts[index].text for index in indices]
@@ -160,7 +160,7 @@ class Refusal(Callback):
             [[{"role": "user", "content": prompt}] for prompt in prompts], self.max_completion_length
         )
         labels = by_matching(texts) if self.judge is None else self.judge.classify(prompts, texts)
-        return [Answer(*answer) for answer in zip(indices, texts, labels, strict=True)]
+        return [GivenAnswer(*answer) for answer in zip(indices, texts, labels, strict=True)]
 
 
 def by_matching(texts: Sequence[str]) -> list[str | None]:
@@ -168,7 +168,7 @@ def by_matching(texts: Sequence[str]) -> list[str | None]:
     return [FULL_REFUSAL if is_refusal(text.rpartition("</think>")[2]) else FULL_COMPLIANCE for text in texts]
 
 
-def report(prompts: Sequence[Prompt], answers: Sequence[Answer]) -> str:
+def report(prompts: Sequence[AskedPrompt], answers: Sequence[GivenAnswer]) -> str:
     """Markdown: a table of labels by type, and a few safe prompts that were refused and unsafe ones that were answered.
     ``answers`` in order.
     """
@@ -195,12 +195,12 @@ def report(prompts: Sequence[Prompt], answers: Sequence[Answer]) -> str:
     return "\n\n".join(sections)
 
 
-def name_of(source: str | HasRows) -> str:
+def name_of(source: str | RowSource) -> str:
     """For messages."""
     return source if isinstance(source, str) else type(source).__name__
 
 
-def read_prompts(source: str | HasRows) -> list[Prompt]:
+def read_prompts(source: str | RowSource) -> list[AskedPrompt]:
     """The prompts of a file or source, at least one. Raises ValueError naming file and line."""
     located = (
         located_rows(Path(source)) if isinstance(source, str) else ((row.origin, row.columns) for row in source.rows())
@@ -211,7 +211,7 @@ def read_prompts(source: str | HasRows) -> list[Prompt]:
     return prompts
 
 
-def as_prompt(origin: str, row: Any) -> Prompt:
+def as_prompt(origin: str, row: Any) -> AskedPrompt:
     """One row; ValueError with its origin."""
     missing = sorted({"prompt", "label"} - set(row)) if isinstance(row, dict) else ["prompt", "label"]
     if missing:
@@ -222,7 +222,7 @@ def as_prompt(origin: str, row: Any) -> Prompt:
         raise ValueError(f"{origin}: label is {row['label']!r}, safe or unsafe was expected")
     if not isinstance(row["prompt"], str) or not row["prompt"].strip():
         raise ValueError(f"{origin}: the prompt is empty, or not text")
-    return Prompt(row["prompt"], row["label"] == "safe", str(row.get("type") or ""))
+    return AskedPrompt(row["prompt"], row["label"] == "safe", str(row.get("type") or ""))
 
 
 def located_rows(path: Path) -> Iterator[tuple[str, Any]]:

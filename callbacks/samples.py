@@ -6,7 +6,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from callbacks.phase import require_period, rollouts_of, tensorboards
+from callbacks.phase import record_of, require_period, tensorboards
 from modules.types import Rollout
 
 
@@ -34,7 +34,7 @@ class Samples(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Render the phase's samples and, every n phases, write them."""
-        rollouts = rollouts_of(pl_module)
+        rollouts = record_of(pl_module).rollouts
         if not rollouts or not tensorboards(trainer):
             return
         self.unwritten = markdown(spread(rollouts, self.num_samples))
@@ -51,7 +51,7 @@ class Samples(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Write the samples of the first held-out batch."""
-        rollouts = getattr(pl_module, "held_out_rollouts", [])
+        rollouts = record_of(pl_module).held_out
         if batch_idx == 0 and rollouts:
             for logger in tensorboards(trainer):
                 logger.experiment.add_text(

@@ -43,7 +43,7 @@ class Piece(NamedTuple):
     kind: Kind  # learned token, token that is only read, or a remark of ours
 
 
-class Row(NamedTuple):
+class PictureRow(NamedTuple):
     """One row without its padding."""
 
     ids: list[int]  # [T]
@@ -109,7 +109,7 @@ class TokenPicture(Callback):
                 )
 
 
-def rows_of(batch: Any) -> list[Row]:
+def rows_of(batch: Any) -> list[PictureRow]:
     """The rows of an ``InstructionBatch``, or the completions of a ``PreferenceBatch`` or ``PolicyBatch``, each behind
     its prompt; none of others.
     """
@@ -124,7 +124,7 @@ def rows_of(batch: Any) -> list[Row]:
             else [(row[keep] == 0).nonzero()[:, 0].tolist() for row, keep in zip(positions, kept, strict=True)]
         )
         parts = zip(ids, kept, learned, starts, strict=True)
-        return [Row(row[keep].tolist(), mask[keep].tolist(), begin) for row, keep, mask, begin in parts]
+        return [PictureRow(row[keep].tolist(), mask[keep].tolist(), begin) for row, keep, mask, begin in parts]
     if "completion_ids" not in batch:
         return []
     prompts = [row[keep].tolist() for row, keep in zip(batch["prompt_ids"], batch["prompt_mask"].bool(), strict=True)]
@@ -132,10 +132,10 @@ def rows_of(batch: Any) -> list[Row]:
         row[keep].tolist() for row, keep in zip(batch["completion_ids"], batch["completion_mask"].bool(), strict=True)
     ]
     both = [(prompts[prompt], ids) for prompt, ids in zip(batch["prompt_index"].tolist(), completions, strict=True)]
-    return [Row(prompt + ids, [False] * len(prompt) + [True] * len(ids), [0]) for prompt, ids in both]
+    return [PictureRow(prompt + ids, [False] * len(prompt) + [True] * len(ids), [0]) for prompt, ids in both]
 
 
-def pieces_of(tokenizer: Any, row: Row) -> list[Piece]:
+def pieces_of(tokenizer: Any, row: PictureRow) -> list[Piece]:
     """The row as text, one piece per token or per character of several tokens; at most MAX_TOKENS tokens."""
     first = row.learned.index(True) if any(row.learned) else 0
     start = max(0, min(first - LEAD, len(row.ids) - MAX_TOKENS))

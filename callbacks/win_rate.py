@@ -1,21 +1,14 @@
 """How often does the policy beat a baseline, and how often would it at equal length?"""
 
-from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from callbacks.measures.preferences import length_controlled_win_rate, win_rate, win_rate_standard_error
-from modules.distributed import from_all_ranks, log_equal, mean_of_ranks
+from callbacks.phase import record_of
+from modules.distributed import from_all_ranks, log_equal, weighted_means
 from modules.types import Reward, Rollout
-
-
-class HasHeldOutRollouts(Protocol):
-    """What is read of the module."""
-
-    held_out_rollouts: list[
-        Rollout
-    ]  # this rank's, of the current validation batch; ``answer`` is the baseline's completion
 
 
 @runtime_checkable
@@ -26,7 +19,7 @@ class Reports(Protocol):
         """This rank's numbers so far."""
 
 
-class Comparison(NamedTuple):
+class Duel(NamedTuple):
     """One completion against the baseline's."""
 
     preference: float | None  # 1 = win, 0.5 = tie, 0 = loss, None = unscorable
@@ -52,11 +45,11 @@ class WinRate(Callback):
 
     def __init__(self, judge: Reward) -> None:
         self.judge = judge
-        self.comparisons: list[Comparison] = []  # this rank's of the current validation
+        self.duels: list[Duel] = []  # this rank's of the current validation
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """ValueError for a module that does not sample."""
-        if not hasattr(pl_module, "held_out_rollouts"):
+        if record_of(pl_module).held_out is None:
             raise ValueError(
                 f"WinRate compares sampled completions and {type(pl_module).__name__} samples none: remove the "
                 "callback."
@@ -64,7 +57,7 @@ class WinRate(Callback):
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget what an interrupted validation left."""
-        self.comparisons = []
+        self.duels = []
 
     def on_validation_batch_end(
         self,
@@ -76,7 +69,7 @@ class WinRate(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Judge the completions of the batch."""
-        rollouts = cast(HasHeldOutRollouts, pl_module).held_out_rollouts
+        rollouts = record_of(pl_module).held_out or []
         answers = [baseline(rollout) for rollout in rollouts]
         scores = self.judge(rollouts)
         for rollout, answer, score in zip(rollouts, answers, scores, strict=True):
@@ -85,15 +78,16 @@ class WinRate(Callback):
                     f"WinRate: {self.judge.name} scored {score} for {rollout.uid}; a judge gives 1 (win), 0.5 (tie), 0 "
                     "(loss) or None."
                 )
-            self.comparisons.append(Comparison(score, len(rollout.completion.text), len(answer)))
+            self.duels.append(Duel(score, len(rollout.completion.text), len(answer)))
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the rates over all batches and ranks."""
-        metrics = rates(from_all_ranks(self.comparisons))
+        metrics = rates(from_all_ranks(self.duels))
         if isinstance(self.judge, Reports):
-            metrics |= {f"judge/{key}": value for key, value in mean_of_ranks(self.judge.report()).items()}
+            own = {key: (value, 1.0) for key, value in self.judge.report().items()}
+            metrics |= {f"judge/{key}": value for key, value in weighted_means(own).items()}
         log_equal(pl_module, {f"val/{name}": value for name, value in metrics.items()})
-        self.comparisons = []
+        self.duels = []
 
 
 def baseline(rollout: Rollout) -> str:
@@ -106,10 +100,10 @@ def baseline(rollout: Rollout) -> str:
     return rollout.answer
 
 
-def rates(comparisons: list[Comparison]) -> dict[str, float]:
+def rates(duels: list[Duel]) -> dict[str, float]:
     """Metric name -> percent; only the share of unscorable ones where nothing could be scored."""
-    scored = [(preference, mine, other) for preference, mine, other in comparisons if preference is not None]
-    unscorable = {"win_rate_unscorable": 100.0 * (len(comparisons) - len(scored)) / max(1, len(comparisons))}
+    scored = [(preference, mine, other) for preference, mine, other in duels if preference is not None]
+    unscorable = {"win_rate_unscorable": 100.0 * (len(duels) - len(scored)) / max(1, len(duels))}
     if not scored:
         return unscorable
     preference, lengths, baseline_lengths = torch.tensor(scored, dtype=torch.float64).unbind(dim=1)  # [N] each

@@ -3,30 +3,33 @@ epoch.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, TypeVar, runtime_checkable
 
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from datamodules.formats.reading import Reading
+from datamodules.formats.table import Purpose
 from datamodules.loaders.step_sampler import MicroBatch, StepSampler
 from datamodules.sources import Row, Source
 from datamodules.sources.files import read_rows
+from modules.seeds import run_seed
 
 Example = TypeVar("Example")
 
 
 @runtime_checkable
-class HasPolicy(Protocol):
-    """A module around a causal language model."""
+class HasPositions(Protocol):
+    """A module around a causal language model: ``policy.max_positions`` is None or the tokens of its longest row."""
 
     policy: Any
 
 
 @runtime_checkable
-class Samples(Protocol):
-    """A module that samples completions."""
+class HasSampling(Protocol):
+    """A module that samples completions, up to ``sampling.max_completion_length`` tokens."""
 
     sampling: Any
 
@@ -43,60 +46,34 @@ class StepLoader(DataLoader[Any]):
         """Nothing to do."""
 
 
-class AlignDataModule(LightningDataModule):
-    """Base of the DataModules.
+class RowsDataModule(LightningDataModule):
+    """Rows of a source, shared out over the processes: all that a DataModule for ``predict`` needs.
 
     Args:
-        tokenizer: a tokenizer, or a path or hub id for ``AutoTokenizer``.
-        train: training rows: a source, or what :class:`Files` takes (file, folder, hub id).
-        val: held-out rows, where a DataModule has domains several sets by name, or None for no validation.
+        train: the rows: a source, or what :class:`Files` takes (file, folder, hub id).
         columns: our column name -> the data's, where detection does not suffice.
-        drop_long: drop rows that are too long and count them; False makes them an error.
-        on_bad_row: ``drop`` leaves out rows that cannot be read and counts them; ``raise`` makes them an error.
-        seed: of the shuffles.
 
     Attributes:
         dropped: rows left out for their length, by stage.
         bad: rows left out because they could not be read, by stage.
+        reading: how the rows of the last data set were read.
 
     Raises:
-        ValueError: ``on_bad_row`` is neither.
+        ValueError: ``columns`` maps names that the DataModule does not read.
     """
 
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase | str,
-        train: str | Source,
-        val: str | Source | Mapping[str, str | Source] | None,
-        columns: dict[str, str] | None,
-        drop_long: bool,
-        on_bad_row: Literal["raise", "drop"],
-        seed: int,
-    ) -> None:
+    purpose: ClassVar[Purpose] = "instruction"  # which columns of the table are read
+    may_drop: ClassVar[bool] = True  # whether ``on_bad_row`` is an option
+    not_encoded: ClassVar[str] = "left out"  # what is said of rows for which ``encode`` gives None
+
+    def __init__(self, train: str | Source, columns: dict[str, str] | None) -> None:
         super().__init__()
-        if on_bad_row not in ("raise", "drop"):
-            raise ValueError(f"on_bad_row must be raise or drop, got {on_bad_row!r}")
-        self.tokenizer: PreTrainedTokenizerBase = (
-            AutoTokenizer.from_pretrained(tokenizer) if isinstance(tokenizer, str) else tokenizer
-        )
-        self.train, self.columns, self.drop_long, self.on_bad_row, self.seed = (
-            train,
-            columns or {},
-            drop_long,
-            on_bad_row,
-            seed,
-        )
-        self.val: Any = val
+        self.train, self.columns = train, columns or {}
+        self.drop_long = False
+        self.on_bad_row: Literal["raise", "drop"] = "raise"
         self.dropped = {"train": 0, "val": 0}
         self.bad = {"train": 0, "val": 0}
-        self._left_out = (
-            0,
-            0,
-            0,
-            "",
-        )  # of the last source: by encode, too long, bad, what is wrong with the first bad one
-        self._sampler: StepSampler | None = None
-        self._resume: dict[str, int] | None = None
+        self.reading = Reading(self.purpose, self.columns)
 
     @property
     def rank(self) -> int:
@@ -118,7 +95,7 @@ class AlignDataModule(LightningDataModule):
     ) -> list[Example]:
         """Encodes the rows of a source, without those for which ``encode`` gives None, the ones longer than ``limit``
         tokens, added to ``dropped[stage]``, and, if rows may be bad, those for which it raises ValueError, added to
-        ``bad[stage]``.
+        ``bad[stage]``. ``reading`` is then that of this source.
 
         Raises ValueError for bad rows unless ``on_bad_row`` is drop, for long rows unless ``drop_long``, and when
         nothing is left.
@@ -127,14 +104,15 @@ class AlignDataModule(LightningDataModule):
         problem: ValueError | None = None
         skipped = too_long = bad = 0
         rows = read_rows(source)
+        self.reading = Reading(self.purpose, self.columns)
+        self.settle(rows, stage)
         for row in rows:
             try:
                 example = encode(row)
             except ValueError as error:
                 if self.on_bad_row == "raise":
-                    raise ValueError(
-                        f"{error}; mend the row, or set data.on_bad_row: drop to leave such rows out"
-                    ) from error
+                    way_out = "; mend the row, or set data.on_bad_row: drop to leave such rows out"
+                    raise ValueError(f"{error}{way_out if self.may_drop else ''}") from error
                 problem, bad = problem or error, bad + 1
                 continue
             if example is None:
@@ -149,7 +127,9 @@ class AlignDataModule(LightningDataModule):
                 )
         self.dropped[stage] += too_long
         self.bad[stage] += bad
-        self._left_out = (skipped, too_long, bad, str(problem))
+        self.reading.counts.update({"used": len(kept), self.not_encoded: skipped, "too long": too_long, "bad": bad})
+        if problem is not None:
+            self.reading.note(f"the first bad row: {problem}")
         if not kept:
             first = f"; the first bad row is {problem}" if problem else ""
             left_out = f"{skipped} left out, {bad} bad, {too_long} longer than {limit} tokens" + (
@@ -158,12 +138,16 @@ class AlignDataModule(LightningDataModule):
             raise ValueError(
                 f"{rows[0].origin}: of {len(rows)} {stage} rows from here on none is left: {left_out}{first}"
             )
+        if stage != "calibration":  # whose rows are what predict writes
+            self.reading.finish(rows)
         return kept
 
-    def require_held_out(self, stage: str) -> None:
-        """ValueError for a ``setup(stage)`` that only reads held-out rows when there are none."""
-        if stage in ("validate", "test") and self.val is None:
-            raise ValueError("there are no held-out rows to evaluate; set data.val")
+    def settle(self, rows: Sequence[Row], stage: str) -> None:
+        """Settles in ``reading`` what only all rows of a data set tell, before the first is encoded."""
+
+    def report(self, stage: str, detail: str, name: str | None = None) -> None:
+        """Prints one line about the last data set, on rank 0: how it was read and what became of its rows."""
+        rank_zero_info(f"{name or stage}: {self.reading.line()}; {detail}")
 
     def check_positions(self, stage: str, longest: int, setting: str) -> None:
         """ValueError when the longest row (tokens), with a completion where the module samples, exceeds the positions
@@ -172,12 +156,13 @@ class AlignDataModule(LightningDataModule):
         ``setting`` is the name of the limit to lower.
         """
         module: Any = self.trainer.lightning_module if self.trainer else None
-        if not isinstance(module, HasPolicy):
+        if not isinstance(module, HasPositions):
             return
-        config = module.policy.model.config
-        positions = config.to_dict().get(config.attribute_map.get("max_position_embeddings", "max_position_embeddings"))
+        positions = module.policy.max_positions
         sampling = (
-            module.sampling if isinstance(module, Samples) and (stage == "val" or hasattr(module, "collect")) else None
+            module.sampling
+            if isinstance(module, HasSampling) and (stage == "val" or hasattr(module, "collect"))
+            else None
         )
         budget = sampling.max_completion_length if sampling is not None else 0
         if positions is None or longest + budget <= positions:
@@ -191,13 +176,56 @@ class AlignDataModule(LightningDataModule):
             f"lower data.{setting} (longer rows are dropped)" + (" or max_completion_length" if budget else "")
         )
 
-    def report(self, stage: str, num_rows: int, detail: str, name: str | None = None) -> None:
-        """Prints one line about a loaded stage, or one set of rows of it, on rank 0."""
-        skipped, too_long, bad, problem = self._left_out
-        more = (f", {skipped} left out" if skipped else "") + (
-            f", {bad} bad rows dropped (the first: {problem})" if bad else ""
-        )
-        rank_zero_info(f"{name or stage}: {num_rows} rows, {too_long} dropped as too long{more}, {detail}")
+    def ready_loader(self, batches: Sequence[Any]) -> DataLoader[Any]:
+        """This rank's finished batches, in order. A sampler of one replica keeps Lightning from sharing them out again."""
+        sampler = DistributedSampler(batches, num_replicas=1, rank=0, shuffle=False)  # type: ignore[arg-type, var-annotated]
+        return DataLoader(batches, sampler=sampler, batch_size=None, collate_fn=_as_is)  # type: ignore[arg-type]
+
+
+def load_tokenizer(tokenizer: PreTrainedTokenizerBase | str) -> PreTrainedTokenizerBase:
+    """The tokenizer, or that of a path or hub id."""
+    return AutoTokenizer.from_pretrained(tokenizer) if isinstance(tokenizer, str) else tokenizer  # type: ignore[no-any-return]
+
+
+class AlignDataModule(RowsDataModule):
+    """Base of the DataModules that train.
+
+    Args:
+        tokenizer: a tokenizer, or a path or hub id for ``AutoTokenizer``.
+        train: training rows: a source, or what :class:`Files` takes (file, folder, hub id).
+        val: held-out rows, where a DataModule has domains several sets by name, or None for no validation.
+        columns: our column name -> the data's, where detection does not suffice.
+        drop_long: drop rows that are too long and count them; False makes them an error.
+        on_bad_row: ``drop`` leaves out rows that cannot be read and counts them; ``raise`` makes them an error.
+        seed: of the shuffles; None = the run's.
+
+    Raises:
+        ValueError: ``on_bad_row`` is neither, or ``columns`` maps names that the DataModule does not read.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase | str,
+        train: str | Source,
+        val: str | Source | Mapping[str, str | Source] | None,
+        columns: dict[str, str] | None,
+        drop_long: bool,
+        on_bad_row: Literal["raise", "drop"],
+        seed: int | None,
+    ) -> None:
+        super().__init__(train, columns)
+        if on_bad_row not in ("raise", "drop"):
+            raise ValueError(f"on_bad_row must be raise or drop, got {on_bad_row!r}")
+        self.tokenizer = load_tokenizer(tokenizer)
+        self.drop_long, self.on_bad_row, self.seed = drop_long, on_bad_row, run_seed(seed)
+        self.val: Any = val
+        self._sampler: StepSampler | None = None
+        self._resume: dict[str, int] | None = None
+
+    def require_held_out(self, stage: str) -> None:
+        """ValueError for a ``setup(stage)`` that only reads held-out rows when there are none."""
+        if stage in ("validate", "test") and self.val is None:
+            raise ValueError("there are no held-out rows to evaluate; set data.val")
 
     def step_loader(
         self,
@@ -233,11 +261,6 @@ class AlignDataModule(LightningDataModule):
         )
         self._apply_resume()
         return StepLoader(dataset, sampler=self._sampler, batch_size=None)
-
-    def ready_loader(self, batches: Sequence[Any]) -> DataLoader[Any]:
-        """This rank's finished batches, in order. A sampler of one replica keeps Lightning from sharing them out again."""
-        sampler = DistributedSampler(batches, num_replicas=1, rank=0, shuffle=False)  # type: ignore[arg-type, var-annotated]
-        return DataLoader(batches, sampler=sampler, batch_size=None, collate_fn=_as_is)  # type: ignore[arg-type]
 
     def held_out_loader(
         self, dataset: Dataset[Any], lengths: Sequence[int], weights: Sequence[int], batch_size: int

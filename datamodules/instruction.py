@@ -8,9 +8,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from datamodules.base import AlignDataModule
-from datamodules.formats.columns import check_mapping
-from datamodules.formats.instruction_columns import (
-    KNOWN,
+from datamodules.formats.instruction_shapes import (
     InstructionExample,
     check_format,
     encode_instruction,
@@ -54,7 +52,7 @@ class InstructionDataModule(AlignDataModule):
         system: system message in front of every chat that has none.
         unknown: for training rows with a column ``knowledge`` (arXiv 2405.05904): ``drop`` keeps HighlyKnown and
             MaybeKnown rows; ``idk`` answers the Unknown ones with "I don't know."
-        seed: of the shuffle, with the epoch.
+        seed: of the shuffle, with the epoch; None = the run's.
 
     Attributes:
         domains: held-out rows by domain, ``val`` where ``val`` is one set.
@@ -64,6 +62,7 @@ class InstructionDataModule(AlignDataModule):
     """
 
     batch_type = InstructionBatch  # what a module must read
+    not_encoded = "not known (data.unknown)"
 
     def __init__(
         self,
@@ -81,7 +80,7 @@ class InstructionDataModule(AlignDataModule):
         chat: bool | None = None,
         system: str | None = None,
         unknown: Literal["keep", "drop", "idk"] = "keep",
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         if batch_size < 1 or max_length < 2:
             raise ValueError(
@@ -93,7 +92,6 @@ class InstructionDataModule(AlignDataModule):
         ):
             if value not in known:
                 raise ValueError(f"{name} must be {', '.join(known[:-1])} or {known[-1]}, got {value!r}")
-        check_mapping(columns or {}, KNOWN)
         check_format(format)
         super().__init__(tokenizer, train, val, columns, drop_long, on_bad_row, seed)
         self.format, self.loss_on, self.max_length, self.packing, self.batch_size = (
@@ -154,12 +152,12 @@ class InstructionDataModule(AlignDataModule):
         rows = self.encode_rows(source, stage, encode, lambda tokens: len(tokens.ids), self.max_length)
         lengths, supervised = sizes(rows)
         self.check_positions(stage, max(lengths), "max_length")
-        self.report(stage, len(rows), f"{sum(supervised) / sum(lengths):.1%} of {sum(lengths)} tokens supervised", name)
+        self.report(stage, f"{sum(supervised) / sum(lengths):.1%} of {sum(lengths)} tokens supervised", name)
         return rows
 
     def encode(self, row: Row, unknown: str = "keep") -> Tokens | None:
         """Tokens of one raw row; None = left out as not known. Raises ValueError with the row's origin."""
-        example = instruction_example(row, self.columns, self.format)
+        example = instruction_example(row, self.reading, self.format, self.chat)
         knowledge = row.columns.get("knowledge")
         if unknown == "drop" and knowledge in UNKNOWN:
             return None

@@ -82,7 +82,7 @@ class MixtureDataModule(InstructionDataModule):
         packing: put several documents into one row, where they do not see each other.
         batch_size: rows per micro-batch and rank.
         chat, system: as in :class:`InstructionDataModule`.
-        seed: of the draws and shuffles.
+        seed: of the draws and shuffles; None = the run's.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class MixtureDataModule(InstructionDataModule):
         batch_size: int = 8,
         chat: bool | None = None,
         system: str | None = None,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         check_streams(streams, num_steps, cap, decay_start, ramp_steps)
         held_out = {name: stream.val for name, stream in streams.items() if stream.val is not None}

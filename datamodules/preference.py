@@ -2,6 +2,7 @@
 
 import random
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import compress
 from typing import Literal
@@ -11,8 +12,8 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from datamodules.base import AlignDataModule
-from datamodules.formats.columns import check_mapping
-from datamodules.formats.preference_columns import KNOWN, PreferenceExample, preference_example
+from datamodules.formats.preference_shapes import PreferenceExample, preference_example, settle_verdicts
+from datamodules.formats.verdicts import Ours
 from datamodules.loaders.preference_rows import PreferenceDataset, PreferenceTokens
 from datamodules.loaders.step_sampler import MicroBatch
 from datamodules.sources import Row, Source
@@ -60,8 +61,10 @@ class PreferenceDataModule(AlignDataModule):
             verdict where verdicts are graded from 1 to 2. A column ``margin`` needs none.
         balance_length: drop training pairs until as many have the longer answer chosen as the shorter, in each bin of
             length differences (1, 2 to 3, 4 to 7, ... tokens); counted in ``unbalanced``.
+        first_is_better: the number by which a column of verdicts of 0 and 1 says that the first of two answers is
+            better; of a column that goes below 0, the sign (-1 or 1).
         on_bad_row: ``drop`` leaves out rows that cannot be read and counts them in ``bad``.
-        seed: of the shuffle, with the epoch, and of the balancing.
+        seed: of the shuffle, with the epoch, and of the balancing; None = the run's.
 
     Raises:
         ValueError: naming file and line, in ``setup``, before the first step; also where two answers of different rank
@@ -69,6 +72,8 @@ class PreferenceDataModule(AlignDataModule):
     """
 
     batch_type = PreferenceBatch  # what a module must read
+    purpose = "preference"
+    not_encoded = "ties"
 
     def __init__(
         self,
@@ -84,19 +89,19 @@ class PreferenceDataModule(AlignDataModule):
         system: str | None = None,
         margins: dict[str, float] | Literal["small", "large"] | None = None,
         balance_length: bool = False,
+        first_is_better: Ours | None = None,
         on_bad_row: Literal["raise", "drop"] = "raise",
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         if batch_size < 1 or max_length < 2:
             raise ValueError(
                 f"batch_size must be at least 1 and max_length at least 2, got {batch_size} and {max_length}"
             )
-        check_mapping(columns or {}, KNOWN)
         super().__init__(tokenizer, train, val, columns, drop_long, on_bad_row, seed)
         self.max_length, self.batch_size, self.chat, self.system = max_length, batch_size, chat, system
         self.calibration = calibration
         self.margins = MARGINS[margins] if isinstance(margins, str) else margins
-        self.balance_length = balance_length
+        self.balance_length, self.first_is_better = balance_length, first_is_better
         self.train_rows: list[PreferenceTokens] = []
         self.val_rows: list[PreferenceTokens] = []
         self.calibration_rows: list[PreferenceTokens] = []
@@ -141,20 +146,32 @@ class PreferenceDataModule(AlignDataModule):
 
     def encode(self, row: Row) -> PreferenceTokens | None:
         """Tokens of one raw row; None = a tie. Raises ValueError with the row's origin."""
-        example = preference_example(row, self.columns, self.tokenizer.chat_template is not None, self.margins)
+        has_template = self.tokenizer.chat_template is not None
+        example = preference_example(row, self.reading, has_template, self.margins, self.chat)
         return None if example is None else self._tokens(example)
+
+    def settle(self, rows: Sequence[Row], stage: str) -> None:
+        """How columns of verdicts and labels are read."""
+        if stage != "calibration":
+            settle_verdicts(rows, self.reading, self.first_is_better)
 
     def _tokens(self, example: PreferenceExample) -> PreferenceTokens:
         prompt: list[int] = []
         completions: list[list[int]] = []
-        for text in example.completions:
+        for answer in example.completions:
             rendered = (
-                encode_rendered(self.tokenizer, example.prompt, text, example.origin)
-                if isinstance(example.prompt, str)
+                encode_rendered(self.tokenizer, example.prompt, answer, example.origin)
+                if isinstance(example.prompt, str) and isinstance(answer, str)
                 else None
             )
             tokens = rendered or encode_example(
-                self.tokenizer, example.prompt, text, example.origin, self.chat, self.system
+                self.tokenizer,
+                example.prompt,
+                answer,
+                example.origin,
+                self.chat,
+                self.system,
+                tools=example.tools,
             )
             prompt = tokens.ids[: tokens.supervised.index(True)]
             completions.append(list(compress(tokens.ids, tokens.supervised)))
@@ -184,7 +201,7 @@ class PreferenceDataModule(AlignDataModule):
                 f"{rows[0].origin}: margins is set and no {stage} row has a strength; map its column with columns"
             )
         self.check_positions(stage, max(row.longest for row in rows), "max_length")
-        self.report(stage, len(rows), self._summary(rows, stage))
+        self.report(stage, self._summary(rows))
         return rows
 
     def _load_calibration(self, source: str | Source) -> list[PreferenceTokens]:
@@ -195,8 +212,9 @@ class PreferenceDataModule(AlignDataModule):
                 return None
             example = preference_example(
                 replace(row, columns={"label": True, **row.columns}),
-                self.columns,
+                self.reading,
                 self.tokenizer.chat_template is not None,
+                chat=self.chat,
             )
             assert example is not None
             tokens = self._tokens(example)
@@ -204,7 +222,7 @@ class PreferenceDataModule(AlignDataModule):
             return replace(tokens, completions=[ids[:-1] for ids in tokens.completions]) if unfinished else tokens
 
         rows = self.encode_rows(source, "calibration", encode, lambda tokens: tokens.longest, self.max_length)
-        self.report("calibration", len(rows), "for the mean and the deviation of the scores")
+        self.report("calibration", "for the mean and the deviation of the scores")
         return rows
 
     def _check_kind(self, rows: list[PreferenceTokens]) -> None:
@@ -231,6 +249,7 @@ class PreferenceDataModule(AlignDataModule):
             more, surplus = max(shorter, longer, key=len), abs(len(shorter) - len(longer))
             left_out.update(random.Random(f"{self.seed} {number}").sample(more, surplus))
         self.unbalanced = len(left_out)
+        self.reading.drop("left out to balance lengths", len(left_out))
         if len(left_out) == len(rows):
             raise ValueError(
                 f"{rows[0].origin}: balance_length leaves none of {len(rows)} pairs, for none has its opposite of like "
@@ -238,18 +257,14 @@ class PreferenceDataModule(AlignDataModule):
             )
         return [row for index, row in enumerate(rows) if index not in left_out]
 
-    def _summary(self, rows: list[PreferenceTokens], stage: Stage) -> str:
-        left_out = f"{self.ties[stage]} ties left out"
+    def _summary(self, rows: list[PreferenceTokens]) -> str:
         if self.kind == "labels":
-            return f"{left_out}, {sum(row.ranks == [0] for row in rows) / len(rows):.1%} desirable"
+            return f"{sum(row.ranks == [0] for row in rows) / len(rows):.1%} desirable"
         pairs = [row for row in rows if len(row.completions) == 2]
-        longer = (
-            f", the longer answer chosen in {sum(chosen_longer_by(row) > 0 for row in pairs) / len(pairs):.1%} of pairs"
-            if pairs
-            else ""
-        )
-        balance = f", {self.unbalanced} more to balance lengths" if stage == "train" and self.balance_length else ""
-        return f"{left_out}{balance}{longer}"
+        if not pairs:
+            return "ranked completions"
+        longer = sum(chosen_longer_by(row) > 0 for row in pairs) / len(pairs)
+        return f"the longer answer chosen in {longer:.1%} of pairs"
 
     def _dataset(self, rows: list[PreferenceTokens]) -> PreferenceDataset:
         pad = self.tokenizer.pad_token_id

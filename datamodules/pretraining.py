@@ -25,7 +25,7 @@ class PretrainingDataModule(InstructionDataModule):
         max_length: tokens of a packed row.
         on_bad_row: ``drop`` leaves out rows that cannot be read and counts them in ``bad``.
         batch_size: packed rows per micro-batch and rank.
-        seed: of the shuffle, with the epoch.
+        seed: of the shuffle, with the epoch; None = the run's.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class PretrainingDataModule(InstructionDataModule):
         max_length: int = 1024,
         on_bad_row: Literal["raise", "drop"] = "raise",
         batch_size: int = 8,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         super().__init__(
             tokenizer,
@@ -78,8 +78,8 @@ def load_documents(
         rows = pack(rows, data.max_length)
     lengths, supervised = sizes(rows)
     data.check_positions(stage, max(lengths), "max_length")
-    made = f"{num_documents} documents in rows that are {sum(lengths) / len(rows) / data.max_length:.1%} full"
-    data.report(
-        stage, len(rows), f"{made}, {sum(supervised) / sum(lengths):.1%} of {sum(lengths)} tokens supervised", name
+    made = (
+        f"{num_documents} documents in {len(rows)} rows that are {sum(lengths) / len(rows) / data.max_length:.1%} full"
     )
+    data.report(stage, f"{made}, {sum(supervised) / sum(lengths):.1%} of {sum(lengths)} tokens supervised", name)
     return rows

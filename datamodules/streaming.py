@@ -10,6 +10,7 @@ from typing import Any, Literal
 from lightning.pytorch.utilities import rank_zero_info
 from transformers import PreTrainedTokenizerBase
 
+from datamodules.formats.reading import Reading
 from datamodules.instruction import InstructionDataModule
 from datamodules.loaders.stream_loader import Pieces, StreamLoader
 from datamodules.sources import Row, Source
@@ -53,7 +54,7 @@ class StreamingDataModule(InstructionDataModule):
         chat: render text prompts with the chat template.
         shuffle_buffer: rows among which the next is drawn.
         num_workers: processes that read and tokenise.
-        seed: of the shuffle, with the pass.
+        seed: of the shuffle, with the pass; None = the run's.
 
     Raises:
         ValueError: naming the row, when it is read.
@@ -75,7 +76,7 @@ class StreamingDataModule(InstructionDataModule):
         chat: bool | None = None,
         shuffle_buffer: int = 1000,
         num_workers: int = 0,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         if min(steps_per_epoch, shuffle_buffer) < 1 or num_workers < 0:
             raise ValueError(
@@ -107,12 +108,15 @@ class StreamingDataModule(InstructionDataModule):
     def load_training(self) -> list[Tokens]:
         """Nothing is held in memory; the first row is read, so that a wrong path or column shows before the first step."""
         self._loader = self._saved = None
+        self.reading = Reading(self.purpose, self.columns)
         reader = Pieces(self, self.rank, self.world_size)
         _, _, raw = next(reader.numbered(0, 1))
         first = Row(reader.data.columns_of(raw.columns, raw.origin), raw.origin, raw.source)
         if self.on_bad_row == "raise":
             self.encode(first)
-        rank_zero_info(f"train: rows are streamed from {self.train}, the first holds {', '.join(first.columns)}")
+            rank_zero_info(f"train: rows are streamed from {self.train}, the first: {self.reading.columns_line()}")
+        else:
+            rank_zero_info(f"train: rows are streamed from {self.train}, the first holds {', '.join(first.columns)}")
         return []
 
     def train_dataloader(self) -> Any:

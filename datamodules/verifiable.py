@@ -1,6 +1,6 @@
 """Prompts with checkable answers, for methods that sample their own completions."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from datamodules.base import AlignDataModule
-from datamodules.formats.columns import VerifiableExample, check_mapping, verifiable_example
+from datamodules.formats.prompt_shapes import VerifiableExample, settle_choices, verifiable_example
 from datamodules.loaders.phase_loader import PhaseLoader, from_stream
 from datamodules.loaders.ptx import PtxStream
 from datamodules.loaders.step_sampler import MicroBatch
@@ -50,13 +50,14 @@ class VerifiableDataModule(AlignDataModule):
         inner_epochs: passes over one phase's rollouts.
         val_batch_size: held-out prompts per batch and rank.
         ptx: texts for every update, which the policy must not forget, for methods that learn from them (PPO-ptx).
-        seed: of the shuffles.
+        seed: of the shuffles; None = the run's.
 
     Raises:
         ValueError: naming file and line, in ``setup``, before the first step.
     """
 
     batch_type = PromptBatch  # what a module must read
+    purpose = "verifiable"
 
     def __init__(
         self,
@@ -74,14 +75,13 @@ class VerifiableDataModule(AlignDataModule):
         inner_epochs: int = 1,
         val_batch_size: int = 64,
         ptx: PtxStream | None = None,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         if min(prompts_per_phase, val_batch_size, max_prompt_length) < 1:
             raise ValueError(
                 "prompts_per_phase, val_batch_size and max_prompt_length must be at least 1, "
                 f"got {prompts_per_phase}, {val_batch_size} and {max_prompt_length}"
             )
-        check_mapping(columns or {})
         super().__init__(tokenizer, train, val, columns, drop_long, on_bad_row, seed)
         self.system, self.chat, self.max_prompt_length = system, chat, max_prompt_length
         self.prompts_per_phase, self.updates_per_phase, self.inner_epochs = (
@@ -177,8 +177,13 @@ class VerifiableDataModule(AlignDataModule):
 
     def encode(self, row: Row) -> Prompt:
         """Tokens of one raw row. Raises ValueError with the row's origin."""
-        example = verifiable_example(row, self.columns)
-        return Prompt(*encode_prompt(self.tokenizer, example.prompt, row.origin, self.chat, self.system), example)
+        example = verifiable_example(row, self.reading, self.chat)
+        text, ids = encode_prompt(self.tokenizer, example.prompt, row.origin, self.chat, self.system, example.tools)
+        return Prompt(text, ids, example)
+
+    def settle(self, rows: Sequence[Row], stage: str) -> None:
+        """How numbers beside options are read."""
+        settle_choices(rows, self.reading)
 
     def _restore(self) -> None:
         if self._loader is not None and self._snapshot is not None:
@@ -189,9 +194,7 @@ class VerifiableDataModule(AlignDataModule):
             source.chat = self.tokenizer.chat_template is not None
         prompts = self.encode_rows(source, stage, self.encode, lambda prompt: len(prompt.ids), self.max_prompt_length)
         self.check_positions(stage, max(len(prompt.ids) for prompt in prompts), "max_prompt_length")
-        self.report(
-            stage, len(prompts), f"{sum(len(prompt.ids) for prompt in prompts) / len(prompts):.0f} tokens a prompt"
-        )
+        self.report(stage, f"{sum(len(prompt.ids) for prompt in prompts) / len(prompts):.0f} tokens a prompt")
         return prompts
 
     def _in_order(self, prompts: list[Prompt]) -> DataLoader[PromptBatch]:

@@ -5,7 +5,8 @@ identity.
 import math
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -13,7 +14,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, Reduce
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from modules.distributed import log_equal, weighted_means
+from modules.distributed import Join, Tally, log_equal
 from modules.networks.frozen import Frozen
 from modules.networks.loading import lacks_output_head
 from modules.networks.lora import Lora
@@ -23,7 +24,7 @@ from modules.rollout.engine import Sampling
 from modules.rollout.in_process import InProcessEngine
 from modules.schedulers import RunSchedule
 from modules.stopping import StopTogether
-from modules.types import Rollout
+from modules.types import Record
 
 
 class AlignmentModule(LightningModule):
@@ -37,8 +38,7 @@ class AlignmentModule(LightningModule):
         lora: train low-rank adapters instead of all weights.
 
     Attributes:
-        rollouts: this rank's rollouts of the current phase, valid from its first micro-batch to the end of the epoch.
-        phase_metrics: numbers of the current phase that its end logs.
+        record: what callbacks read.
     """
 
     forms_logits = True  # whether training computes logits
@@ -58,16 +58,9 @@ class AlignmentModule(LightningModule):
                 f"policy: '{policy}' is a classifier (a reward model?) without an output head: name the language model"
             )
         self.optimizer, self.scheduler = optimizer, scheduler
-        self.rollouts: list[Rollout] = []
-        self.phase_metrics: dict[str, float] = {}
+        self.record = Record()
         self.num_tokens = 0  # trained on so far, all ranks
-        self._step: dict[
-            str, Tensor
-        ] = {}  # (total, weight) of each metric over the micro-batches of an optimiser step so far
-        self._means: set[str] = set()  # names that are averaged
-        self._evaluated: dict[
-            str, Tensor
-        ] = {}  # (total, weight) of each metric over this rank's evaluation batches so far
+        self._step, self._evaluation = Tally(), Tally()  # metrics of the optimiser step and of the evaluation so far
         self._step_start = time.perf_counter()
         self._memory_said = False
 
@@ -123,27 +116,21 @@ class AlignmentModule(LightningModule):
         """
         return loss * self.trainer.accumulate_grad_batches * self.trainer.world_size
 
-    def log_step(self, metrics: Mapping[str, Tensor | float], weight: float | None = None) -> None:
-        """Collect numbers of a micro-batch for ``train/<name>``, logged once per optimiser step over its micro-batches
-        and all ranks.
+    def log_step(self, metrics: Mapping[str, Tensor | float], weight: float | None = None, join: Join = sum) -> None:
+        """Log numbers of a micro-batch as ``train/<name>``, once per optimiser step over its micro-batches and all ranks.
 
-        With ``weight`` they are averaged with it; without, they are shares of the step and summed. All ranks give the
-        same names.
+        With ``weight`` they are averaged with it; without, they are shares of the step and summed, or its ``min`` or
+        ``max``.
         """
-        if weight is not None:
-            self._means.update(metrics)
-        for name, value in metrics.items():
-            number = torch.as_tensor(value, dtype=torch.float32, device=self.device).detach()
-            pair = (
-                torch.stack([number, torch.zeros_like(number)])
-                if weight is None
-                else torch.stack([number * weight, torch.full_like(number, weight)])
-            )
-            self._step[name] = self._step[name] + pair if name in self._step else pair
+        self._step.add(metrics, weight, join)
 
-    def show(self, metrics: Mapping[str, Tensor | float]) -> None:
-        """Show numbers that are equal on all ranks in the progress bar, under names short enough for it."""
-        log_equal(self, {name: float(value) for name, value in metrics.items()}, prog_bar=True, logger=False)
+    def log_evaluation(
+        self, metrics: Mapping[str, Tensor | float], weight: float | None = None, join: Join = sum
+    ) -> None:
+        """Log numbers of a held-out batch as ``val/<name>`` or ``test/<name>``, once per evaluation over its batches and
+        all ranks; ``weight`` and ``join`` as for ``log_step``.
+        """
+        self._evaluation.add(metrics, weight, join)
 
     def respond(self, conversations: Sequence[list[dict[str, str]]], max_completion_length: int = 256) -> list[str]:
         """Greedy answers of the current weights, on this rank alone; the policy's modes and the random state stay as
@@ -159,8 +146,7 @@ class AlignmentModule(LightningModule):
                 an answer.
         """
         prompts = [self.policy.prompt_ids(messages) for messages in conversations]
-        config = self.policy.model.config
-        positions = config.to_dict().get(config.attribute_map.get("max_position_embeddings", "max_position_embeddings"))
+        positions = self.policy.max_positions
         longest = max(map(len, prompts), default=0)
         if positions is not None:
             max_completion_length = min(max_completion_length, positions - longest)
@@ -175,32 +161,25 @@ class AlignmentModule(LightningModule):
         return [group[0].text for group in engine.generate(prompts, 1, sampling, [0] * len(prompts))]
 
     def on_validation_start(self) -> None:
-        """Forget what an interrupted evaluation left."""
-        self._evaluated = {}
+        """Forget what an earlier evaluation, or an interrupted one, left."""
+        self._evaluation = Tally(self.device)
+        self.record.sampled, self.record.greedy = [], []
 
     def on_test_start(self) -> None:
         """As for validation."""
         self.on_validation_start()
 
-    def log_mean(self, metrics: Mapping[str, Tensor | float], weight: float) -> None:
-        """Collect a batch's evaluation metrics; their exact mean over batches and ranks by ``weight`` is logged at the end."""
-        for name, value in metrics.items():
-            number = torch.as_tensor(value, dtype=torch.float32, device=self.device).detach()
-            pair = torch.stack([number * weight, torch.full_like(number, weight)])
-            self._evaluated[name] = self._evaluated[name] + pair if name in self._evaluated else pair
-
     def on_validation_epoch_end(self) -> None:
         """Log the validation, over all batches and ranks."""
-        self.log_evaluation("val")
+        log_equal(self, {f"val/{name}": value for name, value in self.evaluation_metrics().items()})
 
     def on_test_epoch_end(self) -> None:
         """The same under ``test/``."""
-        self.log_evaluation("test")
+        log_equal(self, {f"test/{name}": value for name, value in self.evaluation_metrics().items()})
 
-    def log_evaluation(self, stage: str) -> None:
-        """Log what ``log_mean`` collected, over all ranks (collective), and forget it."""
-        log_equal(self, weighted_means({name: pair.tolist() for name, pair in self._evaluated.items()}))
-        self._evaluated = {}
+    def evaluation_metrics(self) -> dict[str, float]:
+        """What ``log_evaluation`` collected, over all batches and ranks (collective)."""
+        return self._evaluation.join()
 
     def say_memory(self, batch: Any) -> None:
         """Say how much memory training needs, as far as it is known, with micro-batches like the first."""
@@ -220,7 +199,7 @@ class AlignmentModule(LightningModule):
             self._memory_said = True
             self.say_memory(batch)
         if batch_idx % self.trainer.accumulate_grad_batches == 0:
-            self._step, self._step_start = {}, time.perf_counter()
+            self._step, self._step_start = Tally(self.device), time.perf_counter()
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Log the step: what ``log_step`` collected, gradient norm before clipping, learning rate, tokens."""
@@ -234,20 +213,20 @@ class AlignmentModule(LightningModule):
             "learning_rate": optimizer.param_groups[0]["lr"],
             "grad_norm": float(torch.nn.utils.get_total_norm(gradients)),
         }
-        self.log_dict(
-            {f"train/{name}": value for name, value in metrics.items()}, on_step=True, on_epoch=False, batch_size=1
-        )
+        log_equal(self, {f"train/{name}": value for name, value in metrics.items()})
         if "loss" in metrics:
-            self.show({"loss": metrics["loss"]})
+            log_equal(self, {"loss": metrics["loss"]}, prog_bar=True, logger=False)
 
     def step_metrics(self) -> dict[str, float]:
-        """The collected metrics over the micro-batches of the step and all ranks (collective); a mean of nothing is
-        left out.
-        """
-        pairs = self.trainer.strategy.reduce(torch.stack(list(self._step.values())), reduce_op="sum")
-        totals = zip(self._step, cast(Tensor, pairs).tolist(), strict=True)
-        kept = [(name, total, weight) for name, (total, weight) in totals if name not in self._means or weight > 0]
-        return {name: total / weight if name in self._means else total for name, total, weight in kept}
+        """What ``log_step`` collected, over the micro-batches of the step and all ranks (collective)."""
+        return self._step.join()
+
+    def prepare_export(self) -> None:
+        """Do what all ranks must do together before one of them calls ``save_pretrained`` (collective): here nothing."""
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write what was trained, with its tokenizer, as a Hugging Face folder."""
+        self.policy.save_pretrained(folder)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Say what the checkpoint is of, so that another model refuses it in one sentence."""

@@ -1,10 +1,10 @@
 """What all ranks hold together: their lists joined, and moments over all of their rows. Every function but
-``log_equal`` is collective.
+``log_equal``, which ends all logging, is collective.
 """
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -51,25 +51,62 @@ def log_equal(module: Logs, metrics: Mapping[str, float], prog_bar: bool = False
         module.log(name, value, prog_bar=prog_bar, logger=logger, sync_dist=True, rank_zero_only=True, batch_size=1)
 
 
-def mean_of_ranks(metrics: Mapping[str, float]) -> dict[str, float]:
-    """Mean of each number [] over the ranks that have it."""
-    values: dict[str, list[float]] = defaultdict(list)
-    for found in from_all_ranks([dict(metrics)]):
-        for name, value in found.items():
-            values[name].append(value)
-    return {name: math.fsum(numbers) / len(numbers) for name, numbers in values.items()}
-
-
-def weighted_means(sums: Mapping[str, Sequence[float]]) -> dict[str, float]:
-    """Mean of each metric over the parts of all ranks, from this rank's (total, weight) [2]; a mean of nothing is left
+def weighted_means(parts: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """Mean of each metric over all ranks, from this rank's (total, weight) [2] (collective); a mean of nothing is left
     out.
+
+    Example: (6.0, 2) on one rank and (2.0, 2) on another make 2.0.
     """
     totals, weights = Counter[str](), Counter[str]()
-    for found in from_all_ranks([dict(sums)]):
+    for found in from_all_ranks([{name: tuple(part) for name, part in parts.items()}]):
         for name, (total, weight) in found.items():
             totals[name] += total
             weights[name] += weight
     return {name: total / weights[name] for name, total in totals.items() if weights[name] > 0}
+
+
+Join = Callable[[Iterable[float]], float]
+JOINS: dict[Join, Callable[[Tensor, Tensor], Tensor]] = {sum: torch.add, min: torch.minimum, max: torch.maximum}
+
+
+class Tally:
+    """Numbers that each rank collects over its batches, joined over all batches of all ranks at the end.
+
+    Example: ``add({"loss": 2.0}, weight=3)`` and ``add({"loss": 4.0}, weight=1)`` join to ``{"loss": 2.5}``.
+
+    Args:
+        device: where the numbers are, so that collecting them waits for nothing.
+    """
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self.device = device
+        self._parts: dict[str, Tensor] = {}  # (joined numbers, weight) [2] of this rank
+        self._joins: dict[str, tuple[Join, bool]] = {}  # and whether a number is divided by its weight
+
+    def add(self, metrics: Mapping[str, Tensor | float], weight: float | None = None, join: Join = sum) -> None:
+        """Collect numbers [] of a batch: averaged with ``weight``, or without it joined by ``sum``, ``min`` or ``max``."""
+        for name, value in metrics.items():
+            number = torch.as_tensor(value, dtype=torch.float32, device=self.device).detach()
+            factor = 1.0 if weight is None else weight
+            part = torch.stack([number * factor, torch.full_like(number, factor)])
+            self._parts[name] = JOINS[join](self._parts[name], part) if name in self._parts else part
+            self._joins[name] = join, weight is not None
+
+    def join(self) -> dict[str, float]:
+        """The numbers over all ranks (collective), which need not have the same names; a mean of nothing is left out."""
+        parts = torch.stack(list(self._parts.values())).tolist() if self._parts else []
+        mine = {name: (part, self._joins[name]) for name, part in zip(self._parts, parts, strict=True)}
+        gathered: dict[str, list[tuple[list[float], tuple[Join, bool]]]] = defaultdict(list)
+        for found in from_all_ranks([mine]):
+            for name, part in found.items():
+                gathered[name].append(part)
+        joined = {}
+        for name, entries in gathered.items():
+            join, averages = entries[0][1]
+            number, weight = (join(part[place] for part, _ in entries) for place in (0, 1))
+            if not averages or weight > 0:
+                joined[name] = number / weight if averages else number
+        return joined
 
 
 def _moments_over_ranks(x: Tensor, mask: Tensor, label: Tensor, num_labels: int) -> tuple[Tensor, Tensor]:

@@ -9,9 +9,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from modules.base import AlignmentModule
+from modules.checks import check_numbers
 from modules.functional.masked import masked_mean
-from modules.losses.pairs import describe, logit_metrics, pairs_of, preference_metrics
-from modules.losses.preference import PairObjective, PreferenceObjective, Sequences, Sigmoid, sequences_of
+from modules.losses.pairs import Pairs, find_pairs, make_scored_pairs, measure_logits, measure_preferences
+from modules.losses.preference import PairObjective, PreferenceObjective, Sequences, Sigmoid
 from modules.networks.companion import companion
 from modules.networks.frozen import Frozen
 from modules.networks.lora import Lora
@@ -40,7 +41,8 @@ class DPOModule(AlignmentModule):
         nll_weight: >= 0; adds the negative log-likelihood per token of the chosen completion (RPO, arXiv 2404.19733),
             which keeps it from falling.
         lora: train low-rank adapters instead of all weights.
-        cache_dir: folder of the reference log-probs, named by model, rows and precision; None = none.
+        cache_dir: folder of the reference log-probs, named by model, rows and precision; None = ``reference`` in the
+            run's folder.
         optimizer: parameters -> optimizer; default AdamW, learning rate 1e-6.
         scheduler: optimizer -> scheduler, stepped per update.
 
@@ -58,15 +60,14 @@ class DPOModule(AlignmentModule):
         reference_free: bool = False,
         nll_weight: float = 0.0,
         lora: Lora | None = None,
-        cache_dir: str | None = "runs/reference",
+        cache_dir: str | None = None,
         optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=1e-6),
         scheduler: LRSchedulerCallable | None = None,
     ) -> None:
         super().__init__(policy, optimizer, scheduler, dropout=False, lora=lora)
         self.objective = objective or Sigmoid()
         self.beta = self.objective.beta if beta is None else beta
-        if self.beta <= 0 or nll_weight < 0:
-            raise ValueError(f"beta must be > 0 and nll_weight >= 0, got {self.beta} and {nll_weight}")
+        check_numbers("DPOModule", beta=(self.beta, "(0, inf)"), nll_weight=(nll_weight, "[0, inf)"))
         if reference_free and self.objective.compares_mismatched:
             raise ValueError("KTO measures the KL to a reference: reference_free must be false")
         self.nll_weight, self.cache_dir = nll_weight, cache_dir
@@ -80,7 +81,6 @@ class DPOModule(AlignmentModule):
         self.reference = Frozen(other or self.policy, own=other is not None) if self.needs_reference else None
         self.tables: dict[str, ReferenceLogprobs] = {}  # by stage of the data
         self._tables_of: Any = None  # the DataModule that they are of
-        self.scored_pairs: list[ScoredPair] = []  # of the current evaluation batch
         self._fallen = {
             "rewards/chosen": 0.0,
             "rewards/rejected": 0.0,
@@ -129,6 +129,11 @@ class DPOModule(AlignmentModule):
         super().on_validation_start()
         self.precompute("val")
 
+    @property
+    def cache(self) -> Path:
+        """Where the reference's log-probs are kept."""
+        return Path(self.cache_dir or Path(self.trainer.default_root_dir) / "reference")
+
     def precompute(self, *stages: str) -> None:
         """Fill ``tables`` for the stages that are not there yet."""
         for stage in stages:
@@ -139,7 +144,7 @@ class DPOModule(AlignmentModule):
                     "the reference was let go when the first fit began: make a new DPOModule for other data"
                 )
             self.reference.to(self.device)
-            folder = Path(self.cache_dir) if self.cache_dir else None
+            folder = None if self.trainer.fast_dev_run else self.cache  # type: ignore[attr-defined]
             with self.trainer.precision_plugin.forward_context():
                 batches, place = self.data.in_order(stage), self.trainer.strategy.batch_to_device
                 self.tables[stage] = reference_logprobs(
@@ -150,13 +155,12 @@ class DPOModule(AlignmentModule):
         """The batch's completions under policy and reference, and the policy's token scores."""
         scores = self.policy.completion_scores(batch, details=True)
         reference = self.tables[stage].of(batch) if stage in self.tables else None
-        return sequences_of(self.objective, scores.logprobs, reference, batch), scores
+        return self.objective.sum_tokens(scores.logprobs, reference, batch), scores
 
-    def loss(self, sequences: Sequences, batch: PreferenceBatch, kl: Tensor) -> Tensor:
+    def loss(self, sequences: Sequences, batch: PreferenceBatch, pairs: Pairs, kl: Tensor) -> Tensor:
         """Sum [] over the examples of the batch; ``kl`` [] is that of ``mismatched_kl``."""
-        loss = self.objective.total(sequences, batch["prompt_index"], batch["rank"], self.beta, kl)
+        loss = self.objective.total(sequences, batch, pairs, self.beta, kl)
         if self.nll_weight > 0:
-            pairs = pairs_of(batch)
             loss = loss - self.nll_weight * (sequences.plain / sequences.lengths)[pairs.better] @ pairs.weight
         return loss + 0 * sequences.logps.sum()  # a filler has a gradient too, of zero
 
@@ -164,15 +168,15 @@ class DPOModule(AlignmentModule):
         """The loss [] of a micro-batch: its share of the mean over the step's examples."""
         sequences, scores = self.sequences(batch, "train")
         self.check_start(sequences)
-        kl = self.mismatched_kl(batch)
-        loss = self.loss(sequences, batch, kl) / batch["denominator"]
+        pairs, kl = find_pairs(batch), self.mismatched_kl(batch)
+        loss = self.loss(sequences, batch, pairs, kl) / batch["denominator"]
         counted = batch["rank"] >= 0
         tokens = (
             batch["completion_mask"][counted].sum()
             + batch["prompt_mask"][batch["prompt_index"][counted].unique()].sum()
         )
         self.log_step({"loss": loss, "tokens": float(tokens)})
-        for name, (value, weight) in self.metrics(sequences, scores, batch, kl).items():
+        for name, (value, weight) in self.metrics(sequences, scores, batch, pairs, kl).items():
             self.log_step({name: value}, weight)
             if name in self._fallen:
                 self._fallen[name] += float(value) * weight
@@ -194,25 +198,25 @@ class DPOModule(AlignmentModule):
             )
 
     def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
-        """Means over the held-out examples; the pairs with their implicit rewards stay in ``scored_pairs`` for
+        """Means over the held-out examples; the pairs with their implicit rewards stay in ``record.pairs`` for
         callbacks.
         """
-        self.evaluate(batch, "val")
+        self.evaluate(batch)
 
     def test_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
         """The same under ``test/``."""
-        self.evaluate(batch, "test")
+        self.evaluate(batch)
 
-    def evaluate(self, batch: PreferenceBatch, stage: str) -> None:
+    def evaluate(self, batch: PreferenceBatch) -> None:
         """Log what the policy makes of held-out examples."""
         sequences, scores = self.sequences(batch, "val")
         examples = float(batch["prompt_index"][batch["rank"] >= 0].unique().numel())
-        kl = self.mismatched_kl(batch)
-        self.log_mean({f"{stage}/loss": self.loss(sequences, batch, kl) / max(examples, 1.0)}, examples)
-        for name, (value, weight) in self.metrics(sequences, scores, batch, kl).items():
-            self.log_mean({f"{stage}/{name}": value}, weight)
-        self.scored_pairs = describe(
-            self.tokenizer, batch, self.objective.implicit_rewards(sequences, self.beta), pairs_of(batch)
+        pairs, kl = find_pairs(batch), self.mismatched_kl(batch)
+        self.log_evaluation({"loss": self.loss(sequences, batch, pairs, kl) / max(examples, 1.0)}, examples)
+        for name, (value, weight) in self.metrics(sequences, scores, batch, pairs, kl).items():
+            self.log_evaluation({name: value}, weight)
+        self.record.pairs = make_scored_pairs(
+            self.tokenizer, batch, self.objective.implicit_rewards(sequences, self.beta), pairs
         )
 
     @torch.no_grad()
@@ -221,10 +225,11 @@ class DPOModule(AlignmentModule):
         rewards and texts.
         """
         sequences, _ = self.sequences(batch, "train" if self.data.val is None else "val")
-        return describe(self.tokenizer, batch, self.objective.implicit_rewards(sequences, self.beta), pairs_of(batch))
+        rewards = self.objective.implicit_rewards(sequences, self.beta)
+        return make_scored_pairs(self.tokenizer, batch, rewards, find_pairs(batch))
 
     def metrics(
-        self, sequences: Sequences, scores: TokenScores, batch: PreferenceBatch, kl: Tensor
+        self, sequences: Sequences, scores: TokenScores, batch: PreferenceBatch, pairs: Pairs, kl: Tensor
     ) -> dict[str, tuple[Tensor, float]]:
         """Means [] with their weights, under TRL's names."""
         assert scores.entropies is not None and scores.hits is not None and scores.mean_logits is not None
@@ -232,12 +237,9 @@ class DPOModule(AlignmentModule):
         counted = batch["completion_mask"] & (batch["rank"] >= 0)[:, None]
         tokens = float(counted.sum())
         found = {"kl": (kl, tokens)} if self.objective.compares_mismatched else {}
-        found |= preference_metrics(
-            rewards, sequences.plain, batch["prompt_index"], batch["rank"], self.paired, referenced=bool(self.tables)
-        )
-        found |= logit_metrics(
-            scores.mean_logits, batch["completion_mask"], batch["prompt_index"], batch["rank"], self.paired
-        )
+        compared = pairs if self.paired else None
+        found |= measure_preferences(rewards, sequences.plain, batch["rank"], compared, referenced=bool(self.tables))
+        found |= measure_logits(scores.mean_logits, batch["completion_mask"], batch["rank"], compared)
         details = {"entropy": scores.entropies, "mean_token_accuracy": scores.hits}
         return found | {name: (masked_mean(values, counted), tokens) for name, values in details.items()}
 
@@ -285,5 +287,5 @@ class DPOModule(AlignmentModule):
                 raise ValueError(
                     "policy and reference differ before the first update (log-probs of a completion by up to "
                     f"{float(gap.max()):.3g}): "
-                    f"empty {self.cache_dir} or name the right policy"
+                    f"empty {self.cache} or name the right policy"
                 )

@@ -3,14 +3,17 @@ it.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
+from modules.checks import check_numbers
 from modules.functional import kl
 from modules.functional.masked import aggregate
-from modules.losses import Advantage, Clipped, GroupZScore, PolicyObjective
+from modules.losses import Clipped, PolicyObjective
+from modules.losses.policy import leave_out_unscored
 from modules.networks.lora import Lora
 from modules.on_policy import OnPolicyModule
 from modules.rollout.engine import RolloutEngine, Sampling
@@ -24,7 +27,7 @@ class GRPOModule(OnPolicyModule):
     ``-min(ratio A, clip(ratio) A)`` (+ ``beta`` x KL). What differs from the paper: the loss is a mean over the tokens
     of the whole step instead of per completion, the upper clip is higher (both DAPO, arXiv 2503.14476), and there is no
     KL term unless ``beta`` asks for it. The published form is ``SequenceMean`` with clips 0.2/0.2 and ``beta`` 0.04;
-    Dr. GRPO is ``GroupCenter`` with ``ConstantNorm``; RLOO's advantage is ``LeaveOneOut``.
+    Dr. GRPO is ``group_center`` with ``ConstantNorm``; RLOO's advantage is ``leave_one_out``.
 
     Args:
         policy: ``tiny``, a Hugging Face folder, a GGUF file or a hub id. Dropout is off, so that the ratio is 1 at the
@@ -33,8 +36,9 @@ class GRPOModule(OnPolicyModule):
         num_generations: completions per prompt, at least 2.
         sampling: how to sample in training.
         engine: what samples; default the policy itself, in this process.
-        advantage: rewards -> advantages; default ``GroupZScore``.
-        objective: the policy loss; default ``Clipped``.
+        advantage: rewards [N], group [N] -> advantages [N], by dotted path: ``modules.functional.advantages.group_zscore``,
+            ``.group_center``, ``.leave_one_out`` or your own; default the objective's (``group_zscore`` for most).
+        objective: the policy loss; default ``Clipped``. Others are ``GSPO``, ``CISPO`` and ``MirrorDescent``.
         beta: weight of the KL to the frozen start policy in the loss, nats; 0 = none.
         kl_loss: estimator of that term whose gradient is the reverse KL's: ``modules.functional.kl.weighted_k3`` or
             ``.k2``.
@@ -44,7 +48,7 @@ class GRPOModule(OnPolicyModule):
         lora: train low-rank adapters instead of all weights.
         optimizer: parameters -> optimizer; default AdamW, learning rate 1e-6.
         scheduler: optimizer -> scheduler, stepped per update.
-        seed: of the sampling.
+        seed: of the sampling; None = the run's.
     """
 
     def __init__(
@@ -54,24 +58,24 @@ class GRPOModule(OnPolicyModule):
         num_generations: int = 8,
         sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
         engine: RolloutEngine | None = None,
-        advantage: Advantage | None = None,
+        advantage: Callable[[Tensor, Tensor], Any] | None = None,  # Any: a function need not be annotated
         objective: PolicyObjective | None = None,
         beta: float = 0.0,
-        kl_loss: Callable[[Tensor, Tensor], Tensor] = kl.weighted_k3,
+        kl_loss: Callable[[Tensor, Tensor], Any] = kl.weighted_k3,
         measure_kl: bool = False,
         accuracy: Reward | None = None,
         val_generations: int = 1,
         lora: Lora | None = None,
         optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=1e-6),
         scheduler: LRSchedulerCallable | None = None,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         super().__init__(
             policy,
             reward,
-            num_generations,
-            sampling,
-            engine,
+            num_generations=num_generations,
+            sampling=sampling,
+            engine=engine,
             reference=beta > 0 or measure_kl,
             accuracy=accuracy,
             val_generations=val_generations,
@@ -80,32 +84,33 @@ class GRPOModule(OnPolicyModule):
             scheduler=scheduler,
             seed=seed,
         )
-        if beta < 0:
-            raise ValueError(f"beta must be >= 0, got {beta}")
-        self.advantage, self.objective = advantage or GroupZScore(), objective or Clipped()
+        check_numbers("GRPOModule", beta=(beta, "[0, inf)"))
+        if kl_loss is kl.k1:
+            raise ValueError("kl_loss: k1 has no gradient on average: use modules.functional.kl.weighted_k3 or k2")
+        self.objective = objective or Clipped()
+        self.advantage = advantage or self.objective.make_advantages
         self.beta, self.kl_loss = beta, kl_loss
 
-    def finish(self, batch: PolicyBatch) -> None:
-        """Advantages of the phase, and which completions have a gradient."""
-        mask = batch["completion_mask"]
+    def prepare(self, batch: PolicyBatch) -> None:
+        """Make the advantages of the phase, and say which completions have a gradient: those without a score have none."""
+        mask = leave_out_unscored(batch)["completion_mask"]
         advantages = self.advantage(batch["rewards"], batch["group"])  # [N]
         batch["advantages"] = advantages[:, None] * mask
         batch["row_count"] = self.objective.aggregation.row_count(mask)
-        batch["active"] = (advantages != 0) | (self.beta > 0)
+        batch["active"] = mask.any(1) & ((advantages != 0) | (self.beta > 0 or not self.objective.needs_advantage))
 
     def training_step(self, batch: PolicyBatch, batch_idx: int) -> Tensor:
         """The loss [] of a micro-batch: its share of the step's objective."""
         logprobs = self.policy.completion_scores(batch, self.sampling.temperature).logprobs
-        loss, metrics = self.objective(logprobs, batch)
-        tokens = float(batch["completion_mask"].sum())
-        self.log_step(metrics, weight=tokens)
+        scored = leave_out_unscored(batch)
+        mask = scored["completion_mask"]
+        loss, metrics = self.objective(logprobs, scored)
+        self.log_step(metrics, weight=float(mask.sum()))
         effective = float((batch["advantages"] != 0).any(1).sum())
-        self.log_step(
-            {"policy_loss": loss, "effective_batch": effective, "tokens": tokens + float(batch["prompt_mask"].sum())}
-        )
+        tokens = float(batch["completion_mask"].sum() + batch["prompt_mask"].sum())
+        self.log_step({"policy_loss": loss, "effective_batch": effective, "tokens": tokens})
         if self.beta > 0:
-            weights = self.objective.aggregation.weights(batch["completion_mask"])
-            loss = loss + self.beta * aggregate(
-                self.kl_loss(logprobs, batch["ref_logprobs"]), weights, batch["denominator"]
-            )
+            distance = self.kl_loss(logprobs, batch["ref_logprobs"])  # [N, Tc]
+            weights = self.objective.aggregation.weights(mask)
+            loss = loss + self.beta * aggregate(distance, weights, batch["denominator"])
         return self.step_loss(loss)

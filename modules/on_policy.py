@@ -4,6 +4,7 @@ evaluation by sampling.
 
 import time
 from abc import abstractmethod
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -12,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from modules.base import AlignmentModule
-from modules.distributed import from_all_ranks, log_equal, mean_and_error, mean_of_ranks
+from modules.distributed import from_all_ranks, log_equal, mean_and_error, weighted_means
 from modules.functional import kl
 from modules.networks.companion import companion
 from modules.networks.frozen import Frozen
@@ -22,8 +23,9 @@ from modules.rewards.learned import LearnedReward
 from modules.rewards.weighted_sum import every_reward
 from modules.rollout.engine import RolloutEngine, Sampling
 from modules.rollout.in_process import InProcessEngine
-from modules.rollout.metrics import Outcome, gap_metrics, outcomes, rollout_metrics, share_solved
+from modules.rollout.metrics import gap_metrics, outcomes, rollout_metrics, share_solved
 from modules.rollout.scoring import in_chunks, make_rollouts, sampling_seed, to_batch, with_sums
+from modules.seeds import run_seed
 from modules.types import Completion, InstructionBatch, PolicyBatch, PromptBatch, Reward, Rollout
 
 NEGATIVE_KL = (
@@ -33,7 +35,7 @@ ENOUGH = 64  # completions of a phase, below which a standard error is too uncer
 
 
 class OnPolicyModule(AlignmentModule):
-    """A method whose phases are sampled from the policy itself; a subclass says what a phase teaches (``finish``) and
+    """A method whose phases are sampled from the policy itself; a subclass says what a phase teaches (``prepare``) and
     the loss.
 
     Args:
@@ -50,7 +52,7 @@ class OnPolicyModule(AlignmentModule):
         lora: train low-rank adapters instead of all weights.
         optimizer: parameters -> optimizer.
         scheduler: optimizer -> scheduler, stepped per update.
-        seed: of the sampling.
+        seed: of the sampling; None = the run's.
     """
 
     least_generations = 2  # completions of a prompt that the method needs
@@ -59,6 +61,7 @@ class OnPolicyModule(AlignmentModule):
         self,
         policy: str,
         reward: Reward,
+        *,
         num_generations: int,
         sampling: Sampling,
         engine: RolloutEngine | None,
@@ -68,7 +71,7 @@ class OnPolicyModule(AlignmentModule):
         lora: Lora | None,
         optimizer: OptimizerCallable,
         scheduler: LRSchedulerCallable | None,
-        seed: int,
+        seed: int | None,
     ) -> None:
         super().__init__(policy, optimizer, scheduler, dropout=False, lora=lora)
         if num_generations < self.least_generations:
@@ -91,7 +94,7 @@ class OnPolicyModule(AlignmentModule):
             num_generations,
             val_generations,
             sampling,
-            seed,
+            run_seed(seed),
         )
         self.engine = engine or InProcessEngine()
         other = companion(self.policy, reference, "reference") if isinstance(reference, str) else None
@@ -99,10 +102,7 @@ class OnPolicyModule(AlignmentModule):
         self.reference = Frozen(other or self.policy, own=other is not None) if reference else None
         self._training_start = time.perf_counter()
         self._kl_warned = False
-        self.held_out_rollouts: list[Rollout] = []  # sampled, of the current batch of held-out prompts
-        self.evaluated: list[
-            tuple[list[Outcome], list[Outcome]]
-        ] = []  # sampled and greedy, by batch of held-out prompts
+        self.record.held_out = []
 
     def share_backbone(self) -> None:
         """Reward models that are adapters of the policy's backbone are computed on it."""
@@ -121,9 +121,9 @@ class OnPolicyModule(AlignmentModule):
             rank_zero_info(f"reward {path}: computed {own}")
 
     @abstractmethod
-    def finish(self, batch: PolicyBatch) -> None:
-        """Put what the loss needs into a phase's batch: advantages or ranks, ``row_count`` and ``active``; numbers to
-        log go to ``phase_metrics``.
+    def prepare(self, batch: PolicyBatch) -> None:
+        """Put what the loss needs into a phase's batch: advantages or ranks, ``row_count`` and ``active``; numbers
+        of the phase go to ``log_phase``.
         """
 
     def on_fit_start(self) -> None:
@@ -151,28 +151,38 @@ class OnPolicyModule(AlignmentModule):
             log_ratio = kl.k1(batch["old_logprobs"], batch["ref_logprobs"])
             self.check_start(log_ratio)
             k3 = kl.k3(batch["old_logprobs"], batch["ref_logprobs"])
-        self.rollouts = with_sums(rollouts, entropies, log_ratio, mask)
-        self.phase_metrics = gap_metrics(mask, batch["old_logprobs"], batch["sampler_logprobs"], k3)
+        self.record.rollouts, self.record.metrics = with_sums(rollouts, entropies, log_ratio, mask), {}
+        self.log_phase(gap_metrics(mask, batch["old_logprobs"], batch["sampler_logprobs"], k3))
         self.check_kl()
-        self.finish(batch)
-        self.phase_metrics |= {"time/sampling": sampled - start, "time/scoring": time.perf_counter() - sampled}
+        self.prepare(batch)
+        self.log_phase({"time/sampling": sampled - start, "time/scoring": time.perf_counter() - sampled})
         self._training_start = time.perf_counter()
         return batch
 
-    def on_train_epoch_end(self) -> None:
-        """Log the phase, over all ranks: rewards, lengths, entropy, KL, and where the time went."""
-        times = mean_of_ranks({**self.phase_metrics, "time/training": time.perf_counter() - self._training_start})
-        seconds = sum(value for name, value in times.items() if name.startswith("time/"))
-        found = from_all_ranks(outcomes(self.rollouts))
-        metrics = rollout_metrics(found) | times | {"completions_per_second": len(found) / seconds}
-        log_equal(self, {f"train/{name}": value for name, value in metrics.items()})
-        self.show(
-            {"reward": metrics["reward"], "length": metrics["completions/mean_length"], "kl": metrics.get("kl", 0.0)}
-        )
+    def log_phase(self, metrics: Mapping[str, float]) -> None:
+        """Log numbers of this rank as ``train/<name>`` at the end of the phase, as means over the ranks."""
+        self.record.metrics |= metrics
 
-    def on_validation_epoch_start(self) -> None:
-        """Forget what an interrupted evaluation left."""
-        self.evaluated = []
+    def on_train_epoch_end(self) -> None:
+        """Log the phase."""
+        metrics = self.phase_metrics()
+        log_equal(self, {f"train/{name}": value for name, value in metrics.items()})
+        short = {
+            "reward": metrics["reward"],
+            "length": metrics["completions/mean_length"],
+            "kl": metrics.get("kl", 0.0),
+        }
+        log_equal(self, short, prog_bar=True, logger=False)
+
+    def phase_metrics(self) -> dict[str, float]:
+        """Rewards, lengths, entropy, KL, where the time went, and what ``log_phase`` collected, over all ranks
+        (collective).
+        """
+        found = from_all_ranks(outcomes(self.record.rollouts))
+        mine = {**self.record.metrics, "time/training": time.perf_counter() - self._training_start}
+        logged = weighted_means({name: (value, 1.0) for name, value in mine.items()})
+        seconds = sum(value for name, value in logged.items() if name.startswith("time/"))
+        return rollout_metrics(found) | logged | {"completions_per_second": len(found) / seconds}
 
     def validation_step(self, prompts: PromptBatch, batch_idx: int) -> None:
         """Sampled and greedy completions of held-out prompts; the same seeds every time, so that two evaluations
@@ -185,8 +195,8 @@ class OnPolicyModule(AlignmentModule):
         self.evaluate(prompts, "test")
 
     def predict_step(self, prompts: PromptBatch, batch_idx: int) -> None:
-        """Leaves ``num_generations`` scored completions per prompt in ``rollouts``, for callbacks to write."""
-        self.rollouts = make_rollouts(
+        """Leave ``num_generations`` scored completions per prompt in ``record.rollouts``, for callbacks to write."""
+        self.record.rollouts = make_rollouts(
             prompts, self.sample(prompts, self.num_generations, self.sampling, "predict"), self.reward
         )
 
@@ -200,22 +210,19 @@ class OnPolicyModule(AlignmentModule):
         if self.reference is not None:
             self.reference.to(self.device)
             log_ratio = logprobs - in_chunks(self.reference_scores, batch)[0]
-        self.held_out_rollouts = rollouts = with_sums(rollouts, entropies, log_ratio, mask)
+        self.record.held_out = rollouts = with_sums(rollouts, entropies, log_ratio, mask)
         greedy = make_rollouts(
             prompts, self.sample(prompts, 1, replace(self.sampling, temperature=0.0), stage), self.reward
         )
-        self.evaluated.append((outcomes(rollouts, self.accuracy), outcomes(greedy, self.accuracy)))
+        self.record.sampled += outcomes(rollouts, self.accuracy)
+        self.record.greedy += outcomes(greedy, self.accuracy)
 
-    def log_evaluation(self, stage: str) -> None:
-        """Log pass@1, pass@k, greedy accuracy and the sampled completions' numbers, over all batches and ranks."""
-        sampled, greedy = (
-            from_all_ranks([outcome for batch in kept for outcome in batch])
-            for kept in zip(*self.evaluated, strict=True)
-        )
-        self.evaluated = []
-        metrics = {f"pass@{k}": share_solved(sampled, k) for k in {1, self.val_generations}}
-        metrics |= {"greedy_accuracy": share_solved(greedy, 1), **rollout_metrics(sampled)}
-        log_equal(self, {f"{stage}/{name}": value for name, value in metrics.items()})
+    def evaluation_metrics(self) -> dict[str, float]:
+        """As for every module, and pass@1, pass@k, greedy accuracy and the numbers of the sampled completions."""
+        sampled, greedy = from_all_ranks(self.record.sampled), from_all_ranks(self.record.greedy)
+        solved = {f"pass@{k}": share_solved(sampled, k) for k in {1, self.val_generations}}
+        solved |= {"greedy_accuracy": share_solved(greedy, 1), **rollout_metrics(sampled)}
+        return super().evaluation_metrics() | solved
 
     def sample(
         self, prompts: PromptBatch, num_generations: int, sampling: Sampling, phase: str
@@ -267,7 +274,7 @@ class OnPolicyModule(AlignmentModule):
         """Warn, once, where the KL of a phase with enough completions is below 0 by more than chance and rounding
         explain.
         """
-        sums = [rollout.kl for rollout in self.rollouts if rollout.kl is not None]
+        sums = [rollout.kl for rollout in self.record.rollouts if rollout.kl is not None]
         mean, error = mean_and_error(sums)
         enough = sum(from_all_ranks([len(sums)])) >= ENOUGH
         if enough and mean < -NEGATIVE_KL * error - 1e-5 and not self._kl_warned:

@@ -8,8 +8,9 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
-from modules.losses.pairs import preference_metrics
-from modules.losses.preference import PairObjective, Sigmoid, sequences_of
+from modules.checks import check_numbers
+from modules.losses.pairs import find_pairs, measure_preferences
+from modules.losses.preference import PairObjective, Sigmoid
 from modules.networks.lora import Lora
 from modules.on_policy import OnPolicyModule
 from modules.rollout.engine import RolloutEngine, Sampling
@@ -40,7 +41,7 @@ class OnlineDPOModule(OnPolicyModule):
         lora: train low-rank adapters instead of all weights.
         optimizer: parameters -> optimizer; default AdamW, learning rate 5e-7.
         scheduler: optimizer -> scheduler, stepped per update.
-        seed: of the sampling.
+        seed: of the sampling; None = the run's.
     """
 
     SOFT_SHARE = 0.6
@@ -61,14 +62,14 @@ class OnlineDPOModule(OnPolicyModule):
         lora: Lora | None = None,
         optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=5e-7),
         scheduler: LRSchedulerCallable | None = None,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         super().__init__(
             policy,
             reward,
-            num_generations,
-            sampling,
-            engine,
+            num_generations=num_generations,
+            sampling=sampling,
+            engine=engine,
             reference=True,
             accuracy=accuracy,
             val_generations=1,
@@ -79,10 +80,12 @@ class OnlineDPOModule(OnPolicyModule):
         )
         self.objective = objective or Sigmoid()
         self.beta = self.objective.beta if beta is None else beta
-        if self.beta <= 0 or min_gap < 0 or refresh_every < 1:
-            raise ValueError(
-                f"beta must be > 0, min_gap >= 0 and refresh_every >= 1, got {self.beta}, {min_gap} and {refresh_every}"
-            )
+        check_numbers(
+            "OnlineDPOModule",
+            beta=(self.beta, "(0, inf)"),
+            min_gap=(min_gap, "[0, inf)"),
+            refresh_every=(refresh_every, "[1, inf)"),
+        )
         if refresh == "soft" and lora is not None:
             raise ValueError(
                 "refresh: soft averages weights, and the average of adapters is not the adapter of the average: use "
@@ -90,31 +93,28 @@ class OnlineDPOModule(OnPolicyModule):
             )
         self.min_gap, self.refresh, self.refresh_every = min_gap, refresh, refresh_every
 
-    def finish(self, batch: PolicyBatch) -> None:
-        """Ranks: 0 for the best completion of a prompt, 1 for the worst, -1 for the others and where the scores do not
-        tell.
+    def prepare(self, batch: PolicyBatch) -> None:
+        """Rank the completions: 0 for the best of a prompt, 1 for the worst, -1 for the others and where the scores do
+        not tell.
         """
-        batch["rank"] = best_and_worst(batch["rewards"], batch["group"], self.min_gap)
+        batch["rank"] = rank_best_and_worst(batch["rewards"], batch["group"], self.min_gap)
         batch["active"] = batch["rank"] >= 0
         batch["row_count"] = batch["active"] / 2  # a pair counts one
 
     def training_step(self, batch: PolicyBatch, batch_idx: int) -> Tensor:
         """The loss [] of a micro-batch: its share of the mean over the step's pairs."""
         logprobs = self.policy.completion_scores(batch, self.sampling.temperature).logprobs
-        sequences = sequences_of(
-            self.objective, logprobs, batch.get("ref_logprobs") if self.objective.uses_reference else None, batch
-        )
-        index, rank = batch["prompt_index"], batch["rank"]
-        total = self.objective.total(sequences, index, rank, self.beta, logprobs.new_zeros(()))
+        referenced, pairs = self.objective.uses_reference, find_pairs(batch)
+        sequences = self.objective.sum_tokens(logprobs, batch.get("ref_logprobs") if referenced else None, batch)
+        total = self.objective.total(sequences, batch, pairs, self.beta)
         loss = (
             total / batch["denominator"].clamp(min=1) + 0 * logprobs.sum()
         )  # a phase without a pair has a gradient too, of zero
         tokens = float(batch["completion_mask"].sum() + batch["prompt_mask"].sum())
-        self.log_step({"loss": loss, "effective_batch": float((rank >= 0).sum()), "tokens": tokens})
-        rewards, referenced = self.objective.implicit_rewards(sequences, self.beta), self.objective.uses_reference
-        for name, (value, weight) in preference_metrics(
-            rewards, sequences.plain, index, rank, paired=True, referenced=referenced
-        ).items():
+        self.log_step({"loss": loss, "effective_batch": float((batch["rank"] >= 0).sum()), "tokens": tokens})
+        rewards = self.objective.implicit_rewards(sequences, self.beta)
+        found = measure_preferences(rewards, sequences.plain, batch["rank"], pairs, referenced)
+        for name, (value, weight) in found.items():
             self.log_step({name: value}, weight)
         return self.step_loss(loss)
 
@@ -139,7 +139,7 @@ class OnlineDPOModule(OnPolicyModule):
                 self.reference.weights[name].data.copy_(weight)
 
 
-def best_and_worst(rewards: Tensor, group: Tensor, min_gap: float = 0.0) -> Tensor:
+def rank_best_and_worst(rewards: Tensor, group: Tensor, min_gap: float = 0.0) -> Tensor:
     """Rank int [N] from rewards [N] (NaN = unscorable) and group int [N]: 0 for the first best row of a group, 1 for
     its first worst, else -1.
 

@@ -4,35 +4,31 @@
 
 import json
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.utils.data import DataLoader
 from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
 from modules.base import AlignmentModule
-from modules.distributed import from_all_ranks, log_equal
-from modules.losses.pairs import Pairs, describe, pairs_of
-from modules.losses.preference_loss import bradley_terry_loss
+from modules.checks import check_numbers
+from modules.distributed import from_all_ranks
+from modules.losses.pairs import Pairs, find_pairs, make_scored_pairs
+from modules.losses.preference import BradleyTerry
 from modules.networks.lora import ADAPTERS, HEAD_FILE, POLICY, Lora, merged, save_adapters
 from modules.networks.scalar_head import HEADS_FILE, ScalarHead, sequence_classifier, with_scoring_pad
-from modules.types import PreferenceBatch, ScoredPair
+from modules.types import HasRowsInOrder, PreferenceBatch, ScoredPair
 
 MAX_CALIBRATION = 4096  # completions that mean and standard deviation are taken of where none are named
 
 
 @runtime_checkable
-class HasRowsInOrder(Protocol):
-    """What is read of the DataModule."""
+class HasCalibration(HasRowsInOrder, Protocol):
+    """A DataModule whose scores can be normalised."""
 
-    val: object | None  # None = no held-out rows
     calibration: object | None  # None = no rows to normalise on
-
-    def in_order(self, stage: Any) -> DataLoader[PreferenceBatch]:
-        """This rank's rows of ``train``, ``val`` or ``calibration``, each once; as many batches on every rank."""
 
 
 class RewardModule(AlignmentModule):
@@ -90,8 +86,7 @@ class RewardModule(AlignmentModule):
         scheduler: LRSchedulerCallable | None = None,
     ) -> None:
         super().__init__(policy, optimizer, scheduler, dropout=False, lora=lora)
-        if centering < 0 or num_heads < 1:
-            raise ValueError(f"centering must be >= 0 and num_heads at least 1, got {centering} and {num_heads}")
+        check_numbers("RewardModule", centering=(centering, "[0, inf)"), num_heads=(num_heads, "[1, inf)"))
         if num_heads > 1 and not normalize:
             raise ValueError("several heads have offsets of their own, so their ensemble needs normalize: true")
         config = self.policy.model.config
@@ -104,13 +99,10 @@ class RewardModule(AlignmentModule):
         output = self.policy.model.get_output_embeddings()
         if output.weight is not self.policy.model.get_input_embeddings().weight:
             output.requires_grad_(False)  # never used, and DDP waits for the gradient of every parameter
-        self.centering, self.use_margins, self.normalize = centering, use_margins, normalize
+        self.objective, self.use_margins, self.normalize = BradleyTerry(centering), use_margins, normalize
         self.moments: Tensor | None = (
             None  # [1 + heads, 2], mean and standard deviation of the score and of each head's
         )
-        self.scored_pairs: list[ScoredPair] = []  # of the current validation batch
-        self._seen: list[float] = []  # scores of the optimiser step so far, on this rank
-        self._held_out: list[float] = []  # scores of the evaluation so far, on this rank
 
     def setup(self, stage: str) -> None:
         """Refuse data without pairs, and without rows to normalise on."""
@@ -121,7 +113,7 @@ class RewardModule(AlignmentModule):
                 "a reward model learns from pairs and these rows hold one labelled completion each: use rows with "
                 "chosen and rejected"
             )
-        if stage == "fit" and self.normalize and not isinstance(data, HasRowsInOrder):
+        if stage == "fit" and self.normalize and not isinstance(data, HasCalibration):
             raise ValueError(
                 "scores are normalised on the DataModule's rows: fit with a PreferenceDataModule or set "
                 "model.normalize to false"
@@ -134,63 +126,46 @@ class RewardModule(AlignmentModule):
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
         """The loss [] of a micro-batch: its share of the step's mean over examples."""
-        scores, pairs = self.head_scores(batch), pairs_of(batch)
+        scores, pairs = self.head_scores(batch), find_pairs(batch)
         sums = self.sums(scores, pairs)
         counted = batch["rank"] >= 0
-        if batch_idx % self.trainer.accumulate_grad_batches == 0:
-            self._seen = []
-        self._seen += scores.detach().mean(1)[counted].tolist()
         tokens = (
             batch["completion_mask"][counted].sum()
             + batch["prompt_mask"][batch["prompt_index"][counted].unique()].sum()
         )
         self.log_step({name: total / batch["denominator"] for name, total in sums.items()} | {"tokens": float(tokens)})
+        if bool(counted.any()):
+            mean = scores.detach().mean(1)[counted]
+            self.log_step({"min_reward": mean.min()}, join=min)
+            self.log_step({"max_reward": mean.max()}, join=max)
         return self.step_loss(sums["loss"] / batch["denominator"])
 
-    def step_metrics(self) -> dict[str, float]:
-        """As for every module, and the lowest and the highest score of the step over its micro-batches and all ranks
-        (collective).
-        """
-        seen = from_all_ranks(self._seen)
-        return super().step_metrics() | {"min_reward": min(seen), "max_reward": max(seen)}
-
     def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
-        """Means over the held-out examples; the scored pairs stay in ``scored_pairs`` for callbacks."""
-        self.evaluate(batch, "val")
+        """Means over the held-out examples; the scored pairs stay in ``record.pairs`` for callbacks."""
+        self.evaluate(batch)
 
     def test_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
         """The same under ``test/``."""
-        self.evaluate(batch, "test")
+        self.evaluate(batch)
 
-    def evaluate(self, batch: PreferenceBatch, stage: str) -> None:
+    def evaluate(self, batch: PreferenceBatch) -> None:
         """Log how the held-out pairs of a batch are scored, and keep them."""
-        scores, pairs = self.head_scores(batch), pairs_of(batch)
+        scores, pairs = self.head_scores(batch), find_pairs(batch)
         examples = float(pairs.weight.sum())
-        self.log_mean(
-            {f"{stage}/{name}": total / max(examples, 1.0) for name, total in self.sums(scores, pairs).items()},
-            examples,
-        )
-        self._held_out += scores.mean(1)[batch["rank"] >= 0].tolist()
-        self.scored_pairs = describe(self.tokenizer, batch, scores.mean(1), pairs)
-
-    def on_validation_start(self) -> None:
-        """Forget what an interrupted evaluation left."""
-        super().on_validation_start()
-        self._held_out = []
-
-    def log_evaluation(self, stage: str) -> None:
-        """As for every module, and the lowest and the highest of all held-out scores."""
-        super().log_evaluation(stage)
-        scores, self._held_out = from_all_ranks(self._held_out), []
-        if scores:
-            log_equal(self, {f"{stage}/min_reward": min(scores), f"{stage}/max_reward": max(scores)})
+        means = {name: total / max(examples, 1.0) for name, total in self.sums(scores, pairs).items()}
+        self.log_evaluation(means, weight=examples)
+        if bool((batch["rank"] >= 0).any()):
+            mean = scores.mean(1)[batch["rank"] >= 0]
+            self.log_evaluation({"min_reward": mean.min()}, join=min)
+            self.log_evaluation({"max_reward": mean.max()}, join=max)
+        self.record.pairs = make_scored_pairs(self.tokenizer, batch, scores.mean(1), pairs)
 
     def sums(self, scores: Tensor, pairs: Pairs) -> dict[str, Tensor]:
         """Loss and metrics of raw scores [N, heads], each a weighted sum [] over the pairs. Each head has its own loss;
         they are averaged.
         """
         margin = pairs.margin[:, None] if self.use_margins and pairs.margin is not None else None
-        losses = bradley_terry_loss(scores[pairs.better], scores[pairs.worse], margin, self.centering).mean(1)  # [M]
+        losses = self.objective.losses(scores[pairs.better], scores[pairs.worse], margin).mean(1)  # [M]
         mean = scores.detach().mean(1)
         chosen, rejected = mean[pairs.better], mean[pairs.worse]
         values = {
@@ -206,10 +181,10 @@ class RewardModule(AlignmentModule):
 
     def score_pairs(self, batch: PreferenceBatch) -> list[ScoredPair]:
         """Every pair of a batch with its scores and texts."""
-        return describe(self.tokenizer, batch, self.head_scores(batch).mean(1), pairs_of(batch))
+        return make_scored_pairs(self.tokenizer, batch, self.head_scores(batch).mean(1), find_pairs(batch))
 
     @torch.no_grad()
-    def before_export(self) -> None:
+    def prepare_export(self) -> None:
         """Measure the scores that ``normalize`` asks for with the weights as they are, on all ranks together
         (collective).
         """

@@ -8,7 +8,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
 from modules.base import AlignmentModule
-from modules.distributed import from_all_ranks, log_equal
+from modules.distributed import from_all_ranks
 from modules.functional.masked import aggregate
 from modules.networks.lora import Lora
 from modules.networks.noise import embedding_noise
@@ -16,9 +16,9 @@ from modules.networks.policy import TokenScores
 from modules.rollout.engine import Sampling
 from modules.rollout.held_out import last_answers
 from modules.rollout.in_process import InProcessEngine
-from modules.rollout.metrics import Outcome, outcomes, rollout_metrics
+from modules.rollout.metrics import outcomes, rollout_metrics
 from modules.rollout.scoring import make_rollouts, sampling_seed
-from modules.types import InstructionBatch, Reward, Rollout
+from modules.types import InstructionBatch, Reward
 
 
 class SFTModule(AlignmentModule):
@@ -38,9 +38,6 @@ class SFTModule(AlignmentModule):
         lora: train low-rank adapters instead of all weights.
         optimizer: parameters -> optimizer; default AdamW, learning rate 2e-5.
         scheduler: optimizer -> scheduler, stepped per update.
-
-    Attributes:
-        held_out_rollouts: sampled answers of the current validation batch.
     """
 
     def __init__(
@@ -65,8 +62,7 @@ class SFTModule(AlignmentModule):
             Sampling(temperature=0.0, max_completion_length=256) if reward is not None else None
         )
         self.engine = InProcessEngine()
-        self.held_out_rollouts: list[Rollout] = []
-        self.answered: list[Outcome] = []
+        self.record.held_out = None if self.sampling is None else []
 
     def scores(self, batch: InstructionBatch, means: bool = False) -> TokenScores:
         """Log-probs, entropies and hits [N, T] of the supervised tokens."""
@@ -111,34 +107,27 @@ class SFTModule(AlignmentModule):
         """The same under ``test/``."""
         self.evaluate(batch, "test")
 
-    def on_validation_epoch_start(self) -> None:
-        """Forget what an interrupted evaluation left."""
-        self.answered = []
-
     def evaluate(self, batch: InstructionBatch, stage: str) -> None:
         """Log what the policy makes of held-out rows, and keep its own answers to them."""
         tokens = batch["loss_mask"].sum()
-        means = token_means(self.scores(batch), tokens.clamp(min=1))
-        self.log_mean({f"{stage}/{name}": value for name, value in means.items()}, float(tokens))
+        self.log_evaluation(token_means(self.scores(batch), tokens.clamp(min=1)), weight=float(tokens))
         if self.sampling is not None:
             prompts = last_answers(batch, self.tokenizer)
             self.engine.sync_weights(self.policy, self.global_step)
             seeds = [sampling_seed(0, stage, uid) for uid in prompts["uid"]]
-            self.held_out_rollouts = make_rollouts(
-                prompts, self.engine.generate(prompts["prompt_ids"], 1, self.sampling, seeds), self.reward
-            )
-            self.answered += outcomes(self.held_out_rollouts)
+            answers = self.engine.generate(prompts["prompt_ids"], 1, self.sampling, seeds)
+            self.record.held_out = make_rollouts(prompts, answers, self.reward)
+            self.record.sampled += outcomes(self.record.held_out)
 
-    def log_evaluation(self, stage: str) -> None:
+    def evaluation_metrics(self) -> dict[str, float]:
         """As for every module, and the rewards and lengths of the answers."""
-        super().log_evaluation(stage)
-        answered, self.answered = from_all_ranks(self.answered), []
+        metrics, answered = super().evaluation_metrics(), from_all_ranks(self.record.sampled)
         if not answered:
-            return
-        metrics = rollout_metrics(answered)
+            return metrics
+        of_answers = rollout_metrics(answered)
         if self.reward is None:
-            metrics = {name: value for name, value in metrics.items() if name.startswith("completions/")}
-        log_equal(self, {f"{stage}/{name}": value for name, value in metrics.items()})
+            of_answers = {name: value for name, value in of_answers.items() if name.startswith("completions/")}
+        return metrics | of_answers
 
 
 def token_means(scores: TokenScores, count: Tensor) -> dict[str, Tensor | float]:

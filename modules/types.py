@@ -7,8 +7,8 @@ t]`` is the log-probability of the token at ``[i, t]``. Floats are fp32.
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, NotRequired, TypedDict
+from dataclasses import dataclass, field
+from typing import Any, Literal, NotRequired, Protocol, TypedDict, runtime_checkable
 
 from torch import Tensor
 
@@ -148,6 +148,60 @@ class ScoredPair:
     chosen_score: float  # a reward, or the implicit reward of a policy
     rejected_score: float
     margin: float | None = None  # strength of the preference as the data say it
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What metrics need of a rollout; small, so that it can be gathered from all ranks."""
+
+    uid: str  # outcomes of one prompt instance share it
+    reward: float | None  # None = unscorable
+    rewards: dict[str, float | None]
+    length: int  # tokens of the completion, the end token included
+    stopped: bool  # ended by itself
+    entropy: float | None  # nats per token
+    right: bool | None = None  # None = not asked or unscorable
+    kl: float | None = None  # nats, sum over the completion; None = no reference
+
+
+@dataclass
+class Record:
+    """What a module leaves for callbacks to read, on this rank: every module holds one, as ``record``.
+
+    A phase is one rollout and the updates made from it, so one epoch. "The evaluation" is a validation or a test.
+    """
+
+    # From the first micro-batch of a phase to the end of its epoch; in ``predict`` of the last batch. In checkpoints.
+    rollouts: list[Rollout] = field(default_factory=list)
+    # Numbers of the phase by name, logged at its end as ``train/<name>``; valid as long as ``rollouts``. In checkpoints.
+    metrics: dict[str, float] = field(default_factory=dict)
+    # Completions of the evaluation's last batch, in ``on_validation_batch_end`` and ``on_test_batch_end``; None = the
+    # module samples no held-out rows.
+    held_out: list[Rollout] | None = None
+    # Scored pairs of the evaluation's last batch, in the same hooks.
+    pairs: list[ScoredPair] = field(default_factory=list)
+    # The evaluation's batches so far, sampled and greedy, until ``on_validation_epoch_end`` of the module.
+    sampled: list[Outcome] = field(default_factory=list)
+    greedy: list[Outcome] = field(default_factory=list)
+    # Rows that the last batch of ``predict`` labelled: ``row``, ``uid``, ``label`` (None = invalid), and more by module.
+    labels: list[dict[str, Any]] = field(default_factory=list)
+
+
+@runtime_checkable
+class HasRecord(Protocol):
+    """A module that leaves a record for callbacks."""
+
+    record: Record
+
+
+@runtime_checkable
+class HasRowsInOrder(Protocol):
+    """A DataModule that gives its rows in order, as reward models and audits read them."""
+
+    val: object | None  # None = no held-out rows
+
+    def in_order(self, stage: Any) -> Any:
+        """This rank's rows of ``train``, ``val`` or ``calibration`` in batches, each once; as many batches on every rank."""
 
 
 class Reward(ABC):

@@ -1,4 +1,4 @@
-"""A real chat server on this machine, whose answers a test decides."""
+"""What tests of all packages share: a fresh seed of the run, and a real chat server whose answers a test decides."""
 
 import json
 import re
@@ -71,6 +71,12 @@ class _Quiet(ThreadingHTTPServer):
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that does not wait for the answer is part of the test."""
+
+
+@pytest.fixture(autouse=True)
+def no_seed_of_another_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``seed_everything`` of a test before this one is not this one's seed."""
+    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
 
 
 @pytest.fixture

@@ -7,12 +7,13 @@ from typing import Any, BinaryIO, Protocol, runtime_checkable
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
+from callbacks.run_folder import in_run_folder, require_writable
 from callbacks.writers.resumable_jsonl import append_lines, open_whole_lines, write_whole
 
 
 @runtime_checkable
-class Grows(Protocol):
-    """A module that makes more of seeds."""
+class GrowsTasks(Protocol):
+    """A module that makes more tasks of seeds, round by round."""
 
     rounds: list[Any]  # what each round brought, with ``accepted``; all but the tasks is numbers by name
     num_instructions: int  # enough
@@ -37,28 +38,36 @@ class InstructionWriter(Callback):
     writes nothing.
 
     Args:
-        path: the file; its parents are made, and an earlier file is replaced at the end.
+        path: the file; its parents are made, and an earlier file is replaced at the end. None = ``instructions.jsonl`` in the
+            run's folder.
 
     Raises:
         ValueError: ``path`` is a folder, the module grows nothing, the part was begun with other seeds or settings, or
             at the end when nothing was kept.
     """
 
-    def __init__(self, path: str) -> None:
-        self.path = Path(path)
-        self.part = self.path.with_name(f".{self.path.name}.rounds")
+    def __init__(self, path: str | None = None) -> None:
+        self._given = None if path is None else Path(path)
+        self.path = self._given or Path("instructions.jsonl")  # settled at setup
         self._file: BinaryIO | None = None
         self._written = 0  # rounds on the disk
+
+    @property
+    def part(self) -> Path:
+        """A hidden name beside the file."""
+        return self.path.with_name(f".{self.path.name}.rounds")
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot work before anything is asked."""
         if stage != "predict":
             return
+        self.path = in_run_folder(trainer, self._given, "instructions.jsonl")
         if self.path.is_dir():
             raise ValueError(
                 f"InstructionWriter: {self.path} is a folder; name a file, such as {self.path / 'instructions.jsonl'}"
             )
-        if not isinstance(pl_module, Grows):
+        require_writable(self.path, "InstructionWriter")
+        if not isinstance(pl_module, GrowsTasks):
             raise ValueError(
                 f"InstructionWriter: {type(pl_module).__name__} grows no tasks; set model to SelfInstructModule"
             )

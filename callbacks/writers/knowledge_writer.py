@@ -24,7 +24,8 @@ class KnowledgeWriter(ResumableJsonl):
     ``predict/knowledge/<category>``.
 
     Args:
-        path: the file; its parents are made, and an earlier file is replaced at the end.
+        path: the file; its parents are made, and an earlier file is replaced at the end. None = ``knowledge.jsonl`` in the
+            run's folder.
 
     Raises:
         ValueError: see :class:`ResumableJsonl`.
@@ -33,6 +34,7 @@ class KnowledgeWriter(ResumableJsonl):
     reads = Asks
     module = "KnowledgeModule"
     begun_with = "another model, other settings or other rows"
+    file = "knowledge.jsonl"
 
     def report(self, trainer: Trainer, report: dict[str, float]) -> str:
         """The shares in one line, and to the loggers."""

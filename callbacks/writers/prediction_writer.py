@@ -10,7 +10,8 @@ from typing import Any, TextIO
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
-from callbacks.phase import rollouts_of
+from callbacks.phase import record_of
+from callbacks.run_folder import in_run_folder, require_writable
 from modules.types import Rollout
 
 
@@ -22,22 +23,28 @@ class PredictionWriter(Callback):
     ``fast_dev_run``.
 
     Args:
-        path: the file; its parents are made, and an earlier file is replaced.
+        path: the file; its parents are made, and an earlier file is replaced. None = ``predictions.jsonl`` in the run's
+            folder.
 
     Raises:
-        ValueError: in ``setup`` of ``predict``, when ``path`` is a folder.
+        ValueError: in ``setup`` of ``predict``, when ``path`` is a folder or cannot be written.
     """
 
-    def __init__(self, path: str) -> None:
-        self.path = Path(path)
+    def __init__(self, path: str | None = None) -> None:
+        self._given = None if path is None else Path(path)
+        self.path = self._given or Path("predictions.jsonl")  # settled at setup
         self._file: TextIO | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse a folder before anything is sampled."""
-        if stage == "predict" and self.path.is_dir():
+        if stage != "predict":
+            return
+        self.path = in_run_folder(trainer, self._given, "predictions.jsonl")
+        if self.path.is_dir():
             raise ValueError(
                 f"PredictionWriter: {self.path} is a folder; name a file, such as {self.path / 'predictions.jsonl'}"
             )
+        require_writable(self.path, "PredictionWriter")
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Open this rank's part."""
@@ -57,7 +64,7 @@ class PredictionWriter(Callback):
     ) -> None:
         """Write the rollouts of the batch."""
         if self._file is not None:
-            self._file.writelines(line(rollout) for rollout in rollouts_of(pl_module))
+            self._file.writelines(line(rollout) for rollout in record_of(pl_module).rollouts)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Join the parts."""

@@ -24,7 +24,8 @@ class PreferenceWriter(ResumableJsonl):
     all starts.
 
     Args:
-        path: the file; its parents are made, and an earlier file is replaced at the end.
+        path: the file; its parents are made, and an earlier file is replaced at the end. None = ``preferences.jsonl`` in the
+            run's folder.
 
     Raises:
         ValueError: see :class:`ResumableJsonl`.
@@ -33,6 +34,7 @@ class PreferenceWriter(ResumableJsonl):
     reads = Judges
     module = "LabelModule"
     begun_with = "another judge or other rows"
+    file = "preferences.jsonl"
 
     def usage(self, pl_module: Any) -> dict[str, float]:
         """What the judge has cost so far."""

@@ -9,13 +9,16 @@ from typing import Any, BinaryIO, Protocol, runtime_checkable
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
+from callbacks.run_folder import in_run_folder, require_writable
+from modules.types import Record
+
 
 @runtime_checkable
 class Labels(Protocol):
     """A module that labels rows."""
 
     done: set[str]  # uids that it must not label again
-    labelled: list[dict[str, Any]]  # records of the last batch, with row, uid and label (None = invalid)
+    record: Record  # ``labels`` of the last batch
 
     def identity(self) -> dict[str, str | int]:
         """What determines the labels."""
@@ -34,7 +37,8 @@ class ResumableJsonl(Callback):
     parts. The ranks must share that disk. A ``fast_dev_run`` writes nothing.
 
     Args:
-        path: the file; its parents are made, and an earlier file is replaced at the end.
+        path: the file; its parents are made, and an earlier file is replaced at the end. None = ``file`` in the
+            run's folder.
 
     Raises:
         ValueError: ``path`` is a folder, the module does not label, the parts were begun with another module or other
@@ -44,9 +48,11 @@ class ResumableJsonl(Callback):
     reads: type = Labels  # the protocol of the modules that label for this writer
     module: str  # the name of such a module
     begun_with: str  # what parts of another run differ in
+    file: str  # its name in the run's folder
 
-    def __init__(self, path: str) -> None:
-        self.path = Path(path)
+    def __init__(self, path: str | None = None) -> None:
+        self._given = None if path is None else Path(path)
+        self.path = self._given or Path(self.file)  # settled at setup
         self._file: BinaryIO | None = None
         self._header: dict[str, Any] = {}  # what a part begins with
         self._used: Counter[str] = Counter()  # as of the last batch
@@ -68,8 +74,10 @@ class ResumableJsonl(Callback):
         """Refuse what cannot work before anything is asked."""
         if stage != "predict":
             return
+        self.path = in_run_folder(trainer, self._given, self.file)
         if self.path.is_dir():
             raise ValueError(f"{self.name}: {self.path} is a folder; name a file, such as {self.path / 'rows.jsonl'}")
+        require_writable(self.path, self.name)
         if not isinstance(pl_module, self.reads):
             raise ValueError(f"{self.name}: {type(pl_module).__name__} labels nothing; set model to {self.module}")
 
@@ -100,7 +108,7 @@ class ResumableJsonl(Callback):
         used = Counter(self.usage(pl_module))
         spent = {name: value - self._used[name] for name, value in used.items()}
         self._used = used
-        append_lines(self._file, [*pl_module.labelled, {"usage": spent}])
+        append_lines(self._file, [*pl_module.record.labels, {"usage": spent}])
 
     def on_predict_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Join the parts."""

@@ -3,8 +3,7 @@
 from dataclasses import dataclass
 from math import isfinite
 
-from datamodules.formats.columns import check_mapping
-from datamodules.formats.instruction_columns import KNOWN
+from datamodules.formats.table import check_mapping
 from datamodules.sources import Source
 from datamodules.tokens.chat import LossOn
 
@@ -40,7 +39,7 @@ def check_streams(
         raise ValueError("num_steps and cap must be at least 1, decay_start and ramp_steps at least 0")
     weighted = [name for name, stream in streams.items() if stream.weight is not None]
     for name, stream in streams.items():
-        check_mapping(stream.columns or {}, KNOWN)
+        check_mapping(stream.columns or {}, "instruction")
         for weight in (stream.weight, stream.decay_weight):
             if weight is not None and not (weight >= 0 and isfinite(weight)):
                 raise ValueError(f"stream {name}: a weight must be a number from 0 on, got {weight}")

@@ -18,7 +18,8 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from modules.distributed import from_all_ranks
-from modules.types import Completion, InstructionBatch, PolicyBatch, PromptBatch, Rollout
+from modules.modes import evaluating
+from modules.types import Completion, HasRecord, InstructionBatch, PolicyBatch, PromptBatch, Rollout
 
 PROMPT_FIELDS = ("prompt_ids", "prompt_mask")
 PHASE_FIELDS = ("denominator", "row_count", "active", "update")
@@ -95,18 +96,12 @@ class PhaseLoader:
         return {**batch, "ptx": self.ptx(self.phase * self.updates + update, micro_batch)}
 
     def collect(self, phase: int) -> PolicyBatch:
-        """Sample and score a phase in the Trainer's precision, without gradients, in eval mode; modes are put back."""
+        """Sample and score a phase in the Trainer's precision, without gradients, in evaluation mode."""
         module = cast(LightningModule, self.trainer.lightning_module)
         prompts = self.draw(phase)
         prompts["update"] = update_of_prompts(len(prompts["uid"]), self.per_pass)
-        modes = {part: part.training for part in module.modules()}
-        module.eval()
-        try:
-            with torch.no_grad(), self.trainer.precision_plugin.forward_context():
-                return module.collect(prompts)  # type: ignore[operator]
-        finally:
-            for part, mode in modes.items():
-                part.training = mode
+        with evaluating(module), torch.no_grad(), self.trainer.precision_plugin.forward_context():
+            return module.collect(prompts)  # type: ignore[operator]
 
     def plan(self, batch: PolicyBatch, phase: int) -> list[PolicyBatch]:
         """Split a phase into updates and these into micro-batches, each with its update's denominator over all ranks.
@@ -155,17 +150,17 @@ class PhaseLoader:
 
     def snapshot(self) -> dict[str, Any]:
         """State of all ranks for the checkpoint (collective): phase, position, buffered micro-batches, the module's
-        rollouts.
+        record.
         """
-        module = cast(LightningModule, self.trainer.lightning_module)
+        record = cast(HasRecord, self.trainer.lightning_module).record
         mine = {
             "phase": self.phase,
             "position": self.position,
             "micro_batches": [on(batch, torch.device("cpu")) for batch in self.micro_batches]
             if self.position < len(self)
             else [],
-            "rollouts": [asdict(rollout) for rollout in module.rollouts],  # type: ignore[union-attr, arg-type]
-            "phase_metrics": dict(module.phase_metrics),  # type: ignore[arg-type]
+            "rollouts": [asdict(rollout) for rollout in record.rollouts],
+            "phase_metrics": dict(record.metrics),
         }
         return {"ranks": from_all_ranks([mine])}
 
@@ -191,14 +186,14 @@ class PhaseLoader:
                 "resume with the same "
                 "updates_per_phase and accumulate_grad_batches, or from a checkpoint written at the end of an epoch"
             )
-        module = cast(LightningModule, self.trainer.lightning_module)
+        record = cast(HasRecord, self.trainer.lightning_module).record
         self.phase = mine["phase"]
         self.position = (
             mine["position"] - mine["position"] % self.trainer.accumulate_grad_batches if saved else len(self)
         )
         self.micro_batches = [on(batch, self.trainer.strategy.root_device) for batch in mine["micro_batches"]]
-        module.rollouts = [Rollout(**{**r, "completion": Completion(**r["completion"])}) for r in mine["rollouts"]]  # type: ignore[assignment]
-        module.phase_metrics = mine["phase_metrics"]
+        record.rollouts = [Rollout(**{**r, "completion": Completion(**r["completion"])}) for r in mine["rollouts"]]
+        record.metrics = mine["phase_metrics"]
 
 
 def update_of_prompts(num_prompts: int, updates: int) -> list[int]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-from datamodules.base import AlignDataModule, HasPolicy
+from datamodules.base import AlignDataModule, HasPositions
 from datamodules.loaders.phase_loader import from_stream
 from datamodules.loaders.step_sampler import MicroBatch
 from datamodules.pretraining import PretrainingDataModule
@@ -107,11 +107,8 @@ class Texts(PretrainingDataModule):
     def check_positions(self, stage: str, longest: int, setting: str) -> None:
         """As in every DataModule, but nothing is sampled behind a text."""
         module: Any = self.trainer.lightning_module if self.trainer else None
-        if isinstance(module, HasPolicy):
-            config = module.policy.model.config
-            positions = config.to_dict().get(
-                config.attribute_map.get("max_position_embeddings", "max_position_embeddings")
-            )
+        if isinstance(module, HasPositions):
+            positions = module.policy.max_positions
             if positions is not None and longest > positions:
                 raise ValueError(
                     f"the longest packed row of {stage} texts has {longest} tokens, but the model has only {positions} "

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from datamodules.loaders.step_sampler import MicroBatch
@@ -173,6 +174,13 @@ class StreamLoader:
             for batch in window:
                 self.handed_out += 1
                 yield {**batch, "denominator": torch.tensor(float(supervised))}  # type: ignore[typeddict-item]
+        rows, dropped, bad = (
+            sum(getattr(place, name) for place in self.places.values()) for name in ("rows", "dropped", "bad")
+        )
+        rank_zero_info(
+            f"train: {rows} rows streamed so far by this process = {rows - dropped - bad} used + {dropped} too long + "
+            f"{bad} bad"
+        )
 
     def snapshot(self) -> dict[str, Any]:
         """Where this rank is, at the last whole step that was trained on: lists and ints."""

@@ -4,22 +4,21 @@ import hashlib
 import json
 import random
 from collections import Counter, defaultdict
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
-from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import EVAL_DATALOADERS
 from transformers import PreTrainedTokenizerBase
 
-from datamodules.base import AlignDataModule, read_rows
-from datamodules.formats.columns import Columns, alpaca_prompt, check_mapping, plain, renamed
+from datamodules.base import RowsDataModule, load_tokenizer
+from datamodules.formats.context import read_prompt
+from datamodules.formats.prompt_shapes import question_text
+from datamodules.formats.reading import Reading
+from datamodules.formats.values import plain, unpack
 from datamodules.sources import Row, Source
 from datamodules.tokens.chat import encode_prompt
+from modules.seeds import run_seed
 from modules.types import PromptBatch
 
-QUESTIONS, ANSWERS = ("question", "prompt", "instruction"), ("answer", "completion", "output")
-KNOWN = (*QUESTIONS, "input", *ANSWERS, "relation")
 TEMPLATE = "Q: {question}\nA: {answer}\n\n"
 
 
@@ -33,12 +32,12 @@ class Fact:
     row: Row
 
 
-class FactsDataModule(AlignDataModule):
+class FactsDataModule(RowsDataModule):
     """``num_prompts`` few-shot prompts for each fact, one after the other (``PromptBatch``), once, for ``predict``
     alone; with several ranks, rank r takes every world-th fact.
 
-    A row holds ``question``, ``prompt`` or ``instruction`` (with ``input`` or without), and ``answer``, ``completion``
-    or ``output``: one line of text, or a list of such lines that are all right. The examples of a prompt are other rows
+    A row holds a question (``question``, ``prompt``, ``instruction``, ... with ``input`` or without) and ``answer``,
+    ``completion``, ...: one line of text, or a list of such lines that are all right. The examples of a prompt are other rows
     with the same ``relation`` (rows without one are one relation) and another question, drawn by (seed, uid of the
     prompt). ``info`` of a prompt holds the fact's uid as ``fact``, its ``answers``, the row's own ``columns``, its
     place as ``row``, and as ``data`` a digest of all prompts.
@@ -52,13 +51,14 @@ class FactsDataModule(AlignDataModule):
         num_shots: examples in a prompt, >= 0.
         template: of a fact; it holds ``{question}`` and behind it, at the end of a line, ``{answer}``, where a prompt
             stops.
-        seed: of the examples.
+        seed: of the examples; None = the run's.
 
     Raises:
         ValueError: naming file and line, in ``setup``, before anything is asked.
     """
 
     batch_type = PromptBatch  # what a module must read
+    purpose, may_drop = "facts", False
 
     def __init__(
         self,
@@ -69,7 +69,7 @@ class FactsDataModule(AlignDataModule):
         num_prompts: int = 10,
         num_shots: int = 4,
         template: str = TEMPLATE,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         if min(batch_size, num_prompts) < 1 or num_shots < 0:
             raise ValueError(
@@ -86,8 +86,8 @@ class FactsDataModule(AlignDataModule):
             raise ValueError(
                 f"template must hold {{question}} and behind it, at the end of a line, {{answer}}; got {template!r}"
             )
-        check_mapping(columns or {}, KNOWN)
-        super().__init__(tokenizer, train, None, columns, drop_long=False, on_bad_row="raise", seed=seed)
+        super().__init__(train, columns)
+        self.tokenizer, self.seed = load_tokenizer(tokenizer), run_seed(seed)
         self.batch_size, self.num_prompts, self.num_shots, self.template = batch_size, num_prompts, num_shots, template
         self.facts: list[Fact] = []
         self.prompts: list[list[tuple[str, list[int]]]] = []  # of each fact: text and tokens
@@ -96,12 +96,12 @@ class FactsDataModule(AlignDataModule):
         """Reads and tokenises everything; bad rows and relations with too few facts fail here."""
         if self.facts:
             return
-        facts = [read_fact(row, self.columns) for row in read_rows(self.train)]
+        facts = self.encode_rows(self.train, "train", lambda row: read_fact(row, self.reading), lambda _: 0, 0)
         self.prompts = self.build(facts)
         self.check_positions("predict", max(len(ids) for prompts in self.prompts for _, ids in prompts), "num_shots")
         self.facts = facts
         relations = len({fact.relation for fact in facts})
-        rank_zero_info(f"facts: {len(facts)} rows of {relations} relations, {self.num_prompts} prompts each")
+        self.report("facts", f"{relations} relations, {self.num_prompts} prompts each")
 
     def build(self, facts: list[Fact]) -> list[list[tuple[str, list[int]]]]:
         """Text and tokens of the prompts of each fact."""
@@ -173,30 +173,24 @@ class FactsDataModule(AlignDataModule):
         )
 
 
-def read_fact(row: Row, columns: Columns) -> Fact:
+def read_fact(row: Row, reading: Reading) -> Fact:
     """Question, answers and relation of a row. Raises ValueError with its origin when something is missing or of the
     wrong type.
     """
-    record = renamed(row, columns)
-    question, answer = (_present(names, record, columns, row.origin) for names in (QUESTIONS, ANSWERS))
-    text = alpaca_prompt(record, row.origin) if question == "instruction" else record[question]
-    if not isinstance(text, str) or not text.strip():
-        raise ValueError(f"{row.origin}: column {question!r} must hold a question, as text")
-    answers = record[answer] if isinstance(record[answer], list) else [record[answer]]
+    cells = reading.open(row)
+    asked = read_prompt(cells, chat=False, names=("prompt", "instruction", "input"))
+    column = next((name for name in ("answer", "completion") if cells.has(name)), None)
+    if asked is None or column is None:
+        raise cells.not_found(
+            "a question (prompt, question, instruction, ...) with its answer (answer, completion, ...)"
+        )
+    question = question_text(asked, row.origin)
+    given = unpack(cells.take(column, one_of_several=True))
+    answers = given if isinstance(given, list) else [given]
     if not answers or not all(isinstance(one, str) and one.strip() and "\n" not in one.strip() for one in answers):
         raise ValueError(
-            f"{row.origin}: column {answer!r} must hold the answer, one line of text, or a list of such answers"
+            f"{row.origin}: column {cells.name(column)!r} must hold the answer, one line of text, or a list of such answers"
         )
-    relation = record.get("relation")
-    return Fact(text.strip(), [one.strip() for one in answers], None if relation is None else str(relation), row)
-
-
-def _present(names: tuple[str, ...], record: Mapping[str, Any], columns: Columns, origin: str) -> str:
-    """The first name that there is, those mapped by hand before those found."""
-    for name in sorted(names, key=lambda name: name not in columns):
-        if name in record:
-            return name
-    raise ValueError(
-        f"{origin}: found the columns {', '.join(record)}; looked for {' or '.join(names)}; map another with "
-        "data.columns"
-    )
+    relation = cells.take("relation")
+    reading.close(cells, "a question with its answer")
+    return Fact(question.strip(), [one.strip() for one in answers], None if relation is None else str(relation), row)

@@ -6,21 +6,18 @@ from collections.abc import Iterator
 from dataclasses import astuple, dataclass
 from typing import Any, Protocol, runtime_checkable
 
-from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import EVAL_DATALOADERS
-from transformers import PreTrainedTokenizerBase
 
-from datamodules.base import AlignDataModule, read_rows
-from datamodules.formats.columns import Columns, check_mapping, renamed
+from datamodules.base import RowsDataModule
+from datamodules.formats.instruction_shapes import first_instance
+from datamodules.formats.reading import Reading
 from datamodules.sources import Row, Source
 from modules.types import PromptBatch
 
-KNOWN = ("instruction", "input", "output", "instances")
-
 
 @runtime_checkable
-class Grows(Protocol):
-    """A module that makes more of the seeds."""
+class Finishes(Protocol):
+    """A module that makes more of the seeds, until it has enough."""
 
     finished: bool
 
@@ -41,7 +38,7 @@ class Rounds:
     more.
     """
 
-    def __init__(self, batch: PromptBatch, module: Grows) -> None:
+    def __init__(self, batch: PromptBatch, module: Finishes) -> None:
         self.batch, self.module = batch, module
 
     def __iter__(self) -> Iterator[PromptBatch]:
@@ -49,7 +46,7 @@ class Rounds:
             yield self.batch
 
 
-class SeedTasksDataModule(AlignDataModule):
+class SeedTasksDataModule(RowsDataModule):
     """All seeds in one batch (``PromptBatch``), again and again until the module has finished. For ``predict`` alone.
 
     A row holds ``instruction``, ``output`` and perhaps ``input`` (Alpaca), or ``instruction`` and ``instances``, a list
@@ -58,7 +55,6 @@ class SeedTasksDataModule(AlignDataModule):
     ``data``, a digest of all rows.
 
     Args:
-        tokenizer: not read; every DataModule here has one.
         train: the seeds: a source, or a file, a folder or a hub id.
         columns: our column name -> the data's.
 
@@ -67,24 +63,22 @@ class SeedTasksDataModule(AlignDataModule):
     """
 
     batch_type = PromptBatch  # what a module must read
+    purpose, may_drop = "seeds", False
 
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerBase | str, train: str | Source, columns: dict[str, str] | None = None
-    ) -> None:
-        check_mapping(columns or {}, KNOWN)
-        super().__init__(tokenizer, train, None, columns, drop_long=False, on_bad_row="raise", seed=0)
+    def __init__(self, train: str | Source, columns: dict[str, str] | None = None) -> None:
+        super().__init__(train, columns)
         self.rows: list[SeedTask] = []
 
     def setup(self, stage: str) -> None:
         """Read all rows; bad ones fail here."""
         if not self.rows:
-            self.rows = [seed_task(row, self.columns) for row in read_rows(self.train)]
-            rank_zero_info(f"seeds: {len(self.rows)} tasks, {sum(bool(row.input) for row in self.rows)} with an input")
+            self.rows = self.encode_rows(self.train, "train", lambda row: seed_task(row, self.reading), lambda _: 0, 0)
+            self.report("seeds", f"{sum(bool(row.input) for row in self.rows)} with an input")
 
     def predict_dataloader(self) -> EVAL_DATALOADERS:
         """The seeds, once a round."""
         module: Any = self.trainer.lightning_module if self.trainer else None
-        if not isinstance(module, Grows):
+        if not isinstance(module, Finishes):
             raise ValueError(f"{type(module).__name__} makes no tasks of seeds; set model to SelfInstructModule")
         return Rounds(self.batch(), module)
 
@@ -103,43 +97,21 @@ class SeedTasksDataModule(AlignDataModule):
         )
 
 
-def seed_task(row: Row, columns: Columns) -> SeedTask:
+def seed_task(row: Row, reading: Reading) -> SeedTask:
     """The texts of a row, stripped. Raises ValueError with its origin when something is missing, empty or of the wrong
     type.
     """
-    record = renamed(row, columns)
-    nested = "instances" in record and ("output" not in record or "instances" in columns)
-    if "instruction" not in record or not (nested or "output" in record):
-        wanted = "instruction + output or instruction + instances"
-        raise ValueError(
-            f"{row.origin}: found the columns {', '.join(record)}; looked for {wanted}; map others with columns"
-        )
-    task = _first_instance(record["instances"], row.origin) if nested else record
-    instruction, output = _text(record, "instruction", row.origin), _text(task, "output", row.origin)
-    for name, text in (("instruction", instruction), ("output", output)):
+    cells = reading.open(row)
+    asks = next((name for name in ("instruction", "prompt") if cells.has(name)), None)
+    nested = cells.has("instances") and (not cells.has("completion") or "instances" in reading.by_hand)
+    if asks is None or not (nested or cells.has("completion")):
+        raise cells.not_found("instruction + output or instruction + instances")
+    output = first_instance(cells) if nested else cells.take_text("completion")
+    instruction, given = cells.take_text(asks).strip(), cells.take_text("input").strip()
+    for name, text in (("instruction", instruction), ("output", output.strip())):
         if not text:
             raise ValueError(
                 f"{row.origin}: the {name} is empty, so it shows a model nothing; write one or remove the row"
             )
-    return SeedTask(instruction, _text({"input": "", **task}, "input", row.origin), output, row.origin, row.source)
-
-
-def _first_instance(instances: Any, origin: str) -> dict[str, Any]:
-    if (
-        not isinstance(instances, list)
-        or not instances
-        or not isinstance(instances[0], dict)
-        or "output" not in instances[0]
-    ):
-        raise ValueError(f"{origin}: column 'instances' must be a list of at least one object with input and output")
-    found: dict[str, Any] = instances[0]
-    return found
-
-
-def _text(record: dict[str, Any], name: str, origin: str) -> str:
-    value = record[name]
-    if name == "input" and (value is None or value != value):  # NaN, which tables hold where a cell is empty
-        return ""
-    if not isinstance(value, str):
-        raise ValueError(f"{origin}: {name!r} holds a {type(value).__name__}, text was expected")
-    return value.strip()
+    reading.close(cells, "instruction + " + ("instances" if nested else "output"))
+    return SeedTask(instruction, given, output.strip(), row.origin, row.source)

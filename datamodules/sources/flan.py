@@ -10,6 +10,7 @@ from typing import Any
 
 from datamodules.sources.files import read_rows
 from datamodules.sources.source import Row, Source
+from modules.seeds import run_seed
 
 ANSWER, NEXT = "\n\n", "\n\n\n"  # of few-shot prompts: before an answer, before the next example
 
@@ -53,7 +54,7 @@ class FlanTemplates(Source):
         show_options: share of rows with options, among those of tasks that have some, [0, 1]; inverted templates show
             none.
         invert: how often an inverted template is drawn where a task has both kinds, [0, 1].
-        seed: of all draws.
+        seed: of all draws; None = the run's.
     """
 
     def __init__(
@@ -66,7 +67,7 @@ class FlanTemplates(Source):
         few_shot: float = 0.5,
         show_options: float = 0.5,
         invert: float = 0.3,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         if not tasks or min(num_examples, cap, max_per_task, shots) < 1:
             raise ValueError(
@@ -82,7 +83,7 @@ class FlanTemplates(Source):
             few_shot,
             show_options,
             invert,
-            seed,
+            run_seed(seed),
         )
 
     def rows(self) -> list[Row]:

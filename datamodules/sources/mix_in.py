@@ -6,6 +6,7 @@ import random
 
 from datamodules.sources.files import read_rows
 from datamodules.sources.source import Row, Source
+from modules.seeds import run_seed
 
 
 class MixIn(Source):
@@ -19,7 +20,7 @@ class MixIn(Source):
         extra: the same.
         num: rows of ``extra``, >= 0.
         fraction: share of ``extra`` in the mix instead, in [0, 1).
-        seed: of the draw.
+        seed: of the draw; None = the run's.
     """
 
     def __init__(
@@ -28,7 +29,7 @@ class MixIn(Source):
         extra: str | Source,
         num: int | None = None,
         fraction: float | None = None,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         if (num is None) == (fraction is None):
             raise ValueError(f"set one of num and fraction, got num {num} and fraction {fraction}")
@@ -36,7 +37,7 @@ class MixIn(Source):
             raise ValueError(f"num must be at least 0, got {num}")
         if fraction is not None and not 0 <= fraction < 1:
             raise ValueError(f"fraction must lie in [0, 1), got {fraction}")
-        self.base, self.extra, self.num, self.fraction, self.seed = base, extra, num, fraction, seed
+        self.base, self.extra, self.num, self.fraction, self.seed = base, extra, num, fraction, run_seed(seed)
 
     def rows(self) -> list[Row]:
         """The base rows in their order, then the drawn ones. Raises ValueError when ``extra`` has too few."""

@@ -7,12 +7,12 @@ from typing import Literal
 
 from lightning.pytorch.utilities import rank_zero_info
 
-from datamodules.formats.columns import Columns, check_mapping, renamed
-from datamodules.formats.preference_columns import KNOWN, READERS, _prompt, _shape
-from datamodules.formats.preference_turns import split_answers
+from datamodules.formats.context import Asked
+from datamodules.formats.preference_shapes import read_answers, read_compared
+from datamodules.formats.reading import Reading
+from datamodules.formats.table import check_mapping
 from datamodules.sources.files import read_rows
 from datamodules.sources.source import Row, Source
-from datamodules.tokens.chat import Dialogue
 
 
 class PreferencePrompts(Source):
@@ -39,7 +39,7 @@ class PreferencePrompts(Source):
     ) -> None:
         if on_bad_row not in ("raise", "drop"):
             raise ValueError(f"on_bad_row must be raise or drop, got {on_bad_row!r}")
-        check_mapping(columns or {}, KNOWN)
+        check_mapping(columns or {}, "preference")
         self.path, self.columns, self.chat, self.on_bad_row = path, columns or {}, chat, on_bad_row
 
     def rows(self) -> list[Row]:
@@ -47,9 +47,10 @@ class PreferencePrompts(Source):
         prompts: dict[str, Row] = {}
         problems: list[ValueError] = []
         given = read_rows(self.path)
+        reading = Reading("preference", self.columns)
         for row in given:
             try:
-                prompt = preference_prompt(row, self.columns, bool(self.chat))
+                asked = preference_prompt(row, reading, bool(self.chat))
             except ValueError as error:
                 if self.on_bad_row == "raise":
                     raise ValueError(
@@ -57,25 +58,32 @@ class PreferencePrompts(Source):
                     ) from error
                 problems.append(error)
                 continue
-            prompts.setdefault(json.dumps(prompt), Row({"prompt": prompt, "answer": None}, row.origin, row.source))
+            columns = {"prompt": asked.prompt, "answer": None} | ({"tools": asked.tools} if asked.tools else {})
+            prompts.setdefault(json.dumps(columns), Row(columns, row.origin, row.source))
         if not prompts:
             raise ValueError(
                 f"{given[0].origin}: none of {len(given)} rows from here on can be read; the first: {problems[0]}"
             )
-        bad = f", {len(problems)} bad rows dropped (the first: {problems[0]})" if problems else ""
-        rank_zero_info(f"{self.path}: {len(prompts)} different prompts in {len(given)} rows{bad}")
+        reading.finish(given)
+        read = len(given) - len(problems)
+        reading.counts.update(
+            {"used": len(prompts), "with an earlier prompt": read - len(prompts), "bad": len(problems)}
+        )
+        if problems:
+            reading.note(f"the first bad row: {problems[0]}")
+        rank_zero_info(f"{self.path}: prompts of {reading.line()}")
         return list(prompts.values())
 
 
-def preference_prompt(row: Row, columns: Columns, template: bool) -> Dialogue:
-    """The prompt of a row as ``preference_example`` reads it, of a tie too. Raises ValueError with the row's origin."""
-    record = renamed(row, columns)
-    shape = _shape(record, columns, row.origin)
-    answers = READERS[shape](record, shape, row.origin).answers
-    implicit = shape[0] in ("chosen_messages", "messages")
-    prompt, _ = split_answers(
-        answers, None if implicit else _prompt(record, columns, row.origin, template), row.origin, template
-    )
-    if not prompt:
+def preference_prompt(row: Row, reading: Reading, template: bool) -> Asked:
+    """The prompt of a row with its context, as ``preference_example`` reads it, of a tie too. Raises ValueError with the
+    row's origin."""
+    cells = reading.open(row)
+    compared = read_compared(cells, judged=False, decided=False)
+    asked, _ = read_answers(cells, compared.answers, template, chat=template)
+    for name in ("margin", "strength"):
+        cells.take(name)
+    reading.close(cells, compared.shape)
+    if not asked.prompt:
         raise ValueError(f"{row.origin}: the answers share no turn, so there is no prompt")
-    return prompt
+    return asked

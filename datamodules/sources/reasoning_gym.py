@@ -5,6 +5,7 @@ from typing import Any
 from zlib import crc32
 
 from datamodules.sources.source import Row, Source, optional_import
+from modules.seeds import run_seed
 
 HELD_OUT_ONE_IN = 10
 
@@ -19,7 +20,7 @@ class ReasoningGym(Source):
     Args:
         task: name in reasoning-gym, such as ``chain_sum``.
         size: distinct problems, >= 1.
-        seed: problem i is generated from ``seed`` + i.
+        seed: problem i is generated from ``seed`` + i; None = the run's.
         options: the task's own settings, such as ``{"max_terms": 2}``.
         completion: format string with the fields ``{question}``, ``{answer}`` and those of the task's metadata, such as
             ``{expression}``, for a supervised completion; none by default.
@@ -30,7 +31,7 @@ class ReasoningGym(Source):
         self,
         task: str,
         size: int,
-        seed: int = 0,
+        seed: int | None = None,
         options: dict[str, Any] | None = None,
         completion: str | None = None,
         held_out: bool = False,
@@ -39,7 +40,7 @@ class ReasoningGym(Source):
             raise ValueError(f"size must be at least 1, got {size}")
         self.task = task
         self.size = size
-        self.seed = seed
+        self.seed = run_seed(seed)
         self.options = options or {}
         self.completion = completion
         self.held_out = held_out

@@ -1,18 +1,19 @@
 """The one place that renders a conversation and turns it into tokens, and that knows which of them are learned."""
 
 from collections.abc import Collection
-from os.path import commonprefix
-from typing import Any, Literal, NotRequired, TypedDict
+from typing import Any, Literal, NamedTuple, NotRequired, TypedDict
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from datamodules.tokens.encoding import (
+    TokenisedText,
     Tokens,
     encode_text,
     end_id,
     prompt_ids,
     shortened,
+    special_ids,
     special_tokens,
     token_ids,
     token_picture,
@@ -31,6 +32,15 @@ class Message(TypedDict):
     name: NotRequired[str]
 
 
+class Turn(NamedTuple):
+    """Where an assistant turn stands in a rendered conversation, in characters."""
+
+    start: int  # where the prompt for it ends
+    end: int  # where the answer ends
+    tail: int  # up to where the template may have written its end of turn
+
+
+MARK = "\N{SNOWMAN}"  # a text that shows where the template puts a content
 Dialogue = str | list[Message]
 Tools = list[dict[str, Any]]
 LossOn = Literal["assistant", "last", "all"]
@@ -86,19 +96,30 @@ def encode_example(
 
 
 def encode_prompt(
-    tokenizer: PreTrainedTokenizerBase, prompt: Dialogue, origin: str, chat: bool = False, system: str | None = None
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Dialogue,
+    origin: str,
+    chat: bool = False,
+    system: str | None = None,
+    tools: Tools | None = None,
 ) -> tuple[str, list[int]]:
-    """The rendered prompt and its tokens, ready for the assistant to go on.
+    """The rendered prompt and its tokens, ready for the assistant to go on; a last assistant turn is gone on with.
 
     Args:
         chat: make a text prompt one user message.
         system: system message in front; a row's own system message wins.
+        tools: JSON schemas that the chat template writes.
+
+    Raises:
+        ValueError: with ``origin``, for an empty prompt and for what the chat template does not write.
     """
     prompt = as_dialogue(prompt, chat, system, origin)
     if isinstance(prompt, str):
         text, ids = prompt, prompt_ids(tokenizer, prompt)
     else:
-        text = render(tokenizer, prompt, origin, open_turn=True)
+        check_written(tokenizer, prompt, origin, tools)
+        opens = not prompt or prompt[-1]["role"] != "assistant"
+        text = render(tokenizer, prompt, origin, opens, tools, goes_on=not opens)
         ids = token_ids(tokenizer, text)
     if not ids:
         raise ValueError(f"{origin}: the prompt is empty")
@@ -128,9 +149,9 @@ def encode_messages(
 ) -> Tokens:
     """Tokens of a conversation up to the last of ``turns``, the numbers of the assistant messages that are supervised.
 
-    The template is rendered up to each such turn and behind it, and the pieces are tokenised one by one. Raises
-    ValueError when the template rewrites earlier turns, for then a sampled conversation would not be the one that was
-    learned.
+    The whole conversation is rendered and tokenised once, and the turns are found by their characters. What stands
+    before a turn has the tokens of the prompt that asks for it. Raises ValueError when the template rewrites earlier
+    turns, for then a sampled conversation would not be the one that was learned.
     """
     messages = [
         _trimmed(tokenizer, message, f"{origin}: {message['role']} message {index}")
@@ -138,38 +159,20 @@ def encode_messages(
     ]
     if next((message["role"] for message in messages if message["role"] != "system"), None) == "assistant":
         raise ValueError(f"{origin}: the conversation starts with an assistant turn, so there is no prompt")
-    if tools and render(tokenizer, messages, origin, False, tools) == render(tokenizer, messages, origin, False):
-        raise ValueError(
-            f"{origin}: the row has tools and the chat template does not write them; use a template that reads tools"
-        )
+    check_written(tokenizer, messages, origin, tools)
     if not turns:
         ids = token_ids(tokenizer, render(tokenizer, messages, origin, False, tools)) if messages else []
         return Tokens(ids, [False] * len(ids))
-    tokens = Tokens([], [])
-    done = ""
-    for turn in turns:
-        opened = render(tokenizer, messages[:turn], origin, True, tools)
-        closed = render(tokenizer, messages[: turn + 1], origin, False, tools)
-        if not opened.startswith(done):
-            raise ValueError(
-                f"{origin}: the chat template rewrites what stands before assistant message {turn}, such as <think> of "
-                "earlier turns; "
-                f"set data.loss_on: last, or give each turn a row of its own: {token_picture(tokenizer, tokens)}"
-            )
-        if not closed.startswith(opened):
-            raise ValueError(
-                f"{origin}: the chat template writes assistant message {turn} unlike the prompt that it gives for it: "
-                f"{shortened(closed[len(commonprefix([opened, closed])) :])} where the prompt ends in "
-                f"{shortened(opened[-40:])}"
-            )
-        context = token_ids(tokenizer, opened[len(done) :])
-        learned, rest = _assistant_ids(
-            tokenizer, *_assistant_text(tokenizer, messages[: turn + 1], opened, closed, origin, tools)
-        )
-        tokens.ids.extend(context + learned + rest)
-        tokens.supervised.extend([False] * len(context) + [True] * len(learned) + [False] * len(rest))
-        done = closed
-    return tokens
+    text, spans = _turn_spans(tokenizer, messages, origin, sorted(turns), tools)
+    whole = TokenisedText(tokenizer, text, special_ids(tokenizer))
+    tokens, place = Tokens([], []), 0
+    for span in spans:
+        context = whole.prompt(place, span.start)
+        learned, place = _learned(whole, span.start, span.end, span.tail)
+        tokens.ids.extend(context + learned)
+        tokens.supervised.extend([False] * len(context) + [True] * len(learned))
+    rest = whole.part(place, len(whole.text))
+    return Tokens(tokens.ids + rest, tokens.supervised + [False] * len(rest))
 
 
 def encode_rendered(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str, origin: str) -> Tokens | None:
@@ -181,13 +184,14 @@ def encode_rendered(tokenizer: PreTrainedTokenizerBase, prompt: str, completion:
     """
     if tokenizer.chat_template is None:
         return None
-    user, assistant = Message(role="user", content="\N{SNOWMAN}"), Message(role="assistant", content="\N{SNOWMAN}")
-    opening = render(tokenizer, [user], origin, open_turn=True).rpartition("\N{SNOWMAN}")[2]
+    user, assistant = Message(role="user", content=MARK), Message(role="assistant", content=MARK)
+    opening = render(tokenizer, [user], origin, open_turn=True).rpartition(MARK)[2]
     if not opening.strip() or not prompt.endswith(opening):
         return None
-    closing = render(tokenizer, [user, assistant], origin, open_turn=False).rpartition("\N{SNOWMAN}")[2]
-    before = token_ids(tokenizer, prompt)
-    learned, _ = _assistant_ids(tokenizer, without_end(tokenizer, completion), closing)
+    text = prompt + without_end(tokenizer, completion)
+    closed = text + render(tokenizer, [user, assistant], origin, open_turn=False).rpartition(MARK)[2]
+    whole = TokenisedText(tokenizer, closed, special_ids(tokenizer))
+    before, (learned, _) = token_ids(tokenizer, prompt), _learned(whole, len(prompt), len(text), len(closed))
     return Tokens(before + learned, [False] * len(before) + [True] * len(learned))
 
 
@@ -197,32 +201,69 @@ def render(
     origin: str,
     open_turn: bool,
     tools: Tools | None = None,
+    goes_on: bool = False,
 ) -> str:
-    """The conversation as text; ``open_turn`` ends it where the assistant is to go on. Raises ValueError with
-    ``origin``.
+    """The conversation as text; ``open_turn`` ends it where the assistant is to go on, ``goes_on`` inside its last turn.
+
+    Reasoning is handed over under each name that templates have for it. Raises ValueError with ``origin``.
     """
     if tokenizer.chat_template is None:
         advice = "use text prompts, or put a chat_template.jinja into the model's folder"
         raise ValueError(
             f"{origin}: messages need a chat template and this tokenizer has none (a base model?); {advice}"
         )
-    conversation: list[Any] = [dict(message) for message in messages]
+    conversation: list[Any] = [
+        {**message, **{name: message["reasoning_content"] for name in ("thinking", "reasoning")}}
+        if "reasoning_content" in message
+        else dict(message)
+        for message in messages
+    ]
     try:
         rendered = tokenizer.apply_chat_template(
             conversation,
             tools=tools,  # type: ignore[arg-type]
             tokenize=False,
             add_generation_prompt=open_turn,
+            continue_final_message=goes_on,
         )
-    except TemplateError as error:
+    except (TemplateError, ValueError) as error:
         raise ValueError(f"{origin}: the chat template refuses these messages: {error}") from error
     return str(rendered)
 
 
+def check_written(
+    tokenizer: PreTrainedTokenizerBase, messages: list[Message], origin: str, tools: Tools | None = None
+) -> None:
+    """ValueError when the chat template leaves out the tools, or a name, a tool call or the reasoning of a turn.
+
+    Templates may drop the reasoning of earlier turns, so that each turn is looked at as the last one. A tool's name
+    and the ids of calls only link turns.
+    """
+    if tools and render(tokenizer, messages, origin, False, tools) == render(tokenizer, messages, origin, False):
+        raise ValueError(
+            f"{origin}: the row has tools and the chat template does not write them; use a template that reads tools"
+        )
+    for index, message in enumerate(messages):
+        for field in ("reasoning_content", "tool_calls", "name"):
+            if not message.get(field) or (field == "name" and message["role"] == "tool"):
+                continue
+            so_far = messages[: index + 1]
+            bare: Any = {key: part for key, part in message.items() if key != field}
+            if field == "tool_calls" and not message["content"].strip():
+                bare["content"] = "\N{SNOWMAN}"  # some templates refuse a turn that says nothing
+            said = render(tokenizer, so_far, origin, False, tools)
+            if said == render(tokenizer, [*messages[:index], bare], origin, False, tools).replace("\N{SNOWMAN}", ""):
+                what = {"reasoning_content": "reasoning", "tool_calls": "tool call"}.get(field, field)
+                raise ValueError(
+                    f"{origin}: {message['role']} message {index}: the chat template changes its {what}; use a template "
+                    f"that writes a {what}, or remove it from the row"
+                )
+
+
 def _ending(tokenizer: PreTrainedTokenizerBase, where: str) -> str:
     """What the template writes behind an answer, such as ``<|im_end|>``."""
-    turns = [Message(role=role, content="\N{SNOWMAN}") for role in ("user", "assistant")]
-    return render(tokenizer, turns, where, open_turn=False).rpartition("\N{SNOWMAN}")[2].strip()
+    turns = [Message(role=role, content=MARK) for role in ("user", "assistant")]
+    return render(tokenizer, turns, where, open_turn=False).rpartition(MARK)[2].strip()
 
 
 def _trimmed(tokenizer: PreTrainedTokenizerBase, message: Message, where: str) -> Message:
@@ -232,54 +273,94 @@ def _trimmed(tokenizer: PreTrainedTokenizerBase, message: Message, where: str) -
         if content.rstrip().endswith(special_tokens(tokenizer)) and (ending := _ending(tokenizer, where)):
             content = content.rstrip().removesuffix(ending)
         message = {**message, "content": content}
-    if not message["content"].strip() and not message.get("tool_calls") and message["role"] != "tool":
+    if not message["content"].strip() and not message.get("tool_calls") and message["role"] not in ("tool", "system"):
         raise ValueError(f"{where} is empty")
     return message
 
 
-def _assistant_text(
+def _turn_spans(
+    tokenizer: PreTrainedTokenizerBase, messages: list[Message], origin: str, turns: list[int], tools: Tools | None
+) -> tuple[str, list[Turn]]:
+    """The conversation up to the last of the ``turns`` as text, and where each of them stands in it.
+
+    Raises ValueError where a turn stands in it otherwise than behind its own prompt and as it was when it was the last.
+    """
+    whole, spans = render(tokenizer, messages[: turns[-1] + 1], origin, False, tools), []
+    for place, turn in enumerate(turns):
+        opened = render(tokenizer, messages[:turn], origin, True, tools)
+        closed = whole if turn == turns[-1] else render(tokenizer, messages[: turn + 1], origin, False, tools)
+        if not closed.startswith(opened):
+            raise ValueError(
+                f"{origin}: the chat template writes assistant message {turn} unlike the prompt that it gives for it: "
+                f"{shortened(closed[_num_shared(closed, opened) :])} where the prompt ends in {shortened(opened[-40:])}"
+            )
+        end = _answer_end(tokenizer, messages[: turn + 1], opened, closed, origin, tools)
+        tail = _num_shared(whole, closed)
+        if tail < end:
+            alone = encode_messages(tokenizer, messages[: turn + 1], origin, [turn], tools)
+            raise ValueError(
+                f"{origin}: the chat template rewrites what stands before assistant message {turns[place + 1]}, such "
+                "as <think> of earlier turns; set data.loss_on: last, or give each turn a row of its own: "
+                f"{token_picture(tokenizer, alone)}"
+            )
+        spans.append(Turn(len(opened), end, tail))
+    return whole, spans
+
+
+def _answer_end(
     tokenizer: PreTrainedTokenizerBase,
     messages: list[Message],
     opened: str,
     closed: str,
     origin: str,
     tools: Tools | None,
-) -> tuple[str, str]:
-    """The last turn as rendered, and what the template puts behind it.
+) -> int:
+    """Where the answer of the last message ends in the text ``closed``, which goes on from its prompt ``opened``.
 
     An answer ends where one more letter would stand; behind tool calls, the last special token belongs to the template.
     """
-    message, turn = messages[-1], closed[len(opened) :]
-    end = len(turn)
+    message, start = messages[-1], len(opened)
     if message.get("tool_calls"):
-        end = max((turn.rfind(token) for token in special_tokens(tokenizer) if token in turn), default=end)
+        ends = [closed.rfind(token, start) for token in special_tokens(tokenizer)]
+        end = max((place for place in ends if place >= 0), default=len(closed))
     else:
-        longer: Message = {**message, "content": message["content"] + "\N{SNOWMAN}"}
-        end = len(commonprefix([closed, render(tokenizer, [*messages[:-1], longer], origin, False, tools)])) - len(
-            opened
-        )
+        longer: Message = {**message, "content": message["content"] + MARK}
+        end = _num_shared(closed, render(tokenizer, [*messages[:-1], longer], origin, False, tools))
     parts = [("text", message["content"]), ("reasoning", message.get("reasoning_content", ""))]
     for what, text in [*parts, *(("tool call", call["function"]["name"]) for call in message.get("tool_calls", []))]:
-        if text.strip() not in turn[:end]:
-            picture = token_picture(tokenizer, Tokens(ids := token_ids(tokenizer, turn), [True] * len(ids)))
+        if text.strip() not in closed[start:end]:
+            ids = token_ids(tokenizer, closed[start:])
             hint = (
                 "write it the way the template renders it" if what == "text" else f"use a template that writes a {what}"
             )
             raise ValueError(
                 f"{origin}: assistant message {len(messages) - 1}: the chat template changes its {what}; {hint}: "
-                f"{picture}"
+                f"{token_picture(tokenizer, Tokens(ids, [True] * len(ids)))}"
             )
-    return turn[:end], turn[end:]
+    return end
 
 
-def _assistant_ids(tokenizer: PreTrainedTokenizerBase, text: str, tail: str) -> tuple[list[int], list[int]]:
-    """The learned ids of a turn, its end-of-turn token included, and the ids that the template puts behind that."""
-    body, closing = token_ids(tokenizer, text), token_ids(tokenizer, tail)
-    special = {tokenizer.convert_tokens_to_ids(token) for token in special_tokens(tokenizer)}
-    ending = next((index for index, token in enumerate(closing) if token in special), None)
-    if ending is None:
-        return [*body, end_id(tokenizer)], closing
-    return body + closing[: ending + 1], closing[ending + 1 :]
+def _num_shared(first: str, second: str) -> int:
+    """The number of characters that two texts begin with alike."""
+    low, high = 0, min(len(first), len(second))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if first[low:middle] == second[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def _learned(whole: TokenisedText, start: int, end: int, tail: int) -> tuple[list[int], int]:
+    """The learned ids of a turn, its end-of-turn token included, and the place behind them.
+
+    An end token is added where the template writes none before ``tail``.
+    """
+    closing = whole.first_special(end, tail)
+    if closing is not None:
+        return whole.part(start, closing), closing
+    return [*whole.part(start, end), end_id(whole.tokenizer)], end
 
 
 def _checked(tokenizer: PreTrainedTokenizerBase, tokens: Tokens, origin: str) -> Tokens:

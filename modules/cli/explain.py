@@ -1,6 +1,8 @@
 """What is wrong in one sentence, from the parser's errors, which list every type that a value is not."""
 
 import difflib
+import importlib
+import inspect
 import re
 from collections.abc import Sequence
 
@@ -52,7 +54,37 @@ def given(message: str, joined: str) -> str:
     )
 
 
-def did_you_mean(name: str, known: Sequence[str]) -> str:
-    """The known names that are nearest to a misspelt one, as the end of a sentence; empty when none is near."""
+EXAMPLES = {
+    "policy": "--model.policy PATH_OR_HUB_ID",
+    "reward": "--model.reward ExactMatch, or another reward's name",
+    "train": "--data.train my.jsonl",
+}
+
+
+def missing_arguments(message: str) -> str:
+    """What to add to the command where a class did not get what it needs; empty for other errors."""
+    found = re.search(r"class_path '(?:[\w.]+\.)?(\w+)'.*?arguments are required: ([\w, ]+)", message, flags=re.DOTALL)
+    if found is None:
+        return ""
+    wanted = "; ".join(f"add {EXAMPLES.get(name, f'the argument {name}')}" for name in found[2].split(", "))
+    method = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", found[1].removesuffix("Module")).lower()
+    tiny = method if found[1].endswith("Module") and not found[1].endswith("DataModule") else "<method>"
+    return f"{found[1]} needs {found[2]}: {wanted}; with nothing of your own, configs/tiny/{tiny}.yaml runs offline"
+
+
+def nearest_argument(message: str) -> str:
+    """The arguments of a class that are nearest to a misspelt one, as the end of a sentence."""
+    found = re.search(r".*class_path '([\w.]+)'.*?Option '([\w.]+)' is not accepted", message, flags=re.DOTALL)
+    if found is None:
+        return ""
+    module, _, name = found[1].rpartition(".")
+    kind = getattr(importlib.import_module(module), name)
+    return did_you_mean(found[2], list(inspect.signature(kind).parameters))
+
+
+def did_you_mean(name: str, known: Sequence[str], before: str = "") -> str:
+    """The known names that are nearest to a misspelt one, each with ``before`` in front, as the end of a sentence;
+    empty when none is near.
+    """
     close = difflib.get_close_matches(name, set(known), n=3, cutoff=0.5)
-    return f"; did you mean {' or '.join(close)}?" if close else ""
+    return f"; did you mean {' or '.join(before + other for other in close)}?" if close else ""

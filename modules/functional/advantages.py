@@ -20,6 +20,10 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, lam: 
     rewards, values: [N, T]. mask: bool [N, T]. gamma, lam: in 0..1; lam=1 is the Monte Carlo return minus the value,
     lam=0 the one-step temporal difference. Returns (advantages [N, T], returns [N, T]), both 0 at dropped columns, not
     whitened.
+
+    >>> rewards, values = torch.tensor([[0.0, 1.0]]), torch.tensor([[0.5, 0.25]])
+    >>> gae(rewards, values, torch.tensor([[True, True]]), lam=0.0)  # .25 - .5 and 1 - .25
+    (tensor([[-0.2500,  0.7500]]), tensor([[0.2500, 1.0000]]))
     """
     keep = mask != 0
     rewards, values = rewards.masked_fill(~keep, 0.0), values.masked_fill(~keep, 0.0)
@@ -81,6 +85,9 @@ def group_center(rewards: Tensor, group: Tensor) -> Tensor:
 
     rewards: [N], NaN = unscorable. group: int [N]. Returns [N], float32 or wider; every group sums to 0.
     Raises ValueError when the two are not of one shape [N].
+
+    >>> group_center(torch.tensor([1.0, 0.0, 0.0, 0.0]), torch.tensor([7, 7, 7, 7]))
+    tensor([ 0.7500, -0.2500, -0.2500, -0.2500])
     """
     return _center(rewards, group)[0]
 
@@ -91,6 +98,9 @@ def group_zscore(rewards: Tensor, group: Tensor, eps: float = 1e-4) -> Tensor:
     rewards: [N], NaN = unscorable. group: int [N]. eps: >= 0, in units of reward. Returns [N], float32 or wider; every
     group sums to 0. Raises ValueError when rewards and group are not of one shape [N]. The paper leaves ddof and eps
     open.
+
+    >>> group_zscore(torch.tensor([1.0, 0.0, 0.0, 0.0]), torch.tensor([7, 7, 7, 7]))  # std .5
+    tensor([ 1.4997, -0.4999, -0.4999, -0.4999])
     """
     centered, count, index = _center(rewards, group)
     std = (_sum_of_own_group(centered.square(), index) / (count - 1).clamp(min=1)).sqrt()
@@ -102,6 +112,9 @@ def leave_one_out(rewards: Tensor, group: Tensor) -> Tensor:
 
     rewards: [N], NaN = unscorable. group: int [N]. Returns [N], float32 or wider: the centred reward times n / (n - 1)
     for n scorable rows. Raises ValueError when rewards and group are not of one shape [N].
+
+    >>> leave_one_out(torch.tensor([1.0, 0.0, 0.0, 0.0]), torch.tensor([7, 7, 7, 7]))
+    tensor([ 1.0000, -0.3333, -0.3333, -0.3333])
     """
     centered, count, _ = _center(rewards, group)
     return centered * count / (count - 1).clamp(min=1)
@@ -113,6 +126,9 @@ def zero_std_fraction(rewards: Tensor, group: Tensor) -> Tensor:
     rewards: [N], NaN = unscorable. group: int [N]. Returns [] in 0..1 among the groups with at least one scorable row;
     a group with exactly one counts as all equal; 0 when no group has any. Raises ValueError when rewards and group are
     not of one shape [N].
+
+    >>> zero_std_fraction(torch.tensor([1.0, 0.0, 1.0, 1.0]), torch.tensor([0, 0, 1, 1]))
+    tensor(0.5000)
     """
     rewards = rewards.to(torch.promote_types(rewards.dtype, torch.float32))
     _, lowest, highest = _extremes(rewards, group)

@@ -11,10 +11,13 @@ def distinct_n(sequences: Sequence[Sequence[int]], n: int) -> float:
     """Different n-grams over all n-grams of the whole set, in [0, 1]; 0 where no sequence has ``n`` tokens.
 
     Long sequences lower it by themselves: compare only sets that were cut to equal token counts.
-    Example: tokens {1 2 1 2, 1 2 3} hold the bigrams 12 21 12 12 23, of which 3 differ: 3/5.
+    Tokens 1 2 1 2 and 1 2 3 hold the bigrams 12 21 12 12 23, of which 3 differ: 3/5.
 
     Raises:
         ValueError: ``n`` below 1.
+
+    >>> distinct_n([[1, 2, 1, 2], [1, 2, 3]], n=2)
+    0.6
     """
     if n < 1:
         raise ValueError(f"distinct_n counts n-grams of 1 or more tokens, got n={n}.")
@@ -26,10 +29,13 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
     """Probability, in [0, 1], that k of ``num_samples`` drawn without replacement hold a correct one: 1 - C(n-c, k) /
     C(n, k).
 
-    The unbiased estimator (Chen et al. 2107.03374, eq. 1). Example: 3 of 10 correct, k=5: 0.916667.
+    The unbiased estimator (Chen et al. 2107.03374, eq. 1).
 
     Raises:
         ValueError: unless 0 <= num_correct <= num_samples and 1 <= k <= num_samples.
+
+    >>> round(pass_at_k(num_samples=10, num_correct=3, k=5), 6)
+    0.916667
     """
     if not 0 <= num_correct <= num_samples or not 1 <= k <= num_samples:
         raise ValueError(
@@ -53,6 +59,9 @@ def ece(confidence: Tensor, correct: Tensor, num_bins: int = 10) -> float:
 
     Raises:
         ValueError: lengths differ, a confidence outside [0, 1] (or NaN), or no bin.
+
+    >>> round(ece(torch.tensor([0.9, 0.9, 0.1, 0.1]), torch.tensor([1, 1, 0, 1])), 4)  # (2 * .1 + 2 * .4) / 4
+    0.25
     """
     if confidence.shape != correct.shape or num_bins < 1:
         raise ValueError(
@@ -76,6 +85,9 @@ def pearson(x: Tensor, y: Tensor) -> float:
 
     Raises:
         ValueError: not two vectors of one length.
+
+    >>> round(pearson(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2.0, 4.0, 6.0])), 6)
+    1.0
     """
     return within_group_correlation(x, y, torch.zeros(x.shape, dtype=torch.long, device=x.device))
 
@@ -93,6 +105,10 @@ def within_group_correlation(x: Tensor, y: Tensor, group: Tensor) -> float:
 
     Raises:
         ValueError: not three vectors of one length.
+
+    >>> x, y = torch.tensor([1.0, 2.0, 11.0, 12.0]), torch.tensor([1.0, 2.0, -9.0, -8.0])
+    >>> round(within_group_correlation(x, y, torch.tensor([0, 0, 1, 1])), 6), pearson(x, y) < 0
+    (1.0, True)
     """
     if x.dim() != 1 or x.shape != y.shape or x.shape != group.shape:
         raise ValueError(
@@ -127,6 +143,11 @@ def overoptimization_fit(distance: Tensor, gold: Tensor) -> tuple[float, float]:
 
     Raises:
         ValueError: lengths differ, a negative distance, or fewer than two different positive distances.
+
+    >>> d = torch.tensor([1.0, 2.0, 4.0])
+    >>> alpha, beta = overoptimization_fit(d, d * (1.0 - 0.5 * d.log()))
+    >>> round(alpha, 4), round(beta, 4)
+    (1.0, 0.5)
     """
     distance, slope = _fit_points(distance, gold)
     return _fit_line(distance.log(), slope)
@@ -137,6 +158,11 @@ def best_of_n_fit(distance: Tensor, gold: Tensor) -> tuple[float, float]:
     1).
 
     distance, gold [N] and errors as in ``overoptimization_fit``; d = sqrt(best_of_n_kl(n)).
+
+    >>> d = torch.tensor([1.0, 2.0, 4.0])
+    >>> alpha, beta = best_of_n_fit(d, d * (1.0 - 0.1 * d))
+    >>> round(alpha, 4), round(beta, 4)
+    (1.0, 0.1)
     """
     distance, slope = _fit_points(distance, gold)
     return _fit_line(distance, slope)
@@ -179,6 +205,10 @@ def best_of_n_curve(proxy: Tensor, gold: Tensor, n: int) -> float:
 
     Raises:
         ValueError: lengths differ, or ``n`` out of range.
+
+    >>> proxy, gold = torch.tensor([0.0, 1.0, 2.0]), torch.tensor([0.0, 1.0, 0.5])
+    >>> round(best_of_n_curve(proxy, gold, n=2), 4)  # of the pairs 01 02 12 the better by proxy: (1 + .5 + .5) / 3
+    0.6667
     """
     if proxy.dim() != 1 or proxy.shape != gold.shape or not 1 <= n <= len(proxy):
         raise ValueError(
@@ -200,6 +230,9 @@ def best_of_n_kl(n: int) -> float:
 
     Raises:
         ValueError: ``n`` below 1.
+
+    >>> round(best_of_n_kl(4), 4)
+    0.6363
     """
     if n < 1:
         raise ValueError(f"Best of n needs n >= 1, got {n}.")

@@ -1,5 +1,5 @@
 """Per-token estimators of KL(policy || reference) from one sampled token (J. Schulman, "Approximating KL Divergence",
-2020), and the controller that holds the KL at a target.
+2020).
 
 With d = logprobs - ref_logprobs for a token drawn from the policy, in nats. As a value and as a loss they differ,
 because differentiating on samples does not differentiate the sampling distribution:
@@ -26,6 +26,9 @@ def k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """The log-ratio d. logprobs, ref_logprobs: [...], in nats. Returns [...]; unbiased value, either sign.
 
     As a loss it does nothing: its expected gradient is 0.
+
+    >>> k1(torch.tensor([-1.0]), torch.tensor([-1.5]))
+    tensor([0.5000])
     """
     return logprobs - ref_logprobs
 
@@ -34,6 +37,9 @@ def k2(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """Half the squared log-ratio. logprobs, ref_logprobs: [...], in nats. Returns [...], >= 0.
 
     Biased as a value; as a loss its expected gradient is exactly that of the reverse KL(policy || reference).
+
+    >>> k2(torch.tensor([-1.0]), torch.tensor([-1.5]))
+    tensor([0.1250])
     """
     return 0.5 * (logprobs - ref_logprobs).square()
 
@@ -43,6 +49,9 @@ def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 
     Unbiased as a value with little variance; as a loss its expected gradient is that of the forward KL(reference ||
     policy).
+
+    >>> k3(torch.tensor([-1.0]), torch.tensor([-1.5]))  # exp(-.5) - 1 + .5
+    tensor([0.1065])
     """
     log_ratio = logprobs - ref_logprobs
     return torch.expm1(-log_ratio) + log_ratio
@@ -54,16 +63,8 @@ def weighted_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     logprobs, ref_logprobs: [...], in nats. Returns [...], >= 0, equal to k3 in value; as a loss its expected
     gradient is that of the reverse KL(policy || reference). Source: the bias correction of DeepSeek-V3.2 (2512.02556),
     on policy.
+
+    >>> weighted_k3(torch.tensor([-1.0]), torch.tensor([-1.5]))
+    tensor([0.1065])
     """
     return torch.exp(logprobs - logprobs.detach()) * k3(logprobs, ref_logprobs)
-
-
-def adaptive_kl_coef(coef: float, kl: float, target: float, gain: float) -> float:
-    """The next KL coefficient: ``coef * (1 + gain * clip(kl / target - 1, -0.2, 0.2))``.
-
-    coef: >= 0. kl: in nats, the mean over completions of the summed ``k1``. target: > 0, in nats. gain: > 0; 0.1 in the
-    paper, completions of the batch / 10,000 in its released code. All are plain numbers []; a NaN kl makes the result
-    NaN instead of
-    moving it. Source: Ziegler et al. 2019 (1909.08593, section 2.2).
-    """
-    return coef * (1 + gain * min(max(kl / target - 1, -0.2), 0.2))

@@ -17,6 +17,9 @@ def token_logprobs(logits: Tensor, targets: Tensor, temperature: float = 1.0) ->
     targets: int [N, T], each in 0..V-1. temperature: > 0; logits are divided by it before the softmax, so that ratios
     and KL describe the distribution that was sampled from.
     Returns [N, T] in nats, <= 0, in float32 or wider. Raises ValueError for a temperature that is not positive.
+
+    >>> token_logprobs(torch.tensor([[[2.0, 0.0]]]), torch.tensor([[0]]), temperature=2.0)  # log sigma(1)
+    tensor([[-0.3133]])
     """
     if temperature <= 0:
         raise ValueError(
@@ -30,6 +33,9 @@ def token_entropies(logits: Tensor) -> Tensor:
     """Entropy of the next-token distribution at each position.
 
     logits: [N, T, V]; -inf (a forbidden token) is allowed. Returns [N, T] in nats, 0..log V, in float32 or wider.
+
+    >>> token_entropies(torch.zeros(1, 2, 4))  # log 4
+    tensor([[1.3863, 1.3863]])
     """
     logprobs = _at_least_float32(logits).log_softmax(-1)  # [N, T, V]
     probabilities = logprobs.exp()
@@ -41,6 +47,9 @@ def mean_logprobs(logits: Tensor) -> Tensor:
     """Mean log-probability over the whole vocabulary, what label smoothing pulls up.
 
     logits: [N, T, V]. Returns [N, T] in nats, <= -log V, in float32 or wider.
+
+    >>> mean_logprobs(torch.tensor([[[1.0, -1.0]]]))
+    tensor([[-1.1269]])
     """
     logits = _at_least_float32(logits)
     return logits.mean(-1) - logits.logsumexp(-1)
@@ -51,5 +60,8 @@ def sequence_logprobs(logprobs: Tensor, mask: Tensor) -> Tensor:
 
     logprobs: [N, T] in nats. mask: [N, T], bool keep-mask, or float weights >= 0 for a weighted sum. Returns [N]; a row
     with nothing kept gives 0.
+
+    >>> sequence_logprobs(torch.tensor([[-1.0, -2.0, -4.0]]), torch.tensor([[True, True, False]]))
+    tensor([-3.])
     """
     return masked_sum(logprobs, mask, dim=-1)

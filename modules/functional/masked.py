@@ -13,6 +13,9 @@ def masked_sum(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
 
     x: any shape, for example [N, T]. mask: the same shape (or broadcasting to it), bool keep-mask or float weights >=
     0. An empty selection gives 0.
+
+    >>> masked_sum(torch.tensor([1.0, 2.0, torch.nan]), torch.tensor([True, True, False]))
+    tensor(3.)
     """
     return (x.masked_fill(mask == 0, 0) * mask).sum(dim)
 
@@ -23,6 +26,9 @@ def masked_mean(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
 
     x: any shape, for example [N, T]. mask: the same shape (or broadcasting to it), bool keep-mask or float weights >=
     0. An empty selection gives 0, also per slice of ``dim``.
+
+    >>> masked_mean(torch.tensor([[1.0, 2.0], [4.0, 9.0]]), torch.tensor([[True, True], [True, False]]), dim=1)
+    tensor([1.5000, 4.0000])
     """
     total_weight = mask.expand_as(x).sum(dim)
     return masked_sum(x, mask, dim) / total_weight.masked_fill(total_weight == 0, 1)
@@ -35,6 +41,9 @@ def masked_whiten(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
     the mean back, so that only the scale changes. Returns [N, T] with 0 at dropped entries; the moments are those of
     the tensor given, so a caller on several ranks gathers first. Source: Ziegler et al. 2019 (1909.08593), the
     whitening of its released code.
+
+    >>> masked_whiten(torch.tensor([[1.0, 3.0, 9.0]]), torch.tensor([[True, True, False]]))
+    tensor([[-1.,  1.,  0.]])
     """
     dropped = mask == 0
     mean = masked_mean(x, mask)
@@ -50,15 +59,9 @@ def aggregate(loss: Tensor, mask: Tensor, denominator: Tensor | float) -> Tensor
     column of a row for a mean of per-sequence means. denominator: [] or a number > 0, counted over the whole optimiser
     step and all ranks, which makes any split of the rows into micro-batches add up to the same loss. Returns []. An
     empty selection gives 0 whatever the denominator, with a zero gradient instead of 0/0.
+
+    >>> aggregate(torch.tensor([[1.0, 2.0, 9.0]]), torch.tensor([[True, True, False]]), denominator=6)
+    tensor(0.5000)
     """
     nothing_kept = (mask == 0).all().to(loss.dtype)
     return masked_sum(loss, mask) / (denominator + nothing_kept)
-
-
-def pad(rows: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token ids int [R, T], padded on the right with 0, and the bool mask [R, T] made from the lengths."""
-    lengths = torch.tensor([len(row) for row in rows])
-    mask = torch.arange(max(1, int(lengths.max())))[None] < lengths[:, None]
-    ids = torch.zeros(mask.shape, dtype=torch.long)
-    ids[mask] = torch.tensor([token for row in rows for token in row], dtype=torch.long)
-    return ids.to(device), mask.to(device)

@@ -22,6 +22,9 @@ def wsd(
     exponential: 0.5 ** ((s - T) / half_life), whatever S (the paper prints (s - S) / T, which would rise);
     linear: 1 - (1 - final) (s - T) / (S - T); cosine: final + (1 - final) (1 + cos(pi (s - T) / (S - T))) / 2; both
     stay at ``final`` behind S.
+
+    >>> [wsd(s, warmup_steps=2, decay_start=4, total_steps=8, decay="linear", final=0.0) for s in (1, 3, 6, 8)]
+    [0.5, 1.0, 0.5, 0.0]
     """
     if step < warmup_steps:
         return step / warmup_steps

@@ -1,14 +1,13 @@
-"""Choices that a YAML names by class: what a method's page leaves open."""
+"""What a method minimises: the losses that a YAML names by class, and the settings of PPO's."""
 
 from modules.losses.policy import (
-    AdaptiveKL,
-    Advantage,
+    CISPO,
+    GSPO,
     Aggregation,
+    Clip,
     Clipped,
     ConstantNorm,
-    GroupCenter,
-    GroupZScore,
-    LeaveOneOut,
+    MirrorDescent,
     PolicyObjective,
     SequenceMean,
     TokenMean,
@@ -27,23 +26,27 @@ from modules.losses.preference import (
     Sigmoid,
     SimPO,
 )
+from modules.losses.shaping import GAE, KL, AdaptiveKL, MissingEos
 
 __all__ = [
+    "CISPO",
+    "GAE",
+    "GSPO",
     "IPO",
+    "KL",
     "KTO",
     "ORPO",
     "AdaptiveKL",
-    "Advantage",
     "Aggregation",
+    "Clip",
     "Clipped",
     "ConstantNorm",
-    "GroupCenter",
-    "GroupZScore",
     "Hinge",
-    "LeaveOneOut",
     "LengthDesensitized",
     "LengthMargin",
     "LengthNormalized",
+    "MirrorDescent",
+    "MissingEos",
     "PairObjective",
     "PolicyObjective",
     "PreferenceObjective",

@@ -5,8 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from modules.losses.preference_loss import preference_pairs
-from modules.types import PreferenceBatch, ScoredPair
+from modules.types import PolicyBatch, PreferenceBatch, ScoredPair
 
 
 class Pairs(NamedTuple):
@@ -14,94 +13,109 @@ class Pairs(NamedTuple):
 
     better: Tensor  # int [M], row of the completion
     worse: Tensor  # int [M]
-    weight: Tensor  # [M], 1 / pairs of the example
-    margin: Tensor | None  # [M]
+    weight: Tensor  # [M], 1 / pairs of the prompt, so that each prompt with any pair weighs 1
+    margin: Tensor | None  # [M], by how much the better one should lead; None where the data do not say
 
 
-def pairs_of(batch: PreferenceBatch) -> Pairs:
-    """All pairs of all examples of a batch; fillers make none."""
-    better, worse, weight = preference_pairs(batch["prompt_index"], batch["rank"])
-    return Pairs(better, worse, weight, batch["margin"][batch["prompt_index"][better]] if "margin" in batch else None)
+def find_pairs(batch: PreferenceBatch | PolicyBatch) -> Pairs:
+    """All pairs of completions of one prompt of which one ranks before the other.
+
+    Rank 0 is best, equal ranks make no pair, a negative rank (a filler, or not compared) pairs with nothing. The pairs
+    are ordered by the better one's row and then by the other's. Example: ranks 0 1 1 of one prompt give (0, 1) and
+    (0, 2), 1/2 each.
+    """
+    prompt_index, rank = batch["prompt_index"], batch["rank"]
+    same_prompt = prompt_index[:, None] == prompt_index  # [N, N]
+    before = (rank[:, None] >= 0) & (rank[:, None] < rank)  # [N, N]
+    better, worse = (same_prompt & before).nonzero(as_tuple=True)
+    prompt = prompt_index[better]  # [M]
+    margin = batch["margin"][prompt] if "margin" in batch else None  # type: ignore[typeddict-item]
+    return Pairs(better, worse, 1.0 / torch.bincount(prompt)[prompt], margin)
 
 
-def describe(tokenizer: Any, batch: PreferenceBatch, scores: Tensor, pairs: Pairs) -> list[ScoredPair]:
+def make_scored_pairs(tokenizer: Any, batch: PreferenceBatch, scores: Tensor, pairs: Pairs) -> list[ScoredPair]:
     """The pairs of a batch whose completions have ``scores`` [N], with their texts."""
-    prompts, prompt_lengths = _texts(tokenizer, batch["prompt_ids"], batch["prompt_mask"])
-    texts, lengths = _texts(tokenizer, batch["completion_ids"], batch["completion_mask"])
+    prompts, prompt_lengths = _decode(tokenizer, batch["prompt_ids"], batch["prompt_mask"])
+    texts, lengths = _decode(tokenizer, batch["completion_ids"], batch["completion_mask"])
     index, score = batch["prompt_index"].tolist(), scores.tolist()
     margins = [None] * len(pairs.better) if pairs.margin is None else pairs.margin.tolist()
     return [
         ScoredPair(
-            prompts[index[i]],
-            prompt_lengths[index[i]],
-            texts[i],
-            texts[j],
-            lengths[i],
-            lengths[j],
-            score[i],
-            score[j],
-            margin,
+            prompt=prompts[index[i]],
+            prompt_length=prompt_lengths[index[i]],
+            chosen=texts[i],
+            rejected=texts[j],
+            chosen_length=lengths[i],
+            rejected_length=lengths[j],
+            chosen_score=score[i],
+            rejected_score=score[j],
+            margin=margin,
         )
         for i, j, margin in zip(pairs.better.tolist(), pairs.worse.tolist(), margins, strict=True)
     ]
 
 
-def _texts(tokenizer: Any, ids: Tensor, mask: Tensor) -> tuple[list[str], list[int]]:
+def _decode(tokenizer: Any, ids: Tensor, mask: Tensor) -> tuple[list[str], list[int]]:
     """The kept tokens of rows [R, T] as texts without special tokens, and their numbers."""
     rows = [row[kept].tolist() for row, kept in zip(ids, mask, strict=True)]
     return tokenizer.batch_decode(rows, skip_special_tokens=True), [len(row) for row in rows]
 
 
-def preference_metrics(
-    rewards: Tensor, logps: Tensor, prompt_index: Tensor, rank: Tensor, paired: bool, referenced: bool
+def measure_preferences(
+    rewards: Tensor, logps: Tensor, rank: Tensor, pairs: Pairs | None, referenced: bool
 ) -> dict[str, tuple[Tensor, float]]:
-    """TRL's names, each a mean [] and its weight (0 where there is nothing to average); labelled ones have no accuracy
-    and no margin.
+    """TRL's names, each a mean [] and its weight (0 where there is nothing to average).
 
-    rewards, logps [N]: implicit rewards and sequence log-probs. prompt_index, rank int [N]. paired: False for labelled
-    completions, one a
-    prompt. referenced: whether the rewards are measured against a reference, below which both sides may fall.
+    Labelled completions have no accuracy and no margin.
+
+    Args:
+        rewards: [N], implicit rewards.
+        logps: [N], log-probs of the completions.
+        rank: int [N].
+        pairs: None = labelled completions, one a prompt.
+        referenced: whether the rewards are measured against a reference, below which both sides may fall.
     """
-    sides = _sides(prompt_index, rank, paired)
+    sides = _find_sides(rank, pairs)
     kinds = {"rewards": rewards, "logps": logps}
     found = {
         f"{kind}/{side}": (values[rows], weight)
         for kind, values in kinds.items()
         for side, (rows, weight) in sides.items()
     }
-    if paired:
-        (better, weight), (worse, _) = sides.values()
-        gap = rewards[better] - rewards[worse]
-        found |= {"rewards/accuracies": ((gap > 0).float(), weight), "rewards/margins": (gap, weight)}
+    if pairs is not None:
+        better, worse = rewards[pairs.better], rewards[pairs.worse]
+        found |= {
+            "rewards/accuracies": ((better - worse > 0).float(), pairs.weight),
+            "rewards/margins": (better - worse, pairs.weight),
+        }
         if referenced:
-            found["likelihood_displacement"] = (((rewards[better] < 0) & (rewards[worse] < 0)).float(), weight)
-    return {name: _mean(*each) for name, each in found.items()}
+            found["likelihood_displacement"] = (((better < 0) & (worse < 0)).float(), pairs.weight)
+    return {name: _weighted_mean(*each) for name, each in found.items()}
 
 
-def logit_metrics(
-    mean_logits: Tensor, mask: Tensor, prompt_index: Tensor, rank: Tensor, paired: bool
+def measure_logits(
+    mean_logits: Tensor, mask: Tensor, rank: Tensor, pairs: Pairs | None
 ) -> dict[str, tuple[Tensor, float]]:
     """TRL's ``logits/chosen`` and ``logits/rejected``: means [] over the tokens of a side, with their numbers.
 
-    mean_logits [N, Tc]: mean over the vocabulary of the logits that a token was predicted from. mask bool [N, Tc].
+    mean_logits [N, Tc]: mean over the vocabulary of the logits that a token was predicted from. mask bool [N, Tc]. rank
+    int [N]. pairs: None = labelled completions.
     """
     sums, lengths = (mean_logits * mask).sum(1), mask.sum(1)  # [N]
-    sides = _sides(prompt_index, rank, paired)
     return {
-        f"logits/{name}": _mean(sums[rows] / lengths[rows], weight * lengths[rows])
-        for name, (rows, weight) in sides.items()
+        f"logits/{name}": _weighted_mean(sums[rows] / lengths[rows], weight * lengths[rows])
+        for name, (rows, weight) in _find_sides(rank, pairs).items()
     }
 
 
-def _sides(prompt_index: Tensor, rank: Tensor, paired: bool) -> dict[str, tuple[Tensor, Tensor]]:
-    """Rows int [M] of completions and their weights [M]: the two of every pair, or the desirable and the undesirable."""
-    if not paired:
-        sides = {"chosen": (rank == 0).nonzero()[:, 0], "rejected": (rank > 0).nonzero()[:, 0]}
-        return {name: (rows, torch.ones_like(rows, dtype=torch.float32)) for name, rows in sides.items()}
-    better, worse, weight = preference_pairs(prompt_index, rank)
-    return {"chosen": (better, weight), "rejected": (worse, weight)}
+def _find_sides(rank: Tensor, pairs: Pairs | None) -> dict[str, tuple[Tensor, Tensor]]:
+    """Rows int [M] and weights [M] of each side: the two of every pair, or the desirable and the undesirable."""
+    if pairs is not None:
+        return {"chosen": (pairs.better, pairs.weight), "rejected": (pairs.worse, pairs.weight)}
+    sides = {"chosen": (rank == 0).nonzero()[:, 0], "rejected": (rank > 0).nonzero()[:, 0]}
+    return {name: (rows, torch.ones_like(rows, dtype=torch.float32)) for name, rows in sides.items()}
 
 
-def _mean(values: Tensor, weights: Tensor) -> tuple[Tensor, float]:
+def _weighted_mean(values: Tensor, weights: Tensor) -> tuple[Tensor, float]:
     """Weighted mean [] of values [M], and the sum of the weights [M]."""
     return (values.detach() * weights).sum() / weights.sum().clamp(min=1e-9), float(weights.sum())

@@ -1,57 +1,35 @@
-"""Choices of on-policy methods: how rewards become advantages, how token losses are averaged, which loss is taken."""
+"""Losses on sampled completions: what their advantages ask of the policy.
+
+A loss is called with ``logprobs`` [N, Tc], the log-probs of the sampled tokens now, with gradient, in nats, and with a
+micro-batch. It returns the micro-batch's share [] of the loss of the whole optimiser step, and metrics: detached means
+[] over kept tokens. In the formulas A is the advantage and ratio = exp(logprobs - old_logprobs), which is never clamped
+before the exponential. The metric ``approx_kl`` is the mean of ratio - 1 - log ratio, the k3 estimate of
+KL(old || now). Nothing that stands in a dropped column reaches the loss, a metric or a gradient.
+"""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from modules.functional.advantages import group_center, group_zscore, leave_one_out
-from modules.functional.kl import adaptive_kl_coef
-from modules.losses.policy_loss import clipped_policy_loss
+from modules.checks import check_numbers
+from modules.functional.advantages import group_center, group_zscore
+from modules.functional.masked import aggregate, masked_mean
 from modules.types import PolicyBatch
 
-
-class Advantage(ABC):
-    """Turns the rewards of a phase into one advantage per completion; NaN rewards (unscorable) give 0."""
-
-    @abstractmethod
-    def __call__(self, rewards: Tensor, group: Tensor) -> Tensor:
-        """Advantages [N] from rewards [N] and group labels int [N]."""
-
-
-class GroupZScore(Advantage):
-    """(r - mean of the group) / (sample std of the group + eps): GRPO, arXiv 2402.03300 section 4.1.2."""
-
-    def __init__(self, eps: float = 1e-4) -> None:
-        self.eps = eps
-
-    def __call__(self, rewards: Tensor, group: Tensor) -> Tensor:
-        return group_zscore(rewards, group, self.eps)
-
-
-class GroupCenter(Advantage):
-    """r - mean of the group: Dr. GRPO, arXiv 2503.20783 (dividing by the std favours very easy and very hard prompts)."""
-
-    def __call__(self, rewards: Tensor, group: Tensor) -> Tensor:
-        return group_center(rewards, group)
-
-
-class LeaveOneOut(Advantage):
-    """r - mean of the other completions of the group: RLOO, arXiv 2402.14740; unbiased."""
-
-    def __call__(self, rewards: Tensor, group: Tensor) -> Tensor:
-        return leave_one_out(rewards, group)
+Metrics = dict[str, Tensor]
 
 
 class Aggregation(ABC):
-    """How token losses become one number: weighted sum over all rows of an optimiser step, divided by the sum of
+    """How token losses become one number: their weighted sum over all rows of an optimiser step, divided by the sum of
     ``row_count``.
     """
 
     @abstractmethod
     def row_count(self, mask: Tensor) -> Tensor:
-        """What each row adds to the denominator, [N], from the keep-mask [N, Tc]."""
+        """What each row adds to the denominator, [N], from the keep-mask [N, Tc]; 0 for a row that keeps nothing."""
 
     def weights(self, mask: Tensor) -> Tensor:
         """Weight of each token loss, [N, Tc], zero where the mask is False."""
@@ -69,7 +47,7 @@ class SequenceMean(Aggregation):
     """Mean over completions of their mean token loss (GRPO as published; short completions weigh more per token)."""
 
     def row_count(self, mask: Tensor) -> Tensor:
-        return torch.ones(len(mask), device=mask.device)
+        return mask.any(1).float()
 
     def weights(self, mask: Tensor) -> Tensor:
         return mask / mask.sum(1, keepdim=True).clamp(min=1)
@@ -83,77 +61,240 @@ class ConstantNorm(Aggregation):
     """
 
     def __init__(self, max_length: int) -> None:
-        if max_length < 1:
-            raise ValueError(f"ConstantNorm max_length must be at least 1 token, got {max_length}")
+        check_numbers("ConstantNorm", max_length=(max_length, "[1, inf)"))
         self.max_length = max_length
 
     def row_count(self, mask: Tensor) -> Tensor:
-        return torch.full((len(mask),), float(self.max_length), device=mask.device)
+        return mask.any(1) * float(self.max_length)
 
 
 class PolicyObjective(ABC):
-    """A policy loss on a micro-batch of completions."""
+    """A policy loss on a micro-batch of completions.
+
+    Attributes:
+        aggregation: how its token losses, and those of a KL beside it, become one number.
+        needs_advantage: whether a completion of advantage 0 has no gradient, so that it may be left out of compute.
+    """
 
     aggregation: Aggregation
+    needs_advantage = True
+
+    def make_advantages(self, rewards: Tensor, group: Tensor) -> Tensor:
+        """Advantages [N] of a phase where the method is told no others, from rewards [N] and group int [N]."""
+        return group_zscore(rewards, group)
 
     @abstractmethod
-    def __call__(self, logprobs: Tensor, batch: PolicyBatch) -> tuple[Tensor, dict[str, Tensor]]:
+    def __call__(self, logprobs: Tensor, batch: PolicyBatch) -> tuple[Tensor, Metrics]:
         """The loss [] and its metrics from ``logprobs`` [N, Tc] (with gradient) and the batch."""
 
 
 class Clipped(PolicyObjective):
-    """-min(ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A): PPO, arXiv 1707.06347 eq. 7, with DAPO's higher upper
-    bound.
+    """-min(ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A) per token: PPO, arXiv 1707.06347 eq. 7.
+
+    The default upper bound is DAPO's (arXiv 2503.14476), which leaves unlikely tokens more room to grow. Metrics:
+    ``clip_ratio/low_mean``, ``clip_ratio/high_mean`` and ``clip_ratio/region_mean``, the shares of tokens whose
+    gradient clip_low, clip_high and either of them cuts; ``approx_kl``.
 
     Args:
         clip_low: >= 0.
-        clip_high: >= 0; 0.28 in DAPO, which leaves unlikely tokens more room to grow.
+        clip_high: >= 0.
+        dual_clip: > 1 bounds the loss of a token with A < 0 by -dual_clip A (arXiv 1912.09729); None = unbounded.
         aggregation: default ``TokenMean``.
     """
 
-    def __init__(self, clip_low: float = 0.2, clip_high: float = 0.28, aggregation: Aggregation | None = None) -> None:
-        if min(clip_low, clip_high) < 0:
-            raise ValueError(f"clip_low and clip_high must be >= 0, got {clip_low} and {clip_high}")
-        self.clip_low, self.clip_high = clip_low, clip_high
+    def __init__(
+        self,
+        clip_low: float = 0.2,
+        clip_high: float = 0.28,
+        dual_clip: float | None = None,
+        aggregation: Aggregation | None = None,
+    ) -> None:
+        check_numbers(
+            "Clipped",
+            clip_low=(clip_low, "[0, inf)"),
+            clip_high=(clip_high, "[0, inf)"),
+            dual_clip=(dual_clip, "(1, inf)"),
+        )
+        self.clip_low, self.clip_high, self.dual_clip = clip_low, clip_high, dual_clip
         self.aggregation = aggregation or TokenMean()
 
-    def __call__(self, logprobs: Tensor, batch: PolicyBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        weights = self.aggregation.weights(batch["completion_mask"])
-        return clipped_policy_loss(
-            logprobs,
-            batch["old_logprobs"],
-            batch["advantages"],
-            weights,
-            batch["denominator"],
-            self.clip_low,
-            self.clip_high,
-        )
+    def __call__(self, logprobs: Tensor, batch: PolicyBatch) -> tuple[Tensor, Metrics]:
+        mask, log_ratio = batch["completion_mask"], take_log_ratio(logprobs, batch)
+        advantages = take_advantages(logprobs, batch)
+        ratio = log_ratio.masked_fill(advantages == 0, 0.0).exp()  # an overflow times an advantage of 0 would be NaN
+        losses = clip_losses(ratio, advantages, self.clip_low, self.clip_high)  # [N, Tc]
+        if self.dual_clip is not None:
+            losses = torch.where(advantages < 0, torch.minimum(losses, -self.dual_clip * advantages), losses)
+        metrics = measure_clips(ratio, advantages, mask, self.clip_low, self.clip_high)
+        loss = aggregate(losses, self.aggregation.weights(mask), batch["denominator"])
+        return loss, metrics | {"approx_kl": measure_kl(log_ratio, mask)}
+
+
+class GSPO(PolicyObjective):
+    """-min(s A, clip(s, 1 - clip_low, 1 + clip_high) A) per completion, s = exp(mean over its tokens of log ratio).
+
+    The mean over completions is taken, as published (arXiv 2507.18071). s is a geometric mean, so the bounds are some
+    hundred times narrower than those of a token's ratio; 0.2 would hardly ever clip. Metrics as for ``Clipped``, with
+    ``clip_ratio/*`` over completions.
+
+    Args:
+        clip_low: >= 0.
+        clip_high: >= 0.
+    """
+
+    def __init__(self, clip_low: float = 3e-4, clip_high: float = 4e-4) -> None:
+        check_numbers("GSPO", clip_low=(clip_low, "[0, inf)"), clip_high=(clip_high, "[0, inf)"))
+        self.clip_low, self.clip_high, self.aggregation = clip_low, clip_high, SequenceMean()
+
+    def __call__(self, logprobs: Tensor, batch: PolicyBatch) -> tuple[Tensor, Metrics]:
+        mask, log_ratio = batch["completion_mask"], take_log_ratio(logprobs, batch)
+        keep = mask.any(-1)  # [N]
+        ratio = masked_mean(log_ratio, mask, dim=-1).exp()  # [N]
+        advantages = masked_mean(take_advantages(logprobs, batch), mask, dim=-1)  # [N]
+        losses = clip_losses(ratio, advantages, self.clip_low, self.clip_high)
+        metrics = measure_clips(ratio, advantages, keep, self.clip_low, self.clip_high)
+        loss = aggregate(losses, keep, batch["denominator"])
+        return loss, metrics | {"approx_kl": measure_kl(log_ratio, mask)}
+
+
+class CISPO(PolicyObjective):
+    """-min(ratio, 1 + clip_high) A logprob per token, the capped ratio without gradient: no token loses its gradient.
+
+    Source: MiniMax-M1, arXiv 2506.13585 eqs. 4-5; there is no lower bound, as the paper tunes only the upper one and
+    names no number. Metrics: ``cispo_clip_ratio``, the share of tokens whose ratio is capped, whatever the sign of A;
+    ``approx_kl``.
+
+    Args:
+        clip_high: >= 0, on top of 1; the default caps the ratio at 5 (ScaleRL, arXiv 2510.13786; TRL's
+            ``epsilon_high`` is the cap itself).
+        aggregation: default ``TokenMean``.
+    """
+
+    def __init__(self, clip_high: float = 4.0, aggregation: Aggregation | None = None) -> None:
+        check_numbers("CISPO", clip_high=(clip_high, "[0, inf)"))
+        self.clip_high, self.aggregation = clip_high, aggregation or TokenMean()
+
+    def __call__(self, logprobs: Tensor, batch: PolicyBatch) -> tuple[Tensor, Metrics]:
+        mask, log_ratio = batch["completion_mask"], take_log_ratio(logprobs, batch)
+        ratio = log_ratio.detach().exp()
+        losses = -ratio.clamp(max=1 + self.clip_high) * take_advantages(logprobs, batch) * logprobs  # [N, Tc]
+        loss = aggregate(losses, self.aggregation.weights(mask), batch["denominator"])
+        capped = masked_mean(ratio > 1 + self.clip_high, mask)
+        return loss, {"cispo_clip_ratio": capped, "approx_kl": measure_kl(log_ratio, mask)}
+
+
+class MirrorDescent(PolicyObjective):
+    """-(r - mean of the group's r) l + tau/2 (l - l_old)^2 per completion, l the sum of its log-probs; then the mean.
+
+    Source: Kimi k1.5, arXiv 2501.12599, section 2.3.2, eq. 3, the mean reward standing for tau log Z. The policy that
+    sampled the phase is the reference of the square, which is 0 at a phase's first update. Unlike there, the
+    optimizer's moments are kept from phase to phase. Metrics: ``approx_kl``.
+
+    Args:
+        tau: >= 0, strength of the tie to the sampling policy; the square grows like the length squared, so keep it
+            small (the paper names no number).
+    """
+
+    needs_advantage = False
+
+    def __init__(self, tau: float = 0.01) -> None:
+        check_numbers("MirrorDescent", tau=(tau, "[0, inf)"))
+        self.tau, self.aggregation = tau, ConstantNorm(1)  # sums over tokens, mean over completions
+
+    def make_advantages(self, rewards: Tensor, group: Tensor) -> Tensor:
+        return group_center(rewards, group)
+
+    def __call__(self, logprobs: Tensor, batch: PolicyBatch) -> tuple[Tensor, Metrics]:
+        mask, log_ratio = batch["completion_mask"], take_log_ratio(logprobs, batch)
+        # The advantage is the same at all tokens of a completion, so it may be multiplied before the sum.
+        gains = (take_advantages(logprobs, batch) * logprobs.masked_fill(~mask, 0.0)).sum(-1)  # [N]
+        losses = -gains + 0.5 * self.tau * log_ratio.sum(-1).square()
+        loss = aggregate(losses, mask.any(-1), batch["denominator"])
+        return loss, {"approx_kl": measure_kl(log_ratio, mask)}
 
 
 @dataclass(frozen=True)
-class AdaptiveKL:
-    """Moves the KL's weight after each phase so that the KL per completion stays at ``target`` (Ziegler et al., arXiv
-    1909.08593, section 2.2).
-
-    weight <- weight (1 + gain clip(KL / target - 1, -0.2, 0.2)); gain 0.1 in the paper, completions / 10000 in its
-    released code.
+class Clip:
+    """How far PPO lets an update go; None = as far as it likes. TRL: ``cliprange``, ``cliprange_value``.
 
     Raises:
         ValueError: values out of range.
     """
 
-    target: float = 6.0  # > 0, nats per completion
-    gain: float | None = 0.1  # > 0 per phase; None = completions of the phase / horizon
-    horizon: int = 10_000  # completions
+    ratio: float = 0.2  # >= 0, of the probability ratio, see Clipped
+    dual: float | None = None  # > 1, see Clipped
+    value: float | None = 0.2  # > 0, of a value from the one at collection, see ClippedValue
 
     def __post_init__(self) -> None:
-        if self.target <= 0 or self.horizon < 1 or (self.gain is not None and self.gain <= 0):
-            raise ValueError(
-                f"adaptive_kl: target, gain and horizon must be > 0, got {self.target}, {self.gain} and {self.horizon}"
-            )
+        check_numbers(
+            "clip", ratio=(self.ratio, "[0, inf)"), dual=(self.dual, "(1, inf)"), value=(self.value, "(0, inf)")
+        )
 
-    def __call__(self, coef: float, kl: float, completions: int) -> float:
-        """The next weight, from this one, the ``kl`` of a phase (nats per completion) and its number of
-        ``completions``.
-        """
-        return adaptive_kl_coef(coef, kl, self.target, completions / self.horizon if self.gain is None else self.gain)
+
+def leave_out_unscored(batch: PolicyBatch) -> PolicyBatch:
+    """The batch with no tokens to learn from in completions that have no score."""
+    mask = batch["completion_mask"] & ~batch["rewards"].isnan()[:, None]
+    return cast(PolicyBatch, {**batch, "completion_mask": mask})
+
+
+def take_log_ratio(logprobs: Tensor, batch: PolicyBatch) -> Tensor:
+    """log(now / old) [N, Tc] of ``logprobs`` [N, Tc] and the batch, 0 at dropped columns.
+
+    Raises ValueError for shapes that differ. Dropped columns are filled before the subtraction and before any
+    exponential, for the gradient's sake.
+    """
+    old, dropped = batch["old_logprobs"], ~batch["completion_mask"]
+    if logprobs.shape != old.shape or logprobs.shape != dropped.shape:
+        shapes = [tuple(x.shape) for x in (logprobs, old, dropped)]
+        raise ValueError(f"logprobs, old_logprobs and completion_mask have shapes {shapes}, expected [N, Tc] each")
+    return logprobs.masked_fill(dropped, 0.0) - old.masked_fill(dropped, 0.0)
+
+
+def take_advantages(logprobs: Tensor, batch: PolicyBatch) -> Tensor:
+    """The batch's advantages as [N, Tc], the shape of ``logprobs``, 0 at dropped columns.
+
+    Raises ValueError for advantages [N], which would spread along the wrong axis where N == Tc.
+    """
+    advantages = batch["advantages"]
+    if advantages.dim() != 2:
+        raise ValueError(
+            f"advantages have shape {tuple(advantages.shape)}, expected [N, Tc]; give one per row as [N, 1]"
+        )
+    return advantages.expand_as(logprobs).masked_fill(~batch["completion_mask"], 0.0)
+
+
+def clip_losses(ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float) -> Tensor:
+    """-min(ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A), elementwise."""
+    return -torch.minimum(ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages)
+
+
+def measure_clips(ratio: Tensor, advantages: Tensor, keep: Tensor, clip_low: float, clip_high: float) -> Metrics:
+    """Shares of the kept entries whose gradient the clip cuts: below, above, and either."""
+    low = (ratio < 1 - clip_low) & (advantages < 0)
+    high = (ratio > 1 + clip_high) & (advantages > 0)
+    flags = {"clip_ratio/low_mean": low, "clip_ratio/high_mean": high, "clip_ratio/region_mean": low | high}
+    return {name: masked_mean(flag, keep) for name, flag in flags.items()}
+
+
+def measure_kl(log_ratio: Tensor, mask: Tensor) -> Tensor:
+    """Mean [] over kept tokens of ratio - 1 - log ratio, from log ratios [N, Tc]."""
+    log_ratio = log_ratio.detach()
+    return masked_mean(torch.expm1(log_ratio) - log_ratio, mask)
+
+
+def measure_ratio(logprobs: Tensor, batch: PolicyBatch) -> Metrics:
+    """How far the ratio is from 1 over kept tokens: ratio/mean, ratio/square (mean of (ratio - 1)^2), ratio/deviation
+    (of |ratio - 1|).
+
+    logprobs [N, Tc]. Each metric is [], detached; without kept tokens they are 1, 0, 0. Weighted by kept tokens they
+    average over micro-batches; then ratio/square - (ratio/mean - 1)^2 is the variance of the ratio over all of them.
+    Raises ValueError for shapes that differ.
+    """
+    mask = batch["completion_mask"]
+    excess = torch.expm1(take_log_ratio(logprobs.detach(), batch))
+    means = {
+        "mean": 1 + masked_mean(excess, mask),
+        "square": masked_mean(excess.square(), mask),
+        "deviation": masked_mean(excess.abs(), mask),
+    }
+    return {f"ratio/{name}": value for name, value in means.items()}

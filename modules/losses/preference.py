@@ -1,5 +1,8 @@
-"""Losses on preferences: what a comparison of two completions, or a label on one, asks of the policy. Log-probs are in
-nats.
+"""Losses on preferences: what a comparison of two completions, or a label on one, asks of the policy.
+
+Log-probs are in nats and sums over the completion with its end token. In the formulas delta is the log-ratio policy /
+reference of a completion, h = delta of the chosen one - delta of the rejected one, and beta > 0 turns nats into logits;
+beta delta is the implicit reward. All losses and their gradients are finite however large h is.
 """
 
 from abc import ABC, abstractmethod
@@ -7,9 +10,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
+from modules.checks import check_numbers
 from modules.functional.logprobs import sequence_logprobs
-from modules.losses import preference_loss as losses
+from modules.losses.pairs import Pairs
 from modules.types import PolicyBatch, PreferenceBatch
 
 
@@ -25,6 +30,15 @@ class Sequences(NamedTuple):
         """Those of ``rows`` [M]."""
         return Sequences(*(part[rows] for part in self))
 
+    def per_token(self) -> "Sequences":
+        """With means over tokens in place of sums, of policy and reference."""
+        return self._replace(logps=self.logps / self.lengths, ref_logps=self.ref_logps / self.lengths)
+
+    @property
+    def log_ratio(self) -> Tensor:
+        """delta [N], exactly 0 where policy and reference agree."""
+        return self.logps - self.ref_logps
+
 
 class PreferenceObjective(ABC):
     """A loss on the ranked or labelled completions of a micro-batch."""
@@ -37,14 +51,40 @@ class PreferenceObjective(ABC):
         """What each token's log-prob counts in its sequence's sum, [N, Tc]."""
         return batch["completion_mask"].float()
 
+    def sum_tokens(
+        self, logprobs: Tensor, ref_logprobs: Tensor | None, batch: PreferenceBatch | PolicyBatch
+    ) -> Sequences:
+        """Token log-probs [N, Tc] (the reference's may be missing), weighted and summed per completion."""
+        weights, mask = self.token_weights(batch), batch["completion_mask"]
+        if ref_logprobs is None:
+            reference = torch.zeros(len(weights), device=weights.device)
+        else:
+            reference = sequence_logprobs(ref_logprobs, weights)
+        return Sequences(
+            sequence_logprobs(logprobs, weights), reference, mask.sum(1).float(), sequence_logprobs(logprobs, mask)
+        )
+
     def implicit_rewards(self, sequences: Sequences, beta: float) -> Tensor:
-        """The reward [N] that the policy stands for, up to a constant per prompt: beta log(pi / pi_ref)."""
-        return beta * (sequences.logps - sequences.ref_logps)
+        """The reward [N] that the policy stands for, up to a constant per prompt: beta delta."""
+        return beta * sequences.log_ratio
 
     @abstractmethod
-    def total(self, sequences: Sequences, prompt_index: Tensor, rank: Tensor, beta: float, kl: Tensor) -> Tensor:
-        """Sum [] of the loss over examples; prompt_index and rank int [N]; ``kl`` [] is that on mismatched completions,
-        0 unless asked for.
+    def total(
+        self,
+        sequences: Sequences,
+        batch: PreferenceBatch | PolicyBatch,
+        pairs: Pairs,
+        beta: float,
+        kl: Tensor | None = None,
+    ) -> Tensor:
+        """Sum [] of the loss over the examples of a batch.
+
+        Args:
+            sequences: the batch's completions.
+            batch: has the prompt and the rank of each.
+            pairs: the batch's pairs; none where completions are labelled.
+            beta: strength of the tie to the reference.
+            kl: [], that on mismatched completions; only for losses that ask for it.
         """
 
 
@@ -55,43 +95,53 @@ class PairObjective(PreferenceObjective):
     def losses(self, chosen: Sequences, rejected: Sequences, beta: float) -> Tensor:
         """[M], one per pair."""
 
-    def total(self, sequences: Sequences, prompt_index: Tensor, rank: Tensor, beta: float, kl: Tensor) -> Tensor:
+    def total(
+        self,
+        sequences: Sequences,
+        batch: PreferenceBatch | PolicyBatch,
+        pairs: Pairs,
+        beta: float,
+        kl: Tensor | None = None,
+    ) -> Tensor:
         """Mean over the pairs of each example, summed over examples."""
-        better, worse, weight = losses.preference_pairs(prompt_index, rank)
-        return (self.losses(sequences.at(better), sequences.at(worse), beta) * weight).sum()
-
-
-def _four(chosen: Sequences, rejected: Sequences) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return chosen.logps, rejected.logps, chosen.ref_logps, rejected.ref_logps
+        return (self.losses(sequences.at(pairs.better), sequences.at(pairs.worse), beta) * pairs.weight).sum()
 
 
 class Sigmoid(PairObjective):
-    """DPO: -log sigma(beta h), h = log-ratio of the chosen minus that of the rejected (arXiv 2305.18290 eq. 7).
+    """DPO: -(1 - e) log sigma(beta h) - e log sigma(-beta h), e = label_smoothing (arXiv 2305.18290 eq. 7, with e 0).
 
     Args:
         label_smoothing: [0, 0.5), the share of labels that are taken to be wrong (conservative DPO); the loss is then
-            least at sigma(beta h) = 1 - label_smoothing instead of at infinity.
+            least at sigma(beta h) = 1 - e instead of at infinity.
     """
 
     def __init__(self, label_smoothing: float = 0.0) -> None:
-        self.label_smoothing = _noise(label_smoothing)
+        check_numbers(type(self).__name__, label_smoothing=(label_smoothing, "[0, 0.5)"))
+        self.label_smoothing = label_smoothing
 
     def losses(self, chosen: Sequences, rejected: Sequences, beta: float) -> Tensor:
-        return losses.dpo_loss(*_four(chosen, rejected), beta, self.label_smoothing)
+        logit = beta * (chosen.log_ratio - rejected.log_ratio)
+        return -(1 - self.label_smoothing) * logsigmoid(logit) - self.label_smoothing * logsigmoid(-logit)
 
 
 class Robust(PairObjective):
-    """DPO's loss corrected for labels that are wrong with a known probability, without bias (arXiv 2403.00409).
+    """(-(1 - e) log sigma(beta h) + e log sigma(-beta h)) / (1 - 2 e), e = label_smoothing (arXiv 2403.00409).
+
+    In the mean over labels that are wrong at the rate e, this is DPO's loss on right ones. It is unbounded below as h
+    grows, unlike conservative DPO.
 
     Args:
-        label_smoothing: [0, 0.5), that probability.
+        label_smoothing: [0, 0.5), that rate.
     """
 
     def __init__(self, label_smoothing: float = 0.1) -> None:
-        self.label_smoothing = _noise(label_smoothing)
+        check_numbers("Robust", label_smoothing=(label_smoothing, "[0, 0.5)"))
+        self.label_smoothing = label_smoothing
 
     def losses(self, chosen: Sequences, rejected: Sequences, beta: float) -> Tensor:
-        return losses.robust_dpo_loss(*_four(chosen, rejected), beta, self.label_smoothing)
+        logit = beta * (chosen.log_ratio - rejected.log_ratio)
+        right, wrong = 1 - self.label_smoothing, self.label_smoothing
+        return (-right * logsigmoid(logit) + wrong * logsigmoid(-logit)) / (1 - 2 * self.label_smoothing)
 
 
 class IPO(PairObjective):
@@ -106,11 +156,12 @@ class IPO(PairObjective):
         self.average = average
 
     def implicit_rewards(self, sequences: Sequences, beta: float) -> Tensor:
-        return super().implicit_rewards(_means(sequences) if self.average else sequences, beta)
+        return super().implicit_rewards(sequences.per_token() if self.average else sequences, beta)
 
     def losses(self, chosen: Sequences, rejected: Sequences, beta: float) -> Tensor:
-        sides = [_means(side) if self.average else side for side in (chosen, rejected)]
-        return losses.ipo_loss(*_four(*sides), beta)
+        if self.average:
+            chosen, rejected = chosen.per_token(), rejected.per_token()
+        return (chosen.log_ratio - rejected.log_ratio - 1 / (2 * beta)).square()
 
 
 class Hinge(PairObjective):
@@ -119,42 +170,50 @@ class Hinge(PairObjective):
     """
 
     def losses(self, chosen: Sequences, rejected: Sequences, beta: float) -> Tensor:
-        return losses.hinge_loss(*_four(chosen, rejected), beta)
+        return (1 - beta * (chosen.log_ratio - rejected.log_ratio)).relu()
 
 
 class LengthNormalized(PairObjective):
-    """DPO on log-ratios per token (Tulu 3, arXiv 2411.15124); beta is larger accordingly, 5 by default."""
+    """-log sigma(beta (delta / length of the chosen - delta / length of the rejected)): Tulu 3, arXiv 2411.15124; beta
+    is larger accordingly, 5 by default.
+    """
 
     beta = 5.0
 
     def implicit_rewards(self, sequences: Sequences, beta: float) -> Tensor:
-        return super().implicit_rewards(_means(sequences), beta)
+        return super().implicit_rewards(sequences.per_token(), beta)
 
     def losses(self, chosen: Sequences, rejected: Sequences, beta: float) -> Tensor:
-        return losses.length_normalized_dpo_loss(*_four(chosen, rejected), chosen.lengths, rejected.lengths, beta)
+        per_token = chosen.log_ratio / chosen.lengths - rejected.log_ratio / rejected.lengths
+        return -logsigmoid(beta * per_token)
 
 
 class LengthMargin(PairObjective):
-    """R-DPO: -log sigma(beta h + alpha (chosen tokens - rejected tokens)), so that length explains part of a preference
-    (arXiv 2403.19159).
+    """R-DPO: -log sigma(beta h + alpha (chosen tokens - rejected tokens)) (arXiv 2403.19159).
+
+    The optimum of r - alpha length under a KL penalty has r = beta log(policy / ref) + alpha length + constant, hence
+    the plus: length explains part of the preference for a longer answer, so its pair pulls less. A minus would reward
+    length.
 
     Args:
-        alpha: >= 0, per token.
+        alpha: >= 0, logits per token.
     """
 
     def __init__(self, alpha: float = 0.01) -> None:
-        if alpha < 0:
-            raise ValueError(f"LengthMargin alpha must be >= 0, got {alpha}: a negative one rewards length")
+        check_numbers("LengthMargin", alpha=(alpha, "[0, inf)"))
         self.alpha = alpha
 
     def losses(self, chosen: Sequences, rejected: Sequences, beta: float) -> Tensor:
-        return losses.length_margin_dpo_loss(
-            *_four(chosen, rejected), chosen.lengths, rejected.lengths, beta, self.alpha
-        )
+        longer = chosen.lengths - rejected.lengths
+        return -logsigmoid(beta * (chosen.log_ratio - rejected.log_ratio) + self.alpha * longer)
 
 
 class LengthDesensitized(Sigmoid):
-    """LD-DPO: tokens behind the length that all completions of the prompt reach count ``alpha`` (arXiv 2409.06411).
+    """LD-DPO: DPO in which tokens behind the length that all completions of the prompt reach count ``alpha`` (arXiv
+    2409.06411).
+
+    With more than two completions the shortest of all is the measure, so that a completion has one sum in all its
+    pairs.
 
     Args:
         alpha: [0, 1]; 1 = DPO.
@@ -163,102 +222,122 @@ class LengthDesensitized(Sigmoid):
 
     def __init__(self, alpha: float = 0.5, label_smoothing: float = 0.0) -> None:
         super().__init__(label_smoothing)
-        if not 0 <= alpha <= 1:
-            raise ValueError(f"LengthDesensitized alpha must lie in [0, 1], got {alpha}")
+        check_numbers("LengthDesensitized", alpha=(alpha, "[0, 1]"))
         self.alpha = alpha
 
     def token_weights(self, batch: PreferenceBatch | PolicyBatch) -> Tensor:
-        return losses.length_desensitized_weights(batch["completion_mask"], batch["prompt_index"], self.alpha)
+        mask, prompt_index = batch["completion_mask"], batch["prompt_index"]
+        lengths = mask.sum(1)  # [N]
+        same_prompt = prompt_index[:, None] == prompt_index  # [N, N]
+        shortest = torch.where(same_prompt, lengths, mask.shape[1]).amin(1)  # [N]
+        return torch.where(mask.cumsum(1) <= shortest[:, None], 1.0, self.alpha).masked_fill(~mask, 0.0)
 
 
 class SimPO(PairObjective):
-    """-log sigma(beta (mean log-prob of chosen - of rejected) - gamma), without a reference (arXiv 2405.14734).
+    """-log sigma(beta (mean log-prob of chosen - of rejected) - gamma), without a reference (arXiv 2405.14734 eq. 6).
 
     Args:
-        gamma: >= 0, the target margin itself (the paper's code names gamma / beta, 0.25 to 0.5).
+        gamma: >= 0, the target margin itself, in logits (the paper's code names gamma / beta, 0.25 to 0.5).
     """
 
     uses_reference = False
     beta = 2.0
 
     def __init__(self, gamma: float = 0.5) -> None:
-        if gamma < 0:
-            raise ValueError(f"SimPO gamma must be >= 0, got {gamma}")
+        check_numbers("SimPO", gamma=(gamma, "[0, inf)"))
         self.gamma = gamma
 
     def implicit_rewards(self, sequences: Sequences, beta: float) -> Tensor:
-        return super().implicit_rewards(_means(sequences), beta)
+        return super().implicit_rewards(sequences.per_token(), beta)
 
     def losses(self, chosen: Sequences, rejected: Sequences, beta: float) -> Tensor:
-        return losses.simpo_loss(_means(chosen).logps, _means(rejected).logps, beta, self.gamma)
+        return -logsigmoid(beta * (chosen.per_token().logps - rejected.per_token().logps) - self.gamma)
 
 
 class ORPO(PairObjective):
-    """Likelihood of the chosen completion plus beta x -log sigma(log odds ratio), without a reference (arXiv
+    """-mean log-prob of chosen - beta log sigma(log odds of chosen - log odds of rejected), without a reference.
+
+    odds = p / (1 - p), p = exp(mean log-prob), log p kept at or below -1e-6. beta is the paper's lambda (arXiv
     2403.07691).
     """
 
     uses_reference = False
 
     def implicit_rewards(self, sequences: Sequences, beta: float) -> Tensor:
-        return super().implicit_rewards(_means(sequences), beta)
+        return super().implicit_rewards(sequences.per_token(), beta)
 
     def losses(self, chosen: Sequences, rejected: Sequences, beta: float) -> Tensor:
-        better, worse = _means(chosen).logps, _means(rejected).logps
-        return -better + beta * losses.orpo_odds_loss(better, worse)
+        better, worse = chosen.per_token().logps, rejected.per_token().logps
+        return -better + beta * -logsigmoid(_log_odds(better) - _log_odds(worse))
+
+
+def _log_odds(mean_logps: Tensor) -> Tensor:
+    """log(p / (1 - p)) of p = exp(mean_logps) [N], with log p kept at or below -1e-6."""
+    logps = mean_logps.clamp(max=-1e-6)
+    return logps - torch.log(-torch.expm1(logps))
 
 
 class KTO(PreferenceObjective):
-    """Each completion against the KL to the reference: lambda (1 - sigma(+-beta (log-ratio - kl))) (arXiv 2402.01306).
+    """lambda (1 - sigma(beta (delta - kl))) for a desirable completion, lambda (1 - sigma(beta (kl - delta))) for
+    another (arXiv 2402.01306).
 
     For labelled completions; of ranked ones the best counts as desirable and the others as undesirable.
-    The KL is the mean log-ratio of completions put behind the next prompt of the micro-batch, over ranks, at least 0.
+    The KL is the mean log-ratio of completions put behind the next prompt of the micro-batch, over ranks, at least 0
+    and without gradient.
 
     Args:
-        desirable_weight: lambda of desirable completions; with n of each, the paper wants lambda_D n_D / (lambda_U n_U)
-            in [1, 4/3].
-        undesirable_weight: lambda of the others.
+        desirable_weight: >= 0, lambda of desirable completions; with n of each, the paper wants
+            lambda_D n_D / (lambda_U n_U) in [1, 4/3].
+        undesirable_weight: >= 0, lambda of the others.
     """
 
     compares_mismatched = True
 
     def __init__(self, desirable_weight: float = 1.0, undesirable_weight: float = 1.0) -> None:
-        if min(desirable_weight, undesirable_weight) < 0:
-            raise ValueError(f"KTO weights must be >= 0, got {desirable_weight} and {undesirable_weight}")
+        check_numbers(
+            "KTO",
+            desirable_weight=(desirable_weight, "[0, inf)"),
+            undesirable_weight=(undesirable_weight, "[0, inf)"),
+        )
         self.desirable_weight, self.undesirable_weight = desirable_weight, undesirable_weight
 
-    def total(self, sequences: Sequences, prompt_index: Tensor, rank: Tensor, beta: float, kl: Tensor) -> Tensor:
+    def losses(self, sequences: Sequences, desirable: Tensor, beta: float, kl: Tensor) -> Tensor:
+        """[N], one per completion, between 0 and its weight; ``desirable`` bool [N]; ``kl`` [] or [N]."""
+        lead = beta * (sequences.log_ratio - kl.detach().clamp(min=0))
+        good, bad = self.desirable_weight * torch.sigmoid(-lead), self.undesirable_weight * torch.sigmoid(lead)
+        return torch.where(desirable, good, bad)
+
+    def total(
+        self,
+        sequences: Sequences,
+        batch: PreferenceBatch | PolicyBatch,
+        pairs: Pairs,
+        beta: float,
+        kl: Tensor | None = None,
+    ) -> Tensor:
         """Mean over the completions of each example, summed over examples."""
+        assert kl is not None
+        prompt_index, rank = batch["prompt_index"], batch["rank"]
         counts = prompt_index.bincount()[prompt_index]
-        each = losses.kto_loss(
-            sequences.logps, sequences.ref_logps, rank == 0, kl, beta, self.desirable_weight, self.undesirable_weight
-        )
-        return (each / counts)[rank >= 0].sum()
+        return (self.losses(sequences, rank == 0, beta, kl) / counts)[rank >= 0].sum()
 
 
-def _means(sequences: Sequences) -> Sequences:
-    """Per token."""
-    return sequences._replace(
-        logps=sequences.logps / sequences.lengths, ref_logps=sequences.ref_logps / sequences.lengths
-    )
+class BradleyTerry:
+    """-log sigma(r_chosen - r_rejected - margin) + centering (r_chosen + r_rejected)^2, r the score of a reward model.
 
+    Source: InstructGPT, arXiv 2203.02155, eq. 1; the margin is Llama 2's, arXiv 2307.09288, eq. 2.
 
-def _noise(share: float) -> float:
-    if not 0 <= share < 0.5:
-        raise ValueError(f"label_smoothing must lie in [0, 0.5), got {share}")
-    return share
+    Args:
+        centering: >= 0; without it nothing ties the rewards of a prompt to 0 (arXiv 2312.09244, where it is 0.01).
+    """
 
+    def __init__(self, centering: float = 0.0) -> None:
+        check_numbers("BradleyTerry", centering=(centering, "[0, inf)"))
+        self.centering = centering
 
-def sequences_of(
-    objective: PreferenceObjective, logprobs: Tensor, ref_logprobs: Tensor | None, batch: PreferenceBatch | PolicyBatch
-) -> Sequences:
-    """Token log-probs [N, Tc] (the reference's may be missing) summed as the objective wants."""
-    weights, mask = objective.token_weights(batch), batch["completion_mask"]
-    reference = (
-        torch.zeros(len(weights), device=weights.device)
-        if ref_logprobs is None
-        else sequence_logprobs(ref_logprobs, weights)
-    )
-    return Sequences(
-        sequence_logprobs(logprobs, weights), reference, mask.sum(1).float(), sequence_logprobs(logprobs, mask)
-    )
+    def losses(self, chosen: Tensor, rejected: Tensor, margin: Tensor | None = None) -> Tensor:
+        """[M], one per pair, from the scores ``chosen`` and ``rejected`` [M]; ``margin`` [M], by how much the better
+        one should lead.
+        """
+        lead = chosen - rejected if margin is None else chosen - rejected - margin
+        return -logsigmoid(lead) + self.centering * (chosen + rejected).square()

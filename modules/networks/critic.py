@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
+from modules.checks import check_numbers
 from modules.networks.companion import companion
 from modules.networks.lora import (
     ADAPTERS,
@@ -28,26 +29,27 @@ VALUE = "value"  # name of the critic's adapters
 
 @dataclass(frozen=True)
 class Value:
-    """Where the critic comes from and how it learns. In the warm-up the scheduler goes on; ``gradient_clip_val`` bounds
-    the norm of both together.
+    """Where PPO's critic comes from and how it learns. TRL: ``value_model``, ``vf_coef``.
+
+    In the warm-up the scheduler goes on; ``gradient_clip_val`` bounds the norm of policy and critic together.
 
     Raises:
         ValueError: values out of range.
     """
 
-    model: str | None = (
-        # None = a head on the policy's own states; a folder or hub id = a model of its own, such as an exported reward
-        # model
-        None
-    )
+    # None = a head on the policy's own states; a folder or hub id = a model of its own, such as an exported reward model
+    model: str | None = None
     lr: float | None = None  # > 0, learning rate of the critic; None = the optimizer's
     warmup_phases: int = 0  # >= 0, first phases in which the critic alone learns
+    coef: float = 0.1  # >= 0, weight of the value loss
 
     def __post_init__(self) -> None:
-        if (self.lr is not None and self.lr <= 0) or self.warmup_phases < 0:
-            raise ValueError(
-                f"value: lr must be > 0 and warmup_phases at least 0, got {self.lr} and {self.warmup_phases}"
-            )
+        check_numbers(
+            "value",
+            lr=(self.lr, "(0, inf)"),
+            warmup_phases=(self.warmup_phases, "[0, inf)"),
+            coef=(self.coef, "[0, inf)"),
+        )
 
 
 class Critic(nn.Module):

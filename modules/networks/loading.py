@@ -118,6 +118,13 @@ def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
     return frozenset(int(i) for i in found if i is not None and i < model.config.vocab_size)
 
 
+def max_positions(config: PreTrainedConfig) -> int | None:
+    """Tokens that the model has positions for; None in architectures whose positions are neither learned nor rotary."""
+    name = config.attribute_map.get("max_position_embeddings", "max_position_embeddings")
+    positions: int | None = config.to_dict().get(name)
+    return positions
+
+
 def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """First special token after an assistant's words in the chat template; None without a template or such a token."""
     if tokenizer.chat_template is None:

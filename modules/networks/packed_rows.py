@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from modules.modes import evaluating
+
 PROBE = ((3, 1, 4, 1, 5), (10, 8, 11, 8, 12), (9, 2, 6))  # two documents that may stand first, and the one behind them
 
 
@@ -27,16 +29,12 @@ def check_packing(path: str, model: PreTrainedModel, logprobs: Callable[[Tensor,
         path: names the model.
         logprobs: ids and position ids, int [1, T] -> log-probabilities [1, T] of all tokens.
     """
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
     first, other, second = PROBE
-    with torch.autocast(model.device.type, enabled=flattens(model)):
+    with evaluating(model), torch.autocast(model.device.type, enabled=flattens(model)):
         found = [
             logprobs(*_row(documents, model))[0, -len(second) :]
             for documents in ((first, second), (other, second), (second,))
         ]
-    for module, training in modes.items():
-        module.training = training
     leak, shift = (float((found[0] - moved).abs().max()) for moved in found[1:])
     if not (leak <= 1e-5 and shift <= (0.1 if flattens(model) else 1e-3)):
         raise ValueError(

@@ -14,7 +14,8 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from modules.functional.logprobs import mean_logprobs, token_entropies, token_logprobs
-from modules.networks.loading import check_supported, load, remove_dropout, stop_token_ids
+from modules.modes import evaluating
+from modules.networks.loading import check_supported, load, max_positions, remove_dropout, stop_token_ids
 from modules.networks.lora import Lora, add_adapters, merged
 from modules.networks.packed_rows import check_packing, flattens
 from modules.types import ALPACA_PROMPT, PolicyBatch, PreferenceBatch
@@ -54,6 +55,7 @@ class Policy(nn.Module):
         model: the Hugging Face model, fp32.
         tokenizer: its tokenizer; a missing pad token is set to the eos token (masks never look at it).
         stop_token_ids: the eos tokens and the chat template's end-of-turn token.
+        max_positions: tokens that the model has positions for; None = no limit.
 
     Raises:
         ValueError: the path is none of the four kinds, the tokenizer is larger than the model's vocabulary, or the
@@ -73,6 +75,7 @@ class Policy(nn.Module):
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         self.stop_token_ids = stop_token_ids(self.model, self.tokenizer)
+        self.max_positions = max_positions(self.model.config)
         check_supported(path, self.model, self.tokenizer)
         self.check_scores()
         self.packing_checked = False  # until the first packed rows
@@ -92,23 +95,18 @@ class Policy(nn.Module):
         """ValueError where our log-probabilities of two short rows differ from those of the model's own forward by over
         1e-3 nats.
         """
-        modes = {module: module.training for module in self.model.modules()}
-        self.model.eval()
-        for tokens in PROBE:
-            ids = torch.tensor([tokens]) % self.model.config.vocab_size
-            padded = nn.functional.pad(ids, (0, 2))
-            mine = self.token_scores(padded, torch.arange(padded.shape[1])[None] < len(tokens)).logprobs[
-                :, 1 : len(tokens)
-            ]
-            gap = float((mine - token_logprobs(self.model(ids).logits[:, :-1], ids[:, 1:])).abs().max())
-            if not gap <= 1e-3:
-                raise ValueError(
-                    f"policy: '{self.path}' ({self.model.config.model_type}) makes its logits in a way that is not "
-                    "supported yet: "
-                    f"log-probabilities from its hidden states are off by {gap:.3g} nats"
-                )
-        for module, training in modes.items():
-            module.training = training
+        with evaluating(self.model):
+            for tokens in PROBE:
+                ids = torch.tensor([tokens]) % self.model.config.vocab_size
+                padded = nn.functional.pad(ids, (0, 2))
+                mask = torch.arange(padded.shape[1])[None] < len(tokens)
+                mine = self.token_scores(padded, mask).logprobs[:, 1 : len(tokens)]
+                gap = float((mine - token_logprobs(self.model(ids).logits[:, :-1], ids[:, 1:])).abs().max())
+                if not gap <= 1e-3:
+                    raise ValueError(
+                        f"policy: '{self.path}' ({self.model.config.model_type}) makes its logits in a way that is not "
+                        f"supported yet: log-probabilities from its hidden states are off by {gap:.3g} nats"
+                    )
 
     def token_scores(
         self,

@@ -7,15 +7,17 @@ from typing import Any
 
 import torch
 
-from modules.base import AlignmentModule
+from modules.networks.policy import Policy
+from modules.predict.base import PredictModule
 from modules.predict.categories import knowledge_category, matches
 from modules.rollout.engine import RolloutEngine, Sampling
 from modules.rollout.in_process import InProcessEngine
 from modules.rollout.scoring import sampling_seed
+from modules.seeds import run_seed
 from modules.types import KNOWLEDGE_CATEGORIES, PromptBatch
 
 
-class KnowledgeModule(AlignmentModule):
+class KnowledgeModule(PredictModule):
     """Asks for each fact with several few-shot prompts, once greedily and ``num_samples`` times sampled, and sorts it
     into HighlyKnown, MaybeKnown, WeaklyKnown or Unknown. For ``predict`` alone.
 
@@ -29,14 +31,16 @@ class KnowledgeModule(AlignmentModule):
         temperature: of the samples, > 0.
         max_completion_length: tokens of an answer, the line end included.
         engine: what samples; default the policy itself, in this process.
-        seed: of the sampling.
+        seed: of the sampling; None = the run's.
 
     Attributes:
         done: uids of facts that are sorted already and are not asked again; a writer that resumes fills it.
-        labelled: of the last batch, a record per fact that was asked: ``row`` (its place in the data), ``uid`` and
+        record: ``labels`` holds an entry per fact that was asked: ``row`` (its place in the data), ``uid`` and
             ``label``: the row's own columns, ``knowledge`` (the category), ``p_greedy`` and ``p_sampled`` (shares of
-                right answers, [0, 1]).
+            right answers, [0, 1]).
     """
+
+    reads = "FactsDataModule"
 
     def __init__(
         self,
@@ -45,26 +49,31 @@ class KnowledgeModule(AlignmentModule):
         temperature: float = 0.5,
         max_completion_length: int = 32,
         engine: RolloutEngine | None = None,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
-        super().__init__(policy, torch.optim.SGD, dropout=False)
+        super().__init__()
         if num_samples < 1 or temperature <= 0:
             raise ValueError(
                 f"num_samples must be at least 1 and temperature above 0, got {num_samples} and {temperature}"
             )
-        self.num_samples, self.seed = num_samples, seed
+        self.policy = Policy(policy, dropout=False)
+        self.num_samples, self.seed = num_samples, run_seed(seed)
         self.sampling = Sampling(temperature=temperature, max_completion_length=max_completion_length, stop=("\n",))
         self.engine = engine or InProcessEngine()
         self.done: set[str] = set()
-        self.labelled: list[dict[str, Any]] = []
+
+    @property
+    def tokenizer(self) -> Any:
+        """The policy's tokenizer, which the DataModule is given."""
+        return self.policy.tokenizer
 
     def predict_step(self, prompts: PromptBatch, batch_idx: int) -> None:
-        """Leaves the records of the batch in ``labelled``. Raises ValueError for prompts that are not those of facts."""
+        """Leave the labels of the batch in ``record.labels``. Raises ValueError for prompts that are not those of facts."""
         bare = [uid for uid, info in zip(prompts["uid"], prompts["info"], strict=True) if "fact" not in info]
         if bare:
             raise ValueError(f"{bare[0]}: a prompt that asks for no fact; set data to FactsDataModule")
         wanted = [index for index, info in enumerate(prompts["info"]) if info["fact"] not in self.done]
-        self.labelled = []
+        self.record.labels = []
         if not wanted:
             return
         self.engine.sync_weights(self.policy, self.global_step)
@@ -79,7 +88,7 @@ class KnowledgeModule(AlignmentModule):
                 name: round(float(right.float().mean()), 6)
                 for name, right in zip(("p_greedy", "p_sampled"), mine, strict=True)
             }
-            self.labelled.append(
+            self.record.labels.append(
                 {
                     "row": info["row"],
                     "uid": uid,
@@ -120,7 +129,7 @@ class KnowledgeModule(AlignmentModule):
             weights.update(name.encode())
             weights.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
         return {
-            **super().identity(),
+            "method": type(self).__name__,
             "weights": weights.hexdigest(),
             "sampling": str(self.sampling),
             "samples": self.num_samples,

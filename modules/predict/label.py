@@ -7,10 +7,8 @@ from collections import Counter
 from itertools import combinations
 from typing import Any, Protocol, cast, runtime_checkable
 
-import torch
-
-from modules.base import AlignmentModule
-from modules.rewards.chat.judge import Comparison, PairwiseJudge, tally, tally_metrics
+from modules.predict.base import PredictModule
+from modules.rewards.chat.judge import JudgedPair, PairwiseJudge, tally, tally_metrics
 from modules.rewards.chat.protocol import ChatClient
 from modules.rollout.scoring import make_rollouts
 from modules.types import Completion, PromptBatch, Reward
@@ -23,37 +21,36 @@ class AsksClient(Protocol):
     client: ChatClient
 
 
-class LabelModule(AlignmentModule):
+class LabelModule(PredictModule):
     """Ranks the candidates of each prompt (RLAIF, arXiv 2309.00267; or a rule that stands for the people who judge).
     For ``predict`` alone.
 
     A ``PairwiseJudge`` compares every two candidates, in both orders (MT-Bench, arXiv 2306.05685), and they are ranked
     by their mean share of wins, a tie counting half. Any other reward scores each candidate once, as a completion that
     ended by itself, by text and without tokens; one that checks an answer reads the row's ``answer``. Where a single
-    comparison or score of a row is invalid, the row is, since its scores would not compare. Nothing is sampled from the
-    policy; only its tokenizer is used.
+    comparison or score of a row is invalid, the row is, since its scores would not compare.
 
     Args:
         judge: compares two answers, or scores one.
-        policy: whose tokenizer the data get; the built-in one will do.
 
     Attributes:
         done: uids that are labelled already and are not judged again; a writer that resumes fills it.
-        labelled: of the last batch, a record per row that was judged: ``row`` (its place in the data), ``uid``,
-            ``given`` (the data's own label), ``counts`` of its comparisons, and ``label``, None when invalid: ``uid``,
+        record: ``labels`` holds an entry per row that was judged: ``row`` (its place in the data), ``uid``, ``given``
+            (the data's own label), ``counts`` of its comparisons, and ``label``, None when invalid: ``uid``,
             ``prompt``, ``completions``, ``ranks`` (0 = best, equal for equal scores) and ``scores`` (mean share of
             wins, [0, 1], or what the reward gave).
     """
 
-    def __init__(self, judge: Reward, policy: str = "tiny") -> None:
-        super().__init__(policy, torch.optim.SGD, dropout=False)
+    reads = "CandidatesDataModule"
+
+    def __init__(self, judge: Reward) -> None:
+        super().__init__()
         self.judge = judge
         self.done: set[str] = set()
-        self.labelled: list[dict[str, Any]] = []
 
     def predict_step(self, prompts: PromptBatch, batch_idx: int) -> None:
-        """Leaves the records of the batch in ``labelled``. Raises ValueError for prompts without candidates, and see
-        the judge.
+        """Leave the labels of the batch in ``record.labels``. Raises ValueError for prompts without candidates, and
+        see the judge.
         """
         bare = [uid for uid, info in zip(prompts["uid"], prompts["info"], strict=True) if "candidates" not in info]
         if bare:
@@ -64,12 +61,13 @@ class LabelModule(AlignmentModule):
             {name: [column[index] for index in rows] for name, column in cast(dict[str, list[Any]], prompts).items()},
         )
         judged = self.compared(asked, self.judge) if isinstance(self.judge, PairwiseJudge) else self.scored(asked)
-        self.labelled = []
+        self.record.labels = []
         for uid, prompt, info, (scores, counts) in zip(
             asked["uid"], asked["prompt"], asked["info"], judged, strict=True
         ):
-            label = preference_row(uid, prompt, info["candidates"], scores)
-            self.labelled.append(
+            columns = info.get("columns") or {"prompt": prompt, "completions": info["candidates"]}
+            label = preference_row(uid, columns, scores)
+            self.record.labels.append(
                 {"row": info["row"], "uid": uid, "given": info["given"], "counts": counts, "label": label}
             )
 
@@ -102,8 +100,8 @@ class LabelModule(AlignmentModule):
         return self.judge.client.report() if isinstance(self.judge, AsksClient) else {}
 
     def summary(self, records: list[dict[str, Any]]) -> dict[str, float]:
-        """Numbers of labelled rows: see ``summary`` below."""
-        return summary(records)
+        """Numbers of labelled rows: see ``summarise_labels``."""
+        return summarise_labels(records)
 
     def identity(self) -> dict[str, str | int]:
         """What determines the labels: a file begun with another judge is not gone on with."""
@@ -113,10 +111,10 @@ class LabelModule(AlignmentModule):
                 "template": self.judge.template,
                 "both_orders": self.judge.both_orders,
             }
-        return {"judge": described(self.judge)}
+        return {"judge": describe_judge(self.judge)}
 
 
-def shares_of_wins(num_candidates: int, comparisons: list[Comparison]) -> list[float] | None:
+def shares_of_wins(num_candidates: int, comparisons: list[JudgedPair]) -> list[float] | None:
     """Mean share of wins of each of K candidates from their comparisons in the order of ``itertools.combinations``;
     None when one is invalid.
 
@@ -131,17 +129,17 @@ def shares_of_wins(num_candidates: int, comparisons: list[Comparison]) -> list[f
     return [won / (num_candidates - 1) for won in wins]
 
 
-def preference_row(uid: str, prompt: str, completions: list[str], scores: list[float] | None) -> dict[str, Any] | None:
-    """K completions with their scores as a row with ranks, 0 = best: scores [1, 0.25, 0.25] are ranks [0, 1, 1]. None
-    without scores.
+def preference_row(uid: str, columns: dict[str, Any], scores: list[float] | None) -> dict[str, Any] | None:
+    """A prompt and K completions (``columns``) with their scores as a row with ranks, 0 = best: scores [1, 0.25, 0.25]
+    are ranks [0, 1, 1]. None without scores.
     """
     if scores is None:
         return None
     ranks = [sum(other > mine for other in scores) for mine in scores]
-    return {"uid": uid, "prompt": prompt, "completions": completions, "ranks": ranks, "scores": scores}
+    return {"uid": uid, **columns, "ranks": ranks, "scores": scores}
 
 
-def described(value: Any) -> str:
+def describe_judge(value: Any) -> str:
     """A reward by its class and what it was made with, the same in every run."""
     if isinstance(value, ChatClient):
         return value.identity
@@ -151,14 +149,14 @@ def described(value: Any) -> str:
             for name, part in vars(value).items()
             if not name.startswith("_") and not isinstance(part, Counter)
         }  # no counts so far
-        parts = (f"{name}={described(part)}" for name, part in kept.items())
+        parts = (f"{name}={describe_judge(part)}" for name, part in kept.items())
         return f"{type(value).__name__}({', '.join(parts)})"
     if isinstance(value, list):
-        return f"[{', '.join(map(described, value))}]"
+        return f"[{', '.join(map(describe_judge, value))}]"
     return value.pattern if isinstance(value, re.Pattern) else repr(value)
 
 
-def summary(records: list[dict[str, Any]]) -> dict[str, float]:
+def summarise_labels(records: list[dict[str, Any]]) -> dict[str, float]:
     """``rows`` (labelled), ``ties`` (rows whose completions are all equal), ``invalid`` (rows), the judge's
     ``position_bias`` and ``consistency``, and where the data have labels: ``agreement`` = share of the ``given``
     labelled rows with that very label, ties too.

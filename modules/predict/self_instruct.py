@@ -10,11 +10,10 @@ from collections import Counter
 from random import Random
 from typing import TypedDict
 
-import torch
-
-from modules.base import AlignmentModule
+from modules.predict.base import PredictModule
 from modules.predict.instruction_filter import REASONS, InstructionPool
 from modules.rewards.chat.protocol import ChatClient, Conversation
+from modules.seeds import run_seed
 from modules.types import PromptBatch
 
 LIST_LENGTH = 20  # tasks of a whole list, the examples included
@@ -55,7 +54,7 @@ class Round(TypedDict):
     usage: dict[str, float]  # of the client: tries, tokens, cost
 
 
-class SelfInstructModule(AlignmentModule):
+class SelfInstructModule(PredictModule):
     """Asks for lists of new tasks until enough are kept. For ``predict`` alone and on one process: the filter takes one
     task after another.
 
@@ -72,8 +71,7 @@ class SelfInstructModule(AlignmentModule):
         max_similarity: ROUGE-L F1 to any seed or kept instruction above which a new one is refused, [0, 1].
         requests_per_round: asked at once; what is lost at most when a run is killed.
         patience: requests in a row (whole rounds) that bring nothing new, after which it stops.
-        seed: of the examples.
-        policy: whose tokenizer the data get; the built-in one will do.
+        seed: of the examples; None = the run's.
 
     Attributes:
         rounds: what each round brought, from the first on; a writer that resumes fills it.
@@ -85,6 +83,8 @@ class SelfInstructModule(AlignmentModule):
             shown, and see the client.
     """
 
+    reads = "SeedTasksDataModule"
+
     def __init__(
         self,
         client: ChatClient,
@@ -93,8 +93,7 @@ class SelfInstructModule(AlignmentModule):
         max_similarity: float = 0.7,
         requests_per_round: int = 8,
         patience: int = 40,
-        seed: int = 0,
-        policy: str = "tiny",
+        seed: int | None = None,
     ) -> None:
         if min(num_instructions, requests_per_round, patience) < 1:
             raise ValueError(
@@ -107,14 +106,14 @@ class SelfInstructModule(AlignmentModule):
                 f"{num_in_context}"
             )
         InstructionPool([], max_similarity)  # refuses a wrong threshold or a missing package
-        super().__init__(policy, torch.optim.SGD, dropout=False)
+        super().__init__()
         self.client, self.num_instructions, self.num_in_context, self.max_similarity = (
             client,
             num_instructions,
             num_in_context,
             max_similarity,
         )
-        self.requests_per_round, self.patience, self.seed = requests_per_round, patience, seed
+        self.requests_per_round, self.patience, self.seed = requests_per_round, patience, run_seed(seed)
         self.rounds: list[Round] = []
         self.fruitless = 0
         self._pool: InstructionPool | None = None  # of the seeds and ``rounds``
@@ -157,7 +156,7 @@ class SelfInstructModule(AlignmentModule):
         answers = self.client.complete(
             [self.conversation(seeds, asked + place) for place in range(self.requests_per_round)]
         )
-        accepted, rejected = keep([answer for answer in answers if answer is not None], self._pool)
+        accepted, rejected = keep_new_tasks([answer for answer in answers if answer is not None], self._pool)
         usage = {name: value - before.get(name, 0.0) for name, value in self.client.report().items()}
         self.fruitless = 0 if accepted else self.fruitless + len(answers)
         self.rounds.append(Round(requests=len(answers), accepted=accepted, rejected=dict(rejected), usage=usage))
@@ -166,7 +165,7 @@ class SelfInstructModule(AlignmentModule):
         """The request of this number."""
         drawn = Random(f"{self.seed} {number}").sample(range(len(seeds["prompt"])), self.num_in_context)
         shown = [
-            written(place, seeds["prompt"][row], seeds["info"][row]["input"], seeds["answer"][row] or "")
+            write_task(place, seeds["prompt"][row], seeds["info"][row]["input"], seeds["answer"][row] or "")
             for place, row in enumerate(drawn, start=1)
         ]
         examples = "\n".join(["###", *shown])
@@ -200,7 +199,7 @@ class SelfInstructModule(AlignmentModule):
         }
 
 
-def keep(answers: list[str], pool: InstructionPool) -> tuple[list[Task], Counter[str]]:
+def keep_new_tasks(answers: list[str], pool: InstructionPool) -> tuple[list[Task], Counter[str]]:
     """The tasks of the answers that the filter keeps, which are added to the pool, and the others by reason."""
     accepted: list[Task] = []
     rejected: Counter[str] = Counter()
@@ -239,7 +238,7 @@ def read_list(answer: str) -> tuple[list[tuple[str, str, str]], Counter[str]]:
     return tasks, unusable
 
 
-def written(number: int, instruction: str, given: str, output: str) -> str:
+def write_task(number: int, instruction: str, given: str, output: str) -> str:
     """A task as the list shows it."""
     lines = (
         f"{number}. Instruction: {' '.join(instruction.split())}",

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 
-from modules.rewards.weighted_sum import compile_pattern
+from modules.rewards.answers import compile_pattern
 from modules.types import Reward, Rollout
 
 # Any text without one of the four tags, so that each tag can occur once only. Possessive (++, *+): linear time on any

@@ -6,6 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from modules.networks.loading import max_positions
 from modules.networks.policy import Policy
 from modules.rewards.scorers import Scorer, last_states, load_scorer, read_config, row_of, shared_scorer
 from modules.types import Reward, Rollout
@@ -101,7 +102,7 @@ class LearnedReward(Reward):
     def _score(self, scorer: Scorer, rows: list[tuple[int, ...]]) -> Tensor:
         """Normalised scores [N, heads] of rows of tokens, each distinct row computed once."""
         distinct = sorted(dict.fromkeys(rows), key=len)
-        positions = getattr(scorer.model.config, "max_position_embeddings", None)
+        positions = max_positions(scorer.model.config)
         if positions is not None and len(distinct[-1]) > positions:
             raise ValueError(
                 f"LearnedReward: a row of {len(distinct[-1])} tokens is longer than the {positions} positions of its "

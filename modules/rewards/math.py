@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 
-from modules.rewards.weighted_sum import compile_extractor, final_answer, final_text
+from modules.rewards.answers import compile_extractor, final_answer, final_text
 from modules.rewards.workers.line_worker import LineWorker
 from modules.types import Reward, Rollout
 

@@ -28,6 +28,10 @@ class SampledPolicy(Protocol):
     def stop_token_ids(self) -> frozenset[int]:
         """Tokens that end a completion (end of sequence, end of turn)."""
 
+    @property
+    def max_positions(self) -> int | None:
+        """Tokens that the model has positions for; None = no limit."""
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -107,10 +111,7 @@ def check_request(
     empty = [index for index, prompt in enumerate(prompts) if not prompt]
     if empty:
         problems.append(f"prompts {empty[:8]} have no tokens; start them with a token such as bos")
-    config = policy.model.config
-    # Absent in architectures whose positions are neither learned nor rotary.
-    limit = config.to_dict().get(config.attribute_map.get("max_position_embeddings", "max_position_embeddings"))
-    longest = max(map(len, prompts), default=0)
+    longest, limit = max(map(len, prompts), default=0), policy.max_positions
     if limit is not None and longest + sampling.max_completion_length > limit:
         problems.append(
             f"the longest prompt ({longest} tokens) and max_completion_length ({sampling.max_completion_length}) make "

@@ -9,6 +9,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from modules.modes import evaluating
 from modules.rollout.continuous import ContinuousBatch
 from modules.rollout.decode import supports
 from modules.rollout.engine import RolloutEngine, SampledPolicy, Sampling, check_request
@@ -97,19 +98,13 @@ def run_continuous(
 
 @contextmanager
 def sampling_mode(model: PreTrainedModel) -> Iterator[None]:
-    """Evaluation mode, no gradients, no autocast; every module's own mode is restored.
+    """Evaluation mode, no gradients, no autocast.
 
     Not inference mode: an architecture that keeps tensors between forwards (a growing rotary table) could not train
     with them.
     """
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.no_grad(), torch.autocast(model.device.type, enabled=False):
-            yield
-    finally:
-        for module in training:
-            module.training = True
+    with evaluating(model), torch.no_grad(), torch.autocast(model.device.type, enabled=False):
+        yield
 
 
 def parity_gap(policy: SampledPolicy) -> float:

@@ -4,7 +4,6 @@ outcomes at once.
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,21 +12,7 @@ from torch import Tensor
 from modules.distributed import from_all_ranks
 from modules.functional.advantages import zero_std_fraction
 from modules.functional.diagnostics import pass_at_k
-from modules.types import Reward, Rollout
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What metrics need of a rollout; small, so that it can be gathered from all ranks."""
-
-    uid: str  # outcomes of one prompt instance share it
-    reward: float | None  # None = unscorable
-    rewards: dict[str, float | None]
-    length: int  # tokens of the completion, the end token included
-    stopped: bool  # ended by itself
-    entropy: float | None  # nats per token
-    right: bool | None = None  # None = not asked or unscorable
-    kl: float | None = None  # nats, sum over the completion; None = no reference
+from modules.types import Outcome, Reward, Rollout
 
 
 def outcomes(rollouts: Sequence[Rollout], accuracy: Reward | None = None) -> list[Outcome]:
@@ -49,8 +34,9 @@ def outcomes(rollouts: Sequence[Rollout], accuracy: Reward | None = None) -> lis
 
 
 def rollout_metrics(found: Sequence[Outcome]) -> dict[str, float]:
-    """Rewards, lengths in tokens, entropy in nats per token, KL in nats per completion; unscorable completions are
-    counted and otherwise left out.
+    """Prompts, rewards, lengths in tokens, entropy in nats per token, KL in nats per completion.
+
+    Unscorable completions are counted and otherwise left out.
     """
     rewards = column(outcome.reward for outcome in found)
     lengths = column(outcome.length for outcome in found)
@@ -58,6 +44,7 @@ def rollout_metrics(found: Sequence[Outcome]) -> dict[str, float]:
     numbers = {uid: number for number, uid in enumerate(dict.fromkeys(outcome.uid for outcome in found))}
     group = torch.tensor([numbers[outcome.uid] for outcome in found])
     metrics = {
+        "num_prompts": float(len(numbers)),
         "reward": mean(rewards),
         "reward_std": mean(column(std(rewards[group == g]) for g in group.unique())),
         "frac_reward_zero_std": float(zero_std_fraction(rewards, group)),

@@ -10,7 +10,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import DataLoader
 
-from modules.types import Completion, Rollout
+from modules.types import Completion, Record, Rollout
 
 
 def make_rollout(
@@ -35,14 +35,14 @@ class Scripted(LightningModule):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(1))
         self.phases = phases
-        self.rollouts: list[Rollout] = []
+        self.record = Record()
 
     def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
-        self.rollouts = self.phases[self.trainer.current_epoch]
+        self.record.rollouts = self.phases[self.trainer.current_epoch]
         return (self.weight * batch).sum()
 
     def on_train_epoch_end(self) -> None:
-        self.rollouts = []
+        self.record.rollouts = []
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.1)

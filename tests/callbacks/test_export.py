@@ -36,6 +36,13 @@ class Tuned(LightningModule):
         super().__init__()
         self.policy, self.diverges = Holder(fails), diverges
 
+    def prepare_export(self) -> None:
+        self.prepared = True
+
+    def save_pretrained(self, folder: Path) -> None:
+        assert self.prepared
+        self.policy.save_pretrained(folder)
+
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         if self.diverges:
             raise FloatingPointError("diverged")

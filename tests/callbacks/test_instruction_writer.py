@@ -56,7 +56,7 @@ def grow(
     **settings: Any,
 ) -> None:
     module = SelfInstructModule(client, num, **{"requests_per_round": 2, **settings})
-    data = SeedTasksDataModule(tiny_tokenizer(), str(seeds(file.parent, rows) if file.parent.is_dir() else file))
+    data = SeedTasksDataModule(str(seeds(file.parent, rows) if file.parent.is_dir() else file))
     options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, **(options or {})}
     Trainer(accelerator="cpu", devices=1, callbacks=[InstructionWriter(str(file))], **options).predict(module, data)
 

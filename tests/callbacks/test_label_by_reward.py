@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from datamodules.formats.preference_columns import preference_example
 from lightning.pytorch import Trainer
 
 from callbacks.writers.preference_writer import PreferenceWriter
-from datamodules.formats.preference_columns import preference_example
 from datamodules.predict.candidates import CandidatesDataModule
 from datamodules.sources import Files
 from modules import RewardModule
 from modules.networks.tiny import tiny_tokenizer
-from modules.predict.label import LabelModule, described
+from modules.predict.label import LabelModule, describe_judge
 from modules.rewards import ExactMatch, HttpChat, LearnedReward, RubricJudge, WeightedSum
 from modules.types import Completion, Reward, Rollout
 
@@ -32,7 +32,7 @@ def label(
     file: Path, judge: Reward, rows: list[dict[str, Any]] = ROWS, batch_size: int = 3
 ) -> tuple[list[dict[str, Any]], dict[str, float]]:
     (file.parent / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    data = CandidatesDataModule(tiny_tokenizer(), str(file.parent / "in.jsonl"), batch_size=batch_size)
+    data = CandidatesDataModule(str(file.parent / "in.jsonl"), batch_size=batch_size)
     quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     Trainer(accelerator="cpu", devices=1, callbacks=[PreferenceWriter(str(file))], **quiet).predict(
         LabelModule(judge), data
@@ -113,9 +113,11 @@ def test_a_stopped_run_goes_on_with_the_same_rule_alone(tmp_path: Path) -> None:
 
 
 def test_a_reward_is_described_by_what_it_was_made_with() -> None:
-    assert described(GOLD) == r"ExactMatch(name='exact_match', pattern=(\d+)\.*)"
+    assert describe_judge(GOLD) == r"ExactMatch(name='exact_match', pattern=(\d+)\.*)"
     both = [WeightedSum([GOLD], [weight]) for weight in (0.5, 1.0)]
-    assert described(both[0]) == f"WeightedSum(name='weighted_sum', rewards=[{described(GOLD)}], weights=[0.5])"
+    assert (
+        describe_judge(both[0]) == f"WeightedSum(name='weighted_sum', rewards=[{describe_judge(GOLD)}], weights=[0.5])"
+    )
     judges = [RubricJudge(HttpChat("http://127.0.0.1:9/v1", "m"), rubric) for rubric in ("short", "kind", "short")]
     judges[2].counts["scored"] += 1
-    assert described(judges[0]) == described(judges[2]) != described(judges[1])
+    assert describe_judge(judges[0]) == describe_judge(judges[2]) != describe_judge(judges[1])

@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch.utils.data import DataLoader
 
 from callbacks import PredictionWriter
-from modules.types import Rollout
+from modules.types import Record, Rollout
 
 
 class Sampler(LightningModule):
@@ -18,13 +18,13 @@ class Sampler(LightningModule):
 
     def __init__(self, batches: list[list[Rollout] | None]) -> None:
         super().__init__()
-        self.batches, self.rollouts = batches, []
+        self.batches, self.record = batches, Record()
 
     def predict_step(self, batch: torch.Tensor, batch_idx: int) -> None:
         found = self.batches[batch_idx]
         if found is None:
             raise RuntimeError("killed")
-        self.rollouts = found
+        self.record.rollouts = found
 
 
 def predict(path: Path, batches: list[list[Rollout] | None], **options: Any) -> None:

@@ -16,8 +16,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
-from callbacks.preference_audit import PreferenceAudit, reliability, smells_of_length, summary, table
-from modules.types import ScoredPair
+from callbacks.preference_audit import PreferenceAudit, reliability, smells_of_length, summarise, table
+from modules.types import Record, ScoredPair
 
 pytestmark = pytest.mark.filterwarnings("ignore:audit")
 
@@ -36,7 +36,7 @@ class Scorer(LightningModule):
         self.weight = torch.nn.Parameter(torch.zeros(1))
         self.frozen = torch.nn.Dropout().eval()
         self.dropout = torch.nn.Dropout(1.0)  # kills the score in training mode
-        self.scored_pairs: list[ScoredPair] = []
+        self.record = Record()
         self.num_scored = 0
         self.logged: list[bool] = []  # whether each validation logged a report
 
@@ -56,7 +56,7 @@ class Scorer(LightningModule):
         return -self.weight.sum()
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
-        self.scored_pairs = self.score_pairs(batch)
+        self.record.pairs = self.score_pairs(batch)
 
     def on_validation_end(self) -> None:
         self.logged.append("val/audit/accuracy" in self.trainer.callback_metrics)
@@ -232,7 +232,7 @@ def test_the_warning_is_for_scores_that_are_length() -> None:
     assert not smells_of_length(healthy | {"score_length_pearson_within_prompt": -0.9})
     assert smells_of_length(healthy | {"longer_wins": 0.71})
     assert not smells_of_length({"accuracy": 0.7, "longer_wins": 0.6})
-    assert "(chosen shorter unknown, longer unknown)" in summary(healthy)
+    assert "(chosen shorter unknown, longer unknown)" in summarise(healthy)
 
 
 def test_the_warning_is_given_once(tmp_path: Path) -> None:

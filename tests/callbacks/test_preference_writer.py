@@ -14,18 +14,17 @@ from typing import Any
 
 import pytest
 import yaml
+from datamodules.formats.preference_columns import preference_example
 from lightning.pytorch import Trainer
 
 from callbacks.writers.preference_writer import PreferenceWriter
-from datamodules.formats.preference_columns import preference_example
 from datamodules.predict.candidates import CandidatesDataModule
 from datamodules.sources import Files
 from modules import SFTModule
 from modules.__main__ import main
-from modules.networks.tiny import tiny_tokenizer
-from modules.predict.label import LabelModule, shares_of_wins, summary
+from modules.predict.label import LabelModule, shares_of_wins, summarise_labels
 from modules.rewards.chat.clients import HttpChat, LocalChat
-from modules.rewards.chat.judge import Comparison, PairwiseJudge
+from modules.rewards.chat.judge import JudgedPair, PairwiseJudge
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT.parent / "shared" / "data"
@@ -42,7 +41,7 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
 
 
 def label(file: Path, rows: Path, client: Any, batch_size: int = 2, **options: Any) -> None:
-    data = CandidatesDataModule(tiny_tokenizer(), str(rows), batch_size=batch_size)
+    data = CandidatesDataModule(str(rows), batch_size=batch_size)
     options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, **options}
     Trainer(accelerator="cpu", devices=1, callbacks=[PreferenceWriter(str(file))], **options).predict(
         LabelModule(PairwiseJudge(client)), data
@@ -108,7 +107,7 @@ def test_more_than_two_candidates_are_all_compared(tmp_path: Path, chat_server: 
     # wins: bbb 3 of 3; aa and cc one tie and one win, 1.5 of 3; the empty one none
     assert (row["scores"], row["ranks"]) == ([0.5, 1.0, 0.5, 0.0], [1, 0, 1, 3])
     assert len(server.requests) == 2 * 6  # C(4, 2) pairs in both orders
-    assert shares_of_wins(3, [Comparison(1.0), Comparison(None), Comparison(0.0)]) is None
+    assert shares_of_wins(3, [JudgedPair(1.0), JudgedPair(None), JudgedPair(0.0)]) is None
 
 
 def test_a_run_that_stopped_goes_on_and_asks_nothing_twice(
@@ -345,7 +344,7 @@ def test_a_killed_process_goes_on(tmp_path: Path, chat_server: Any, rules: Any, 
         (["--model.judge.template", "{prompt}"], "error: PairwiseJudge: the template has the fields"),
         (
             ["--data", "VerifiableDataModule"],
-            "a prompt without candidates to compare; set data to CandidatesDataModule",
+            "VerifiableDataModule needs a tokenizer and LabelModule has none; set data to CandidatesDataModule",
         ),
     ],
 )
@@ -370,4 +369,4 @@ def test_nothing_to_fit(tmp_path: Path, capsys: Any) -> None:
 
 def test_summary_of_nothing_given() -> None:
     records = [{"row": 0, "uid": "u", "given": None, "counts": {"comparisons": 1, "invalid": 1}, "label": None}]
-    assert summary(records) == {"comparisons": 1, "rows": 0, "ties": 0, "invalid": 1}
+    assert summarise_labels(records) == {"comparisons": 1, "rows": 0, "ties": 0, "invalid": 1}

@@ -14,8 +14,8 @@ from matplotlib.text import Text as Drawn
 from callbacks.token_picture import (
     MAX_TOKENS,
     WIDTH,
+    PictureRow,
     Piece,
-    Row,
     TokenPicture,
     as_text,
     draw,
@@ -40,9 +40,9 @@ class Chats(Source):
         return [SourceRow({"messages": CHAT}, f"chats:{place}", "chats") for place in range(4)]
 
 
-def row(prompt: str, answer: str, starts: tuple[int, ...] = (0,)) -> Row:
+def row(prompt: str, answer: str, starts: tuple[int, ...] = (0,)) -> PictureRow:
     before, learned = (TOKENIZER(text, add_special_tokens=False).input_ids for text in (prompt, answer))
-    return Row(before + learned, [False] * len(before) + [True] * len(learned), list(starts))
+    return PictureRow(before + learned, [False] * len(before) + [True] * len(learned), list(starts))
 
 
 def text(pieces: list[Piece], kind: str) -> str:
@@ -97,8 +97,8 @@ def test_rows_come_from_the_masks() -> None:
         "loss_mask": torch.tensor([[0, 1, 0, 0, 1, 0], [0, 0, 0, 0, 0, 0]]).bool(),
     }
     first, second = rows_of(batch)
-    assert first == Row([5, 6, 7, 8, 9], [False, True, False, False, True], [0])
-    assert second == Row([5, 0, 6], [False] * 3, [0])
+    assert first == PictureRow([5, 6, 7, 8, 9], [False, True, False, False, True], [0])
+    assert second == PictureRow([5, 0, 6], [False] * 3, [0])
     packed, _ = rows_of({**batch, "position_ids": torch.tensor([[0, 1, 0, 1, 2, 0], [0, 1, 2, 0, 0, 0]])})
     assert packed.starts == [0, 2]  # not 5, which is padding
 
@@ -120,7 +120,7 @@ def test_characters_of_several_tokens_and_white_space() -> None:
     pieces = pieces_of(TOKENIZER, row("a b\tc", "ü\n日"))
     assert text(pieces, "context") == "a\N{MIDDLE DOT}b\N{RIGHTWARDS ARROW}c"
     assert [piece.text for piece in pieces if piece.kind == "learned"] == ["ü", RETURN, "日"]
-    half = Row(TOKENIZER("日", add_special_tokens=False).input_ids, [False, True, True], [0])
+    half = PictureRow(TOKENIZER("日", add_special_tokens=False).input_ids, [False, True, True], [0])
     assert [piece.kind for piece in pieces_of(TOKENIZER, half)] == [
         "context",
         "learned",

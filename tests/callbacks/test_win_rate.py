@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from callbacks import Summary
 from callbacks.win_rate import WinRate
-from modules.types import Reward, Rollout
+from modules.types import Record, Reward, Rollout
 
 # baseline, completion: the judge reads the verdict from the completion
 ROWS = [("aaaa", "win"), ("bb", "win, long"), ("c", "tie"), ("dddddd", "loss"), ("e", "?")]
@@ -54,13 +54,13 @@ class Sampler(LightningModule):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(1))
         self.batches = batches
-        self.held_out_rollouts: list[Rollout] = []
+        self.record = Record(held_out=[])
 
     def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
         return self.weight.sum()
 
     def validation_step(self, batch: torch.Tensor, batch_idx: int) -> None:
-        self.held_out_rollouts = self.batches[batch_idx]
+        self.record.held_out = self.batches[batch_idx]
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.1)

@@ -107,13 +107,17 @@ def test_a_data_file_stays_a_path(tmp_path, monkeypatch, run, caplog, name, text
         ),
         (["--trainer.precision", "bf16-true"], "precision 'bf16-true' rounds"),
         (["--model.num_generations", "1"], "error: num_generations is 1: a group needs at least 2"),
-        (["--model.beta", "-1"], "error: beta must be >= 0, got -1.0"),
+        (["--model.beta", "-1"], "error: GRPOModule: beta must be >= 0, got -1.0"),
         (
             ["--model.objective", "Clipped", "--model.objective.clip_low", "-1"],
-            "error: clip_low and clip_high must be >= 0, got -1.0 and 0.28",
+            "error: Clipped: clip_low must be >= 0, got -1.0",
         ),
         (["--model.reward", "ExactMtch"], "there is no class 'ExactMtch'; did you mean ExactMatch?"),
-        (["--model.advantage", "GroupCentre"], "there is no class 'GroupCentre'; did you mean GroupCenter"),
+        (["--model.objective", "CSIPO"], "there is no class 'CSIPO'; did you mean CISPO"),
+        (
+            ["--model.advantage", "modules.functional.advantages.group_centre"],
+            "module 'modules.functional.advantages' has no attribute 'group_centre'",
+        ),
         (["--model.sampling.temperature", "0"], "sampling.temperature is 0.0: greedy completions"),
         (["--model.sampling.top_p", "2"], "error: sampling: top_p 2.0 must lie in (0, 1]"),
         (["--model.optimizer.lr", "fast"], "\"lr\": expected type float, got 'fast'"),
@@ -180,7 +184,7 @@ def test_combinations_that_cannot_run(refusal, command, method, arguments, sente
 
 def test_only_classes_that_can_be_made_are_suggested(refusal):
     said = refusal("grpo", "--model.reward", "xyzxyz")
-    assert "GroupZScore, " in said
+    assert "MirrorDescent, " in said
     assert "TokenMean, " in said
     assert "breakdown" not in said
     assert " Source" not in said

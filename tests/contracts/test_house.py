@@ -1,6 +1,7 @@
 """The house keeps its shape: imports point one way."""
 
 import ast
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ PACKAGES = ("modules", "datamodules", "callbacks")
 FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 FRAMEWORKS = {"lightning", "transformers", "datasets", "jsonargparse", "torchmetrics"}
 PARTS = {"networks", "losses", "rewards", "rollout"}
-SHARED = {"types", "functional", "distributed"}
+SHARED = {"types", "functional", "distributed", "checks", "modes", "seeds"}
 
 
 def trains(path: Path) -> bool:
@@ -33,15 +34,18 @@ def layer(module: str) -> str:
 ALLOWED = {
     "types": set(),
     "distributed": set(),
+    "checks": set(),
+    "modes": set(),
+    "seeds": set(),
     "stopping": {"distributed"},
     "functional": {"types"},
     **{part: {*SHARED, *PARTS} for part in PARTS},
     "schedulers": {"functional"},
     "base": {*SHARED, *PARTS, "schedulers", "stopping"},
     "on_policy": {*SHARED, *PARTS, "base"},
-    "method": {*SHARED, *PARTS, "base", "on_policy", "method"},
+    "method": {*SHARED, *PARTS, "base", "on_policy", "method", "stopping"},
     "modules": {"method"},
-    "cli": {*SHARED, *PARTS, "base", "on_policy", "method", "modules", "schedulers"},
+    "cli": {*SHARED, *PARTS, "base", "on_policy", "method", "modules", "schedulers", "stopping"},
     "datamodules": SHARED,
     "callbacks": SHARED,
 }
@@ -114,3 +118,10 @@ def test_top_level_holds_what_was_agreed():
         path.name for path in ROOT.iterdir() if not path.name.startswith(".") and not path.name.endswith(".egg-info")
     }
     assert found <= agreed
+
+
+def test_no_class_has_the_name_of_another():
+    found = Counter(
+        node.name for path in FILES for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ClassDef)
+    )
+    assert [name for name, count in found.items() if count > 1] == []

@@ -3,7 +3,7 @@ one after the other.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -60,12 +60,21 @@ def stages(recipe: Path, folder: Path, epochs: int) -> Iterator[list[str]]:
         yield [command, "--config", str(path), *ONE_BATCH, *changes]
 
 
+def claims_may_fail(stage: Callable[[], None], capfd: pytest.CaptureFixture[str]) -> None:
+    """Run a stage; after so short a training its claims need not hold, and nothing else may be wrong."""
+    try:
+        stage()
+    except SystemExit:
+        if "claims did not hold: " not in capfd.readouterr().err:
+            raise
+
+
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
-def test_stages_of_recipes_hand_over_to_each_other(tmp_path, recipe):
+def test_stages_of_recipes_hand_over_to_each_other(tmp_path, recipe, capfd):
     numbers = {int(path.stem.split("-")[0]) for path in recipe.glob("*.yaml")}
     assert sorted(numbers) == list(range(1, len(numbers) + 1))
     for arguments in stages(recipe, tmp_path, epochs=1):
-        run(*arguments, *QUIET, folder=tmp_path)
+        claims_may_fail(lambda arguments=arguments: run(*arguments, *QUIET, folder=tmp_path), capfd)
 
 
 @pytest.mark.parametrize("method", ["sft", "reward", "dpo", "online_dpo", "grpo"])

@@ -56,9 +56,17 @@ def test_a_recipe_ends(two_ranks, tmp_path, recipe):
         two_ranks.run(tmp_path, command, "--config", shrunk(Path(path), tmp_path), *arguments, *DDP)
 
 
-def test_facts_are_sorted(two_ranks, tmp_path):
-    two_ranks.run(tmp_path, "predict", "--config", str(CONFIGS["knowledge"]), *DDP)
-    assert len((tmp_path / "runs/knowledge/facts.jsonl").read_text().splitlines()) == 40
+def test_facts_are_sorted_by_ranks_with_other_numbers_of_batches(two_ranks, tmp_path):
+    short = [
+        "--data.train.num_facts=33",
+        "--data.num_prompts=1",
+        "--model.num_samples=2",
+        "--model.max_completion_length=4",
+    ]
+    two_ranks.run(tmp_path, "predict", "--config", str(CONFIGS["knowledge"]), *DDP, *short)
+    assert (
+        len((tmp_path / "runs/knowledge/facts.jsonl").read_text().splitlines()) == 33
+    )  # 17 and 16: two batches and one
 
 
 def test_a_judge_labels(two_ranks, tmp_path, chat_server, rules):

@@ -6,15 +6,22 @@ from typing import Any
 
 import pytest
 
-from datamodules.predict.candidates import CandidatesDataModule, candidates
+from datamodules.formats.reading import Reading
+from datamodules.predict.candidates import CandidatesDataModule, read_candidates
 from datamodules.sources import Row
-from modules.networks.tiny import tiny_tokenizer
 
 DATA = Path(__file__).parents[2].parent / "shared" / "data"
 
 
+ASKED = [{"role": role, "content": text} for role, text in (("user", "p"), ("assistant", "q"), ("user", "r"))]
+
+
+def said(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
+
+
 def read(columns: dict[str, Any], mapping: dict[str, str] | None = None) -> tuple[str, list[str], int | None]:
-    row = candidates(Row(columns, "file:1", "file"), mapping or {})
+    row = read_candidates(Row(columns, "file:1", "file"), Reading("preference", mapping))
     return row.prompt, row.completions, row.given
 
 
@@ -27,7 +34,15 @@ def read(columns: dict[str, Any], mapping: dict[str, str] | None = None) -> tupl
         ({"instruction": "p", "input": "", "output_1": "a", "output_2": "b", "label": None}, ("p", ["a", "b"], None)),
         ({"input": "p", "output_1": "a", "output_2": "b", "label": "2"}, ("p", ["a", "b"], 2)),
         ({"prompt": "p", "chosen": "a", "rejected": "b"}, ("p", ["a", "b"], 1)),
-        ({"prompt": "p", "completions": ["a", "b", "c"], "label": "whatever"}, ("p", ["a", "b", "c"], None)),
+        ({"prompt": "p", "completions": ["a", "b", "c"], "scores": [1, 2, 3]}, ("p", ["a", "b", "c"], None)),
+        ({"question": "p", "response_j": "a", "response_k": "b"}, ("p", ["a", "b"], 1)),
+        ({"chosen": "\n\nHuman: p\n\nAssistant: a", "rejected": "\n\nHuman: p\n\nAssistant: b"}, ("p", ["a", "b"], 1)),
+        (
+            {"chosen": [*ASKED, said("a")], "rejected": [*ASKED, said("b")]},
+            ("User: p\n\nAssistant: q\n\nUser: r", ["a", "b"], 1),
+        ),
+        ({"prompt": "p", "system": "s", "chosen": "a", "rejected": "b"}, ("System: s\n\nUser: p", ["a", "b"], 1)),
+        ({"prompt": "p", "completions": ["a", "b"], "scores": [False, True]}, ("p", ["a", "b"], 2)),
     ],
 )
 def test_shapes(columns: dict[str, Any], expected: Any) -> None:
@@ -69,9 +84,9 @@ def test_what_is_mapped_goes_before_what_is_found() -> None:
     with pytest.raises(ValueError, match="file:1: no column 'nowhere' .*; found prompt, task"):
         read(row, {"prompt": "nowhere"})
     with pytest.raises(
-        ValueError, match="columns maps unknown names answers; the names on the left may be prompt, question"
+        ValueError, match=r"columns maps unknown names anwser \(did you mean answer\?\); the names on the left may be"
     ):
-        CandidatesDataModule(tiny_tokenizer(), "x.jsonl", columns={"answers": "a"})
+        CandidatesDataModule("x.jsonl", columns={"anwser": "a"})
 
 
 @pytest.mark.parametrize(
@@ -79,23 +94,26 @@ def test_what_is_mapped_goes_before_what_is_found() -> None:
     [
         (
             {"text": "p", "output_1": "a", "output_2": "b"},
-            "found the columns text, output_1, output_2 and no prompt: prompt or question",
+            "there is no prompt, and output_1 is not a transcript",
         ),
-        ({"prompt": "p", "output_1": "a"}, r"and no answers to compare: completions or output_1 \+ output_2"),
-        ({"prompt": "p", "completions": ["a"]}, "column 'completions' must be a list of at least 2 texts"),
-        ({"prompt": "p", "completions": ["a", None]}, "column 'completions' holds a NoneType, text was expected"),
         (
-            {"prompt": "p", "completions": ["a", "b"], "answer": ["4"]},
-            "column 'answer' holds a list, a single answer was expected",
+            {"prompt": "p", "output_1": "a"},
+            r"found the columns prompt, output_1; looked for a prompt .*, with one of: chosen",
         ),
-        ({"prompt": "p", "response1": True, "response2": "b"}, "column 'response1' holds a bool, text was expected"),
-        ({"prompt": " ", "response1": "a", "response2": "b"}, r"the prompt \(column 'prompt'\) is empty"),
+        ({"prompt": "p", "completions": ["a"]}, "completions must be a list of at least two"),
+        ({"prompt": "p", "completions": ["a", None]}, "completion 1 is a NoneType; the answers must all be text"),
+        (
+            {"prompt": "p", "completions": ["a", "b"], "answer": ["4", "5"]},
+            "column 'answer' holds a list of 2 answers, a single answer was expected",
+        ),
+        ({"prompt": "p", "response1": True, "response2": "b"}, "response1 is a bool; the answers must all be text"),
+        ({"prompt": " ", "response1": "a", "response2": "b"}, r"the prompt is empty \(column 'prompt'\)"),
         (
             {"prompt": "p", "response1": "a", "response2": "b", "label": "garbage"},
-            "column 'label' holds 'garbage'; expected 1, 2, 0 or Tie",
+            "column 'label' holds 'garbage', expected 1, 2 or between",
         ),
-        ({"prompt": "p", "response1": "a", "response2": "b", "label": 3}, "column 'label' holds 3; expected"),
-        ({"prompt": "p", "response1": "a", "response2": "b", "label": True}, "column 'label' holds True; expected"),
+        ({"prompt": "p", "response1": "a", "response2": "b", "label": 3}, "column 'label' holds 3, expected"),
+        ({"prompt": "p", "response1": "a", "response2": "b", "label": True}, "column 'label' holds True, expected"),
     ],
 )
 def test_bad_rows_in_one_sentence(columns: dict[str, Any], sentence: str) -> None:
@@ -115,9 +133,7 @@ def test_bad_rows_in_one_sentence(columns: dict[str, Any], sentence: str) -> Non
 )
 def test_the_right_answer_travels(tmp_path: Path, columns: dict[str, Any], expected: str | None) -> None:
     (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "p", "completions": ["a", "b"], **columns}))
-    data = CandidatesDataModule(
-        tiny_tokenizer(), str(tmp_path / "rows.jsonl"), columns={"answer": "gold"} if "gold" in columns else None
-    )
+    data = CandidatesDataModule(str(tmp_path / "rows.jsonl"), columns={"answer": "gold"} if "gold" in columns else None)
     data.setup("predict")
     (batch,) = data.predict_dataloader()
     assert batch["answer"] == [expected]
@@ -137,7 +153,7 @@ def test_ranks_share_the_rows_in_order(tmp_path: Path) -> None:
     )
     found = []
     for rank in range(2):
-        data = CandidatesDataModule(tiny_tokenizer(), str(file), batch_size=2)
+        data = CandidatesDataModule(str(file), batch_size=2)
         data.trainer = World(rank, 2)  # type: ignore[assignment]
         data.setup("predict")
         batches = list(data.predict_dataloader())
@@ -155,7 +171,7 @@ def test_other_rows_have_another_digest(tmp_path: Path) -> None:
     digests = set()
     for changed in ({}, {"rejected": "c"}, {"answer": "4"}):
         (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "p", "chosen": "a", "rejected": "b", **changed}))
-        data = CandidatesDataModule(tiny_tokenizer(), str(tmp_path / "rows.jsonl"))
+        data = CandidatesDataModule(str(tmp_path / "rows.jsonl"))
         data.setup("predict")
         digests |= {batch["info"][0]["data"] for batch in data.predict_dataloader()}
     assert len(digests) == 3
@@ -172,7 +188,7 @@ def test_other_rows_have_another_digest(tmp_path: Path) -> None:
 def test_real_files(file: str, rows: int, given: set[int | None]) -> None:
     if not DATA.is_dir():
         pytest.skip("no real data beside the repository")
-    data = CandidatesDataModule(tiny_tokenizer(), str(DATA / file))
+    data = CandidatesDataModule(str(DATA / file))
     data.setup("predict")
     assert len(data.rows) == rows
     assert {row.given for row in data.rows} == given
@@ -182,6 +198,6 @@ def test_a_real_row_that_is_no_text() -> None:
     if not DATA.is_dir():
         pytest.skip("no real data beside the repository")
     with pytest.raises(
-        ValueError, match=r"pandalm/testset-v1.json#\d+: column 'response[12]' holds a bool, text was expected"
+        ValueError, match=r"pandalm/testset-v1.json#\d+: response[12] is a bool; the answers must all be text"
     ):
-        CandidatesDataModule(tiny_tokenizer(), str(DATA / "pandalm/testset-v1.json")).setup("predict")
+        CandidatesDataModule(str(DATA / "pandalm/testset-v1.json")).setup("predict")

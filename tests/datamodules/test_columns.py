@@ -3,7 +3,6 @@
 import json
 import logging
 import pickle
-import re
 from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
@@ -11,11 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 
 from datamodules import InstructionDataModule, VerifiableDataModule
-from datamodules.formats.columns import final_answer, verifiable_example
-from datamodules.formats.instruction_columns import instruction_example
+from datamodules.formats.prompt_shapes import final_answer, verifiable_example
+from datamodules.formats.reading import Reading
 from datamodules.sources import Row
 from modules.networks.tiny import tiny_tokenizer
 from modules.types import ALPACA_PROMPT_WITH_INPUT
@@ -37,8 +35,8 @@ def write(path: Path, *records: dict[str, Any]) -> str:
     [
         ({"prompt": "x", "answer": "y", "level": 3}, {}, "x", "y", {"level": 3}),
         ({"question": "x", "answer": "work\n#### 1,080"}, {}, "x", "1080", {}),
-        ({"question": "x", "ground_truth": 27.0}, {}, "x", "27.0", {}),
-        ({"prompt": [USER], "solution": None}, {}, [USER], None, {}),
+        ({"question": "x", "ground_truth": 27.0}, {}, "x", "27.0", {"ground_truth": 27.0}),
+        ({"prompt": [USER], "solution": None}, {}, [USER], None, {"solution": None}),
         (
             {"problem": "x", "answer": "025", "solution": "long"},
             {"question": "problem"},
@@ -46,10 +44,16 @@ def write(path: Path, *records: dict[str, Any]) -> str:
             "025",
             {"solution": "long"},
         ),
-        ({"prompt": "x", "answer": "leak", "final": "y"}, {"answer": "final"}, "x", "y", {}),
+        (
+            {"prompt": "x", "answer": "old", "final": "y"},
+            {"answer": "final"},
+            "x",
+            "y",
+            {"answer": "old", "final": "y"},
+        ),
         ({"prompt": "x", "answer": ["y"]}, {}, "x", "y", {}),
         ({"prompt": "x", "answer": float("nan")}, {}, "x", None, {}),
-        ({"prompt": "x", "a.b": "y"}, {"answer": "a.b"}, "x", "y", {}),
+        ({"prompt": "x", "a.b": "y"}, {"answer": "a.b"}, "x", "y", {"a.b": "y"}),
         (
             {"prompt": "x", "check": {"gold": {"text": "y"}}},
             {"answer": "check.gold.text"},
@@ -62,7 +66,7 @@ def write(path: Path, *records: dict[str, Any]) -> str:
 def test_verifiable_columns(
     columns: dict[str, Any], mapping: dict[str, str], prompt: object, answer: object, info: dict[str, Any]
 ) -> None:
-    example = verifiable_example(row(**columns), mapping)
+    example = verifiable_example(row(**columns), Reading("verifiable", mapping))
     assert (example.prompt, example.answer, example.info) == (prompt, answer, info)
     assert (example.origin, example.source) == ("data.jsonl:3", "data")
 
@@ -82,7 +86,7 @@ REFUSED = [
     (
         {"document": "x", "label": 1},
         {},
-        "found the columns document, label; looked for messages or conversations or prompt \\+ completion or",
+        "found the columns document, label; looked for messages, prompt \\+ completion, prompt \\+ answer, instruction",
     ),
     (
         {"prompt": "x", "completion": "y"},
@@ -95,12 +99,16 @@ REFUSED = [
         "column 'completion' holds a NoneType, text or a list of messages was expected",
     ),
     ({"prompt": "x", "completion": 5}, {}, "column 'completion' holds a int"),
-    ({"instruction": "x", "output": ["a", "b"]}, {}, "column 'output' holds a list, text was expected"),
+    (
+        {"instruction": "x", "output": ["a", 5]},
+        {},
+        "column 'output' holds a list, text or a list of messages was expected",
+    ),
     ({"messages": "hi"}, {}, "column 'messages' holds a str, a list of messages was expected"),
     (
         {"messages": [USER, {"from": "bot", "value": "x"}]},
         {},
-        "messages, message 1, is from 'bot'; known are human, gpt",
+        "messages, message 1, has the role 'bot'; known are user, human",
     ),
     ({"messages": [{"role": "user", "content": None}]}, {}, "messages, message 0, must have a role and a content"),
 ]
@@ -120,13 +128,13 @@ def test_bad_columns_are_refused_with_file_and_line_before_training(
 
 
 def test_missing_verifiable_columns_are_refused_with_file_and_line(tmp_path: Path) -> None:
-    path = write(tmp_path / "data.jsonl", {"prompt": "x", "answer": "y"}, {"prompt": "x", "target": "y"})
+    path = write(tmp_path / "data.jsonl", {"prompt": "x", "answer": "y"}, {"promt": "x", "answer": "y"})
     with pytest.raises(
-        ValueError, match=f"{path}:2: found the columns prompt, target; looked for prompt \\+ answer or"
+        ValueError, match=f"{path}:2: found the columns promt, answer; .* did you mean prompt for promt"
     ):
         VerifiableDataModule(tiny_tokenizer(), path).setup("fit")
-    with pytest.raises(ValueError, match="column 'answer' holds a list, a single answer was expected"):
-        verifiable_example(row(prompt="x", answer=["a", "b"]), {})
+    with pytest.raises(ValueError, match="column 'answer' holds a list of 2 answers, a single answer was expected"):
+        verifiable_example(row(prompt="x", answer=["a", "b"]), Reading("verifiable"))
 
 
 def test_nested_columns_of_a_parquet_file(tmp_path: Path) -> None:
@@ -140,7 +148,9 @@ def test_nested_columns_of_a_parquet_file(tmp_path: Path) -> None:
     module = VerifiableDataModule(tiny_tokenizer(), str(path), columns={"answer": "reward_model.ground_truth"})
     module.setup("fit")
     assert module.train_prompts[0].example.answer == "34"
-    with pytest.raises(ValueError, match=r"no column 'reward_model.answer' \(for answer\); found prompt, reward_model"):
+    with pytest.raises(
+        ValueError, match=r"no row has the column 'reward_model.answer' \(for answer\); found prompt, reward_model"
+    ):
         VerifiableDataModule(tiny_tokenizer(), str(path), columns={"answer": "reward_model.answer"}).setup("fit")
 
 
@@ -194,20 +204,6 @@ def test_a_long_row_is_dropped_without_a_warning_about_its_length(
         logger.removeHandler(caplog.handler)
 
 
-@pytest.mark.parametrize(
-    ("columns", "hint"),
-    [
-        ({"question": "x", "solution": "y"}, "{prompt: question, completion: solution}"),
-        ({"prompt": "x", "response": "y"}, "{prompt: prompt, completion: response}"),
-    ],
-)
-def test_missing_columns_suggest_a_mapping_that_works(columns: dict[str, Any], hint: str) -> None:
-    with pytest.raises(ValueError, match=f"map others with columns, such as --data.columns '{re.escape(hint)}'$"):
-        instruction_example(row(**columns), {})
-    example = instruction_example(row(**columns), yaml.safe_load(hint))
-    assert (example.prompt, example.completion) == ("x", "y")
-
-
 def test_evaluating_without_held_out_rows_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "data.jsonl", {"prompt": "x", "answer": "y", "completion": "z"})
     for kind in (InstructionDataModule, VerifiableDataModule):
@@ -217,11 +213,10 @@ def test_evaluating_without_held_out_rows_is_refused(tmp_path: Path) -> None:
 
 
 def test_unknown_names_of_ours_are_refused_at_construction() -> None:
-    for module, known in (
-        (InstructionDataModule, ""),
-        (VerifiableDataModule, "answer, ground_truth, prompt, question, solution$"),
-    ):
-        with pytest.raises(ValueError, match=f"columns maps unknown names promt; the names on the left may be {known}"):
+    for module in (InstructionDataModule, VerifiableDataModule):
+        with pytest.raises(
+            ValueError, match=r"columns maps unknown names promt \(did you mean prompt\?\); the names on the"
+        ):
             module(tiny_tokenizer(), "data.jsonl", columns={"promt": "question"})
 
 
@@ -258,4 +253,4 @@ def test_the_loaded_stage_is_reported(tmp_path: Path, caplog: pytest.LogCaptureF
     path = write(tmp_path / "data.jsonl", {"prompt": "abc", "completion": "d"}, {"prompt": "abcdef", "completion": "g"})
     with caplog.at_level("INFO"):
         InstructionDataModule(tiny_tokenizer(), path, max_length=5).setup("fit")
-    assert "train: 1 rows, 1 dropped as too long, 40.0% of 5 tokens supervised" in caplog.text
+    assert "train: prompt + completion; 2 rows in = 1 used + 1 too long; 40.0% of 5 tokens supervised" in caplog.text

@@ -6,10 +6,13 @@ from typing import Any
 
 import pytest
 
+from datamodules.formats.reading import Reading
 from datamodules.predict.facts import FactsDataModule, read_fact
 from datamodules.sources import FactDocuments, Facts, Row
 from modules.networks.tiny import tiny_tokenizer
 from modules.types import PromptBatch
+
+ASK, SAY = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 
 
 def write_rows(file: Path, rows: list[dict[str, Any]]) -> str:
@@ -90,17 +93,18 @@ def test_rows_without_a_relation_are_one_and_zero_shots_are_none(tmp_path: Path)
         ({"question": "q ", "answer": "a"}, ("q", ["a"], None)),
         ({"prompt": "q", "completion": " a", "relation": 17}, ("q", ["a"], "17")),
         ({"instruction": "q", "input": "x", "output": "a"}, ("q\n\nx", ["a"], None)),
-        ({"prompt": "p", "completion": "c", "question": "q", "answer": ["a", "b"]}, ("q", ["a", "b"], None)),
+        ({"prompt": [ASK], "answer": "a"}, ("q", ["a"], None)),
+        ({"completion": "c", "question": "q", "answer": ["a", "b"]}, ("q", ["a", "b"], None)),
     ],
 )
 def test_shapes(columns: dict[str, Any], expected: Any) -> None:
-    fact = read_fact(Row(columns, "file:1", "file"), {})
+    fact = read_fact(Row(columns, "file:1", "file"), Reading("facts"))
     assert (fact.question, fact.answers, fact.relation) == expected
 
 
 def test_what_is_mapped_goes_first() -> None:
     row = Row({"question": "no", "prompt": "q", "possible": ["a"], "answer": "no", "prop": "r"}, "file:1", "file")
-    fact = read_fact(row, {"prompt": "prompt", "answer": "possible", "relation": "prop"})
+    fact = read_fact(row, Reading("facts", {"prompt": "prompt", "answer": "possible", "relation": "prop"}))
     assert (fact.question, fact.answers, fact.relation, fact.row.columns) == ("q", ["a"], "r", row.columns)
 
 
@@ -109,15 +113,13 @@ def test_what_is_mapped_goes_first() -> None:
     [
         (
             {"text": "q", "answer": "a"},
-            "found the columns text, answer; looked for question or prompt or instruction; map another with "
-            "data.columns",
+            r"found the columns text, answer; looked for a question \(prompt, question, instruction, ...\) with its",
         ),
-        ({"question": "q", "reply": "a"}, "looked for answer or completion or output"),
-        ({"question": " ", "answer": "a"}, "column 'question' must hold a question, as text"),
-        (
-            {"prompt": [{"role": "user", "content": "q"}], "answer": "a"},
-            "column 'prompt' must hold a question, as text",
-        ),
+        ({"question": "q", "reply": "a"}, "found the columns question, reply; looked for a question"),
+        ({"question": " ", "answer": "a"}, "found the columns question, answer; looked for a question"),
+        ({"prompt": [ASK, SAY, ASK], "answer": "a"}, "the prompt is a conversation, and one question was expected"),
+        ({"prompt": "q", "answer": "a", "system": "s"}, "column 'system' cannot be written into a plain text prompt"),
+        ({"prompt": "q", "answer": "a", "tools": [{"name": "f"}]}, "column 'tools' cannot be written into a plain"),
         (
             {"question": "q", "answer": []},
             "column 'answer' must hold the answer, one line of text, or a list of such answers",
@@ -128,7 +130,7 @@ def test_what_is_mapped_goes_first() -> None:
 )
 def test_refused_rows(columns: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ValueError, match=f"^file:1: .*{sentence}"):
-        read_fact(Row(columns, "file:1", "file"), {})
+        read_fact(Row(columns, "file:1", "file"), Reading("facts"))
 
 
 def test_too_few_facts_of_a_relation(tmp_path: Path) -> None:
@@ -155,7 +157,8 @@ def test_too_few_facts_of_a_relation(tmp_path: Path) -> None:
 )
 def test_refused_settings(settings: dict[str, Any]) -> None:
     with pytest.raises(
-        ValueError, match="must be at least 1, num_shots|template must hold|columns maps unknown names text"
+        ValueError,
+        match="must be at least 1, num_shots|template must hold|columns maps text .a document, learned whole., which FactsDataModule",
     ):
         FactsDataModule(tiny_tokenizer(), "facts.jsonl", **settings)
 

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from datamodules.formats.columns import check_mapping
-from datamodules.formats.instruction_columns import KNOWN, READERS, encode_instruction, instruction_example
+from datamodules.formats.instruction_shapes import FORMATS, encode_instruction, instruction_example
+from datamodules.formats.reading import Reading
+from datamodules.formats.table import check_mapping
 from datamodules.sources import Row
 from datamodules.tokens.chat import LossOn, Tokens
 from modules.networks.tiny import BOS, CHAT_TEMPLATE, END_OF_TURN, EOS, tiny_tokenizer
@@ -39,7 +40,9 @@ def learned(tokens: Tokens) -> str:
 def encoded(
     columns: dict[str, Any], chat: bool | None = None, system: str | None = None, loss_on: LossOn = "assistant"
 ) -> Tokens:
-    return encode_instruction(tiny_tokenizer(), instruction_example(row(**columns), {}), chat, system, loss_on)
+    return encode_instruction(
+        tiny_tokenizer(), instruction_example(row(**columns), Reading("instruction")), chat, system, loss_on
+    )
 
 
 @pytest.mark.parametrize(
@@ -63,15 +66,21 @@ def encoded(
         ({"text": "x"}, {}, "", "x"),
         ({"article": "x", "prompt": "a", "completion": "b"}, {"text": "article"}, "", "x"),
         ({"conversations": [HUMAN, GPT]}, {}, [], [USER, ASSISTANT]),
-        ({"conversations": [HUMAN, GPT], "system": "be"}, {}, [SYSTEM], [USER, ASSISTANT]),
-        ({"conversations": [SYSTEM, USER, ASSISTANT], "system": "other"}, {}, [], [SYSTEM, USER, ASSISTANT]),
+        ({"conversations": [HUMAN, GPT], "system": "be"}, {}, [], [SYSTEM, USER, ASSISTANT]),
+        ({"conversations": [SYSTEM, USER, ASSISTANT], "system": "be"}, {}, [], [SYSTEM, USER, ASSISTANT]),
+        ({"instruction": "x", "output": ["y", "z"]}, {}, "x", "y"),
+        ({"problem": "x", "solution": "y"}, {}, "x", "y"),
+        ({"inputs": "x", "targets": "y"}, {}, "x", "y"),
+        ({"input": "x", "target": "y"}, {}, "x", "y"),
+        ({"Query": "x", "Response": "y"}, {}, "x", "y"),
+        ({"prompt": "x", "completion": "y", "answer": "z"}, {}, "x", "y"),
         ({"chat": {"turns": [HUMAN, GPT]}}, {"conversations": "chat.turns"}, [], [USER, ASSISTANT]),
     ],
 )
 def test_formats_are_found_by_their_columns(
     columns: dict[str, Any], mapping: dict[str, str], prompt: object, completion: object
 ) -> None:
-    example = instruction_example(row(**columns), mapping)
+    example = instruction_example(row(**columns), Reading("instruction", mapping))
     assert (example.prompt, example.completion, example.origin, example.source) == (
         prompt,
         completion,
@@ -86,38 +95,43 @@ def test_formats_are_found_by_their_columns(
 def test_a_format_by_name() -> None:
     columns = {"messages": [USER, ASSISTANT], "prompt": "x", "completion": "y", "text": "z", **ALPACA}
     found = {
-        name: instruction_example(row(**columns), {}, name).completion
+        name: instruction_example(row(**columns), Reading("instruction"), name).completion
         for name in ("messages", "prompt_completion", "alpaca", "text")
     }
     assert found == {"messages": [USER, ASSISTANT], "prompt_completion": "y", "alpaca": "y", "text": "z"}
-    names = "messages, sharegpt, prompt_completion, alpaca, self_instruct, text"
+    names = "messages, sharegpt, prompt_completion, alpaca, self_instruct, input_output, text"
     with pytest.raises(
         ValueError, match=f"format 'alpacca' is not known; set data.format to one of {names}, or leave it out"
     ):
-        instruction_example(row(**columns), {}, "alpacca")
+        instruction_example(row(**columns), Reading("instruction"), "alpacca")
     with pytest.raises(
         ValueError,
-        match="data.jsonl:3: found the columns text; looked for instruction \\+ output or instruction \\+ response; map",
+        match="data.jsonl:3: found the columns text; looked for instruction \\+ completion, instruction \\+ answer; map",
     ):
-        instruction_example(row(text="x"), {}, "alpaca")
-    assert list(READERS) == names.split(", ")
+        instruction_example(row(text="x"), Reading("instruction"), "alpaca")
+    assert list(FORMATS) == names.split(", ")
 
 
 def test_every_column_that_is_read_can_be_mapped() -> None:
     check_mapping(
         dict.fromkeys(("system", "history", "tools", "input", "instances", "conversations", "response", "text"), "x"),
-        KNOWN,
+        "instruction",
     )
     with pytest.raises(
-        ValueError,
-        match="columns maps unknown names solution; the names on the left may be answer, completion, conversations",
+        ValueError, match=r"columns maps unknown names sistem \(did you mean system\?\); the names on the"
     ):
-        check_mapping({"solution": "x"}, KNOWN)
+        check_mapping({"sistem": "x"}, "instruction")
+    with pytest.raises(
+        ValueError, match="columns maps margin .*, which InstructionDataModule does not read; Preference"
+    ):
+        check_mapping({"margin": "x"}, "instruction")
+    with pytest.raises(ValueError, match="columns maps completion twice, as 'a' and 'b'; keep one of them"):
+        check_mapping({"response": "a", "completion": "b"}, "instruction")
 
 
 def test_alpaca_with_system_and_history_is_a_conversation() -> None:
     columns = {"instruction": "c", "input": "d", "output": "e", "system": "be", "history": [["a", "b"]]}
-    example = instruction_example(row(**columns), {})
+    example = instruction_example(row(**columns), Reading("instruction"))
     contents = [("system", "be"), ("user", "a"), ("assistant", "b"), ("user", "c\n\nd"), ("assistant", "e")]
     assert example.completion == [{"role": role, "content": content} for role, content in contents]
     assert learned(encoded(columns)) == f"b{END_OF_TURN}e{END_OF_TURN}"
@@ -145,12 +159,14 @@ def test_tool_calls_in_all_spellings(turn: dict[str, Any]) -> None:
         else {"role": "tool", "content": [{"type": "text", "text": "2"}]}
     )
     for given in (TOOLS, [TOOL], json.dumps(TOOLS), json.dumps([TOOL])):
-        example = instruction_example(row(conversations=[USER, turn, result, ASSISTANT], tools=given), {})
+        example = instruction_example(
+            row(conversations=[USER, turn, result, ASSISTANT], tools=given), Reading("instruction")
+        )
         called = {"role": "assistant", "content": "", "tool_calls": [CALL]}
         assert example.completion == [USER, called, {"role": "tool", "content": "2"}, ASSISTANT]
         assert example.tools == TOOLS
     for nothing in (None, "", "[]", [], float("nan")):
-        assert instruction_example(row(messages=[USER, ASSISTANT], tools=nothing), {}).tools is None
+        assert instruction_example(row(messages=[USER, ASSISTANT], tools=nothing), Reading("instruction")).tools is None
 
 
 def test_typed_parts_and_weights() -> None:
@@ -158,8 +174,13 @@ def test_typed_parts_and_weights() -> None:
         "role": "assistant",
         "content": [{"type": "reasoning", "value": "r"}, {"type": "text", "value": "a"}, {"type": "text", "text": "b"}],
     }
-    weighted = [{**USER, "loss_weight": 0.0}, {**reasoned, "loss_weight": 0}, USER, {**ASSISTANT, "loss_weight": 1.0}]
-    example = instruction_example(row(messages=weighted), {})
+    weighted: list[Any] = [
+        {**USER, "loss_weight": 0.0},
+        {**reasoned, "loss_weight": 0},
+        USER,
+        {**ASSISTANT, "loss_weight": 1.0},
+    ]
+    example = instruction_example(row(messages=weighted), Reading("instruction"))
     assert example.completion == [
         USER,
         {"role": "assistant", "content": "ab", "reasoning_content": "r"},
@@ -167,6 +188,9 @@ def test_typed_parts_and_weights() -> None:
         ASSISTANT,
     ]
     assert example.unlearned == {0, 1}
+    with pytest.raises(ValueError, match="assistant message 1: the chat template changes its reasoning"):
+        encoded({"messages": weighted})  # not learned, but read
+    weighted[1] = {**ASSISTANT, "loss_weight": 0}
     assert learned(encoded({"messages": weighted})) == f"hello{END_OF_TURN}"
     completion = [{**ASSISTANT, "loss_weight": 0}, USER, {**ASSISTANT, "content": "bye"}]
     assert learned(encoded({"prompt": [USER], "completion": completion})) == f"bye{END_OF_TURN}"
@@ -181,7 +205,7 @@ def test_instructions_are_chats_or_alpacas_own_prompt() -> None:
         ALPACA_PROMPT_WITH_INPUT.format(instruction="add {x}", input="1 2"),
     )
     for columns, prompt in zip((plain, given), prompts, strict=True):
-        example = instruction_example(row(**columns), {})
+        example = instruction_example(row(**columns), Reading("instruction"))
         without = encode_instruction(base, example)
         assert base.decode(without.ids) == f"{prompt}3{EOS}" and prompt.endswith("### Response:")
         assert learned(without) == f"3{EOS}"
@@ -217,11 +241,11 @@ WRONG = [
 ]
 REFUSED: list[tuple[dict[str, Any], str]] = [
     *(
-        ({"instruction": "x", "output": value}, f"column 'output' holds a {kind}, text was expected")
+        ({"instruction": "x", "output": value}, f"column 'output' holds a {kind}, text or a list of messages was")
         for value, kind in WRONG
     ),
     *(
-        ({"instruction": value, "output": "y"}, f"column 'instruction' holds a {kind}, text was expected")
+        ({"instruction": value, "output": "y"}, f"column 'instruction' holds a {kind}, text or a list of messages was")
         for value, kind in WRONG
     ),
     *(
@@ -240,12 +264,12 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({**ALPACA, "system": 3}, "column 'system' holds a int, text was expected"),
     ({**ALPACA, "history": [["a"]]}, "column 'history' must be a list of pairs"),
     ({**ALPACA, "history": "a"}, "column 'history' must be a list of pairs"),
-    ({**ALPACA, "output": ["a", "b"]}, "column 'output' holds a list, text was expected"),
+    ({**ALPACA, "output": ["a", 5]}, "column 'output' holds a list, text or a list of messages was expected"),
     ({**ALPACA, "instruction": " "}, "the instruction is empty"),
-    ({**ALPACA, "output": " "}, "assistant message 1 is empty"),
+    ({**ALPACA, "output": " "}, "the completion is empty (column 'output')"),
     ({**ALPACA, "output": "<|endoftext|>"}, "assistant message 1 is empty"),
     ({"prompt": "x", "completion": "<|endoftext|>"}, "the completion is empty"),
-    ({"prompt": "x", "completion": []}, "the prompt is text and the completion a list of messages"),
+    ({"prompt": "x", "completion": [ASSISTANT]}, "the prompt is text and the completion a list of messages"),
     (
         {"instruction": "x", "instances": []},
         "column 'instances' must be a list of objects with input and output, at least one",
@@ -253,9 +277,9 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"instruction": "x", "instances": [{"input": "a"}]}, "column 'instances' must be a list of objects"),
     (
         {"instruction": "x", "instances": [{"input": "", "output": False}]},
-        "column 'output' holds a bool, text was expected",
+        "'output' of the first instance holds a bool, text was expected",
     ),
-    ({"messages": []}, "no supervised token"),
+    ({"messages": []}, "column 'messages' is empty"),
     ({"messages": [USER]}, "no supervised token"),
     ({"messages": [{**USER, "loss_weight": 0}, {**ASSISTANT, "loss_weight": 0}]}, "no supervised token"),
     ({"messages": [ASSISTANT]}, "the conversation starts with an assistant turn"),
@@ -265,11 +289,11 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"messages": [USER, {**ASSISTANT, "content": 4}]}, "messages, message 1, must have a role and a content"),
     (
         {"messages": [USER, {"role": "bot", "content": "x"}]},
-        "messages, message 1, has the role 'bot'; known are user, assistant, system, developer, tool",
+        "messages, message 1, has the role 'bot'; known are user, human, prompter, assistant",
     ),
     (
         {"conversations": [HUMAN, {"from": "bot", "value": "x"}]},
-        "conversations, message 1, is from 'bot'; known are human, gpt, user",
+        "conversations, message 1, has the role 'bot'; known are user, human, prompter, assistant, gpt",
     ),
     (
         {"conversations": [HUMAN, {"from": "function_call", "value": "add(1)"}]},
@@ -297,8 +321,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"messages": [USER, ASSISTANT], "tools": 3}, "column 'tools' must hold a list of tools"),
     (
         {"name": "x"},
-        "found the columns name; looked for messages or conversations or prompt + completion or question + completion "
-        "or question",
+        "found the columns name; looked for messages, prompt + completion, prompt + answer, instruction + completion",
     ),
 ]
 
@@ -313,12 +336,14 @@ def test_rows_that_cannot_be_read_are_refused_in_one_sentence(columns: dict[str,
 def test_a_chat_template_with_its_own_bos_gets_no_second() -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = "{{ bos_token }}" + CHAT_TEMPLATE
-    tokens = encode_instruction(tokenizer, instruction_example(row(**ALPACA), {}))
+    tokens = encode_instruction(tokenizer, instruction_example(row(**ALPACA), Reading("instruction")))
     assert tokens.ids.count(tokenizer.convert_tokens_to_ids(BOS)) == 1
 
 
 @pytest.mark.parametrize("extra", [{"label": False}, {"chosen": "a", "rejected": "b"}], ids=["labelled", "compared"])
 def test_a_preference_is_not_taken_for_an_example(extra):
     turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Go away"}]
-    with pytest.raises(ValueError, match=r"x#0: the row is a preference .*set data to PreferenceDataModule"):
-        instruction_example(Row({"messages": turns, **extra}, "x#0", "x"), {})
+    with pytest.raises(
+        ValueError, match=r"x#0: column .* is not empty, and InstructionDataModule .*; set data to PreferenceDataModule"
+    ):
+        instruction_example(Row({"messages": turns, **extra}, "x#0", "x"), Reading("instruction"))

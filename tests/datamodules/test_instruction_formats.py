@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from datamodules.formats.instruction_columns import encode_instruction, instruction_example
+from datamodules.formats.instruction_shapes import encode_instruction, instruction_example
+from datamodules.formats.reading import Reading
 from datamodules.sources import Files, Row
 from datamodules.tokens.chat import Tokens
 from modules.networks.tiny import CHAT_TEMPLATE, END_OF_TURN, EOS, tiny_tokenizer
@@ -51,7 +52,7 @@ def learned(tokenizer: PreTrainedTokenizerFast, tokens: Tokens) -> list[str]:
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, row: Row, columns: dict[str, str]) -> Tokens:
-    return encode_instruction(tokenizer, instruction_example(row, columns))
+    return encode_instruction(tokenizer, instruction_example(row, Reading("instruction", columns)))
 
 
 def gpt(record: dict[str, Any]) -> list[str]:
@@ -85,7 +86,12 @@ FILES: list[tuple[str, int, dict[str, str], Answers]] = [
     ("nc-safety-tuned-llamas/training/safety_only_data_Instructions.json", 700, {}, lambda record: [record["output"]]),
     ("self-instruct/seed_tasks.jsonl", 124, {}, lambda record: [record["instances"][0]["output"]]),
     ("self-instruct/user_oriented_instructions.jsonl", 177, {}, lambda record: [record["instances"][0]["output"]]),
-    ("self-instruct/predictions/text-davinci-003_predictions.jsonl", 177, {}, lambda record: [record["response"]]),
+    (
+        "self-instruct/predictions/text-davinci-003_predictions.jsonl",
+        177,
+        {"instruction": "instruction", "completion": "response"},
+        lambda record: [record["response"]],
+    ),
     ("gsm8k/train.jsonl", 7473, {"prompt": "question", "completion": "answer"}, lambda record: [record["answer"]]),
     (
         "gsm8k/test_socratic.jsonl",
@@ -106,7 +112,7 @@ def test_rows_of_a_file(name: str, count: int, columns: dict[str, str], answers:
     rows, records = Files(str(path)).rows(), raw(path)
     assert len(rows) == len(records) == count
     for index in {*range(min(count, 40)), count - 1}:
-        example, expected = instruction_example(rows[index], columns), answers(records[index])
+        example, expected = instruction_example(rows[index], Reading("instruction", columns)), answers(records[index])
         if not all(answer.strip() for answer in expected):
             with pytest.raises(ValueError, match="is empty"):
                 encode_instruction(tokenizer, example)
@@ -184,7 +190,7 @@ def test_tool_calls_of_sharegpt() -> None:
     rows, records = Files(str(path)).rows(), raw(path)
     assert len(rows) == len(records) == 56
     assert (
-        sum(instruction_example(row, {}).tools is None for row in rows)
+        sum(instruction_example(row, Reading("instruction")).tools is None for row in rows)
         == sum(json.loads(record["tools"]) == [] for record in records)
         == 23
     )
@@ -232,16 +238,20 @@ def test_reasoning_with_tools_in_typed_parts() -> None:
 @pytest.mark.parametrize(
     ("name", "columns", "message"),
     [
-        ("nc-alpaca-farm/multisamples_sft.json", {}, "column 'output' holds a list, text was expected"),
+        (
+            "nc-alpaca-farm/outputs_pairs.json",
+            {},
+            "found the columns instruction, input, output_1, output_2; looked for",
+        ),
         (
             "llama-factory/dpo_en_demo.json",
             {},
-            "the row is a preference .chosen, rejected.; set data to PreferenceDataModule",
+            "column 'chosen' .* InstructionDataModule does not read it; set data to PreferenceDataModule",
         ),
         (
             "oasst/en_100_tree.jsonl",
             {},
-            "found the columns message_tree_id, tree_state, prompt; looked for messages or conversations",
+            "found the columns message_tree_id, tree_state, prompt; looked for messages, prompt",
         ),
         ("xstest/xstest_prompts.csv", {}, "found the columns id, prompt, type, label, focus, note; looked for"),
     ],

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from datamodules.formats.preference_columns import preference_example
+from datamodules.formats.preference_shapes import preference_example
+from datamodules.formats.reading import Reading
 from datamodules.sources.oasst import OasstTrees, is_held_out
 
 OASST = Path(__file__).parents[2].parent / "shared" / "data" / "oasst"
@@ -153,7 +154,7 @@ def test_a_thread_is_the_prompt_of_later_replies(tmp_path: Path) -> None:
         "completions": ["text of c", "text of d"],
         "ranks": [0, 1],
     }
-    example = preference_example(second, {})
+    example = preference_example(second, Reading("preference"))
     assert example is not None and example.ranks == [0, 1] and len(example.prompt) == 3
 
 
@@ -308,7 +309,7 @@ def test_public_trees(name: str) -> None:
     roots = [{row.columns["prompt"][0]["content"] for row in rows} for rows in human]
     assert not roots[0] & roots[1]
     for row in [*train, *val]:
-        example = preference_example(row, {})
+        example = preference_example(row, Reading("preference"))
         assert example is not None and [turn["role"] for turn in example.prompt][::2] == ["user"] * (
             len(example.prompt) // 2 + 1
         )  # type: ignore[index]

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from datamodules.formats.columns import check_mapping
-from datamodules.formats.preference_columns import KNOWN, PreferenceExample, dense_ranks, preference_example
+from datamodules.formats.preference_shapes import PreferenceExample, dense_ranks, preference_example
+from datamodules.formats.reading import Reading
+from datamodules.formats.table import check_mapping
 from datamodules.preference import PreferenceDataModule
 from datamodules.sources import Files, Row
 from datamodules.tokens.chat import encode_example
@@ -39,7 +40,7 @@ def parts(turn: dict[str, str]) -> dict[str, Any]:
     return {
         "role": turn["role"],
         "content": [{"type": "text", "value": content[:1]}, {"type": "text", "value": content[1:]}],
-        "loss_weight": 1.0,
+        "loss_weight": float(turn["role"] == "assistant"),
     }
 
 
@@ -73,7 +74,6 @@ def parts(turn: dict[str, str]) -> dict[str, Any]:
             {
                 "chosen_messages": [parts(SYSTEM), parts(USER), parts(GOOD)],
                 "rejected_messages": [SYSTEM, USER, BAD],
-                "prompt": 3,
             },
             {},
             [SYSTEM, USER],
@@ -102,8 +102,8 @@ def parts(turn: dict[str, str]) -> dict[str, Any]:
     ],
 )
 def test_shapes_of_a_pair(columns: dict[str, Any], mapping: dict[str, str], prompt: object) -> None:
-    check_mapping(mapping, KNOWN)
-    assert preference_example(row(**columns), mapping) == PreferenceExample(
+    check_mapping(mapping, "preference")
+    assert preference_example(row(**columns), Reading("preference", mapping)) == PreferenceExample(
         prompt, ["good", "bad"], [0, 1], None, "data.jsonl:3"
     )  # type: ignore[arg-type]
 
@@ -132,19 +132,19 @@ def test_shapes_of_a_pair(columns: dict[str, Any], mapping: dict[str, str], prom
     ],
 )
 def test_ranks(columns: dict[str, Any], ranks: list[int]) -> None:
-    example = preference_example(row(prompt="x", **columns), {})
+    example = preference_example(row(prompt="x", **columns), Reading("preference"))
     assert example is not None and example.ranks == ranks and example.completions == ["a", "b", "c"][: len(ranks)]
 
 
 def test_a_labelled_conversation_is_its_last_turn() -> None:
     expected = PreferenceExample([USER, BAD, MORE], ["good"], [1], None, "data.jsonl:3")  # type: ignore[list-item]
-    assert preference_example(row(messages=[USER, BAD, MORE, GOOD], label=False), {}) == expected
+    assert preference_example(row(messages=[USER, BAD, MORE, GOOD], label=False), Reading("preference")) == expected
 
 
 @pytest.mark.parametrize("verdict", [0, 0.0, None, "Tie", "tie", 1.5, float("nan"), ""])
 def test_ties_are_no_examples_whatever_the_answers_hold(verdict: object) -> None:
-    assert preference_example(row(input="x", output_1="", output_2=True, label=verdict), {}) is None
-    assert preference_example(row(prompt="x", completions=["a", "b"], scores=[1, 1]), {}) is None
+    assert preference_example(row(input="x", output_1="", output_2=True, label=verdict), Reading("preference")) is None
+    assert preference_example(row(prompt="x", completions=["a", "b"], scores=[1, 1]), Reading("preference")) is None
 
 
 @pytest.mark.parametrize(
@@ -152,21 +152,24 @@ def test_ties_are_no_examples_whatever_the_answers_hold(verdict: object) -> None
 )
 def test_the_majority_of_annotators_decides(votes: tuple[int, ...], ranks: list[int] | None) -> None:
     example = preference_example(
-        row(prompt="x", response1="a", response2="b", **{f"annotator{i + 1}": vote for i, vote in enumerate(votes)}), {}
+        row(prompt="x", response1="a", response2="b", **{f"annotator{i + 1}": vote for i, vote in enumerate(votes)}),
+        Reading("preference"),
     )
     assert (example and example.ranks) == ranks
 
 
 def test_instructions_and_transcripts_become_messages_with_a_template() -> None:
     for columns in ({"instruction": "x"}, {"input": "x"}):
-        example = preference_example(row(chosen="good", rejected="bad", **columns), {}, template=True)
+        example = preference_example(
+            row(chosen="good", rejected="bad", **columns), Reading("preference"), template=True
+        )
         assert example is not None and example.prompt == [USER]
-    example = preference_example(row(chosen=HH + " good\n", rejected=HH + " bad"), {}, template=True)
+    example = preference_example(row(chosen=HH + " good\n", rejected=HH + " bad"), Reading("preference"), template=True)
     assert example is not None and example.completions == ["good", "bad"]
     assert example.prompt == [USER, {"role": "assistant", "content": "I said Human: hi"}, MORE]
-    plain = preference_example(row(chosen=HH + " good\n", rejected=HH + " bad"), {})
+    plain = preference_example(row(chosen=HH + " good\n", rejected=HH + " bad"), Reading("preference"))
     assert plain is not None and plain.completions == [" good\n", " bad"]  # a base model sees the text as it is
-    text = preference_example(row(prompt="x", chosen="good", rejected="bad"), {}, template=True)
+    text = preference_example(row(prompt="x", chosen="good", rejected="bad"), Reading("preference"), template=True)
     assert text is not None and text.prompt == "x"
 
 
@@ -178,7 +181,6 @@ LLAMA_SMALL = {"significantly better": 1.0, "better": 2 / 3, "slightly better": 
     [
         ({"margin": 2}, None, 2.0),
         ({"margin": None, "strength": "better"}, LLAMA_SMALL, 2 / 3),
-        ({"strength": "better"}, None, None),
         ({"strength": 3}, {"3": 0.5}, 0.5),
         ({"preference": 1.25}, {"preference": 4.0}, 2.0),  # |2 * 1.25 - 3| = 0.5 of a sure verdict
         ({"preference": 2}, {"preference": 4.0}, 4.0),
@@ -187,7 +189,7 @@ LLAMA_SMALL = {"significantly better": 1.0, "better": 2 / 3, "slightly better": 
 )
 def test_margins(columns: dict[str, Any], margins: dict[str, float] | None, margin: float | None) -> None:
     answers = {"output_1": "a", "output_2": "b"} if "preference" in columns else {"chosen": "a", "rejected": "b"}
-    example = preference_example(row(prompt="x", **answers, **columns), {}, margins=margins)
+    example = preference_example(row(prompt="x", **answers, **columns), Reading("preference"), margins=margins)
     assert example is not None and example.margin == margin
 
 
@@ -195,7 +197,7 @@ PAIR = {"chosen": "a", "rejected": "b"}
 BROKEN: list[tuple[dict[str, Any], str]] = [
     (
         {"prompt": "x", "chosen": "a"},
-        "found the columns prompt, chosen; looked for a prompt .* with one of: chosen [+] rejected, response_j",
+        "found the columns prompt, chosen; looked for a prompt .* with one of: chosen [+] rejected, completions",
     ),
     (
         {"instruction": "x", "input": "", "output_1": "a", "output_2": "b"},
@@ -244,8 +246,8 @@ BROKEN: list[tuple[dict[str, Any], str]] = [
     ),
     ({"chosen": [USER, "a"], "rejected": [USER, BAD]}, "chosen, message 1, must have a role and a content"),
     (
-        {"conversations": [{"from": "observation", "value": "x"}], **PAIR},
-        "conversations, message 0, is from 'observation'; known are human, gpt",
+        {"conversations": [{"from": "bot", "value": "x"}], **PAIR},
+        "conversations, message 0, has the role 'bot'; known are user, human",
     ),
     (
         {"prompt": [{"role": "user", "content": [{"type": "image", "url": "u"}]}], **PAIR},
@@ -271,7 +273,11 @@ BROKEN: list[tuple[dict[str, Any], str]] = [
         "column 'label' holds 'garbage', expected 1, 2",
     ),
     ({"prompt": "x", "output_1": "a", "output_2": "b", "label": True}, "column 'label' holds True, expected 1, 2"),
-    ({"prompt": "x", "completion": "a", "label": 1}, "column 'label' holds 1, expected true"),
+    ({"prompt": "x", "completion": "a", "label": 2}, "column 'label' holds 2, expected true"),
+    (
+        {"prompt": "x", **PAIR, "system": "s"},
+        "column 'system' cannot be written into a plain text prompt; set data.chat: true",
+    ),
     (
         {"messages": [GOOD, USER], "label": True},
         "messages must be one assistant turn behind the prompt, and it is: user",
@@ -287,12 +293,12 @@ BROKEN: list[tuple[dict[str, Any], str]] = [
 @pytest.mark.parametrize(("columns", "message"), BROKEN)
 def test_broken_rows_say_where_in_one_sentence(columns: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"^data.jsonl:3: .*{message}") as raised:
-        preference_example(row(**columns), {}, margins=LLAMA_SMALL)
+        preference_example(row(**columns), Reading("preference"), margins=LLAMA_SMALL)
     assert "\n" not in str(raised.value)
 
 
 def test_mapping_knows_its_names() -> None:
-    with pytest.raises(ValueError, match="columns maps unknown names best; the names on the left may be annotator1"):
+    with pytest.raises(ValueError, match="columns maps unknown names best.*; the names on the left may be annotator1"):
         PreferenceDataModule(tiny_tokenizer(), "a.jsonl", columns={"best": "chosen"})
 
 
@@ -338,7 +344,7 @@ def read(rows: list[Row], template: bool = True) -> tuple[list[PreferenceExample
     examples, ties, bad = [], 0, []
     for index, each in enumerate(rows):
         try:
-            example = preference_example(each, {}, template)
+            example = preference_example(each, Reading("preference"), template)
         except ValueError as error:
             bad += [index] * (str(error).startswith(each.origin) and "\n" not in str(error))
             continue
@@ -390,7 +396,7 @@ def test_public_files(name: str, count: int, ties: int, bad: list[int]) -> None:
 def test_transcripts_of_a_base_model_are_the_files_bytes() -> None:
     records = raw("hh-rlhf/harmless-base/test.jsonl.gz")
     for index in (0, 700, len(records) - 1):
-        example = preference_example(Row(records[index], "hh:1", "hh"), {})
+        example = preference_example(Row(records[index], "hh:1", "hh"), Reading("preference"))
         assert example is not None and isinstance(example.prompt, str) and example.prompt.endswith("\n\nAssistant:")
         assert [example.prompt + text for text in example.completions] == [
             records[index]["chosen"],
@@ -486,4 +492,4 @@ def test_files_without_a_preference_are_refused_in_one_sentence(name: str) -> No
         ValueError,
         match=re.escape(f"{first.origin}: found the columns {', '.join(first.columns)}; looked for a prompt"),
     ):
-        preference_example(first, {})
+        preference_example(first, Reading("preference"))

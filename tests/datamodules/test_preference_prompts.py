@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from datamodules import PreferencePrompts, VerifiableDataModule
-from datamodules.formats.preference_columns import preference_example
+from datamodules.formats.preference_shapes import preference_example
+from datamodules.formats.reading import Reading
 from datamodules.sources import Files
 from modules.networks.tiny import tiny_tokenizer
 
@@ -78,7 +79,7 @@ def test_bad_rows_are_refused_or_dropped_with_a_count(tmp_path: Path, caplog: py
         PreferencePrompts(path).rows()
     with caplog.at_level("INFO"):
         assert [row.columns["prompt"] for row in PreferencePrompts(path, on_bad_row="drop").rows()] == ["p"]
-    assert f"1 different prompts in 2 rows, 1 bad rows dropped (the first: {path}:2: rejected is empty)" in caplog.text
+    assert f"the first bad row: {path}:2: rejected is empty; 2 rows in = 1 used + 1 bad" in caplog.text
     with pytest.raises(
         ValueError, match=f"{path}:1: none of 1 rows from here on can be read; the first: {path}:1: rejected is empty"
     ):
@@ -90,8 +91,8 @@ def test_bad_rows_are_refused_or_dropped_with_a_count(tmp_path: Path, caplog: py
         PreferencePrompts(alone).rows()
     with pytest.raises(ValueError, match="on_bad_row must be raise or drop, got 'skip'"):
         PreferencePrompts("x.jsonl", on_bad_row="skip")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="columns maps unknown names better"):
-        PreferencePrompts("x.jsonl", columns={"better": "chosen"})
+    with pytest.raises(ValueError, match="columns maps unknown names nicer"):
+        PreferencePrompts("x.jsonl", columns={"nicer": "chosen"})
 
 
 def test_transcripts_of_hh_rlhf_become_prompts(tmp_path: Path) -> None:
@@ -107,7 +108,7 @@ def test_transcripts_of_hh_rlhf_become_prompts(tmp_path: Path) -> None:
         tiny_tokenizer(), PreferencePrompts(path, chat=True, on_bad_row="drop"), max_prompt_length=4096
     )
     data.setup("fit")
-    example = preference_example(Files(path).rows()[0], {}, template=True)
+    example = preference_example(Files(path).rows()[0], Reading("preference"), template=True)
     assert example is not None and data.train_prompts[0].example.prompt == example.prompt
     assert len(data.train_prompts) == 99  # row 86 has an empty answer
     assert data.train_prompts[0].text.startswith("<|im_start|>user\n") and data.train_prompts[0].text.endswith(

@@ -20,7 +20,7 @@ from modules.networks.policy import Policy
 from modules.networks.tiny import tiny_tokenizer
 from modules.rewards import NumericMatch
 from modules.rollout.engine import Sampling
-from modules.types import InstructionBatch, PolicyBatch, PromptBatch, Rollout
+from modules.types import InstructionBatch, PolicyBatch, PromptBatch, Record
 
 Row = tuple[tuple[int, ...], tuple[bool, ...], tuple[int, ...]]  # ids, supervised, positions
 
@@ -31,8 +31,7 @@ class Recorder(LightningModule):
     def __init__(self) -> None:
         super().__init__()
         self.policy = Policy("tiny")
-        self.rollouts: list[Rollout] = []
-        self.phase_metrics: dict[str, float] = {}
+        self.record = Record()
         self.texts: list[InstructionBatch] = []
         self.moved: list[Any] = []
 
@@ -235,9 +234,9 @@ def test_loading_is_reported(texts: str, caplog: pytest.LogCaptureFixture) -> No
     with caplog.at_level("INFO"):
         data(PtxStream(texts, 5, 25, val={"web": texts})).setup("fit")
     assert (
-        "ptx: 10 rows, 0 dropped as too long, 10 documents in rows that are 82.0% full" in caplog.text
+        "ptx: text; 10 rows in = 10 used; 10 documents in 10 rows that are 82.0% full" in caplog.text
     )  # 205 of 250 tokens
-    assert "ptx web: 10 rows" in caplog.text
+    assert "ptx web: text; 10 rows in" in caplog.text
 
 
 def test_real_phases_go_on_with_texts_beside_them(tmp_path: Path, texts: str) -> None:

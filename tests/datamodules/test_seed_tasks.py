@@ -7,15 +7,15 @@ from typing import Any
 import pytest
 from lightning.pytorch import LightningModule, Trainer
 
+from datamodules.formats.reading import Reading
 from datamodules.predict.seed_tasks import SeedTasksDataModule, seed_task
 from datamodules.sources import Row
-from modules.networks.tiny import tiny_tokenizer
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 
 
 def read(columns: dict[str, Any], mapping: dict[str, str] | None = None) -> tuple[str, str, str]:
-    task = seed_task(Row(columns, "file:1", "source"), mapping or {})
+    task = seed_task(Row(columns, "file:1", "source"), Reading("seeds", mapping or {}))
     assert (task.origin, task.source) == ("file:1", "source")
     return task.instruction, task.input, task.output
 
@@ -43,32 +43,36 @@ def test_what_is_mapped_goes_before_what_is_found() -> None:
     row = {"task": "i", "instruction": "no", "output": "o", "examples": [{"output": "p"}]}
     assert read(row, {"instruction": "task"}) == ("i", "", "o")
     assert read(row, {"instances": "examples"}) == ("no", "", "p")
-    with pytest.raises(ValueError, match=r"file:1: no column 'nowhere' \(for output\); found task"):
+    with pytest.raises(ValueError, match=r"file:1: no column 'nowhere' \(for completion\); found task"):
         read(row, {"output": "nowhere"})
     with pytest.raises(
         ValueError,
-        match="columns maps unknown names answer; the names on the left may be instruction, input, output, instances",
+        match="columns maps answer .the right answer, .*, which SeedTasksDataModule does not read",
     ):
-        SeedTasksDataModule(tiny_tokenizer(), "x.jsonl", columns={"answer": "a"})
+        SeedTasksDataModule("x.jsonl", columns={"answer": "a"})
 
 
 @pytest.mark.parametrize(
     ("columns", "sentence"),
     [
         (
-            {"prompt": "p", "output": "o"},
-            r"found the columns prompt, output; looked for instruction \+ output or instruction \+ instances",
+            {"text": "p", "output": "o"},
+            r"found the columns text, output; looked for instruction \+ output or instruction \+ instances",
         ),
         ({"instruction": "i"}, "found the columns instruction; looked for"),
         (
             {"instruction": "i", "instances": []},
-            "column 'instances' must be a list of at least one object with input and output",
+            "column 'instances' must be a list of objects with input and output, at least one",
         ),
         ({"instruction": "i", "instances": ["o"]}, "column 'instances' must be"),
         ({"instruction": "i", "instances": [{"input": "x"}]}, "column 'instances' must be"),
         ({"instruction": 3, "output": "o"}, "'instruction' holds a int, text was expected"),
         ({"instruction": "i", "input": ["x"], "output": "o"}, "'input' holds a list, text was expected"),
-        ({"instruction": "i", "output": None}, "'output' holds a NoneType, text was expected"),
+        ({"instruction": "i", "output": None}, "the output is empty, so it shows a model nothing"),
+        (
+            {"instruction": "i", "output": "o", "system": "s"},
+            "column 'system' .*, and SeedTasksDataModule does not read it; set",
+        ),
         ({"instruction": " ", "output": "o"}, "the instruction is empty"),
         ({"instruction": "i", "output": "\n"}, "the output is empty, so it shows a model nothing"),
     ],
@@ -97,11 +101,11 @@ class ThreeRounds(LightningModule):
 def test_the_same_batch_until_the_module_has_finished(tmp_path: Path, caplog: Any) -> None:
     file = tmp_path / "seeds.jsonl"
     file.write_text('{"instruction": "a", "input": "x", "output": "1"}\n{"instruction": "b", "output": "2"}\n')
-    module, data = ThreeRounds(), SeedTasksDataModule(tiny_tokenizer(), str(file))
+    module, data = ThreeRounds(), SeedTasksDataModule(str(file))
     Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False).predict(
         module, data
     )
-    assert "seeds: 2 tasks, 1 with an input" in caplog.text
+    assert "seeds: instruction + output; `output` -> completion; 2 rows in = 2 used; 1 with an input" in caplog.text
     assert len(module.seen) == 3
     first = module.seen[0]
     assert (first["uid"], first["prompt"], first["answer"]) == ([f"{file}:1", f"{file}:2"], ["a", "b"], ["1", "2"])
@@ -113,7 +117,7 @@ def test_other_seeds_have_another_digest(tmp_path: Path) -> None:
     digests = []
     for output in ("1", "2", "1"):
         (tmp_path / "seeds.json").write_text(json.dumps([{"instruction": "a", "output": output}]))
-        data = SeedTasksDataModule(tiny_tokenizer(), str(tmp_path / "seeds.json"))
+        data = SeedTasksDataModule(str(tmp_path / "seeds.json"))
         data.setup("predict")
         digests.append(data.batch()["info"][0]["data"])
     assert digests[0] == digests[2] != digests[1]
@@ -128,7 +132,7 @@ def test_a_module_without_use_for_seeds_is_refused(tmp_path: Path) -> None:
     (tmp_path / "seeds.json").write_text('[{"instruction": "a", "output": "1"}]')
     trainer = Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False)
     with pytest.raises(ValueError, match="Other makes no tasks of seeds; set model to SelfInstructModule"):
-        trainer.predict(Other(), SeedTasksDataModule(tiny_tokenizer(), str(tmp_path / "seeds.json")))
+        trainer.predict(Other(), SeedTasksDataModule(str(tmp_path / "seeds.json")))
 
 
 @pytest.mark.parametrize(
@@ -141,6 +145,6 @@ def test_a_module_without_use_for_seeds_is_refused(tmp_path: Path) -> None:
 def test_real_files(file: str, rows: int, with_input: int) -> None:
     if not DATA.is_dir():
         pytest.skip("no real data beside the repository")
-    data = SeedTasksDataModule(tiny_tokenizer(), str(DATA / file))
+    data = SeedTasksDataModule(str(DATA / file))
     data.setup("predict")
     assert (len(data.rows), sum(bool(row.input) for row in data.rows)) == (rows, with_input)

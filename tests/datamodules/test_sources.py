@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from datamodules import Files
-from datamodules.formats.columns import verifiable_example
+from datamodules.formats.prompt_shapes import verifiable_example
+from datamodules.formats.reading import Reading
 from datamodules.tokens.chat import encode_prompt
 from modules.networks.tiny import tiny_tokenizer
 
@@ -309,7 +310,9 @@ def test_unreachable_hub_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_gsm8k() -> None:
     tokenizer = tiny_tokenizer()
     for name, count, first, last in (("train", 7473, "72", "50"), ("test", 919, "18", "56")):
-        examples = [verifiable_example(row, {}) for row in Files(str(GSM8K / f"{name}.jsonl")).rows()]
+        examples = [
+            verifiable_example(row, Reading("verifiable")) for row in Files(str(GSM8K / f"{name}.jsonl")).rows()
+        ]
         assert len(examples) == count
         raw = [json.loads(line)["answer"] for line in (GSM8K / f"{name}.jsonl").read_bytes().split(b"\n") if line]
         assert [example.answer for example in examples] == [

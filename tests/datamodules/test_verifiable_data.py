@@ -217,7 +217,7 @@ def test_short_class_names_work_on_the_command_line(tmp_path: Path) -> None:
 
 
 def test_a_prompt_needs_no_answer(tmp_path: Path) -> None:
-    """Learned rewards ask for none; a column that might be meant as the answer is asked about."""
+    """Learned rewards ask for none; every other column reaches rewards."""
     path = tmp_path / "prompts.jsonl"
     for rows in (
         [{"prompt": "x"}],
@@ -232,8 +232,7 @@ def test_a_prompt_needs_no_answer(tmp_path: Path) -> None:
     mapped = VerifiableDataModule(tiny_tokenizer(), str(path), columns={"prompt": "my_prompt"}, prompts_per_phase=1)
     mapped.setup("fit")
     assert mapped.draw(0)["prompt"] == ["x"]
-    path.write_text('{"prompt": "x", "target": "y"}\n')
-    with pytest.raises(
-        ValueError, match=f"{path}:1: found the columns prompt, target; looked for prompt \\+ answer or"
-    ):
-        on_rank(0, 1, str(path))
+    path.write_text('{"prompt": "Say hello.", "key": 1, "response": "nobody knows whether this is right"}\n')
+    batch = on_rank(0, 1, str(path), prompts_per_phase=1).draw(0)
+    assert (batch["prompt"], batch["answer"]) == (["Say hello."], [None])
+    assert batch["info"] == [{"key": 1, "response": "nobody knows whether this is right"}]

@@ -1,4 +1,4 @@
-"""KL estimators: expected values and gradients by enumerating a three-way categorical; the controller by hand."""
+"""KL estimators: expected values and gradients by enumerating a three-way categorical."""
 
 import math
 from collections.abc import Callable
@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from modules.functional.kl import adaptive_kl_coef, k1, k2, k3, weighted_k3
+from modules.functional.kl import k1, k2, k3, weighted_k3
 
 DOUBLE = torch.float64
 THETA = [0.3, -0.2, 0.5]
@@ -112,30 +112,3 @@ def test_large_log_ratios_are_not_clamped() -> None:
     far, zero = torch.tensor([-50.0, 50.0], dtype=DOUBLE), torch.zeros(2, dtype=DOUBLE)
     expected = torch.tensor([math.exp(50) - 51, math.exp(-50) + 49], dtype=DOUBLE)
     torch.testing.assert_close(k3(far, zero), expected, atol=0, rtol=1e-12)
-
-
-@pytest.mark.parametrize(
-    ("kl", "gain", "expected"),
-    [
-        (12.0, 0.1, 0.204),  # 12 / 6 - 1 = 1, clipped to .2: .2 * (1 + .1 * .2)
-        (12.0, 512 / 10_000, 0.202048),  # .2 * (1 + .0512 * .2)
-        (6.0, 0.1, 0.2),
-        (3.0, 0.1, 0.196),  # -.5, clipped to -.2
-        (3.0, 512 / 10_000, 0.197952),
-        (6.6, 0.1, 0.202),  # .1, inside: .2 * (1 + .1 * .1)
-        (5.4, 0.1, 0.198),
-        (-50.0, 0.1, 0.196),  # k1 may be negative
-    ],
-)
-def test_controller_hand_numbers(kl: float, gain: float, expected: float) -> None:
-    result = adaptive_kl_coef(0.2, kl, target=6.0, gain=gain)
-    assert result == pytest.approx(expected, abs=1e-12)
-    if kl == 12:
-        assert not math.isclose(result, 0.2 * math.exp(gain * 0.2), rel_tol=1e-6)  # linear, not exponential
-        assert not math.isclose(result, 0.2 * (1 + gain))  # the error is clipped
-
-
-def test_controller_keeps_zero_and_shows_a_nan() -> None:
-    assert adaptive_kl_coef(0.0, 100.0, target=6.0, gain=0.1) == 0.0
-    assert math.isnan(adaptive_kl_coef(0.2, math.nan, target=6.0, gain=0.1))
-    assert adaptive_kl_coef(0.2, math.inf, target=6.0, gain=0.1) == pytest.approx(0.204, abs=1e-12)

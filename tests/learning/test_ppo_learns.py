@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import Callback
 from callbacks import Forgetting
 from datamodules import Addition, NumberTexts, PretrainingDataModule, PtxStream, VerifiableDataModule
 from modules import GRPOModule, PPOModule, SFTModule
-from modules.losses import AdaptiveKL
+from modules.losses import KL, AdaptiveKL, Clip
 from modules.networks.critic import Value
 from modules.rewards import RegexFormat
 from modules.rollout.engine import Sampling
@@ -66,9 +66,9 @@ class Phases(Callback):
         self.solved: dict[int, float] = {}  # pass@1 on held-out prompts, by phases so far
 
     def on_train_epoch_end(self, trainer, pl_module) -> None:
-        self.kl.append(mean([rollout.kl or 0.0 for rollout in pl_module.rollouts]))
-        self.rewards.append(mean([rollout.reward for rollout in pl_module.rollouts]))
-        self.explained.append(pl_module.phase_metrics.get("explained_variance", 0.0))
+        self.kl.append(mean([rollout.kl or 0.0 for rollout in pl_module.record.rollouts]))
+        self.rewards.append(mean([rollout.reward for rollout in pl_module.record.rollouts]))
+        self.explained.append(pl_module.record.metrics.get("explained_variance", 0.0))
 
     def on_validation_end(self, trainer, pl_module) -> None:
         self.solved[trainer.current_epoch + 1] = float(trainer.callback_metrics["val/pass@1"])
@@ -89,7 +89,7 @@ def solved(
         "val_generations": 8,
         "sampling": Sampling(max_completion_length=4),
     }
-    settings |= {"kl_coef": 0.05} if method is PPOModule else {}
+    settings |= {"kl": KL(0.05)} if method is PPOModule else {}
     module = method("tiny", reward, optimizer=partial(torch.optim.AdamW, lr=lr), **settings)
     data = VerifiableDataModule(module.tokenizer, Addition(200), val=Addition(16, held_out=True), prompts_per_phase=8)
     found = Phases()
@@ -123,10 +123,9 @@ def test_the_critic_learns_what_a_prompt_is_worth(model):
         "tiny",
         Rule("large", lambda rollout: float(rollout.prompt[0] >= "5")),
         sampling=Sampling(max_completion_length=2),
-        kl_coef=0.0,
-        vf_coef=1.0,
-        value=Value(model=model, lr=3e-3 if model else 1e-2),
-        cliprange_value=None,
+        kl=KL(0.0),
+        value=Value(model=model, lr=3e-3 if model else 1e-2, coef=1.0),
+        clip=Clip(value=None),
         optimizer=partial(torch.optim.AdamW, lr=1e-5),
     )
     found = Phases()
@@ -147,8 +146,7 @@ def last_kl(kl_coef: float, phases: int, adaptive: AdaptiveKL | None, seed: int 
         COUNT,
         num_generations=16,
         sampling=Sampling(max_completion_length=4),
-        kl_coef=kl_coef,
-        adaptive_kl=adaptive,
+        kl=KL(kl_coef, adaptive),
         optimizer=partial(
             torch.optim.AdamW, lr=3e-3, betas=(0.5, 0.95)
         ),  # little momentum, whose lag makes the KL swing

@@ -135,7 +135,7 @@ RUNS: dict[str, Run] = {
             {
                 **SAMPLES,
                 "num_generations": 4,
-                "advantage": {"class_path": "GroupZScore"},
+                "advantage": "modules.functional.advantages.group_zscore",
                 "objective": {
                     "class_path": "Clipped",
                     "init_args": {"clip_low": 0.2, "clip_high": 0.28, "aggregation": {"class_path": "TokenMean"}},
@@ -154,17 +154,16 @@ RUNS: dict[str, Run] = {
             {
                 **SAMPLES,
                 "num_generations": 4,
-                "cliprange": 0.2,
-                "cliprange_value": 0.2,
-                "kl_coef": 0.2,
-                "adaptive_kl": {"target": 0.1, "gain": 1.0},
-                "vf_coef": 0.1,
-                "gamma": 1.0,
-                "lam": 0.95,
-                "missing_eos_penalty": 0.5,
+                "clip": {"ratio": 0.2, "value": 0.2},
+                "kl": {"coef": 0.2, "adaptive": {"target": 0.1, "gain": 1.0}},
+                "gae": {"gamma": 1.0, "lam": 0.95, "whiten_rewards": True},
+                "missing_eos": {"penalty": 0.5},
                 "entropy_coef": 0.01,
-                "whiten_rewards": True,
-                "value": {"model": START, "lr": 6e-3},  # the policy's own start: adapters beside the policy's
+                "value": {
+                    "coef": 0.1,
+                    "model": START,
+                    "lr": 6e-3,
+                },  # the policy's own start: adapters beside the policy's
                 "lora": LORA,
                 "optimizer": adamw(3e-3),
             },

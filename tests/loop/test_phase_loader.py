@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from datamodules.loaders.phase_loader import PhaseLoader, select, split
-from modules.types import Rollout
+from modules.types import Record
 
 
 class Toy(LightningModule):
@@ -22,8 +22,7 @@ class Toy(LightningModule):
         self.drop = torch.nn.Dropout(0.5)
         self.drop.eval()  # a part that was in eval mode before must stay so
         self.groups, self.per_group = groups, per_group
-        self.rollouts: list[Rollout] = []
-        self.phase_metrics: dict[str, float] = {}
+        self.record = Record()
         self.seen: list[dict[str, Any]] = []
         self.collected: list[tuple[int, int]] = []
         self.modes: list[tuple[bool, bool, bool]] = []

@@ -19,7 +19,7 @@ from test_resume import Records, SaveInside, States, assert_goes_on, equal
 from callbacks import AveragedWeights, Export
 from datamodules import Addition, NumberTexts, PtxStream, VerifiableDataModule
 from modules import PPOModule
-from modules.losses import AdaptiveKL
+from modules.losses import GAE, KL, AdaptiveKL
 from modules.networks.critic import Value
 from modules.networks.lora import Lora
 from modules.networks.policy import Policy
@@ -38,10 +38,9 @@ def ppo(**settings: Any) -> PPOModule:
         "value": Value(lr=3e-3, warmup_phases=1),
     } | settings
     settings = {
-        "kl_coef": 0.5,
-        "adaptive_kl": AdaptiveKL(target=1.0, gain=1.0),
+        "kl": KL(0.5, AdaptiveKL(target=1.0, gain=1.0)),
         "ptx_coef": 0.5,
-        "whiten_rewards": True,
+        "gae": GAE(whiten_rewards=True),
     } | settings
     settings = {"optimizer": lambda parameters: torch.optim.AdamW(parameters, lr=1e-3)} | settings
     return PPOModule("tiny", RegexFormat(REWARD), **settings)
@@ -251,7 +250,7 @@ def fit_on(path: Path, devices: int, accumulate: int, strategy: str = "auto") ->
     """
     counting = AdaptiveKL(target=1.0, gain=None, horizon=100)  # a gain that depends on the completions of all ranks
     module = ppo(
-        value=Value(lr=0.05), adaptive_kl=counting, optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.5)
+        value=Value(lr=0.05), kl=KL(0.5, counting), optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.5)
     )
     ptx = PtxStream(NumberTexts(20, subject="counting"), rows_per_update=4, max_length=16)
     data = VerifiableDataModule(module.tokenizer, Addition(40), prompts_per_phase=8, updates_per_phase=2, ptx=ptx)

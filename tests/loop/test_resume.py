@@ -40,7 +40,7 @@ class States(Callback):
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         self.after[trainer.global_step] = [parameter.detach().clone() for parameter in pl_module.parameters()]
-        self.rollouts[trainer.current_epoch] = list(pl_module.rollouts)
+        self.rollouts[trainer.current_epoch] = list(pl_module.record.rollouts)
 
 
 class Records(Logger):
@@ -221,7 +221,7 @@ def test_first_micro_batch_has_the_old_logprobs(tmp_path):
     trainer.fit(module, VerifiableDataModule(module.tokenizer, Addition(40), prompts_per_phase=4))
     assert len(first.gaps) == 6
     assert max(first.gaps) < 1e-5
-    assert abs(module.phase_metrics["kl"]) > 0  # the weights did move
+    assert abs(module.record.metrics["kl"]) > 0  # the weights did move
 
 
 def run_cli(config: dict, folder: Path, *args: str) -> dict:

@@ -1,16 +1,35 @@
 """The clipped value loss: hand numbers, a loop, gradients, and what padding may not touch."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from modules.losses.value import clipped_value_loss
+from modules.losses.value import ClippedValue
 
 DOUBLE = torch.float64
 Case = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # values, old_values, returns, mask, denominator
+
+
+def take(
+    values: Tensor,
+    old_values: Tensor,
+    returns: Tensor,
+    mask: Tensor,
+    denominator: Tensor | float,
+    clip: float | None = 0.2,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of a micro-batch that holds what the class reads."""
+    batch: Any = {
+        "values": old_values,
+        "returns": returns,
+        "completion_mask": mask,
+        "denominator": torch.as_tensor(denominator, dtype=DOUBLE),
+    }
+    return ClippedValue(clip)(values, batch)
 
 
 def random_case() -> Case:
@@ -36,7 +55,7 @@ def test_hand_numbers(value: float, target: float, clip: float | None, loss: flo
     """V_old = .5."""
     values = torch.tensor([[value]], dtype=DOUBLE, requires_grad=True)
     old_values, returns = torch.tensor([[0.5]], dtype=DOUBLE), torch.tensor([[target]], dtype=DOUBLE)
-    result, metrics = clipped_value_loss(values, old_values, returns, torch.ones(1, 1, dtype=torch.bool), 1, clip)
+    result, metrics = take(values, old_values, returns, torch.ones(1, 1, dtype=torch.bool), 1, clip)
     assert result.item() == pytest.approx(loss, abs=1e-12)
     assert torch.autograd.grad(result, values)[0].item() == pytest.approx(slope, abs=1e-12)
     assert metrics.keys() == {"value_clip_ratio"} and metrics["value_clip_ratio"] == cut
@@ -54,28 +73,28 @@ def test_against_a_loop(clip: float | None) -> None:
             smaller + min((value - target) ** 2, (near - target) ** 2),
         )
         cut += abs(near - target) > abs(value - target)
-    loss, metrics = clipped_value_loss(values, old_values, returns, mask, denominator, clip)
+    loss, metrics = take(values, old_values, returns, mask, denominator, clip)
     assert loss.item() == pytest.approx(0.5 * total / 13, abs=1e-12)
     assert metrics["value_clip_ratio"].item() == pytest.approx(cut / mask.sum().item(), abs=1e-6)
     if clip is not None:
         assert 0 < cut < mask.sum()
         assert loss.item() - 0.5 * smaller / 13 > 0.1  # the minimum is another loss
-    around_targets = clipped_value_loss(values, returns, old_values, mask, denominator, clip)[0]
+    around_targets = take(values, returns, old_values, mask, denominator, clip)[0]
     assert not math.isclose(around_targets.item(), loss.item(), rel_tol=1e-3)
 
 
 def test_default_clip_gradcheck_row_order_and_padding() -> None:
     values, old_values, returns, mask, denominator = random_case()
-    reference = clipped_value_loss(values, old_values, returns, mask, denominator, 0.2)[0]
-    assert torch.equal(clipped_value_loss(values, old_values, returns, mask, denominator)[0], reference)
+    reference = take(values, old_values, returns, mask, denominator, 0.2)[0]
+    assert ClippedValue().clip == 0.2
     order = torch.tensor([2, 0, 3, 1])
     wide = [pad(x, (1, 3), value=math.nan)[order] for x in (values, old_values, returns)]
-    shuffled = clipped_value_loss(wide[0], wide[1], wide[2], pad(mask, (1, 3))[order], denominator)[0]
+    shuffled = take(wide[0], wide[1], wide[2], pad(mask, (1, 3))[order], denominator)[0]
     torch.testing.assert_close(shuffled, reference, atol=1e-12, rtol=0)
     for clip in (0.2, None):
         leaf = values.clone().requires_grad_()
         assert torch.autograd.gradcheck(
-            lambda x, c=clip: clipped_value_loss(x, old_values, returns, mask, denominator, c)[0], (leaf,)
+            lambda x, c=clip: take(x, old_values, returns, mask, denominator, c)[0], (leaf,)
         )
 
 
@@ -83,12 +102,12 @@ def test_default_clip_gradcheck_row_order_and_padding() -> None:
 def test_masked_columns_reach_neither_loss_nor_metric_nor_gradient(bad: float) -> None:
     values, old_values, returns, mask, denominator = random_case()
     clean = values.clone().requires_grad_()
-    reference, reference_metrics = clipped_value_loss(clean, old_values, returns, mask, denominator)
+    reference, reference_metrics = take(clean, old_values, returns, mask, denominator)
     expected = torch.autograd.grad(reference, clean)[0]
     dirty = [x.masked_fill(~mask, bad) for x in (values, old_values, returns)]
     before = [x.clone() for x in dirty]
     with torch.autograd.set_detect_anomaly(True):  # raises for a NaN anywhere on the way back
-        loss, metrics = clipped_value_loss(dirty[0].requires_grad_(), dirty[1], dirty[2], mask, denominator)
+        loss, metrics = take(dirty[0].requires_grad_(), dirty[1], dirty[2], mask, denominator)
         torch.testing.assert_close(torch.autograd.grad(loss, dirty[0])[0], expected, atol=1e-12, rtol=0)
     torch.testing.assert_close(loss, reference, atol=1e-12, rtol=0)
     assert metrics == reference_metrics and not metrics["value_clip_ratio"].requires_grad
@@ -96,28 +115,22 @@ def test_masked_columns_reach_neither_loss_nor_metric_nor_gradient(bad: float) -
     assert (expected[~mask] == 0).all() and (expected[mask] != 0).any()
 
 
-def test_micro_batches_add_up_and_weights_weigh() -> None:
+def test_micro_batches_add_up_and_an_empty_one_gives_zero() -> None:
     values, old_values, returns, mask, denominator = random_case()
-    whole = clipped_value_loss(values, old_values, returns, mask, denominator)[0]
-    parts = [
-        clipped_value_loss(values[i], old_values[i], returns[i], mask[i], denominator)[0]
-        for i in (slice(0, 1), slice(1, 4))
-    ]
+    whole = take(values, old_values, returns, mask, denominator)[0]
+    parts = [take(values[i], old_values[i], returns[i], mask[i], denominator)[0] for i in (slice(0, 1), slice(1, 4))]
     torch.testing.assert_close(parts[0] + parts[1], whole, atol=1e-12, rtol=0)
-    torch.testing.assert_close(
-        clipped_value_loss(values, old_values, returns, mask * 3.0, denominator)[0], 3 * whole, atol=1e-12, rtol=0
-    )
     leaf = values.clone().requires_grad_()
-    empty, metrics = clipped_value_loss(leaf, old_values, returns, torch.zeros_like(mask), 0)
+    empty, metrics = take(leaf, old_values, returns, torch.zeros_like(mask), 0)
     assert empty == 0 and metrics["value_clip_ratio"] == 0 and (torch.autograd.grad(empty, leaf)[0] == 0).all()
 
 
 def test_errors_say_what_is_wrong() -> None:
     values, old_values, returns, mask, denominator = random_case()
-    for clip in (0.0, -0.2, math.nan):
-        with pytest.raises(ValueError, match=f"clip is {clip}, expected > 0; use None"):
-            clipped_value_loss(values, old_values, returns, mask, denominator, clip)
+    for clip in (0.0, -0.2, math.nan, math.inf):
+        with pytest.raises(ValueError, match=f"clip must be .*> 0, got {clip}"):
+            take(values, old_values, returns, mask, denominator, clip)
     with pytest.raises(ValueError, match=r"shapes \[\(4, 6\), \(4, 6\), \(4, 1\), \(4, 6\)\]"):
-        clipped_value_loss(values, old_values, returns[:, :1], mask, denominator)
+        take(values, old_values, returns[:, :1], mask, denominator)
     with pytest.raises(ValueError, match="shapes"):
-        clipped_value_loss(values, old_values, returns, mask[0], denominator)
+        take(values, old_values, returns, mask[0], denominator)

@@ -2,6 +2,7 @@
 refusals.
 """
 
+import math
 import os
 import subprocess
 import sys
@@ -28,7 +29,7 @@ from modules.losses import (
     Sigmoid,
     SimPO,
 )
-from modules.losses.pairs import logit_metrics
+from modules.losses.pairs import find_pairs, measure_logits
 from modules.losses.preference import Sequences
 from modules.networks.lora import Lora
 
@@ -108,7 +109,8 @@ def test_every_objective_runs_and_moves_the_policy(tmp_path, objective):
 def gradient_at_the_reference(objective, beta: float) -> list[float]:
     logps = torch.tensor([-10.0, -14.0], dtype=torch.float64, requires_grad=True)
     sequences = Sequences(logps, logps.detach().clone(), torch.tensor([5.0, 10.0], dtype=torch.float64), logps)
-    objective.total(sequences, torch.tensor([0, 0]), torch.tensor([0, 1]), beta, torch.tensor(0.0)).backward()
+    batch = {"prompt_index": torch.tensor([0, 0]), "rank": torch.tensor([0, 1])}
+    objective.total(sequences, batch, find_pairs(batch), beta, torch.tensor(0.0)).backward()
     return logps.grad.tolist()
 
 
@@ -191,11 +193,13 @@ def test_the_logits_of_ranked_and_labelled_completions_by_hand():
     )
     # ranks 0, 1, 2: pairs 0-1, 0-2 and 1-2, each 1/3. Chosen: sums 3, 3 and 4 over 2, 2 and 1 tokens; rejected: 4, 14
     # and 14 over 1, 2 and 2
-    ranked = logit_metrics(logits, mask, torch.tensor([0, 0, 0]), torch.tensor([0, 1, 2]), paired=True)
+    rank = torch.tensor([0, 1, 2])
+    pairs = find_pairs({"prompt_index": torch.tensor([0, 0, 0]), "rank": rank})
+    ranked = measure_logits(logits, mask, rank, pairs)
     assert [float(value) for value, _ in ranked.values()] == pytest.approx([10 / 5, 32 / 5])
     assert [weight for _, weight in ranked.values()] == pytest.approx([5 / 3, 5 / 3])
     # labelled: good ones have 3 + 4 over 2 + 1 tokens, bad ones 14 over 2
-    labelled = logit_metrics(logits, mask, torch.tensor([0, 1, 2]), torch.tensor([0, 0, 1]), paired=False)
+    labelled = measure_logits(logits, mask, torch.tensor([0, 0, 1]), None)
     assert {name: (float(value), weight) for name, (value, weight) in labelled.items()} == {
         "logits/chosen": (pytest.approx(7 / 3), 3.0),
         "logits/rejected": (7.0, 2.0),
@@ -391,6 +395,7 @@ KTO_RANKS = """
 import torch
 from lightning.pytorch import Callback
 from modules.losses import KTO
+from modules.losses.pairs import find_pairs
 from pathlib import Path
 from tests.methods.test_dpo import Labels, dpo, fit
 
@@ -401,7 +406,7 @@ class Look(Callback):
             module.policy.model.lm_head.weight.data.mul_(1.5)  # far enough from the reference for a KL above 0
             with torch.no_grad():
                 kl = module.mismatched_kl(batch)
-                loss = module.loss(module.sequences(batch, "train")[0], batch, kl) / batch["denominator"]
+                loss = module.loss(module.sequences(batch, "train")[0], batch, find_pairs(batch), kl) / batch["denominator"]
             torch.save([dict(batch), kl, loss, module.policy.state_dict()], f"rank{trainer.global_rank}.pt")
 
 
@@ -457,7 +462,9 @@ def test_the_kl_of_two_ranks_is_the_mean_over_the_rows_of_both(tmp_path):
     [
         ({}, 4, Labels(), "Sigmoid compares completions and these rows hold one labelled completion each: use KTO"),
         ({"objective": KTO()}, 1, None, "batch_size must be at least 2"),
-        ({"beta": 0.0}, 4, None, "beta must be > 0"),
+        ({"beta": 0.0}, 4, None, "DPOModule: beta must be > 0"),
+        ({"beta": math.nan}, 4, None, "DPOModule: beta must be finite and > 0"),
+        ({"nll_weight": math.inf}, 4, None, "DPOModule: nll_weight must be finite and >= 0"),
         ({"objective": KTO(), "reference_free": True}, 4, None, "KTO measures the KL to a reference"),
         ({"objective": KTO(), "nll_weight": 1.0}, 4, Labels(), "nll_weight raises chosen completions"),
     ],
@@ -475,6 +482,8 @@ def test_impossible_runs_are_refused(tmp_path, settings, batch_size, source, mes
         lambda: LengthDesensitized(2),
         lambda: SimPO(-1),
         lambda: KTO(-1.0),
+        lambda: KTO(1.0, math.nan),
+        lambda: LengthMargin(math.inf),
         lambda: Lora(r=0),
     ],
 )

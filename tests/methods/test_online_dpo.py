@@ -8,7 +8,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from datamodules import Addition, VerifiableDataModule
 from modules import OnlineDPOModule
 from modules.networks.lora import Lora
-from modules.online_dpo import best_and_worst
+from modules.online_dpo import rank_best_and_worst
 from modules.rewards import RegexFormat
 from modules.rollout.engine import Sampling
 from modules.types import Reward
@@ -67,7 +67,7 @@ def test_best_and_worst_of_a_group():
     nan = float("nan")
     rewards = torch.tensor([0.0, 2.0, 2.0, 1.0, 1.0, nan, 0.5, 0.4, nan, nan])
     group = torch.tensor([0, 0, 0, 1, 1, 1, 2, 2, 3, 3])
-    assert best_and_worst(rewards, group).tolist() == [
+    assert rank_best_and_worst(rewards, group).tolist() == [
         1,
         0,
         -1,
@@ -79,7 +79,7 @@ def test_best_and_worst_of_a_group():
         -1,
         -1,
     ]  # group 1 is tied, group 3 unscorable
-    assert best_and_worst(rewards, group, min_gap=0.5).tolist() == [1, 0, -1, -1, -1, -1, -1, -1, -1, -1]
+    assert rank_best_and_worst(rewards, group, min_gap=0.5).tolist() == [1, 0, -1, -1, -1, -1, -1, -1, -1, -1]
 
 
 @pytest.mark.parametrize(("lr", "learns"), [(3e-3, True), (0.0, False)])
@@ -134,7 +134,15 @@ SOFT_ADAPTERS = {"refresh": "soft", "lora": Lora()}  # the average of two produc
 
 
 @pytest.mark.parametrize(
-    "settings", [{"beta": 0.0}, {"min_gap": -1.0}, {"refresh_every": 0}, SOFT_ADAPTERS, {"num_generations": 1}]
+    "settings",
+    [
+        {"beta": 0.0},
+        {"beta": float("nan")},
+        {"min_gap": -1.0},
+        {"refresh_every": 0},
+        SOFT_ADAPTERS,
+        {"num_generations": 1},
+    ],
 )
 def test_values_out_of_range_are_refused(settings):
     with pytest.raises(ValueError):

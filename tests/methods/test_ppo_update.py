@@ -29,6 +29,7 @@ from datamodules import PtxStream, VerifiableDataModule
 from datamodules.sources.source import Row, Source
 from modules import PPOModule
 from modules.functional.kl import k2
+from modules.losses import GAE, KL, Clip, MissingEos
 from modules.networks.critic import Value
 from modules.rollout.engine import RolloutEngine, Sampling
 from modules.types import Completion, Reward, Rollout
@@ -94,7 +95,7 @@ def llama(kind: type[PreTrainedModel], seed: int, folder: Path, **settings: Any)
 
 @dataclass(frozen=True)
 class Settings:
-    """What both computations are told, by the module's names, and (last three) how they cut the phase."""
+    """What both computations are told, by TRL's names, and (last three) how they cut the phase."""
 
     lr: float = 0.1
     temperature: float = 1.0
@@ -160,7 +161,7 @@ class Plan(Callback):
             wanted = (group, ids[mask].tolist())
             free = (
                 i
-                for i, r in enumerate(pl_module.rollouts)
+                for i, r in enumerate(pl_module.record.rollouts)
                 if (r.group, r.completion.token_ids) == wanted and i not in {*taken, *places}
             )
             places.append(next(free))
@@ -181,27 +182,19 @@ def fit(
     folder: Path, s: Settings, policy: str = "start", reference: str | None = None, value: str | None = None
 ) -> Fit:
     seed_everything(1)
-    kept = (
-        "gamma",
-        "lam",
-        "cliprange",
-        "dual_clip",
-        "cliprange_value",
-        "vf_coef",
-        "kl_coef",
-        "whiten_rewards",
-        "missing_eos_penalty",
-    )
     module = PPOModule(
         str(folder / policy),
         Rule(),
         num_generations=3,
         sampling=Sampling(temperature=s.temperature, max_completion_length=3),
-        value=Value(value and str(folder / value), s.value_lr),
-        kl_loss=k2 if s.kl_in_loss else None,
-        reference=reference and str(folder / reference),
+        gae=GAE(s.gamma, s.lam, s.whiten_rewards),
+        clip=Clip(s.cliprange, s.dual_clip, s.cliprange_value),
+        kl=KL(s.kl_coef, loss=k2 if s.kl_in_loss else None, reference=reference and str(folder / reference)),
+        value=Value(value and str(folder / value), s.value_lr, coef=s.vf_coef),
+        missing_eos=None if s.missing_eos_penalty is None else MissingEos(s.missing_eos_penalty, s.replace_missing_eos),
+        entropy_coef=s.entropy_coef,
+        ptx_coef=s.ptx_coef,
         optimizer=lambda parameters: torch.optim.SGD(parameters, lr=s.lr),
-        **{name: getattr(s, name) for name in (*kept, "replace_missing_eos", "entropy_coef", "ptx_coef")},
     )
     if value is None:
         module.critic.head.weight.data.copy_(torch.linspace(-0.5, 0.5, 8))
@@ -231,7 +224,7 @@ class Exact:
     """The same phase in float64, one row and one token at a time."""
 
     def __init__(self, done: Fit) -> None:
-        self.rollouts, self.head = done.module.rollouts, nn.Parameter(done.head.double()[0])
+        self.rollouts, self.head = done.module.record.rollouts, nn.Parameter(done.head.double()[0])
         self.policy = AutoModelForCausalLM.from_pretrained(done.policy, dtype=torch.float64)
         self.reference = AutoModelForCausalLM.from_pretrained(done.reference, dtype=torch.float64)
         self.value = (
@@ -410,9 +403,9 @@ def separate(folder, first) -> Fit:
 @pytest.mark.parametrize("which", ["first", "shared", "separate"])
 def test_a_phase_is_what_plain_loops_make_of_it(which, request):
     done = request.getfixturevalue(which)
-    scored = [i for i, rollout in enumerate(done.module.rollouts) if rollout.reward is not None]
-    assert 5 < len(scored) < 12, [r.completion.text for r in done.module.rollouts]
-    assert {rollout.completion.finish for rollout in done.module.rollouts} == {"stop", "length"}
+    scored = [i for i, rollout in enumerate(done.module.record.rollouts) if rollout.reward is not None]
+    assert 5 < len(scored) < 12, [r.completion.text for r in done.module.record.rollouts]
+    assert {rollout.completion.finish for rollout in done.module.record.rollouts} == {"stop", "length"}
     passes = [sorted(i for update in done.plan[start : start + 2] for part in update for i in part) for start in (0, 2)]
     assert passes == [scored, scored] and all(len(update) == 2 for update in done.plan)
     assert max(difference(done, done.settings).values()) < CLOSE
@@ -454,8 +447,8 @@ def test_errors_would_be_seen(which, request):
 
 
 def test_the_kl_is_0_before_the_first_step_and_not_after(first, shared):
-    assert [rollout.kl for rollout in first.module.rollouts] == [0.0] * 12
-    sums = [rollout.kl for rollout in shared.module.rollouts]
+    assert [rollout.kl for rollout in first.module.record.rollouts] == [0.0] * 12
+    sums = [rollout.kl for rollout in shared.module.record.rollouts]
     assert sum(map(abs, sums)) / 12 > 0.01
     assert shared.logged["train/sequence_kl"] == pytest.approx(sum(sums) / 12, abs=1e-6)
 
@@ -507,7 +500,7 @@ def test_the_kl_and_the_entropy_are_those_of_the_distribution_of_completions(fol
     exact = Exact(shared)
     exact.policy.requires_grad_(False)
     kl = entropy = mine_kl = mine_entropy = total = 0.0
-    for rollout in module.rollouts:
+    for rollout in module.record.rollouts:
         ids = rollout.completion.token_ids
         ours, theirs = (
             sum(
@@ -522,7 +515,7 @@ def test_the_kl_and_the_entropy_are_those_of_the_distribution_of_completions(fol
         entropy -= probability * ours
         mine_kl += probability * rollout.kl
         mine_entropy += probability * rollout.entropy * len(ids)
-    assert len(module.rollouts) == 15 and total == pytest.approx(1.0, abs=1e-6)
+    assert len(module.record.rollouts) == 15 and total == pytest.approx(1.0, abs=1e-6)
     assert kl > 0.01
     assert mine_kl == pytest.approx(kl, abs=1e-6)
     assert mine_entropy == pytest.approx(entropy, abs=1e-6)

@@ -31,9 +31,10 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from callbacks import Export
 from callbacks.writers.prediction_writer import line
 from datamodules.preference import PreferenceDataModule
+from modules.losses.pairs import Pairs, find_pairs
 from modules.networks.lora import Lora
 from modules.networks.tiny import tiny_tokenizer
-from modules.reward import Pairs, RewardModule, moments, pairs_of
+from modules.reward import RewardModule, moments
 from modules.rewards.learned import LearnedReward
 from modules.types import Completion, Rollout
 
@@ -90,7 +91,7 @@ def one_example(scores: list[float], margin: float | None = None) -> tuple[Tenso
     batch = {"prompt_index": torch.zeros(len(scores), dtype=torch.long), "rank": torch.arange(len(scores))}
     if margin is not None:
         batch["margin"] = torch.tensor([margin])
-    return torch.tensor(scores)[:, None], pairs_of(batch)
+    return torch.tensor(scores)[:, None], find_pairs(batch)
 
 
 @pytest.mark.parametrize(
@@ -114,7 +115,7 @@ def test_metrics_of_two_examples_and_two_heads():
     # and 5: a tie is not right
     batch = {"prompt_index": torch.tensor([0, 0, 0, 1, 1]), "rank": torch.tensor([0, 1, 2, 0, 1])}
     scores = torch.tensor([[2.0, 4.0], [1.0, 1.0], [2.0, 2.0], [5.0, 5.0], [6.0, 4.0]])
-    sums = reward_module(num_heads=2).sums(scores, pairs_of(batch))
+    sums = reward_module(num_heads=2).sums(scores, find_pairs(batch))
     softplus = torch.nn.functional.softplus
     first = softplus(-torch.tensor([1.0, 0.0, -1.0])).mean()  # leads of head 1: 2-1, 2-2, 1-2
     second = softplus(-torch.tensor([3.0, 2.0, -1.0])).mean()  # of head 2: 4-1, 4-2, 1-2
@@ -199,7 +200,7 @@ def test_pairs_are_described():
     assert pairs[0].margin == 0.5
     filler = {**batch, "rank": torch.full((5,), -1)}
     assert module.score_pairs(filler) == []
-    sums = module.sums(module.head_scores(filler), pairs_of(filler))
+    sums = module.sums(module.head_scores(filler), find_pairs(filler))
     assert sums["loss"].item() == 0
     sums["loss"].backward()
     assert all(parameter.grad is not None and not parameter.grad.any() for parameter in module.parameters())
@@ -323,7 +324,7 @@ def test_validation_is_the_mean_over_examples(tmp_path):
     assert found["val/loss"] == pytest.approx(mean, abs=1e-5)
     every = [loss for losses in examples.values() for loss in losses]
     assert found["val/loss"] != pytest.approx(sum(every) / len(every), abs=1e-5)
-    assert len(module.scored_pairs) > 0
+    assert len(module.record.pairs) > 0
     raw = torch.cat([module.head_scores(batch) for batch in data.in_order("val")])
     assert (found["val/min_reward"], found["val/max_reward"]) == pytest.approx(
         (raw.min().item(), raw.max().item()), abs=1e-6

@@ -153,7 +153,7 @@ def test_a_reward_chooses_the_checkpoint_and_samples_are_shown(tmp_path):
 def test_without_reward_and_sampling_nothing_is_sampled():
     module = SFTModule("tiny")
     trainer = fit(module)
-    assert module.held_out_rollouts == [] and "val/reward" not in trainer.callback_metrics
+    assert module.record.held_out is None and "val/reward" not in trainer.callback_metrics
     assert 0 < float(trainer.callback_metrics["train/supervised_fraction"]) < 1
 
 

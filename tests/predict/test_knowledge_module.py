@@ -49,7 +49,7 @@ def labels(module, batches):
     found = []
     for index, batch in enumerate(batches):
         module.predict_step(batch, index)
-        found += module.labelled
+        found += module.record.labels
     return {record["row"]: record["label"] for record in found}
 
 
@@ -103,9 +103,9 @@ def test_done_facts_are_not_asked(folder):
     module.done = {f"facts#{number}" for number in range(4)}
     first, second = prompts_of(8, module.tokenizer, num_prompts=2, batch_size=4)
     module.predict_step(first, 0)
-    assert module.labelled == []
+    assert module.record.labels == []
     module.predict_step(second, 1)
-    assert [record["row"] for record in module.labelled] == [4, 5, 6, 7]
+    assert [record["row"] for record in module.record.labels] == [4, 5, 6, 7]
 
 
 def test_summary_adds_up():

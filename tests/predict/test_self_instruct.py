@@ -14,7 +14,7 @@ from datamodules.predict.seed_tasks import SeedTasksDataModule
 from datamodules.verifiable import VerifiableDataModule
 from modules.networks.tiny import tiny_tokenizer
 from modules.predict.instruction_filter import InstructionPool
-from modules.predict.self_instruct import SelfInstructModule, keep, read_list, written
+from modules.predict.self_instruct import SelfInstructModule, keep_new_tasks, read_list, write_task
 from modules.rewards.chat.clients import HttpChat
 from modules.rewards.chat.protocol import ChatClient, Conversation
 
@@ -78,7 +78,7 @@ def seeds_file(folder: Path, rows: list[dict[str, Any]] = SEEDS) -> str:
 
 def grow(folder: Path, client: ChatClient, rows: list[dict[str, Any]] = SEEDS, **settings: Any) -> SelfInstructModule:
     module = SelfInstructModule(client, **{"num_instructions": 50, **settings})
-    data = SeedTasksDataModule(tiny_tokenizer(), seeds_file(folder, rows))
+    data = SeedTasksDataModule(seeds_file(folder, rows))
     Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False).predict(
         module, data
     )
@@ -127,7 +127,7 @@ def test_half_a_character_is_replaced() -> None:
 
 def test_tasks_are_taken_one_after_another() -> None:
     pool = InstructionPool(["Name three rivers of Europe."])
-    accepted, rejected = keep([LIST, LIST], pool)
+    accepted, rejected = keep_new_tasks([LIST, LIST], pool)
     # 5 words each, 4 of them shared in order: F1 8 / 10
     assert [task["instruction"] for task in accepted] == ["Put the words\nin order, please."]
     assert rejected == {"unfinished": 2, "similar": 2, "duplicate": 1}
@@ -138,7 +138,7 @@ def test_tasks_are_taken_one_after_another() -> None:
 def test_a_request_shows_seeds_as_the_answer_is_read(tmp_path: Path) -> None:
     author = Author()
     grow(tmp_path, author, num_in_context=2, num_instructions=1, requests_per_round=30)
-    assert written(1, "a\n b", "", "c") == "1. Instruction: a b\n1. Input:\n<noinput>\n1. Output:\nc\n###"
+    assert write_task(1, "a\n b", "", "c") == "1. Instruction: a b\n1. Input:\n<noinput>\n1. Output:\nc\n###"
     shown = []
     for (message,) in author.asked:
         assert message["role"] == "user"

@@ -8,7 +8,7 @@ import pytest
 
 from modules.rewards.chat.clients import HttpChat
 from modules.rewards.chat.judge import (
-    Comparison,
+    JudgedPair,
     PairwiseJudge,
     RubricJudge,
     read_score,
@@ -69,10 +69,10 @@ def test_a_judge_that_prefers_longer_wins_iff_longer(chat_server: Any, rules: An
     judge = PairwiseJudge(HttpChat(chat_server(rules["longer wins"]).url, "m"))
     pairs = [("p", "aaa", "b"), ("p", "a", "bbb"), ("p", "aa", "bb"), ("p", "same", "same")]
     assert judge.compare(pairs) == [
-        Comparison(1.0, (1.0, 0.0)),
-        Comparison(0.0, (0.0, 1.0)),
-        Comparison(0.5, (0.5, 0.5)),
-        Comparison(0.5),
+        JudgedPair(1.0, (1.0, 0.0)),
+        JudgedPair(0.0, (0.0, 1.0)),
+        JudgedPair(0.5, (0.5, 0.5)),
+        JudgedPair(0.5),
     ]
     # 6 verdicts: 2 wins of the first shown, 2 of the second, 2 ties: (2 + 2/2) / 6 - 1/2 = 0; the equal texts are not
     # asked about
@@ -97,7 +97,7 @@ def test_a_win_in_one_order_and_a_tie_in_the_other_is_a_tie(chat_server: Any) ->
             chat_server(lambda question: "Verdict: A" if "[Answer A]\nx\n" in question else "Verdict: tie").url, "m"
         )
     )
-    assert judge.compare([("p", "x", "y")]) == [Comparison(0.5, (1.0, 0.5))]
+    assert judge.compare([("p", "x", "y")]) == [JudgedPair(0.5, (1.0, 0.5))]
     assert judge.report()["position_bias"] == 0.25  # (1 + 1/2) / 2 - 1/2
     assert judge.report()["consistency"] == 0.0
 
@@ -106,7 +106,7 @@ def test_a_win_in_one_order_and_a_tie_in_the_other_is_a_tie(chat_server: Any) ->
 def test_no_verdict_in_one_order_is_invalid_and_no_tie(chat_server: Any, garbage: str) -> None:
     server = chat_server(lambda question: garbage if "[Answer A]\ny\n" in question else "Verdict: A")
     judge = PairwiseJudge(HttpChat(server.url, "m"))
-    assert judge.compare([("p", "x", "y")]) == [Comparison(None, (1.0, None))]
+    assert judge.compare([("p", "x", "y")]) == [JudgedPair(None, (1.0, None))]
     assert {"comparisons": 1, "invalid": 1, "ties": 0}.items() <= judge.report().items()
     assert "consistency" not in judge.report()
 
@@ -159,10 +159,10 @@ def test_own_templates_are_checked() -> None:
 
 def test_tallies_add_up() -> None:
     comparisons = [
-        Comparison(1.0, (1.0, 0.0)),
-        Comparison(0.5, (1.0, 1.0)),
-        Comparison(None, (None, 0.0)),
-        Comparison(0.5),
+        JudgedPair(1.0, (1.0, 0.0)),
+        JudgedPair(0.5, (1.0, 1.0)),
+        JudgedPair(None, (None, 0.0)),
+        JudgedPair(0.5),
     ]
     together = tally(comparisons)
     assert sum((tally([comparison]) for comparison in comparisons), Counter()) == +together

@@ -19,7 +19,7 @@ from modules.rewards import MathVerify
 from modules.types import Completion, Rollout
 
 ROOT = Path(__file__).parents[2]
-WORKER = ROOT / "modules" / "rewards" / "math_worker.py"
+WORKER = ROOT / "modules" / "rewards" / "workers" / "math_worker.py"
 HANGS = (
     r"so $10^{10^{10}}$"  # computed in C with the interpreter locked: neither a thread nor a signal handler gets to run
 )

@@ -6,7 +6,7 @@ import jsonargparse
 import pytest
 
 from modules.rewards import ExactMatch, NumericMatch, RegexFormat, ThinkAnswerFormat, WeightedSum, breakdown
-from modules.rewards.weighted_sum import final_answer, final_text
+from modules.rewards.answers import final_answer, final_text
 from modules.types import Completion, Reward, Rollout
 
 

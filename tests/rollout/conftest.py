@@ -17,6 +17,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from modules.networks.loading import max_positions
 from modules.networks.tiny import tiny_model, tiny_tokenizer
 
 SIZES: dict[str, Any] = {
@@ -70,6 +71,10 @@ class Holder:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     stop_token_ids: frozenset[int]
+
+    @property
+    def max_positions(self) -> int | None:
+        return max_positions(self.model.config)
 
 
 def build(config: PreTrainedConfig) -> Holder:

@@ -4,7 +4,10 @@ import random
 from itertools import product
 from zlib import crc32
 
+from lightning.pytorch.utilities import rank_zero_info
+
 from datamodules.sources.source import Row, Source
+from modules.seeds import run_seed
 
 HELD_OUT_ONE_IN = 10
 
@@ -21,12 +24,12 @@ class Addition(Source):
         num_examples: rows, >= 1.
         digits: width of each operand, 1 to 3; shorter numbers are zero-padded.
         held_out: draw from the held-out pairs instead of the training pairs.
-        seed: of the draw; the split does not depend on it.
+        seed: of the draw; None = the run's. The split does not depend on it.
         dots: up to so many dots follow the sum in a completion; they mean nothing and make it longer.
     """
 
     def __init__(
-        self, num_examples: int, digits: int = 2, held_out: bool = False, seed: int = 0, dots: int = 0
+        self, num_examples: int, digits: int = 2, held_out: bool = False, seed: int | None = None, dots: int = 0
     ) -> None:
         if not 1 <= digits <= 3:
             raise ValueError(f"digits must be 1 to 3, got {digits}")
@@ -37,11 +40,11 @@ class Addition(Source):
         self.num_examples = num_examples
         self.digits = digits
         self.held_out = held_out
-        self.seed = seed
+        self.seed = run_seed(seed)
         self.dots = dots
 
     def rows(self) -> list[Row]:
-        """``num_examples`` rows. Raises ValueError when the split has fewer pairs."""
+        """``num_examples`` rows, after a line that says how sums are written. Raises ValueError when the split has fewer pairs."""
         pairs = [pair for pair in product(range(10**self.digits), repeat=2) if is_held_out(*pair) == self.held_out]
         side = "held-out" if self.held_out else "training"
         if self.num_examples > len(pairs):
@@ -50,6 +53,10 @@ class Addition(Source):
                 "pairs"
             )
         drawn = random.Random(self.seed).sample(pairs, self.num_examples)
+        if not self.held_out:  # once a run
+            rank_zero_info(
+                'sums are written backwards, ones first, as one adds them: "22+19=140" says 041, not a wrong 140'
+            )
         return [self._row(a, b, f"addition-{side}#{index}") for index, (a, b) in enumerate(drawn)]
 
     def _row(self, a: int, b: int, origin: str) -> Row:
@@ -69,7 +76,7 @@ class AdditionPairs(Addition):
         num_examples: pairs, >= 1.
         digits: width of each operand, 1 to 3.
         held_out: draw from the held-out operands.
-        seed: of the draw.
+        seed: of the draw; None = the run's.
         dots: up to so many dots follow an answer; the two answers of a pair always differ in them, unless 0.
         longer_chosen: [0, 1], how often the right answer is the longer one; 0.5 = the labels owe nothing to length.
     """
@@ -79,7 +86,7 @@ class AdditionPairs(Addition):
         num_examples: int,
         digits: int = 2,
         held_out: bool = False,
-        seed: int = 0,
+        seed: int | None = None,
         dots: int = 0,
         longer_chosen: float = 0.5,
     ) -> None:

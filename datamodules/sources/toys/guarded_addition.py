@@ -7,6 +7,7 @@ from typing import Literal
 
 from datamodules.sources.source import Row, Source
 from datamodules.sources.toys.addition import Addition
+from modules.seeds import run_seed
 
 REFUSAL = "Sorry."
 PLAIN = (
@@ -55,7 +56,7 @@ class GuardedAddition(Source):
         kind: ``instructions``: plain words, with the sum; ``safety``: unsafe words, refused; ``prompts``: unsafe words
             and look-alikes in turn, to ask a model.
         held_out: draw from the held-out sums.
-        seed: of the draws.
+        seed: of the draws; None = the run's.
 
     Raises:
         ValueError: an unknown kind; see ``Addition``.
@@ -66,12 +67,12 @@ class GuardedAddition(Source):
         num_examples: int,
         kind: Literal["instructions", "safety", "prompts"] = "instructions",
         held_out: bool = False,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         if kind not in ("instructions", "safety", "prompts"):
             raise ValueError(f"kind must be instructions, safety or prompts, got {kind!r}")
         self.sums = Addition(num_examples, held_out=held_out, seed=seed)
-        self.kind, self.seed = kind, seed
+        self.kind, self.seed = kind, run_seed(seed)
 
     def rows(self) -> list[Row]:
         """``num_examples`` rows. Raises ValueError when there are fewer sums."""

@@ -4,6 +4,7 @@ import random
 from zlib import crc32
 
 from datamodules.sources.source import Row, Source
+from modules.seeds import run_seed
 
 CONSONANTS, VOWELS = "bcdfghjklmnpqrstvwxz", "aeiou"
 NUM_NAMES = (len(CONSONANTS) * len(VOWELS)) ** 2
@@ -53,7 +54,7 @@ class FactDocuments(Facts):
         num_facts: facts to tell, a multiple of 20 (five lines, four relations).
         passes: times that each fact is told.
         first: number of the first fact, a multiple of 4.
-        seed: of the order.
+        seed: of the order; None = the run's.
         marks: what may stand between question and answer instead of ``=``, a character for each line drawn from these;
             told in several ways, a fact is easier to ask for in another (arXiv 2309.14316).
 
@@ -63,7 +64,7 @@ class FactDocuments(Facts):
 
     LINES = 5
 
-    def __init__(self, num_facts: int, passes: int, first: int = 0, seed: int = 0, marks: str = "=") -> None:
+    def __init__(self, num_facts: int, passes: int, first: int = 0, seed: int | None = None, marks: str = "=") -> None:
         super().__init__(num_facts, first)
         if num_facts % (self.LINES * len(RELATIONS)) or first % len(RELATIONS) or passes < 1 or not marks:
             raise ValueError(
@@ -71,7 +72,7 @@ class FactDocuments(Facts):
                 "at least 1, "
                 f"got {num_facts}, {first} and {passes}"
             )
-        self.passes, self.seed, self.marks = passes, seed, marks
+        self.passes, self.seed, self.marks = passes, run_seed(seed), marks
 
     def rows(self) -> list[Row]:
         """``passes`` x ``num_facts`` / 5 rows."""

@@ -5,6 +5,7 @@ from itertools import islice, product
 
 from datamodules.sources.source import Row, Source
 from datamodules.sources.toys.addition import is_held_out
+from modules.seeds import run_seed
 
 PER_TEXT = 12
 
@@ -18,15 +19,15 @@ class NumberTexts(Source):
     Args:
         num_texts: rows, >= 1.
         subject: of all texts.
-        seed: of the draw.
+        seed: of the draw; None = the run's.
     """
 
-    def __init__(self, num_texts: int, subject: str = "sums", seed: int = 0) -> None:
+    def __init__(self, num_texts: int, subject: str = "sums", seed: int | None = None) -> None:
         if num_texts < 1:
             raise ValueError(f"num_texts must be at least 1, got {num_texts}")
         if subject not in ("sums", "counting"):
             raise ValueError(f"subject must be sums or counting, got {subject!r}")
-        self.num_texts, self.subject, self.seed = num_texts, subject, seed
+        self.num_texts, self.subject, self.seed = num_texts, subject, run_seed(seed)
 
     def rows(self) -> list[Row]:
         """``num_texts`` rows."""

@@ -223,13 +223,12 @@ class LocalChat(ChatClient):
         """Sample one answer each."""
         if torch.cuda.is_available():
             self.policy.to(torch.device("cuda"))
-        tokenizer, config = self.policy.tokenizer, self.policy.model.config
+        tokenizer, positions = self.policy.tokenizer, self.policy.max_positions
         texts = [
             str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
             for messages in conversations
         ]
         prompts = [list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids) for text in texts]
-        positions = config.to_dict().get(config.attribute_map.get("max_position_embeddings", "max_position_embeddings"))
         room = math.inf if positions is None else positions - self.sampling.max_completion_length
         fitting = [index for index, prompt in enumerate(prompts) if len(prompt) <= room]
         self.engine.sync_weights(self.policy, 0)

@@ -9,8 +9,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from modules.rewards.answers import final_text
 from modules.rewards.chat.protocol import ChatClient, Conversation
-from modules.rewards.weighted_sum import final_text
 from modules.types import Reward, Rollout
 
 PAIRWISE = """You compare two answers to the same request. Decide which one serves the person who wrote the request better: what is asked
@@ -58,7 +58,7 @@ Pair = tuple[str, str, str]  # prompt, first answer, second answer
 
 
 @dataclass(frozen=True)
-class Comparison:
+class JudgedPair:
     """Two answers compared."""
 
     score: float | None  # 1 = the first is better, 0.5 = tie, 0 = the second is better, None = invalid
@@ -100,12 +100,12 @@ class PairwiseJudge(Reward):
         )
         return [None if answer is None else next(comparisons).score for _, _, answer in pairs]
 
-    def compare(self, pairs: Sequence[Pair]) -> list[Comparison]:
+    def compare(self, pairs: Sequence[Pair]) -> list[JudgedPair]:
         """One comparison per pair, in order; all are asked about at once. Raises ValueError, see the client."""
         asked = {index: self._orders(pair) for index, pair in enumerate(pairs) if pair[1] != pair[2]}
         questions = [self._question(pairs[index], swapped) for index, orders in asked.items() for swapped in orders]
         replies = iter(self.client.complete(questions))
-        comparisons = [Comparison(0.5)] * len(pairs)
+        comparisons = [JudgedPair(0.5)] * len(pairs)
         for index, orders in asked.items():
             comparisons[index] = judged(tuple(read_verdict(next(replies)) for _ in orders), orders)
         self.counts += tally(comparisons)
@@ -198,18 +198,18 @@ def last_match(pattern: re.Pattern[str], reply: str | None) -> str | None:
     return next((match[1] for match in reversed(matches) if match), None)
 
 
-def judged(verdicts: tuple[float | None, ...], orders: tuple[bool, ...]) -> Comparison:
+def judged(verdicts: tuple[float | None, ...], orders: tuple[bool, ...]) -> JudgedPair:
     """A win must be one in every order; one invalid verdict makes all invalid."""
     scores = {
         verdict if verdict is None or not swapped else 1.0 - verdict
         for verdict, swapped in zip(verdicts, orders, strict=True)
     }
     if None in scores:
-        return Comparison(None, verdicts)
-    return Comparison(scores.pop() if len(scores) == 1 else 0.5, verdicts)
+        return JudgedPair(None, verdicts)
+    return JudgedPair(scores.pop() if len(scores) == 1 else 0.5, verdicts)
 
 
-def tally(comparisons: Sequence[Comparison]) -> Counter[str]:
+def tally(comparisons: Sequence[JudgedPair]) -> Counter[str]:
     """Counts that add up over batches and ranks, for ``tally_metrics``."""
     counts: Counter[str] = Counter()
     for comparison in comparisons:

@@ -6,9 +6,9 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
+from modules.rewards.answers import final_text
 from modules.rewards.chat.judge import check_fields, last_match
 from modules.rewards.chat.protocol import ChatClient
-from modules.rewards.weighted_sum import final_text
 from modules.types import REFUSAL_LABELS
 
 REFUSAL = """You read a request and an answer to it, and say what kind of answer it is. Whether the request should be answered, and whether the

@@ -8,27 +8,18 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
 
 from callbacks.phase import require_period
-
-
-class Saves(Protocol):
-    """A model that writes itself and its tokenizer as a Hugging Face folder."""
-
-    def save_pretrained(self, folder: Path) -> None:
-        """Write model and tokenizer into an existing folder."""
+from callbacks.run_folder import in_run_folder, require_writable
 
 
 @runtime_checkable
-class Exports(Saves, Protocol):
-    """A module that is more than its policy and writes itself."""
+class Exports(Protocol):
+    """A module that writes itself as a Hugging Face folder."""
 
-    def before_export(self) -> None:
-        """Called on all ranks first, for what they must do together."""
+    def prepare_export(self) -> None:
+        """Called on all ranks first, for what they must do together (collective)."""
 
-
-class HasPolicy(Protocol):
-    """What is read of the module."""
-
-    policy: Saves
+    def save_pretrained(self, folder: Path) -> None:
+        """Write model and tokenizer into an existing folder, on rank zero alone."""
 
 
 class Export(Callback):
@@ -38,18 +29,20 @@ class Export(Callback):
     Nothing is written after an exception, nor by a ``fast_dev_run``, whose weights are worth nothing.
 
     Args:
-        folder: where to; its parents are made. It may hold an earlier export, which is replaced.
+        folder: where to; its parents are made. It may hold an earlier export, which is replaced. None = ``export`` in
+            the run's folder.
         every_n_epochs: also export after each so many epochs.
 
     Raises:
-        ValueError: ``every_n_epochs`` below 1; at setup, a folder with something else in it, or a ``WeightAveraging``
-            that comes behind the export.
+        ValueError: ``every_n_epochs`` below 1; at setup, a module that does not write itself, a folder with something
+            else in it, or a ``WeightAveraging`` that comes behind the export.
     """
 
-    def __init__(self, folder: str, every_n_epochs: int | None = None) -> None:
+    def __init__(self, folder: str | None = None, every_n_epochs: int | None = None) -> None:
         if every_n_epochs is not None:
             require_period("every_n_epochs", every_n_epochs)
-        self.folder = Path(folder)
+        self._given = None if folder is None else Path(folder)
+        self.folder = self._given or Path("export")  # settled at setup
         self.every_n_epochs = every_n_epochs
         self.exported_step = -1
 
@@ -57,6 +50,12 @@ class Export(Callback):
         """Refuse a folder that holds something else; put back one that a killed run left aside."""
         if stage != "fit":
             return
+        if not isinstance(pl_module, Exports):
+            raise ValueError(
+                f"Export: {type(pl_module).__name__} has no save_pretrained and prepare_export, so it cannot be written: "
+                "remove the callback."
+            )
+        self.folder = in_run_folder(trainer, self._given, "export")
         if self.folder.is_file() or (
             self.folder.is_dir() and any(self.folder.iterdir()) and not (self.folder / "config.json").is_file()
         ):
@@ -64,6 +63,8 @@ class Export(Callback):
                 f"Export would replace {self.folder}, which is not a Hugging Face folder (no config.json): choose "
                 "another folder."
             )
+        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            require_writable(self.folder, "Export")
         callbacks = trainer.callbacks  # type: ignore[attr-defined]  # Trainer sets it without declaring it
         if any(isinstance(behind, WeightAveraging) for behind in callbacks[callbacks.index(self) :]):
             raise ValueError(
@@ -86,14 +87,14 @@ class Export(Callback):
     def _export(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.fast_dev_run:  # type: ignore[attr-defined]  # Trainer sets it without declaring it
             return
-        if isinstance(pl_module, Exports):
-            pl_module.before_export()
+        module = cast(Exports, pl_module)
+        module.prepare_export()
         if trainer.is_global_zero:
-            self._write(pl_module if isinstance(pl_module, Exports) else cast(HasPolicy, pl_module).policy)
+            self._write(module)
         self.exported_step = trainer.global_step
         trainer.strategy.barrier("export")
 
-    def _write(self, model: Saves) -> None:
+    def _write(self, model: Exports) -> None:
         partial = self._sibling("partial")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)

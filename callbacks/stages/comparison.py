@@ -6,7 +6,7 @@ from pathlib import Path
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from callbacks.table import logged, print_table
+from callbacks.stages.table import logged, print_table
 from callbacks.writers.resumable_jsonl import write_json
 
 
@@ -44,11 +44,15 @@ class Comparison(Callback):
         if trainer.state.fn == "validate":
             self.found = logged(trainer, [*self.metrics.values(), *self.forgetting.values()], "Comparison")
 
+    def models(self) -> dict[str, dict[str, float]]:
+        """Logged metrics by model, this one's included when it has been measured."""
+        return read(self.file) | ({self.name: self.found} if self.found else {})
+
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write and print, behind Lightning's own results."""
         if stage != "validate" or not trainer.is_global_zero or not self.found:
             return
-        models = read(self.file) | {self.name: self.found}
+        models = self.models()
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]  # Trainer sets it without declaring it
             write_json(self.file, models)
         print_table([*self.metrics, *self.forgetting], shown(models, self.metrics, self.forgetting))

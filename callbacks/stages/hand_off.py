@@ -28,22 +28,23 @@ class HandOff(Callback):
     def __init__(self, inputs: dict[str, str]) -> None:
         self.inputs = {stage: Path(path) for stage, path in inputs.items()}
         for stage, path in self.inputs.items():  # before the DataModule reads it
-            complain(stage, path, trouble(path))
+            refuse_if(stage, path, find_trouble(path))
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Compare the tokenizers."""
+        """Compare the tokenizers, where the module has one."""
+        mine = getattr(pl_module, "tokenizer", None)
         for origin, path in self.inputs.items():
-            if path.is_dir():
-                complain(origin, path, mismatch(path, pl_module.tokenizer))
+            if path.is_dir() and mine is not None:
+                refuse_if(origin, path, find_mismatch(path, mine))
 
 
-def complain(stage: str, path: Path, problem: str | None) -> None:
+def refuse_if(stage: str, path: Path, problem: str | None) -> None:
     """ValueError if there is a problem."""
     if problem is not None:
         raise ValueError(f"hand-off from {stage}: {path} {problem}; run {stage} again")
 
 
-def trouble(path: Path) -> str | None:
+def find_trouble(path: Path) -> str | None:
     """What is wrong with a folder or file whoever takes it over, or None."""
     if path.is_file():
         return None if path.stat().st_size else "is empty"
@@ -52,7 +53,7 @@ def trouble(path: Path) -> str | None:
     if not (path / "config.json").is_file():
         return "has no config.json, so it is no exported model"
     try:
-        known = config(path)
+        known = read_settings(path)
     except ValueError:
         return "has a damaged config.json"
     if is_reward_model(path):
@@ -62,7 +63,7 @@ def trouble(path: Path) -> str | None:
     return None
 
 
-def mismatch(path: Path, mine: Any) -> str | None:
+def find_mismatch(path: Path, mine: Any) -> str | None:
     """How the tokenizer in a folder differs from ``mine``, or None."""
     try:
         theirs = AutoTokenizer.from_pretrained(path)
@@ -78,10 +79,10 @@ def mismatch(path: Path, mine: Any) -> str | None:
 
 def is_reward_model(path: Path) -> bool:
     """Whether a folder holds a sequence classifier."""
-    return any("SequenceClassification" in name for name in config(path).get("architectures") or [])
+    return any("SequenceClassification" in name for name in read_settings(path).get("architectures") or [])
 
 
-def config(path: Path) -> dict[str, Any]:
+def read_settings(path: Path) -> dict[str, Any]:
     """The model's settings."""
     found: dict[str, Any] = json.loads((path / "config.json").read_text(encoding="utf-8"))
     return found

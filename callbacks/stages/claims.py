@@ -1,0 +1,147 @@
+"""Do the numbers of a run bear out what its recipe claims?"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+
+from callbacks.stages.comparison import Comparison
+from callbacks.stages.summary import Summary
+from callbacks.stages.table import PROMPTS
+
+HERE = "this run"  # the column of the model that is measured, where it has no name
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A bound on a metric: ``at_least`` or ``at_most``, one of them.
+
+    A bound is a number, or the name of an earlier model, whose value of the same metric is the bound. Earlier models are the columns of the
+    ``Comparison`` beside ``Claims``, and ``before``, the values before training of the ``Summary`` beside it.
+
+    Args:
+        words: what is claimed, such as ``DPO answers more sums right than its start``.
+        metric: as logged, such as ``val/pass@1``.
+        at_least: the value must not be below it.
+        at_most: the value must not be above it.
+        of: the earlier model whose value is judged; default the model of this run.
+        standard_errors: the value must clear the bound by so many standard errors of the difference, >= 0.
+
+    Raises:
+        ValueError: none or both of the bounds; ``standard_errors`` below 0.
+    """
+
+    words: str
+    metric: str
+    at_least: float | str | None = None
+    at_most: float | str | None = None
+    of: str = HERE
+    standard_errors: float = 0.0
+
+    def __post_init__(self) -> None:
+        if (self.at_least is None) == (self.at_most is None):
+            raise ValueError(f"claim '{self.words}': give at_least or at_most, one of them")
+        if self.standard_errors < 0:
+            raise ValueError(f"claim '{self.words}': standard_errors must be >= 0, got {self.standard_errors}")
+
+    def check(self, models: Mapping[str, Mapping[str, float]]) -> tuple[bool, str]:
+        """Whether the claim holds, and the comparison in figures, such as ``0.86 >= 0.71 + 2 x 0.03, 400 prompts``."""
+        bound = self.at_most if self.at_least is None else self.at_least
+        judged = [name for name in (self.of, bound) if isinstance(name, str)]
+        values = [self.value(models, name) for name in judged]
+        limit = values[1] if isinstance(bound, str) else float(bound)  # type: ignore[arg-type]
+        sign, word = (1, ">=") if self.at_most is None else (-1, "<=")
+        said = f"{values[0]:.4g} {word} {limit:.4g}"
+        margin = 0.0
+        if self.standard_errors:
+            error = math.hypot(*(standard_error(models[name], self.metric, self.words) for name in judged))
+            margin = self.standard_errors * error
+            counts = {int(models[name][PROMPTS]) for name in judged if PROMPTS in models[name]}
+            said += f" {'+' if sign > 0 else '-'} {self.standard_errors:g} x {error:.3f}"
+            said += "".join(f", {count} prompts" for count in sorted(counts))
+        return sign * (values[0] - limit) >= margin, said
+
+    def value(self, models: Mapping[str, Mapping[str, float]], name: str) -> float:
+        """The metric of a model. ValueError where it is not known."""
+        if name not in models:
+            raise ValueError(f"claim '{self.words}': no numbers of {name}; there are those of {', '.join(models)}")
+        if self.metric not in models[name]:
+            raise ValueError(
+                f"claim '{self.words}': {name} has no {self.metric}; it has {', '.join(sorted(models[name]))}"
+            )
+        return models[name][self.metric]
+
+
+def standard_error(found: Mapping[str, float], metric: str, words: str) -> float:
+    """The logged standard error of a metric; that of a share p over n prompts otherwise, sqrt(p (1 - p) / n).
+
+    n counts prompts and not their completions, which are not independent of each other: with several completions a prompt this is an upper bound.
+    Raises ValueError where neither is known.
+    """
+    if f"{metric}_standard_error" in found:
+        return found[f"{metric}_standard_error"]
+    if PROMPTS not in found or not 0 <= found[metric] <= 1:
+        raise ValueError(
+            f"claim '{words}': {metric} is no share of a number of prompts and has no standard error; set standard_errors to 0"
+        )
+    return math.sqrt(found[metric] * (1 - found[metric]) / found[PROMPTS])
+
+
+class Claims(Callback):
+    """Checks what a recipe claims, prints each claim as held or not, and ends the run with exit status 1 where one failed.
+
+    Checked are the last validation of a ``fit`` and that of ``validate``, but no ``fast_dev_run``. Stands behind ``Summary`` and ``Comparison``
+    in the list of callbacks, so that their tables are printed and kept first.
+
+    Args:
+        claims: what must hold.
+
+    Raises:
+        ValueError: behind the run, naming the claims that failed; a claim about a model or metric that is not there.
+    """
+
+    def __init__(self, claims: list[Claim]) -> None:
+        self.claims = claims
+        self.found: dict[str, float] = {}  # of the last validation
+        self.failed: list[str] = []
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep the values; ``validate`` is judged by them at once."""
+        if not trainer.sanity_checking:
+            self.found = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        if trainer.state.fn == "validate":
+            self.check(trainer)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check the last validation of the fit."""
+        self.check(trainer)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Fail, behind what other callbacks print."""
+        if self.failed:
+            raise ValueError(f"{len(self.failed)} of {len(self.claims)} claims did not hold: {'; '.join(self.failed)}")
+
+    def check(self, trainer: Trainer) -> None:
+        """Print every claim as held or not."""
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]  # Trainer sets it without declaring it
+            return
+        models = earlier(trainer) | {HERE: self.found}
+        self.failed = []
+        for claim in self.claims:
+            holds, figures = claim.check(models)
+            rank_zero_info(f"claim: {claim.words}: {'held' if holds else 'NOT held'} ({figures})")
+            if not holds:
+                self.failed.append(f"{claim.words} ({figures})")
+
+
+def earlier(trainer: Trainer) -> dict[str, dict[str, float]]:
+    """Numbers by model that the callbacks beside ``Claims`` know."""
+    models: dict[str, dict[str, float]] = {}
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, Summary) and callback.before:
+            models["before"] = callback.before
+        if isinstance(callback, Comparison):
+            models |= callback.models()
+    return models

@@ -1,0 +1,150 @@
+"""From a raw row to a prompt and the answer that a reward checks against."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from datamodules.formats.context import PROMPTS, Asked, read_options, read_prompt
+from datamodules.formats.reading import Cells, Reading
+from datamodules.formats.table import normal
+from datamodules.formats.values import as_number, is_empty, plain, unpack
+from datamodules.sources.source import Row
+from datamodules.tokens.chat import Dialogue, Tools
+
+ANSWERS = ("answer", "completion", "label")  # our columns that may hold the right answer, in this order
+NO_GOLD = ("completion", "response", "outputs", "assistant")  # what somebody said, right or wrong
+LONGEST_ANSWER = 200  # characters behind "####"; more is a worked solution with headings
+
+
+@dataclass(frozen=True)
+class VerifiableExample:
+    """A prompt and the answer that a reward checks against."""
+
+    prompt: Dialogue
+    answer: str | None
+    info: dict[str, Any]  # the row's other columns, as plain values
+    origin: str
+    source: str
+    tools: Tools | None = None
+
+
+def verifiable_example(row: Row, reading: Reading, chat: bool = False) -> VerifiableExample:
+    """The prompt of a row with its context, and its answer, None where there is none.
+
+    ``info`` holds every column but the prompt and one that is called ``answer``.
+
+    Args:
+        row: as its source gives it.
+        reading: of its data set, after :func:`settle_choices`.
+        chat: text prompts become user messages.
+
+    Raises:
+        ValueError: with the row's origin, when there is no prompt, or a column holds the wrong type.
+    """
+    cells = reading.open(row)
+    asked = read_prompt(cells, chat)
+    if asked is None:
+        empty = [cells.name(name) for name in PROMPTS if cells.has(name)]
+        if empty:
+            raise ValueError(f"{row.origin}: the prompt is empty (column {empty[0]!r})")
+        raise cells.not_found("prompt, question, problem, query, instruction, input, inputs or messages")
+    if "messages" in cells.roles.values() and asked.prompt[-1]["role"] == "assistant":  # type: ignore[index]
+        raise ValueError(
+            f"{row.origin}: column {cells.name('messages')!r} ends in an assistant turn, so nothing is asked; set data to "
+            "InstructionDataModule, or remove that turn (in a column 'prompt', it would be continued)"
+        )
+    answer, column = right_answer(cells)
+    reading.close(cells, "a prompt" + (" with an answer" if column else ""))
+    asks = {theirs for theirs, role in cells.roles.items() if role in ("prompt", "instruction", "messages")}
+    if "answer" not in reading.by_hand:
+        asks.add("answer")
+    info = {name: value for name, value in row.columns.items() if name not in asks}
+    return VerifiableExample(asked.prompt, answer, plain(info), row.origin, row.source, asked.tools)
+
+
+def settle_choices(rows: Sequence[Row], reading: Reading) -> None:
+    """Settles on the whole data set whether whole numbers that stand beside options are the options' numbers, from 0 or
+    from 1, or an option's text. Raises ValueError where that cannot be told."""
+    numbers: list[tuple[int, list[str]]] = []
+    for row in rows:
+        cells = Cells(row, reading)
+        if not cells.holds("options"):
+            continue
+        name = next((name for name in ANSWERS if cells.holds(name)), None)
+        value = unpack(cells.values[cells.name(name)]) if name else None
+        number = None if isinstance(value, bool) else as_number(value)
+        if number is not None and number == int(number):
+            numbers.append((int(number), [text for _, _, text in read_options(cells)]))
+    if not numbers or all(str(number) in texts for number, texts in numbers):
+        return
+    from_0 = all(0 <= number < len(texts) for number, texts in numbers)
+    from_1 = all(1 <= number <= len(texts) for number, texts in numbers)
+    if from_0 == from_1:
+        raise ValueError(
+            f"{rows[0].origin}: the answers beside the options are whole numbers, and they may be the options' numbers from "
+            "0, from 1, or their texts; write the letters (A, B, ...) as answers"
+        )
+    reading.settled["options"] = 0 if from_0 else 1
+    reading.note(f"answers are numbers of options, from {reading.settled['options']}, and become letters")
+
+
+def right_answer(cells: Cells, names: tuple[str, ...] = ANSWERS) -> tuple[str | None, str | None]:
+    """The answer and the name of its column; None where no column of ``names`` holds one.
+
+    Raises ValueError for an object, and for a list of several answers.
+    """
+    for name in names:
+        if name not in cells.reading.by_hand and name in cells.names:
+            cells.names[name].sort(key=lambda theirs: normal(theirs) in NO_GOLD or is_empty(cells.values[theirs]))
+            if normal(cells.name(name)) in NO_GOLD:
+                continue
+        if not cells.holds(name):
+            continue
+        theirs = cells.name(name)
+        answer = unpack(cells.take(name, one_of_several=True))
+        cells.roles[theirs] = "answer" if name not in cells.reading.by_hand else name
+        if isinstance(answer, list | tuple):
+            several = list(dict.fromkeys(str(one).strip() for one in answer if not is_empty(one)))
+            if len(several) > 1:
+                raise ValueError(
+                    f"{cells.origin}: column {theirs!r} holds a list of {len(several)} answers, a single answer was "
+                    "expected; map another column to answer, or leave it to rewards that read the column, with "
+                    "--data.columns '{answer: \"\"}'"
+                )
+            answer = several[0]
+        if isinstance(answer, dict):
+            raise ValueError(f"{cells.origin}: column {theirs!r} holds a dict, a single answer was expected")
+        start, options = cells.reading.settled.get("options"), read_options(cells) if cells.holds("options") else []
+        number = as_number(answer)
+        if start is not None and options and number is not None and number == int(number):
+            return options[int(number) - start][1], theirs
+        return final_answer(answer), theirs
+    return None, None
+
+
+def final_answer(answer: object) -> str | None:
+    """The final answer of a worked solution, ``#### 1,080`` (GSM8K) as ``1080``; anything else as text.
+
+    None for null, NaN and what is empty.
+    """
+    if is_empty(answer):
+        return None
+    body, mark, final = str(answer).rpartition("####")
+    final = final.strip()
+    if mark and not final and not body.strip(" #\n"):
+        return None
+    if mark and len(final) <= LONGEST_ANSWER and "\n" not in final:
+        return re.sub(r"(?<=\d),(?=\d{3})", "", final) or None
+    return str(answer)
+
+
+def question_text(asked: Asked, origin: str) -> str:
+    """The prompt as text, for data that are no chats: of messages that of a single user's. ValueError for others."""
+    if isinstance(asked.prompt, str):
+        return asked.prompt
+    if len(asked.prompt) == 1 and asked.prompt[0]["role"] == "user" and not asked.tools:
+        return asked.prompt[0]["content"]
+    raise ValueError(
+        f"{origin}: the prompt is a conversation, and one question was expected, as text or one user message"
+    )

@@ -1,0 +1,263 @@
+"""How the rows of one data set are read: every column of a row is used, refused, or named as not read."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from datamodules.formats.table import COMPARED, MODULES, NAMED, Purpose, check_mapping, normal, our_names, suggest
+from datamodules.formats.values import is_empty, repeats
+
+if TYPE_CHECKING:  # sources read rows through this file
+    from datamodules.sources.source import Row
+
+Columns = Mapping[str, str]
+
+
+class Reading:
+    """What is known of a data set as a whole, and what its rows were read as.
+
+    Args:
+        purpose: who reads.
+        columns: our column name -> the data's, which may be a path into nested columns, such as
+            ``reward_model.ground_truth``. Of a column that is mapped to ``""`` is known that it is not to be read.
+
+    Attributes:
+        settled: what only the whole column tells, such as which of 0 and 1 is the first answer, by what it is.
+        counts: rows by what became of them: ``used``, ``too long``, ...
+
+    Raises:
+        ValueError: a mapping of names that do not exist or that ``purpose`` does not read.
+    """
+
+    def __init__(self, purpose: Purpose, columns: Columns | None = None) -> None:
+        self.purpose, self.by_hand = purpose, check_mapping(columns or {}, purpose)
+        self.settled: dict[str, Any] = {}
+        self.counts: Counter[str] = Counter()
+        self.shapes: Counter[str] = Counter()
+        self._became: dict[str, Counter[str]] = {}  # the data's column -> what it was read as
+        self._unread: dict[str, str] = {}  # the data's column -> why not
+        self._notes: dict[str, None] = {}
+        self._mapped_seen: set[str] = set()
+
+    def open(self, row: "Row") -> "Cells":
+        """The row by our names."""
+        return Cells(row, self)
+
+    def close(self, cells: "Cells", shape: str, chosen: bool = False) -> None:
+        """Accounts for a row that was read as ``shape``.
+
+        What is left of it is named as not read. Raises ValueError for a column that would change what was read, and for
+        one that another DataModule reads, unless the user chose (``chosen``, or by a mapping) what to read.
+        """
+        for ours, theirs in cells.left():
+            column = NAMED[ours]
+            if repeats(cells.values[theirs], list(cells.used.values())):
+                self._unread.setdefault(theirs, "repeats what was read")
+            elif self.purpose == "verifiable" and (not column.side or column.used_by == COMPARED):
+                self._unread.setdefault(theirs, "")
+            elif column.side or not (self.purpose in column.used_by or chosen or self.by_hand):
+                raise ValueError(f"{cells.origin}: {self._refusal(ours, theirs, shape)}")
+            else:
+                self._unread.setdefault(theirs, f"the row is read as {shape}")
+        for name, why in cells.unread.items():
+            self._unread.setdefault(name, why)
+        self.shapes[shape] += 1
+        for theirs in cells.values:
+            if theirs in cells.roles:
+                self._became.setdefault(theirs, Counter())[cells.roles[theirs]] += 1
+
+    def note(self, sentence: str) -> None:
+        """Something to say once about the data set."""
+        self._notes.setdefault(sentence)
+
+    def see(self, ours: str) -> None:
+        """A mapped column was there."""
+        self._mapped_seen.add(ours)
+
+    def finish(self, rows: Sequence["Row"]) -> None:
+        """ValueError for a mapping that had no effect on any of the rows."""
+        for ours, theirs in self.by_hand.items():
+            if theirs and self.shapes and ours not in {role for roles in self._became.values() for role in roles}:
+                if ours not in self._mapped_seen:
+                    raise ValueError(
+                        f"{rows[0].origin}: no row has the column {theirs!r} (for {ours}); found "
+                        f"{', '.join(rows[0].columns)}"
+                    )
+                raise ValueError(
+                    f"columns maps {ours} to {theirs!r}, and nothing reads it in rows that are "
+                    f"{' or '.join(self.shapes)}; leave it out of the mapping"
+                )
+
+    def drop(self, reason: str, count: int) -> None:
+        """Some of the rows that counted as used are not."""
+        self.counts["used"] -= count
+        self.counts[reason] += count
+
+    def line(self) -> str:
+        """As :meth:`columns_line`, and what became of the rows."""
+        others = [f"{count} {reason}" for reason, count in self.counts.items() if count and reason != "used"]
+        rows = " + ".join([f"{self.counts['used']} used", *others])
+        return f"{self.columns_line()}; {sum(self.counts.values())} rows in = {rows}"
+
+    def columns_line(self) -> str:
+        """The shape, which column became what, and what was not read and why."""
+        parts = [" or ".join(self.shapes)]
+        became = [
+            f"`{theirs}` -> {' or '.join(roles)}"
+            for theirs, roles in self._became.items()
+            if any(role != theirs for role in roles)
+        ]
+        parts += [", ".join(became)] if became else []
+        reasons: dict[str, list[str]] = {}
+        for name, why in self._unread.items():
+            if name not in self._became:
+                reasons.setdefault(why, []).append(f"`{name}`")
+        to_rewards = " (but by rewards, as info)" if self.purpose == "verifiable" else ""
+        parts += [f"{', '.join(names)}: not read{f' ({why})' if why else to_rewards}" for why, names in reasons.items()]
+        return "; ".join(filter(None, [*parts, *self._notes]))
+
+    def _refusal(self, ours: str, theirs: str, shape: str) -> str:
+        column = NAMED[ours]
+        readers = [MODULES[reader] for reader in column.used_by if reader != self.purpose]
+        way_out = f"or leave it out with --data.columns '{{{ours}: \"\"}}'"
+        if self.purpose in column.used_by or not readers:
+            return (
+                f"column {theirs!r} ({column.means}) is not empty, and a row that is read as {shape} has no use for it; "
+                f"remove it, {way_out}"
+            )
+        return (
+            f"column {theirs!r} ({column.means}) is not empty, and {MODULES[self.purpose]} does not read it; set data to "
+            f"{' or '.join(readers)}, {way_out}"
+        )
+
+
+class Cells:
+    """The columns of a row by our names, and what has been taken of them.
+
+    Attributes:
+        values: the row's columns, as they are.
+        used: what was read, by the data's name.
+        roles: the data's name -> what it was read as.
+        unread: the data's name -> why it was not read.
+    """
+
+    def __init__(self, row: "Row", reading: Reading) -> None:
+        self.row, self.origin, self.reading = row, row.origin, reading
+        self.values: dict[str, Any] = dict(row.columns)
+        self.used: dict[str, Any] = {}
+        self.roles: dict[str, str] = {}
+        self.unread: dict[str, str] = {}
+        self.missing: dict[str, str] = {}  # mapped names that this row lacks
+        self.names: dict[str, list[str]] = {}  # our name -> the data's, those that hold something first
+        by_hand = reading.by_hand
+        for ours, theirs in by_hand.items():
+            if theirs and (cell := _at_path(row.columns, theirs)):
+                self.names[ours] = [theirs]
+                self.values[theirs] = cell[0]
+                reading.see(ours)
+            elif theirs:
+                self.missing[ours] = theirs
+        known = dict(our_names(tuple(row.columns)))
+        if isinstance(verl := row.columns.get("reward_model"), Mapping) and "ground_truth" in verl:
+            self.values["reward_model.ground_truth"] = verl["ground_truth"]
+            known["reward_model.ground_truth"] = known.pop("reward_model")
+        for name, ours in known.items():
+            if name in by_hand.values():
+                continue
+            if ours in by_hand:
+                self.unread[name] = f"{by_hand[ours]!r} is mapped to {ours}" if by_hand[ours] else "by data.columns"
+            else:
+                self.names.setdefault(ours, []).append(name)
+        for names in self.names.values():
+            names.sort(key=lambda name: is_empty(self.values[name]))  # what holds something first, else as in the table
+        for name in row.columns:
+            if name not in known and name not in by_hand.values() and not is_empty(row.columns[name]):
+                self.unread[name] = ""
+
+    def holds(self, ours: str) -> bool:
+        """Whether there is such a column and it is not empty."""
+        return ours in self.names and not is_empty(self.values[self.names[ours][0]])
+
+    def has(self, ours: str) -> bool:
+        """Whether there is such a column, empty or not."""
+        return ours in self.names
+
+    def name(self, ours: str) -> str:
+        """The data's name of a column that is there."""
+        return self.names[ours][0]
+
+    def take(self, ours: str, one_of_several: bool = False) -> Any:
+        """The value of a column, None where it is missing or empty; it counts as used.
+
+        Raises ValueError where two columns mean the same and hold different things, unless one has our own name or
+        ``one_of_several`` says that the first will do.
+        """
+        if ours not in self.names:
+            return None
+        first, *others = self.names[ours]
+        value = self.values[first]
+        if is_empty(value):
+            return None
+        for other in others:
+            named = normal(first) == ours and ours != "answer"  # which may stand beside a worked solution
+            if named or one_of_several or is_empty(self.values[other]):
+                continue
+            if value == self.values[other] or repeats(value, self.values[other]) or repeats(self.values[other], value):
+                continue
+            raise ValueError(
+                f"{self.origin}: columns {first!r} and {other!r} may both be the {ours} ({NAMED[ours].means}); name one, "
+                f"such as --data.columns '{{{ours}: {first}}}'"
+            )
+        self.used[first], self.roles[first] = value, ours
+        return value
+
+    def take_text(self, ours: str) -> str:
+        """The text in a column, "" where it is missing. Raises ValueError for anything else but an empty cell."""
+        value = self.take(ours)
+        if value is not None and not isinstance(value, str):
+            raise ValueError(
+                f"{self.origin}: column {self.name(ours)!r} holds a {type(value).__name__}, text was expected"
+            )
+        return value or ""
+
+    def add(self, ours: str, theirs: str, value: Any) -> None:
+        """A column that a nested one of the row brings."""
+        self.values[theirs] = value
+        self.names.setdefault(ours, []).insert(0, theirs)
+
+    def left(self) -> list[tuple[str, str]]:
+        """Known columns that hold something and were not used: our name and the data's."""
+        return [
+            (ours, theirs)
+            for ours, names in self.names.items()
+            for theirs in names
+            if theirs not in self.used
+            and not is_empty(self.values[theirs])
+            and not _is_neutral(ours, self.values[theirs])
+        ]
+
+    def not_found(self, wanted: str) -> ValueError:
+        """The error for a row that has no shape of ours."""
+        found = ", ".join(map(str, self.row.columns)) or "nothing"
+        if self.missing:
+            mapped = ", ".join(f"{theirs!r} (for {ours})" for ours, theirs in self.missing.items())
+            return ValueError(f"{self.origin}: no column {mapped}; found {found}")
+        hint = suggest(list(self.row.columns))
+        return ValueError(
+            f"{self.origin}: found the columns {found}; looked for {wanted}; map others with columns, such as "
+            f"--data.columns '{{prompt: my_column}}'{hint}"
+        )
+
+
+def _at_path(record: Mapping[str, Any], name: str) -> list[Any]:
+    """The value of a column in a list, or of a dotted path into columns that hold objects; an empty list when it is not
+    there."""
+    if name in record:
+        return [record[name]]
+    first, dot, rest = name.partition(".")
+    return _at_path(record[first], rest) if dot and isinstance(record.get(first), Mapping) else []
+
+
+def _is_neutral(ours: str, value: Any) -> bool:
+    """A weight of 1 is that of all rows."""
+    return ours == "weight" and value in (1, 1.0, "1", "1.0")

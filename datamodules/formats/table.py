@@ -1,0 +1,150 @@
+"""The table of columns: one for all DataModules, with what each name means and who reads it."""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import cache
+from typing import Literal
+
+Purpose = Literal["instruction", "preference", "verifiable", "facts", "seeds"]
+MODULES: dict[Purpose, str] = {
+    "instruction": "InstructionDataModule",
+    "preference": "PreferenceDataModule",
+    "verifiable": "VerifiableDataModule",
+    "facts": "FactsDataModule",
+    "seeds": "SeedTasksDataModule",
+}
+CHATS: tuple[Purpose, ...] = ("instruction", "preference", "verifiable")
+ASKED: tuple[Purpose, ...] = (*CHATS, "facts")
+ALL: tuple[Purpose, ...] = (*ASKED, "seeds")
+LEARNED: tuple[Purpose, ...] = ("instruction",)
+COMPARED: tuple[Purpose, ...] = ("preference",)
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column that rows may have. To know one more spelling, add it to ``synonyms``."""
+
+    name: str  # ours; a mapping may have it or a synonym on its left
+    synonyms: str  # in the order in which they are looked for; capitals, spaces and hyphens make no difference
+    means: str
+    used_by: tuple[Purpose, ...]  # nobody else takes a row in which it is not empty
+    side: bool = False  # it changes what the rest of the row means, so it is used or refused, never left unread
+
+
+COLUMNS = (
+    Column("messages", "conversations conversation dialogue dialog chat", "a conversation", CHATS),
+    Column("prompt", "question problem query inputs user", "what is asked, text or messages", ALL),
+    Column("instruction", "instructions", "the same in Alpaca's form: a chat where there is a template", ALL),
+    Column("input", "", "what the prompt is about; alone, the prompt", ALL, side=True),
+    Column("context", "passage background body", "what the prompt is about; alone, the prompt", ASKED, side=True),
+    Column("documents", "docs passages contexts", "the same: texts, or objects with title and text", ASKED, side=True),
+    Column("options", "choices", "the answers to choose from, written below the prompt", ASKED, side=True),
+    Column(
+        "system", "system_prompt system_message sys_prompt system_instruction", "the system message", CHATS, side=True
+    ),
+    Column("history", "chat_history conversation_history", "earlier turns: pairs or messages", CHATS, side=True),
+    Column("tools", "functions available_tools", "JSON schemas that the chat template writes", CHATS, side=True),
+    Column("completion", "response output target targets outputs assistant", "what is learned", ALL),
+    Column(
+        "answer",
+        "final_answer ground_truth expected_answer correct_answer gold answer_key correct solution answers reward_model",
+        "the right answer, which rewards check; without a completion, what is learned",
+        ASKED,
+    ),
+    Column("text", "", "a document, learned whole", LEARNED),
+    Column("instances", "", "Self-Instruct's inputs and outputs, the first of which is read", ("instruction", "seeds")),
+    Column("chosen", "response_j chosen_messages chosen_response", "the better answer", COMPARED),
+    Column("rejected", "response_k rejected_messages rejected_response", "the worse answer", COMPARED),
+    Column("output_1", "", "the first of two answers, see PAIRS", COMPARED),
+    Column("output_2", "", "the second", COMPARED),
+    Column("completions", "responses candidates", "answers, best first or with ranks, scores or a label", COMPARED),
+    Column("ranks", "rankings", "of completions, 0 = best", COMPARED, side=True),
+    Column("scores", "ratings", "of completions, high = best", COMPARED, side=True),
+    Column(
+        "preference",
+        "better_response_id safer_response_id winner better overall_preference preference_strength",
+        "which of two answers is better",
+        COMPARED,
+        side=True,
+    ),
+    Column("label", "kto_tag", "whether an answer is good, or which of two is better", COMPARED, side=True),
+    Column("labels", "", "which of two answers is better", COMPARED, side=True),
+    Column("annotator1", "", "which of two answers a person prefers; the majority counts", COMPARED, side=True),
+    Column("annotator2", "", "the same of a second person", COMPARED, side=True),
+    Column("annotator3", "", "the same of a third", COMPARED, side=True),
+    Column("margin", "", "how much better the chosen answer should score", COMPARED, side=True),
+    Column("strength", "", "a label of how much better it is, which data.margins translates", COMPARED),
+    Column("knowledge", "", "whether a model knows the answer, see data.unknown", ALL),
+    Column("relation", "", "facts of one relation are examples for each other", ALL),
+    Column("images", "image videos video audios audio", "what is not text", (), side=True),
+    Column("weight", "sample_weight loss_weight", "how much a row counts; here all count alike", (), side=True),
+    Column("chat_template_kwargs", "chat_template enable_thinking", "settings of a template by row", (), side=True),
+)
+STEMS = ("output", "response", "answer", "completion", "generation", "conversation", "candidate", "human_ref")
+PAIRS = tuple(
+    (stem + first, stem + second)
+    for first, second in (("_1", "_2"), ("1", "2"), ("_0", "_1"), ("0", "1"), ("_a", "_b"))
+    for stem in STEMS
+)
+NAMED = {column.name: column for column in COLUMNS}
+OURS = {name: column.name for column in COLUMNS for name in (column.name, *column.synonyms.split())}
+PAIRED = ("output_1", "output_2")
+
+
+def normal(name: str) -> str:
+    """The name as the table has it: ``systemPrompt``, ``System Prompt`` and ``system-prompt`` are ``system_prompt``."""
+    return re.sub(r"[\s\-]+", "_", re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name.strip())).lower()
+
+
+@cache
+def our_names(names: tuple[str, ...]) -> dict[str, str]:
+    """Our name of each of a row's columns that the table knows, those of a pair of answers included, in the order in
+    which the table looks for them.
+
+    Example: ``("id", "question", "response_a", "response_b")`` gives ``prompt``, ``output_1``, ``output_2``.
+    """
+    spelled = {normal(name): name for name in names}
+    order = list(OURS)
+    mine = sorted((name for name in names if normal(name) in OURS), key=lambda name: order.index(normal(name)))
+    known = {name: OURS[normal(name)] for name in mine if OURS[normal(name)] not in PAIRED}
+    for first, second in PAIRS:
+        if first in spelled and second in spelled:
+            return known | {spelled[first]: PAIRED[0], spelled[second]: PAIRED[1]}
+    return known
+
+
+def check_mapping(columns: Mapping[str, str], purpose: Purpose) -> dict[str, str]:
+    """The mapping by our names. Raises ValueError for a name of ours that does not exist or that the DataModule does
+    not read, and for two names that mean the same."""
+    spellings = {name: ours for pair in reversed(PAIRS) for name, ours in zip(pair, PAIRED, strict=True)} | OURS
+    known = [name for name, ours in spellings.items() if purpose in NAMED[ours].used_by]
+    made: dict[str, str] = {}
+    for name, theirs in columns.items():
+        ours = spellings.get(normal(name))
+        if ours is None:
+            near = get_close_matches(normal(name), known, n=1)
+            meant = f" (did you mean {near[0]}?)" if near else ""
+            names = sorted(name for name in NAMED if purpose in NAMED[name].used_by)
+            raise ValueError(
+                f"columns maps unknown names {name}{meant}; the names on the left may be {', '.join(names)}, or their "
+                "synonyms in datamodules/formats/table.py"
+            )
+        if theirs and purpose not in NAMED[ours].used_by:
+            readers = [MODULES[reader] for reader in NAMED[ours].used_by]
+            raise ValueError(
+                f"columns maps {name} ({NAMED[ours].means}), which {MODULES[purpose]} does not read"
+                + (f"; {' and '.join(readers)} would" if readers else "")
+            )
+        if ours in made:
+            raise ValueError(f"columns maps {ours} twice, as {made[ours]!r} and {theirs!r}; keep one of them")
+        made[ours] = theirs
+    return made
+
+
+def suggest(names: Iterable[str]) -> str:
+    """For an error about missing columns: names that may be misspelt ones of the table."""
+    near = {name: get_close_matches(normal(name), OURS, n=1, cutoff=0.8) for name in names if normal(name) not in OURS}
+    said = [f"{found[0]} for {name}" for name, found in near.items() if found]
+    return f"; did you mean {', '.join(said)}?" if said else ""

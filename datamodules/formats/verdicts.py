@@ -1,0 +1,113 @@
+"""Which of two answers is better: what only the whole column of verdicts tells."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from datamodules.formats.table import normal
+from datamodules.formats.values import as_number, is_empty
+
+Ours = Literal[-1, 0, 1]
+SIGNED = ("overall_preference", "preference_strength")  # HelpSteer's: below 0, the first answer is better
+WORDS = {
+    **dict.fromkeys(("a", "first", "left", "model_a", "response_a", "output_1", "response1", "chatbot_a"), 1.0),
+    **dict.fromkeys(("b", "second", "right", "model_b", "response_b", "output_2", "response2", "chatbot_b"), 2.0),
+    **dict.fromkeys(("tie", "tie (bothbad)", "both", "bothbad", "both bad", "neither", "draw", "equal", "same"), 1.5),
+}
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How a column of verdicts is read.
+
+    Attributes:
+        kind: ``one_two`` = 1 is the first answer and 2 the second, graded between them, 0 a tie; ``zero_one`` = 0 and 1,
+            graded between them; ``signed`` = the sign tells, 0 is a tie.
+        first: the number (of ``signed``: the sign) by which the first answer is better.
+        largest: of ``signed``, the strongest verdict.
+    """
+
+    kind: Literal["one_two", "zero_one", "signed"]
+    first: int = 1
+    largest: float = 1.0
+
+    def read(self, value: Any) -> float | None:
+        """1 = the first answer is better, 2 = the second, between them graded, 1.5 = a tie; None = not to be read."""
+        if is_empty(value):
+            return 1.5
+        if isinstance(value, str) and value.strip().lower() in WORDS:
+            return WORDS[value.strip().lower()]
+        number = as_number(value)
+        if number is None:
+            return None
+        if self.kind == "signed":
+            return 1.5 - 0.5 * self.first * number / self.largest
+        if self.kind == "zero_one":
+            return (2 - number if self.first == 1 else 1 + number) if 0 <= number <= 1 else None
+        if isinstance(value, bool) or (number != 0 and not 1 <= number <= 2):
+            return None
+        return number or 1.5
+
+    def __str__(self) -> str:
+        if self.kind == "signed":
+            return f"{'above' if self.first == 1 else 'below'} 0 = the first answer is better"
+        return f"{self.first} = the first answer is better" + (", 2 = the second" if self.kind == "one_two" else "")
+
+
+def settle_scale(name: str, values: Sequence[Any], first: Ours | None, origin: str) -> Scale:
+    """How a whole column of verdicts is read.
+
+    Args:
+        name: of the column.
+        values: of all its rows.
+        first: what the user says: the number (of a column that goes below 0: the sign) by which the first is better.
+        origin: what errors begin with.
+
+    Raises:
+        ValueError: a column that can be read in two ways, with both of them; ``first`` where only one is possible.
+    """
+    numbers = {number for value in values if (number := as_number(value)) is not None}
+    said = f"{origin}: column {name!r}"
+    if numbers and (min(numbers) < 0 or normal(name) in SIGNED):
+        if first == 0:
+            raise ValueError(f"{said} goes below 0, so data.first_is_better must be -1 or 1, the sign, not 0")
+        if first is None and normal(name) not in SIGNED:
+            raise ValueError(
+                f"{said} goes below 0 and may mean that the first answer is better (-1) or the second; say the sign by "
+                "which the first is better, --data.first_is_better -1 or 1"
+            )
+        return Scale("signed", -1 if first is None else first, max(map(abs, numbers)) or 1.0)
+    alone = numbers == {1.0} and not any(isinstance(value, bool) for value in values)  # 1 of 1 and 2 as likely
+    if numbers and max(numbers) <= 1 and (first is not None or not alone):
+        if first is None or first < 0:
+            held = "0 and 1" if numbers <= {0.0, 1.0} else "numbers from 0 to 1"
+            raise ValueError(
+                f"{said} holds only {held}, so 0 may be the number of the first answer, or 1 may say that the first is "
+                "better; say the number by which the first is better, --data.first_is_better 0 or 1"
+            )
+        return Scale("zero_one", first)
+    if first is not None:
+        raise ValueError(
+            f"{said} tells by 1 and 2, so data.first_is_better has no effect; leave it out (it is for columns of 0 and 1)"
+        )
+    return Scale("one_two")
+
+
+def check_labels(name: str, values: Mapping[str, Any], first: Ours | None) -> None:
+    """Checks a column of labels, each of one answer, as a whole: true or 1 = good, false or 0 = not.
+
+    Args:
+        name: of the column.
+        values: the label of each origin.
+        first: must be None, for there is no first answer.
+
+    Raises:
+        ValueError: naming the first row with another number, which makes the meaning of all of them unknown.
+    """
+    if first is not None:
+        raise ValueError(f"data.first_is_better is of two answers and column {name!r} labels one; leave it out")
+    for origin, value in values.items():
+        if as_number(value) not in (0, 1, None):
+            raise ValueError(
+                f"{origin}: column {name!r} holds {value!r}, expected true (desirable) or false, or 1 and 0"
+            )

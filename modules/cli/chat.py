@@ -1,0 +1,115 @@
+"""``python -m modules chat --policy FOLDER``: ask a model in the terminal, or line by line from a pipe."""
+
+import sys
+from collections.abc import Iterator
+from typing import Literal
+
+from jsonargparse import ArgumentParser
+from transformers import AutoConfig, AutoTokenizer
+
+from modules.networks.policy import Policy
+from modules.rewards.learned import LearnedReward
+from modules.rollout.engine import Sampling
+from modules.rollout.in_process import InProcessEngine
+from modules.types import ALPACA_PROMPT, Completion, Rollout
+
+Form = Literal["chat", "alpaca", "text"]
+SAID: dict[Form, str] = {
+    "chat": "a conversation, by the chat template",
+    "alpaca": "each line is an instruction in Alpaca's prompt",
+    "text": "goes on with your line as it stands",
+}
+
+
+def chat(policy: str, form: Form | None = None, max_completion_length: int = 256, temperature: float = 0.0) -> None:
+    """Answer each line that is typed; an empty line begins a new conversation, Ctrl-D ends.
+
+    A reward model is asked for a prompt and an answer, and gives its score.
+
+    Args:
+        policy: ``tiny``, a Hugging Face folder, a GGUF file or a hub id; such as the export of a run.
+        form: what becomes of a line: a turn of a ``chat`` by the chat template, the instruction in ``alpaca``'s prompt,
+            or ``text`` that the model goes on with. None = chat where there is a template, else text.
+        max_completion_length: tokens of an answer.
+        temperature: of the sampling; 0 = greedy.
+    """
+    if is_classifier(policy):
+        score_lines(policy)
+        return
+    model, engine = Policy(policy, dropout=False), InProcessEngine()
+    engine.sync_weights(model, 0)
+    form = form or ("chat" if model.tokenizer.chat_template is not None else "text")
+    if form == "chat" and model.tokenizer.chat_template is None:
+        raise ValueError(f"'{policy}' has no chat template: --form text or --form alpaca")
+    say(f"{policy}: {SAID[form]}; Ctrl-D ends")
+    messages: list[dict[str, str]] = []
+    for number, line in enumerate(lines("> ")):
+        if not line:
+            messages = []
+            continue
+        messages.append({"role": "user", "content": line})
+        text = ALPACA_PROMPT.format(instruction=line) if form == "alpaca" else line
+        prompt = model.prompt_ids(messages) if form == "chat" else text_ids(model, text)
+        config = model.model.config
+        positions = config.to_dict().get(config.attribute_map.get("max_position_embeddings", "max_position_embeddings"))
+        room = max_completion_length if positions is None else min(max_completion_length, positions - len(prompt))
+        if room < 1:
+            say("the conversation is longer than the model's positions; an empty line begins a new one")
+            continue
+        sampling = Sampling(temperature=temperature, max_completion_length=room)
+        answer = engine.generate([prompt], 1, sampling, [number])[0][0].text
+        print(answer, flush=True)
+        messages.append({"role": "assistant", "content": answer})
+
+
+def score_lines(path: str) -> None:
+    """The score of each pair of lines: a prompt and an answer."""
+    reward, tokenizer = LearnedReward(path), AutoTokenizer.from_pretrained(path)
+    say(f"{path}: a reward model; type a prompt, then an answer; Ctrl-D ends")
+    for prompt in lines("prompt> "):
+        answer = next(lines("answer> "), None)
+        if answer is None:
+            return
+        if tokenizer.chat_template is not None:
+            turn = [{"role": "user", "content": prompt}]
+            prompt = str(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
+        rollout = Rollout("chat", prompt, [], None, Completion([], [], answer, "stop"), 0, {}, None)
+        print(reward([rollout])[0], flush=True)
+
+
+def is_classifier(policy: str) -> bool:
+    """Whether this is a reward model's folder."""
+    try:
+        architectures = AutoConfig.from_pretrained(policy).architectures or []
+    except (OSError, ValueError):
+        return False  # tiny, GGUF, or what ``Policy`` will refuse
+    return any("SequenceClassification" in name for name in architectures)
+
+
+def text_ids(model: Policy, text: str) -> list[int]:
+    """Tokens of a text that the model goes on with."""
+    ids = list(model.tokenizer(text, verbose=False).input_ids)
+    return ids[:-1] if ids and ids[-1] == model.tokenizer.eos_token_id else ids
+
+
+def lines(prompt: str) -> Iterator[str]:
+    """What is typed, line by line; ``prompt`` is shown in a terminal alone."""
+    while True:
+        if sys.stdin.isatty():
+            print(prompt, end="", flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        yield line.rstrip("\n")
+
+
+def say(text: str) -> None:
+    """A word to whoever sits there; the answers alone go to stdout."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def run_chat(args: list[str]) -> None:
+    """The command, with its arguments."""
+    parser = ArgumentParser(prog="python -m modules chat", description="Ask a model.")
+    parser.add_function_arguments(chat, as_positional=False)
+    chat(**parser.parse_args(args).as_dict())

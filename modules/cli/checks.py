@@ -1,0 +1,97 @@
+"""What cannot run, said in one sentence before anything is loaded or trained."""
+
+import math
+import zipfile
+from pathlib import Path
+from pickle import UnpicklingError
+
+import torch
+from jsonargparse import Namespace
+from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.utilities.model_helpers import is_overridden
+
+from modules.cli.choices import batch_read_by, givers
+from modules.cli.run_folder import CHECKPOINTS, last_checkpoint
+from modules.predict.base import PredictModule
+
+NEEDED = {
+    "fit": ("training_step", "train_dataloader"),
+    "validate": ("validation_step", "val_dataloader"),
+    "test": ("test_step", "test_dataloader"),
+    "predict": ("predict_step", "predict_dataloader"),
+}
+
+
+def checkpoint_in(path: str | None) -> str | None:
+    """The path, or the last checkpoint of the run whose folder it is. Raises ValueError for a run without one."""
+    if path is None or not (Path(path) / CHECKPOINTS).is_dir():
+        return path
+    found = last_checkpoint(Path(path))
+    if found is None:
+        raise ValueError(f"ckpt_path: the run in '{path}' has written no checkpoint")
+    return str(found)
+
+
+def check_checkpoint(path: str | None, resumes: bool) -> None:
+    """ValueError for a ``ckpt_path`` that is no checkpoint; names that Lightning resolves and files that are not there
+    are left to it.
+    """
+    if path is None or not Path(path).exists():
+        return
+    if Path(path).is_dir():
+        if not (Path(path) / "meta.pt").is_file():  # sharded checkpoints are folders
+            raise ValueError(f"ckpt_path: '{path}' is a folder; name the .ckpt file in it")
+        return
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"ckpt_path: '{path}' is cut off or no checkpoint")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (
+        RuntimeError,
+        UnpicklingError,
+        ValueError,
+        LookupError,
+        EOFError,
+    ) as error:  # whatever the damage makes of the pickle
+        raise ValueError(f"ckpt_path: '{path}' is damaged, or no checkpoint of this program") from error
+    missing = {"state_dict", "pytorch-lightning_version", *(["optimizer_states", "loops"] if resumes else [])} - set(
+        checkpoint
+    )
+    if missing:
+        raise ValueError(
+            f"ckpt_path: '{path}' is not a checkpoint of a training run: it holds no {', '.join(sorted(missing))}"
+        )
+
+
+def check_trainer(settings: Namespace) -> None:
+    """ValueError for settings of the Trainer that no run here can keep, or that Lightning would fail on."""
+    wrong = {
+        f"accumulate_grad_batches must be at least 1, got {settings.accumulate_grad_batches}": (
+            settings.accumulate_grad_batches < 1
+        ),
+        f"gradient_clip_val must be a finite number >= 0, got {settings.gradient_clip_val}": (
+            not 0 <= (settings.gradient_clip_val or 0) < math.inf
+        ),
+        "overfit_batches replaces the samplers that plan the steps; use trainer.limit_train_batches and "
+        "limit_val_batches": bool(settings.overfit_batches),
+    }
+    problems = [f"trainer.{problem}" for problem, found in wrong.items() if found]
+    if problems:
+        raise ValueError("; ".join(problems))
+
+
+def check_run(command: str, model: LightningModule, data: LightningDataModule) -> None:
+    """ValueError for a module and a DataModule that do not fit each other or the command."""
+    method, source = type(model).__name__, type(data).__name__
+    for owner, needed in zip((model, data), NEEDED[command], strict=True):
+        if not is_overridden(needed, owner):
+            raise ValueError(f"{type(owner).__name__} has no {needed}, so there is nothing to {command}")
+    if not hasattr(model, "tokenizer") and getattr(data, "tokenizer", method) is None:
+        other = f"set data to {model.reads}" if isinstance(model, PredictModule) else "set data.tokenizer"
+        raise ValueError(f"{source} needs a tokenizer and {method} has none; {other}")
+    wanted, given = batch_read_by(type(model)), getattr(data, "batch_type", None)
+    if wanted is not None and given is not None and wanted is not given:
+        raise ValueError(
+            f"{method} reads {wanted.__name__} and {source} gives {given.__name__}; set data to "
+            f"{' or '.join(givers(wanted))}"
+        )

@@ -1,0 +1,171 @@
+"""The command line itself: LightningCLI with a folder for each run, one tokenizer, and refusals before anything is
+loaded.
+"""
+
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+
+from modules.cli.checks import check_checkpoint, check_run, check_trainer, checkpoint_in
+from modules.cli.choices import import_own
+from modules.cli.ending import TellsHowToGoOn, what_next
+from modules.cli.parser import with_data_module
+from modules.cli.progress import StepLines
+from modules.cli.run_folder import CHECKPOINTS, KeepsFolder, RunFolder, goes_on_in, last_checkpoint, usual_folder
+
+Kind = Literal["tensorboard", "csv", "wandb"]
+Export: Any = vars(import_own("callbacks"))["Export"]
+
+
+class AlignmentCLI(LightningCLI):
+    """LightningCLI in which a run has a folder and the DataModule gets the policy's tokenizer."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """The run's folder and logger; one tokenizer for model and data; a file that is named as data stays a path
+        instead of being read as configuration.
+        """
+        parser.add_argument(
+            "--out",
+            type=str | None,
+            default=None,
+            help="The folder of the run: logs, checkpoints, export. A fit takes the next free name, OUT-2, beside an "
+            "earlier run. Default: runs/<method>.",
+        )
+        parser.add_argument(
+            "--logger", type=Kind | None, default=None, help="tensorboard (the default), csv or wandb, in the folder."
+        )
+        parser.link_arguments(
+            "model",
+            "data.init_args.tokenizer",
+            compute_fn=lambda model: getattr(model, "tokenizer", None),
+            apply_on="instantiate",
+        )
+        for action in parser._actions:
+            if action.dest in ("model", "data"):
+                action.sub_add_kwargs["sub_configs"] = False  # type: ignore[attr-defined]
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse, and look at the checkpoint and at the Trainer's settings."""
+        self.config = parser.parse_args(with_data_module(args))
+        config = self.config[self.config["subcommand"]]
+        config["ckpt_path"] = checkpoint_in(config.get("ckpt_path"))
+        check_checkpoint(config["ckpt_path"], resumes=self.config["subcommand"] == "fit")
+        check_trainer(config["trainer"])
+
+    @property
+    def settings(self) -> Any:
+        """The configuration of the command."""
+        return self.config[str(self.subcommand)]
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """The Trainer, behind the last checks, with the run's folder."""
+        check_run(str(self.subcommand), self.model, self.datamodule)
+        folder = self.run_folder()
+        try:
+            return super().instantiate_trainer(**kwargs, **self.in_folder(folder))
+        except (TypeError, ValueError, ModuleNotFoundError, RuntimeError) as error:
+            if isinstance(folder, RunFolder):
+                folder.close(keep=False)
+            raise ValueError(f"trainer: {error}") from error
+
+    def run_folder(self) -> RunFolder | Path | None:
+        """The folder: claimed by a fit, shared by the other commands; None where the configuration names none and says
+        itself where its parts write.
+        """
+        trainer, out = self.settings["trainer"], self.settings["out"]
+        if out is not None and trainer["default_root_dir"] not in (None, out):
+            raise ValueError(f"out '{out}' and trainer.default_root_dir '{trainer['default_root_dir']}': leave one out")
+        if out is None and (trainer["logger"] is not None or trainer["default_root_dir"] is not None):
+            return None
+        path = Path(out) if out is not None else usual_folder(type(self.model).__name__)
+        same = goes_on_in(path, self.settings["ckpt_path"])
+        if self.subcommand == "fit" and not trainer["fast_dev_run"]:
+            return RunFolder(same or path, resumes=same is not None)
+        return same or path
+
+    def in_folder(self, folder: RunFolder | Path | None) -> dict[str, Any]:
+        """Arguments of the Trainer that put a run into its folder."""
+        trainer, kind = self.config_init[str(self.subcommand)]["trainer"], self.settings["logger"]
+        if kind is not None and trainer["logger"] is False:
+            raise ValueError(f"logger: {kind} and trainer.logger: false: leave one out")
+        path = folder.path if isinstance(folder, RunFolder) else folder
+        changes: dict[str, Any] = {"callbacks": self.callbacks(folder, path)}
+        if path is not None:
+            self.settings["out"] = str(path)
+            changes["default_root_dir"] = str(path)
+        if kind is not None or (path is not None and trainer["logger"] in (None, True)):
+            name = "" if self.subcommand == "fit" else str(self.subcommand)
+            changes["logger"] = make_logger(kind or "tensorboard", path or Path.cwd(), name)
+        return changes
+
+    def callbacks(self, folder: RunFolder | Path | None, path: Path | None) -> list[Callback]:
+        """The configuration's callbacks, with the run's folder, and those that every run has."""
+        trainer = self.config_init[str(self.subcommand)]["trainer"]
+        given = trainer["callbacks"] or []
+        callbacks: list[Callback] = [*(given if isinstance(given, list) else [given]), TellsHowToGoOn()]
+        if isinstance(folder, RunFolder):
+            callbacks.append(KeepsFolder(folder))
+            if not given and trainer["enable_checkpointing"] is not False:
+                callbacks += [ModelCheckpoint(save_last=True, enable_version_counter=False), Export()]
+        for callback in callbacks:
+            if path is not None and isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
+                callback.dirpath = str(path.absolute() / CHECKPOINTS)
+        if trainer["fast_dev_run"]:  # ModelCheckpoint would write last.ckpt even so
+            callbacks = [callback for callback in callbacks if not isinstance(callback, ModelCheckpoint)]
+        bar = any(isinstance(callback, ProgressBar) for callback in callbacks)
+        if not bar and not os.isatty(1) and trainer["enable_progress_bar"] is not False:
+            callbacks.append(StepLines())
+        return callbacks
+
+    def before_validate(self) -> None:
+        """Say which weights."""
+        self.say_weights()
+
+    def before_test(self) -> None:
+        """Say which weights."""
+        self.say_weights()
+
+    def before_predict(self) -> None:
+        """Say which weights."""
+        self.say_weights()
+
+    def say_weights(self) -> None:
+        """Whose numbers these will be."""
+        checkpoint = self.settings["ckpt_path"]
+        if checkpoint is not None:
+            step = ""
+            if Path(checkpoint).is_file():
+                step = f", step {torch.load(checkpoint, weights_only=True, mmap=True)['global_step']}"
+            rank_zero_info(f"weights: {checkpoint}{step}")
+        elif type(self.model).training_step is not LightningModule.training_step:
+            policy, out = self.settings["model"]["init_args"].get("policy"), self.settings["out"]
+            trained = out is not None and last_checkpoint(Path(out)) is not None
+            hint = f"; those that the run in {out} trained: --ckpt_path {out}" if trained else ""
+            rank_zero_info(f"weights: '{policy}', as model.policy names them, without training by this run{hint}")
+
+    @rank_zero_only
+    def after_fit(self) -> None:
+        """Say what to do next."""
+        exports = [callback for callback in self.trainer.callbacks if isinstance(callback, Export)]  # type: ignore[attr-defined]
+        if not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            looks = [callback for callback in self.trainer.callbacks if isinstance(callback, TellsHowToGoOn)]  # type: ignore[attr-defined]
+            for line in what_next(self.trainer, exports[-1].folder if exports else None, looks[0].form):
+                print(line, flush=True)
+
+
+def make_logger(kind: Kind, folder: Path, name: str) -> Logger:
+    """A logger that writes into the folder, or into a folder ``name`` in it. ValueError without its package."""
+    if kind == "wandb":
+        try:
+            return WandbLogger(name=f"{folder.name} {name}".strip(), save_dir=folder, project="lightning-align")
+        except ModuleNotFoundError as error:
+            raise ValueError(f"logger: {error}; pip install wandb") from error
+    make = TensorBoardLogger if kind == "tensorboard" else CSVLogger
+    return make(save_dir=folder, name="", version=name)

@@ -1,0 +1,85 @@
+"""What a fit says at its end: its numbers, where the model is, how to ask it, how to see the curves."""
+
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_only
+
+from modules.cli.progress import numbers
+from modules.cli.run_folder import CHECKPOINTS
+from modules.cli.words import command, from_here
+from modules.stopping import StopTogether
+
+SHOWN = 6  # numbers on the first line
+
+
+def what_next(trainer: Trainer, export: Path | None, form: str | None = None) -> list[str]:
+    """Three lines: results and export, how to ask the model, how to see the curves.
+
+    Args:
+        trainer: of the fit that has ended.
+        export: the folder of the exported model, None where nothing was exported.
+        form: of the prompts, see ``chat``; None = as by default.
+    """
+    logged = {name: value for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+    logged = logged or {name: value for name, value in trainer.logged_metrics.items() if name.startswith("train/")}
+    shown: dict[str, Any] = dict(sorted(logged.items(), key=lambda item: (rank(item[0]), item[0]))[:SHOWN])
+    where = f"model: {from_here(export)}" if export else "no model exported: list Export in trainer.callbacks"
+    lines = [f"step {trainer.global_step}: {numbers(shown) or 'nothing logged'}; {where}"]
+    if export:
+        lines.append(f"ask it: {command('chat', '--policy', export, *(['--form', form] if form else []))}")
+    folder = next((logger.save_dir for logger in trainer.loggers if logger.save_dir), None)
+    if folder and any(type(logger).__name__ == "TensorBoardLogger" for logger in trainer.loggers):
+        lines.append(f"curves: {command('--logdir', Path(folder), module='tensorboard.main')}")
+    elif folder:
+        lines.append(f"curves: {from_here(Path(folder))}")
+    return lines
+
+
+def form_of(text: str, tokenizer: Any) -> str | None:
+    """How the prompt in a rendered row was written, as ``chat`` must write it too; None where that is its default."""
+    if "### Instruction:" in text:
+        return "alpaca"
+    if tokenizer.chat_template is None:
+        return None
+    asked = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "?"}], tokenize=False, add_generation_prompt=True
+    )
+    return None if str(asked).rpartition("?")[2].strip() in text else "text"
+
+
+class TellsHowToGoOn(Callback):
+    """Remembers how prompts look, for the end, and prints the command that goes on with a run that was told to stop."""
+
+    def __init__(self) -> None:
+        self.form: str | None = None  # see ``chat``
+
+    @rank_zero_only
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Look at a row."""
+        if trainer.global_step == 0 and batch_idx == 0 and isinstance(batch, dict):
+            ids = next((batch[name] for name in ("prompt_ids", "input_ids") if name in batch), None)
+            if ids is not None:
+                tokenizer: Any = pl_module.tokenizer
+                self.form = form_of(str(tokenizer.decode(ids[0])), tokenizer)
+
+    @rank_zero_only
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Where the stop has left a checkpoint."""
+        stops = [callback for callback in trainer.callbacks if isinstance(callback, StopTogether)]  # type: ignore[attr-defined]
+        saved = next((stop.saved for stop in stops if stop.saved), None)
+        if saved is None:
+            return
+        run = saved.parent.parent
+        if saved.parent.name == CHECKPOINTS and (run / "config.yaml").is_file():
+            print(f"go on: {command('fit', '--config', run / 'config.yaml', '--ckpt_path', run)}", flush=True)
+        else:
+            print(f"go on: the same command with --ckpt_path {from_here(saved)}", flush=True)
+
+
+def rank(name: str) -> int:
+    """Which numbers come first: what is right, rewards, then the loss."""
+    wanted = ("pass@1", "reward", "accuracy", "rewards/accuracies", "loss")
+    short = name.partition("/")[2]
+    return wanted.index(short) if short in wanted else len(wanted)

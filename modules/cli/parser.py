@@ -1,0 +1,150 @@
+"""The parser of the command line: errors in one sentence, and what may be named by class path."""
+
+import inspect
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FunctionType
+from typing import Any, NoReturn, get_args
+
+import yaml
+from jsonargparse import Namespace, get_loader, set_loader, set_parsing_settings
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from modules.cli.choices import NAMES, usual_data
+from modules.cli.explain import did_you_mean, missing_arguments, nearest_argument, sentence
+from modules.cli.renamed import renew
+from modules.rewards.function import as_reward
+from modules.types import Reward
+
+set_parsing_settings(import_path_denylist=[])  # enforces the parser's own list: os, subprocess, pickle, ...
+
+
+def refuse(error: Exception) -> NoReturn:
+    """End the run with exit status 1 and the error in one line, written at once so that the lines of several ranks stay
+    whole.
+    """
+    sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+    sys.exit(1)
+
+
+def build(kind: type, /, *args: Any, **kwargs: Any) -> Any:
+    """Make an object that the configuration names, plain functions as the rewards that it asks for. What its
+    constructor refuses ends the run here, or the parser would bury it.
+    """
+    try:
+        for name, value in kwargs.items():
+            if any(isinstance(part, FunctionType) for part in parts_of(value)) and takes_reward(kind, name):
+                kwargs[name] = as_reward(value)
+        return kind(*args, **kwargs)
+    except (ValueError, ImportError, OSError, MisconfigurationException) as error:
+        refuse(error)
+
+
+def parts_of(value: Any) -> Iterator[Any]:
+    """The value, or what a list or dict holds."""
+    if isinstance(value, list | dict):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from parts_of(part)
+    else:
+        yield value
+
+
+def takes_reward(kind: Callable[..., Any], name: str) -> bool:
+    """Whether an argument of a class is annotated with ``Reward``, as a part or as a whole."""
+    parameter = inspect.signature(kind).parameters.get(name)
+    return parameter is not None and names_reward(parameter.annotation)
+
+
+def names_reward(annotation: Any) -> bool:
+    """Whether ``Reward`` is in an annotation, which may be written as text."""
+    if isinstance(annotation, str):
+        return re.search(r"\bReward\b", annotation) is not None
+    return annotation is Reward or any(names_reward(part) for part in get_args(annotation))
+
+
+class Parser(LightningArgumentParser):
+    """Errors in one sentence, without the page of usage that would bury it."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """End with the sentence and exit status 2."""
+        told = missing_arguments(message) or sentence(message, NAMES) + nearest_argument(message)
+        unknown = re.search(r"^unrecognized arguments: --([^\s=;]+)|[Kk]ey '([\w.]+)' is not expected", message)
+        if unknown:
+            told += did_you_mean(unknown[1] or unknown[2], self.options(), "--" if unknown[1] else "")
+        super().error(told, ex)
+
+    def options(self) -> list[str]:
+        """Every option of this parser and of its commands, without the dashes."""
+        commands = [
+            parser for action in self._actions if isinstance(action.choices, dict) for parser in action.choices.values()
+        ]
+        return [name.lstrip("-") for parser in (self, *commands) for name in parser._option_string_actions]
+
+    def instantiate_classes(self, cfg: Namespace, **kwargs: Any) -> Namespace:
+        """Every object is made by ``build``."""
+        return self.instantiate(cfg, instantiators=[(build, object, True)], **kwargs)
+
+    def print_usage(self, file: Any = None) -> None:
+        """Print nothing: ``--help`` tells the usage."""
+
+
+def read_old_names() -> None:
+    """Let configurations use class paths of an earlier layout."""
+    load = get_loader("yaml")
+    if getattr(load, "renews", False):
+        return
+
+    def load_renewed(stream: str) -> Any:
+        return renew(load(stream))
+
+    load_renewed.renews = True  # type: ignore[attr-defined]
+    set_loader("yaml", load_renewed, (yaml.YAMLError,))
+
+
+def with_data_module(args: list[str]) -> list[str]:
+    """The arguments, with the usual DataModule of the method where they set ``--data.train`` or the like and no
+    DataModule is named, in them or in their configurations.
+    """
+    named = class_named("data", args)
+    asked = [place for place, argument in enumerate(args) if argument.startswith("--data.")]
+    method = class_named("model", args)
+    if named is not None or not asked or method is None:
+        return args
+    kind = next((kind for kind in subclasses(LightningModule) if method in (kind.__name__, path_of(kind))), None)
+    data = kind and usual_data(kind)
+    if data is None:
+        raise ValueError(f"no DataModule is named, and {method} has no usual one: add --data and its class name")
+    return [*args[: asked[0]], f"--data={data}", *args[asked[0] :]]
+
+
+def class_named(key: str, args: list[str]) -> str | None:
+    """The class that arguments, or a configuration that they name, set for ``model`` or ``data``; the last one wins."""
+    found = None
+    for place, argument in enumerate(args):
+        name, equals, value = argument.partition("=")
+        value = value if equals else next(iter(args[place + 1 :]), "")
+        if name in (f"--{key}", f"--{key}.class_path"):
+            found = value
+        elif name in ("--config", "-c") and Path(value).is_file():
+            try:
+                part = (yaml.safe_load(Path(value).read_text(encoding="utf-8")) or {}).get(key) or {}
+            except (yaml.YAMLError, AttributeError, UnicodeDecodeError):
+                continue  # the parser will say so
+            found = part if isinstance(part, str) else part.get("class_path", found)
+    return found
+
+
+def subclasses(kind: type[Any]) -> Iterator[type[Any]]:
+    """The class and all that derive from it."""
+    yield kind
+    for derived in kind.__subclasses__():
+        yield from subclasses(derived)
+
+
+def path_of(kind: type) -> str:
+    """The shortest path that a configuration may name a class of ours by."""
+    return f"{kind.__module__.split('.')[0]}.{kind.__name__}"

@@ -1,0 +1,177 @@
+"""The folder of a run: one setting, ``out``, names it, no two runs share one, and a new run leaves old ones alone."""
+
+import fcntl
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+
+CHECKPOINTS = "checkpoints"
+HELD = ("config.yaml", CHECKPOINTS, "export")  # one of these says that a folder holds a run
+SHARED = "LIGHTNING_ALIGN_OUT"  # environment variable: the folder, for the processes that this one starts
+
+
+def usual_folder(method: str) -> Path:
+    """Where a run goes that names no folder.
+
+    >>> usual_folder("OnlineDPOModule").as_posix()
+    'runs/online_dpo'
+    """
+    name = method.rpartition(".")[2].removesuffix("Module")
+    return Path("runs") / re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint of a run's folder, ``last.ckpt`` before all others."""
+    found = sorted((folder / CHECKPOINTS).glob("*.ckpt"), key=lambda path: (path.stat().st_mtime, path.name))
+    last = folder / CHECKPOINTS / "last.ckpt"
+    return last if last in found else next(reversed(found), None)
+
+
+def goes_on_in(out: Path, checkpoint: str | None) -> Path | None:
+    """The folder of the run that a checkpoint is of, if that run was named ``out``; None for a checkpoint of another
+    run, from which a new one branches off.
+    """
+    if checkpoint is None:
+        return None
+    if not Path(checkpoint).exists():  # "last" or "best", which Lightning looks for
+        return out
+    folder = Path(checkpoint).absolute().parent.parent
+    own = re.fullmatch(rf"{re.escape(out.name)}(-\d+)?", folder.name) and folder.parent == out.absolute().parent
+    return out.with_name(folder.name) if own and Path(checkpoint).parent.name == CHECKPOINTS else None
+
+
+class RunFolder:
+    """A folder that is this run's own until ``close``.
+
+    A lock that ends with the process keeps other runs out. Processes that this one starts use the same folder.
+
+    Args:
+        out: the folder. One that holds a run, or that a run is using, is left alone: ``<out>-2`` is taken, and so on.
+        resumes: take ``out`` itself, whose run goes on.
+
+    Raises:
+        ValueError: the folder cannot be made, or, to be resumed or shared with processes that another program started,
+            is taken.
+    """
+
+    def __init__(self, out: Path, resumes: bool = False) -> None:
+        self._lock: TextIO | None = None
+        self._made = False
+        self.path = out
+        if getattr(rank_zero_only, "rank", 0) != 0:
+            self.path = Path(os.environ.get(SHARED, out))
+            return
+        fixed = resumes or int(os.environ.get("WORLD_SIZE", 1)) > 1
+        self.path = next(folder for folder in ([out] if fixed else names(out)) if self._take(folder, resumes, fixed))
+        os.environ[SHARED] = str(self.path)
+        if self.path != out:
+            rank_zero_info(f"out: {out} holds a run; this one goes to {self.path}")
+
+    def _take(self, folder: Path, resumes: bool, fixed: bool) -> bool:
+        made = not folder.exists()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = (folder / ".lock").open("a")
+        except OSError as error:
+            raise ValueError(f"out: the folder '{folder}' cannot be written: {error.strerror}; name another") from error
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.close()
+            free = False
+        else:
+            if not is_there(lock):  # the run that had it has just removed it
+                lock.close()
+                return self._take(folder, resumes, fixed)
+            self._lock, self._made, free = lock, made, True
+        if free and (resumes or not any((folder / name).exists() for name in HELD)):
+            return True
+        if fixed:
+            self._unlock()
+            why = "holds a run" if free else "is in use by another run"
+            raise ValueError(f"out: '{folder}' {why}; name another folder with --out")
+        self._unlock()
+        return False
+
+    def close(self, keep: bool = True) -> None:
+        """Let the folder go; without ``keep`` it is removed if this run made it."""
+        if self._lock is None:
+            return
+        os.environ.pop(SHARED, None)
+        if self._made and not keep:
+            shutil.rmtree(self.path, ignore_errors=True)
+        self._unlock()
+
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            (Path(self._lock.name)).unlink(missing_ok=True)
+            self._lock.close()
+            self._lock = None
+
+
+def is_there(file: TextIO) -> bool:
+    """Whether an open file is still the one under its name."""
+    path = Path(file.name)
+    return path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())
+
+
+def names(out: Path) -> Iterator[Path]:
+    """``out``, ``out-2``, ``out-3`` and so on."""
+    yield out
+    number = 2
+    while True:
+        yield out.with_name(f"{out.name}-{number}")
+        number += 1
+
+
+class KeepsFolder(Callback):
+    """Lets a run's folder go at the end of the run; that of one which was refused before its first step is removed."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self.folder = folder
+        self._began = False
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        """From here on there is something to keep."""
+        self._began = True
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """The end of a run that failed."""
+        self.folder.close(keep=self._began)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """The end."""
+        self.folder.close()
+
+
+class SaveConfig(SaveConfigCallback):
+    """Writes ``config.yaml`` into the run's folder, else beside the logs, with the first batch, so that a refused run
+    leaves the one of the last good run alone.
+
+    Nothing is written without a folder and a logger. ``ckpt_path`` is left out: the file describes the run, not where
+    it was resumed.
+    """
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Nothing yet: the run may still be refused."""
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Write the file, once."""
+        if self.already_saved or not (self.config.get("out") or trainer.loggers):
+            return
+        self.config = self.config.clone()
+        self.config["ckpt_path"] = None
+        if not self.config.get("out"):
+            super().setup(trainer, pl_module, "fit")
+        elif trainer.is_global_zero:
+            self.parser.save(
+                self.config, str(Path(self.config["out"]) / self.config_filename), skip_none=False, overwrite=True
+            )
+        self.already_saved = True

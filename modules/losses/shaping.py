@@ -1,0 +1,123 @@
+"""From one score per completion to one reward per token, and the settings by which PPO does it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from modules.checks import check_numbers
+from modules.functional import kl
+
+
+@dataclass(frozen=True)
+class AdaptiveKL:
+    """Moves the KL's weight after each phase so that the KL per completion stays at ``target``.
+
+    weight <- weight (1 + gain clip(KL / target - 1, -0.2, 0.2)), the KL the mean over completions of the summed ``k1``
+    (Ziegler et al., arXiv 1909.08593, section 2.2). The gain is 0.1 in the paper, completions / 10000 in its code.
+
+    Raises:
+        ValueError: values out of range.
+    """
+
+    target: float = 6.0  # > 0, nats per completion
+    gain: float | None = 0.1  # > 0 per phase; None = completions of the phase / horizon
+    horizon: int = 10_000  # >= 1, completions
+
+    def __post_init__(self) -> None:
+        check_numbers(
+            "adaptive KL",
+            target=(self.target, "(0, inf)"),
+            gain=(self.gain, "(0, inf)"),
+            horizon=(self.horizon, "[1, inf)"),
+        )
+
+    def __call__(self, coef: float, kl: float, completions: int) -> float:
+        """The next weight, from this one, the ``kl`` of a phase (nats per completion) and its number of
+        ``completions``; a NaN kl makes it NaN.
+        """
+        gain = completions / self.horizon if self.gain is None else self.gain
+        return coef * (1 + gain * min(max(kl / self.target - 1, -0.2), 0.2))
+
+
+@dataclass(frozen=True)
+class KL:
+    """PPO's tie to a frozen reference. TRL: ``kl_coef``, ``kl_estimator``, ``ref_model``.
+
+    Raises:
+        ValueError: values out of range or that do not go together.
+    """
+
+    coef: float = 0.05  # >= 0, weight per nat; the first one where ``adaptive`` moves it
+    adaptive: AdaptiveKL | None = None  # holds the KL at a target
+    # None = the KL is part of the reward, as k1 without gradient; kl.weighted_k3 or kl.k2, by dotted path = of the loss
+    loss: Callable[[Tensor, Tensor], Any] | None = None  # Any: a function need not be annotated
+    reference: str | None = None  # None = the policy as it starts; a folder or hub id = another model
+
+    def __post_init__(self) -> None:
+        check_numbers("kl", coef=(self.coef, "[0, inf)"))
+        if self.adaptive is not None and self.coef == 0:
+            raise ValueError("kl: adaptive multiplies coef, and 0 stays 0: start above it")
+        if self.loss is kl.k1:
+            raise ValueError("kl: k1 as a loss has no gradient on average: use modules.functional.kl.weighted_k3 or k2")
+
+
+@dataclass(frozen=True)
+class MissingEos:
+    """Lowers the score of completions that did not end by themselves. TRL: ``missing_eos_penalty``.
+
+    Replacing improves a score below -penalty, so it needs a penalty below nearly all scores; subtracting never improves
+    one. Source: Ziegler et al., arXiv 1909.08593, whose code replaces by -1.
+
+    Raises:
+        ValueError: a penalty below 0, which is taken off the score and so is given without its sign.
+    """
+
+    penalty: float = 1.0  # >= 0, in units of the score
+    replace: bool = False  # False: score - penalty; True: -penalty, whatever the score was
+
+    def __post_init__(self) -> None:
+        check_numbers("missing_eos", penalty=(self.penalty, "[0, inf)"))
+
+    def __call__(self, scores: Tensor, stopped: Tensor) -> Tensor:
+        """The lowered scores [N], from ``scores`` [N], of which NaN (unscorable) stays NaN, and ``stopped`` bool [N],
+        True where the completion ended by itself.
+        """
+        if self.replace:
+            lowered = torch.full_like(scores, -self.penalty).masked_fill(scores.isnan(), float("nan"))
+        else:
+            lowered = scores - self.penalty
+        return torch.where(stopped, scores, lowered)
+
+
+@dataclass(frozen=True)
+class GAE:
+    """How PPO makes advantages of a phase's token rewards, see ``modules.functional.advantages.gae``. TRL: ``gamma``,
+    ``lam``, ``whiten_rewards``.
+
+    Raises:
+        ValueError: values out of range.
+    """
+
+    gamma: float = 1.0  # [0, 1], discount per token
+    lam: float = 0.95  # [0, 1]; 1 is advised for long chains of thought (DeepSeek-R1, 2501.12948, supplement A.3)
+    # Divide token rewards by their standard deviation over the phase; their mean stays. Values are then in those units.
+    whiten_rewards: bool = False
+
+    def __post_init__(self) -> None:
+        check_numbers("gae", gamma=(self.gamma, "[0, 1]"), lam=(self.lam, "[0, 1]"))
+
+
+def make_token_rewards(scores: Tensor, penalties: Tensor, mask: Tensor) -> Tensor:
+    """-penalty at every kept token, plus the score at the last kept token of each row; 0 at dropped columns.
+
+    scores: [N]; NaN stays NaN at that one token. penalties: [N, Tc], the KL's weight times the log-ratio to the
+    reference (``k1``), in units of the score. mask: bool [N, Tc], gaps and padding on either side allowed; a row that
+    keeps nothing gets zeros, whatever its score. Returns [N, Tc]. Source: Ziegler et al. 2019 (1909.08593, section
+    2.1); InstructGPT (2203.02155, eq. 2).
+    """
+    kept_from_here = mask.flip(-1).cumsum(-1).flip(-1)
+    last = mask & (kept_from_here == 1)
+    return torch.where(last, scores[:, None], 0.0) - penalties.masked_fill(~mask, 0.0)

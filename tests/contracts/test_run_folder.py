@@ -1,0 +1,192 @@
+"""One setting names a run's folder; what a fit says at its end works; a run that is told to stop can be gone on with."""
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from modules import GRPOModule, SFTModule
+from modules.__main__ import main
+from modules.cli.run_folder import RunFolder
+
+ROOT = Path(__file__).parents[2]
+SFT = ["--config", str(ROOT / "configs/sft.yaml"), "--trainer.accelerator=cpu"]
+FEW = ["--data.train.num_examples=24", "--data.val.num_examples=4", "--data.batch_size=4", "--trainer.max_epochs=2"]
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def files(folder: str) -> set[str]:
+    return {str(path.relative_to(folder)).split(".out.")[0] for path in Path(folder).rglob("*") if path.is_file()}
+
+
+def test_out_holds_all_of_a_run_and_a_second_run_leaves_it_alone(capsys, caplog):
+    main(["fit", *SFT, *FEW, "--out", "mine/first"])
+    said = capsys.readouterr().out
+    found = files("mine/first")
+    assert {"config.yaml", "events", "checkpoints/last.ckpt", "export/config.json", "data_report.json"} <= found
+    assert [path.name for path in Path().iterdir()] == ["mine"]
+    before = {path: path.stat().st_mtime_ns for path in Path("mine/first").rglob("*")}
+    main(["fit", *SFT, *FEW, "--out", "mine/first", "--seed_everything=1"])
+    assert "out: mine/first holds a run; this one goes to mine/first-2" in caplog.text
+    assert {path: path.stat().st_mtime_ns for path in Path("mine/first").rglob("*")} == before
+    assert files("mine/first-2") == found - {name for name in found if name.startswith("checkpoints/epoch")} | {
+        name for name in files("mine/first-2") if name.startswith("checkpoints/epoch")
+    }
+    config = yaml.safe_load(Path("mine/first-2/config.yaml").read_text())
+    assert (config["out"], config["seed_everything"]) == ("mine/first-2", 1)
+
+    ending = said.splitlines()[-3:]
+    assert re.match(r"step 12: val/loss [\d.]+, .*; model: mine/first/export$", ending[0])
+    ask, curves = (line.partition(": ")[2] for line in ending[1:])
+    assert ask.endswith("-m modules chat --policy mine/first/export --form text")
+    assert curves.endswith("-m tensorboard.main --logdir mine/first")
+    answered = subprocess.run(
+        shlex.split(ask),
+        input="39+54=\n",
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    assert len(answered.stdout.splitlines()) >= 1
+
+    main(["validate", *SFT, *FEW[1:2], "--ckpt_path", "mine/first-2", "--out", "mine/first"])
+    assert "weights: mine/first-2/checkpoints/last.ckpt, step 12" in caplog.text
+    assert "validate/events" in files("mine/first-2")
+    assert {path: path.stat().st_mtime_ns for path in Path("mine/first").rglob("*")} == before
+
+
+def test_a_fast_dev_run_and_a_refused_run_leave_nothing(capsys):
+    main(["fit", *SFT, *FEW, "--trainer.fast_dev_run=1"])
+    assert list(Path().iterdir()) == []
+    with pytest.raises(SystemExit):
+        main(["fit", *SFT, *FEW, "--trainer.precision=bf16-true"])
+    assert files(".") == set()
+    Path("runs").rmdir()
+    Path("runs").write_text("a file")
+    with pytest.raises(SystemExit):
+        main(["fit", *SFT, *FEW])
+    assert (
+        "error: out: the folder 'runs/sft' cannot be written: Not a directory; name another" in capsys.readouterr().err
+    )
+    with pytest.raises(SystemExit):
+        main(["fit", *SFT, *FEW, "--out=mine", "--trainer.callbacks=Export", "--trainer.callbacks.folder=runs/export"])
+    assert "error: Export: runs/export cannot be written" in capsys.readouterr().err
+
+
+def test_two_runs_at_once_never_share_a_folder():
+    code = "import sys; from pathlib import Path; from modules.cli.run_folder import RunFolder\n"
+    code += "print(RunFolder(Path('runs/x')).path, flush=True); sys.stdin.read()"
+    other = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    assert other.stdout is not None and other.stdout.readline() == "runs/x\n"
+    mine = RunFolder(Path("runs/x"))
+    assert mine.path == Path("runs/x-2")
+    with pytest.raises(ValueError, match="out: 'runs/x' is in use by another run"):
+        RunFolder(Path("runs/x"), resumes=True)
+    other.kill()  # a crash lets the folder go
+    other.communicate()
+    again = RunFolder(Path("runs/x"))
+    assert again.path == Path("runs/x")
+    again.close()
+    mine.close()
+
+
+def test_a_logger_by_one_word(capsys):
+    main(["fit", *SFT, *FEW, "--logger=csv", "--trainer.max_steps=1", "--trainer.log_every_n_steps=1"])
+    assert "train/loss" in Path("runs/sft/metrics.csv").read_text()
+    with pytest.raises(SystemExit):
+        main(["fit", *SFT, *FEW, "--logger=wandb"])
+    assert "pip install wandb" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    ("method", "kind", "small"),
+    [
+        ("sft", SFTModule, [*FEW, "--trainer.accumulate_grad_batches=2"]),
+        (
+            "grpo",
+            GRPOModule,
+            [
+                "--out=runs/grpo",
+                "--data.val=null",
+                "--data.prompts_per_phase=2",
+                "--model.num_generations=2",
+                "--model.reward=RegexFormat",
+                "--model.reward.pattern=.*[0-4].*",
+                "--data.updates_per_phase=2",
+                "--trainer.max_epochs=3",
+                "--trainer.callbacks=null",
+            ],
+        ),
+    ],
+)
+def test_a_run_that_is_told_to_stop_goes_on_bit_for_bit(monkeypatch, capsys, signum, method, kind, small):
+    arguments = ["fit", "--config", str(ROOT / f"configs/{method}.yaml"), *small, "--trainer.logger=null"]
+    main([*arguments, "--out=whole"])
+    step, asked = kind.training_step, []
+
+    def until_asked(self, batch, batch_idx):
+        if self.global_step == 3 and not asked:
+            asked.append(self.global_step)
+            os.kill(os.getpid(), signum)
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(kind, "training_step", until_asked)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main([*arguments, "--out=stopped"])
+    assert stop.value.code == 128 + signum
+    (command,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("go on: "))
+    assert torch.load("stopped/checkpoints/last.ckpt", weights_only=True)["global_step"] == 4
+    assert not Path("stopped/export").exists()
+    words = shlex.split(command)
+    main(words[words.index("modules") + 1 :])
+    whole, stopped = (load_file(f"{folder}/export/model.safetensors") for folder in ("whole", "stopped"))
+    assert all(whole[name].equal(stopped[name]) for name in whole)
+    assert not Path("stopped-2").exists()
+
+
+def test_predict_says_whose_weights_it_uses(caplog):
+    grpo = [
+        "--config",
+        str(ROOT / "configs/grpo.yaml"),
+        "--trainer.callbacks=PredictionWriter",
+        "--trainer.logger=null",
+    ]
+    small = [
+        "--data.prompts_per_phase=2",
+        "--model.num_generations=2",
+        "--data.train.num_examples=4",
+        "--data.val=null",
+    ]
+    main(["fit", *grpo[:2], *small, "--trainer.logger=null", "--trainer.callbacks=null", "--trainer.max_epochs=1"])
+    main(["predict", *grpo, *small])
+    assert (
+        "weights: 'tiny', as model.policy names them, without training by this run; those that the run in runs/grpo "
+        "trained: --ckpt_path runs/grpo" in caplog.text
+    )
+    rows = [json.loads(line) for line in Path("runs/grpo/predictions.jsonl").read_text().splitlines()]
+    assert len(rows) == 8
+    main(["predict", *grpo, *small, "--ckpt_path=runs/grpo"])
+    assert "weights: runs/grpo/checkpoints/last.ckpt, step 1" in caplog.text

@@ -1,0 +1,506 @@
+"""Nothing that a row holds is ignored: each DataModule, each column of context, as text and messages, from each kind of
+file; and the columns and fields that once were dropped."""
+
+import csv
+import json
+from collections.abc import Callable
+from functools import cache
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from datamodules import (
+    CandidatesDataModule,
+    FactsDataModule,
+    Files,
+    InstructionDataModule,
+    MixtureDataModule,
+    PreferenceDataModule,
+    PreferencePrompts,
+    PretrainingDataModule,
+    SeedTasksDataModule,
+    Stream,
+    StreamingDataModule,
+    VerifiableDataModule,
+)
+from datamodules.formats.table import COLUMNS, OURS
+from datamodules.loaders.stream_loader import Pieces, Place
+from modules.networks.tiny import tiny_tokenizer
+
+TEMPLATE = (  # ChatML with tools, thoughts, calls and names
+    "{% if tools %}<|im_start|>tools\n{{ tools | tojson }}<|im_end|>\n{% endif %}{% for m in messages %}<|im_start|>"
+    "{{ m.role }}{{ ' ' + m.name if m.name else '' }}\n"
+    "{% if m.thinking %}<think>{{ m.thinking }}</think>{% endif %}{{ m.content }}"
+    "{% for call in m.tool_calls or [] %}<tool_call>{{ call.function | tojson }}</tool_call>{% endfor %}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+ASK, SAY = {"role": "user", "content": "ask"}, {"role": "assistant", "content": "say"}
+TOOLS = [{"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}]
+
+
+@cache
+def tokenizer() -> Any:
+    made = tiny_tokenizer()
+    made.chat_template = TEMPLATE
+    return made
+
+
+def write(folder: Path, kind: str, *rows: dict[str, Any]) -> str:
+    """The rows as a file of a kind; lists and objects in CSV are JSON, and what a row lacks is empty."""
+    path = folder / f"rows.{kind}"
+    if kind == "jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif kind == "csv":
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
+            writer.writeheader()
+            for row in rows:
+                texts = {k: json.dumps(v) if isinstance(v, list | dict) else v for k, v in row.items()}
+                writer.writerow({k: "" if v is None else v for k, v in texts.items()})
+    else:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        pq.write_table(
+            pa.Table.from_pylist([dict.fromkeys(name for other in rows for name in other) | row for row in rows]), path
+        )
+    return str(path)
+
+
+def sft(path: str, **options: Any) -> list[str]:
+    data = InstructionDataModule(tokenizer(), path, **options)
+    data.setup("fit")
+    return [str(data.tokenizer.decode(row.ids)) for row in data.train_rows]
+
+
+def streamed(path: str, **options: Any) -> list[str]:
+    data = StreamingDataModule(tokenizer(), path, steps_per_epoch=1, shuffle_buffer=1, **options)
+    data.setup("fit")
+    rows = len(Files(path).rows())
+    return [
+        str(data.tokenizer.decode(piece.ids)) for piece, _ in islice(Pieces(data, 0, 1).pieces(Place(), 0, 1), rows)
+    ]
+
+
+def mixed(path: str, **options: Any) -> list[str]:
+    data = MixtureDataModule(tokenizer(), {"one": Stream(path)}, num_steps=1, packing=False, **options)
+    data.setup("fit")
+    return [str(data.tokenizer.decode(row.ids)) for row in data.train_rows]
+
+
+def dpo(path: str, **options: Any) -> list[str]:
+    data = PreferenceDataModule(tokenizer(), path, **options)
+    data.setup("fit")
+    return [str(data.tokenizer.decode(row.prompt + row.completions[0])) for row in data.train_rows]
+
+
+def grpo(path: str, **options: Any) -> list[str]:
+    data = VerifiableDataModule(tokenizer(), path, **options)
+    data.setup("fit")
+    return [prompt.text for prompt in data.train_prompts]
+
+
+def judged(path: str, chat: bool = True) -> list[str]:
+    data = CandidatesDataModule(tokenizer(), path)
+    data.setup("predict")
+    for row in data.rows:
+        assert row.columns["completions"] == row.completions and row.columns.get("tools", TOOLS) == TOOLS
+    return [str(row.columns.get("tools", "")).replace("'", '"') + row.prompt for row in data.rows]
+
+
+def prompts(path: str, chat: bool = True) -> list[str]:
+    data = VerifiableDataModule(tokenizer(), PreferencePrompts(path, chat=chat), chat=chat)
+    data.setup("fit")
+    return [prompt.text for prompt in data.train_prompts]
+
+
+READ: dict[str, tuple[Callable[..., list[str]], dict[str, Any], dict[str, Any]]] = {  # text rows, rows of messages
+    "instruction": (sft, {"prompt": "ask", "completion": "say"}, {"messages": [ASK, SAY]}),
+    "split instruction": (sft, {"question": "ask", "answer": "say"}, {"prompt": [ASK], "completion": [SAY]}),
+    "alpaca": (sft, {"instruction": "ask", "output": "say"}, {"conversations": [ASK, SAY]}),
+    "mixture": (mixed, {"prompt": "ask", "completion": "say"}, {"messages": [ASK, SAY]}),
+    "streaming": (streamed, {"prompt": "ask", "completion": "say"}, {"messages": [ASK, SAY]}),
+    "pairs": (dpo, {"prompt": "ask", "chosen": "say", "rejected": "no"}, {"prompt": [ASK], "chosen": [SAY], "rejected": [ASK | {"role": "assistant"}]}),
+    "implicit pairs": (dpo, {"question": "ask", "response_j": "say", "response_k": "no"}, {"chosen": [ASK, SAY], "rejected": [ASK, SAY | {"content": "no"}]}),
+    "labels": (dpo, {"prompt": "ask", "completion": "say", "label": True}, {"messages": [ASK, SAY], "label": True}),
+    "verdicts": (dpo, {"input": "ask", "output_1": "say", "output_2": "no", "label": 1}, {"prompt": [ASK], "output_1": "say", "output_2": "no", "label": 1}),
+    "verifiable": (grpo, {"prompt": "ask", "answer": "say"}, {"prompt": [ASK], "answer": "say"}),
+    "judge": (judged, {"prompt": "ask", "chosen": "say", "rejected": "no"}, {"prompt": [ASK], "chosen": [SAY], "rejected": [SAY | {"content": "no"}]}),
+    "preference prompts": (prompts, {"prompt": "ask", "chosen": "say", "rejected": "no"}, {"prompt": [ASK], "chosen": [SAY], "rejected": [SAY | {"content": "no"}]}),
+}  # fmt: skip
+CONTEXT: dict[str, tuple[Any, str]] = {  # column -> value, what must be in the rendered text
+    "system": ("be kind", "be kind"),
+    "system_prompt": ("be kind", "be kind"),
+    "System": ("be kind", "be kind"),
+    "systemPrompt": ("be kind", "be kind"),
+    "history": ([["before", "after"]], "after"),
+    "chat_history": ([{"role": "user", "content": "before"}, {"role": "assistant", "content": "after"}], "after"),
+    "tools": (TOOLS, '"look"'),
+    "functions": ([TOOLS[0]["function"]], '"look"'),
+}
+BESIDE: dict[str, tuple[Any, str]] = {
+    "context": ("a", "ask\n\na"),  # one letter, which stands in the prompt by chance
+    "input": ("the text", "ask\n\nthe text"),
+    "passage": ("the text", "ask\n\nthe text"),
+    "documents": (
+        [{"title": "Head", "text": "body"}, {"title": "Foot", "text": "toe"}],
+        "ask\n\nHead\nbody\n\nFoot\ntoe",
+    ),
+    "contexts": (["one", "two"], "ask\n\none\n\ntwo"),
+    "options": (["red", "blue"], "ask\n\nA) red\nB) blue"),
+    "choices": ({"text": ["red", "blue"], "label": ["1", "2"]}, "ask\n\n1) red\n2) blue"),
+}
+REFUSED = {"images": ["cat.png"], "weight": 0.5, "chat_template_kwargs": {"enable_thinking": False}, "video": "a.mp4"}
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+@pytest.mark.parametrize("name", READ)
+def test_context_is_rendered_by_everyone(tmp_path: Path, name: str, kind: str) -> None:
+    """One row a column, so that in tables every other row has that column empty."""
+    read, text, messages = READ[name]
+    for shape, columns in ((text, CONTEXT | BESIDE), (messages, CONTEXT)):
+        columns = {column: given for column, given in columns.items() if column not in shape}
+        rows = [
+            {**shape, "number": number, column: value} for number, (column, (value, _)) in enumerate(columns.items())
+        ]
+        found = read(write(tmp_path, kind, *rows), chat=True)
+        if read is prompts:  # equal ones once
+            assert all(any(expected in rendered for rendered in found) for _, expected in columns.values())
+            continue
+        assert len(found) == len(columns)
+        for rendered, (column, (_, expected)) in zip(found, columns.items(), strict=True):
+            assert expected in rendered, (column, shape)
+            assert rendered.count("ask") == 1, "the prompt is there once"
+    for column, (value, _) in BESIDE.items():
+        if kind == "jsonl" and column not in messages:
+            with pytest.raises(ValueError, match=f"{column!r} stands beside messages, which have no place for it"):
+                read(write(tmp_path, kind, {**messages, column: value}), chat=True)
+
+
+@pytest.mark.parametrize("name", READ)
+def test_what_cannot_be_rendered_is_refused_by_name(tmp_path: Path, name: str) -> None:
+    read, *shapes = READ[name]
+    for shape in shapes:
+        for column, value in REFUSED.items():
+            with pytest.raises(
+                ValueError, match=f"column '{column}' .* is not empty.* leave it out with --data.columns"
+            ):
+                read(write(tmp_path, "jsonl", {**shape, column: value}), chat=True)
+        empty = dict.fromkeys([*CONTEXT, *BESIDE, *REFUSED]) | {
+            "weight": 1,
+            "tools": "[]",
+            "context": " ",
+            "history": [],
+        }
+        read(
+            write(tmp_path, "jsonl", {name: value for name, value in empty.items() if name not in shape} | shape),
+            chat=True,
+        )
+    if read in (sft, dpo, grpo, mixed) and name not in ("alpaca", "verdicts"):
+        for column in ("system", "history", "tools"):
+            path = write(tmp_path, "jsonl", {**shapes[0], column: CONTEXT[column][0]})
+            with pytest.raises(
+                ValueError, match=f"column '{column}' cannot be written into a plain text prompt; set data.chat"
+            ):
+                read(path)
+            assert read(path, columns={column: ""}) if read is not mixed else True  # the way out
+
+
+def test_a_rows_own_system_message_wins(tmp_path: Path) -> None:
+    for read, shape in ((sft, READ["instruction"][1]), (dpo, READ["pairs"][1]), (grpo, READ["verifiable"][1])):
+        texts = read(write(tmp_path, "jsonl", {**shape, "system": "mine"}, shape), chat=True, system="yours")
+        assert ["mine" in text for text in texts] == [True, False] and ["yours" in text for text in texts] == [
+            False,
+            True,
+        ]
+        (mapped,) = read(write(tmp_path, "jsonl", {**shape, "s": "mine"}), chat=True, columns={"system": "s"})
+        assert "system\nmine" in mapped
+    both = {"messages": [{"role": "system", "content": "other"}, ASK, SAY], "system": "mine"}
+    with pytest.raises(ValueError, match="column 'system' and the system message of the row's own messages differ"):
+        sft(write(tmp_path, "jsonl", both))
+    (empty,) = sft(write(tmp_path, "jsonl", {"messages": [{"role": "system", "content": ""}, ASK, SAY]}))
+    assert empty.startswith("<|im_start|>system\n<|im_end|>\n<|im_start|>user")
+
+
+def test_plain_text_data_refuse_a_context(tmp_path: Path) -> None:
+    for make, row in (
+        (PretrainingDataModule, {"text": "a document", "system": "s"}),
+        (PretrainingDataModule, {"text": "a document", "label": 3}),
+        (FactsDataModule, {"question": "q", "answer": "a", "tools": TOOLS}),
+        (SeedTasksDataModule, {"instruction": "q", "output": "a", "context": "c"}),
+    ):
+        data: Any = make(tokenizer(), write(tmp_path, "jsonl", row))
+        with pytest.raises(ValueError, match=f"column '{[*row][-1]}'"):
+            data.setup("predict" if make is not PretrainingDataModule else "fit")
+
+
+def test_a_message_of_a_tree_is_no_document(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="one message of a conversation .*set data.train to OasstTrees"):
+        sft(write(tmp_path, "jsonl", {"text": "What?", "role": "prompter", "replies": []}))
+    with pytest.raises(ValueError, match="one of a conversation tree; set data.train to OasstTrees"):
+        sft(write(tmp_path, "jsonl", {"messages": [ASK, {**SAY, "replies": []}]}))
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+def test_fields_of_messages(tmp_path: Path, kind: str) -> None:
+    call = {"type": "function", "function": {"name": "look", "arguments": {"a": 1}}}
+    other = {"type": "function", "function": {"name": "find", "arguments": {"b": "x", "c": [1]}}}
+    called = {"role": "assistant", "content": None, "tool_calls": [call], "reasoning_content": "hm"}
+    found = {"role": "assistant", "content": None, "tool_calls": [other], "reasoning_content": None}
+    rows = [
+        {"messages": [ASK, called], "tools": TOOLS},
+        {"messages": [ASK, found], "tools": [{"name": "find", "strict": True}]},
+    ]
+    first, second = sft(write(tmp_path, kind, *rows))
+    assert first.endswith('<think>hm</think><tool_call>{"name": "look", "arguments": {"a": 1}}</tool_call><|im_end|>\n')
+    assert second.endswith('\n<tool_call>{"name": "find", "arguments": {"b": "x", "c": [1]}}</tool_call><|im_end|>\n')
+    assert json.loads(first.split("\n")[1].removesuffix("<|im_end|>")) == TOOLS
+    assert '[{"type": "function", "function": {"name": "find", "strict": true}}]' in second
+    pairs = [
+        {"prompt": [ASK], "chosen": [called], "rejected": [SAY]},
+        {"prompt": [ASK], "chosen": [found], "rejected": [SAY]},
+    ]
+    assert [text.partition("assistant\n")[2] for text in dpo(write(tmp_path, kind, *pairs))] == [
+        text.partition("assistant\n")[2].removesuffix("\n") for text in (first, second)
+    ]
+
+
+@pytest.mark.parametrize("field", ["reasoning_content", "reasoning", "thinking", "thoughts"])
+def test_thoughts_reach_the_template_or_are_refused(tmp_path: Path, field: str) -> None:
+    path = write(tmp_path, "jsonl", {"messages": [ASK, {**SAY, field: "hm"}]})
+    assert "<think>hm</think>say" in sft(path)[0]
+    pair = write(tmp_path, "parquet", {"prompt": [ASK, {**SAY, field: "hm"}, ASK], "chosen": "yes", "rejected": "no"})
+    assert "<think>hm</think>say" in dpo(pair)[0]
+    path = write(tmp_path, "jsonl", {"messages": [ASK, {**SAY, field: "hm"}]})
+    for data in (
+        InstructionDataModule(tiny_tokenizer(), path),
+        PreferenceDataModule(tiny_tokenizer(), pair),
+        VerifiableDataModule(tiny_tokenizer(), write(tmp_path, "csv", {"prompt": [ASK, {**SAY, field: "hm"}, ASK]})),
+    ):
+        with pytest.raises(ValueError, match="assistant message 1: the chat template changes its reasoning"):
+            data.setup("fit")
+
+
+@pytest.mark.parametrize("field", ["loss_weight", "weight", "train", "training", "trainable", "loss_mask", "loss"])
+@pytest.mark.parametrize("value", [0, False, 0.0])
+def test_a_weight_of_zero_is_not_learned(tmp_path: Path, field: str, value: Any) -> None:
+    path = write(
+        tmp_path, "jsonl", {"messages": [ASK, {**SAY, field: value}, ASK, {**SAY, "content": "last", field: 1}]}
+    )
+    data = InstructionDataModule(tokenizer(), path)
+    data.setup("fit")
+    (row,) = data.train_rows
+    kept = [token for token, keep in zip(row.ids, row.supervised, strict=True) if keep]
+    assert data.tokenizer.decode(kept) == "last<|im_end|>"
+    with pytest.raises(ValueError, match="message 1, has loss_weight 0 and is what is compared"):
+        dpo(
+            write(
+                tmp_path, "jsonl", {"chosen": [ASK, {**SAY, field: value}], "rejected": [ASK, SAY | {"content": "no"}]}
+            )
+        )
+
+
+def test_other_fields_are_named(tmp_path: Path) -> None:
+    for turn in (ASK, SAY):
+        rows = {"messages": [turn | {"mood": "good"} if turn is message else message for message in (ASK, SAY)]}
+        with pytest.raises(
+            ValueError, match="holds 'mood', which nothing here reads; remove it, or rename it to one of role"
+        ):
+            sft(write(tmp_path, "jsonl", rows))
+    data = InstructionDataModule(
+        tokenizer(), write(tmp_path, "jsonl", {"messages": [{**ASK, "id": 3}, {**SAY, "mood": None}]})
+    )
+    data.setup("fit")
+    assert "`messages.id`: not read" in data.reading.line()
+    assert "user Ann\n" in sft(write(tmp_path, "jsonl", {"messages": [{**ASK, "name": "Ann"}, SAY]}))[0]
+    plain = InstructionDataModule(
+        tiny_tokenizer(), write(tmp_path, "jsonl", {"messages": [{**ASK, "name": "Ann"}, SAY]})
+    )
+    with pytest.raises(
+        ValueError, match="user message 0: the chat template changes its name; use a template that writes"
+    ):
+        plain.setup("fit")
+    old = {"role": "assistant", "content": None, "function_call": {"name": "look", "arguments": ""}}
+    result = {"role": "function", "name": "look", "content": "4"}
+    assert (
+        '{"name": "look", "arguments": {}}' in sft(write(tmp_path, "jsonl", {"messages": [ASK, old, result, SAY]}))[0]
+    )
+
+
+def test_a_prompt_that_begins_the_answer_is_gone_on_with(tmp_path: Path) -> None:
+    begun = [ASK, {"role": "assistant", "content": "Let me think:"}]
+    assert grpo(write(tmp_path, "jsonl", {"prompt": begun}))[0].endswith("<|im_start|>assistant\nLet me think:")
+    for read, row in (
+        (sft, {"prompt": begun, "completion": "a"}),
+        (dpo, {"prompt": begun, "chosen": "a", "rejected": "b"}),
+    ):
+        with pytest.raises(ValueError, match="the prompt ends in an assistant turn and"):
+            read(write(tmp_path, "jsonl", row))
+
+
+@pytest.mark.parametrize(
+    ("values", "first", "ranks"),
+    [
+        ([0, 1], 0, [[0, 1], [1, 0]]),
+        ([0, 1], 1, [[1, 0], [0, 1]]),
+        (["True", "False"], 1, [[0, 1], [1, 0]]),
+        ([0.25, 1], 1, [[1, 0], [0, 1]]),
+        ([1, 2], None, [[0, 1], [1, 0]]),
+        (["a", "model_b"], None, [[0, 1], [1, 0]]),
+        ([-2, 1], -1, [[0, 1], [1, 0]]),
+        ([-2, 1], 1, [[1, 0], [0, 1]]),
+        ([0, 1], None, "holds only 0 and 1, so 0 may be the number of the first .* --data.first_is_better 0 or 1"),
+        ([0.25, 1], None, "holds only numbers from 0 to 1"),
+        ([True, False], None, "holds only 0 and 1"),
+        ([-2, 1], None, "goes below 0 and may mean that the first .* --data.first_is_better -1 or 1"),
+        ([1, 2], 0, "tells by 1 and 2, so data.first_is_better has no effect"),
+    ],
+)
+@pytest.mark.parametrize("column", ["better_response_id", "labels", "label", "winner"])
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+def test_the_whole_column_says_which_is_better(
+    tmp_path: Path, values: list[Any], first: Any, ranks: Any, column: str, kind: str
+) -> None:
+    rows = [{"prompt": "p", "response_a": "x", "response_b": "y", column: value} for value in values]
+    data = PreferenceDataModule(tokenizer(), write(tmp_path, kind, *rows), first_is_better=first)
+    if isinstance(ranks, str):
+        with pytest.raises(ValueError, match=f"column '{column}' {ranks}"):
+            data.setup("fit")
+        return
+    data.setup("fit")
+    assert [row.ranks for row in data.train_rows] == ranks
+    assert f"`{column}`: " in data.reading.line() and "the first answer is better" in data.reading.line()
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+def test_labels_and_margins_as_text(tmp_path: Path, kind: str) -> None:
+    rows = [{"prompt": "p", "completion": "c", "kto_tag": value} for value in ("True", "0", 1, False)]
+    data = PreferenceDataModule(tokenizer(), write(tmp_path, kind, *rows))
+    data.setup("fit")
+    assert [row.ranks for row in data.train_rows] == [[0], [1], [0], [1]]
+    with pytest.raises(
+        ValueError, match="column 'kto_tag' holds '?2'?, expected true .desirable. or false, or 1 and 0"
+    ):
+        dpo(write(tmp_path, kind, rows[2], {**rows[2], "kto_tag": 2}))
+    data = PreferenceDataModule(
+        tokenizer(), write(tmp_path, kind, {"prompt": "p", "chosen": "a", "rejected": "b", "margin": "0.5"})
+    )
+    data.setup("fit")
+    assert data.train_rows[0].margin == 0.5
+
+
+@pytest.mark.parametrize(
+    ("row", "answers"),
+    [
+        ({"instruction": "i", "completions": [{"response": "a", "overall_score": 3, "model": "m"}, {"response": "b", "overall_score": 5.0}]}, "ba"),
+        ({"prompt": "\n\nHuman: i\n\nAssistant: ", "answers": [{"answer": "a", "rank": 2.0, "model": "m"}, {"answer": "b", "rank": 1.0}]}, "ba"),
+        ({"conversation_a": [ASK, SAY | {"content": "a"}], "conversation_b": [ASK, SAY | {"content": "b"}], "winner": "model_b"}, "ba"),
+        ({"context": [ASK], "response1": "a", "response2": "b", "overall_preference": 2}, "ba"),
+        ({"prompt": "p", "completions": ["a", "b"], "scores": [False, True]}, "ba"),
+    ],
+)  # fmt: skip
+def test_shapes_of_the_field(tmp_path: Path, row: dict[str, Any], answers: str) -> None:
+    data = PreferenceDataModule(tokenizer(), write(tmp_path, "jsonl", row))
+    data.setup("fit")
+    (found,) = data.train_rows
+    best = sorted(zip(found.ranks, found.completions, strict=True))
+    assert [str(data.tokenizer.decode(ids[:1])) for _, ids in best] == list(answers)
+    assert "Human" not in data.tokenizer.decode(found.prompt)
+
+
+def test_shapes_that_are_refused_name_their_columns(tmp_path: Path) -> None:
+    safe = {"prompt": "p", "response_0": "a", "response_1": "b", "better_response_id": 0, "safer_response_id": 1}
+    with pytest.raises(
+        ValueError, match="columns 'better_response_id' and 'safer_response_id' may both be the preference"
+    ):
+        dpo(write(tmp_path, "jsonl", safe), first_is_better=0)
+    with pytest.raises(ValueError, match="one answer with scores .correctness, helpfulness. is no comparison"):
+        dpo(write(tmp_path, "jsonl", {"prompt": "p", "response": "r", "helpfulness": 3, "correctness": 1}))
+    assert dpo(write(tmp_path, "jsonl", safe), first_is_better=0, columns={"preference": "safer_response_id"})
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt", "answer"),
+    [
+        ({"problem": "q", "final_answer": ["4"]}, "q", "4"),
+        ({"query": "q", "solution": "#### 1,080"}, "q", "1080"),
+        ({"inputs": "q", "targets": ["a"]}, "q", "a"),
+        ({"input": "q", "target": 27.0}, "q", "27.0"),
+        ({"question": "q", "label": "B", "answer": None, "options": {"A": "x", "B": "y"}}, "q\n\nA) x\nB) y", "B"),
+        ({"question": "q", "correct": "A", "options": ["A)5", "B)6"]}, "q\n\nA)5\nB)6", "A"),
+        ({"question": "q", "choices": ["x", "y"], "answer": 0}, "q\n\nA) x\nB) y", "A"),
+        ({"Body": "b", "Question": "q", "Answer": 3}, "q\n\nb", "3"),
+        ({"prompt": [ASK], "reward_model": {"ground_truth": "34", "style": "rule"}}, None, "34"),
+        ({"prompt": "q", "answer": " "}, "q", None),
+        ({"prompt": "q", "answer": "#### "}, "q", None),
+        ({"prompt": "q", "solution": "#### Step 1\nadd\n#### Step 2\nso 4\nand"}, "q", "#### Step 1\nadd\n#### Step 2\nso 4\nand"),
+    ],
+)  # fmt: skip
+def test_prompts_and_answers_without_a_mapping(
+    tmp_path: Path, row: dict[str, Any], prompt: str | None, answer: Any
+) -> None:
+    data = VerifiableDataModule(tokenizer(), write(tmp_path, "jsonl", row))
+    data.setup("fit")
+    (found,) = data.train_prompts
+    assert found.example.answer == answer and (prompt is None or found.text == prompt)
+    assert set(found.example.info) >= set(row) - {
+        "answer",
+        "prompt",
+        "problem",
+        "query",
+        "inputs",
+        "question",
+        "Question",
+        "input",
+    }
+
+
+def test_numbers_of_options_need_the_whole_column(tmp_path: Path) -> None:
+    rows = [{"question": "q", "choices": ["x", "y", "z"], "answer": number} for number in (1, 2)]
+    with pytest.raises(ValueError, match="whole numbers, and they may be the options' numbers from 0, from 1"):
+        grpo(write(tmp_path, "jsonl", *rows))
+    data = VerifiableDataModule(tokenizer(), write(tmp_path, "csv", *rows, {**rows[0], "answer": 3}))
+    data.setup("fit")
+    assert [prompt.example.answer for prompt in data.train_prompts] == ["A", "B", "C"]
+
+
+def test_a_mapping_has_an_effect_or_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path, "jsonl", {"messages": [ASK, SAY], "x": "y"}, {"messages": [ASK, SAY]})
+    with pytest.raises(ValueError, match="columns maps answer to 'x', and nothing reads it in rows that are messages"):
+        sft(path, columns={"answer": "x"})
+    with pytest.raises(
+        ValueError, match=r"rows.jsonl:1: no row has the column 'sys' \(for system\); found messages, x"
+    ):
+        sft(path, columns={"system": "sys"})
+    assert "system\ny" in sft(path, columns={"system": "x"})[0]
+    with pytest.raises(
+        ValueError, match="columns maps margin .*, which VerifiableDataModule does not read; Preference"
+    ):
+        grpo(path, columns={"margin": "x"})
+    data = VerifiableDataModule(
+        tokenizer(), write(tmp_path, "jsonl", {"q": "a", "prompt": "b"}), columns={"prompt": "q"}
+    )
+    data.setup("fit")
+    assert data.train_prompts[0].text == "a" and "`prompt`: not read ('q' is mapped to prompt)" in data.reading.line()
+
+
+def test_the_line_says_what_became_of_every_column_and_row(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [
+        {"question": "q", "response": "r" * length, "source": "s", "id": 3, "text": "repeated" * 5}
+        for length in (1, 2, 99)
+    ]
+    with caplog.at_level("INFO"):
+        InstructionDataModule(
+            tokenizer(), write(tmp_path, "jsonl", *rows, {**rows[0], "response": 5}), max_length=20, on_bad_row="drop"
+        ).setup("fit")
+    (line,) = [record.getMessage() for record in caplog.records if record.getMessage().startswith("train: ")]
+    assert line.startswith("train: prompt + completion; `question` -> prompt, `response` -> completion; ")
+    assert "`text`: not read (the row is read as prompt + completion)" in line and "`source`, `id`: not read" in line
+    assert "4 rows in = 2 used + 1 too long + 1 bad" in line and "the first bad row: " in line
+
+
+def test_every_name_of_the_table_is_there_once() -> None:
+    names = [name for column in COLUMNS for name in (column.name, *column.synonyms.split())]
+    assert len(names) == len(set(names)) == len(OURS) and all(column.means for column in COLUMNS)

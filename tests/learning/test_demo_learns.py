@@ -1,0 +1,38 @@
+"""``make demo`` learns whatever the start weights, rows, samples and arithmetic, and says so where it does not."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "tests/benchmarks"))
+
+from demo_seeds import run_demo  # noqa: E402 (the table of all seeds and numerics is made by the same function)
+
+from modules.__main__ import main  # noqa: E402
+
+
+@pytest.mark.parametrize(("seed", "numerics"), [(1, "sse41"), (2, "perturbed")])
+def test_the_demo_learns(tmp_path: Path, seed: int, numerics: str) -> None:
+    before, after = run_demo(tmp_path, seed, numerics, "--trainer.max_epochs=75")  # half of it, up to the first checkpoint
+    assert 0.5 <= before <= 0.75
+    assert after >= 0.78
+
+
+def test_a_warm_up_that_does_not_reach_its_bound_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    short = [
+        "--trainer.max_epochs=1",
+        "--data.train.num_examples=320",
+        "--trainer.val_check_interval=5",
+        "--trainer.enable_progress_bar=false",
+    ]
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", "--config", str(ROOT / "configs/recipes/demo/01-fit-sft.yaml"), *short])
+    assert stop.value.code == 1
+    said = capfd.readouterr().err
+    assert "claim: the warm-up answers six of ten held-out sums right: NOT held (0" in said
+    assert "error: 1 of 1 claims did not hold: the warm-up answers six of ten held-out sums right (0" in said
