@@ -1,5 +1,6 @@
 """Questions about a run's health, one a file. They look and log; they change nothing."""
 
+from callbacks.dashboard import Dashboard
 from callbacks.data_report import DataReport
 from callbacks.diversity import Diversity
 from callbacks.forgetting import Forgetting
@@ -25,6 +26,7 @@ __all__ = [
     "AveragedWeights",
     "Claims",
     "Comparison",
+    "Dashboard",
     "DataReport",
     "Diversity",
     "Export",

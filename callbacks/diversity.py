@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from callbacks.phase import Mean, PhaseCallback
+from callbacks.phase import Mean, PhaseCallback, draw_series
 from modules.functional.diagnostics import distinct_n
 from modules.types import Rollout
 
@@ -63,10 +63,10 @@ class Diversity(PhaseCallback):
     def draw(self, figure: "Figure") -> None:
         """See ``PhaseCallback``."""
         left, right = figure.subplots(1, 2)
-        left.plot(*self.series("entropy"), marker="o", markersize=3)
+        draw_series(left, *self.series("entropy"))
         left.set(xlabel="phase", ylabel="entropy, nats per token")
         for name in ("distinct_1", "distinct_2", "distinct_answers", "frac_reward_zero_std"):
-            right.plot(*self.series(name), marker="o", markersize=3, label=name)
+            draw_series(right, *self.series(name), label=name)
         right.set(xlabel="phase", ylabel="share", ylim=(-0.02, 1.02))
         right.legend()
 

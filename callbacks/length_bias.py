@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from callbacks.phase import Mean, PhaseCallback
+from callbacks.phase import Mean, PhaseCallback, draw_series
 from modules.functional.diagnostics import within_group_correlation
 from modules.types import Rollout
 
@@ -50,10 +50,10 @@ class LengthBias(PhaseCallback):
         """See ``PhaseCallback``."""
         left, right = figure.subplots(1, 2)
         for name, label in (("right_length", "right"), ("wrong_length", "wrong")):
-            left.plot(*self.series(name), marker="o", markersize=3, label=label)
+            draw_series(left, *self.series(name), label=label)
         left.set(xlabel="phase", ylabel="mean tokens")
         left.legend()
         for name in ("correlation", "truncated"):
-            right.plot(*self.series(name), marker="o", markersize=3, label=name)
+            draw_series(right, *self.series(name), label=name)
         right.set(xlabel="phase", ylim=(-1.02, 1.02))
         right.legend()

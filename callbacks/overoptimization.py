@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from callbacks.phase import Mean, PhaseCallback
+from callbacks.phase import Mean, PhaseCallback, draw_series
 from modules.functional.diagnostics import overoptimization_fit
 from modules.types import Reward, Rollout
 
@@ -58,7 +58,7 @@ class Overoptimization(PhaseCallback):
         over = "sqrt_kl" if any("sqrt_kl" in row for row in self.history) else "phase"
         axes = figure.subplots()
         for name, marker in (("proxy", "o"), ("gold", "s")):
-            axes.plot(*self.series(name, over), marker=marker, markersize=3, linewidth=1, label=name)
+            draw_series(axes, *self.series(name, over), label=name, marker=marker)
         if over == "sqrt_kl":
             axes.plot(*self._fitted_gold(), linestyle="--", color="gray", label="fit of gold, d(alpha - beta log d)")
         axes.set(xlabel="sqrt KL(policy || start)" if over == "sqrt_kl" else over, ylabel="mean reward")

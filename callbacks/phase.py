@@ -4,6 +4,7 @@ then.
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from itertools import pairwise
 from math import fsum
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,6 +17,7 @@ from modules.types import HasRecord, Record, Rollout
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+MAX_POINTS = 30  # of a curve that are joined
 MAX_PHASES = 1000  # of history; a longer one is thinned
 
 
@@ -61,6 +63,22 @@ def new_figure() -> "Figure":
     from matplotlib.figure import Figure
 
     return Figure(figsize=(9.0, 4.0), layout="constrained")
+
+
+def draw_series(axes: Any, x: Sequence[float], y: Sequence[float], label: str | None = None, marker: str = "o") -> None:
+    """Draw measurements so that many of them stay readable.
+
+    Up to ``MAX_POINTS`` they are joined as they come. Beyond, they are faint points, and a line goes through the means
+    of as many stretches of ``x``, each with equally many of them.
+    """
+    if len(x) <= MAX_POINTS:
+        axes.plot(x, y, marker=marker, markersize=3, linewidth=1, label=label)
+        return
+    (points,) = axes.plot(x, y, marker, markersize=2, alpha=0.25)
+    ordered = sorted(zip(x, y, strict=True))
+    cuts = [place * len(ordered) // MAX_POINTS for place in range(MAX_POINTS + 1)]
+    means = [[fsum(values) / len(values) for values in zip(*ordered[a:b], strict=True)] for a, b in pairwise(cuts)]
+    axes.plot(*zip(*means, strict=True), linewidth=2, color=points.get_color(), label=label)
 
 
 class PhaseCallback(Callback):

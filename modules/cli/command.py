@@ -22,6 +22,7 @@ from modules.cli.run_folder import CHECKPOINTS, KeepsFolder, RunFolder, goes_on_
 
 Kind = Literal["tensorboard", "csv", "wandb"]
 Export: Any = vars(import_own("callbacks"))["Export"]
+Dashboard: Any = vars(import_own("callbacks"))["Dashboard"]
 
 
 class AlignmentCLI(LightningCLI):
@@ -109,7 +110,7 @@ class AlignmentCLI(LightningCLI):
         """The configuration's callbacks, with the run's folder, and those that every run has."""
         trainer = self.config_init[str(self.subcommand)]["trainer"]
         given = trainer["callbacks"] or []
-        callbacks: list[Callback] = [*(given if isinstance(given, list) else [given]), TellsHowToGoOn()]
+        callbacks: list[Callback] = [*(given if isinstance(given, list) else [given]), Dashboard(), TellsHowToGoOn()]
         if isinstance(folder, RunFolder):
             callbacks.append(KeepsFolder(folder))
             if not given and trainer["enable_checkpointing"] is not False:
