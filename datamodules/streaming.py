@@ -2,7 +2,6 @@
 
 import csv
 import gzip
-import json
 from glob import escape, glob
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +13,8 @@ from datamodules.formats.reading import Reading
 from datamodules.instruction import InstructionDataModule
 from datamodules.loaders.stream_loader import Pieces, StreamLoader
 from datamodules.sources import Row, Source
+from datamodules.sources.files import files_of_split, hub_id, hub_trouble, looks_local
+from datamodules.sources.readers import file_format, parse_json
 from datamodules.tokens.chat import LossOn
 from datamodules.tokens.encoding import Tokens
 from datamodules.tokens.packing import split_long
@@ -21,8 +22,10 @@ from modules.distributed import from_all_ranks
 
 BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".jsonl": ("text", {}),  # a line is parsed here, since the builder for JSON guesses types and fills in columns
+    ".ndjson": ("text", {}),
     ".json": ("json", {}),
     ".csv": ("csv", {"keep_default_na": False}),
+    ".tsv": ("csv", {"keep_default_na": False, "sep": "\t", "quoting": csv.QUOTE_NONE}),
     ".parquet": ("parquet", {}),
     ".arrow": ("arrow", {}),
     ".txt": ("text", {}),
@@ -40,15 +43,16 @@ class StreamingDataModule(InstructionDataModule):
 
     Args:
         tokenizer: a tokenizer, or a path or hub id.
-        train: files (one, a folder, or a pattern with ``*``) of one kind, JSONL, CSV, Parquet, Arrow or plain lines, or
-            a hub id.
+        train: files (one, a folder, or a pattern with ``*``) of one kind, JSONL, CSV, TSV, Parquet, Arrow or plain
+            lines, or a hub id. Of a folder whose file names tell splits, those of train.
         steps_per_epoch: optimiser updates of a Trainer epoch.
         val: held-out rows, read whole: a source, a file, a folder or a hub id, or several by domain.
         columns: our column name -> the data's.
         format: of the rows, by name; None = found from their columns.
         loss_on: ``assistant``, ``last`` or ``all``.
         max_length: tokens of a row.
-        on_bad_row: ``drop`` leaves out rows that cannot be read and counts them in ``bad``.
+        on_bad_row: ``drop`` leaves out rows that cannot be read and counts them in ``bad``, as does ``dropped`` those
+            that are too long; rank 0 tells its counts at the end of every epoch and of the run.
         packing: fill rows of ``max_length`` tokens with texts in the order they come.
         batch_size: rows per micro-batch and rank.
         chat: render text prompts with the chat template.
@@ -146,9 +150,14 @@ class StreamingDataModule(InstructionDataModule):
         from datasets import Features, Value, load_dataset
 
         path = Path(str(self.train)).expanduser()
-        named = [str(path)] if path.is_file() else glob(str(path / "*") if path.is_dir() else str(path))
-        files = sorted(name for name in named if Path(name.removesuffix(".gz")).suffix in BUILDERS)
-        kinds = sorted({Path(name.removesuffix(".gz")).suffix for name in files})
+        if path.is_dir():
+            files = [str(file) for file in files_of_split(path, list(BUILDERS), None)]
+        else:
+            named = [str(path)] if path.is_file() else sorted(glob(str(path)))
+            files = [name for name in named if file_format(Path(name)) in BUILDERS]
+        if not files and (path.exists() or looks_local(str(self.train))):
+            raise ValueError(f"{self.train}: there are no files that end in {', '.join(BUILDERS)}")
+        kinds = sorted({file_format(Path(name)) for name in files})
         if len(kinds) > 1:
             raise ValueError(
                 f"{self.train}: files of several kinds ({', '.join(kinds)}) are no stream; name those of one, such as "
@@ -156,30 +165,33 @@ class StreamingDataModule(InstructionDataModule):
             )
         try:
             if files:
-                self._lines_are_json = kinds == [".jsonl"]
+                self._lines_are_json = kinds[0] in (".jsonl", ".ndjson")
                 builder, settings = BUILDERS[kinds[0]]
                 if builder == "csv":
-                    settings = settings | {"features": Features({name: Value("string") for name in _header(files[0])})}
+                    settings = settings | {
+                        "features": Features(
+                            {name: Value("string") for name in _header(files[0], settings.get("sep", ","))}
+                        )
+                    }
                 stream = load_dataset(
                     builder, data_files=[escape(name) for name in files], split="train", streaming=True, **settings
                 )
                 return stream.filter(_has_text) if builder == "text" else stream
-            return load_dataset(str(self.train), split="train", streaming=True)
+            return load_dataset(*hub_id(str(self.train)), split="train", streaming=True)
         except (OSError, ValueError, RuntimeError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise ValueError(
-                f"{self.train}: neither files that end in {', '.join(BUILDERS)} nor loadable from the hub: {reason}"
-            ) from error
+            raise ValueError(hub_trouble(str(self.train), "train", error)) from error
 
     def columns_of(self, record: dict[str, Any], origin: str) -> dict[str, Any]:
         """The columns of a record as :meth:`opened` gives it."""
         if not self._lines_are_json:
             return record
-        try:
-            columns = json.loads(record["text"])
-        except ValueError as error:
-            raise ValueError(f"{origin}: not valid JSON: {error}") from error
+        columns = parse_json(record["text"], origin)
         return columns if isinstance(columns, dict) else {"text": columns}
+
+    def teardown(self, stage: str) -> None:
+        """Tell what has become of the rows."""
+        if self._loader is not None:
+            self._loader.tell_rows()
 
     def cut(self, tokens: Tokens) -> list[Tokens]:
         """The row; where it is too long, its pieces if it is a plain text, else nothing."""
@@ -196,7 +208,8 @@ def _has_text(record: dict[str, Any]) -> bool:
     return bool(str(record["text"]).strip())
 
 
-def _header(path: str) -> list[str]:
-    """The names of a CSV file's columns, whose cells stay text."""
-    with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8-sig", newline="") as file:
-        return next(csv.reader(file), [])
+def _header(path: str, separator: str) -> list[str]:
+    """The names of the columns of a CSV or TSV file, whose cells stay text."""
+    opened = gzip.open if path.lower().endswith(".gz") else open
+    with opened(path, "rt", encoding="utf-8-sig", newline="") as file:
+        return next(csv.reader(file, delimiter=separator), [])

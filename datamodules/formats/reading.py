@@ -243,9 +243,12 @@ class Cells:
             mapped = ", ".join(f"{theirs!r} (for {ours})" for ours, theirs in self.missing.items())
             return ValueError(f"{self.origin}: no column {mapped}; found {found}")
         hint = suggest(list(self.row.columns))
+        wants = [name for name in ("prompt", "completion") if name not in self.names and name in wanted] or ["prompt"]
+        others = [name for name in self.row.columns if name in self.unread] or ["my_column"]
+        example = ", ".join(f"{ours}: {theirs}" for ours, theirs in zip(wants, others, strict=False))
         return ValueError(
             f"{self.origin}: found the columns {found}; looked for {wanted}; map others with columns, such as "
-            f"--data.columns '{{prompt: my_column}}'{hint}"
+            f"--data.columns '{{{example}}}'{hint}"
         )
 
 

@@ -90,9 +90,11 @@ class Pieces(IterableDataset[Any]):
                 )
             try:
                 tokens = self.data.encode(Row(self.data.columns_of(row.columns, row.origin), row.origin, row.source))
-            except ValueError:
+            except ValueError as error:
                 if self.data.on_bad_row == "raise":
                     raise
+                if place.bad == share == 0:
+                    rank_zero_info(f"train: bad rows are left out, the first: {error}")
                 place = place._replace(bad=place.bad + 1)
                 continue
             cut = self.data.cut(tokens) if tokens else []
@@ -152,6 +154,7 @@ class StreamLoader:
         self.places: dict[int, Place] = dict(before.places) if before else {}
         self.read: int = before.read if before else 0  # micro-batches read so far
         self.marks: dict[int, tuple[dict[int, Place], int]] = {}  # of the step underway: handed out -> places, read
+        self._told: int = before._told if before else 0  # rows
         self._resume: tuple[int, int] | None = None
         self._stream: Iterator[Any] | None = None
 
@@ -174,13 +177,19 @@ class StreamLoader:
             for batch in window:
                 self.handed_out += 1
                 yield {**batch, "denominator": torch.tensor(float(supervised))}  # type: ignore[typeddict-item]
+        self.tell_rows()
+
+    def tell_rows(self) -> None:
+        """Prints what has become of this process's rows so far, unless it was told before."""
         rows, dropped, bad = (
             sum(getattr(place, name) for place in self.places.values()) for name in ("rows", "dropped", "bad")
         )
-        rank_zero_info(
-            f"train: {rows} rows streamed so far by this process = {rows - dropped - bad} used + {dropped} too long + "
-            f"{bad} bad"
-        )
+        if rows > self._told:
+            rank_zero_info(
+                f"train: {rows} rows streamed so far by this process = {rows - dropped - bad} used + {dropped} too "
+                f"long + {bad} bad"
+            )
+        self._told = rows
 
     def snapshot(self) -> dict[str, Any]:
         """Where this rank is, at the last whole step that was trained on: lists and ints."""

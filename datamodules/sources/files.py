@@ -1,76 +1,181 @@
 """Rows from files, folders, saved data sets and the hub."""
 
+import re
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from datamodules.sources.readers import READERS, file_format
+from lightning.pytorch.utilities import rank_zero_info
+
+from datamodules.sources.readers import READERS, TABLES_OF_TEXT, file_format
 from datamodules.sources.source import Row, Source
+
+SPLITS = {  # words in file names, as the datasets library reads them
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+}
 
 
 class Files(Source):
     """A JSONL, JSON, CSV, TSV, Parquet or Arrow file, a folder of such files, a ``save_to_disk`` folder, else a hub id.
 
-    Text files may be gzipped (``.gz``). JSONL ends its records at "\\n" only, since text may hold other line
-    separators. JSON is an array, an object with one list of rows, an object of parallel lists (columns; empty ones are
-    left out), or categories -> sub-categories -> texts, which become rows ``text``, ``category``, ``subcategory``. A
-    text in the place of a row is a row ``text``. Cells of CSV and TSV stay text; TSV knows no quotes. Values are as the
-    file has them: types may be mixed, null is None.
+    Text files may be gzipped (``.gz``). JSONL (also ``.ndjson``) ends its records at "\\n" only, since text may hold
+    other line separators. JSON is an array, an object with one list of rows, an object of parallel lists (columns;
+    empty ones are left out), categories -> sub-categories -> texts, which become rows ``text``, ``category``,
+    ``subcategory``, or JSONL under another name. A text in the place of a row is a row ``text``. Cells of CSV and TSV
+    stay text; TSV knows no quotes. Values are as the file has them: types may be mixed, null is None.
 
     Args:
-        path: file, folder or hub id.
-        split: of a hub data set or of a saved dictionary of data sets; files have none and ignore it.
+        path: file, folder or hub id; behind a hub id or a local copy of its folder perhaps a colon and the config, such
+            as ``openai/gsm8k:main``.
+        split: of a hub data set, of a saved dictionary of data sets, or of a folder whose file names tell splits, such
+            as ``train-00000-of-00002.parquet`` and ``test.jsonl``. None = train where there are several.
         header: column names of CSV and TSV files without a header line, such as FLAN's; a backslash and an n in a cell
-            of such a TSV are a line break. Other files name their own columns and ignore it.
+            of such a TSV are a line break.
+        name: config of a hub data set.
+
+    Raises:
+        ValueError: an argument that has no effect on what ``path`` names, in ``rows``.
     """
 
-    def __init__(self, path: str, split: str = "train", header: Sequence[str] | None = None) -> None:
+    def __init__(
+        self, path: str, split: str | None = None, header: Sequence[str] | None = None, name: str | None = None
+    ) -> None:
         if header is not None and (not header or len(set(header)) < len(header)):
             raise ValueError(f"header must name every column once, got {list(header)}")
-        self.path, self.split, self.header = path, split, header
+        self.path, self.split, self.header, self.name = path, split, header, name
 
     def rows(self) -> list[Row]:
         """All rows in file order, files of a folder by name. Raises ValueError naming file and line."""
         location = Path(self.path).expanduser()
         if location.is_file():
+            self._refuse("a file", "split", "name")
             return read_file(location, self.header)
-        if location.is_dir():
+        if location.is_dir() and self.name is None:
+            if (location / "dataset_dict.json").is_file() or (location / "state.json").is_file():
+                return self._read_saved(location)
             return self._read_folder(location)
-        if _looks_local(self.path):
+        path, name = hub_id(self.path)
+        if looks_local(self.path) and not Path(path).expanduser().is_dir():
             raise ValueError(f"{self.path}: no such file or folder")
-        return self._read_hub()
+        if name is not None and self.name is not None:
+            raise ValueError(f"{self.path}: the config is named twice, {name!r} and name {self.name!r}; leave out one")
+        self._refuse("a data set of the hub", "header")
+        return self._read_hub(path, name or self.name)
+
+    def _refuse(self, kind: str, *names: str) -> None:
+        """ValueError for arguments that have no effect on a kind of data."""
+        if given := [f"{name} {getattr(self, name)!r}" for name in names if getattr(self, name) is not None]:
+            raise ValueError(f"{self.path}: {' and '.join(given)} has no effect on {kind}; leave it out")
 
     def _read_folder(self, folder: Path) -> list[Row]:
-        if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
-            return self._read_saved(folder)
-        files = sorted(path for path in folder.iterdir() if path.is_file() and file_format(path) in READERS)
-        if not files:
-            raise ValueError(
-                f"{folder}: the folder holds no file that ends in {', '.join(READERS)}; subfolders are not read"
-            )
+        files = files_of_split(folder, list(READERS), self.split)
         return [row for path in files for row in read_file(path, self.header)]
 
     def _read_saved(self, folder: Path) -> list[Row]:
         from datasets import load_from_disk
 
+        self._refuse("a saved data set", "header")
         saved: Any = load_from_disk(str(folder))
         if (folder / "dataset_dict.json").is_file():
-            if self.split not in saved:
-                raise ValueError(f"{folder}: no split {self.split!r}, it holds {', '.join(sorted(saved))}")
-            saved = saved[self.split]
+            split = self.split or "train"
+            if split not in saved:
+                raise ValueError(f"{folder}: no split {split!r}, it holds {', '.join(sorted(saved))}")
+            saved = saved[split]
+        else:
+            self._refuse("a saved data set without splits", "split")
         return _named_rows(str(folder), saved)
 
-    def _read_hub(self) -> list[Row]:
+    def _read_hub(self, path: str, name: str | None) -> list[Row]:
         from datasets import load_dataset
 
+        split = self.split or "train"
         try:
-            loaded = load_dataset(self.path, split=self.split)
+            loaded = load_dataset(str(Path(path).expanduser()) if looks_local(path) else path, name, split=split)
         except (OSError, ValueError, RuntimeError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise ValueError(
-                f"{self.path}: neither a file or folder here nor loadable from the hub ({self.split} split): {reason}"
-            ) from error
+            raise ValueError(hub_trouble(self.path, split, error)) from error
         return _named_rows(self.path, loaded)
+
+
+def hub_id(path: str) -> tuple[str, str | None]:
+    """The id and the config that may stand behind its colon.
+
+    >>> hub_id("openai/gsm8k:main")
+    ('openai/gsm8k', 'main')
+    """
+    before, colon, config = path.rpartition(":")
+    return (before, config) if colon and re.fullmatch(r"[\w.-]+", config) else (path, None)
+
+
+def hub_trouble(path: str, split: str, error: Exception) -> str:
+    """Why the ``datasets`` library could not load a hub id, in one sentence."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    if lines[0].startswith("Config name is missing"):
+        configs = re.findall(r"'([^']+)'", lines[1]) if len(lines) > 1 else []
+        example = f"{path}:{configs[0] if configs else 'main'}"
+        return f"{path}: the data set has several configs ({', '.join(configs)}); name one behind a colon: {example}"
+    return f"{path}: neither a file or folder here nor loadable from the hub ({split} split): {lines[0]}"
+
+
+def files_of_split(folder: Path, endings: Sequence[str], split: str | None) -> list[Path]:
+    """The files of a folder that hold a split, sorted, by the words of ``SPLITS`` in their names; what is left out is
+    told in one line.
+
+    Args:
+        folder: its subfolders are not read.
+        endings: of the files that can be read, without ``.gz``.
+        split: None = all files where no name tells a split, else train, or the only split there is.
+
+    Raises:
+        ValueError: there are no such files, or none of the split, or files without a split's name beside others and no
+            train.
+    """
+    found = sorted(path for path in folder.iterdir() if not path.name.startswith((".", "_")))
+    files = [path for path in found if path.is_file() and file_format(path) in endings]
+    others = [f"{path.name}/" if path.is_dir() else path.name for path in found if path not in files]
+    if not files:
+        folders = ", ".join(name for name in others if name.endswith("/"))
+        raise ValueError(
+            f"{folder}: the folder holds no file that ends in {', '.join(endings)}; subfolders are not read"
+            + (f", so name one of them: {folders}" if folders else "")
+        )
+    by_split: dict[str, list[Path]] = defaultdict(list)
+    for path in files:
+        by_split[split_of(path)].append(path)
+    named = sorted(name for name in by_split if name)
+    if not named and split is not None:
+        raise ValueError(
+            f"{folder}: no split {split!r}, for no file name tells a split (train, validation or test); leave split "
+            f"out, or name the files: {', '.join(path.name for path in files[:5])}"
+        )
+    wanted = SPLITS.get(split, split) if split is not None else "train" if "train" in named or not named else named[0]
+    if split is None and "train" not in named and len(by_split) > 1:
+        held = "; ".join(f"{name or 'no split'}: {', '.join(p.name for p in by_split[name][:3])}" for name in by_split)
+        raise ValueError(
+            f"{folder}: the file names tell several splits and none is train ({held}); name one with split"
+        )
+    if named and wanted not in by_split:
+        raise ValueError(f"{folder}: no split {split!r}, the file names tell {', '.join(named)}")
+    chosen = by_split[wanted] if named else files
+    left = [path.name for path in files if path not in chosen] + others
+    if left:
+        kind = f" of the {wanted} split" if named else ""
+        more = f" and {len(left) - 10} more" if len(left) > 10 else ""
+        read = ", ".join(path.name for path in chosen[:10]) + (" ..." if len(chosen) > 10 else "")
+        rank_zero_info(f"{folder}: {len(chosen)} files{kind} read ({read}), not read: {', '.join(left[:10])}{more}")
+    return chosen
+
+
+def split_of(path: Path) -> str:
+    """The split that a file's name tells, empty where it tells none.
+
+    >>> split_of(Path("data/test-00000-of-00001.parquet")), split_of(Path("contest.jsonl"))
+    ('test', '')
+    """
+    words = re.split(r"[-._ 0-9]+", path.name.lower())
+    return next((SPLITS[word] for word in words if word in SPLITS), "")
 
 
 def read_rows(source: str | Source) -> list[Row]:
@@ -84,6 +189,8 @@ def read_file(path: Path, header: Sequence[str] | None = None) -> list[Row]:
     """
     if file_format(path) not in READERS:
         raise ValueError(f"{path}: unknown kind of file, expected one that ends in {', '.join(READERS)}")
+    if header is not None and file_format(path) not in TABLES_OF_TEXT:
+        raise ValueError(f"{path}: header {list(header)} has no effect on such a file; leave it out")
     rows = []
     for origin, record in READERS[file_format(path)](path, header):
         if not isinstance(record, dict | str):
@@ -104,5 +211,6 @@ def _named_rows(name: str, records: Any) -> list[Row]:
     return rows
 
 
-def _looks_local(path: str) -> bool:
+def looks_local(path: str) -> bool:
+    """Whether a path is no hub id."""
     return path.startswith((".", "/", "~")) or path.count("/") > 1 or file_format(Path(path)) in READERS

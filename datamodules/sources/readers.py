@@ -4,6 +4,7 @@ import csv
 import gzip
 import io
 import json
+import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -12,17 +13,21 @@ from typing import Any
 Located = tuple[str, Any]  # origin, record
 Header = Sequence[str] | None
 
+TABLES_OF_TEXT = (".csv", ".tsv")
+HEADERLESS = "; if the file has no line of column names, name them with Files' header, such as [prompt, completion]"
+MAX_DEPTH = 100  # of lists and objects in each other
+
 csv.field_size_limit(2**31 - 1)  # Python refuses cells above 128 KiB
 
 
 def file_format(path: Path) -> str:
-    """The ending that tells the format, without ``.gz``."""
-    return path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
+    """The ending that tells the format, in small letters and without ``.gz``."""
+    return Path(path.name.lower().removesuffix(".gz")).suffix
 
 
 def _bytes(path: Path) -> bytes:
     raw = path.read_bytes()
-    if path.suffix != ".gz":
+    if path.suffix.lower() != ".gz":
         return raw
     try:
         return gzip.decompress(raw)
@@ -40,13 +45,26 @@ def _decode(raw: bytes, path: Path, first_line: int) -> str:
         ) from error
 
 
-def _parse(text: str, path: Path, first_line: int) -> Any:
+def parse_json(text: str, origin: str) -> Any:
+    """The value of a row's JSON text. ValueError, which begins with ``origin``, when it is none, is nested more than
+    MAX_DEPTH deep, or holds half of a character, which no tokenizer can encode.
+    """
+    value = _parse(text, origin)
+    return _encodable(value, origin) if _has_surrogates(text) else value
+
+
+def _parse(text: str, origin: str, path: Path | None = None) -> Any:
+    """The value of a JSON text; errors name the line where it is that of a whole file ``path``."""
     try:
-        return json.loads(text)
+        value = json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{path}:{first_line + error.lineno - 1}: not valid JSON: {error.msg} (column {error.colno})"
-        ) from error
+        where = f"{path}:{error.lineno}" if path else origin
+        raise ValueError(f"{where}: not valid JSON: {error.msg} (column {error.colno})") from error
+    except RecursionError:
+        value = None
+    if value is None or text.count("[") + text.count("{") > MAX_DEPTH:
+        _check_depth(text, origin)
+    return value
 
 
 def _has_surrogates(text: str) -> bool:
@@ -54,7 +72,7 @@ def _has_surrogates(text: str) -> bool:
 
 
 def _encodable(record: Any, origin: str) -> Any:
-    """The record. ValueError when it holds half of a character, which no tokenizer can encode."""
+    """The record. ValueError when it holds half of a character."""
     try:
         json.dumps(record, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
@@ -64,17 +82,27 @@ def _encodable(record: Any, origin: str) -> Any:
     return record
 
 
+def _check_depth(text: str, origin: str) -> None:
+    depth = 0
+    for bracket in re.sub(r'"(?:[^"\\]|\\.)*"|[^][{}]', "", text):
+        depth += 1 if bracket in "[{" else -1
+        if depth > MAX_DEPTH:
+            raise ValueError(f"{origin}: lists and objects are nested more than {MAX_DEPTH} deep; flatten them")
+
+
 def _jsonl(path: Path, _: Header) -> Iterator[Located]:
     for number, line in enumerate(_bytes(path).split(b"\n"), start=1):
-        text, origin = _decode(line, path, number), f"{path}:{number}"
+        text = _decode(line, path, number)
         if text.strip(" \t\r\n"):
-            record = _parse(text, path, number)
-            yield origin, _encodable(record, origin) if _has_surrogates(text) else record
+            yield f"{path}:{number}", parse_json(text, f"{path}:{number}")
 
 
-def _json(path: Path, _: Header) -> Iterator[Located]:
+def _json(path: Path, header: Header) -> Iterator[Located]:
     text = _decode(_bytes(path), path, 1)
-    content = _parse(text, path, 1) if text.strip() else []
+    if _is_jsonl(text):
+        yield from _jsonl(path, header)
+        return
+    content = _parse(text, str(path), path) if text.strip() else []
     if isinstance(content, dict):
         content = _rows_in_object(content, path)
     if not isinstance(content, list):
@@ -82,6 +110,15 @@ def _json(path: Path, _: Header) -> Iterator[Located]:
     check = _has_surrogates(text)
     for index, record in enumerate(content):
         yield f"{path}#{index}", _encodable(record, f"{path}#{index}") if check else record
+
+
+def _is_jsonl(text: str) -> bool:
+    """Whether the first line is a whole object and more follows."""
+    first, _, rest = text.lstrip().partition("\n")
+    try:
+        return bool(rest.strip()) and isinstance(json.loads(first), dict)
+    except (json.JSONDecodeError, RecursionError):
+        return False
 
 
 def _rows_in_object(content: dict[str, Any], path: Path) -> list[Any]:
@@ -140,9 +177,13 @@ def _csv(path: Path, header: Header, delimiter: str = ",", quoting: Any = csv.QU
                 if twice := sorted({name for name in names if names.count(name) > 1}):
                     raise ValueError(
                         f"{path}:{line}: the header names {', '.join(map(repr, twice))} twice; name every column once"
+                        f"{HEADERLESS}"
                     )
             elif cells and len(cells) != len(names):
-                raise ValueError(f"{path}:{line}: the row has {len(cells)} cells and the header {len(names)}")
+                raise ValueError(
+                    f"{path}:{line}: the row has {len(cells)} cells and the header {len(names)}"
+                    f"{'' if header else HEADERLESS}"
+                )
             elif cells:
                 yield f"{path}:{line}", dict(zip(names, cells, strict=True))
             line = reader.line_num + 1
@@ -170,9 +211,19 @@ def _table(path: Path, read: Callable[[Path], Any]) -> Iterator[Located]:
     try:
         records = read(path).to_pylist()
     except (OSError, ValueError) as error:  # pyarrow's own errors derive from these
-        raise ValueError(f"{path}: not a readable {path.suffix[1:]} file: {str(error).splitlines()[0]}") from error
+        raise ValueError(
+            f"{path}: not a readable {file_format(path)[1:]} file: {str(error).splitlines()[0]}"
+        ) from error
     yield from ((f"{path}#{index}", record) for index, record in enumerate(records))
 
 
 READERS: dict[str, Callable[[Path, Header], Iterator[Located]]]
-READERS = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".tsv": _tsv, ".parquet": _parquet, ".arrow": _arrow}
+READERS = {
+    ".jsonl": _jsonl,
+    ".ndjson": _jsonl,
+    ".json": _json,
+    ".csv": _csv,
+    ".tsv": _tsv,
+    ".parquet": _parquet,
+    ".arrow": _arrow,
+}

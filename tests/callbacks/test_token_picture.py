@@ -197,7 +197,7 @@ def test_the_overlay_prints_the_picture_of_a_config_and_ends(
         [
             "fit",
             "--config",
-            str(configs / "sft.yaml"),
+            str(configs / "tiny/sft.yaml"),
             "--config",
             str(configs / "overlays/show_batch.yaml"),
             "--data.batch_size=2",

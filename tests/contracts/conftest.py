@@ -23,7 +23,7 @@ def refusal(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Callable[...,
                 [
                     command,
                     "--config",
-                    str(CONFIGS / f"{method}.yaml"),
+                    str(tiny if (tiny := CONFIGS / f"tiny/{method}.yaml").is_file() else CONFIGS / f"{method}.yaml"),
                     *TINY,
                     "--trainer.default_root_dir",
                     str(tmp_path),
@@ -48,7 +48,7 @@ def run(tmp_path: Path) -> Callable[..., None]:
             [
                 command,
                 "--config",
-                str(CONFIGS / f"{method}.yaml"),
+                str(tiny if (tiny := CONFIGS / f"tiny/{method}.yaml").is_file() else CONFIGS / f"{method}.yaml"),
                 *TINY,
                 "--trainer.default_root_dir",
                 str(tmp_path),

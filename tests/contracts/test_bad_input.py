@@ -18,7 +18,7 @@ FILES = [
         "columns.jsonl",
         '{"text_a": 1, "text_b": 2}\n',
         "grpo",
-        "columns.jsonl:1: found the columns text_a, text_b; looked for prompt + answer",
+        "columns.jsonl:1: found the columns text_a, text_b; looked for prompt, question",
     ),
     (
         "columns.jsonl",
@@ -28,9 +28,9 @@ FILES = [
     ),
     (
         "answers.jsonl",
-        '{"question": "x", "solution": "y"}\n',
+        '{"question": "x", "reply": "y"}\n',
         "sft",
-        "such as --data.columns '{prompt: question, completion: solution}'",
+        "such as --data.columns '{completion: reply}'",
     ),
     (
         "silent.jsonl",
@@ -146,7 +146,7 @@ def test_a_data_file_stays_a_path(tmp_path, monkeypatch, run, caplog, name, text
         ),
         (
             ["--data.columns", "{promt: question}"],
-            "error: columns maps unknown names promt; the names on the left may be",
+            "error: columns maps unknown names promt (did you mean prompt?); the names on the left may be",
         ),
         (["--data.train.num_examples", "0"], "error: num_examples must be at least 1, got 0"),
         (

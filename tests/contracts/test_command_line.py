@@ -32,7 +32,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def shipped(command: str, method: str, *arguments: str) -> None:
-    main([command, "--config", str(CONFIGS / f"{method}.yaml"), *arguments])
+    main([command, "--config", str(CONFIGS / f"tiny/{method}.yaml"), f"--out=runs/{method}", *arguments])
 
 
 def test_predict_writes_every_scored_completion():

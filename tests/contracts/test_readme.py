@@ -1,7 +1,10 @@
-"""The README tells the truth: its metric table against what runs log, and the commands and files it names."""
+"""The documents tell the truth: metrics, commands, rows, files and examples."""
 
+import json
 import re
 import shlex
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -11,7 +14,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from modules.__main__ import main
 
 ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text()
+DOCUMENTS = {
+    str(path.relative_to(ROOT)): path.read_text()
+    for path in [ROOT / "README.md", ROOT / ".github/CONTRIBUTING.md", *sorted(ROOT.glob("*/README.md"))]
+}
+METRICS = DOCUMENTS["callbacks/README.md"].split("## Metrics")[1]
 SHORT = [
     "--trainer.accelerator",
     "cpu",
@@ -65,7 +72,7 @@ LIMITS = {
 
 
 def metric_patterns() -> dict[str, re.Pattern[str]]:
-    names = re.findall(r"`((?:train|val)/[^`]+)`", README.split("## Metrics")[1].split("## ")[0])
+    names = re.findall(r"`((?:train|val)/[^`]+)`", METRICS)
     return {
         name: re.compile(re.sub(r"<\w+>|\\\*", "[^/]+", re.escape(name).replace("\\<", "<").replace("\\>", ">")))
         for name in names
@@ -83,11 +90,11 @@ def tags(tmp_path_factory) -> set[str]:
     folder = tmp_path_factory.mktemp("runs")
     found: set[str] = set()
     for method, limit in LIMITS.items():
-        logger = ["--trainer.logger.save_dir", str(folder)]
         with pytest.MonkeyPatch.context() as patch:
-            patch.chdir(folder)  # exports and checkpoints of the shipped config go to runs/ below the current folder
-            main(["fit", "--config", str(ROOT / f"configs/{method}.yaml"), *SHORT, *limit, *logger])
-        found |= logged(folder / method)
+            patch.chdir(folder)
+            config = str(ROOT / f"configs/tiny/{method}.yaml")
+            main(["fit", "--config", config, *SHORT, *limit, "--out", f"runs/{method}"])
+        found |= logged(folder / "runs" / method)
     return found
 
 
@@ -102,29 +109,133 @@ def test_every_metric_in_the_table_is_logged(tags):
 
 
 def test_no_metric_is_explained_twice():
-    names = re.findall(r"^\| (`.*?`) \|", README.split("## Metrics")[1], flags=re.MULTILINE)
+    names = re.findall(r"^\| (`.*?`) \|", METRICS, flags=re.MULTILINE)
     assert len(names) == len(set(names))
     assert len(names) > 30
 
 
-def test_named_files_exist():
-    for name in re.findall(r"configs/[\w/-]+\.yaml|\.github/[\w.]+|CONTRIBUTING\.md", README):
-        if "<" not in name and name != "configs/x.yaml":
-            assert (ROOT / name).exists(), name
+def test_the_curves_of_the_dashboard_are_metrics():
+    from callbacks.dashboard import LAYOUTS
+
+    patterns = metric_patterns().values()
+    tags = {
+        tag for groups in LAYOUTS.values() for charts in groups.values() for tags in charts.values() for tag in tags
+    }
+    assert [tag for tag in sorted(tags) if not any(pattern.fullmatch(tag) for pattern in patterns)] == []
+
+
+def test_the_root_readme_is_one_read():
+    assert len((ROOT / "README.md").read_bytes()) <= 10 * 1024
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_named_files_exist(document):
+    text, here = DOCUMENTS[document], (ROOT / document).parent
+    for name in re.findall(r"configs/[\w/-]+\.yaml|tests/[\w/]+\.py", text):
+        assert (ROOT / name).exists(), name
+    for link in re.findall(r"\]\(([^)#]+)\)", text):
+        assert (here / link).exists(), link
 
 
 ROWS = re.compile(r"^\| [^`|].*\| `(--model[^`]+)` \|$", flags=re.MULTILINE)
-PARTS = zip(("grpo", "dpo", "ppo"), re.split("## Preferences|## PPO", README), strict=True)
+METHODS = DOCUMENTS["modules/README.md"]
+PARTS = zip(("dpo", "grpo", "ppo"), re.split("## Losses on the|## PPO", METHODS), strict=True)
 FORMS = [(method, arguments) for method, part in PARTS for arguments in ROWS.findall(part)]
+OWN = ["--model.policy=tiny", "--data.train=my.jsonl"]
 
 
 def test_forms_of_the_methods_are_there():
-    assert Counter(method for method, _ in FORMS) == {"grpo": 4, "dpo": 11, "ppo": 4}
+    assert Counter(method for method, _ in FORMS) == {"dpo": 11, "grpo": 8, "ppo": 3}
 
 
 @pytest.mark.parametrize(("method", "arguments"), FORMS)
 def test_forms_of_the_methods_parse(method, arguments, capsys):
+    reward = ["--model.reward=ExactMatch"] if method == "ppo" else []
     with pytest.raises(SystemExit) as stop:
-        main(["fit", "--config", str(ROOT / f"configs/{method}.yaml"), *shlex.split(arguments), "--print_config"])
+        main(
+            [
+                "fit",
+                "--config",
+                str(ROOT / f"configs/{method}.yaml"),
+                *OWN,
+                *reward,
+                *shlex.split(arguments),
+                "--print_config",
+            ]
+        )
     assert stop.value.code in (0, None)
     assert arguments.split()[-1] in capsys.readouterr().out
+
+
+COMMANDS = sorted(
+    {
+        line
+        for text in DOCUMENTS.values()
+        for line in re.findall(r"^python -m modules (?:fit|validate|test|predict) .*", text, flags=re.MULTILINE)
+        if "<" not in line and "..." not in line and "{" not in line and "my_losses" not in line and "runs/" not in line
+    }
+)
+
+
+def test_commands_of_the_documents_are_there():
+    assert len(COMMANDS) >= 5
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_of_the_documents_parse(command, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    arguments = shlex.split(command.replace("PATH_OR_HUB_ID", "tiny"))[3:]
+    with pytest.raises(SystemExit) as stop:
+        main([*arguments, *([] if "--print_config" in arguments else ["--print_config"])])
+    assert stop.value.code in (0, None), capsys.readouterr().err
+
+
+def test_make_targets_of_the_documents_exist():
+    makefile = (ROOT / "Makefile").read_text()
+    named = {name for text in DOCUMENTS.values() for name in re.findall(r"^make ([a-z-]+)", text, flags=re.MULTILINE)}
+    assert {"demo", "test", "quick", "recipe"} <= named
+    assert [name for name in named if not re.search(rf"^{name}:", makefile, flags=re.MULTILINE)] == []
+
+
+def rows_of(name: str) -> list[dict]:
+    section = DOCUMENTS["datamodules/README.md"].split(f"For `{name}`")[1]
+    return [json.loads(line) for line in section.split("```json\n")[1].split("```")[0].splitlines()]
+
+
+@pytest.mark.parametrize("name", ["InstructionDataModule", "PreferenceDataModule", "VerifiableDataModule"])
+def test_every_row_of_the_documents_is_read(name, tmp_path):
+    import datamodules
+    from modules.networks.tiny import tiny_tokenizer
+
+    for number, row in enumerate(rows_of(name)):
+        path = tmp_path / f"{number}.jsonl"
+        path.write_text((json.dumps(row) + "\n") * 2)
+        getattr(datamodules, name)(tokenizer=tiny_tokenizer(), train=str(path)).setup("fit")
+
+
+def blocks(document: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", DOCUMENTS[document], flags=re.DOTALL)
+
+
+def test_the_example_from_python_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("my.jsonl").write_text('{"prompt": "Say hello.", "completion": "Hello."}\n' * 4)
+    (code,) = blocks("README.md")
+    exec(compile(code.replace("max_epochs=3", "max_epochs=1"), "README.md", "exec"), {})
+    assert Path("runs/python/export/config.json").is_file()
+
+
+def test_the_example_of_contributing_runs(tmp_path):
+    loss, test = blocks(".github/CONTRIBUTING.md")
+    (tmp_path / "my_losses.py").write_text(loss)
+    (tmp_path / "test_my_losses.py").write_text(test)
+    commands = re.findall(r"^python (-m .*)$", DOCUMENTS[".github/CONTRIBUTING.md"], flags=re.MULTILINE)
+    assert len(commands) == 2
+    short = ["--trainer.max_steps=1", "--trainer.limit_val_batches=1", "--trainer.callbacks=null"]
+    for command, more in zip(commands, ([], short), strict=True):
+        arguments = [argument.replace("configs/", f"{ROOT}/configs/") for argument in shlex.split(command)]
+        environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            [sys.executable, *arguments, *more], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stdout + done.stderr

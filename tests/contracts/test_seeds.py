@@ -35,7 +35,7 @@ def export_of(method: str, seed: int, folder: Path, monkeypatch: pytest.MonkeyPa
     main(
         [
             "fit",
-            f"--config={CONFIGS / method}.yaml",
+            f"--config={CONFIGS}/tiny/{method}.yaml",
             *SHORT,
             *METHODS[method],
             f"--trainer.callbacks={json.dumps(export)}",

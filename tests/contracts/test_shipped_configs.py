@@ -80,7 +80,7 @@ def test_stages_of_recipes_hand_over_to_each_other(tmp_path, recipe, capfd):
 @pytest.mark.parametrize("method", ["sft", "reward", "dpo", "online_dpo", "grpo"])
 def test_methods_run_on_one_process(tmp_path, method):
     overlay = str(ROOT / "configs/overlays/cpu_tiny.yaml")
-    run("fit", "--config", str(ROOT / f"configs/{method}.yaml"), "--config", overlay, folder=tmp_path)
+    run("fit", "--config", str(ROOT / f"configs/tiny/{method}.yaml"), "--config", overlay, folder=tmp_path)
     assert [path.name for path in tmp_path.iterdir()] in ([], ["runs"])
 
 
@@ -91,7 +91,7 @@ def test_methods_run_with_adapters(tmp_path, method):
         for name in ("cpu_tiny", "lora")
         for argument in ("--config", str(ROOT / f"configs/overlays/{name}.yaml"))
     ]
-    run("fit", "--config", str(ROOT / f"configs/{method}.yaml"), *overlays, folder=tmp_path)
+    run("fit", "--config", str(ROOT / f"configs/tiny/{method}.yaml"), *overlays, folder=tmp_path)
 
 
 def test_a_judge_labels_a_file(tmp_path, chat_server, rules):

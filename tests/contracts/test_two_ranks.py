@@ -16,8 +16,13 @@ from test_shipped_configs import ONE_BATCH, RECIPES, ROOT, stages
 from two_ranks import TwoRanks
 
 CONFIGS = {path.stem: path for path in sorted((ROOT / "configs").glob("*.yaml"))}
+TINY = {path.stem: path for path in sorted((ROOT / "configs/tiny").glob("*.yaml"))}
+COMPLETION = {"sft": {"completion": "4"}, **dict.fromkeys(("dpo", "reward"), {"chosen": "4", "rejected": "5"})}
 DDP = ["--config", str(ROOT / "configs/overlays/ddp.yaml"), "--trainer.callbacks+=RichProgressBar"]
-FIT = [name for name, path in CONFIGS.items() if re.search("max_epochs|max_steps", path.read_text())]
+FIT, FIT_TINY = (
+    [name for name, path in found.items() if re.search("max_epochs|max_steps", path.read_text())]
+    for found in (CONFIGS, TINY)
+)
 TWO_EPOCHS = ["--trainer.max_epochs=2", "--trainer.limit_train_batches=1", *ONE_BATCH]
 ROWS = 200  # of a built-in source at most: enough for a step on two ranks
 
@@ -42,12 +47,23 @@ def shrunk(path: Path, folder: Path) -> str:
     return str(copy)
 
 
-@pytest.mark.parametrize("name", FIT)
-def test_a_method_ends(two_ranks, tmp_path, name):
-    config = shrunk(CONFIGS[name], tmp_path)
+@pytest.mark.parametrize("name", FIT_TINY)
+def test_a_tiny_run_ends(two_ranks, tmp_path, name):
+    config = shrunk(TINY[name], tmp_path)
     two_ranks.run(tmp_path, "fit", "--config", config, *DDP, *TWO_EPOCHS)
     two_ranks.run(tmp_path, "validate", "--config", config, *DDP, *ONE_BATCH)
-    assert (tmp_path / "runs" / name / "export/config.json").is_file()
+    assert list(tmp_path.glob("runs/*/export/config.json"))
+
+
+@pytest.mark.parametrize("name", FIT)
+def test_a_method_ends(two_ranks, tmp_path, name):
+    rows = [{"prompt": f"{number} + 1 = ", **COMPLETION.get(name, {"answer": "4"})} for number in range(80)]
+    (tmp_path / "my.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    own = ["--model.policy=tiny", "--data.train=my.jsonl", "--data.val=0.2", "--trainer.accumulate_grad_batches=1"]
+    if "sampling:" in CONFIGS[name].read_text():
+        own += ["--model.sampling.max_completion_length=4"]
+    two_ranks.run(tmp_path, "fit", "--config", shrunk(CONFIGS[name], tmp_path), *DDP, *TWO_EPOCHS, *own)
+    assert list(tmp_path.glob("runs/*/export/config.json"))
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
@@ -63,10 +79,9 @@ def test_facts_are_sorted_by_ranks_with_other_numbers_of_batches(two_ranks, tmp_
         "--model.num_samples=2",
         "--model.max_completion_length=4",
     ]
-    two_ranks.run(tmp_path, "predict", "--config", str(CONFIGS["knowledge"]), *DDP, *short)
-    assert (
-        len((tmp_path / "runs/knowledge/facts.jsonl").read_text().splitlines()) == 33
-    )  # 17 and 16: two batches and one
+    two_ranks.run(tmp_path, "predict", "--config", str(TINY["knowledge"]), *DDP, *short)
+    (facts,) = tmp_path.glob("runs/*/facts.jsonl")
+    assert len(facts.read_text().splitlines()) == 33  # 17 and 16: two batches and one
 
 
 def test_a_judge_labels(two_ranks, tmp_path, chat_server, rules):
@@ -79,6 +94,7 @@ def test_a_judge_labels(two_ranks, tmp_path, chat_server, rules):
 
 def test_every_config_is_tried():
     assert {*FIT, "knowledge", "label", "self_instruct"} == set(CONFIGS)  # self_instruct wants one process, and says so
+    assert {*FIT_TINY, "knowledge"} == set(TINY)
 
 
 def processes(mark: str) -> list[str]:
@@ -95,7 +111,7 @@ def processes(mark: str) -> list[str]:
 
 @pytest.mark.parametrize("receiver", ["first process", "all processes"])
 def test_sigterm_ends_both_ranks(tmp_path, receiver):
-    config, mark = shrunk(CONFIGS["grpo"], tmp_path), f"MARK={tmp_path}"
+    config, mark = shrunk(TINY["grpo"], tmp_path), f"MARK={tmp_path}"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MARK": str(tmp_path)}
     command = [sys.executable, "-m", "modules", "fit", "--config", config, *DDP, "--trainer.num_sanity_val_steps=0"]
     with (tmp_path / "log").open("w") as log:
@@ -103,7 +119,7 @@ def test_sigterm_ends_both_ranks(tmp_path, receiver):
             command, cwd=tmp_path, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
         )
     try:
-        begun = tmp_path / "runs/grpo/config.yaml"  # written with the first batch
+        begun = tmp_path / "runs/tiny-grpo/config.yaml"  # written with the first batch
         deadline = time.monotonic() + 240
         while not begun.exists() and run.poll() is None and time.monotonic() < deadline:
             time.sleep(0.1)

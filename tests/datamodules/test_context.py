@@ -40,6 +40,14 @@ ASK, SAY = {"role": "user", "content": "ask"}, {"role": "assistant", "content": 
 TOOLS = [{"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}]
 
 
+@pytest.fixture(autouse=True)
+def streams_close_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``datasets`` waits five seconds whenever a stream of a table is left before its end."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
+
+
 @cache
 def tokenizer() -> Any:
     made = tiny_tokenizer()
@@ -103,7 +111,7 @@ def grpo(path: str, **options: Any) -> list[str]:
 
 
 def judged(path: str, chat: bool = True) -> list[str]:
-    data = CandidatesDataModule(tokenizer(), path)
+    data = CandidatesDataModule(path)
     data.setup("predict")
     for row in data.rows:
         assert row.columns["completions"] == row.completions and row.columns.get("tools", TOOLS) == TOOLS
@@ -231,7 +239,8 @@ def test_plain_text_data_refuse_a_context(tmp_path: Path) -> None:
         (FactsDataModule, {"question": "q", "answer": "a", "tools": TOOLS}),
         (SeedTasksDataModule, {"instruction": "q", "output": "a", "context": "c"}),
     ):
-        data: Any = make(tokenizer(), write(tmp_path, "jsonl", row))
+        path = write(tmp_path, "jsonl", row)
+        data: Any = SeedTasksDataModule(path) if make is SeedTasksDataModule else make(tokenizer(), path)
         with pytest.raises(ValueError, match=f"column '{[*row][-1]}'"):
             data.setup("predict" if make is not PretrainingDataModule else "fit")
 

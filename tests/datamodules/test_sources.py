@@ -11,6 +11,7 @@ import pytest
 from datamodules import Files
 from datamodules.formats.prompt_shapes import verifiable_example
 from datamodules.formats.reading import Reading
+from datamodules.sources.files import hub_trouble
 from datamodules.tokens.chat import encode_prompt
 from modules.networks.tiny import tiny_tokenizer
 
@@ -98,7 +99,9 @@ def test_folder_reads_its_files_by_name(tmp_path: Path) -> None:
 def test_subfolders_are_not_read_and_the_message_says_so(tmp_path: Path) -> None:
     (tmp_path / "train").mkdir()
     (tmp_path / "train" / "a.jsonl").write_text('{"a": "1"}\n')
-    with pytest.raises(ValueError, match=r"the folder holds no file that ends in .*; subfolders are not read$"):
+    with pytest.raises(
+        ValueError, match=r"no file that ends in .*; subfolders are not read, so name one of them: train/"
+    ):
         Files(str(tmp_path)).rows()
 
 
@@ -214,6 +217,126 @@ def test_saved_data_sets(tmp_path: Path) -> None:
         Files(str(tmp_path / "many"), split="dev").rows()
 
 
+def fill(folder: Path, *names: str) -> list[str]:
+    """Files of one row each, whose text is the file's name."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        (folder / name).write_text(f"a\n{name}\n" if "sv" in name.lower() else json.dumps({"a": name}) + "\n")
+    return list(names)
+
+
+@pytest.mark.parametrize(
+    ("split", "expected"),
+    [
+        (None, ["train-00000-of-00001.jsonl", "train-00001-of-00001.jsonl"]),
+        ("train", ["train-00000-of-00001.jsonl", "train-00001-of-00001.jsonl"]),
+        ("test", ["my_TEST.csv"]),
+        ("validation", ["dev.jsonl", "sums.valid.tsv"]),
+        ("dev", ["dev.jsonl", "sums.valid.tsv"]),
+    ],
+)
+def test_splits_of_a_folder_are_told_by_file_names(
+    tmp_path: Path, split: str | None, expected: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    fill(tmp_path, "train-00000-of-00001.jsonl", "train-00001-of-00001.jsonl", "my_TEST.csv", "dev.jsonl")
+    fill(tmp_path, "sums.valid.tsv", "contest.jsonl", "notes.md", ".hidden.jsonl")
+    with caplog.at_level("INFO"):
+        assert [row.columns["a"] for row in Files(str(tmp_path), split=split).rows()] == expected
+    (told,) = caplog.messages
+    read, left = told.split("not read: ")
+    assert f"of the {'validation' if split == 'dev' else split or 'train'} split read" in read
+    assert {"contest.jsonl", "notes.md"} <= set(left.split(", ")) and not set(expected) & set(left.split(", "))
+    with pytest.raises(ValueError, match="no split 'nosuch', the file names tell test, train, validation$"):
+        Files(str(tmp_path), split="nosuch").rows()
+
+
+def test_one_split_is_read_and_several_without_train_are_refused(tmp_path: Path) -> None:
+    assert [row.columns["a"] for row in Files(str(fill(tmp_path / "a", "test-0.jsonl") and tmp_path / "a")).rows()]
+    for number, other in enumerate(("dev.jsonl", "sums.jsonl")):
+        fill(tmp_path / f"b{number}", "test.jsonl", other)
+        with pytest.raises(ValueError, match="tell several splits and none is train .*; name one with split"):
+            Files(str(tmp_path / f"b{number}")).rows()
+
+
+def test_what_a_folder_leaves_out_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    names = fill(tmp_path, "B.JSONL", "a.jsonl", "c.ndjson", "e.Csv", "f.TSV")
+    fill(tmp_path / "sub", "g.jsonl")
+    (tmp_path / "h.Jsonl.GZ").write_bytes(gzip.compress(b'{"a": "h.Jsonl.GZ"}'))
+    with caplog.at_level("INFO"):
+        assert [row.columns["a"] for row in Files(str(tmp_path)).rows()] == [*names, "h.Jsonl.GZ"]
+    (told,) = caplog.messages
+    assert told.endswith("6 files read (B.JSONL, a.jsonl, c.ndjson, e.Csv, f.TSV, h.Jsonl.GZ), not read: sub/")
+
+
+@pytest.mark.parametrize(
+    ("path", "settings", "message"),
+    [
+        ("a.jsonl", {"split": "train"}, "split 'train' has no effect on a file; leave it out"),
+        ("a.jsonl", {"name": "main"}, "name 'main' has no effect on a file"),
+        ("a.jsonl", {"header": ["a"]}, r"header \['a'\] has no effect on such a file"),
+        ("plain", {"split": "train"}, "no split 'train', for no file name tells a split"),
+        ("plain", {"header": ["a"]}, r"b.jsonl: header \['a'\] has no effect"),
+        ("saved", {"header": ["a"]}, "has no effect on a saved data set"),
+        ("saved", {"split": "test"}, "split 'test' has no effect on a saved data set without splits"),
+        ("org/sums:main", {"name": "main"}, "the config is named twice"),
+        ("org/sums:main", {"header": ["a"]}, "has no effect on a data set of the hub"),
+    ],
+)
+def test_an_argument_without_effect_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, settings: dict[str, Any], message: str
+) -> None:
+    import datasets
+
+    fill(tmp_path, "a.jsonl")
+    fill(tmp_path / "plain", "b.jsonl")
+    datasets.Dataset.from_list([{"a": "1"}]).save_to_disk(str(tmp_path / "saved"))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        Files(path, **settings).rows()
+
+
+def test_a_config_is_named_behind_a_colon_or_by_name(tmp_path: Path, hub_clone: str) -> None:
+    for source, question in (
+        (Files("org/sums:main"), "main train"),
+        (Files("org/sums", name="socratic", split="test"), "socratic test"),
+        (Files("./org/sums:socratic"), "socratic train"),
+        (Files(str(tmp_path / "org" / "sums:main"), split="test"), "main test"),
+    ):
+        assert [row.columns for row in source.rows()] == [{"question": question, "answer": "2"}]
+    with pytest.raises(ValueError, match="subfolders are not read, so name one of them: main/, socratic/"):
+        Files("org/sums").rows()
+    assert hub_trouble("a/b", "train", ValueError("Config name is missing.\nPlease pick one: ['x', 'y']\nz")) == (
+        "a/b: the data set has several configs (x, y); name one behind a colon: a/b:x"
+    )
+    with pytest.raises(ValueError, match=r"org/sums:nosuch: .*\(train split\): .*'?nosuch'? not found"):
+        Files("org/sums:nosuch").rows()
+
+
+def test_json_lines_in_a_json_file(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('{"a": 1}\n\n{"a": "\u2028"}\n')
+    rows = Files(str(tmp_path / "a.json")).rows()
+    assert [(row.columns["a"], row.origin) for row in rows] == [
+        (1, f"{tmp_path / 'a.json'}:1"),
+        ("\u2028", f"{tmp_path / 'a.json'}:3"),
+    ]
+    (tmp_path / "b.json").write_text('{"a": 1}\n{"a": }\n')
+    with pytest.raises(ValueError, match=r"b\.json:2: not valid JSON"):
+        Files(str(tmp_path / "b.json")).rows()
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+@pytest.mark.parametrize("depth", [101, 900, 100_000])
+def test_deep_nesting_is_one_sentence(tmp_path: Path, name: str, depth: int) -> None:
+    deep = '{"a": ' * depth + "1" + "}" * depth
+    (tmp_path / name).write_text(deep if name == "a.jsonl" else f"[{deep}]")
+    with pytest.raises(ValueError, match="lists and objects are nested more than 100 deep; flatten them$"):
+        Files(str(tmp_path / name)).rows()
+    (tmp_path / name).write_text(
+        json.dumps([{"a": "[{" * 200 + '\\"]'}]).strip("[]") if name == "a.jsonl" else '[{"a": ""}]'
+    )
+    assert len(Files(str(tmp_path / name)).rows()) == 1  # brackets in a text are no nesting
+
+
 BROKEN = [
     ("a.jsonl", b'{"a": 1}\n{"a": \n{"a": 2}\n', r"a\.jsonl:2: not valid JSON"),
     (
@@ -256,6 +379,12 @@ BROKEN = [
     ("a.tsv", b"a\tb\n1\t2\n3\t\xe9\n", r"a\.tsv:3: not UTF-8 text \(byte 0xe9\)"),
     ("a.csv", b'a,b\n1,"2\n3,4\n', r"a\.csv:2: not valid CSV"),
     ("a.csv", b"a,b\n1,\xe9\n", r"a\.csv:2: not UTF-8"),
+    (
+        "a.tsv",
+        b"a\tb\nc\n",
+        r"a\.tsv:2: the row has 1 .*; if the file has no line of column names, name them with Files' header",
+    ),
+    ("a.tsv", b"a\ta\nc\td\n", r"names 'a' twice.* name them with Files' header, such as \[prompt, completion\]$"),
     ("a.csv", b"a,b\n", r"a\.csv: the file holds no rows"),
     ("a.parquet", b"no parquet", r"a\.parquet: not a readable parquet file"),
     ("a.arrow", b"no arrow", r"a\.arrow: not a readable arrow file"),

@@ -158,7 +158,7 @@ def test_bad_and_long_rows_are_counted(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("none.jsonl", "neither files that end in"), ("", "files of several kinds"), ("odd.jsonl", "looked for")],
+    [("none.jsonl", "there are no files that end in"), ("", "files of several kinds"), ("odd.jsonl", "looked for")],
 )
 def test_what_cannot_be_streamed_ends_in_a_sentence(tmp_path, name, message):
     (tmp_path / "odd.jsonl").write_text('{"strange": "1"}\n')
@@ -265,3 +265,34 @@ def test_two_ranks_read_different_rows_and_resume(folder):
     for (_, first, mine), (_, second, others) in zip(*whole, strict=True):
         assert first == second == mine + others
     assert resumed == [rank[4:] for rank in whole]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_rows_left_out_are_told(tmp_path, caplog, workers):
+    deep, half = "[" * 200 + "]" * 200, '{"prompt": "\\ud83d", "completion": "a"}'
+    good = ['{"prompt": "1+1=", "completion": "2"}', '{"prompt": "1+2=", "completion": "3"}']
+    lines = [*good, deep, half, '{"prompt": "long", "completion": "' + "x" * 99 + '"}']
+    (tmp_path / "rows.NDJSON").write_text("\n".join(lines))
+    data = stream(tmp_path / "rows.NDJSON", on_bad_row="drop", steps_per_epoch=1, shuffle_buffer=1, num_workers=workers)
+    with caplog.at_level("INFO"):
+        Trainer(**QUIET, max_steps=3, max_epochs=3).fit(SFTModule("tiny"), datamodule=data)
+    told = [text for text in caplog.messages if "bad" in text]
+    assert told[-1].endswith("= 6 used + 2 too long + 4 bad"), told  # three epochs of a batch of two
+    if not workers:  # else the worker's own log says it
+        assert "nested more than 100 deep" in told[0]
+    for line, message in ((deep, "nested more than 100 deep"), (half, "half of a character")):
+        (tmp_path / "bad.jsonl").write_text(line)
+        with pytest.raises(ValueError, match=message):
+            stream(tmp_path / "bad.jsonl").setup("fit")
+
+
+def test_folders_tables_and_configs_are_read_as_elsewhere(tmp_path, hub_clone):
+    for name in ("train-0.tsv", "test-0.tsv"):
+        (tmp_path / name).write_text(f'prompt\tcompletion\n"{name}"=\t2\n')
+    data = stream(tmp_path, batch_size=1)
+    _, _, row = next(Pieces(data, 0, 1).numbered(0, 1))
+    assert row.columns == {"prompt": '"train-0.tsv"=', "completion": "2"}
+    _, _, row = next(Pieces(stream("org/sums:socratic"), 0, 1).numbered(0, 1))
+    assert row.columns == {"question": "socratic train", "answer": "2"}
+    with pytest.raises(ValueError, match=r"org/sums:nosuch: .*nosuch.* not found"):
+        stream("org/sums:nosuch").setup("fit")

@@ -15,7 +15,9 @@ from modules.__main__ import main  # noqa: E402
 
 @pytest.mark.parametrize(("seed", "numerics"), [(1, "sse41"), (2, "perturbed")])
 def test_the_demo_learns(tmp_path: Path, seed: int, numerics: str) -> None:
-    before, after = run_demo(tmp_path, seed, numerics, "--trainer.max_epochs=75")  # half of it, up to the first checkpoint
+    before, after = run_demo(
+        tmp_path, seed, numerics, "--trainer.max_epochs=75"
+    )  # half of it, up to the first checkpoint
     assert 0.5 <= before <= 0.75
     assert after >= 0.78
 
