@@ -75,8 +75,8 @@ def missing_arguments(message: str) -> str:
 
 def nearest_argument(message: str) -> str:
     """The arguments of a class that are nearest to a misspelt one, as the end of a sentence."""
-    found = re.search(r".*class_path '([\w.]+)'.*?Option '([\w.]+)' is not accepted", message, flags=re.DOTALL)
-    if found is None:
+    found = re.search(r"class_path '([\w.]+)':[\s-]*Option '([\w.]+)' is not accepted(.*)", message, flags=re.DOTALL)
+    if found is None or "did you mean" in found[3]:
         return ""
     module, _, name = found[1].rpartition(".")
     kind = getattr(importlib.import_module(module), name)
@@ -96,5 +96,7 @@ def did_you_mean(name: str, known: Sequence[str], before: str = "") -> str:
     """The known names that are nearest to a misspelt one, each with ``before`` in front, as the end of a sentence;
     empty when none is near.
     """
-    close = difflib.get_close_matches(name, set(known), n=3, cutoff=0.6)
+    near = {other: difflib.SequenceMatcher(None, name, other).ratio() for other in sorted(set(known))}
+    best = max(near.values(), default=0.0)
+    close = sorted((other for other in near if near[other] >= max(0.6, best - 0.1)), key=lambda other: -near[other])[:3]
     return f"; did you mean {' or '.join(before + other for other in close)}?" if close else ""

@@ -73,7 +73,7 @@ class Parser(LightningArgumentParser):
         """End with the sentence and exit status 2."""
         told = missing_arguments(message) or sentence(message, NAMES) + nearest_argument(message) + taken_name(message)
         unknown = re.search(r"^unrecognized arguments: --([^\s=;]+)|accept option '([\w.]+)'", message)
-        if unknown:
+        if unknown and "did you mean" not in message:
             told += did_you_mean(unknown[1] or unknown[2], self.options(), "--" if unknown[1] else "")
         super().error(told, ex)
 

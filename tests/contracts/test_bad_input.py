@@ -106,7 +106,11 @@ def test_a_data_file_stays_a_path(tmp_path, monkeypatch, run, caplog, name, text
         ),
         (["--data.batchsize", "4"], "Option 'batchsize' is not accepted; did you mean val_batch_size?"),
         (["--model.objectve", "Clipped"], "Option 'objectve' is not accepted; did you mean objective?"),
-        (["--model.sampling.temperatur", "1"], "did you mean temperature?"),
+        (["--model.sampling.temprature", "1"], "--sampling.temprature=1; did you mean --sampling.temperature?"),
+        (
+            ["--data.train.num_exampls", "1"],
+            "datamodules.Addition': Option 'num_exampls' is not accepted; did you mean num_examples?",
+        ),
         (
             ["--trainer.accumulate_grad_batches", "0"],
             "error: trainer.accumulate_grad_batches must be at least 1, got 0",

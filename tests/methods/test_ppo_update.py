@@ -485,7 +485,7 @@ def test_the_kl_and_the_entropy_are_those_of_the_distribution_of_completions(fol
     completions.
     """
     sampling = Sampling(temperature=0.7, max_completion_length=3)
-    module = PPOModule(shared.policy, One(), len(Every.ROWS), sampling, Every(), reference=shared.reference)
+    module = PPOModule(shared.policy, One(), len(Every.ROWS), sampling, Every(), kl=KL(reference=shared.reference))
     prompt = [A, B]
     batch: Any = {
         "uid": ["0"],
