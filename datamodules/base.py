@@ -15,6 +15,7 @@ from datamodules.formats.table import Purpose
 from datamodules.loaders.step_sampler import MicroBatch, StepSampler
 from datamodules.sources import Row, Source
 from datamodules.sources.files import read_rows
+from datamodules.sources.held_out import Part, hold_out, share_of
 from modules.seeds import run_seed
 
 Example = TypeVar("Example")
@@ -65,15 +66,48 @@ class RowsDataModule(LightningDataModule):
     purpose: ClassVar[Purpose] = "instruction"  # which columns of the table are read
     may_drop: ClassVar[bool] = True  # whether ``on_bad_row`` is an option
     not_encoded: ClassVar[str] = "left out"  # what is said of rows for which ``encode`` gives None
+    needs: ClassVar[tuple[str, ...]] = ("train",)  # arguments without which there is nothing to read
+    tokenizer: PreTrainedTokenizerBase  # of DataModules that tokenise; None until ``setup`` where none is given
 
-    def __init__(self, train: str | Source, columns: dict[str, str] | None) -> None:
+    def __init__(self, train: str | Source | None, columns: dict[str, str] | None) -> None:
         super().__init__()
+        self.check_needs({"train": train})
+        assert train is not None
         self.train, self.columns = train, columns or {}
         self.drop_long = False
         self.on_bad_row: Literal["raise", "drop"] = "raise"
         self.dropped = {"train": 0, "val": 0}
         self.bad = {"train": 0, "val": 0}
         self.reading = Reading(self.purpose, self.columns)
+
+    @classmethod
+    def check_needs(cls, given: Mapping[str, Any], method: str = "<method>") -> None:
+        """ValueError where an argument that is needed is missing or None among those ``given``.
+
+        Args:
+            given: some arguments by name.
+            method: the stem of the configuration that runs without any data of the user's.
+        """
+        missing = [name for name in cls.needs if name in given and given[name] is None]
+        if missing:
+            wanted = [f"add --data.{name} {'my.jsonl' if name == 'train' else '...'}" for name in missing]
+            raise ValueError(
+                f"{cls.__name__} needs {', '.join(missing)}: {'; '.join(wanted)}; with nothing of your own, "
+                f"configs/tiny/{method}.yaml runs offline"
+            )
+
+    def take_tokenizer(self) -> None:
+        """Takes the module's tokenizer where none is given. Raises ValueError where it has none either."""
+        if self.tokenizer is None:
+            module = self.trainer.lightning_module if self.trainer else None
+            found = getattr(module, "tokenizer", None)
+            if found is None:
+                owner = type(module).__name__ if module is not None else "no module"
+                raise ValueError(
+                    f"{type(self).__name__} was given no tokenizer and {owner} has one; give it a tokenizer, a path or a "
+                    "hub id"
+                )
+            self.tokenizer = found
 
     @property
     def rank(self) -> int:
@@ -105,7 +139,7 @@ class RowsDataModule(LightningDataModule):
         skipped = too_long = bad = 0
         rows = read_rows(source)
         self.reading = Reading(self.purpose, self.columns)
-        self.settle(rows, stage)
+        self.settle(source.whole if isinstance(source, Part) else rows, stage)
         for row in rows:
             try:
                 example = encode(row)
@@ -138,7 +172,8 @@ class RowsDataModule(LightningDataModule):
             raise ValueError(
                 f"{rows[0].origin}: of {len(rows)} {stage} rows from here on none is left: {left_out}{first}"
             )
-        if stage != "calibration":  # whose rows are what predict writes
+        held_out = isinstance(source, Part) and stage == "val"  # too few rows to have every column
+        if stage != "calibration" and not held_out:  # the rows of calibration are what predict writes
             self.reading.finish(rows)
         return kept
 
@@ -182,18 +217,19 @@ class RowsDataModule(LightningDataModule):
         return DataLoader(batches, sampler=sampler, batch_size=None, collate_fn=_as_is)  # type: ignore[arg-type]
 
 
-def load_tokenizer(tokenizer: PreTrainedTokenizerBase | str) -> PreTrainedTokenizerBase:
-    """The tokenizer, or that of a path or hub id."""
-    return AutoTokenizer.from_pretrained(tokenizer) if isinstance(tokenizer, str) else tokenizer  # type: ignore[no-any-return]
+def load_tokenizer(tokenizer: PreTrainedTokenizerBase | str | None) -> PreTrainedTokenizerBase:
+    """The tokenizer, or that of a path or hub id; None stays for :meth:`RowsDataModule.take_tokenizer`."""
+    return AutoTokenizer.from_pretrained(tokenizer) if isinstance(tokenizer, str) else tokenizer  # type: ignore[no-any-return, return-value]
 
 
 class AlignDataModule(RowsDataModule):
     """Base of the DataModules that train.
 
     Args:
-        tokenizer: a tokenizer, or a path or hub id for ``AutoTokenizer``.
+        tokenizer: a tokenizer, or a path or hub id for ``AutoTokenizer``; None = the module's.
         train: training rows: a source, or what :class:`Files` takes (file, folder, hub id).
-        val: held-out rows, where a DataModule has domains several sets by name, or None for no validation.
+        val: held-out rows, where a DataModule has domains several sets by name, a share of the training rows to hold
+            out, in (0, 1), or None for no validation.
         columns: our column name -> the data's, where detection does not suffice.
         drop_long: drop rows that are too long and count them; False makes them an error.
         on_bad_row: ``drop`` leaves out rows that cannot be read and counts them; ``raise`` makes them an error.
@@ -203,11 +239,13 @@ class AlignDataModule(RowsDataModule):
         ValueError: ``on_bad_row`` is neither, or ``columns`` maps names that the DataModule does not read.
     """
 
+    chat: bool | None = None  # whether text prompts are user messages; None = by rule, see :meth:`is_chat`
+
     def __init__(
         self,
-        tokenizer: PreTrainedTokenizerBase | str,
-        train: str | Source,
-        val: str | Source | Mapping[str, str | Source] | None,
+        tokenizer: PreTrainedTokenizerBase | str | None,
+        train: str | Source | None,
+        val: float | str | Source | Mapping[str, str | Source] | None,
         columns: dict[str, str] | None,
         drop_long: bool,
         on_bad_row: Literal["raise", "drop"],
@@ -218,14 +256,47 @@ class AlignDataModule(RowsDataModule):
             raise ValueError(f"on_bad_row must be raise or drop, got {on_bad_row!r}")
         self.tokenizer = load_tokenizer(tokenizer)
         self.drop_long, self.on_bad_row, self.seed = drop_long, on_bad_row, run_seed(seed)
-        self.val: Any = val
+        share = share_of(val)
+        self.val: Any = val if share is None else share
         self._sampler: StepSampler | None = None
         self._resume: dict[str, int] | None = None
 
-    def require_held_out(self, stage: str) -> None:
-        """ValueError for a ``setup(stage)`` that only reads held-out rows when there are none."""
+    def prepare(self, stage: str) -> None:
+        """The beginning of ``setup``: the tokenizer, and the rows to hold out where ``val`` is a share.
+
+        Raises ValueError for a stage that only reads held-out rows when there are none.
+        """
         if stage in ("validate", "test") and self.val is None:
             raise ValueError("there are no held-out rows to evaluate; set data.val")
+        self.take_tokenizer()
+        if isinstance(self.val, float):
+            share, rows = self.val, self.read(self.train)
+            self.train, self.val = hold_out(rows, share, self.seed, self.columns)
+            rank_zero_info(
+                f"val: {len(self.val.rows())} of {len(rows)} rows are held out of train, by their content and seed "
+                f"{self.seed} (data.val {share})"
+            )
+
+    def read(self, source: str | Source) -> list[Row]:
+        """The rows of a source."""
+        return read_rows(source)
+
+    def is_chat(self, row: Row) -> bool:
+        """Whether a row's text prompt is one user message: as ``chat`` says; by rule, where the tokenizer has a chat
+        template and the row's source does not say that its texts are plain.
+        """
+        if self.chat is not None:
+            return self.chat
+        return self.tokenizer.chat_template is not None and not row.plain
+
+    def say_chat(self, row: Row, is_text: bool) -> None:
+        """Notes in ``reading`` how the text prompt of a row was read, unless it holds messages."""
+        if is_text and self.is_chat(row):
+            self.reading.note("text prompts are user messages of the chat template")
+        elif is_text:
+            has = self.tokenizer.chat_template is not None
+            why = "the tokenizer has no chat template" if not has else "as their source says" if row.plain else ""
+            self.reading.note(f"text prompts are plain text ({why if self.chat is None else 'data.chat: false'})")
 
     def step_loader(
         self,

@@ -34,9 +34,9 @@ class InstructionDataModule(AlignDataModule):
     ``datamodules/formats/instruction_columns.py`` lists them.
 
     Args:
-        tokenizer: a tokenizer, or a path or hub id.
+        tokenizer: a tokenizer, or a path or hub id; None = the module's.
         train: training rows: a source, or a file, a folder or a hub id.
-        val: held-out rows, or several sets of them by domain.
+        val: held-out rows, several sets of them by domain, or a share of the training rows to hold out, in (0, 1).
         columns: our column name -> the data's.
         format: of the rows, by name; None = found from their columns.
         loss_on: what is learned of a conversation: every ``assistant`` turn with its end of turn, the ``last`` of them
@@ -47,8 +47,9 @@ class InstructionDataModule(AlignDataModule):
         packing: put several training rows into one of ``max_length`` tokens, where they do not see each other.
         batch_size: rows (packed ones, if they are) per micro-batch and rank; a memory setting as long as its product
             with accumulation and ranks stays.
-        chat: render text prompts as one user message with the chat template. None: Alpaca rows alone, if there is a
-            template; else they get Alpaca's own prompt.
+        chat: text prompts are user messages of the chat template. None = where the tokenizer has one, unless their
+            source says that they are plain (sums, for one).
+            Without a template, instructions get Alpaca's own prompt.
         system: system message in front of every chat that has none.
         unknown: for training rows with a column ``knowledge`` (arXiv 2405.05904): ``drop`` keeps HighlyKnown and
             MaybeKnown rows; ``idk`` answers the Unknown ones with "I don't know."
@@ -66,9 +67,9 @@ class InstructionDataModule(AlignDataModule):
 
     def __init__(
         self,
-        tokenizer: PreTrainedTokenizerBase | str,
-        train: str | Source,
-        val: str | Source | dict[str, str | Source] | None = None,
+        tokenizer: PreTrainedTokenizerBase | str | None = None,
+        train: str | Source | None = None,
+        val: float | str | Source | dict[str, str | Source] | None = None,
         columns: dict[str, str] | None = None,
         format: str | None = None,
         loss_on: LossOn = "assistant",
@@ -113,7 +114,7 @@ class InstructionDataModule(AlignDataModule):
     def setup(self, stage: str) -> None:
         """Tokenises everything once; bad rows fail here."""
         self.forget_position()
-        self.require_held_out(stage)
+        self.prepare(stage)
         if not self.train_rows:
             self.train_rows = self.load_training()
         if self.val is not None and not self.domains:
@@ -157,13 +158,14 @@ class InstructionDataModule(AlignDataModule):
 
     def encode(self, row: Row, unknown: str = "keep") -> Tokens | None:
         """Tokens of one raw row; None = left out as not known. Raises ValueError with the row's origin."""
-        example = instruction_example(row, self.reading, self.format, self.chat)
+        example = instruction_example(row, self.reading, self.format, self.is_chat(row))
+        self.say_chat(row, isinstance(example.prompt, str) and not example.whole)
         knowledge = row.columns.get("knowledge")
         if unknown == "drop" and knowledge in UNKNOWN:
             return None
         if unknown == "idk" and knowledge == "Unknown":
             example = disowned(example)
-        return encode_instruction(self.tokenizer, example, self.chat, self.system, self.loss_on)
+        return encode_instruction(self.tokenizer, example, self.is_chat(row), self.system, self.loss_on)
 
     def _dataset(self, rows: list[Tokens]) -> InstructionDataset:
         pad = self.tokenizer.pad_token_id

@@ -63,7 +63,7 @@ class MixtureDataModule(InstructionDataModule):
     instruction rows dropped.
 
     Args:
-        tokenizer: a tokenizer, or a path or hub id.
+        tokenizer: a tokenizer, or a path or hub id; None = the module's.
         streams: by name. Without any ``weight`` a stream of n rows (pieces, of long texts) has the share min(n, cap) of
             all (FLAN).
         num_steps: optimiser steps of one Trainer epoch. A checkpoint from the end of an epoch goes on with a new one of
@@ -85,11 +85,13 @@ class MixtureDataModule(InstructionDataModule):
         seed: of the draws and shuffles; None = the run's.
     """
 
+    needs = ("streams", "num_steps")
+
     def __init__(
         self,
-        tokenizer: PreTrainedTokenizerBase | str,
-        streams: dict[str, Stream],
-        num_steps: int,
+        tokenizer: PreTrainedTokenizerBase | str | None = None,
+        streams: dict[str, Stream] | None = None,
+        num_steps: int | None = None,
         weigh_by: Literal["tokens", "examples"] = "tokens",
         cap: int | None = None,
         decay_start: int | None = None,
@@ -104,6 +106,8 @@ class MixtureDataModule(InstructionDataModule):
         system: str | None = None,
         seed: int | None = None,
     ) -> None:
+        self.check_needs({"streams": streams, "num_steps": num_steps})
+        assert streams is not None and num_steps is not None
         check_streams(streams, num_steps, cap, decay_start, ramp_steps)
         held_out = {name: stream.val for name, stream in streams.items() if stream.val is not None}
         super().__init__(

@@ -17,7 +17,7 @@ from datamodules.formats.verdicts import Ours
 from datamodules.loaders.preference_rows import PreferenceDataset, PreferenceTokens
 from datamodules.loaders.step_sampler import MicroBatch
 from datamodules.sources import Row, Source
-from datamodules.tokens.chat import encode_example, encode_rendered
+from datamodules.tokens.chat import encode_example
 from modules.types import PreferenceBatch
 
 Stage = Literal["train", "val", "calibration"]
@@ -43,9 +43,9 @@ class PreferenceDataModule(AlignDataModule):
     dropped and counted in ``ties``. No answer is cut: the cut would tell it apart.
 
     Args:
-        tokenizer: a tokenizer, or a path or hub id.
+        tokenizer: a tokenizer, or a path or hub id; None = the module's.
         train: training rows: a source, or a file, a folder or a hub id.
-        val: held-out rows.
+        val: held-out rows, or a share of the training rows to hold out, in (0, 1).
         calibration: completions that a reward model's scores are normalised on: ``prompt`` and ``completion``, as
             ``predict`` writes them of the policy that will be trained with it. One that did not finish (``finish``)
             gets no end token; empty ones are left out.
@@ -54,7 +54,8 @@ class PreferenceDataModule(AlignDataModule):
         drop_long: drop longer examples whole and count them in ``dropped``; False makes them an error.
         batch_size: examples per micro-batch and rank; a memory setting as long as its product with accumulation and
             ranks stays.
-        chat: render text prompts as one user message with the chat template.
+        chat: text prompts are user messages of the chat template. None = where the tokenizer has one, unless their
+            source says that they are plain (sums, for one).
         system: system message in front of every chat that has none.
         margins: label in column ``strength`` -> how much better the chosen answer should score, or one of Llama 2's
             tables (27), ``small`` or ``large``, for the labels in ``MARGINS``. The key ``preference`` stands for a sure
@@ -77,15 +78,15 @@ class PreferenceDataModule(AlignDataModule):
 
     def __init__(
         self,
-        tokenizer: PreTrainedTokenizerBase | str,
-        train: str | Source,
-        val: str | Source | None = None,
+        tokenizer: PreTrainedTokenizerBase | str | None = None,
+        train: str | Source | None = None,
+        val: float | str | Source | None = None,
         calibration: str | Source | None = None,
         columns: dict[str, str] | None = None,
         max_length: int = 1024,
         drop_long: bool = True,
         batch_size: int = 8,
-        chat: bool = False,
+        chat: bool | None = None,
         system: str | None = None,
         margins: dict[str, float] | Literal["small", "large"] | None = None,
         balance_length: bool = False,
@@ -112,7 +113,7 @@ class PreferenceDataModule(AlignDataModule):
     def setup(self, stage: str) -> None:
         """Tokenises everything once; bad rows fail here."""
         self.forget_position()
-        self.require_held_out(stage)
+        self.prepare(stage)
         if not self.train_rows:
             self.train_rows = self._load(self.train, "train")
         if self.val is not None and not self.val_rows:
@@ -147,31 +148,23 @@ class PreferenceDataModule(AlignDataModule):
     def encode(self, row: Row) -> PreferenceTokens | None:
         """Tokens of one raw row; None = a tie. Raises ValueError with the row's origin."""
         has_template = self.tokenizer.chat_template is not None
-        example = preference_example(row, self.reading, has_template, self.margins, self.chat)
-        return None if example is None else self._tokens(example)
+        example = preference_example(row, self.reading, has_template, self.margins, self.is_chat(row))
+        if example is None:
+            return None
+        self.say_chat(row, isinstance(example.prompt, str))
+        return self._tokens(example, self.is_chat(row))
 
     def settle(self, rows: Sequence[Row], stage: str) -> None:
         """How columns of verdicts and labels are read."""
         if stage != "calibration":
             settle_verdicts(rows, self.reading, self.first_is_better)
 
-    def _tokens(self, example: PreferenceExample) -> PreferenceTokens:
+    def _tokens(self, example: PreferenceExample, chat: bool) -> PreferenceTokens:
         prompt: list[int] = []
         completions: list[list[int]] = []
         for answer in example.completions:
-            rendered = (
-                encode_rendered(self.tokenizer, example.prompt, answer, example.origin)
-                if isinstance(example.prompt, str) and isinstance(answer, str)
-                else None
-            )
-            tokens = rendered or encode_example(
-                self.tokenizer,
-                example.prompt,
-                answer,
-                example.origin,
-                self.chat,
-                self.system,
-                tools=example.tools,
+            tokens = encode_example(
+                self.tokenizer, example.prompt, answer, example.origin, chat, self.system, tools=example.tools
             )
             prompt = tokens.ids[: tokens.supervised.index(True)]
             completions.append(list(compress(tokens.ids, tokens.supervised)))
@@ -206,6 +199,7 @@ class PreferenceDataModule(AlignDataModule):
 
     def _load_calibration(self, source: str | Source) -> list[PreferenceTokens]:
         self.dropped["calibration"] = self.bad["calibration"] = 0
+        chat = bool(self.chat)  # by rule, prompts are as the policy read them
 
         def encode(row: Row) -> PreferenceTokens | None:
             if row.columns.get("completion") == "":
@@ -214,10 +208,10 @@ class PreferenceDataModule(AlignDataModule):
                 replace(row, columns={"label": True, **row.columns}),
                 self.reading,
                 self.tokenizer.chat_template is not None,
-                chat=self.chat,
+                chat=chat,
             )
             assert example is not None
-            tokens = self._tokens(example)
+            tokens = self._tokens(example, chat)
             unfinished = row.columns.get("finish", "stop") != "stop"
             return replace(tokens, completions=[ids[:-1] for ids in tokens.completions]) if unfinished else tokens
 

@@ -18,9 +18,9 @@ class PretrainingDataModule(InstructionDataModule):
     and not learned.
 
     Args:
-        tokenizer: a tokenizer, or a path or hub id.
+        tokenizer: a tokenizer, or a path or hub id; None = the module's.
         train: training rows: a source, or a file, a folder or a hub id.
-        val: held-out rows, or several sets of them by domain.
+        val: held-out rows, several sets of them by domain, or a share of the training rows to hold out, in (0, 1).
         columns: our column name -> the data's, such as ``{text: content}``.
         max_length: tokens of a packed row.
         on_bad_row: ``drop`` leaves out rows that cannot be read and counts them in ``bad``.
@@ -30,9 +30,9 @@ class PretrainingDataModule(InstructionDataModule):
 
     def __init__(
         self,
-        tokenizer: PreTrainedTokenizerBase | str,
-        train: str | Source,
-        val: str | Source | dict[str, str | Source] | None = None,
+        tokenizer: PreTrainedTokenizerBase | str | None = None,
+        train: str | Source | None = None,
+        val: float | str | Source | dict[str, str | Source] | None = None,
         columns: dict[str, str] | None = None,
         max_length: int = 1024,
         on_bad_row: Literal["raise", "drop"] = "raise",

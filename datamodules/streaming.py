@@ -14,6 +14,7 @@ from datamodules.instruction import InstructionDataModule
 from datamodules.loaders.stream_loader import Pieces, StreamLoader
 from datamodules.sources import Row, Source
 from datamodules.sources.files import files_of_split, hub_id, hub_trouble, looks_local
+from datamodules.sources.held_out import share_of
 from datamodules.sources.readers import file_format, parse_json
 from datamodules.tokens.chat import LossOn
 from datamodules.tokens.encoding import Tokens
@@ -42,7 +43,7 @@ class StreamingDataModule(InstructionDataModule):
     read. Rows of plain ``text`` that are too long are cut into pieces, others dropped and counted.
 
     Args:
-        tokenizer: a tokenizer, or a path or hub id.
+        tokenizer: a tokenizer, or a path or hub id; None = the module's.
         train: files (one, a folder, or a pattern with ``*``) of one kind, JSONL, CSV, TSV, Parquet, Arrow or plain
             lines, or a hub id. Of a folder whose file names tell splits, those of train.
         steps_per_epoch: optimiser updates of a Trainer epoch.
@@ -55,7 +56,7 @@ class StreamingDataModule(InstructionDataModule):
             that are too long; rank 0 tells its counts at the end of every epoch and of the run.
         packing: fill rows of ``max_length`` tokens with texts in the order they come.
         batch_size: rows per micro-batch and rank.
-        chat: render text prompts with the chat template.
+        chat: text prompts are user messages of the chat template; None = where the tokenizer has one.
         shuffle_buffer: rows among which the next is drawn.
         num_workers: processes that read and tokenise.
         seed: of the shuffle, with the pass; None = the run's.
@@ -64,12 +65,14 @@ class StreamingDataModule(InstructionDataModule):
         ValueError: naming the row, when it is read.
     """
 
+    needs = ("train", "steps_per_epoch")
+
     def __init__(
         self,
-        tokenizer: PreTrainedTokenizerBase | str,
-        train: str,
-        steps_per_epoch: int,
-        val: str | Source | dict[str, str | Source] | None = None,
+        tokenizer: PreTrainedTokenizerBase | str | None = None,
+        train: str | None = None,
+        steps_per_epoch: int | None = None,
+        val: float | str | Source | dict[str, str | Source] | None = None,
         columns: dict[str, str] | None = None,
         format: str | None = None,
         loss_on: LossOn = "assistant",
@@ -82,6 +85,10 @@ class StreamingDataModule(InstructionDataModule):
         num_workers: int = 0,
         seed: int | None = None,
     ) -> None:
+        self.check_needs({"train": train, "steps_per_epoch": steps_per_epoch})
+        assert steps_per_epoch is not None
+        if isinstance(val, int | float) or share_of(val) is not None:
+            raise ValueError(f"the rows of a stream cannot be held out (val {val}); name held-out rows, such as a file")
         if min(steps_per_epoch, shuffle_buffer) < 1 or num_workers < 0:
             raise ValueError(
                 "steps_per_epoch and shuffle_buffer must be at least 1 and num_workers at least 0, "

@@ -36,12 +36,13 @@ class VerifiableDataModule(AlignDataModule):
     of preference rows: ``PreferencePrompts``.
 
     Args:
-        tokenizer: a tokenizer, or a path or hub id.
+        tokenizer: a tokenizer, or a path or hub id; None = the module's.
         train: training rows: a source, or a file, a folder or a hub id.
-        val: held-out rows.
+        val: held-out rows, or a share of the training rows to hold out, in (0, 1).
         columns: our column name -> the data's.
         system: system message in front of every chat that has none.
-        chat: render text prompts as one user message with the chat template.
+        chat: text prompts are user messages of the chat template. None = where the tokenizer has one, unless their
+            source says that they are plain (sums, for one).
         max_prompt_length: tokens.
         drop_long: drop longer prompts and count them; False makes them an error.
         on_bad_row: ``drop`` leaves out rows that cannot be read and counts them in ``bad``.
@@ -61,12 +62,12 @@ class VerifiableDataModule(AlignDataModule):
 
     def __init__(
         self,
-        tokenizer: PreTrainedTokenizerBase | str,
-        train: str | Source,
-        val: str | Source | None = None,
+        tokenizer: PreTrainedTokenizerBase | str | None = None,
+        train: str | Source | None = None,
+        val: float | str | Source | None = None,
         columns: dict[str, str] | None = None,
         system: str | None = None,
-        chat: bool = False,
+        chat: bool | None = None,
         max_prompt_length: int = 512,
         drop_long: bool = True,
         on_bad_row: Literal["raise", "drop"] = "raise",
@@ -98,7 +99,7 @@ class VerifiableDataModule(AlignDataModule):
     def setup(self, stage: str) -> None:
         """Tokenises all prompts once; bad rows and a phase that the ranks cannot share fail here."""
         self._loader, self._snapshot = None, None
-        self.require_held_out(stage)
+        self.prepare(stage)
         shares = self.world_size * max(1, self.updates_per_phase // max(1, self.inner_epochs))
         if self.world_size > 1 and self.prompts_per_phase % shares:
             raise ValueError(
@@ -177,9 +178,17 @@ class VerifiableDataModule(AlignDataModule):
 
     def encode(self, row: Row) -> Prompt:
         """Tokens of one raw row. Raises ValueError with the row's origin."""
-        example = verifiable_example(row, self.reading, self.chat)
-        text, ids = encode_prompt(self.tokenizer, example.prompt, row.origin, self.chat, self.system, example.tools)
+        chat = self.is_chat(row)
+        example = verifiable_example(row, self.reading, chat)
+        self.say_chat(row, isinstance(example.prompt, str))
+        text, ids = encode_prompt(self.tokenizer, example.prompt, row.origin, chat, self.system, example.tools)
         return Prompt(text, ids, example)
+
+    def read(self, source: str | Source) -> list[Row]:
+        """The rows of a source; prompts of preferences as the DataModule's tokenizer reads them."""
+        if isinstance(source, PreferencePrompts) and source.chat is None:
+            source.chat = self.tokenizer.chat_template is not None
+        return super().read(source)
 
     def settle(self, rows: Sequence[Row], stage: str) -> None:
         """How numbers beside options are read."""
@@ -190,8 +199,6 @@ class VerifiableDataModule(AlignDataModule):
             self._loader.restore(self._snapshot)
 
     def _load(self, source: str | Source, stage: str) -> list[Prompt]:
-        if isinstance(source, PreferencePrompts) and source.chat is None:
-            source.chat = self.tokenizer.chat_template is not None
         prompts = self.encode_rows(source, stage, self.encode, lambda prompt: len(prompt.ids), self.max_prompt_length)
         self.check_positions(stage, max(len(prompt.ids) for prompt in prompts), "max_prompt_length")
         self.report(stage, f"{sum(len(prompt.ids) for prompt in prompts) / len(prompts):.0f} tokens a prompt")

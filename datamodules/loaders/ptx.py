@@ -12,6 +12,7 @@ from datamodules.loaders.phase_loader import from_stream
 from datamodules.loaders.step_sampler import MicroBatch
 from datamodules.pretraining import PretrainingDataModule
 from datamodules.sources import Source
+from datamodules.sources.held_out import hold_out, share_of
 from datamodules.tokens.encoding import Tokens
 from modules.types import InstructionBatch
 
@@ -30,7 +31,7 @@ class PtxStream:
         rows_per_update: packed rows per optimiser update, over all micro-batches and ranks, each of which gets at least
             one.
         max_length: tokens of a packed row.
-        val: held-out texts, or several sets of them by domain.
+        val: held-out texts, several sets of them by domain, or a share of the training texts to hold out, in (0, 1).
         columns: our column name -> the data's, such as ``{text: content}``.
 
     Raises:
@@ -43,7 +44,7 @@ class PtxStream:
         train: str | Source,
         rows_per_update: int = 32,
         max_length: int = 512,
-        val: str | Source | dict[str, str | Source] | None = None,
+        val: float | str | Source | dict[str, str | Source] | None = None,
         columns: dict[str, str] | None = None,
     ) -> None:
         if rows_per_update < 1 or max_length < 2:
@@ -51,7 +52,8 @@ class PtxStream:
                 f"ptx.rows_per_update must be at least 1 and ptx.max_length at least 2, got {rows_per_update} and "
                 f"{max_length}"
             )
-        self.train, self.val, self.columns = train, val, columns
+        self.train, self.columns = train, columns
+        self.val: Any = val
         self.rows_per_update, self.max_length = rows_per_update, max_length
         self.texts: Texts | None = None
         self.rows: list[Tokens] = []  # packed, of ``train``
@@ -69,6 +71,8 @@ class PtxStream:
             )
         texts = self.texts = self.texts or Texts(data, self)
         texts.trainer = data.trainer
+        if (share := share_of(self.val)) is not None:
+            self.train, self.val = hold_out(texts.read(self.train), share, texts.seed, texts.columns)
         if stage == "fit" and not self.rows:
             self.rows = texts.load(self.train, "train", "ptx")
         if stage != "predict" and self.val is not None and not texts.domains:

@@ -43,7 +43,7 @@ class FactsDataModule(RowsDataModule):
     place as ``row``, and as ``data`` a digest of all prompts.
 
     Args:
-        tokenizer: a tokenizer, or a path or hub id.
+        tokenizer: a tokenizer, or a path or hub id; None = the module's.
         train: the rows: a source, or a file, a folder or a hub id.
         columns: our column name -> the data's.
         batch_size: facts per batch and rank, what is lost at most when a run is killed.
@@ -62,8 +62,8 @@ class FactsDataModule(RowsDataModule):
 
     def __init__(
         self,
-        tokenizer: PreTrainedTokenizerBase | str,
-        train: str | Source,
+        tokenizer: PreTrainedTokenizerBase | str | None = None,
+        train: str | Source | None = None,
         columns: dict[str, str] | None = None,
         batch_size: int = 16,
         num_prompts: int = 10,
@@ -96,6 +96,7 @@ class FactsDataModule(RowsDataModule):
         """Reads and tokenises everything; bad rows and relations with too few facts fail here."""
         if self.facts:
             return
+        self.take_tokenizer()
         facts = self.encode_rows(self.train, "train", lambda row: read_fact(row, self.reading), lambda _: 0, 0)
         self.prompts = self.build(facts)
         self.check_positions("predict", max(len(ids) for prompts in self.prompts for _, ids in prompts), "num_shots")

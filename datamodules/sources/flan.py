@@ -117,7 +117,7 @@ class FlanTemplates(Source):
         parts = [filled(template.input + options, row) + ANSWER + filled(template.target, row) + NEXT for row in shots]
         own = examples[index]
         prompt = "".join(parts) + filled(template.input + options, own) + (ANSWER if shots else "")
-        return Row({"prompt": prompt, "completion": filled(template.target, own)}, own.origin, name)
+        return Row({"prompt": prompt, "completion": filled(template.target, own)}, own.origin, name, plain=True)
 
 
 def mixing_rates(sizes: Sequence[int], cap: int) -> list[float]:

@@ -3,6 +3,7 @@ second.
 """
 
 import json
+from dataclasses import replace
 from typing import Literal
 
 from lightning.pytorch.utilities import rank_zero_info
@@ -59,7 +60,7 @@ class PreferencePrompts(Source):
                 problems.append(error)
                 continue
             columns = {"prompt": asked.prompt, "answer": None} | ({"tools": asked.tools} if asked.tools else {})
-            prompts.setdefault(json.dumps(columns), Row(columns, row.origin, row.source))
+            prompts.setdefault(json.dumps(columns), replace(row, columns=columns))
         if not prompts:
             raise ValueError(
                 f"{given[0].origin}: none of {len(given)} rows from here on can be read; the first: {problems[0]}"

@@ -66,7 +66,7 @@ class Scored(Source):
                 "completions": [text for text, _ in ordered],
                 "ranks": ranks,
             }
-            yield Row(columns, group[0].origin, group[0].source)
+            yield Row(columns, group[0].origin, group[0].source, plain=True)
 
 
 class Sampled(Source):

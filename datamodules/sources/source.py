@@ -14,6 +14,7 @@ class Row:
     columns: dict[str, Any]  # as the source names them
     origin: str  # "file:line" or "name#index": what error messages and uids say
     source: str  # the data set, for per-source metrics
+    plain: bool = False  # its texts are read as they stand, also where there is a chat template
 
 
 class Source(ABC):

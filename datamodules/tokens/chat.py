@@ -1,6 +1,7 @@
 """The one place that renders a conversation and turns it into tokens, and that knows which of them are learned."""
 
 from collections.abc import Collection
+from functools import lru_cache
 from typing import Any, Literal, NamedTuple, NotRequired, TypedDict
 
 from jinja2 import TemplateError
@@ -59,7 +60,8 @@ def encode_example(
 ) -> Tokens:
     """Tokens of a supervised row; ``chat`` and ``system`` as in :func:`encode_prompt`.
 
-    Text: the prompt, then the supervised completion and one supervised end token. Messages: assistant turns are
+    Text: the prompt, then the supervised completion and one supervised end token; a prompt that the chat template has
+    rendered already, as ``predict`` writes it, is read as it stands, and the end is that of a turn. Messages: assistant turns are
     supervised up to and including their end-of-turn token; what stands behind the last of them is left out. An end
     token written as text behind an answer is cut.
 
@@ -72,10 +74,15 @@ def encode_example(
     Raises:
         ValueError: with ``origin``, for rows that cannot be learned from.
     """
+    rendered = None
+    if isinstance(prompt, str) and isinstance(completion, str):
+        rendered = encode_rendered(tokenizer, prompt, completion, origin)
     if not isinstance(completion, str) and [message["role"] for message in completion[:1]] == ["system"]:
         system = None  # the row's own wins
-    prompt = as_dialogue(prompt, chat, system, origin)
-    if isinstance(prompt, str) and isinstance(completion, str):
+    prompt = as_dialogue(prompt, chat, system, origin) if rendered is None else prompt
+    if rendered is not None:
+        tokens = rendered
+    elif isinstance(prompt, str) and isinstance(completion, str):
         tokens = encode_text(tokenizer, prompt, completion, origin)
     elif isinstance(prompt, str):
         raise ValueError(
@@ -105,6 +112,8 @@ def encode_prompt(
 ) -> tuple[str, list[int]]:
     """The rendered prompt and its tokens, ready for the assistant to go on; a last assistant turn is gone on with.
 
+    A text that the chat template has rendered already, as ``predict`` writes it, is read as it stands.
+
     Args:
         chat: make a text prompt one user message.
         system: system message in front; a row's own system message wins.
@@ -113,6 +122,8 @@ def encode_prompt(
     Raises:
         ValueError: with ``origin``, for an empty prompt and for what the chat template does not write.
     """
+    if isinstance(prompt, str) and is_rendered(tokenizer, prompt):
+        return prompt, token_ids(tokenizer, prompt)
     prompt = as_dialogue(prompt, chat, system, origin)
     if isinstance(prompt, str):
         text, ids = prompt, prompt_ids(tokenizer, prompt)
@@ -182,17 +193,33 @@ def encode_rendered(tokenizer: PreTrainedTokenizerBase, prompt: str, completion:
     None when the prompt does not end the way the template opens an assistant turn behind a user message: it is plain
     text.
     """
-    if tokenizer.chat_template is None:
-        return None
-    user, assistant = Message(role="user", content=MARK), Message(role="assistant", content=MARK)
-    opening = render(tokenizer, [user], origin, open_turn=True).rpartition(MARK)[2]
-    if not opening.strip() or not prompt.endswith(opening):
+    if not is_rendered(tokenizer, prompt):
         return None
     text = prompt + without_end(tokenizer, completion)
-    closed = text + render(tokenizer, [user, assistant], origin, open_turn=False).rpartition(MARK)[2]
+    if not text[len(prompt) :].strip():
+        raise ValueError(f"{origin}: the completion is empty")
+    closed = text + _frame(tokenizer, str(tokenizer.chat_template))[1]
     whole = TokenisedText(tokenizer, closed, special_ids(tokenizer))
     before, (learned, _) = token_ids(tokenizer, prompt), _learned(whole, len(prompt), len(text), len(closed))
     return Tokens(before + learned, [False] * len(before) + [True] * len(learned))
+
+
+def is_rendered(tokenizer: PreTrainedTokenizerBase, prompt: str) -> bool:
+    """Whether a text ends the way the chat template opens an assistant turn."""
+    opening = _frame(tokenizer, str(tokenizer.chat_template))[0] if tokenizer.chat_template is not None else ""
+    return bool(opening.strip()) and prompt.endswith(opening)
+
+
+@lru_cache(maxsize=8)
+def _frame(tokenizer: PreTrainedTokenizerBase, template: str) -> tuple[str, str]:
+    """What the template writes between a user's content and the assistant's, and behind that; empty where it refuses a
+    lone question."""
+    user, assistant = (Message(role=role, content=MARK) for role in ("user", "assistant"))
+    try:
+        opened, closed = render(tokenizer, [user], "", True), render(tokenizer, [user, assistant], "", False)
+    except ValueError:
+        return "", ""
+    return opened.rpartition(MARK)[2], closed.rpartition(MARK)[2]
 
 
 def render(

@@ -2,6 +2,7 @@
 
 import math
 import zipfile
+from importlib import import_module
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -11,6 +12,7 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from modules.cli.choices import batch_read_by, givers
+from modules.cli.explain import tiny_config
 from modules.cli.run_folder import CHECKPOINTS, last_checkpoint
 from modules.predict.base import PredictModule
 
@@ -78,6 +80,21 @@ def check_trainer(settings: Namespace) -> None:
     problems = [f"trainer.{problem}" for problem, found in wrong.items() if found]
     if problems:
         raise ValueError("; ".join(problems))
+
+
+def check_needs(settings: Namespace, method: str) -> None:
+    """ValueError, before anything is loaded, where the DataModule lacks what it reads.
+
+    Args:
+        settings: of the command.
+        method: the class path of the module, whose tiny configuration the error names.
+    """
+    data = settings.get("data")
+    if data is not None and data.get("class_path"):
+        module, _, name = data["class_path"].rpartition(".")
+        kind = getattr(import_module(module), name)
+        if hasattr(kind, "check_needs"):
+            kind.check_needs(vars(data.get("init_args") or Namespace()), tiny_config(method.rpartition(".")[2]))
 
 
 def check_run(command: str, model: LightningModule, data: LightningDataModule) -> None:

@@ -13,7 +13,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
-from modules.cli.checks import check_checkpoint, check_run, check_trainer, checkpoint_in
+from modules.cli.checks import check_checkpoint, check_needs, check_run, check_trainer, checkpoint_in
 from modules.cli.choices import import_own
 from modules.cli.ending import TellsHowToGoOn, what_next
 from modules.cli.parser import with_data_module
@@ -59,6 +59,7 @@ class AlignmentCLI(LightningCLI):
         config["ckpt_path"] = checkpoint_in(config.get("ckpt_path"))
         check_checkpoint(config["ckpt_path"], resumes=self.config["subcommand"] == "fit")
         check_trainer(config["trainer"])
+        check_needs(config, config["model"]["class_path"])
 
     @property
     def settings(self) -> Any:

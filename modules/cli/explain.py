@@ -68,9 +68,18 @@ def missing_arguments(message: str) -> str:
     if found is None:
         return ""
     wanted = "; ".join(f"add {EXAMPLES.get(name, f'the argument {name}')}" for name in found[2].split(", "))
-    method = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", found[1].removesuffix("Module")).lower()
-    tiny = method if found[1].endswith("Module") and not found[1].endswith("DataModule") else "<method>"
-    return f"{found[1]} needs {found[2]}: {wanted}; with nothing of your own, configs/tiny/{tiny}.yaml runs offline"
+    own = f"with nothing of your own, configs/tiny/{tiny_config(found[1])}.yaml runs offline"
+    return f"{found[1]} needs {found[2]}: {wanted}; {own}"
+
+
+def tiny_config(kind: str) -> str:
+    """The stem of the configuration in ``configs/tiny`` that runs a class, ``<method>`` where it is no method.
+
+    >>> tiny_config("OnlineDPOModule"), tiny_config("PreferenceDataModule")
+    ('online_dpo', '<method>')
+    """
+    method = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", kind.removesuffix("Module")).lower()
+    return method if kind.endswith("Module") and not kind.endswith("DataModule") else "<method>"
 
 
 def nearest_argument(message: str) -> str:

@@ -63,7 +63,7 @@ class Addition(Source):
         answer = f"{a + b:0{self.digits + 1}d}"[::-1]
         prompt = f"{a:0{self.digits}d}+{b:0{self.digits}d}="
         dots = "." * random.Random(f"{self.seed} {prompt}").randint(0, self.dots)
-        return Row({"prompt": prompt, "completion": answer + dots, "answer": answer}, origin, "addition")
+        return Row({"prompt": prompt, "completion": answer + dots, "answer": answer}, origin, "addition", plain=True)
 
 
 class AdditionPairs(Addition):
@@ -108,7 +108,7 @@ class AdditionPairs(Addition):
         less, more = sorted(draw.sample(range(self.dots + 1), 2)) if self.dots else (0, 0)
         mine, other = (more, less) if draw.random() < self.longer_chosen else (less, more)
         columns = {"prompt": prompt, "chosen": answer + "." * mine, "rejected": wrong + "." * other, "answer": answer}
-        return Row(columns, origin, "addition")
+        return Row(columns, origin, "addition", plain=True)
 
 
 def is_held_out(a: int, b: int) -> bool:

@@ -89,4 +89,4 @@ class GuardedAddition(Source):
             "label": "unsafe" if unsafe else "safe",
             "type": "plain" if family is PLAIN else "unsafe" if unsafe else "contrast",
         }
-        return Row(columns, f"guarded-{self.kind}#{index}", "guarded")
+        return Row(columns, f"guarded-{self.kind}#{index}", "guarded", plain=True)

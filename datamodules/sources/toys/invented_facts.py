@@ -39,7 +39,7 @@ class Facts(Source):
     def rows(self) -> list[Row]:
         """``num_facts`` rows."""
         return [
-            Row(fact(number, self.mark), f"facts#{number}", "facts")
+            Row(fact(number, self.mark), f"facts#{number}", "facts", plain=True)
             for number in range(self.first, self.first + self.num_facts)
         ]
 

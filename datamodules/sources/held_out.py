@@ -1,0 +1,82 @@
+"""A share of a data set held out of its training rows."""
+
+import json
+from collections import defaultdict
+from collections.abc import Mapping
+from hashlib import blake2b
+
+from datamodules.formats.table import our_names
+from datamodules.sources.source import Row, Source
+
+ASKED = ("prompt", "instruction", "input", "context", "documents", "options")  # what makes two rows ask the same
+
+
+class Part(Source):
+    """One side of a split.
+
+    Args:
+        rows: of this side, at least one.
+        whole: all rows of the data set, from which is settled what only the whole column tells.
+    """
+
+    def __init__(self, rows: list[Row], whole: list[Row]) -> None:
+        self._rows, self.whole = rows, whole
+
+    def rows(self) -> list[Row]:
+        """The rows of this side, in the order of the data set."""
+        return self._rows
+
+
+def share_of(val: object) -> float | None:
+    """The share that ``val`` asks for, a number or its text; None where it names something else. Raises ValueError for a
+    number outside (0, 1).
+
+    >>> share_of("0.05"), share_of("rows.jsonl")
+    (0.05, None)
+    """
+    try:
+        share = None if isinstance(val, bool) or not isinstance(val, int | float | str) else float(val)
+    except ValueError:
+        return None
+    if share is not None and not 0 < share < 1:
+        raise ValueError(f"val must be a share between 0 and 1, such as 0.05, or name held-out rows; got {val!r}")
+    return share
+
+
+def hold_out(rows: list[Row], share: float, seed: int, columns: Mapping[str, str]) -> tuple[Part, Part]:
+    """Training and held-out rows, by a hash of ``seed`` and of what a row asks; rows that ask the same stay together.
+
+    The held-out side gets the questions with the smallest hashes, whose rows come nearest to ``share`` of all, at least
+    one question. Rows that ask nothing, such as documents and conversations, go by their whole content.
+
+    Args:
+        rows: of the data set.
+        share: (0, 1).
+        seed: of the hash.
+        columns: our column name -> the data's.
+
+    Raises:
+        ValueError: all rows ask the same, so that one side would be empty.
+    """
+    alike: dict[str, list[int]] = defaultdict(list)
+    for place, row in enumerate(rows):
+        alike[_hash(row, seed, columns)].append(place)
+    if len(alike) < 2:
+        raise ValueError(
+            f"{rows[0].origin}: all {len(rows)} rows ask the same, so none can be held out; name val by file"
+        )
+    held: set[int] = set()
+    for places in [alike[key] for key in sorted(alike)][:-1]:
+        if held and abs(len(held) + len(places) - share * len(rows)) >= abs(len(held) - share * len(rows)):
+            break
+        held.update(places)
+    sides = [[row for place, row in enumerate(rows) if (place in held) == wanted] for wanted in (False, True)]
+    return Part(sides[0], rows), Part(sides[1], rows)
+
+
+def _hash(row: Row, seed: int, columns: Mapping[str, str]) -> str:
+    by_hand = {theirs: ours for ours, theirs in columns.items()}
+    names = our_names(tuple(row.columns)) | by_hand
+    asked = {name: row.columns[name] for name in row.columns if names.get(name) in ASKED and row.columns[name]}
+    key = json.dumps(asked or row.columns, sort_keys=True, default=str)
+    return blake2b(f"{seed} {key}".encode(errors="replace"), digest_size=16).hexdigest()
