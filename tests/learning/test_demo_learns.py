@@ -17,7 +17,7 @@ from modules.__main__ import main  # noqa: E402
 def test_the_demo_learns(tmp_path: Path, seed: int, numerics: str) -> None:
     before, after = run_demo(tmp_path, seed, numerics, "--trainer.max_epochs=75")  # half of it, up to the first checkpoint
     assert 0.5 <= before <= 0.75
-    assert after >= 0.78
+    assert after >= 0.75
 
 
 def test_a_warm_up_that_does_not_reach_its_bound_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
