@@ -19,7 +19,7 @@ def test_the_demo_learns(tmp_path: Path, seed: int, numerics: str) -> None:
         tmp_path, seed, numerics, "--trainer.max_epochs=75"
     )  # half of it, up to the first checkpoint
     assert 0.5 <= before <= 0.75
-    assert after >= 0.78
+    assert after >= 0.75
 
 
 def test_a_warm_up_that_does_not_reach_its_bound_fails(
