@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from datamodules.formats.preference_columns import preference_example
 from lightning.pytorch import Trainer
 
 from callbacks.writers.preference_writer import PreferenceWriter
+from datamodules.formats.preference_shapes import preference_example
+from datamodules.formats.reading import Reading
 from datamodules.predict.candidates import CandidatesDataModule
 from datamodules.sources import Files
 from modules import RewardModule
@@ -51,7 +52,7 @@ def test_a_rule_ranks(tmp_path: Path) -> None:
     ]
     # of the given labels 2 and 1 the second is found again
     assert report == {"comparisons": 0, "invalid": 1, "ties": 1, "rows": 3, "given": 2, "agreement": 0.5}
-    examples = [preference_example(row, {}) for row in Files(str(tmp_path / "out.jsonl")).rows()]
+    examples = [preference_example(row, Reading("preference")) for row in Files(str(tmp_path / "out.jsonl")).rows()]
     assert [example and example.ranks for example in examples] == [[1, 0, 0], None, [0, 1]]
 
 

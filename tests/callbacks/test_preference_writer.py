@@ -14,10 +14,11 @@ from typing import Any
 
 import pytest
 import yaml
-from datamodules.formats.preference_columns import preference_example
 from lightning.pytorch import Trainer
 
 from callbacks.writers.preference_writer import PreferenceWriter
+from datamodules.formats.preference_shapes import preference_example
+from datamodules.formats.reading import Reading
 from datamodules.predict.candidates import CandidatesDataModule
 from datamodules.sources import Files
 from modules import SFTModule
@@ -87,7 +88,7 @@ def test_rows_a_report_and_nothing_else(tmp_path: Path, chat_server: Any, rules:
     said = "7 rows, 2 ties, 0 invalid left out, position bias +0.00, agreement 0.29 with 7 given labels, cost 1.40"
     assert f"labels: {file}: {said}" in caplog.text
     assert sorted(path.name for path in file.parent.iterdir()) == ["out.jsonl", "out.jsonl.report.json"]
-    examples = [preference_example(row, {}) for row in Files(str(file)).rows()]
+    examples = [preference_example(row, Reading("preference")) for row in Files(str(file)).rows()]
     assert [example and example.ranks for example in examples] == [[1, 0], None, [0, 1], [1, 0], None, [0, 1], [1, 0]]
 
 

@@ -212,8 +212,8 @@ def test_what_cannot_be_rendered_is_refused_by_name(tmp_path: Path, name: str) -
             with pytest.raises(
                 ValueError, match=f"column '{column}' cannot be written into a plain text prompt; set data.chat"
             ):
-                read(path)
-            assert read(path, columns={column: ""}) if read is not mixed else True  # the way out
+                read(path, chat=False)
+            assert read(path, chat=False, columns={column: ""}) if read is not mixed else True  # the way out
 
 
 def test_a_rows_own_system_message_wins(tmp_path: Path) -> None:
@@ -450,7 +450,7 @@ def test_shapes_that_are_refused_name_their_columns(tmp_path: Path) -> None:
 def test_prompts_and_answers_without_a_mapping(
     tmp_path: Path, row: dict[str, Any], prompt: str | None, answer: Any
 ) -> None:
-    data = VerifiableDataModule(tokenizer(), write(tmp_path, "jsonl", row))
+    data = VerifiableDataModule(tokenizer(), write(tmp_path, "jsonl", row), chat=False)
     data.setup("fit")
     (found,) = data.train_prompts
     assert found.example.answer == answer and (prompt is None or found.text == prompt)
@@ -489,7 +489,7 @@ def test_a_mapping_has_an_effect_or_is_refused(tmp_path: Path) -> None:
     ):
         grpo(path, columns={"margin": "x"})
     data = VerifiableDataModule(
-        tokenizer(), write(tmp_path, "jsonl", {"q": "a", "prompt": "b"}), columns={"prompt": "q"}
+        tokenizer(), write(tmp_path, "jsonl", {"q": "a", "prompt": "b"}), columns={"prompt": "q"}, chat=False
     )
     data.setup("fit")
     assert data.train_prompts[0].text == "a" and "`prompt`: not read ('q' is mapped to prompt)" in data.reading.line()
@@ -502,7 +502,7 @@ def test_the_line_says_what_became_of_every_column_and_row(tmp_path: Path, caplo
     ]
     with caplog.at_level("INFO"):
         InstructionDataModule(
-            tokenizer(), write(tmp_path, "jsonl", *rows, {**rows[0], "response": 5}), max_length=20, on_bad_row="drop"
+            tokenizer(), write(tmp_path, "jsonl", *rows, {**rows[0], "response": 5}), max_length=20, on_bad_row="drop", chat=False
         ).setup("fit")
     (line,) = [record.getMessage() for record in caplog.records if record.getMessage().startswith("train: ")]
     assert line.startswith("train: prompt + completion; `question` -> prompt, `response` -> completion; ")
