@@ -78,7 +78,7 @@ def test_long_prompts_are_dropped_and_counted_by_default(tmp_path, run, caplog):
     file = tmp_path / "long.jsonl"
     file.write_text(f"{GOOD}\n{LONG}\n" + GOOD.replace("1+1", "1+2"))
     run("grpo", "--data.train", str(file), "--data.val", "null", *FEW)
-    assert "1 dropped as too long" in caplog.text
+    assert "3 rows in = 2 used + 1 too long" in caplog.text
 
 
 @pytest.mark.parametrize("in_yaml", [False, True])
@@ -91,7 +91,7 @@ def test_a_data_file_stays_a_path(tmp_path, monkeypatch, run, caplog, name, text
     Path(name).write_text(text)
     Path("more.yaml").write_text(f"data: {{init_args: {{train: {name}, val: null}}}}\n")
     run("grpo", *(["--config", "more.yaml"] if in_yaml else ["--data.train", name, "--data.val", "null"]), *FEW)
-    assert "train: 1 rows" in caplog.text
+    assert "1 rows in = 1 used" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_a_data_file_stays_a_path(tmp_path, monkeypatch, run, caplog, name, text
     [
         (["--data.train", "absent.jsonl"], "absent.jsonl: no such file or folder"),
         (["--model.policy", "absent.gguf"], "no GGUF file at 'absent.gguf'"),
-        (["--model.policy", "./nowhere"], "'./nowhere' is not 'tiny', a Hugging Face model folder"),
+        (["--model.policy", "./nowhere"], "'./nowhere' is not 'tiny', 'tiny-addition', a Hugging Face model folder"),
         (
             ["--model.num_generation", "4"],
             "GRPOModule': Option 'num_generation' is not accepted; did you mean num_generations",
