@@ -48,8 +48,12 @@ def test_out_holds_all_of_a_run_and_a_second_run_leaves_it_alone(capsys, caplog)
     config = yaml.safe_load(Path("mine/first-2/config.yaml").read_text())
     assert (config["out"], config["seed_everything"]) == ("mine/first-2", 1)
 
+    assert re.search(r"^step 1 of 12: loss [\d.]+, \d+ s left$", said, flags=re.MULTILINE)  # no terminal, so no bar
+    assert re.search(r"^validation at step 6: val/loss [\d.]+", said, flags=re.MULTILINE)
     ending = said.splitlines()[-3:]
-    assert re.match(r"step 12: val/mean_token_accuracy [\d.]+, val/loss [\d.]+, .*; model: mine/first/export$", ending[0])
+    assert re.match(
+        r"step 12: val/mean_token_accuracy [\d.]+, val/loss [\d.]+, .*; model: mine/first/export$", ending[0]
+    )
     ask, curves = (line.partition(": ")[2] for line in ending[1:])
     assert ask.endswith("-m modules chat --policy mine/first/export --form text")
     assert curves.endswith("-m tensorboard.main --logdir mine/first")
