@@ -14,6 +14,7 @@ from modules.cli.parser import Parser, read_old_names, refuse
 from modules.cli.renamed import renew
 from modules.cli.run_folder import SaveConfig
 
+DESCRIPTION = "Post-training of language models. To ask a model: python -m modules chat --policy FOLDER"
 BANNERS = ("GPU available", "TPU available", "HPU available", "\N{ELECTRIC LIGHT BULB} Tip")
 QUIET = (
     ".*does not have many workers.*",
@@ -53,7 +54,7 @@ def main(args: list[str] | None = None) -> None:
                 auto_configure_optimizers=False,
                 load_from_checkpoint_support=False,
                 parser_class=Parser,
-                parser_kwargs={"allow_abbrev": False, "prog": "python -m modules"},
+                parser_kwargs={"allow_abbrev": False, "prog": "python -m modules", "description": DESCRIPTION},
                 save_config_kwargs={"overwrite": True},
                 args=given,
             )

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from modules.cli.choices import batch_read_by, givers
 from modules.cli.explain import tiny_config
-from modules.cli.run_folder import CHECKPOINTS, last_checkpoint
+from modules.cli.run_folder import CHECKPOINTS, find_last_checkpoint
 from modules.predict.base import PredictModule
 
 NEEDED = {
@@ -28,7 +28,7 @@ def checkpoint_in(path: str | None) -> str | None:
     """The path, or the last checkpoint of the run whose folder it is. Raises ValueError for a run without one."""
     if path is None or not (Path(path) / CHECKPOINTS).is_dir():
         return path
-    found = last_checkpoint(Path(path))
+    found = find_last_checkpoint(Path(path))
     if found is None:
         raise ValueError(f"ckpt_path: the run in '{path}' has written no checkpoint")
     return str(found)

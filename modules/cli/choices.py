@@ -52,7 +52,7 @@ def givers(batch_type: type) -> list[str]:
     return [choice.__name__ for choice in CHOICES if getattr(choice, "batch_type", None) is batch_type]
 
 
-def usual_data(method: type[LightningModule]) -> str | None:
+def choose_data(method: type[LightningModule]) -> str | None:
     """The DataModule of a method where none is named: the first that can train it; None for a method that only
     predicts.
     """

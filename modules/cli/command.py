@@ -15,10 +15,17 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from modules.cli.checks import check_checkpoint, check_needs, check_run, check_trainer, checkpoint_in
 from modules.cli.choices import import_own
-from modules.cli.ending import TellsHowToGoOn, what_next
+from modules.cli.ending import TellsHowToGoOn, write_ending
 from modules.cli.parser import with_data_module
 from modules.cli.progress import StepLines
-from modules.cli.run_folder import CHECKPOINTS, KeepsFolder, RunFolder, goes_on_in, last_checkpoint, usual_folder
+from modules.cli.run_folder import (
+    CHECKPOINTS,
+    KeepsFolder,
+    RunFolder,
+    choose_folder,
+    find_last_checkpoint,
+    find_own_run,
+)
 
 Kind = Literal["tensorboard", "csv", "wandb"]
 Export: Any = vars(import_own("callbacks"))["Export"]
@@ -86,8 +93,8 @@ class AlignmentCLI(LightningCLI):
             raise ValueError(f"out '{out}' and trainer.default_root_dir '{trainer['default_root_dir']}': leave one out")
         if out is None and (trainer["logger"] is not None or trainer["default_root_dir"] is not None):
             return None
-        path = Path(out) if out is not None else usual_folder(type(self.model).__name__)
-        same = goes_on_in(path, self.settings["ckpt_path"])
+        path = Path(out) if out is not None else choose_folder(type(self.model).__name__)
+        same = find_own_run(path, self.settings["ckpt_path"])
         if self.subcommand == "fit" and not trainer["fast_dev_run"]:
             return RunFolder(same or path, resumes=same is not None)
         return same or path
@@ -148,7 +155,7 @@ class AlignmentCLI(LightningCLI):
             rank_zero_info(f"weights: {checkpoint}{step}")
         elif type(self.model).training_step is not LightningModule.training_step:
             policy, out = self.settings["model"]["init_args"].get("policy"), self.settings["out"]
-            trained = out is not None and last_checkpoint(Path(out)) is not None
+            trained = out is not None and find_last_checkpoint(Path(out)) is not None
             hint = f"; those that the run in {out} trained: --ckpt_path {out}" if trained else ""
             rank_zero_info(f"weights: '{policy}', as model.policy names them, without training by this run{hint}")
 
@@ -158,7 +165,7 @@ class AlignmentCLI(LightningCLI):
         exports = [callback for callback in self.trainer.callbacks if isinstance(callback, Export)]  # type: ignore[attr-defined]
         if not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             looks = [callback for callback in self.trainer.callbacks if isinstance(callback, TellsHowToGoOn)]  # type: ignore[attr-defined]
-            for line in what_next(self.trainer, exports[-1].folder if exports else None, looks[0].form):
+            for line in write_ending(self.trainer, exports[-1].folder if exports else None, looks[0].form):
                 print(line, flush=True)
 
 

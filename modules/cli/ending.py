@@ -6,15 +6,19 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 
-from modules.cli.progress import numbers
+from modules.cli.progress import show_numbers
 from modules.cli.run_folder import CHECKPOINTS
 from modules.cli.words import command, from_here
 from modules.stopping import StopTogether
 
-SHOWN = 6  # numbers on the first line
+SHOWN = 6  # numbers on the first line, in this order
+HEADLINES = (
+    *("pass@1", "greedy_accuracy", "reward", "rewards/accuracies", "accuracy", "mean_token_accuracy", "loss"),
+    *("objective/kl", "kl", "entropy"),
+)
 
 
-def what_next(trainer: Trainer, export: Path | None, form: str | None = None) -> list[str]:
+def write_ending(trainer: Trainer, export: Path | None, form: str | None = None) -> list[str]:
     """Three lines: results and export, how to ask the model, how to see the curves.
 
     Args:
@@ -24,9 +28,10 @@ def what_next(trainer: Trainer, export: Path | None, form: str | None = None) ->
     """
     logged = {name: value for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
     logged = logged or {name: value for name, value in trainer.logged_metrics.items() if name.startswith("train/")}
-    shown: dict[str, Any] = dict(sorted(logged.items(), key=lambda item: (rank(item[0]), item[0]))[:SHOWN])
+    known = {name: value for name, value in logged.items() if name.partition("/")[2] in HEADLINES} or logged
+    shown: dict[str, Any] = dict(sorted(known.items(), key=lambda item: rank(item[0]))[:SHOWN])
     where = f"model: {from_here(export)}" if export else "no model exported: list Export in trainer.callbacks"
-    lines = [f"step {trainer.global_step}: {numbers(shown) or 'nothing logged'}; {where}"]
+    lines = [f"step {trainer.global_step}: {show_numbers(shown) or 'nothing logged'}; {where}"]
     if export:
         lines.append(f"ask it: {command('chat', '--policy', export, *(['--form', form] if form else []))}")
     folder = next((logger.save_dir for logger in trainer.loggers if logger.save_dir), None)
@@ -37,7 +42,7 @@ def what_next(trainer: Trainer, export: Path | None, form: str | None = None) ->
     return lines
 
 
-def form_of(text: str, tokenizer: Any) -> str | None:
+def find_form(text: str, tokenizer: Any) -> str | None:
     """How the prompt in a rendered row was written, as ``chat`` must write it too; None where that is its default."""
     if "### Instruction:" in text:
         return "alpaca"
@@ -62,7 +67,7 @@ class TellsHowToGoOn(Callback):
             ids = next((batch[name] for name in ("prompt_ids", "input_ids") if name in batch), None)
             if ids is not None:
                 tokenizer: Any = pl_module.tokenizer
-                self.form = form_of(str(tokenizer.decode(ids[0])), tokenizer)
+                self.form = find_form(str(tokenizer.decode(ids[0])), tokenizer)
 
     @rank_zero_only
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -78,8 +83,7 @@ class TellsHowToGoOn(Callback):
             print(f"go on: the same command with --ckpt_path {from_here(saved)}", flush=True)
 
 
-def rank(name: str) -> int:
-    """Which numbers come first: what is right, rewards, then the loss."""
-    wanted = ("pass@1", "reward", "accuracy", "rewards/accuracies", "loss")
+def rank(name: str) -> tuple[int, str]:
+    """Which numbers come first."""
     short = name.partition("/")[2]
-    return wanted.index(short) if short in wanted else len(wanted)
+    return (HEADLINES.index(short) if short in HEADLINES else len(HEADLINES)), name

@@ -14,7 +14,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from modules.cli.choices import NAMES, usual_data
+from modules.cli.choices import NAMES, choose_data
 from modules.cli.explain import did_you_mean, missing_arguments, nearest_argument, sentence, taken_name
 from modules.cli.renamed import renew
 from modules.rewards.function import as_reward
@@ -37,18 +37,18 @@ def build(kind: type, /, *args: Any, **kwargs: Any) -> Any:
     """
     try:
         for name, value in kwargs.items():
-            if any(isinstance(part, FunctionType) for part in parts_of(value)) and takes_reward(kind, name):
+            if any(isinstance(part, FunctionType) for part in walk(value)) and takes_reward(kind, name):
                 kwargs[name] = as_reward(value)
         return kind(*args, **kwargs)
     except (ValueError, ImportError, OSError, MisconfigurationException) as error:
         refuse(error)
 
 
-def parts_of(value: Any) -> Iterator[Any]:
+def walk(value: Any) -> Iterator[Any]:
     """The value, or what a list or dict holds."""
     if isinstance(value, list | dict):
         for part in value.values() if isinstance(value, dict) else value:
-            yield from parts_of(part)
+            yield from walk(part)
     else:
         yield value
 
@@ -114,8 +114,10 @@ def with_data_module(args: list[str]) -> list[str]:
     method = class_named("model", args)
     if named is not None or not asked or method is None:
         return args
-    kind = next((kind for kind in subclasses(LightningModule) if method in (kind.__name__, path_of(kind))), None)
-    data = kind and usual_data(kind)
+    kind = next(
+        (kind for kind in subclasses(LightningModule) if method in (kind.__name__, write_class_path(kind))), None
+    )
+    data = kind and choose_data(kind)
     if data is None:
         raise ValueError(f"no DataModule is named, and {method} has no usual one: add --data and its class name")
     return [*args[: asked[0]], f"--data={data}", *args[asked[0] :]]
@@ -145,6 +147,6 @@ def subclasses(kind: type[Any]) -> Iterator[type[Any]]:
         yield from subclasses(derived)
 
 
-def path_of(kind: type) -> str:
+def write_class_path(kind: type) -> str:
     """The shortest path that a configuration may name a class of ours by."""
     return f"{kind.__module__.split('.')[0]}.{kind.__name__}"

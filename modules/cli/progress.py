@@ -44,22 +44,22 @@ class StepLines(ProgressBar):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """A line, if it is time."""
-        now, step, total = time.monotonic(), trainer.global_step, steps(trainer)
+        now, step, total = time.monotonic(), trainer.global_step, count_steps(trainer)
         if (batch_idx + 1) % trainer.accumulate_grad_batches and not trainer.is_last_batch:
             return
         if self._enabled and (now - self._said >= self.seconds or step == total):
             self._said = now
             left = ""
             if math.isfinite(total) and step > self._first_step:
-                left = f", {duration((now - self._start) / (step - self._first_step) * (total - step))} left"
+                left = f", {show_duration((now - self._start) / (step - self._first_step) * (total - step))} left"
             of = f" of {total:.0f}" if math.isfinite(total) else ""
-            self.print(f"step {step}{of}: {numbers(self.get_metrics(trainer, pl_module))}{left}")
+            self.print(f"step {step}{of}: {show_numbers(self.get_metrics(trainer, pl_module))}{left}")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The validation's numbers, within a fit; Lightning prints those of ``validate``."""
         values = {name: value for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
         if self._enabled and trainer.state.fn == "fit" and not trainer.sanity_checking and values:
-            self.print(f"validation at step {trainer.global_step}: {numbers(values)}")
+            self.print(f"validation at step {trainer.global_step}: {show_numbers(values)}")
 
     def on_predict_batch_end(
         self,
@@ -93,7 +93,7 @@ class StepLines(ProgressBar):
             self.print(f"{what}: batch {batch_idx + 1}" + (f" of {total:.0f}" if math.isfinite(total) else ""))
 
 
-def steps(trainer: Trainer) -> float:
+def count_steps(trainer: Trainer) -> float:
     """Optimiser steps of the whole fit, infinite where nothing limits it."""
     epochs = math.inf if trainer.max_epochs in (None, -1) else float(trainer.max_epochs or 0)
     limit = math.inf if trainer.max_steps == -1 else float(trainer.max_steps)
@@ -103,12 +103,12 @@ def steps(trainer: Trainer) -> float:
     return min(limit, epochs * in_epoch)
 
 
-def numbers(metrics: dict[str, Any]) -> str:
+def show_numbers(metrics: dict[str, Any]) -> str:
     """``loss 0.512, reward 0.25``."""
     return ", ".join(f"{name} {float(value):.4g}" for name, value in metrics.items() if name != "v_num")
 
 
-def duration(seconds: float) -> str:
+def show_duration(seconds: float) -> str:
     """``40 s``, ``12 min`` or ``3.5 h``."""
     if seconds < 100:
         return f"{seconds:.0f} s"

@@ -17,24 +17,24 @@ HELD = ("config.yaml", CHECKPOINTS, "export")  # one of these says that a folder
 SHARED = "LIGHTNING_ALIGN_OUT"  # environment variable: the folder, for the processes that this one starts
 
 
-def usual_folder(method: str) -> Path:
+def choose_folder(method: str) -> Path:
     """Where a run goes that names no folder.
 
-    >>> usual_folder("OnlineDPOModule").as_posix()
+    >>> choose_folder("OnlineDPOModule").as_posix()
     'runs/online_dpo'
     """
     name = method.rpartition(".")[2].removesuffix("Module")
     return Path("runs") / re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
 
 
-def last_checkpoint(folder: Path) -> Path | None:
+def find_last_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint of a run's folder, ``last.ckpt`` before all others."""
     found = sorted((folder / CHECKPOINTS).glob("*.ckpt"), key=lambda path: (path.stat().st_mtime, path.name))
     last = folder / CHECKPOINTS / "last.ckpt"
     return last if last in found else next(reversed(found), None)
 
 
-def goes_on_in(out: Path, checkpoint: str | None) -> Path | None:
+def find_own_run(out: Path, checkpoint: str | None) -> Path | None:
     """The folder of the run that a checkpoint is of, if that run was named ``out``; None for a checkpoint of another
     run, from which a new one branches off.
     """
@@ -69,7 +69,7 @@ class RunFolder:
             self.path = Path(os.environ.get(SHARED, out))
             return
         fixed = resumes or int(os.environ.get("WORLD_SIZE", 1)) > 1
-        self.path = next(folder for folder in ([out] if fixed else names(out)) if self._take(folder, resumes, fixed))
+        self.path = next(folder for folder in ([out] if fixed else count_up(out)) if self._take(folder, resumes, fixed))
         os.environ[SHARED] = str(self.path)
         if self.path != out:
             rank_zero_info(f"out: {out} holds a run; this one goes to {self.path}")
@@ -122,7 +122,7 @@ def is_there(file: TextIO) -> bool:
     return path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())
 
 
-def names(out: Path) -> Iterator[Path]:
+def count_up(out: Path) -> Iterator[Path]:
     """``out``, ``out-2``, ``out-3`` and so on."""
     yield out
     number = 2

@@ -78,7 +78,7 @@ def test_long_prompts_are_dropped_and_counted_by_default(tmp_path, run, caplog):
     file = tmp_path / "long.jsonl"
     file.write_text(f"{GOOD}\n{LONG}\n" + GOOD.replace("1+1", "1+2"))
     run("grpo", "--data.train", str(file), "--data.val", "null", *FEW)
-    assert "= 2 used + 1 too long" in caplog.text
+    assert "3 rows in = 2 used + 1 too long" in caplog.text
 
 
 @pytest.mark.parametrize("in_yaml", [False, True])
@@ -210,7 +210,9 @@ def test_only_classes_that_can_be_made_are_suggested(refusal):
 def test_rows_beyond_the_models_positions_are_named_before_the_first_step(tmp_path, refusal):
     file = tmp_path / "long.jsonl"
     file.write_text(json.dumps({"prompt": "a" * 1100, "completion": "b"}))
-    said = refusal("sft", "--data.train", str(file), "--data.val", "null", "--data.max_length", "2048", "--data.chat", "false")
+    said = refusal(
+        "sft", "--data.train", str(file), "--data.val", "null", "--data.max_length", "2048", "--data.chat", "false"
+    )
     assert "the longest train row has 1102 tokens, but the model has only 1024 positions: lower data.max_length" in said
 
 

@@ -21,6 +21,8 @@ QUICK = [
     "--data.val",
     "null",
 ]
+EVERY_100 = ["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.every_n_train_steps=100"]
+EVERY_100 += [f"--trainer.callbacks.{setting}" for setting in ("save_last=true", "enable_version_counter=false")]
 SHORT = [*QUICK, "--data.train.num_examples", "40", "--trainer.max_epochs", "1"]
 
 
@@ -45,7 +47,7 @@ def test_predict_writes_every_scored_completion():
     assert all(0 < row["num_tokens"] <= 8 for row in rows)
 
 
-def test_a_second_run_replaces_the_last_checkpoint():
+def test_a_second_run_leaves_the_last_checkpoint_of_the_first():
     for seed in ("1", "2"):
         shipped(
             "fit",
@@ -58,7 +60,8 @@ def test_a_second_run_replaces_the_last_checkpoint():
             "--seed_everything",
             seed,
         )
-    assert [path.name for path in Path("runs/grpo/checkpoints").iterdir()] == ["last.ckpt"]
+    for folder in ("runs/grpo", "runs/grpo-2"):
+        assert [path.name for path in Path(folder, "checkpoints").iterdir()] == ["last.ckpt"]
 
 
 def test_the_config_is_that_of_the_last_run_that_began(capsys):
@@ -101,7 +104,7 @@ def test_a_saved_config_runs_again():
 @pytest.mark.parametrize(
     ("method", "kind", "killed", "left", "small"),
     [
-        ("sft", SFTModule, 102, 100, ["--data.batch_size", "1", "--data.train.num_examples", "60"]),
+        ("sft", SFTModule, 102, 100, ["--data.batch_size", "1", "--data.train.num_examples", "60", *EVERY_100]),
         ("grpo", GRPOModule, 12, 10, ["--data.prompts_per_phase", "2", "--model.num_generations", "2"]),
     ],
 )

@@ -83,7 +83,7 @@ def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 def fit(method: str, *arguments: str) -> None:
-    main(["fit", f"--config={ROOT / 'configs' / method}.yaml", *SHORT, *arguments])
+    main(["fit", f"--config={ROOT}/configs/tiny/{method}.yaml", *SHORT, *arguments])
 
 
 def test_classes_are_named_by_path(tmp_path):
@@ -161,7 +161,7 @@ def test_own_folders_of_our_names_do_not_collide():
             code,
             "fit",
             "--config",
-            str(ROOT / "configs/sft.yaml"),
+            str(ROOT / "configs/tiny/sft.yaml"),
             *SHORT,
             "--trainer.callbacks",
             "callbacks.mine.Mine",

@@ -18,7 +18,7 @@ from modules.__main__ import main
 from modules.cli.run_folder import RunFolder
 
 ROOT = Path(__file__).parents[2]
-SFT = ["--config", str(ROOT / "configs/tiny/sft.yaml"), "--trainer.accelerator=cpu"]
+SFT = ["--config", str(ROOT / "configs/tiny/sft.yaml"), "--out=runs/sft", "--trainer.accelerator=cpu"]
 FEW = ["--data.train.num_examples=24", "--data.val.num_examples=4", "--data.batch_size=4", "--trainer.max_epochs=2"]
 
 
@@ -48,8 +48,12 @@ def test_out_holds_all_of_a_run_and_a_second_run_leaves_it_alone(capsys, caplog)
     config = yaml.safe_load(Path("mine/first-2/config.yaml").read_text())
     assert (config["out"], config["seed_everything"]) == ("mine/first-2", 1)
 
+    assert re.search(r"^step 1 of 12: loss [\d.]+, \d+ s left$", said, flags=re.MULTILINE)  # no terminal, so no bar
+    assert re.search(r"^validation at step 6: val/loss [\d.]+", said, flags=re.MULTILINE)
     ending = said.splitlines()[-3:]
-    assert re.match(r"step 12: val/loss [\d.]+, .*; model: mine/first/export$", ending[0])
+    assert re.match(
+        r"step 12: val/mean_token_accuracy [\d.]+, val/loss [\d.]+, .*; model: mine/first/export$", ending[0]
+    )
     ask, curves = (line.partition(": ")[2] for line in ending[1:])
     assert ask.endswith("-m modules chat --policy mine/first/export --form text")
     assert curves.endswith("-m tensorboard.main --logdir mine/first")
@@ -173,13 +177,13 @@ def test_predict_says_whose_weights_it_uses(caplog):
         "--data.train.num_examples=4",
         "--data.val=null",
     ]
-    main(["fit", *grpo[:2], *small, "--trainer.logger=null", "--trainer.callbacks=null", "--trainer.max_epochs=1"])
+    main(["fit", *grpo[:3], *small, "--trainer.logger=null", "--trainer.callbacks=null", "--trainer.max_epochs=1"])
     main(["predict", *grpo, *small])
     assert (
-        "weights: 'tiny', as model.policy names them, without training by this run; those that the run in runs/grpo "
-        "trained: --ckpt_path runs/grpo" in caplog.text
+        "weights: 'tiny-addition', as model.policy names them, without training by this run; those that the run in "
+        "runs/tiny-grpo trained: --ckpt_path runs/tiny-grpo" in caplog.text
     )
-    rows = [json.loads(line) for line in Path("runs/grpo/predictions.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in Path("runs/tiny-grpo/predictions.jsonl").read_text().splitlines()]
     assert len(rows) == 8
-    main(["predict", *grpo, *small, "--ckpt_path=runs/grpo"])
-    assert "weights: runs/grpo/checkpoints/last.ckpt, step 1" in caplog.text
+    main(["predict", *grpo, *small, "--ckpt_path=runs/tiny-grpo"])
+    assert "weights: runs/tiny-grpo/checkpoints/last.ckpt, step 1" in caplog.text

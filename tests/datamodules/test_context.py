@@ -502,7 +502,11 @@ def test_the_line_says_what_became_of_every_column_and_row(tmp_path: Path, caplo
     ]
     with caplog.at_level("INFO"):
         InstructionDataModule(
-            tokenizer(), write(tmp_path, "jsonl", *rows, {**rows[0], "response": 5}), max_length=20, on_bad_row="drop", chat=False
+            tokenizer(),
+            write(tmp_path, "jsonl", *rows, {**rows[0], "response": 5}),
+            max_length=20,
+            on_bad_row="drop",
+            chat=False,
         ).setup("fit")
     (line,) = [record.getMessage() for record in caplog.records if record.getMessage().startswith("train: ")]
     assert line.startswith("train: prompt + completion; `question` -> prompt, `response` -> completion; ")
