@@ -14,7 +14,7 @@ from datamodules.formats.reading import Reading
 from datamodules.formats.table import Purpose
 from datamodules.loaders.step_sampler import MicroBatch, StepSampler
 from datamodules.sources import Row, Source
-from datamodules.sources.files import read_rows
+from datamodules.sources.files import maybe_headerless, read_rows
 from datamodules.sources.held_out import Part, hold_out, share_of
 from modules.seeds import run_seed
 
@@ -137,7 +137,7 @@ class RowsDataModule(LightningDataModule):
         kept: list[Example] = []
         problem: ValueError | None = None
         skipped = too_long = bad = 0
-        rows = read_rows(source)
+        rows = self.read(source)
         self.reading = Reading(self.purpose, self.columns)
         self.settle(source.whole if isinstance(source, Part) else rows, stage)
         for row in rows:
@@ -146,7 +146,8 @@ class RowsDataModule(LightningDataModule):
             except ValueError as error:
                 if self.on_bad_row == "raise":
                     way_out = "; mend the row, or set data.on_bad_row: drop to leave such rows out"
-                    raise ValueError(f"{error}{way_out if self.may_drop else ''}") from error
+                    headerless = maybe_headerless(source, row) if row is rows[0] else ""
+                    raise ValueError(f"{error}{headerless}{way_out if self.may_drop else ''}") from error
                 problem, bad = problem or error, bad + 1
                 continue
             if example is None:
@@ -176,6 +177,10 @@ class RowsDataModule(LightningDataModule):
         if stage != "calibration" and not held_out:  # the rows of calibration are what predict writes
             self.reading.finish(rows)
         return kept
+
+    def read(self, source: str | Source) -> list[Row]:
+        """The rows of a source."""
+        return read_rows(source)
 
     def settle(self, rows: Sequence[Row], stage: str) -> None:
         """Settles in ``reading`` what only all rows of a data set tell, before the first is encoded."""
@@ -276,10 +281,6 @@ class AlignDataModule(RowsDataModule):
                 f"val: {len(self.val.rows())} of {len(rows)} rows are held out of train, by their content and seed "
                 f"{self.seed} (data.val {share})"
             )
-
-    def read(self, source: str | Source) -> list[Row]:
-        """The rows of a source."""
-        return read_rows(source)
 
     def is_chat(self, row: Row) -> bool:
         """Whether a row's text prompt is one user message: as ``chat`` says; by rule, where the tokenizer has a chat

@@ -8,7 +8,7 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info
 
-from datamodules.sources.readers import READERS, TABLES_OF_TEXT, file_format
+from datamodules.sources.readers import HEADERLESS, READERS, TABLES_OF_TEXT, file_format
 from datamodules.sources.source import Row, Source
 
 SPLITS = {  # words in file names, as the datasets library reads them
@@ -181,6 +181,13 @@ def split_of(path: Path) -> str:
 def read_rows(source: str | Source) -> list[Row]:
     """The rows of a source, or of what Files takes."""
     return (Files(source) if isinstance(source, str) else source).rows()
+
+
+def maybe_headerless(source: str | Source, row: Row) -> str:
+    """The way out where a row cannot be read since its file's first line was taken for column names; else empty."""
+    given = source.header if isinstance(source, Files) else None
+    is_table = file_format(Path(row.origin.rpartition(":")[0])) in TABLES_OF_TEXT
+    return HEADERLESS if is_table and given is None else ""
 
 
 def read_file(path: Path, header: Sequence[str] | None = None) -> list[Row]:

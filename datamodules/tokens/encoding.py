@@ -149,9 +149,11 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     """The tokens of a text with the BOS that the tokenizer itself adds, one even if the text brings its own, and
     without an end token.
     """
-    plain, ids = token_ids(tokenizer, prompt), list(tokenizer(prompt, verbose=False).input_ids)
-    if plain and ids[-1] == tokenizer.eos_token_id and ids[-len(plain) :] != plain:
-        ids = ids[:-1]  # an end token that the tokenizer puts behind every text
+    ids = list(tokenizer(prompt, verbose=False).input_ids)
+    if ids and ids[-1] == tokenizer.eos_token_id:
+        plain = token_ids(tokenizer, prompt)
+        if plain and ids[-len(plain) :] != plain:
+            ids = ids[:-1]  # an end token that the tokenizer puts behind every text
     while tokenizer.bos_token_id is not None and ids[:2] == [tokenizer.bos_token_id] * 2:
         ids = ids[1:]
     return ids

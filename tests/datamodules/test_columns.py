@@ -238,19 +238,20 @@ def test_alpaca_rows_are_chats_where_there_is_a_template(tmp_path: Path) -> None
 
 def test_long_rows_are_dropped_and_counted_or_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write(tmp_path / "data.jsonl", {"prompt": "abc", "completion": "d"}, {"prompt": "abcd", "completion": "e"})
-    module = InstructionDataModule(tiny_tokenizer(), path, max_length=5)  # 3 + 1 + eos fit
+    module = InstructionDataModule(tiny_tokenizer(), path, max_length=5, chat=False)  # 3 + 1 + eos fit
     module.setup("fit")
     assert (len(module.train_rows), module.dropped) == (1, {"train": 1, "val": 0})
     with pytest.raises(ValueError, match=f"{path}:2: 6 tokens and the limit is 5"):
-        InstructionDataModule(tiny_tokenizer(), path, max_length=5, drop_long=False).setup("fit")
+        InstructionDataModule(tiny_tokenizer(), path, max_length=5, drop_long=False, chat=False).setup("fit")
     with pytest.raises(
         ValueError, match="of 2 train rows from here on none is left: 0 left out, 0 bad, 2 longer than 4 tokens"
     ):
-        InstructionDataModule(tiny_tokenizer(), path, max_length=4).setup("fit")
+        InstructionDataModule(tiny_tokenizer(), path, max_length=4, chat=False).setup("fit")
 
 
 def test_the_loaded_stage_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = write(tmp_path / "data.jsonl", {"prompt": "abc", "completion": "d"}, {"prompt": "abcdef", "completion": "g"})
     with caplog.at_level("INFO"):
-        InstructionDataModule(tiny_tokenizer(), path, max_length=5).setup("fit")
-    assert "train: prompt + completion; 2 rows in = 1 used + 1 too long; 40.0% of 5 tokens supervised" in caplog.text
+        InstructionDataModule(tiny_tokenizer(), path, max_length=5, chat=False).setup("fit")
+    assert "train: prompt + completion; text prompts are plain text (data.chat: false); 2 rows in" in caplog.text
+    assert "= 1 used + 1 too long; 40.0% of 5 tokens supervised" in caplog.text

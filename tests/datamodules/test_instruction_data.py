@@ -18,7 +18,7 @@ class Rows(Source):
 
 
 def data(*columns, **settings) -> InstructionDataModule:
-    module = InstructionDataModule(tiny_tokenizer(), Rows(*columns), **settings)
+    module = InstructionDataModule(tiny_tokenizer(), Rows(*columns), **{"chat": False, **settings})
     module.setup("fit")
     return module
 

@@ -43,7 +43,8 @@ STABLE = {"a": Stream(Letters("a", 30), weight=3.0), "b": Stream(Letters("b", 20
 
 
 def mixture(streams: dict[str, Stream] | None = None, **settings: Any) -> MixtureDataModule:
-    chosen = {"num_steps": 10, "batch_size": 4, "packing": False, "seed": 1, "loss_on": "assistant"} | settings
+    chosen = {"num_steps": 10, "batch_size": 4, "packing": False, "seed": 1, "chat": False}
+    chosen |= {"loss_on": "assistant"} | settings
     module = MixtureDataModule(tiny_tokenizer(), streams or STABLE, **chosen)
     module.setup("fit")
     return module

@@ -37,7 +37,7 @@ def pair(chosen: str, rejected: str, prompt: str = "p", **columns: Any) -> dict[
 
 
 def module(*records: dict[str, Any], **options: Any) -> PreferenceDataModule:
-    data = PreferenceDataModule(TOKENIZER, Given(*records), **options)
+    data = PreferenceDataModule(TOKENIZER, Given(*records), **{"chat": False, **options})
     data.setup("fit")
     return data
 
@@ -311,7 +311,7 @@ def fit(
         [ModelCheckpoint(dirpath=saved, filename="{step}", every_n_train_steps=1, save_top_k=-1)] if saved else []
     )
     trainer = Trainer(**{**settings, **limits}, enable_checkpointing=bool(callbacks), callbacks=callbacks)
-    data = PreferenceDataModule(TOKENIZER, Given(*many()), batch_size=batch_size, seed=1)
+    data = PreferenceDataModule(TOKENIZER, Given(*many()), batch_size=batch_size, chat=False, seed=1)
     trainer.fit(model, datamodule=data, ckpt_path=checkpoint, weights_only=True if checkpoint else None)
 
 

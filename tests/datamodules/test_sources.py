@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from datamodules import Files
+from datamodules import Files, InstructionDataModule
 from datamodules.formats.prompt_shapes import verifiable_example
 from datamodules.formats.reading import Reading
 from datamodules.sources.files import hub_trouble
@@ -310,6 +310,15 @@ def test_a_config_is_named_behind_a_colon_or_by_name(tmp_path: Path, hub_clone: 
     )
     with pytest.raises(ValueError, match=r"org/sums:nosuch: .*\(train split\): .*'?nosuch'? not found"):
         Files("org/sums:nosuch").rows()
+
+
+def test_a_table_whose_first_line_is_a_row_names_the_header(tmp_path: Path) -> None:
+    (tmp_path / "a.tsv").write_text("1+1?\t2\n1+2?\t3\n")
+    with pytest.raises(ValueError, match=r"found the columns 1\+1\?, 2; .*name them with Files' header"):
+        InstructionDataModule(tiny_tokenizer(), str(tmp_path / "a.tsv")).setup("fit")
+    data = InstructionDataModule(tiny_tokenizer(), Files(str(tmp_path / "a.tsv"), header=["prompt", "completion"]))
+    data.setup("fit")
+    assert len(data.train_rows) == 2
 
 
 def test_json_lines_in_a_json_file(tmp_path: Path) -> None:

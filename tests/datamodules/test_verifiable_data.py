@@ -46,7 +46,13 @@ def on_rank(
     val_batch_size: int = 3,
 ) -> OnRank:
     module = OnRank(
-        tiny_tokenizer(), train, val, prompts_per_phase=prompts_per_phase, seed=seed, val_batch_size=val_batch_size
+        tiny_tokenizer(),
+        train,
+        val,
+        chat=False,
+        prompts_per_phase=prompts_per_phase,
+        seed=seed,
+        val_batch_size=val_batch_size,
     )
     module.place = (rank, world)
     module.setup("fit")
@@ -229,7 +235,7 @@ def test_a_prompt_needs_no_answer(tmp_path: Path) -> None:
         module = on_rank(0, 1, str(path), prompts_per_phase=1)
         assert (module.draw(0)["prompt"], module.draw(0)["answer"], module.draw(0)["info"]) == (["x"], [None], [{}])
     path.write_text('{"my_prompt": "x"}\n')
-    mapped = VerifiableDataModule(tiny_tokenizer(), str(path), columns={"prompt": "my_prompt"}, prompts_per_phase=1)
+    mapped = VerifiableDataModule(tiny_tokenizer(), str(path), columns={"prompt": "my_prompt"}, chat=False)
     mapped.setup("fit")
     assert mapped.draw(0)["prompt"] == ["x"]
     path.write_text('{"prompt": "Say hello.", "key": 1, "response": "nobody knows whether this is right"}\n')

@@ -220,7 +220,7 @@ def fitted(
     """Pairs and triples with margins, 12 examples a step."""
     held_out = write_rows(folder, "val", val) if val else None
     train = write_rows(folder, "train", 30, margin=True)
-    data = PreferenceDataModule(module.tokenizer, train, held_out, calibration, batch_size=batch_size)
+    data = PreferenceDataModule(module.tokenizer, train, held_out, calibration, batch_size=batch_size, chat=False)
     options = (
         QUIET
         | {
