@@ -48,9 +48,14 @@ class Letters(Source):
 def shares(labels: str, objective, lr: float = 1e-3) -> tuple[float, float]:
     """Share of small and of capital letters among the first tokens of 256 samples, after training."""
     seed_everything(0)
-    module = DPOModule("tiny", objective=objective, optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=lr))
+    module = DPOModule(
+        "tiny",
+        objective=objective,
+        cache_dir=None,
+        optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=lr),
+    )
     Trainer(max_epochs=5, gradient_clip_val=1.0, **QUIET).fit(
-        module, PreferenceDataModule(module.tokenizer, Letters(labels), batch_size=16)
+        module, PreferenceDataModule(module.tokenizer, Letters(labels), batch_size=16, chat=False)
     )
     engine = InProcessEngine()
     engine.sync_weights(module.policy.eval(), 0)

@@ -55,7 +55,7 @@ def trained(train: str, val: str) -> tuple[float, list[ScoredPair]]:
     """Held-out accuracy, and the held-out pairs as scored."""
     seed_everything(0)
     module = RewardModule("tiny", optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-3))
-    data = PreferenceDataModule(module.tokenizer, train, val, batch_size=16)
+    data = PreferenceDataModule(module.tokenizer, train, val, batch_size=16, chat=False)
     trainer = Trainer(max_steps=STEPS, max_epochs=-1, limit_val_batches=0, gradient_clip_val=1.0, **QUIET)
     trainer.fit(module, data)
     with torch.no_grad():
