@@ -117,7 +117,8 @@ def test_top_level_holds_what_was_agreed():
     found = {
         path.name for path in ROOT.iterdir() if not path.name.startswith(".") and not path.name.endswith(".egg-info")
     }
-    assert found <= agreed
+    ignored = {line.strip("/") for line in (ROOT / ".gitignore").read_text().splitlines()}  # what runs leave here
+    assert found <= agreed | ignored
 
 
 def test_no_class_has_the_name_of_another():
