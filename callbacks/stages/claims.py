@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
 
 from callbacks.stages.comparison import Comparison
 from callbacks.stages.summary import Summary
@@ -131,7 +130,8 @@ class Claims(Callback):
         self.failed = []
         for claim in self.claims:
             holds, figures = claim.check(models)
-            rank_zero_info(f"claim: {claim.words}: {'held' if holds else 'NOT held'} ({figures})")
+            if trainer.is_global_zero:
+                print(f"claim: {claim.words}: {'held' if holds else 'NOT held'} ({figures})", flush=True)
             if not holds:
                 self.failed.append(f"{claim.words} ({figures})")
 

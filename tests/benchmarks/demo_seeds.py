@@ -36,7 +36,7 @@ def run_demo(folder: Path, seed: int, numerics: str, *grpo: str) -> tuple[float,
     grpo: more arguments of the stage that trains by GRPO. Claims that do not hold are no error here. Raises RuntimeError, with the end of what
     the stage printed, when a stage fails otherwise.
     """
-    model = tiny_model(seed)
+    model = tiny_model(seed=seed)
     if numerics == "perturbed":
         torch.manual_seed(seed)
         for weight in model.parameters():

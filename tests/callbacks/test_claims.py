@@ -47,22 +47,17 @@ def trainer(*callbacks: Callback, **options: Any) -> Trainer:
     return Trainer(accelerator="cpu", callbacks=list(callbacks), **(quiet | options))
 
 
-def said(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [line for line in caplog.messages if line.startswith("claim")]
+def said(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    return [line for line in capsys.readouterr().out.splitlines() if line.startswith("claim")]
 
 
-@pytest.fixture(autouse=True)
-def hear(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level("INFO", "lightning.pytorch.utilities.rank_zero")
-
-
-def test_a_claim_that_holds_is_printed(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_claim_that_holds_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     claims = [Claim("sums are right", "val/share", at_least=0.85), Claim("scores stay low", "val/score", at_most=3.0)]
     trainer(Claims(claims)).validate(Model(0.93), data(), verbose=False)
-    assert said(caplog) == ["claim: sums are right: held (0.93 >= 0.85)", "claim: scores stay low: held (3 <= 3)"]
+    assert said(capsys) == ["claim: sums are right: held (0.93 >= 0.85)", "claim: scores stay low: held (3 <= 3)"]
 
 
-def test_a_claim_that_fails_ends_the_run(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_claim_that_fails_ends_the_run(capsys: pytest.CaptureFixture[str]) -> None:
     claims = [
         Claim("sums are right", "val/share", at_least=0.85),
         Claim("scores stay low", "val/score", at_most=2.5),
@@ -73,20 +68,23 @@ def test_a_claim_that_fails_ends_the_run(caplog: pytest.LogCaptureFixture) -> No
         match=r"^2 of 3 claims did not hold: sums are right \(0.8475 >= 0.85\); scores stay low \(3 <= 2.5\)$",
     ):
         trainer(Claims(claims)).validate(Model(0.8475), data(), verbose=False)
-    assert said(caplog)[0] == "claim: sums are right: NOT held (0.8475 >= 0.85)"
-    assert said(caplog)[2] == "claim: some: held (0.8475 >= 0.5)"
+    assert said(capsys) == [
+        "claim: sums are right: NOT held (0.8475 >= 0.85)",
+        "claim: scores stay low: NOT held (3 <= 2.5)",
+        "claim: some: held (0.8475 >= 0.5)",
+    ]
 
 
-def test_the_last_validation_of_a_fit_is_judged(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_last_validation_of_a_fit_is_judged(capsys: pytest.CaptureFixture[str]) -> None:
     claims = Claims([Claim("warm", "val/share", at_least=0.5)])
     with pytest.raises(ValueError, match="1 of 1 claims did not hold: warm"):
         trainer(claims, max_epochs=2).fit(Model(0.25), data(), data())
-    assert said(caplog) == ["claim: warm: NOT held (0.25 >= 0.5)"]
+    assert said(capsys) == ["claim: warm: NOT held (0.25 >= 0.5)"]
 
 
 @pytest.mark.parametrize(("share", "holds"), [(0.63, False), (0.65, True)])
 def test_two_standard_errors_above_an_earlier_model(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, share: float, holds: bool
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], share: float, holds: bool
 ) -> None:
     # sqrt(.5 x .5 / 100 + .63 x .37 / 100) = 0.0695 and .5 + 2 x .0695 = 0.639; with .65: 0.0691, 0.638
     compare = {"file": str(tmp_path / "all.json"), "metrics": {"gold": "val/share"}}
@@ -95,17 +93,17 @@ def test_two_standard_errors_above_an_earlier_model(
     run = trainer(Comparison("dpo", **compare), claims)
     if holds:
         run.validate(Model(share), data(), verbose=False)
-        assert said(caplog) == ["claim: better: held (0.65 >= 0.5 + 2 x 0.069, 100 prompts)"]
+        assert said(capsys) == ["claim: better: held (0.65 >= 0.5 + 2 x 0.069, 100 prompts)"]
     else:
         with pytest.raises(ValueError, match="did not hold: better"):
             run.validate(Model(share), data(), verbose=False)
-        assert said(caplog) == ["claim: better: NOT held (0.63 >= 0.5 + 2 x 0.070, 100 prompts)"]
+        assert said(capsys) == ["claim: better: NOT held (0.63 >= 0.5 + 2 x 0.070, 100 prompts)"]
     later = Claims([Claim("dpo stays", "val/share", at_most="start", of="dpo")])
     with pytest.raises(ValueError, match=rf"dpo stays \({share} <= 0.5\)"):
         trainer(Comparison("ppo", **compare), later).validate(Model(0.1), data(), verbose=False)
 
 
-def test_the_logged_standard_error_goes_before_that_of_a_share(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_logged_standard_error_goes_before_that_of_a_share(capsys: pytest.CaptureFixture[str]) -> None:
     claims = Claims(
         [
             Claim("wins", "val/share", at_least=0.5, standard_errors=2),
@@ -113,13 +111,13 @@ def test_the_logged_standard_error_goes_before_that_of_a_share(caplog: pytest.Lo
         ]
     )
     trainer(claims).validate(Model(0.6, share_standard_error=0.04), data(), verbose=False)
-    assert said(caplog) == [
+    assert said(capsys) == [
         "claim: wins: held (0.6 >= 0.5 + 2 x 0.040, 100 prompts)",
         "claim: still: held (0.6 <= 0.7 - 1 x 0.040, 100 prompts)",
     ]
 
 
-def test_values_before_training_are_those_of_the_summary(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+def test_values_before_training_are_those_of_the_summary(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     summary = Summary("x", "val/share", [])
     summary.before = {"val/share": 0.7}
     with pytest.raises(ValueError, match=r"learns \(0.6 >= 0.7\)"):
@@ -160,8 +158,8 @@ def test_bounds_that_say_nothing_are_refused(bounds: dict[str, Any]) -> None:
         Claim("x", "val/share", **bounds)
 
 
-def test_a_fast_dev_run_is_not_judged(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_fast_dev_run_is_not_judged(capsys: pytest.CaptureFixture[str]) -> None:
     trainer(Claims([Claim("never", "val/share", at_least=1.0)]), fast_dev_run=True).validate(
         Model(0.0), data(), verbose=False
     )
-    assert said(caplog) == []
+    assert said(capsys) == []

@@ -35,6 +35,6 @@ def test_a_warm_up_that_does_not_reach_its_bound_fails(
     with pytest.raises(SystemExit) as stop:
         main(["fit", "--config", str(ROOT / "configs/recipes/demo/01-fit-sft.yaml"), *short])
     assert stop.value.code == 1
-    said = capfd.readouterr().err
-    assert "claim: the warm-up answers six of ten held-out sums right: NOT held (0" in said
-    assert "error: 1 of 1 claims did not hold: the warm-up answers six of ten held-out sums right (0" in said
+    said = capfd.readouterr()
+    assert "claim: the warm-up answers six of ten held-out sums right: NOT held (0" in said.out
+    assert "error: 1 of 1 claims did not hold: the warm-up answers six of ten held-out sums right (0" in said.err
