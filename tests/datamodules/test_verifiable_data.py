@@ -237,7 +237,7 @@ def test_a_prompt_needs_no_answer(tmp_path: Path) -> None:
     path.write_text('{"my_prompt": "x"}\n')
     mapped = VerifiableDataModule(tiny_tokenizer(), str(path), columns={"prompt": "my_prompt"}, chat=False)
     mapped.setup("fit")
-    assert mapped.draw(0)["prompt"] == ["x"]
+    assert mapped.draw(0)["prompt"] == ["x"] * 32
     path.write_text('{"prompt": "Say hello.", "key": 1, "response": "nobody knows whether this is right"}\n')
     batch = on_rank(0, 1, str(path), prompts_per_phase=1).draw(0)
     assert (batch["prompt"], batch["answer"]) == (["Say hello."], [None])
