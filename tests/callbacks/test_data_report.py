@@ -38,7 +38,7 @@ class Pairs(Source):
 def data(
     train: list[tuple[str, str]], val: list[tuple[str, str]] | None = None, **options: Any
 ) -> InstructionDataModule:
-    return InstructionDataModule(tiny_tokenizer(), Pairs(train), None if val is None else Pairs(val), **options)
+    return InstructionDataModule(tiny_tokenizer(), Pairs(train), None if val is None else Pairs(val), chat=False, **options)
 
 
 def trainer(folder: Path, report: DataReport, **options: Any) -> Trainer:

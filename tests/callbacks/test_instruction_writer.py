@@ -187,6 +187,7 @@ def test_the_shipped_config_killed_and_started_again(
     server = chat_server(author, plan=[200] * 4 + [600.0])  # the third round of two hangs
     more = [
         "--trainer.enable_progress_bar=false",
+        "--data.train=seeds.jsonl",
         "--model.num_instructions=30",
         "--model.requests_per_round=2",
         f"--model.client.base_url={server.url}",

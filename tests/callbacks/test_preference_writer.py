@@ -236,7 +236,7 @@ def pandalm(name: str) -> list[dict[str, Any]]:
     """Those with two texts; the label is the majority of three, or none."""
     rows = []
     for row in json.loads((DATA / "pandalm" / name).read_text()):
-        votes = [row[f"annotator{index}"] for index in (1, 2, 3)]
+        votes = [row.pop(f"annotator{index}") for index in (1, 2, 3)]
         if isinstance(row["response1"], str) and isinstance(row["response2"], str):
             rows.append({**row, "label": next((vote for vote in votes if votes.count(vote) > 1), None)})
     return rows

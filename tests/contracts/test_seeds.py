@@ -14,8 +14,7 @@ from modules.__main__ import main
 from modules.seeds import run_seed
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-SOME_RIGHT = ["--model.reward=RegexFormat", "--model.reward.pattern=.*[0-4].*"]  # the untrained model gets no sum right
-FEW = ["--data.prompts_per_phase=2", "--model.num_generations=4", "--data.train.num_examples=40", *SOME_RIGHT]
+FEW = ["--data.prompts_per_phase=4", "--model.num_generations=4", "--data.train.num_examples=40"]
 METHODS = {
     "sft": ["--data.train.num_examples=16", "--data.batch_size=8"],
     "reward": ["--data.train.num_examples=16", "--data.batch_size=8", "--data.val.num_examples=8"],

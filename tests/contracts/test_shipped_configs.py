@@ -97,7 +97,7 @@ def test_methods_run_with_adapters(tmp_path, method):
 def test_a_judge_labels_a_file(tmp_path, chat_server, rules):
     (tmp_path / "my.jsonl").write_text('{"prompt": "Say hello.", "completions": ["Hi", "Hello there"]}\n')
     url = f"--model.judge.client.base_url={chat_server(rules['longer wins']).url}"
-    run("predict", "--config", str(ROOT / "configs/label.yaml"), *QUIET, url, folder=tmp_path)
+    run("predict", "--config", str(ROOT / "configs/label.yaml"), *QUIET, "--data.train=my.jsonl", url, folder=tmp_path)
     (row,) = (tmp_path / "runs/label/preferences.jsonl").read_text().splitlines()
     assert json.loads(row)["ranks"] == [1, 0]
 

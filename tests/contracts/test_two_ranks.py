@@ -18,7 +18,12 @@ from two_ranks import TwoRanks
 CONFIGS = {path.stem: path for path in sorted((ROOT / "configs").glob("*.yaml"))}
 TINY = {path.stem: path for path in sorted((ROOT / "configs/tiny").glob("*.yaml"))}
 COMPLETION = {"sft": {"completion": "4"}, **dict.fromkeys(("dpo", "reward"), {"chosen": "4", "rejected": "5"})}
-DDP = ["--config", str(ROOT / "configs/overlays/ddp.yaml"), "--trainer.callbacks+=RichProgressBar"]
+DDP = [
+    "--config",
+    str(ROOT / "configs/overlays/ddp.yaml"),
+    "--trainer.callbacks+=RichProgressBar",
+    "--trainer.enable_progress_bar=true",
+]
 FIT, FIT_TINY = (
     [name for name, path in found.items() if re.search("max_epochs|max_steps", path.read_text())]
     for found in (CONFIGS, TINY)
@@ -82,7 +87,7 @@ def test_facts_are_sorted_by_ranks_with_other_numbers_of_batches(two_ranks, tmp_
         "--model.max_completion_length=4",
     ]
     two_ranks.run(tmp_path, "predict", "--config", str(TINY["knowledge"]), *DDP, *short)
-    (facts,) = tmp_path.glob("runs/*/facts.jsonl")
+    (facts,) = tmp_path.glob("runs/*/knowledge.jsonl")
     assert len(facts.read_text().splitlines()) == 33  # 17 and 16: two batches and one
 
 
@@ -90,7 +95,7 @@ def test_a_judge_labels(two_ranks, tmp_path, chat_server, rules):
     rows = [{"prompt": f"Say {number}.", "completions": ["Hi", "Hello there"]} for number in range(5)]
     (tmp_path / "my.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     url = f"--model.judge.client.base_url={chat_server(rules['longer wins']).url}"
-    two_ranks.run(tmp_path, "predict", "--config", str(CONFIGS["label"]), *DDP, url)
+    two_ranks.run(tmp_path, "predict", "--config", str(CONFIGS["label"]), *DDP, "--data.train=my.jsonl", url)
     assert len((tmp_path / "runs/label/preferences.jsonl").read_text().splitlines()) == 5
 
 

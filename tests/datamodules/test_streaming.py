@@ -42,7 +42,7 @@ def folder(tmp_path) -> Path:
 
 
 def stream(path: Path | str, **settings) -> StreamingDataModule:
-    settings = {"steps_per_epoch": 4, "batch_size": 2, "shuffle_buffer": 5, "max_length": 32} | settings
+    settings = {"steps_per_epoch": 4, "batch_size": 2, "shuffle_buffer": 5, "max_length": 32, "chat": False} | settings
     return StreamingDataModule(SFTModule("tiny").tokenizer, str(path), **settings)
 
 
@@ -181,7 +181,7 @@ def test_files_say_what_they_say_elsewhere(tmp_path):
     )
     for name in ("t.csv", "d.jsonl"):
         data = stream(tmp_path / name, shuffle_buffer=1, batch_size=1)
-        whole = InstructionDataModule(data.tokenizer, str(tmp_path / name))
+        whole = InstructionDataModule(data.tokenizer, str(tmp_path / name), chat=False)
         whole.setup("fit")
         rows = [rows[0].ids for rows, _ in islice(Pieces(data, 0, 1).batches(Place(), 0, 1), 2)]
         assert rows == [row.ids for row in whole.train_rows]
@@ -235,7 +235,7 @@ class Seen(Callback):
 def fit(folder, checkpoint=None):
     seed_everything(0)
     module, Seen.batches = SFTModule("tiny"), []
-    data = StreamingDataModule(module.tokenizer, "rows", steps_per_epoch=3, batch_size=2, shuffle_buffer=5, max_length=32)
+    data = StreamingDataModule(module.tokenizer, "rows", steps_per_epoch=3, batch_size=2, shuffle_buffer=5, chat=False)
     keeper = ModelCheckpoint(folder, save_top_k=-1, every_n_train_steps=1, filename="{step}", enable_version_counter=False)
     trainer = Trainer(accelerator="cpu", devices=2, strategy="ddp", max_epochs=2, callbacks=[Seen(), keeper], logger=False,
                       enable_progress_bar=False, enable_model_summary=False)
