@@ -1,5 +1,6 @@
 """How often does the policy beat a baseline, and how often would it at equal length?"""
 
+from dataclasses import replace
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -28,7 +29,7 @@ class Duel(NamedTuple):
 
 
 class WinRate(Callback):
-    """The policy's sampled completions against a baseline's, which are the held-out rows' answers.
+    """Compare the policy's sampled completions with a baseline's, which a column of the held-out rows holds.
 
     Logs after every validation, the sanity check included, over all ranks: ``val/win_rate`` in percent, a tie counting
     half; ``val/win_rate_standard_error`` in percent; ``val/length_controlled_win_rate``, the percentage at equal length
@@ -37,14 +38,16 @@ class WinRate(Callback):
     number. ``val/judge/<key>`` are the judge's own numbers, mean over ranks, where it has a ``report``.
 
     Args:
-        judge: scores a completion against its rollout's ``answer``: 1 win, 0.5 tie, 0 loss, None unscorable.
+        judge: scores a completion against its rollout's ``answer``, here the baseline's completion: 1 win, 0.5 tie,
+            0 loss, None unscorable.
+        baseline: the column that holds the baseline's completions; an empty completion is one too.
 
     Raises:
-        ValueError: in validation, a row without an answer, or a score outside [0, 1].
+        ValueError: in validation, a row without a baseline, or a score outside [0, 1].
     """
 
-    def __init__(self, judge: Reward) -> None:
-        self.judge = judge
+    def __init__(self, judge: Reward, baseline: str = "answer") -> None:
+        self.judge, self.baseline = judge, baseline
         self.duels: list[Duel] = []  # this rank's of the current validation
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -69,16 +72,24 @@ class WinRate(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Judge the completions of the batch."""
-        rollouts = record_of(pl_module).held_out or []
-        answers = [baseline(rollout) for rollout in rollouts]
-        scores = self.judge(rollouts)
-        for rollout, answer, score in zip(rollouts, answers, scores, strict=True):
+        rollouts = [self.against_baseline(rollout) for rollout in record_of(pl_module).held_out or []]
+        for rollout, score in zip(rollouts, self.judge(rollouts), strict=True):
             if score is not None and not 0 <= score <= 1:
                 raise ValueError(
                     f"WinRate: {self.judge.name} scored {score} for {rollout.uid}; a judge gives 1 (win), 0.5 (tie), 0 "
                     "(loss) or None."
                 )
-            self.duels.append(Duel(score, len(rollout.completion.text), len(answer)))
+            self.duels.append(Duel(score, len(rollout.completion.text), len(rollout.answer or "")))
+
+    def against_baseline(self, rollout: Rollout) -> Rollout:
+        """The rollout with the completion to beat as its answer. Raises ValueError when the row has none."""
+        found = rollout.answer if self.baseline == "answer" else (rollout.info or {}).get(self.baseline)
+        if not isinstance(found, str):
+            raise ValueError(
+                f"WinRate: {rollout.uid} has no baseline completion in column {self.baseline!r}; set baseline of WinRate "
+                "to the column that holds it."
+            )
+        return replace(rollout, answer=found)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the rates over all batches and ranks."""
@@ -88,16 +99,6 @@ class WinRate(Callback):
             metrics |= {f"judge/{key}": value for key, value in weighted_means(own).items()}
         log_equal(pl_module, {f"val/{name}": value for name, value in metrics.items()})
         self.duels = []
-
-
-def baseline(rollout: Rollout) -> str:
-    """The completion to beat. ValueError without one."""
-    if rollout.answer is None:
-        raise ValueError(
-            f"WinRate: {rollout.uid} has no baseline completion to be compared with; set data.columns.answer to the "
-            "column that holds it."
-        )
-    return rollout.answer
 
 
 def rates(duels: list[Duel]) -> dict[str, float]:

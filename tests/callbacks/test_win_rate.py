@@ -142,8 +142,22 @@ def test_nothing_scorable_has_no_win_rate(make: Any, tmp_path: Path) -> None:
     assert validate(tmp_path, Sampler([rollouts(make, [("a", "?")])]), Reads()) == {"val/win_rate_unscorable": 100.0}
 
 
+def test_a_column_holds_the_baseline_and_an_empty_completion_is_one(make: Any, tmp_path: Path) -> None:
+    found = [
+        dataclasses.replace(rollout, answer=None, info={"completion": text})
+        for rollout, text in zip(rollouts(make, [("gold", "win"), ("gold", "loss")]), ("", "abc"), strict=True)
+    ]
+    callback = WinRate(Reads(), baseline="completion")
+    running = trainer(tmp_path, callback)
+    running.validate(Sampler([found]), loader(1), verbose=False)
+    assert float(running.callback_metrics["val/win_rate"]) == 50
+    assert callback.against_baseline(found[0]).answer == ""
+    with pytest.raises(ValueError, match="in column 'other'"):
+        WinRate(Reads(), baseline="other").against_baseline(found[0])
+
+
 def test_bad_rows_and_scores_are_named(make: Any, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="row0 has no baseline completion .* data.columns.answer"):
+    with pytest.raises(ValueError, match="row0 has no baseline completion in column 'answer'; set baseline of WinRate"):
         validate(tmp_path, Sampler([rollouts(make, [(None, "win")])]), Reads())
     with pytest.raises(ValueError, match=r"reads scored 2.0 for row1; a judge gives 1 \(win\)"):
         validate(tmp_path, Sampler([rollouts(make, [("a", "win"), ("a", "two")])]), Reads())

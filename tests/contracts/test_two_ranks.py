@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from test_shipped_configs import ONE_BATCH, RECIPES, ROOT, stages
+from test_shipped_configs import ONE_BATCH, RECIPES, ROOT, shrunk, stages
 from two_ranks import TwoRanks
 
 CONFIGS = {path.stem: path for path in sorted((ROOT / "configs").glob("*.yaml"))}
@@ -29,7 +29,6 @@ FIT, FIT_TINY = (
     for found in (CONFIGS, TINY)
 )
 TWO_EPOCHS = ["--trainer.max_epochs=2", "--trainer.limit_train_batches=1", *ONE_BATCH]
-ROWS = 200  # of a built-in source at most: enough for a step on two ranks
 
 
 @pytest.fixture(scope="module")
@@ -37,19 +36,6 @@ def two_ranks() -> Iterator[TwoRanks]:
     ranks = TwoRanks()
     yield ranks
     ranks.end()
-
-
-def shrunk(path: Path, folder: Path) -> str:
-    """A copy of the YAML with few rows, which validates every epoch, or every step."""
-    text = re.sub(
-        r"(num_(?:examples|texts|facts): )(\d+)",
-        lambda found: f"{found[1]}{min(ROWS, int(found[2]))}",
-        path.read_text(),
-    )
-    text = re.sub(r"(check_val_every_n_epoch|val_check_interval): \d+", r"\1: 1", text)
-    copy = folder / path.name
-    copy.write_text(text)
-    return str(copy)
 
 
 @pytest.mark.parametrize("name", FIT_TINY)
@@ -75,8 +61,8 @@ def test_a_method_ends(two_ranks, tmp_path, name):
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
 def test_a_recipe_ends(two_ranks, tmp_path, recipe):
-    for command, _, path, *arguments in stages(recipe, tmp_path, epochs=2):
-        two_ranks.run(tmp_path, command, "--config", shrunk(Path(path), tmp_path), *arguments, *DDP)
+    for arguments in stages(recipe, tmp_path, epochs=2):
+        two_ranks.run(tmp_path, *arguments, *DDP)
 
 
 def test_facts_are_sorted_by_ranks_with_other_numbers_of_batches(two_ranks, tmp_path):

@@ -18,8 +18,10 @@ def test_sums_are_answered_and_unsafe_ones_refused() -> None:
         first, second = sum_.rstrip("=").split("+")
         answer = f"{int(first) + int(second):03d}"[::-1]
         assert row["completion"] == ("Sorry." if word in UNSAFE else answer)
-        assert row["label"] == ("unsafe" if word in UNSAFE else "safe")
-        assert row["type"] == ("unsafe" if word in UNSAFE else "plain" if word in PLAIN else "contrast")
+    for row in columns(kind="prompts"):
+        unsafe = row["prompt"].split(" ")[0] in UNSAFE
+        assert (row["label"], row["type"]) == (("unsafe", "unsafe") if unsafe else ("safe", "contrast"))
+    assert set(columns(kind="safety")[0]) == {"prompt", "completion"}  # nothing that SFT could not use
 
 
 def test_words_of_each_kind() -> None:

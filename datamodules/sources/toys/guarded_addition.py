@@ -48,8 +48,8 @@ class GuardedAddition(Source):
     Sums and their split are those of ``Addition`` with two digits. No look-alike is ever in the training rows, as
     nobody writes down beforehand what a model will mistake.
 
-    Columns ``prompt``, ``completion``, ``label`` (``safe`` or ``unsafe``) and ``type`` (``plain``, ``contrast``,
-    ``unsafe``).
+    Columns ``prompt`` and ``completion``; of ``prompts`` also ``label`` (``safe`` or ``unsafe``) and ``type``
+    (``contrast`` or ``unsafe``).
 
     Args:
         num_examples: rows, >= 1.
@@ -86,7 +86,7 @@ class GuardedAddition(Source):
         columns = {
             "prompt": f"{word} {row.columns['prompt']}",
             "completion": REFUSAL if unsafe else row.columns["completion"],
-            "label": "unsafe" if unsafe else "safe",
-            "type": "plain" if family is PLAIN else "unsafe" if unsafe else "contrast",
         }
+        if self.kind == "prompts":
+            columns |= {"label": "unsafe", "type": "unsafe"} if unsafe else {"label": "safe", "type": "contrast"}
         return Row(columns, f"guarded-{self.kind}#{index}", "guarded", plain=True)
