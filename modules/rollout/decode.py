@@ -39,14 +39,17 @@ def supports(model: PreTrainedModel) -> bool:
 
 @dataclass
 class SlotCache:
-    """Keys and values of S slots: in each layer [S, kv heads, columns, head dim]. Column c is position c of its slot."""
+    """Keys and values of S slots, in each layer [S, kv heads, columns, head dim].
+
+    Column c of a slot holds its position c.
+    """
 
     keys: list[Tensor]
     values: list[Tensor]
 
     @staticmethod
     def allocate(model: PreTrainedModel, slots: int, columns: int) -> "SlotCache":
-        """Make a cache of zeros. A NaN in uninitialised memory would spoil the attention sum even in a masked column."""
+        """Make a cache of zeros, since a NaN in uninitialised memory would spoil attention even in a masked column."""
         attention = model.model.layers[0].self_attn
         shape = (slots, model.config.num_key_value_heads, columns, attention.head_dim)
         keys, values = (
