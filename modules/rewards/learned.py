@@ -129,7 +129,7 @@ def combine(scores: Tensor, ensemble: Ensemble, uncertainty_weight: float) -> Te
 
 
 def chunked(rows: Iterable[tuple[int, ...]], batch_tokens: int) -> Iterator[list[tuple[int, ...]]]:
-    """Yield consecutive rows, sorted by length, of at most ``batch_tokens`` together when padded, but at least one row."""
+    """Yield consecutive rows, sorted by length, of at most ``batch_tokens`` when padded, but at least one row."""
     chunk: list[tuple[int, ...]] = []
     for row in rows:
         if chunk and len(row) * (len(chunk) + 1) > batch_tokens:

@@ -150,5 +150,5 @@ def test_other_prompts_are_refused():
     module = KnowledgeModule("tiny")
     data = VerifiableDataModule(module.tokenizer, Facts(4))
     data.setup("predict")
-    with pytest.raises(ValueError, match="facts#0#0: a prompt that asks for no fact; set data to FactsDataModule"):
+    with pytest.raises(ValueError, match="facts#0#0: this prompt asks for no fact; set data to FactsDataModule"):
         module.predict_step(next(iter(data.predict_dataloader())), 0)

@@ -236,7 +236,7 @@ def test_too_few_seeds_other_data_and_several_processes(tmp_path: Path) -> None:
     trainer = Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False)
     data = VerifiableDataModule(tiny_tokenizer(), str(tmp_path / "prompts.jsonl"), str(tmp_path / "prompts.jsonl"))
     with pytest.raises(
-        ValueError, match=r"prompts.jsonl:1.*: a prompt that is no seed task; set data to SeedTasksDataModule"
+        ValueError, match=r"prompts.jsonl:1.*: this prompt is no seed task; set data to SeedTasksDataModule"
     ):
         trainer.predict(SelfInstructModule(author, 1), data)
     module = SelfInstructModule(author, 1)
