@@ -1,4 +1,4 @@
-"""The record that modules leave, numbers joined over batches, and the modes that evaluating puts back."""
+"""The record that modules leave, metrics joined over batches, and the modes that ``evaluating`` restores."""
 
 import contextlib
 import inspect
