@@ -77,7 +77,7 @@ class OnRank(VerifiableDataModule):
 
 @pytest.fixture
 def texts(tmp_path: Path) -> str:
-    """Make ten texts of 15 to 24 letters. With the end token they have 16 to 25 tokens, so a row of 25 holds one text."""
+    """Make ten texts of 15 to 24 letters: 16 to 25 tokens with the end token, so a row of 25 holds one text."""
     path = tmp_path / "texts.jsonl"
     path.write_text("".join(json.dumps({"text": chr(97 + number) * (15 + number)}) + "\n" for number in range(10)))
     return str(path)

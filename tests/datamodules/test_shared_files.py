@@ -69,7 +69,7 @@ def naive(path: Path) -> list[Any]:
 
 
 def objects(content: Any) -> list[Any]:
-    """Return the rows of a JSON file: a top-level array, ``examples``, ``instructions`` with ``tags``, or categories."""
+    """Return the rows of a JSON file: an array, ``examples``, ``instructions`` with ``tags``, or categories."""
     if isinstance(content, list):
         return content
     if "examples" in content:

@@ -1,11 +1,11 @@
-"""Runs every method for six optimiser steps and prints what came out: name, SHA-256 of the final weights, last loss.
+"""Runs every method for six optimiser steps and prints name, SHA-256 of the final weights and last loss.
 
 Two commits that print the same lines train the same. The numbers depend on the CPU, so compare on one machine:
 
     python tests/loop/fixed_runs.py > before.txt        all runs, or those that are named: ... fixed_runs.py sft dpo
 
-Every run starts from ``checkpoints_v1/start``, goes through the command line and names classes by their short names only.
-A run is three epochs (phases) of two steps; ``MIDDLE`` is a step inside the second.
+Every run starts from ``checkpoints_v1/start``, goes through the command line and names classes by their short names
+only. A run is three epochs (phases) of two steps; ``MIDDLE`` is a step inside the second.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""Moments over all ranks: by hand, against a loop in one process, and in two real processes against one with all rows."""
+"""Moments over all ranks: by hand, against a loop in one process, and two real processes against one with all rows."""
 
 import math
 import statistics
