@@ -29,7 +29,7 @@ def make_rollout(
 
 
 class Scripted(LightningModule):
-    """Carries ``phases[p]`` in phase p, from its first micro-batch to its end; one weight, two micro-batches a phase."""
+    """Carries ``phases[p]`` in phase p, from first micro-batch to end; one weight, two micro-batches a phase."""
 
     def __init__(self, phases: list[list[Rollout]]) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Claims over real validations and fits: claims that hold, claims that fail and how, and claims that cannot be judged."""
+"""Claims over real validations and fits: claims that hold, claims that fail, and claims that cannot be judged."""
 
 from pathlib import Path
 from typing import Any

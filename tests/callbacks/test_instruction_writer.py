@@ -1,4 +1,4 @@
-"""Growing a file of seed tasks end to end: a real server writes tasks, killed runs continue, and SFT reads the result."""
+"""Growing seed tasks end to end: a real server writes tasks, killed runs continue, and SFT reads the result."""
 
 import json
 import os

@@ -55,7 +55,7 @@ def ask(
 
 
 def known_rows(tmp_path: Path) -> Path:
-    """Make rows whose second and fifth have an answer that the untrained model gives to the first of their two prompts."""
+    """Make rows whose second and fifth have an answer that the untrained model gives to their first prompt."""
     file = write_rows(tmp_path / "in.jsonl", ROWS)
     module = KnowledgeModule("tiny", max_completion_length=2)
     data = FactsDataModule(module.tokenizer, str(file), num_prompts=2, num_shots=1)
