@@ -124,7 +124,8 @@ def test_a_function_gets_what_it_names():
     assert FunctionReward(few_letters).name == "few_letters"
     assert FunctionReward(lambda completion_ids, n=3: [len(ids) * n for ids in completion_ids])(rollouts) == [6, 6]
     with pytest.raises(
-        ValueError, match="asks for level; the rows have prompts, completions, completion_ids and answers"
+        ValueError,
+        match="asks for level, which no row has; it can ask for prompts, completions, completion_ids and answers",
     ):
         FunctionReward(as_in_trl)([rollout("a", "b")])
     with pytest.raises(ValueError, match=r"reward texts\(texts\).*must ask for completions"):
