@@ -1,4 +1,4 @@
-"""Rewards that mind the length of a completion."""
+"""Rewards that depend on the length of a completion."""
 
 import math
 from collections.abc import Sequence
@@ -7,17 +7,17 @@ from modules.types import Reward, Rollout
 
 
 class LengthPenalty(Reward):
-    """Another reward minus ``per_token`` times the completion's tokens, the end token included; None where the other
-    gives None.
+    """Subtracts ``per_token`` for each token of the completion from another reward.
 
-    Length alone explains 70 to 90 % of the reward that PPO gains from reward models in arXiv 2310.03716.
+    The end token counts. The score is None where the other reward gives None. In arXiv 2310.03716 length alone explains
+    70 to 90 % of what PPO gains on reward models.
 
     Args:
         reward: the reward to correct.
-        per_token: what a token costs, on the scale of ``reward``; finite and >= 0.
+        per_token: price of a token, in units of ``reward``; finite and >= 0.
 
     Raises:
-        ValueError: ``per_token`` out of range.
+        ValueError: ``per_token`` is out of range.
     """
 
     def __init__(self, reward: Reward, per_token: float) -> None:
@@ -27,14 +27,16 @@ class LengthPenalty(Reward):
         self.reward, self.per_token = reward, per_token
 
     def __call__(self, rollouts: Sequence[Rollout]) -> list[float | None]:
-        """Penalised score or None per rollout. ValueError for a completion that is text alone, whose length nobody
-        knows.
+        """Return the penalised score per rollout, or None.
+
+        Raises:
+            ValueError: a completion has text but no tokens, so that its length is unknown.
         """
         bare = [rollout.uid for rollout in rollouts if rollout.completion.text and not rollout.completion.token_ids]
         if bare:
             raise ValueError(
-                f"{bare[0]}: LengthPenalty counts tokens and this completion has none (a baseline of Versus?): use the "
-                "bare reward"
+                f"{bare[0]}: LengthPenalty counts tokens, and this completion is text without tokens (a baseline of "
+                "Versus?); use the reward without LengthPenalty"
             )
         scores = self.reward(rollouts)
         return [

@@ -7,14 +7,14 @@ from modules.types import Completion, Reward, Rollout
 
 
 class Versus(Reward):
-    """1 where a completion scores above the row's ``answer`` under ``reward``, 0.5 where equal, 0 below: win rates with
-    a learned judge.
+    """Gives 1 when ``reward`` scores the completion above the row's ``answer``, 0.5 when equal, 0 below.
 
-    The answer is scored as a completion that ended by itself, with text and no tokens: ``reward`` must read text, as
-    ``LearnedReward`` does for a completion without tokens. None without an answer, or where either side is unscorable.
+    With a learned reward this measures win rates. The answer is scored as a completion that ended by itself, with text
+    and without tokens. So ``reward`` must read text, as ``LearnedReward`` does for a completion without tokens. The
+    score is None without an answer, or if either side cannot be scored.
 
     Args:
-        reward: scores completion and answer alike.
+        reward: scores the completion and the answer.
     """
 
     def __init__(self, reward: Reward) -> None:
@@ -22,7 +22,7 @@ class Versus(Reward):
         self.reward = reward
 
     def __call__(self, rollouts: Sequence[Rollout]) -> list[float | None]:
-        """1.0, 0.5, 0.0 or None per rollout."""
+        """Return 1.0, 0.5, 0.0 or None per rollout."""
         against = [
             replace(rollout, completion=Completion([], [], rollout.answer, "stop"))
             for rollout in rollouts
@@ -35,7 +35,7 @@ class Versus(Reward):
 
 
 def verdict(score: float | None, other: float | None) -> float | None:
-    """1.0 above, 0.5 equal, 0.0 below; None where either is None."""
+    """Return 1.0 if ``score`` is above ``other``, 0.5 if they are equal, 0.0 below; None if either is None."""
     if score is None or other is None:
         return None
     return 0.5 if score == other else float(score > other)

@@ -1,4 +1,4 @@
-"""Several rewards as one, and scores that were checked."""
+"""Adds several rewards, and checks the scores that rewards return."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -11,10 +11,10 @@ def score(reward: Reward, rollouts: Sequence[Rollout]) -> list[float | None]:
     """Call a reward and check what it returned.
 
     Returns:
-        One finite score per rollout, in order; None = unscorable.
+        one finite score per rollout, in order; None = unscorable.
 
     Raises:
-        ValueError: another number of scores than rollouts, or a score that is NaN or infinite.
+        ValueError: the number of scores is not the number of rollouts, or a score is NaN or infinite.
     """
     values = reward(rollouts)
     if len(values) != len(rollouts):
@@ -30,16 +30,17 @@ def score(reward: Reward, rollouts: Sequence[Rollout]) -> list[float | None]:
 
 
 class WeightedSum(Reward):
-    """Total of several rewards, each times its weight. One unscorable component makes the total None: a partial sum is
-    on another scale.
+    """Adds several rewards, each times its weight.
+
+    If one component is None, so is the total, because a partial sum would be on another scale.
 
     Args:
         rewards: the components, with distinct names.
-        weights: one finite factor per component; None = 1 each (DeepSeek-R1, arXiv 2501.12948, adds its rewards with
-            equal weight).
+        weights: one finite factor per component; None = 1 each, as in DeepSeek-R1 (arXiv 2501.12948).
 
     Raises:
-        ValueError: no component, another number of weights, a weight that is not finite, or two components of one name.
+        ValueError: there is no component, the number of weights differs, a weight is not finite, or two components
+            share a name.
     """
 
     def __init__(self, rewards: list[Reward], weights: list[float] | None = None) -> None:
@@ -47,13 +48,13 @@ class WeightedSum(Reward):
         weights = [1.0] * len(rewards) if weights is None else list(weights)
         names = [reward.name for reward in rewards]
         if not rewards:
-            raise ValueError("WeightedSum needs at least one reward; got an empty list")
+            raise ValueError("WeightedSum needs at least one reward, got an empty list")
         if len(weights) != len(rewards):
             raise ValueError(
                 f"WeightedSum got {len(rewards)} rewards but {len(weights)} weights; give one weight per reward"
             )
         if not all(math.isfinite(weight) for weight in weights):
-            raise ValueError(f"WeightedSum weights must be finite numbers; got {weights}")
+            raise ValueError(f"WeightedSum weights must be finite numbers, got {weights}")
         repeated = sorted({name for name in names if names.count(name) > 1})
         if repeated:
             raise ValueError(f"WeightedSum got several rewards named {repeated}; give each its own name")
@@ -62,17 +63,17 @@ class WeightedSum(Reward):
         self.weights = weights
 
     def __call__(self, rollouts: Sequence[Rollout]) -> list[float | None]:
-        """Weighted total per rollout, None where any component is None."""
+        """Return the weighted total per rollout; None if any component is None."""
         return [self.total(parts) for parts in self.components(rollouts)]
 
     def components(self, rollouts: Sequence[Rollout]) -> list[dict[str, float | None]]:
-        """Unweighted scores by reward name, one dict per rollout."""
+        """Return the unweighted scores by reward name, one dict per rollout."""
         columns = [score(reward, rollouts) for reward in self.rewards]
         names = [reward.name for reward in self.rewards]
         return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
 
     def total(self, parts: dict[str, float | None]) -> float | None:
-        """Weighted sum of one rollout's components (as ``components`` gives them), None when one of them is None."""
+        """Return the weighted sum of one rollout's ``components``; None if any of them is None."""
         total = 0.0
         for value, weight in zip(parts.values(), self.weights, strict=True):
             if value is None:
@@ -82,11 +83,11 @@ class WeightedSum(Reward):
 
 
 def breakdown(reward: Reward, rollouts: Sequence[Rollout]) -> tuple[list[dict[str, float | None]], list[float | None]]:
-    """Score once and keep the parts.
+    """Score the rollouts once and keep the parts.
 
     Returns:
-        Per rollout the unweighted components by name (the reward itself under its own name when it is not a
-        WeightedSum), and the total.
+        the unweighted components of each rollout by name, and the totals. A reward that is not a ``WeightedSum`` is its
+        own only component.
 
     Raises:
         ValueError: see ``score``.
@@ -99,7 +100,7 @@ def breakdown(reward: Reward, rollouts: Sequence[Rollout]) -> tuple[list[dict[st
 
 
 def every_reward(reward: Reward) -> Iterator[Reward]:
-    """The reward and, however deep, the rewards that it is made of."""
+    """Yield the reward and all rewards inside it, at any depth."""
     yield reward
     for part in vars(reward).values():
         for inner in part if isinstance(part, list | tuple) else [part]:

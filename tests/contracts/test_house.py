@@ -1,4 +1,4 @@
-"""The house keeps its shape: imports point one way."""
+"""Imports between the packages point one way."""
 
 import ast
 from collections import Counter
@@ -15,7 +15,7 @@ SHARED = {"types", "functional", "distributed", "checks", "modes", "seeds"}
 
 
 def trains(path: Path) -> bool:
-    """Whether a file of ``modules`` is a method's page: it defines a class whose name ends in Module."""
+    """Return whether a file of ``modules`` is a method's page: it defines a class whose name ends in Module."""
     classes = [node.name for node in ast.parse(path.read_text()).body if isinstance(node, ast.ClassDef)]
     return any(name.endswith("Module") for name in classes) and path.stem not in ("base", "on_policy")
 
@@ -24,7 +24,10 @@ METHODS = {path.stem for path in (ROOT / "modules").glob("*.py") if trains(path)
 
 
 def layer(module: str) -> str:
-    """modules.rollout.scoring -> rollout; modules.grpo and modules.predict.x -> method; datamodules.x -> datamodules."""
+    """Return the layer of a module.
+
+    modules.rollout.scoring -> rollout; modules.grpo and modules.predict.x -> method; datamodules.x -> datamodules.
+    """
     top, *rest = module.split(".")
     if top != "modules" or not rest:
         return top

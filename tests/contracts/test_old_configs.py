@@ -1,4 +1,4 @@
-"""A ``config.yaml`` that an earlier version saved still runs: class paths and options have moved since."""
+"""A ``config.yaml`` that an earlier version saved still runs, although class paths and options have moved since."""
 
 import importlib
 from pathlib import Path

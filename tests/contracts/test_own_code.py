@@ -1,4 +1,4 @@
-"""Somebody else's classes and functions, from the folder that they work in."""
+"""A user's own classes and functions, from the folder that they work in."""
 
 import json
 import os
@@ -124,7 +124,8 @@ def test_a_function_gets_what_it_names():
     assert FunctionReward(few_letters).name == "few_letters"
     assert FunctionReward(lambda completion_ids, n=3: [len(ids) * n for ids in completion_ids])(rollouts) == [6, 6]
     with pytest.raises(
-        ValueError, match="asks for level; the rows have prompts, completions, completion_ids and answers"
+        ValueError,
+        match="asks for level, which no row has; it can ask for prompts, completions, completion_ids and answers",
     ):
         FunctionReward(as_in_trl)([rollout("a", "b")])
     with pytest.raises(ValueError, match=r"reward texts\(texts\).*must ask for completions"):
@@ -138,7 +139,7 @@ def texts(texts):
 
 
 def forgets(completions):
-    """Returns nothing."""
+    """Return nothing."""
 
 
 def test_a_function_is_a_reward_from_python():

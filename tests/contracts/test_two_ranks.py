@@ -1,4 +1,4 @@
-"""Every shipped YAML on two processes, with its own callbacks and the bar: nobody waits for a rank that is elsewhere."""
+"""Every shipped YAML on two processes, with its own callbacks and progress bar: no rank waits for ever."""
 
 import json
 import os
@@ -91,7 +91,7 @@ def test_every_config_is_tried():
 
 
 def processes(mark: str) -> list[str]:
-    """The command lines of all processes with this mark in their environment; ended ones have none."""
+    """Return the command lines of all processes with this mark in their environment; ended processes have none."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
