@@ -1,4 +1,4 @@
-"""Where callbacks write that are given no path of their own, and whether they can write there at all."""
+"""Where callbacks write when they are given no path, and a check that they can write there."""
 
 import tempfile
 from pathlib import Path
@@ -7,12 +7,15 @@ from lightning.pytorch import Trainer
 
 
 def in_run_folder(trainer: Trainer, path: Path | None, name: str) -> Path:
-    """The path, or ``name`` in the run's folder, which is the Trainer's ``default_root_dir``, where it is None."""
+    """Return ``path``, or ``name`` in the run's folder when ``path`` is None. The run's folder is ``default_root_dir``."""
     return Path(trainer.default_root_dir) / name if path is None else path
 
 
 def require_writable(path: Path, who: str) -> None:
-    """Raises ValueError, ``who`` first, unless ``path`` can be made or written; leaves nothing behind."""
+    """Check that ``path`` can be written, and leave nothing behind.
+
+    Raises ValueError, which begins with ``who``, when it cannot.
+    """
     folder = path.absolute()
     while not folder.exists():
         folder = folder.parent

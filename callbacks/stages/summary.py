@@ -1,4 +1,4 @@
-"""What did training change? One table and one line at the end of ``validate``."""
+"""What did training change? Prints one table and one line at the end of ``validate``."""
 
 import shlex
 from pathlib import Path
@@ -12,20 +12,20 @@ from callbacks.writers.resumable_jsonl import write_whole
 
 
 class Summary(Callback):
-    """Remembers the validation before training, and prints it beside the validation of the trained checkpoint.
+    """Prints the validation before training beside the validation of the trained checkpoint.
 
     "Before" is the sanity check of the first ``fit``, if it runs over all validation data
-    (``Trainer(num_sanity_val_steps=-1)``); it travels in the checkpoint. ``validate`` with that checkpoint prints the
-    table, the command that opens TensorBoard, and last ``title: metric before -> after``.
+    (``Trainer(num_sanity_val_steps=-1)``). Its metrics are kept in the checkpoint. ``validate`` with that checkpoint
+    prints the table, the command that opens TensorBoard, and last ``title: metric before -> after``.
 
     Args:
-        title: the first word or words of the last line.
-        headline: the metric on the last line, such as ``val/pass@1``. It is the table's first row too.
+        title: the first words of the last line.
+        headline: the metric on the last line, such as ``val/pass@1``. It is also the table's first row.
         metrics: the other rows.
-        result: a file that gets the headline's value, for scripts to read.
+        result: a file to write the headline's value into, for scripts; None = no file.
 
     Raises:
-        ValueError: after a validation that did not log one of the metrics.
+        ValueError: a validation did not log one of the metrics.
     """
 
     def __init__(self, title: str, headline: str, metrics: list[str], result: str | None = None) -> None:
@@ -37,24 +37,24 @@ class Summary(Callback):
         self.after: dict[str, float] = {}
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep the values: before training from the sanity check, after it from ``validate``."""
+        """Keep the metrics: "before" from the sanity check, "after" from ``validate``."""
         if trainer.state.fn == "validate":
             self.after = logged(trainer, self.metrics, "Summary")
         elif trainer.sanity_checking and trainer.num_sanity_val_steps == float("inf") and not self.before:
             self.before = logged(trainer, self.metrics, "Summary")
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Print, at the end of ``validate``."""
-        # Lightning prints its own results before this hook, so that the headline stays the last line.
+        """Print at the end of ``validate``."""
+        # Lightning prints its own results before this hook, so the headline is the last line.
         if stage == "validate" and trainer.is_global_zero and self.after:
             self._print(trainer)
 
     def state_dict(self) -> dict[str, Any]:
-        """The part that a resumed run or a validation needs."""
+        """Return what a resumed run or a validation needs."""
         return {"before": self.before}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores what ``state_dict`` gave."""
+        """Restore what ``state_dict`` returned."""
         self.before = state_dict["before"]
 
     def _print(self, trainer: Trainer) -> None:

@@ -1,16 +1,16 @@
-"""Metrics of a validation by name, and a table of them."""
+"""Reads the metrics of a validation and prints them as a table."""
 
 from collections.abc import Mapping, Sequence
 
 from lightning.pytorch import Trainer
 
-PROMPTS = "val/num_prompts"  # of which shares and means were taken
+PROMPTS = "val/num_prompts"  # the prompts that shares and means were taken over
 
 
 def logged(trainer: Trainer, names: Sequence[str], owner: str) -> dict[str, float]:
-    """The values of the last validation, with their number of prompts and their standard errors where it logged these.
+    """Return metrics of the last validation, with the number of prompts and the standard errors that it logged.
 
-    Raises ValueError, in the name of ``owner``, where it did not log one of the names.
+    Raises ValueError, which begins with ``owner``, when one of the names was not logged.
     """
     missing = [name for name in names if name not in trainer.callback_metrics]
     if missing:
@@ -24,7 +24,7 @@ def logged(trainer: Trainer, names: Sequence[str], owner: str) -> dict[str, floa
 
 
 def print_table(rows: Sequence[str], columns: Mapping[str, Mapping[str, float]]) -> None:
-    """One row a metric, one column a model; what a model has no value of stays empty."""
+    """Print one row per metric and one column per model. A cell without a value stays empty."""
     from rich.console import Console
     from rich.table import Table
 
@@ -35,5 +35,5 @@ def print_table(rows: Sequence[str], columns: Mapping[str, Mapping[str, float]])
 
 
 def rounded(value: float) -> str:
-    """Two digits behind the point."""
+    """Format a value with two decimals."""
     return f"{value:.2f}"

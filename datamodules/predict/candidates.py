@@ -1,4 +1,4 @@
-"""Prompts with several answers each, for a judge to compare or a reward to score."""
+"""Gives prompts with several answers each, for a judge to compare or a reward to score."""
 
 import hashlib
 import json
@@ -20,37 +20,43 @@ from modules.types import PromptBatch
 
 @dataclass(frozen=True)
 class Candidates:
-    """One row."""
+    """One row: a prompt with its candidate answers."""
 
-    prompt: str  # as a judge reads it
+    prompt: str  # text that a judge reads
     completions: list[str]  # at least two
-    given: int | None  # what the data say of two completions: 1 or 2 is better, 0 = tie, None = nothing
-    answer: str | None  # the right one, for a reward that checks
-    columns: dict[str, Any]  # prompt and completions (and tools) as they were, text or messages, for the labelled row
+    given: int | None  # the data's own label of two completions: 1 or 2 = the better one, 0 = tie, None = no label
+    answer: str | None  # the right answer, for a reward that checks it
+    columns: dict[str, Any]  # prompt and completions (and tools) as given, text or messages, for the labelled row
     origin: str
     source: str
 
 
 class CandidatesDataModule(RowsDataModule):
-    """Rows in order (``PromptBatch``), once, for ``predict`` alone; with several ranks, rank r takes every world-th.
+    """Gives rows with candidate answers to ``predict``, once and in order (``PromptBatch``).
 
-    Rows are those of :class:`PreferenceDataModule`, messages and transcripts included, and two answers or a list of them
-    need no verdict. What a verdict says is kept as ``given``: 1 or 2 is better, 0 = a tie, None = nothing is said. A
-    column ``answer`` is the right answer, for a reward that checks it. ``info`` of a batch holds the texts as
-    ``candidates``, ``given``, the place of the row as ``row``, its ``columns`` (prompt and completions as they were), and
-    as ``data`` a digest of all rows; ``prompt_ids`` are empty, since nothing is sampled.
+    With several ranks, rank r takes row r and every row ``world_size`` further on. The shapes of rows are those of
+    :class:`PreferenceDataModule`, messages and transcripts included. Two answers or a list of answers need no verdict.
+
+    A batch holds no ``prompt_ids``, because nothing is sampled. ``answer`` is the right answer, for a reward that
+    checks it. ``info`` holds
+
+    - ``candidates``: the texts of the answers.
+    - ``given``: the data's own verdict, 1 or 2 = the better answer, 0 = a tie, None = no verdict.
+    - ``row``: the index of the row. ``data``: a digest of all rows.
+    - ``columns``: prompt and completions as they were given.
 
     Args:
         train: the rows: a source, or a file, a folder or a hub id.
         columns: our column name -> the data's.
-        batch_size: rows per batch and rank, what is lost at most when a run is killed.
+        batch_size: rows per batch and rank, >= 1. A killed run loses at most one batch.
         first_is_better: as in :class:`PreferenceDataModule`.
 
     Raises:
-        ValueError: naming file and line, in ``setup``, before anything is judged.
+        ValueError: ``batch_size`` is below 1; in ``setup``, a row is bad, with file and line, before anything is
+            judged.
     """
 
-    batch_type = PromptBatch  # what a module must read
+    batch_type = PromptBatch  # the batches that a module must accept
     purpose, may_drop = "preference", False
 
     def __init__(
@@ -67,7 +73,7 @@ class CandidatesDataModule(RowsDataModule):
         self.rows: list[Candidates] = []
 
     def setup(self, stage: str) -> None:
-        """Read all rows; bad ones fail here."""
+        """Read all rows. Raises ValueError when a row is bad."""
         if not self.rows:
             self.rows = self.encode_rows(
                 self.train, "train", lambda row: read_candidates(row, self.reading), lambda _: 0, 0
@@ -76,11 +82,11 @@ class CandidatesDataModule(RowsDataModule):
             self.report("candidates", f"{labelled} with a given label")
 
     def settle(self, rows: Sequence[Row], stage: str) -> None:
-        """How columns of verdicts are read."""
+        """Settle how columns of verdicts are read."""
         settle_verdicts(rows, self.reading, self.first_is_better)
 
     def predict_dataloader(self) -> EVAL_DATALOADERS:
-        """All rows, in order."""
+        """Return this rank's rows in batches, in order. Raises ValueError when there are fewer rows than ranks."""
         if len(self.rows) < self.world_size:
             raise ValueError(f"{len(self.rows)} rows cannot be shared by {self.world_size} ranks; use fewer ranks")
         content = json.dumps([[row.prompt, row.completions, row.answer] for row in self.rows])
@@ -92,7 +98,7 @@ class CandidatesDataModule(RowsDataModule):
         return self.ready_loader(batches)
 
     def batch(self, places: range, digest: str) -> PromptBatch:
-        """The rows at these places."""
+        """Return the rows at these places as a batch."""
         rows = [self.rows[place] for place in places]
         return PromptBatch(
             uid=[row.origin for row in rows],
@@ -114,9 +120,9 @@ class CandidatesDataModule(RowsDataModule):
 
 
 def read_candidates(row: Row, reading: Reading) -> Candidates:
-    """The prompt, the answers and the label of a row, in every shape that PreferenceDataModule reads.
+    """Read prompt, answers and label of a row, in every shape that ``PreferenceDataModule`` reads.
 
-    Raises ValueError with its origin when something is missing or of the wrong type.
+    Raises ValueError with the row's origin when something is missing or of the wrong type.
     """
     cells = reading.open(row)
     compared = read_compared(cells, judged=False)
@@ -147,8 +153,11 @@ def read_candidates(row: Row, reading: Reading) -> Candidates:
 
 
 def as_text(dialogue: Dialogue) -> str:
-    """A conversation as a judge reads it: each turn behind its role, tool calls as JSON, no reasoning. Text, and the
-    only turn of a conversation, as they are."""
+    """Return a conversation as the text that a judge reads.
+
+    Each turn follows the name of its role. Tool calls are JSON, and reasoning is left out. A text, and the only turn of
+    a conversation, stay as they are.
+    """
     if isinstance(dialogue, str):
         return dialogue
     texts = []

@@ -1,4 +1,4 @@
-"""Questions with short answers, each asked with several few-shot prompts."""
+"""Gives questions with short answers, each with several few-shot prompts."""
 
 import hashlib
 import json
@@ -24,40 +24,46 @@ TEMPLATE = "Q: {question}\nA: {answer}\n\n"
 
 @dataclass(frozen=True)
 class Fact:
-    """One row."""
+    """One row: a question with its right answers."""
 
     question: str
-    answers: list[str]  # at least one; the first is the one that examples give
+    answers: list[str]  # at least one; examples show the first
     relation: str | None
     row: Row
 
 
 class FactsDataModule(RowsDataModule):
-    """``num_prompts`` few-shot prompts for each fact, one after the other (``PromptBatch``), once, for ``predict``
-    alone; with several ranks, rank r takes every world-th fact.
+    """Gives ``num_prompts`` few-shot prompts for each fact to ``predict``, once and in order (``PromptBatch``).
 
-    A row holds a question (``question``, ``prompt``, ``instruction``, ... with ``input`` or without) and ``answer``,
-    ``completion``, ...: one line of text, or a list of such lines that are all right. The examples of a prompt are other rows
-    with the same ``relation`` (rows without one are one relation) and another question, drawn by (seed, uid of the
-    prompt). ``info`` of a prompt holds the fact's uid as ``fact``, its ``answers``, the row's own ``columns``, its
-    place as ``row``, and as ``data`` a digest of all prompts.
+    With several ranks, rank r takes fact r and every fact ``world_size`` further on.
+
+    A row holds a question and its answer. The question is ``question``, ``prompt``, ``instruction`` or another known
+    name, with ``input`` or without. The answer is ``answer``, ``completion`` or another known name: one line of text,
+    or a list of such lines that are all right.
+
+    The examples in a prompt are other rows with the same ``relation`` and another question, drawn by (seed, uid of the
+    prompt). Rows without a relation form one relation. ``info`` of a prompt holds
+
+    - ``fact``: the uid of the fact. ``answers``: its right answers.
+    - ``row``: the index of the row. ``columns``: the row's own columns.
+    - ``data``: a digest of all prompts.
 
     Args:
         tokenizer: a tokenizer, or a path or hub id; None = the module's.
         train: the rows: a source, or a file, a folder or a hub id.
         columns: our column name -> the data's.
-        batch_size: facts per batch and rank, what is lost at most when a run is killed.
-        num_prompts: prompts of a fact, >= 1.
+        batch_size: facts per batch and rank, >= 1. A killed run loses at most one batch.
+        num_prompts: prompts per fact, >= 1.
         num_shots: examples in a prompt, >= 0.
-        template: of a fact; it holds ``{question}`` and behind it, at the end of a line, ``{answer}``, where a prompt
-            stops.
-        seed: of the examples; None = the run's.
+        template: text of one fact. It holds ``{question}`` and after it, at the end of a line, ``{answer}``, where the
+            prompt stops.
+        seed: seed of the examples; None = the run's.
 
     Raises:
-        ValueError: naming file and line, in ``setup``, before anything is asked.
+        ValueError: a setting is out of range; in ``setup``, a row is bad, with file and line, before anything is asked.
     """
 
-    batch_type = PromptBatch  # what a module must read
+    batch_type = PromptBatch  # the batches that a module must accept
     purpose, may_drop = "facts", False
 
     def __init__(
@@ -84,16 +90,16 @@ class FactsDataModule(RowsDataModule):
             or "{answer}" in after
         ):
             raise ValueError(
-                f"template must hold {{question}} and behind it, at the end of a line, {{answer}}; got {template!r}"
+                f"template must hold {{question}} and after it, at the end of a line, {{answer}}; got {template!r}"
             )
         super().__init__(train, columns)
         self.tokenizer, self.seed = load_tokenizer(tokenizer), run_seed(seed)
         self.batch_size, self.num_prompts, self.num_shots, self.template = batch_size, num_prompts, num_shots, template
         self.facts: list[Fact] = []
-        self.prompts: list[list[tuple[str, list[int]]]] = []  # of each fact: text and tokens
+        self.prompts: list[list[tuple[str, list[int]]]] = []  # text and tokens of each fact's prompts
 
     def setup(self, stage: str) -> None:
-        """Reads and tokenises everything; bad rows and relations with too few facts fail here."""
+        """Read and tokenise all rows. Raises ValueError when a row is bad or a relation has too few facts."""
         if self.facts:
             return
         self.take_tokenizer()
@@ -105,7 +111,7 @@ class FactsDataModule(RowsDataModule):
         self.report("facts", f"{relations} relations, {self.num_prompts} prompts each")
 
     def build(self, facts: list[Fact]) -> list[list[tuple[str, list[int]]]]:
-        """Text and tokens of the prompts of each fact."""
+        """Return text and tokens of each fact's prompts."""
         relations: dict[str | None, list[Fact]] = defaultdict(list)
         for fact in facts:
             relations[fact.relation].append(fact)
@@ -115,9 +121,8 @@ class FactsDataModule(RowsDataModule):
             others, alike = relations[fact.relation], same[fact.relation, fact.question]
             if len(others) - alike < self.num_shots:
                 raise ValueError(
-                    f"{fact.row.origin}: relation {fact.relation!r} has {len(others) - alike} other questions and a "
-                    f"prompt needs {self.num_shots}: "
-                    "lower data.num_shots, or leave out the relation"
+                    f"{fact.row.origin}: relation {fact.relation!r} has {len(others) - alike} other questions, but a "
+                    f"prompt needs {self.num_shots}: lower data.num_shots, or leave out the relation"
                 )
             texts = [
                 self.prompt(fact, others, alike, f"{fact.row.origin}#{number}") for number in range(self.num_prompts)
@@ -126,7 +131,10 @@ class FactsDataModule(RowsDataModule):
         return built
 
     def prompt(self, fact: Fact, others: list[Fact], alike: int, uid: str) -> str:
-        """A prompt, ready for the answer. Of ``others``, ``alike`` ask the same question and are no examples."""
+        """Return a prompt that ends where the answer begins.
+
+        ``alike`` of the facts in ``others`` ask the same question; they are not used as examples.
+        """
         drawn = random.Random(f"{self.seed} {uid}").sample(others, self.num_shots + alike)
         examples = [example for example in drawn if example.question != fact.question][: self.num_shots]
         before, _, behind = self.template.partition("{answer}")
@@ -135,7 +143,7 @@ class FactsDataModule(RowsDataModule):
         return "".join(shots) + asked.replace("{question}", fact.question)
 
     def predict_dataloader(self) -> EVAL_DATALOADERS:
-        """All facts, in order."""
+        """Return this rank's facts in batches, in order. Raises ValueError when there are fewer facts than ranks."""
         if len(self.facts) < self.world_size:
             raise ValueError(f"{len(self.facts)} facts cannot be shared by {self.world_size} ranks; use fewer ranks")
         texts = [[text for text, _ in prompts] for prompts in self.prompts]
@@ -149,7 +157,7 @@ class FactsDataModule(RowsDataModule):
         return self.ready_loader(batches)
 
     def batch(self, places: range, digest: str) -> PromptBatch:
-        """The prompts of the facts at these places."""
+        """Return the prompts of the facts at these places as a batch."""
         asked = [
             (place, self.facts[place], number, *self.prompts[place][number])
             for place in places
@@ -175,8 +183,9 @@ class FactsDataModule(RowsDataModule):
 
 
 def read_fact(row: Row, reading: Reading) -> Fact:
-    """Question, answers and relation of a row. Raises ValueError with its origin when something is missing or of the
-    wrong type.
+    """Read question, answers and relation of a row.
+
+    Raises ValueError with the row's origin when something is missing or of the wrong type.
     """
     cells = reading.open(row)
     asked = read_prompt(cells, chat=False, names=("prompt", "instruction", "input"))

@@ -1,4 +1,4 @@
-"""Human-written tasks, for a model to write more of."""
+"""Gives human-written tasks, for a model to write more of them."""
 
 import hashlib
 import json
@@ -17,14 +17,14 @@ from modules.types import PromptBatch
 
 @runtime_checkable
 class Finishes(Protocol):
-    """A module that makes more of the seeds, until it has enough."""
+    """A module that generates tasks from seeds until it has enough."""
 
     finished: bool
 
 
 @dataclass(frozen=True)
 class SeedTask:
-    """One row."""
+    """One row: a task with its input and output."""
 
     instruction: str
     input: str  # "" = none
@@ -34,8 +34,9 @@ class SeedTask:
 
 
 class Rounds:
-    """The same batch, until the module has finished. Lightning fetches one batch ahead, so a finished module gets one
-    more.
+    """Yields the same batch until the module has finished.
+
+    Lightning fetches one batch ahead, so a finished module gets one more.
     """
 
     def __init__(self, batch: PromptBatch, module: Finishes) -> None:
@@ -47,22 +48,25 @@ class Rounds:
 
 
 class SeedTasksDataModule(RowsDataModule):
-    """All seeds in one batch (``PromptBatch``), again and again until the module has finished. For ``predict`` alone.
+    """Gives all seeds in one batch (``PromptBatch``) to ``predict``, again and again until the module has finished.
 
-    A row holds ``instruction``, ``output`` and perhaps ``input`` (Alpaca), or ``instruction`` and ``instances``, a list
-    of which the first object's ``input`` and ``output`` are read (Self-Instruct's ``seed_tasks.jsonl``). In the batch
-    ``prompt`` is the instruction, ``answer`` the output, ``prompt_ids`` are empty, and ``info`` holds ``input`` and, as
-    ``data``, a digest of all rows.
+    A row holds ``instruction``, ``output`` and optionally ``input``, as in Alpaca. Or it holds ``instruction`` and
+    ``instances``, as in Self-Instruct's ``seed_tasks.jsonl``; of that list, ``input`` and ``output`` of the first
+    object are read.
+
+    In the batch, ``prompt`` is the instruction, ``answer`` the output, and ``prompt_ids`` are empty. ``info`` holds
+    ``input`` and, as ``data``, a digest of all rows.
 
     Args:
         train: the seeds: a source, or a file, a folder or a hub id.
         columns: our column name -> the data's.
 
     Raises:
-        ValueError: naming file and line, in ``setup``, before anything is asked; a module that has no use for seeds.
+        ValueError: in ``setup``, a row is bad, with file and line, before anything is asked; or the module cannot use
+            seeds.
     """
 
-    batch_type = PromptBatch  # what a module must read
+    batch_type = PromptBatch  # the batches that a module must accept
     purpose, may_drop = "seeds", False
 
     def __init__(self, train: str | Source, columns: dict[str, str] | None = None) -> None:
@@ -70,20 +74,20 @@ class SeedTasksDataModule(RowsDataModule):
         self.rows: list[SeedTask] = []
 
     def setup(self, stage: str) -> None:
-        """Read all rows; bad ones fail here."""
+        """Read all rows. Raises ValueError when a row is bad."""
         if not self.rows:
             self.rows = self.encode_rows(self.train, "train", lambda row: seed_task(row, self.reading), lambda _: 0, 0)
             self.report("seeds", f"{sum(bool(row.input) for row in self.rows)} with an input")
 
     def predict_dataloader(self) -> EVAL_DATALOADERS:
-        """The seeds, once a round."""
+        """Return the seeds, once per round. Raises ValueError when the module cannot use seeds."""
         module: Any = self.trainer.lightning_module if self.trainer else None
         if not isinstance(module, Finishes):
-            raise ValueError(f"{type(module).__name__} makes no tasks of seeds; set model to SelfInstructModule")
+            raise ValueError(f"{type(module).__name__} generates no tasks from seeds; set model to SelfInstructModule")
         return Rounds(self.batch(), module)
 
     def batch(self) -> PromptBatch:
-        """All seeds."""
+        """Return all seeds as a batch."""
         digest = hashlib.blake2b(
             json.dumps([astuple(row)[:3] for row in self.rows]).encode(), digest_size=8
         ).hexdigest()
@@ -98,8 +102,9 @@ class SeedTasksDataModule(RowsDataModule):
 
 
 def seed_task(row: Row, reading: Reading) -> SeedTask:
-    """The texts of a row, stripped. Raises ValueError with its origin when something is missing, empty or of the wrong
-    type.
+    """Read the texts of a row, stripped.
+
+    Raises ValueError with the row's origin when something is missing, empty or of the wrong type.
     """
     cells = reading.open(row)
     asks = next((name for name in ("instruction", "prompt") if cells.has(name)), None)
@@ -111,7 +116,7 @@ def seed_task(row: Row, reading: Reading) -> SeedTask:
     for name, text in (("instruction", instruction), ("output", output.strip())):
         if not text:
             raise ValueError(
-                f"{row.origin}: the {name} is empty, so it shows a model nothing; write one or remove the row"
+                f"{row.origin}: the {name} is empty, so it shows a model nothing; fill it in or remove the row"
             )
     reading.close(cells, "instruction + " + ("instances" if nested else "output"))
     return SeedTask(instruction, given, output.strip(), row.origin, row.source)

@@ -1,4 +1,4 @@
-"""Where raw rows come from; imported together so that YAML files may use the short class names."""
+"""Sources of raw rows. They are imported together, so that YAML files can use their short class names."""
 
 from datamodules.sources.files import Files
 from datamodules.sources.flan import FlanTask, FlanTemplate, FlanTemplates

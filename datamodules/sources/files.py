@@ -1,4 +1,4 @@
-"""Rows from files, folders, saved data sets and the hub."""
+"""Reads rows from files, folders, saved data sets and the hub."""
 
 import re
 from collections import defaultdict
@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from datamodules.sources.readers import HEADERLESS, READERS, TABLES_OF_TEXT, file_format
 from datamodules.sources.source import Row, Source
 
-SPLITS = {  # words in file names, as the datasets library reads them
+SPLITS = {  # words in file names -> split, as in the datasets library
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
@@ -19,25 +19,32 @@ SPLITS = {  # words in file names, as the datasets library reads them
 
 
 class Files(Source):
-    """A JSONL, JSON, CSV, TSV, Parquet or Arrow file, a folder of such files, a ``save_to_disk`` folder, else a hub id.
+    """Reads rows from a file, a folder of files, a ``save_to_disk`` folder, or a hub data set.
 
-    Text files may be gzipped (``.gz``). JSONL (also ``.ndjson``) ends its records at "\\n" only, since text may hold
-    other line separators. JSON is an array, an object with one list of rows, an object of parallel lists (columns;
-    empty ones are left out), categories -> sub-categories -> texts, which become rows ``text``, ``category``,
-    ``subcategory``, or JSONL under another name. A text in the place of a row is a row ``text``. Cells of CSV and TSV
-    stay text; TSV knows no quotes. Values are as the file has them: types may be mixed, null is None.
+    A file is JSONL, JSON, CSV, TSV, Parquet or Arrow. Text files may be gzipped (``.gz``).
+
+    - JSONL (also ``.ndjson``): a record ends at "\\n" only, since text may hold other line separators.
+    - JSON: an array of rows; an object with one list of rows; an object of parallel lists, one per column (empty lists
+      are left out); categories -> sub-categories -> texts, which become rows with ``text``, ``category`` and
+      ``subcategory``; or JSONL under another name.
+    - CSV and TSV: cells stay text. TSV knows no quotes.
+
+    A text in the place of a row becomes a row with the column ``text``. Values stay as the file has them: types may be
+    mixed, and null is None.
 
     Args:
-        path: file, folder or hub id; behind a hub id or a local copy of its folder perhaps a colon and the config, such
+        path: file, folder or hub id. A config may follow a hub id, or a local copy of its folder, after a colon, such
             as ``openai/gsm8k:main``.
-        split: of a hub data set, of a saved dictionary of data sets, or of a folder whose file names tell splits, such
-            as ``train-00000-of-00002.parquet`` and ``test.jsonl``. None = train where there are several.
-        header: column names of CSV and TSV files without a header line, such as FLAN's; a backslash and an n in a cell
-            of such a TSV are a line break.
+        split: split of a hub data set, of a saved dictionary of data sets, or of a folder whose file names tell splits,
+            such as ``train-00000-of-00002.parquet`` and ``test.jsonl``. None = ``train``, or all files of a folder
+            whose names tell no split, or its only split.
+        header: column names of CSV and TSV files without a header line, such as FLAN's. In such a TSV file, a backslash
+            and an n in a cell are a line break.
         name: config of a hub data set.
 
     Raises:
-        ValueError: an argument that has no effect on what ``path`` names, in ``rows``.
+        ValueError: ``header`` names no column or one twice; in ``rows``, an argument has no effect on what ``path``
+            names.
     """
 
     def __init__(
@@ -48,7 +55,7 @@ class Files(Source):
         self.path, self.split, self.header, self.name = path, split, header, name
 
     def rows(self) -> list[Row]:
-        """All rows in file order, files of a folder by name. Raises ValueError naming file and line."""
+        """Read all rows in file order, the files of a folder by name. Raises ValueError with file and line."""
         location = Path(self.path).expanduser()
         if location.is_file():
             self._refuse("a file", "split", "name")
@@ -66,7 +73,7 @@ class Files(Source):
         return self._read_hub(path, name or self.name)
 
     def _refuse(self, kind: str, *names: str) -> None:
-        """ValueError for arguments that have no effect on a kind of data."""
+        """Refuse arguments that have no effect on a kind of data. Raises ValueError."""
         if given := [f"{name} {getattr(self, name)!r}" for name in names if getattr(self, name) is not None]:
             raise ValueError(f"{self.path}: {' and '.join(given)} has no effect on {kind}; leave it out")
 
@@ -100,7 +107,7 @@ class Files(Source):
 
 
 def hub_id(path: str) -> tuple[str, str | None]:
-    """The id and the config that may stand behind its colon.
+    """Split a path into the hub id and the config that may follow a colon.
 
     >>> hub_id("openai/gsm8k:main")
     ('openai/gsm8k', 'main')
@@ -110,7 +117,7 @@ def hub_id(path: str) -> tuple[str, str | None]:
 
 
 def hub_trouble(path: str, split: str, error: Exception) -> str:
-    """Why the ``datasets`` library could not load a hub id, in one sentence."""
+    """Return in one sentence why the ``datasets`` library could not load a hub id."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     if lines[0].startswith("Config name is missing"):
         configs = re.findall(r"'([^']+)'", lines[1]) if len(lines) > 1 else []
@@ -120,17 +127,18 @@ def hub_trouble(path: str, split: str, error: Exception) -> str:
 
 
 def files_of_split(folder: Path, endings: Sequence[str], split: str | None) -> list[Path]:
-    """The files of a folder that hold a split, sorted, by the words of ``SPLITS`` in their names; what is left out is
-    told in one line.
+    """Return the files of a folder that hold a split, sorted by name. One line tells which files are left out.
+
+    Words in the file names tell the split, see ``SPLITS``.
 
     Args:
-        folder: its subfolders are not read.
-        endings: of the files that can be read, without ``.gz``.
-        split: None = all files where no name tells a split, else train, or the only split there is.
+        folder: the folder; its subfolders are not read.
+        endings: endings of the files that can be read, without ``.gz``.
+        split: the split. None = all files where no name tells a split, else ``train``, or the only split there is.
 
     Raises:
-        ValueError: there are no such files, or none of the split, or files without a split's name beside others and no
-            train.
+        ValueError: the folder has no such files, none of the split, or, without ``split``, several splits but no
+            ``train``.
     """
     found = sorted(path for path in folder.iterdir() if not path.name.startswith((".", "_")))
     files = [path for path in found if path.is_file() and file_format(path) in endings]
@@ -169,7 +177,7 @@ def files_of_split(folder: Path, endings: Sequence[str], split: str | None) -> l
 
 
 def split_of(path: Path) -> str:
-    """The split that a file's name tells, empty where it tells none.
+    """Return the split that a file's name tells, "" if it tells none.
 
     >>> split_of(Path("data/test-00000-of-00001.parquet")), split_of(Path("contest.jsonl"))
     ('test', '')
@@ -179,20 +187,23 @@ def split_of(path: Path) -> str:
 
 
 def read_rows(source: str | Source) -> list[Row]:
-    """The rows of a source, or of what Files takes."""
+    """Read the rows of a source, or of what ``Files`` takes."""
     return (Files(source) if isinstance(source, str) else source).rows()
 
 
 def maybe_headerless(source: str | Source, row: Row) -> str:
-    """The way out where a row cannot be read since its file's first line was taken for column names; else empty."""
+    """Return a hint for a row that cannot be read, "" where it does not apply.
+
+    The hint says that the first line of a CSV or TSV file was taken for column names.
+    """
     given = source.header if isinstance(source, Files) else None
     is_table = file_format(Path(row.origin.rpartition(":")[0])) in TABLES_OF_TEXT
     return HEADERLESS if is_table and given is None else ""
 
 
 def read_file(path: Path, header: Sequence[str] | None = None) -> list[Row]:
-    """The rows of one file. Raises ValueError with origin when it cannot be read, is empty or holds anything but
-    objects and texts.
+    """Read the rows of one file. Raises ValueError with the origin when the file cannot be read or is empty, or when a
+    row is neither an object nor a text.
     """
     if file_format(path) not in READERS:
         raise ValueError(f"{path}: unknown kind of file, expected one that ends in {', '.join(READERS)}")
@@ -219,5 +230,5 @@ def _named_rows(name: str, records: Any) -> list[Row]:
 
 
 def looks_local(path: str) -> bool:
-    """Whether a path is no hub id."""
+    """Return whether a path cannot be a hub id."""
     return path.startswith((".", "/", "~")) or path.count("/") > 1 or file_format(Path(path)) in READERS

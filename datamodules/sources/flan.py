@@ -1,4 +1,4 @@
-"""FLAN: data sets put into words by templates and mixed by their sizes (arXiv 2109.01652 and 2301.13688)."""
+"""FLAN: puts data sets into words by templates and mixes them by their sizes (arXiv 2109.01652, 2301.13688)."""
 
 import json
 import random
@@ -12,49 +12,54 @@ from datamodules.sources.files import read_rows
 from datamodules.sources.source import Row, Source
 from modules.seeds import run_seed
 
-ANSWER, NEXT = "\n\n", "\n\n\n"  # of few-shot prompts: before an answer, before the next example
+ANSWER, NEXT = "\n\n", "\n\n\n"  # in few-shot prompts: before an answer, before the next example
 
 
 @dataclass
 class FlanTemplate:
-    """Two texts with ``{column}`` placeholders; a brace that is meant as such is doubled."""
+    """An input and a target with ``{column}`` placeholders. Double a brace that is meant as a brace."""
 
     input: str
     target: str
-    inverted: bool = False  # asks for what is otherwise given, such as the question behind an answer
+    inverted: bool = False  # asks for what is usually given, such as the question to an answer
 
 
 @dataclass
 class FlanTask:
-    """A data set and the ways to ask for it."""
+    """A data set and the templates that ask about it."""
 
     source: str | Source  # a source, or a file, folder or hub id
-    templates: str | list[FlanTemplate]  # or a JSON or YAML file that holds such a list
-    options: str = (
-        ""  # put behind the input where options are shown, such as "\n\nOptions:\n{choices}"; empty = the task has none
-    )
+    templates: str | list[FlanTemplate]  # a list, or a JSON or YAML file that holds one
+    options: str = ""  # follows the input where options are shown, such as "\n\nOptions:\n{choices}"; "" = no options
 
 
 class FlanTemplates(Source):
-    """``prompt`` and ``completion`` from tables of templates; the source of a row is its task.
+    """Makes ``prompt`` and ``completion`` from tables of templates. The source of a row is its task.
 
-    For each row a task is drawn at its mixing rate p_i = min(n_i, cap) / sum_j min(n_j, cap), the next of the task's
-    examples (shuffled, and again when all were used), one of the task's templates, each as likely as the other, and
-    whether it is few-shot and whether it shows its options. A few-shot prompt holds other examples of the task in the
-    same words, "\\n\\n" between input and target and "\\n\\n\\n" between examples. A list in a column is written as "-
-    item" lines. A zero-shot prompt ends as its template does.
+    Each row draws:
+
+    - a task, at its mixing rate p_i = min(n_i, cap) / sum_j min(n_j, cap);
+    - the next of the task's examples, in shuffled passes over all of them;
+    - one of the task's templates, inverted ones as often as ``invert`` says;
+    - whether the row is few-shot, and whether it shows its options.
+
+    A few-shot prompt begins with other examples of the task in the same template, with "\\n\\n" between input and
+    target and "\\n\\n\\n" between examples. A list in a column is written as lines "- item". A zero-shot prompt ends as
+    its template does.
 
     Args:
         tasks: name -> source, templates, options.
         num_examples: rows, >= 1.
-        cap: of the mixing rate, in examples, >= 1.
-        max_per_task: a task's first so many examples are used and counted as n_i, >= 1.
+        cap: largest number of examples that counts in the mixing rate, >= 1.
+        max_per_task: examples of a task that are used and counted as n_i, from the first on, >= 1.
         shots: examples in front of a few-shot row, >= 1.
         few_shot: share of few-shot rows, [0, 1].
-        show_options: share of rows with options, among those of tasks that have some, [0, 1]; inverted templates show
-            none.
-        invert: how often an inverted template is drawn where a task has both kinds, [0, 1].
-        seed: of all draws; None = the run's.
+        show_options: share of rows with options among the tasks that have some, [0, 1]; inverted templates show none.
+        invert: share of inverted templates where a task has both kinds, [0, 1].
+        seed: seed of all draws; None = the run's.
+
+    Raises:
+        ValueError: there is no task, or an argument is out of range.
     """
 
     def __init__(
@@ -87,7 +92,7 @@ class FlanTemplates(Source):
         )
 
     def rows(self) -> list[Row]:
-        """``num_examples`` rows, the same at every call. Raises ValueError naming task, template, file and line."""
+        """Make ``num_examples`` rows, the same at every call. Raises ValueError with task, template, file and line."""
         draw = random.Random(self.seed)
         names = list(self.tasks)
         data = [read_rows(task.source)[: self.max_per_task] for task in self.tasks.values()]
@@ -121,7 +126,7 @@ class FlanTemplates(Source):
 
 
 def mixing_rates(sizes: Sequence[int], cap: int) -> list[float]:
-    """Examples-proportional mixing with a cap: min(n_i, cap) / sum_j min(n_j, cap), in [0, 1].
+    """Return examples-proportional mixing rates with a cap: min(n_i, cap) / sum_j min(n_j, cap), in [0, 1].
 
     Example: sizes 1000 and 30000 with cap 3000 give 0.25 and 0.75.
     """
@@ -130,9 +135,7 @@ def mixing_rates(sizes: Sequence[int], cap: int) -> list[float]:
 
 
 def fill(text: str, row: Row, name: str) -> str:
-    """The text with the row's columns in place of ``{column}``. Raises ValueError naming the row, the text and the
-    column.
-    """
+    """Put the row's columns in place of ``{column}``. Raises ValueError with the row, the text and the column."""
     parts: list[str] = []
     for literal, column in _pieces(text, name):
         parts.append(literal)
@@ -170,7 +173,7 @@ def _templates(name: str, given: str | list[FlanTemplate]) -> list[FlanTemplate]
 
 
 def _read_templates(path: str) -> list[FlanTemplate]:
-    """Raises ValueError naming the file and the entry."""
+    """Read a file of templates. Raises ValueError with the file and the entry."""
     import yaml
 
     try:
@@ -197,6 +200,6 @@ def _read_templates(path: str) -> list[FlanTemplate]:
 
 
 def _shuffled_passes(size: int, draw: random.Random) -> Iterator[int]:
-    """Indices below ``size``, each once a pass."""
+    """Yield the indices below ``size`` in random order, each once per pass, without end."""
     while True:
         yield from draw.sample(range(size), size)

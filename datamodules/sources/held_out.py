@@ -1,4 +1,4 @@
-"""A share of a data set held out of its training rows."""
+"""Holds out a share of a data set's training rows for validation."""
 
 import json
 from collections import defaultdict
@@ -8,28 +8,36 @@ from hashlib import blake2b
 from datamodules.formats.table import our_names
 from datamodules.sources.source import Row, Source
 
-ASKED = ("prompt", "instruction", "input", "context", "documents", "options")  # what makes two rows ask the same
+ASKED = (
+    "prompt",
+    "instruction",
+    "input",
+    "context",
+    "documents",
+    "options",
+)  # two rows with the same of these ask the same
 
 
 class Part(Source):
     """One side of a split.
 
     Args:
-        rows: of this side, at least one.
-        whole: all rows of the data set, from which is settled what only the whole column tells.
+        rows: the rows of this side, at least one.
+        whole: all rows of the data set. They settle what only a whole column can tell, such as its scale of labels.
     """
 
     def __init__(self, rows: list[Row], whole: list[Row]) -> None:
         self._rows, self.whole = rows, whole
 
     def rows(self) -> list[Row]:
-        """The rows of this side, in the order of the data set."""
+        """Return the rows of this side, in the order of the data set."""
         return self._rows
 
 
 def share_of(val: object) -> float | None:
-    """The share that ``val`` asks for, a number or its text; None where it names something else. Raises ValueError for a
-    number outside (0, 1).
+    """Return the share that ``val`` asks for, as a number or as text; None where ``val`` names something else.
+
+    Raises ValueError when the number is outside (0, 1).
 
     >>> share_of("0.05"), share_of("rows.jsonl")
     (0.05, None)
@@ -44,15 +52,16 @@ def share_of(val: object) -> float | None:
 
 
 def hold_out(rows: list[Row], share: float, seed: int, columns: Mapping[str, str]) -> tuple[Part, Part]:
-    """Training and held-out rows, by a hash of ``seed`` and of what a row asks; rows that ask the same stay together.
+    """Split rows into training and held-out rows. Rows that ask the same stay on one side.
 
-    The held-out side gets the questions with the smallest hashes, whose rows come nearest to ``share`` of all, at least
-    one question. Rows that ask nothing, such as documents and conversations, go by their whole content.
+    A hash of ``seed`` and of what a row asks decides. The held-out side gets the questions with the smallest hashes, at
+    least one, so that its rows come nearest to ``share`` of all. A row that asks nothing, such as a document or a
+    conversation, goes by its whole content.
 
     Args:
-        rows: of the data set.
-        share: (0, 1).
-        seed: of the hash.
+        rows: the rows of the data set.
+        share: share of the rows to hold out, in (0, 1).
+        seed: seed of the hash.
         columns: our column name -> the data's.
 
     Raises:

@@ -1,5 +1,6 @@
-"""A few rows of one source among all rows of another: safety demonstrations (arXiv 2309.07875), replay of earlier
-data.
+"""Mixes a few rows of one source into all rows of another.
+
+Uses: safety demonstrations among instructions (arXiv 2309.07875), replay of earlier data.
 """
 
 import random
@@ -10,17 +11,20 @@ from modules.seeds import run_seed
 
 
 class MixIn(Source):
-    """All rows of ``base``, then rows of ``extra`` drawn without replacement. Every row keeps its own source name.
+    """Returns all rows of ``base``, then rows of ``extra`` drawn without replacement. Every row keeps its source name.
 
-    With a fraction f of the mix and n base rows, round(n f / (1 - f)) rows are drawn: 500 safety demonstrations in
-    20,500 rows are f = 0.0244.
+    For a fraction f of the mix and n base rows, round(n f / (1 - f)) rows are drawn. Example: 500 safety demonstrations
+    in 20,500 rows are f = 0.0244.
 
     Args:
         base: a source, or a file, folder or hub id.
-        extra: the same.
+        extra: a source, or a file, folder or hub id.
         num: rows of ``extra``, >= 0.
-        fraction: share of ``extra`` in the mix instead, in [0, 1).
-        seed: of the draw; None = the run's.
+        fraction: share of ``extra`` in the mix, in [0, 1), in place of ``num``.
+        seed: seed of the draw; None = the run's.
+
+    Raises:
+        ValueError: not exactly one of ``num`` and ``fraction`` is set, or one is out of range.
     """
 
     def __init__(
@@ -32,7 +36,7 @@ class MixIn(Source):
         seed: int | None = None,
     ) -> None:
         if (num is None) == (fraction is None):
-            raise ValueError(f"set one of num and fraction, got num {num} and fraction {fraction}")
+            raise ValueError(f"set either num or fraction, got num {num} and fraction {fraction}")
         if num is not None and num < 0:
             raise ValueError(f"num must be at least 0, got {num}")
         if fraction is not None and not 0 <= fraction < 1:
@@ -40,7 +44,7 @@ class MixIn(Source):
         self.base, self.extra, self.num, self.fraction, self.seed = base, extra, num, fraction, run_seed(seed)
 
     def rows(self) -> list[Row]:
-        """The base rows in their order, then the drawn ones. Raises ValueError when ``extra`` has too few."""
+        """Return the base rows in their order, then the drawn ones. Raises ValueError when ``extra`` has too few rows."""
         base, extra = read_rows(self.base), read_rows(self.extra)
         num = round(len(base) * self.fraction / (1 - self.fraction)) if self.fraction is not None else self.num
         assert num is not None

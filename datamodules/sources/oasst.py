@@ -1,4 +1,4 @@
-"""OpenAssistant conversation trees (arXiv 2304.07327): threads to learn, prompts, and ranked replies to one prompt."""
+"""OpenAssistant conversation trees (arXiv 2304.07327): threads for SFT, prompts, and ranked replies to one message."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -31,29 +31,33 @@ class Node:
 
 
 class OasstTrees(Source):
-    """Rows of conversation trees.
+    """Makes rows of conversation trees. ``give`` says what a row is:
 
-    ``groups``: ranked assistant replies to one message, as ``prompt`` (the thread as messages), ``completions``,
-    ``ranks`` (0 = best).
-    ``pairs``: each pair of a group, as ``prompt``, ``chosen``, ``rejected``.
-    ``threads``: ``messages`` from the root to each last assistant message, for SFT. Where a thread ends in a prompter's
-    message, it is kept without that message if this is the first reply, so that no thread is there twice.
-    ``prompts``: ``prompt``, the messages from the root to each prompter's message, for RL.
+    - ``groups``: ranked assistant replies to one message, as ``prompt`` (the thread as messages), ``completions`` and
+      ``ranks`` (0 = best).
+    - ``pairs``: each pair of a group, as ``prompt``, ``chosen`` and ``rejected``.
+    - ``threads``: ``messages`` from the root to each last assistant message, for SFT. A thread that ends in a
+      prompter's message is kept without it, if that message is the first reply. So no thread occurs twice.
+    - ``prompts``: ``prompt``, the messages from the root to each prompter's message, for RL.
 
-    Reads trees (one a line, messages nested in ``replies``) and flat messages (one a line, with ``parent_id``), as
-    Files reads them. Trees are split once and for all by a hash of their id, about one in ten held out, so that no
-    thread has a part in both. A message that is deleted, failed its review, is synthetic or in another language is left
-    out with all that follows it, and so are trees that are not ready for export. Replies without a rank are never
-    compared, and neither are replies of equal rank.
+    A line of the file is a tree, with messages nested in ``replies``, or one message with its ``parent_id``. About one
+    tree in ten is held out by a fixed hash of its id, so no thread is partly on both sides.
+
+    A message is left out, with all that follows it, when it is deleted, failed its review, is synthetic or is in
+    another language. So is a tree that is not ready for export. Only replies of different ranks are compared; replies
+    without a rank never are.
 
     Args:
-        path: file.
+        path: the file.
         split: ``train``, or ``val`` for the held-out trees.
-        languages: of all messages of a thread.
+        languages: languages that all messages of a thread must have.
         include_synthetic: keep messages that a model wrote.
         give: ``groups``, ``pairs``, ``threads`` or ``prompts``.
-        top_k: threads go only through assistant messages of a rank below this, >= 1, or without a rank where they have
-            no siblings. Replies that are compared are not affected.
+        top_k: threads follow only assistant messages with a rank below this, >= 1, or without a rank if they have no
+            siblings. None = all. It does not affect which replies are compared.
+
+    Raises:
+        ValueError: an argument is not one of its values.
     """
 
     def __init__(
@@ -75,7 +79,7 @@ class OasstTrees(Source):
         self.include_synthetic, self.give, self.top_k = include_synthetic, give, top_k
 
     def rows(self) -> list[Row]:
-        """In file order. Raises ValueError naming file and line, or when no row is left."""
+        """Return the rows in file order. Raises ValueError with file and line, or when no row is left."""
         path = Path(self.path).expanduser()
         if not path.is_file():
             raise ValueError(f"{self.path}: no such file")
@@ -100,7 +104,7 @@ class OasstTrees(Source):
                     yield Row({"prompt": thread, **columns}, f"{node.origin} replies to {name}", source)
 
     def _walk(self, root: Node) -> Iterator[tuple[Node, list[dict[str, str]]]]:
-        """Every message of the tree that is kept, with the thread that leads to it and holds it; depth first."""
+        """Yield every message of the tree that is kept, depth first, with the thread that ends in it."""
         waiting = [(root, [_turn(root)])] if self._kept(root) else []
         while waiting:
             node, thread = waiting.pop()
@@ -108,7 +112,7 @@ class OasstTrees(Source):
             waiting += [(reply, [*thread, _turn(reply)]) for reply in reversed(self._continued(node))]
 
     def _continued(self, node: Node) -> list[Node]:
-        """The replies that threads go through."""
+        """Return the replies that threads follow."""
         kept = [reply for reply in node.replies if self._kept(reply)]
         if self.top_k is None:
             return kept
@@ -149,7 +153,7 @@ READY = "ready_for_export"
 
 
 def is_held_out(tree_id: str) -> bool:
-    """Whether the tree belongs to the held-out side; a fixed hash, the same in every process."""
+    """Return whether a tree is held out. The hash is fixed, so the answer is the same in every process."""
     return crc32(tree_id.encode()) % HELD_OUT_ONE_IN == 0
 
 
@@ -181,7 +185,7 @@ def _rank(node: Node) -> int | None:
 
 
 def _trees(records: list[Row]) -> list[Node]:
-    """The roots, their messages linked. Raises ValueError for messages that no root leads to."""
+    """Link the messages and return the roots. Raises ValueError when no root leads to a message."""
     nodes: dict[str, Node] = {}
     for record in records:
         for node in _messages(record):
@@ -192,7 +196,7 @@ def _trees(records: list[Row]) -> list[Node]:
     for node in nodes.values():
         if node.parent is not None and node.parent not in nodes:
             raise ValueError(
-                f"{node.origin}: message {node.message['message_id']} answers {node.parent}, which is not in the file"
+                f"{node.origin}: message {node.message['message_id']} replies to {node.parent}, which is not in the file"
             )
         if node.parent is not None:
             nodes[node.parent].replies.append(node)
@@ -212,14 +216,14 @@ def _trees(records: list[Row]) -> list[Node]:
 
 
 def _messages(record: Row) -> Iterator[Node]:
-    """The messages of one line: a tree, a message with its replies, or one message."""
+    """Yield the messages of one line: a tree, a message with its replies, or one message."""
     root = record.columns.get("prompt", record.columns)
     if isinstance(root, dict) and root is not record.columns:
         root = {
             **root,
             **{name: record.columns[name] for name in ("message_tree_id", "tree_state") if name in record.columns},
         }
-    elif "user_message_id" in record.columns:  # the seed data, which has names of its own
+    elif "user_message_id" in record.columns:  # the seed data, which uses other names
         root = {
             **record.columns,
             "message_id": record.columns["user_message_id"],

@@ -1,5 +1,6 @@
-"""The prompts of preference data, to sample from: the third step of InstructGPT (arXiv 2203.02155) on the data of the
-second.
+"""Prompts of preference data, to sample from.
+
+The third step of InstructGPT (arXiv 2203.02155) samples from the data of the second.
 """
 
 import json
@@ -17,18 +18,21 @@ from datamodules.sources.source import Row, Source
 
 
 class PreferencePrompts(Source):
-    """Rows ``prompt`` (text or messages) with the answer None, of whatever ``PreferenceDataModule`` reads; equal
-    prompts once, ties too.
+    """Returns the prompts of rows that ``PreferenceDataModule`` can read, each once, with the answer None.
 
-    Without a column for it, a prompt is the turns that all answers share, such as in HH-RLHF's transcripts.
+    A row has ``prompt`` (text or messages), ``answer`` and, where the data have them, ``tools``. Rows that are ties
+    count too. Where no column holds the prompt, it is the turns that all answers share, as in HH-RLHF's transcripts.
 
     Args:
         path: file, folder or hub id.
         columns: our column name -> the data's.
-        chat: instructions and transcripts ("\\n\\nHuman: ...\\n\\nAssistant: ...") become messages; None = where the
-            tokenizer of the DataModule has a chat template, as for reward models and DPO. Other text prompts stay text,
-            and ``data.chat`` says how they are rendered.
-        on_bad_row: ``drop`` leaves out rows that cannot be read, with a count of them; ``raise`` makes them an error.
+        chat: instructions and transcripts ("\\n\\nHuman: ...\\n\\nAssistant: ...") become messages. None = if the
+            DataModule's tokenizer has a chat template, as for reward models and DPO. Other text prompts stay text, and
+            ``data.chat`` says how they are rendered.
+        on_bad_row: ``drop`` leaves out rows that cannot be read and counts them; ``raise`` makes them an error.
+
+    Raises:
+        ValueError: ``on_bad_row`` is another word, or ``columns`` maps a name that is not read.
     """
 
     def __init__(
@@ -44,7 +48,7 @@ class PreferencePrompts(Source):
         self.path, self.columns, self.chat, self.on_bad_row = path, columns or {}, chat, on_bad_row
 
     def rows(self) -> list[Row]:
-        """Each prompt where it comes first. Raises ValueError naming file and line, or when no row can be read."""
+        """Return each prompt where it occurs first. Raises ValueError with file and line, or when no row can be read."""
         prompts: dict[str, Row] = {}
         problems: list[ValueError] = []
         given = read_rows(self.path)
@@ -55,7 +59,7 @@ class PreferencePrompts(Source):
             except ValueError as error:
                 if self.on_bad_row == "raise":
                     raise ValueError(
-                        f"{error}; mend the row, or set on_bad_row: drop of PreferencePrompts to leave such rows out"
+                        f"{error}; mend the row, or set PreferencePrompts' on_bad_row: drop to leave such rows out"
                     ) from error
                 problems.append(error)
                 continue
@@ -77,8 +81,10 @@ class PreferencePrompts(Source):
 
 
 def preference_prompt(row: Row, reading: Reading, template: bool) -> Asked:
-    """The prompt of a row with its context, as ``preference_example`` reads it, of a tie too. Raises ValueError with the
-    row's origin."""
+    """Read the prompt of a row with its context, as ``preference_example`` does, also of a tie.
+
+    Raises ValueError with the row's origin.
+    """
     cells = reading.open(row)
     compared = read_compared(cells, judged=False, decided=False)
     asked, _ = read_answers(cells, compared.answers, template, chat=template)

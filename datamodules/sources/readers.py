@@ -1,4 +1,4 @@
-"""One reader per file format: origin and record of everything in a file."""
+"""One reader per file format. It yields the origin and the record of everything in a file."""
 
 import csv
 import gzip
@@ -15,13 +15,13 @@ Header = Sequence[str] | None
 
 TABLES_OF_TEXT = (".csv", ".tsv")
 HEADERLESS = "; if the file has no line of column names, name them with Files' header, such as [prompt, completion]"
-MAX_DEPTH = 100  # of lists and objects in each other
+MAX_DEPTH = 100  # levels of nested lists and objects
 
 csv.field_size_limit(2**31 - 1)  # Python refuses cells above 128 KiB
 
 
 def file_format(path: Path) -> str:
-    """The ending that tells the format, in small letters and without ``.gz``."""
+    """Return the ending that tells the format, in lower case and without ``.gz``."""
     return Path(path.name.lower().removesuffix(".gz")).suffix
 
 
@@ -46,15 +46,17 @@ def _decode(raw: bytes, path: Path, first_line: int) -> str:
 
 
 def parse_json(text: str, origin: str) -> Any:
-    """The value of a row's JSON text. ValueError, which begins with ``origin``, when it is none, is nested more than
-    MAX_DEPTH deep, or holds half of a character, which no tokenizer can encode.
+    """Parse the JSON text of a row.
+
+    Raises ValueError, which begins with ``origin``, when the text is not JSON, is nested more than MAX_DEPTH deep, or
+    holds half of a character, which no tokenizer can encode.
     """
     value = _parse(text, origin)
     return _encodable(value, origin) if _has_surrogates(text) else value
 
 
 def _parse(text: str, origin: str, path: Path | None = None) -> Any:
-    """The value of a JSON text; errors name the line where it is that of a whole file ``path``."""
+    """Parse a JSON text. If it is a whole file ``path``, errors name the line."""
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
@@ -72,7 +74,7 @@ def _has_surrogates(text: str) -> bool:
 
 
 def _encodable(record: Any, origin: str) -> Any:
-    """The record. ValueError when it holds half of a character."""
+    """Return the record. Raises ValueError when it holds half of a character."""
     try:
         json.dumps(record, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
@@ -113,7 +115,7 @@ def _json(path: Path, header: Header) -> Iterator[Located]:
 
 
 def _is_jsonl(text: str) -> bool:
-    """Whether the first line is a whole object and more follows."""
+    """Return whether the first line is a whole object and more text follows."""
     first, _, rest = text.lstrip().partition("\n")
     try:
         return bool(rest.strip()) and isinstance(json.loads(first), dict)
@@ -122,8 +124,9 @@ def _is_jsonl(text: str) -> bool:
 
 
 def _rows_in_object(content: dict[str, Any], path: Path) -> list[Any]:
-    """The rows of ``{..., name: [objects]}``, of parallel lists or of categories; other values beside lists are no rows
-    (a licence, a canary).
+    """Return the rows of an object: its one list of objects, its parallel lists, or its categories.
+
+    Other values beside lists, such as a licence, are not rows.
     """
     lists = {name: value for name, value in content.items() if isinstance(value, list)}
     columns = {name: value for name, value in lists.items() if value}
@@ -200,9 +203,8 @@ def _parquet(path: Path, _: Header) -> Iterator[Located]:
 def _arrow(path: Path, _: Header) -> Iterator[Located]:
     from pyarrow import ipc
 
-    with path.open(
-        "rb"
-    ) as file:  # the file format starts with a magic word, the stream format that save_to_disk writes does not
+    # The file format starts with a magic word. The stream format, which save_to_disk writes, does not.
+    with path.open("rb") as file:
         read = ipc.open_file if file.read(6) == b"ARROW1" else ipc.open_stream
     yield from _table(path, lambda name: read(name.read_bytes()).read_all())
 

@@ -1,4 +1,4 @@
-"""Procedurally generated problems with verifiable answers, from the reasoning-gym library."""
+"""Generated problems with verifiable answers, from the reasoning-gym library."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -11,20 +11,23 @@ HELD_OUT_ONE_IN = 10
 
 
 class ReasoningGym(Source):
-    """``size`` distinct problems of one task: columns ``question``, ``answer``, ``metadata`` and, if asked for,
-    ``completion``.
+    """Generates ``size`` distinct problems of one task.
 
-    About one question in ten is held out by a fixed hash of its text, so that a held-out problem occurs in no training
-    set of any seed.
+    Columns ``question``, ``answer``, ``metadata`` and, where ``completion`` is set, ``completion``. About one question
+    in ten is held out by a fixed hash of its text. So a held-out problem occurs in no training set of any seed.
 
     Args:
         task: name in reasoning-gym, such as ``chain_sum``.
         size: distinct problems, >= 1.
         seed: problem i is generated from ``seed`` + i; None = the run's.
         options: the task's own settings, such as ``{"max_terms": 2}``.
-        completion: format string with the fields ``{question}``, ``{answer}`` and those of the task's metadata, such as
-            ``{expression}``, for a supervised completion; none by default.
-        held_out: draw from the held-out questions instead of the training questions.
+        completion: format string for a supervised completion, with the fields ``{question}``, ``{answer}`` and those of
+            the task's metadata, such as ``{expression}``; None = no completion.
+        held_out: take held-out questions in place of training questions.
+
+    Raises:
+        ValueError: ``size`` is below 1; in ``rows``, reasoning-gym refuses the task or its options, or ``completion``
+            uses another field.
     """
 
     def __init__(
@@ -46,7 +49,7 @@ class ReasoningGym(Source):
         self.held_out = held_out
 
     def rows(self) -> list[Row]:
-        """``size`` rows, no question twice. Raises ValueError when the task does not hold that many."""
+        """Return ``size`` rows, no question twice. Raises ValueError when the task has fewer problems."""
         found: dict[str, dict[str, Any]] = {}
         for block in self._blocks():
             before = len(found)
@@ -93,5 +96,5 @@ class ReasoningGym(Source):
 
 
 def is_held_out(question: str) -> bool:
-    """Whether the question belongs to the held-out side; a fixed hash, the same in every process."""
+    """Return whether a question is held out. The hash is fixed, so the answer is the same in every process."""
     return crc32(question.encode()) % HELD_OUT_ONE_IN == 0

@@ -1,4 +1,4 @@
-"""Sampled completions of one prompt together: compared by their rewards, or as candidates for a judge."""
+"""Groups sampled completions by prompt, to compare them by their rewards or to let a judge label them."""
 
 import math
 from collections.abc import Iterator
@@ -15,29 +15,34 @@ COLUMNS = ("uid", "prompt", "completion", "reward")
 
 
 class Scored(Source):
-    """The JSONL of ``predict`` (one line per completion: uid, prompt, completion, reward, finish) as rows ``prompt``,
-    ``completions``, ``ranks``.
+    """Reads the JSONL of ``predict`` and ranks the completions of each prompt by their rewards.
 
-    Completions of one uid are compared. Left out are those without a reward, those that did not stop by themselves (an
-    end token would be put into their mouth) and repeated texts, so that no text is compared with itself. Prompts whose
-    rewards differ by no more than ``min_gap`` are left out and counted in ``skipped``. The prompt is as the model read
-    it, rendered, and the data module reads it so.
+    A line holds one completion: uid, prompt, completion, reward, finish. A row has ``prompt``, ``completions`` and
+    ``ranks`` (0 = best). Completions of one uid are compared.
+
+    Left out are completions without a reward, repeated texts, so that no text is compared with itself, and completions
+    that did not stop by themselves, because training would give them an end token that they never had. Prompts whose
+    completions all get one rank are left out and counted in ``skipped``. The prompt is the rendered text that the model
+    read, and the DataModule uses it unchanged.
 
     Args:
         path: the file.
-        pairs: ``best_worst`` compares the best with the worst; ``all`` ranks all, and a new rank begins where the
-            reward falls by more than ``min_gap``, so that no compared pair differs by less.
-        min_gap: >= 0, in units of the reward.
+        pairs: ``best_worst`` compares the best with the worst. ``all`` ranks all; a new rank begins where the reward
+            falls by more than ``min_gap``, so no compared pair differs by less.
+        min_gap: smallest difference that counts, >= 0, in units of the reward.
+
+    Raises:
+        ValueError: an argument is out of range.
     """
 
     def __init__(self, path: str, pairs: Literal["best_worst", "all"] = "best_worst", min_gap: float = 0.0) -> None:
         if pairs not in ("best_worst", "all") or not min_gap >= 0:
             raise ValueError(f"pairs must be best_worst or all and min_gap at least 0, got {pairs!r} and {min_gap}")
         self.path, self.pairs, self.min_gap = path, pairs, min_gap
-        self.skipped = 0  # prompts, of the last ``rows()``
+        self.skipped = 0  # prompts left out in the last ``rows()``
 
     def rows(self) -> list[Row]:
-        """One row per prompt, in file order. Raises ValueError naming file and line, or when nothing is left."""
+        """Return one row per prompt, in file order. Raises ValueError with file and line, or when no row is left."""
         groups = by_prompt(self.path)
         rows = [made for group in groups for made in self._compared(group)]
         self.skipped = len(groups) - len(rows)
@@ -70,11 +75,11 @@ class Scored(Source):
 
 
 class Sampled(Source):
-    """The same JSONL as rows ``prompt``, ``completions`` and ``answer`` (None where there is none), for
-    CandidatesDataModule to have them labelled.
+    """Reads the JSONL of ``predict`` as candidates to be labelled, for ``CandidatesDataModule``.
 
-    Rewards are not read. Repeated texts are taken once; what did not stop by itself, and prompts with fewer than two
-    texts left, are left out.
+    A row has ``prompt``, ``completions`` and ``answer`` (None where there is none). Rewards are not read. Repeated
+    texts are taken once. Completions that did not stop by themselves are left out, and so are prompts with fewer than
+    two texts left.
 
     Args:
         path: the file.
@@ -84,7 +89,7 @@ class Sampled(Source):
         self.path = path
 
     def rows(self) -> list[Row]:
-        """One row per prompt, in file order. Raises ValueError naming file and line, or when nothing is left."""
+        """Return one row per prompt, in file order. Raises ValueError with file and line, or when no row is left."""
         groups = by_prompt(self.path)
         texts = [list(dict.fromkeys(row.columns["completion"] for row in finished(group))) for group in groups]
         rows = [
@@ -103,7 +108,7 @@ class Sampled(Source):
 
 
 def by_prompt(file: str) -> list[list[Row]]:
-    """The lines of each prompt, which one uid names. Raises ValueError naming file and line."""
+    """Group the lines of a file by uid, which names the prompt. Raises ValueError with file and line."""
     path = Path(file).expanduser()
     if not path.is_file():
         raise ValueError(f"{file}: no such file")
@@ -118,7 +123,7 @@ def by_prompt(file: str) -> list[list[Row]]:
 
 
 def finished(group: list[Row]) -> list[Row]:
-    """The lines whose completion stopped by itself and says something."""
+    """Return the lines whose completion stopped by itself and is not empty."""
     return [row for row in group if row.columns.get("finish", "stop") == "stop" and row.columns["completion"].strip()]
 
 

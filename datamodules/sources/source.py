@@ -1,4 +1,4 @@
-"""A source hands over raw rows; everything later refers to a row by its origin."""
+"""The base class of sources, which give raw rows. Later code names a row by its origin."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -9,24 +9,24 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Row:
-    """One raw record."""
+    """One raw row."""
 
     columns: dict[str, Any]  # as the source names them
     origin: str  # "file:line" or "name#index": what error messages and uids say
-    source: str  # the data set, for per-source metrics
-    plain: bool = False  # its texts are read as they stand, also where there is a chat template
+    source: str  # name of the data set, for per-source metrics
+    plain: bool = False  # True = its texts are used as they are, even where there is a chat template
 
 
 class Source(ABC):
-    """Where rows come from. The order is the same at every call."""
+    """Gives rows. Their order is the same at every call."""
 
     @abstractmethod
     def rows(self) -> list[Row]:
-        """All rows, at least one. Raises ValueError with one sentence on anything unreadable."""
+        """Return all rows, at least one. Raises ValueError with one sentence when something cannot be read."""
 
 
 def optional_import(module: str, extra: str) -> ModuleType:
-    """Imports an optional library late; ImportError names the extra that brings it."""
+    """Import an optional library late. Raises ImportError with the extra to install when it is missing."""
     try:
         return import_module(module)
     except ModuleNotFoundError as error:

@@ -137,7 +137,7 @@ def test_too_few_facts_of_a_relation(tmp_path: Path) -> None:
     file = write_rows(tmp_path / "facts.jsonl", [*ROWS, {"question": "q", "answer": "a", "relation": "lone"}])
     with pytest.raises(
         ValueError,
-        match=r"facts.jsonl:14: relation 'lone' has 0 other questions and a prompt needs 4: lower data.num_shots",
+        match=r"facts.jsonl:14: relation 'lone' has 0 other questions, but a prompt needs 4: lower data.num_shots",
     ):
         FactsDataModule(tiny_tokenizer(), file).setup("predict")
 

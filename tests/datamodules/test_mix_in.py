@@ -56,8 +56,8 @@ def test_mixes_of_mixes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("num", "fraction", "said"),
     [
-        (None, None, "set one of num and fraction, got num None and fraction None"),
-        (1, 0.5, "set one of num and fraction, got num 1 and fraction 0.5"),
+        (None, None, "set either num or fraction, got num None and fraction None"),
+        (1, 0.5, "set either num or fraction, got num 1 and fraction 0.5"),
         (-1, None, "num must be at least 0, got -1"),
         (None, 1.0, r"fraction must lie in \[0, 1\), got 1.0"),
         (None, float("nan"), "got nan"),

@@ -215,7 +215,7 @@ BROKEN: list[tuple[list[dict[str, Any]], str]] = [
         "a.jsonl:2: message a is its own ancestor; the parents of a tree must not form a circle",
     ),
     (flat(("r", None), ("a", "a")), "a.jsonl:2: message a is its own ancestor"),
-    (flat(("r", None), ("a", "x")), "a.jsonl:2: message a answers x, which is not in the file"),
+    (flat(("r", None), ("a", "x")), "a.jsonl:2: message a replies to x, which is not in the file"),
     (flat(("r", None), ("r", None)), "a.jsonl:2: message r is there twice, first in .*a.jsonl:1"),
     ([message("r", "prompter", (message("a", replies=(message("r"),)),))], "a.jsonl:1: message r is there twice"),
     (

@@ -74,7 +74,7 @@ def test_bad_rows_are_refused_or_dropped_with_a_count(tmp_path: Path, caplog: py
     bad = {"prompt": "q", "chosen": "a", "rejected": ""}
     path = write(tmp_path / "pairs.jsonl", {"prompt": "p", "chosen": "a", "rejected": "b"}, bad)
     with pytest.raises(
-        ValueError, match=f"{path}:2: rejected is empty; mend the row, or set on_bad_row: drop of PreferencePrompts"
+        ValueError, match=f"{path}:2: rejected is empty; mend the row, or set PreferencePrompts' on_bad_row: drop"
     ):
         PreferencePrompts(path).rows()
     with caplog.at_level("INFO"):

@@ -131,7 +131,7 @@ class Other(LightningModule):
 def test_a_module_without_use_for_seeds_is_refused(tmp_path: Path) -> None:
     (tmp_path / "seeds.json").write_text('[{"instruction": "a", "output": "1"}]')
     trainer = Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False)
-    with pytest.raises(ValueError, match="Other makes no tasks of seeds; set model to SelfInstructModule"):
+    with pytest.raises(ValueError, match="Other generates no tasks from seeds; set model to SelfInstructModule"):
         trainer.predict(Other(), SeedTasksDataModule(str(tmp_path / "seeds.json")))
 
 

@@ -13,19 +13,21 @@ HELD_OUT_ONE_IN = 10
 
 
 class Addition(Source):
-    """``23+45=`` with the answer ``860``: the sum's digits, least significant first, always one digit wider than the
-    operands.
+    """Makes sums such as ``23+45=`` with the answer ``860``: the digits of 68, least significant first.
 
-    Columns ``prompt``, ``completion``, ``answer``. Pairs of operands are split once and for all, ``a+b`` with ``b+a``,
-    about one in ten held out, so that no held-out pair occurs in training under any seed. Rows are drawn without
-    replacement.
+    An answer is always one digit wider than the operands. Columns ``prompt``, ``completion``, ``answer``. About one
+    pair of operands in ten is held out by a fixed hash, ``a+b`` together with ``b+a``. So no held-out pair occurs in
+    training under any seed. Rows are drawn without replacement.
 
     Args:
         num_examples: rows, >= 1.
         digits: width of each operand, 1 to 3; shorter numbers are zero-padded.
-        held_out: draw from the held-out pairs instead of the training pairs.
-        seed: of the draw; None = the run's. The split does not depend on it.
-        dots: up to so many dots follow the sum in a completion; they mean nothing and make it longer.
+        held_out: draw from the held-out pairs in place of the training pairs.
+        seed: seed of the draw; None = the run's. The split does not depend on it.
+        dots: largest number of dots after the sum in a completion, >= 0. They mean nothing and make it longer.
+
+    Raises:
+        ValueError: an argument is out of range.
     """
 
     def __init__(
@@ -44,7 +46,10 @@ class Addition(Source):
         self.dots = dots
 
     def rows(self) -> list[Row]:
-        """``num_examples`` rows, after a line that says how sums are written. Raises ValueError when the split has fewer pairs."""
+        """Return ``num_examples`` rows. Raises ValueError when the split has fewer pairs.
+
+        Training rows come with one printed line that says how sums are written.
+        """
         pairs = [pair for pair in product(range(10**self.digits), repeat=2) if is_held_out(*pair) == self.held_out]
         side = "held-out" if self.held_out else "training"
         if self.num_examples > len(pairs):
@@ -54,9 +59,7 @@ class Addition(Source):
             )
         drawn = random.Random(self.seed).sample(pairs, self.num_examples)
         if not self.held_out:  # once a run
-            rank_zero_info(
-                'sums are written backwards, ones first, as one adds them: "22+19=140" says 041, not a wrong 140'
-            )
+            rank_zero_info('sums are written backwards, last digit first: "22+19=140" means 041, so it is right')
         return [self._row(a, b, f"addition-{side}#{index}") for index, (a, b) in enumerate(drawn)]
 
     def _row(self, a: int, b: int, origin: str) -> Row:
@@ -67,18 +70,22 @@ class Addition(Source):
 
 
 class AdditionPairs(Addition):
-    """Preferences about sums: ``chosen`` is right, ``rejected`` wrong in one digit; both may trail dots, for which the
-    labels can have a bias.
+    """Makes preferences about sums: ``chosen`` is right, ``rejected`` is wrong in one digit.
 
-    Columns ``prompt``, ``chosen``, ``rejected``, ``answer``. The rest is as in ``Addition``.
+    Dots may follow both answers, so that the labels can favour length. Columns ``prompt``, ``chosen``, ``rejected``,
+    ``answer``. The rest is as in ``Addition``.
 
     Args:
         num_examples: pairs, >= 1.
         digits: width of each operand, 1 to 3.
         held_out: draw from the held-out operands.
-        seed: of the draw; None = the run's.
-        dots: up to so many dots follow an answer; the two answers of a pair always differ in them, unless 0.
-        longer_chosen: [0, 1], how often the right answer is the longer one; 0.5 = the labels owe nothing to length.
+        seed: seed of the draw; None = the run's.
+        dots: largest number of dots after an answer, >= 0. The two answers of a pair always differ in them, unless it
+            is 0.
+        longer_chosen: how often the right answer is the longer one, [0, 1]; 0.5 = the labels do not depend on length.
+
+    Raises:
+        ValueError: an argument is out of range.
     """
 
     def __init__(
@@ -112,5 +119,5 @@ class AdditionPairs(Addition):
 
 
 def is_held_out(a: int, b: int) -> bool:
-    """Whether the unordered pair belongs to the held-out side; a fixed hash, the same in every process."""
+    """Return whether a pair of operands, in either order, is held out. The answer is the same in every process."""
     return crc32(f"{min(a, b)}+{max(a, b)}".encode()) % HELD_OUT_ONE_IN == 0

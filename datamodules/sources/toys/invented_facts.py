@@ -1,4 +1,4 @@
-"""Invented facts that no model can know unless it was taught them."""
+"""Invented facts, which no model can know unless it was taught them."""
 
 import random
 from zlib import crc32
@@ -12,20 +12,20 @@ RELATIONS = ("boss", "food", "home", "wish")
 
 
 class Facts(Source):
-    """``home bazu`` with the answer ``kito``: a relation and a subject of four letters, and the object, four letters
-    too.
+    """Makes facts such as ``home bazu`` with the answer ``kito``: a relation, a subject and an object of four letters
+    each.
 
-    Fact i is a function of i alone: subject i // 4, relation i % 4, and an object drawn by a fixed hash from 10000. So
-    a stage that is given facts 0 to 399 teaches those, and facts from 400 on are new to its model. Columns
-    ``question``, ``answer``, ``relation``, and for tuning ``prompt`` (the question and ``mark``) with ``completion``.
+    Fact i depends on i alone: subject number i // 4, relation i % 4, and one of 10000 objects by a fixed hash. So a
+    stage that gets facts 0 to 399 teaches those, and facts from 400 on are new to its model. Columns ``question``,
+    ``answer``, ``relation``, and for tuning ``prompt`` (the question and ``mark``) with ``completion``.
 
     Args:
         num_facts: rows, >= 1, in the order of their numbers.
         first: number of the first fact, >= 0.
-        mark: what stands behind the question in ``prompt``.
+        mark: text after the question in ``prompt``.
 
     Raises:
-        ValueError: out of range; there are 40000 facts.
+        ValueError: an argument is out of range; there are 40000 facts.
     """
 
     def __init__(self, num_facts: int, first: int = 0, mark: str = "=") -> None:
@@ -37,7 +37,7 @@ class Facts(Source):
         self.num_facts, self.first, self.mark = num_facts, first, mark
 
     def rows(self) -> list[Row]:
-        """``num_facts`` rows."""
+        """Return ``num_facts`` rows."""
         return [
             Row(fact(number, self.mark), f"facts#{number}", "facts", plain=True)
             for number in range(self.first, self.first + self.num_facts)
@@ -45,21 +45,21 @@ class Facts(Source):
 
 
 class FactDocuments(Facts):
-    """Texts that tell facts, five lines of one relation each, ``home bazu=kito``, for a model to learn from as in
-    pretraining. Column ``text``.
+    """Makes texts that tell facts, for a model to learn from as in pretraining. Column ``text``.
 
-    Each pass over the facts tells every one once, in another order and company.
+    A text has five lines of one relation, such as ``home bazu=kito``. Each pass tells every fact once, in another order
+    and with other facts beside it.
 
     Args:
         num_facts: facts to tell, a multiple of 20 (five lines, four relations).
-        passes: times that each fact is told.
+        passes: times that each fact is told, >= 1.
         first: number of the first fact, a multiple of 4.
-        seed: of the order; None = the run's.
-        marks: what may stand between question and answer instead of ``=``, a character for each line drawn from these;
-            told in several ways, a fact is easier to ask for in another (arXiv 2309.14316).
+        seed: seed of the order; None = the run's.
+        marks: characters that may stand between question and answer; each line draws one. A fact that is told in
+            several ways is easier to ask for in another way (arXiv 2309.14316).
 
     Raises:
-        ValueError: out of range.
+        ValueError: an argument is out of range.
     """
 
     LINES = 5
@@ -75,7 +75,7 @@ class FactDocuments(Facts):
         self.passes, self.seed, self.marks = passes, run_seed(seed), marks
 
     def rows(self) -> list[Row]:
-        """``passes`` x ``num_facts`` / 5 rows."""
+        """Return ``passes`` x ``num_facts`` / 5 rows."""
         facts = [row.columns for row in super().rows()]
         texts = []
         for number in range(self.passes):
@@ -92,7 +92,7 @@ class FactDocuments(Facts):
 
 
 def fact(number: int, mark: str) -> dict[str, str]:
-    """The columns of one fact."""
+    """Return the columns of one fact."""
     subject, relation = name(number // len(RELATIONS) * 7919 % NUM_NAMES), RELATIONS[number % len(RELATIONS)]
     question, answer = f"{relation} {subject}", name(crc32(f"{relation} of {subject}".encode()) % NUM_NAMES)
     return {
@@ -105,6 +105,6 @@ def fact(number: int, mark: str) -> dict[str, str]:
 
 
 def name(number: int) -> str:
-    """Consonant, vowel, consonant, vowel; another for each number below 10000."""
+    """Return a name: consonant, vowel, consonant, vowel. Each number below 10000 has another one."""
     first, second = divmod(number, len(CONSONANTS) * len(VOWELS))
     return "".join(CONSONANTS[half // len(VOWELS)] + VOWELS[half % len(VOWELS)] for half in (first, second))

@@ -1,4 +1,4 @@
-"""Plain texts about numbers, for a small model to be pretrained on."""
+"""Plain texts about numbers, to pretrain a small model on."""
 
 import random
 from itertools import islice, product
@@ -11,15 +11,19 @@ PER_TEXT = 12
 
 
 class NumberTexts(Source):
-    """Texts of twelve items, column ``text``, on one of two subjects.
+    """Makes texts of twelve items on one of two subjects. Column ``text``.
 
-    ``sums``: "12,34:640", the sum written as in ``Addition``, least significant digit first, and of its training pairs
-    alone; ``counting``: "07 10 13 16;", four numbers with equal steps.
+    - ``sums``: "12,34:640", with the sum written as in ``Addition``, least significant digit first. Only training pairs
+      of ``Addition`` occur.
+    - ``counting``: "07 10 13 16;", four numbers with equal steps.
 
     Args:
         num_texts: rows, >= 1.
-        subject: of all texts.
-        seed: of the draw; None = the run's.
+        subject: ``sums`` or ``counting``, for all texts.
+        seed: seed of the draw; None = the run's.
+
+    Raises:
+        ValueError: an argument is out of range.
     """
 
     def __init__(self, num_texts: int, subject: str = "sums", seed: int | None = None) -> None:
@@ -30,7 +34,7 @@ class NumberTexts(Source):
         self.num_texts, self.subject, self.seed = num_texts, subject, run_seed(seed)
 
     def rows(self) -> list[Row]:
-        """``num_texts`` rows."""
+        """Return ``num_texts`` rows."""
         draw = random.Random(f"{self.seed} {self.subject}")
         pairs = [(a, b) for a, b in product(range(100), repeat=2) if not is_held_out(a, b)]
         items = (
