@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from callbacks.phase import MAX_PHASES, Mean, new_figure, tensorboards
-from modules.distributed import log_equal, weighted_means
-from modules.modes import evaluating
+from modules.trainer.ranks import log_equal, weighted_means
+from modules.trainer.modes import evaluating
 from modules.types import InstructionBatch
 
 if TYPE_CHECKING:

@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader
 from callbacks.measures.scored_pairs import audit_report
 from callbacks.phase import new_figure, record_of, tensorboards
 from callbacks.writers.resumable_jsonl import write_json
-from modules.distributed import from_all_ranks, log_equal
-from modules.modes import evaluating
+from modules.trainer.ranks import from_all_ranks, log_equal
+from modules.trainer.modes import evaluating
 from modules.types import HasRowsInOrder, PreferenceBatch, Record, ScoredPair
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from callbacks.measures.refusals import is_refusal, refusal_rates
 from callbacks.phase import require_period, tensorboards
 from callbacks.samples import block, cell
-from modules.distributed import from_all_ranks, log_equal
+from modules.trainer.ranks import from_all_ranks, log_equal
 from modules.types import FULL_COMPLIANCE, FULL_REFUSAL, REFUSAL_LABELS
 
 NUM_MISJUDGED = 3  # answers shown of each kind

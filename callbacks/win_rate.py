@@ -7,7 +7,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from callbacks.measures.preferences import length_controlled_win_rate, win_rate, win_rate_standard_error
 from callbacks.phase import record_of
-from modules.distributed import from_all_ranks, log_equal, weighted_means
+from modules.trainer.ranks import from_all_ranks, log_equal, weighted_means
 from modules.types import Reward, Rollout
 
 

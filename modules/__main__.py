@@ -8,7 +8,7 @@ from pathlib import Path
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from modules.cli.chat import run_chat
+from modules.cli.chat_command import run_chat
 from modules.cli.command import AlignmentCLI
 from modules.cli.parser import Parser, read_old_names, refuse
 from modules.cli.renamed import renew

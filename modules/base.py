@@ -14,7 +14,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, Reduce
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from modules.distributed import Join, Tally, log_equal
+from modules.trainer.ranks import Join, Tally, log_equal
 from modules.networks.frozen import Frozen
 from modules.networks.loading import lacks_output_head
 from modules.networks.lora import Lora
@@ -23,7 +23,7 @@ from modules.networks.policy import MAX_LOGITS, Policy
 from modules.rollout.engine import Sampling
 from modules.rollout.in_process import InProcessEngine
 from modules.schedulers import RunSchedule
-from modules.stopping import StopTogether
+from modules.trainer.stopping import StopTogether
 from modules.types import Record
 
 

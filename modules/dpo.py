@@ -9,11 +9,11 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from modules.base import AlignmentModule
-from modules.checks import check_numbers
+from modules.functional.ranges import check_numbers
 from modules.functional.masked import masked_mean
 from modules.losses.pairs import Pairs, find_pairs, make_scored_pairs, measure_logits, measure_preferences
 from modules.losses.preference import PairObjective, PreferenceObjective, Sequences, Sigmoid
-from modules.networks.companion import companion
+from modules.networks.policy import companion
 from modules.networks.frozen import Frozen
 from modules.networks.lora import Lora
 from modules.networks.policy import TokenScores

@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
-from modules.checks import check_numbers
+from modules.functional.ranges import check_numbers
 from modules.functional import kl
 from modules.functional.masked import aggregate
 from modules.losses import Clipped, PolicyObjective

@@ -13,20 +13,20 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from modules.base import AlignmentModule
-from modules.distributed import from_all_ranks, log_equal, mean_and_error, weighted_means
+from modules.trainer.ranks import from_all_ranks, log_equal, mean_and_error, weighted_means
 from modules.functional import kl
-from modules.networks.companion import companion
+from modules.networks.policy import companion
 from modules.networks.frozen import Frozen
 from modules.networks.lora import Lora
 from modules.networks.policy import TokenScores
 from modules.rewards.function import as_reward
 from modules.rewards.learned import LearnedReward
-from modules.rewards.weighted_sum import every_reward
+from modules.rewards.combined import every_reward
 from modules.rollout.engine import RolloutEngine, Sampling
 from modules.rollout.in_process import InProcessEngine
 from modules.rollout.metrics import gap_metrics, outcomes, rollout_metrics, share_solved
 from modules.rollout.scoring import in_chunks, make_rollouts, sampling_seed, to_batch, with_sums
-from modules.seeds import run_seed
+from modules.trainer.seeds import run_seed
 from modules.types import Completion, InstructionBatch, PolicyBatch, PromptBatch, Reward, Rollout
 
 NEGATIVE_KL = (

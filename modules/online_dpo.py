@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
-from modules.checks import check_numbers
+from modules.functional.ranges import check_numbers
 from modules.losses.pairs import find_pairs, measure_preferences
 from modules.losses.preference import PairObjective, Sigmoid
 from modules.networks.lora import Lora

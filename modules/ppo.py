@@ -9,8 +9,8 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from modules.checks import check_numbers
-from modules.distributed import explained_variance, from_all_ranks, mean_and_error, whiten_over_ranks
+from modules.functional.ranges import check_numbers
+from modules.trainer.ranks import explained_variance, from_all_ranks, mean_and_error, whiten_over_ranks
 from modules.functional.advantages import gae
 from modules.functional.kl import k1
 from modules.functional.masked import aggregate

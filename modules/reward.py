@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
 from modules.base import AlignmentModule
-from modules.checks import check_numbers
-from modules.distributed import from_all_ranks
+from modules.functional.ranges import check_numbers
+from modules.trainer.ranks import from_all_ranks
 from modules.losses.pairs import Pairs, find_pairs, make_scored_pairs
 from modules.losses.preference import BradleyTerry
 from modules.networks.lora import ADAPTERS, HEAD_FILE, POLICY, Lora, merged, save_adapters

@@ -8,14 +8,14 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
 from modules.base import AlignmentModule
-from modules.distributed import from_all_ranks
+from modules.trainer.ranks import from_all_ranks
 from modules.functional.masked import aggregate
 from modules.networks.lora import Lora
-from modules.networks.noise import embedding_noise
+from modules.sft import embedding_noise
 from modules.networks.policy import TokenScores
 from modules.rewards.function import as_reward
 from modules.rollout.engine import Sampling
-from modules.rollout.held_out import last_answers
+from modules.rollout.last_answers import last_answers
 from modules.rollout.in_process import InProcessEngine
 from modules.rollout.metrics import outcomes, rollout_metrics
 from modules.rollout.scoring import make_rollouts, sampling_seed

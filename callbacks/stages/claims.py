@@ -8,7 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from callbacks.stages.comparison import Comparison
 from callbacks.stages.summary import Summary
-from callbacks.stages.table import PROMPTS
+from callbacks.stages.summary import PROMPTS
 
 HERE = "this run"  # the column of the model that is measured, where it has no name
 

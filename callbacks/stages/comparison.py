@@ -6,7 +6,7 @@ from pathlib import Path
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from callbacks.stages.table import logged, print_table
+from callbacks.stages.summary import logged, print_table
 from callbacks.writers.resumable_jsonl import write_json
 
 

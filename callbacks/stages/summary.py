@@ -7,7 +7,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from callbacks.stages.table import logged, print_table, rounded
+from callbacks.stages.summary import logged, print_table, rounded
 from callbacks.writers.resumable_jsonl import write_whole
 
 

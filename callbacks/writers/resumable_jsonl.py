@@ -9,7 +9,7 @@ from typing import Any, BinaryIO, Protocol, runtime_checkable
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
-from callbacks.run_folder import in_run_folder, require_writable
+from callbacks.writers.files import in_run_folder, require_writable
 from modules.types import Record
 
 

@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from modules.cli.choices import batch_read_by, givers
 from modules.cli.explain import tiny_config
 from modules.cli.run_folder import CHECKPOINTS, find_last_checkpoint
-from modules.predict.base import PredictModule
+from modules.predict.predict_module import PredictModule
 
 NEEDED = {
     "fit": ("training_step", "train_dataloader"),

@@ -8,8 +8,8 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from modules.cli.progress import show_numbers
 from modules.cli.run_folder import CHECKPOINTS
-from modules.cli.words import command, from_here
-from modules.stopping import StopTogether
+from modules.cli.ending import command, from_here
+from modules.trainer.stopping import StopTogether
 
 SHOWN = 6  # numbers on the first line, in this order
 HEADLINES = (

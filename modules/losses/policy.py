@@ -14,7 +14,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from modules.checks import check_numbers
+from modules.functional.ranges import check_numbers
 from modules.functional.advantages import group_center, group_zscore
 from modules.functional.masked import aggregate, masked_mean
 from modules.types import PolicyBatch

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modules.checks import check_numbers
+from modules.functional.ranges import check_numbers
 from modules.functional import kl
 
 

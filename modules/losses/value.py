@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from modules.checks import check_numbers
+from modules.functional.ranges import check_numbers
 from modules.functional.masked import aggregate, masked_mean
 from modules.types import PolicyBatch
 

@@ -8,8 +8,8 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from modules.checks import check_numbers
-from modules.networks.companion import companion
+from modules.functional.ranges import check_numbers
+from modules.networks.policy import companion
 from modules.networks.lora import (
     ADAPTERS,
     Lora,

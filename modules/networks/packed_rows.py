@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from modules.modes import evaluating
+from modules.trainer.modes import evaluating
 
 PROBE = ((3, 1, 4, 1, 5), (10, 8, 11, 8, 12), (9, 2, 6))  # two documents that may stand first, and the one behind them
 

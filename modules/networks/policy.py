@@ -14,10 +14,10 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from modules.functional.logprobs import mean_logprobs, token_entropies, token_logprobs
-from modules.modes import evaluating
+from modules.trainer.modes import evaluating
 from modules.networks.loading import check_supported, load, max_positions, remove_dropout, stop_token_ids
 from modules.networks.lora import Lora, add_adapters, merged
-from modules.networks.packed_rows import check_packing, flattens
+from modules.networks.loading import check_packing, flattens
 from modules.types import ALPACA_PROMPT, PolicyBatch, PreferenceBatch
 
 MAX_LOGITS = 2**24  # entries of one chunk of logits: 64 MB in fp32

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 
 from modules.networks.policy import Policy
-from modules.predict.base import PredictModule
+from modules.predict.predict_module import PredictModule
 from modules.predict.categories import knowledge_category, matches
 from modules.rollout.engine import RolloutEngine, Sampling
 from modules.rollout.in_process import InProcessEngine
 from modules.rollout.scoring import sampling_seed
-from modules.seeds import run_seed
+from modules.trainer.seeds import run_seed
 from modules.types import KNOWLEDGE_CATEGORIES, PromptBatch
 
 

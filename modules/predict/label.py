@@ -7,7 +7,7 @@ from collections import Counter
 from itertools import combinations
 from typing import Any, Protocol, cast, runtime_checkable
 
-from modules.predict.base import PredictModule
+from modules.predict.predict_module import PredictModule
 from modules.rewards.chat.judge import JudgedPair, PairwiseJudge, tally, tally_metrics
 from modules.rewards.chat.protocol import ChatClient
 from modules.rollout.scoring import make_rollouts

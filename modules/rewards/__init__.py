@@ -6,10 +6,10 @@ from modules.rewards.chat.refusal_judge import RefusalJudge
 from modules.rewards.format import RegexFormat, ThinkAnswerFormat
 from modules.rewards.function import FunctionReward
 from modules.rewards.learned import LearnedReward
-from modules.rewards.length import LengthPenalty
+from modules.rewards.combined import LengthPenalty
 from modules.rewards.math import ExactMatch, MathVerify, NumericMatch
-from modules.rewards.versus import Versus
-from modules.rewards.weighted_sum import WeightedSum, breakdown
+from modules.rewards.combined import Versus
+from modules.rewards.combined import WeightedSum, breakdown
 
 __all__ = [
     "ExactMatch",

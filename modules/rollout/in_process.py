@@ -9,7 +9,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from modules.modes import evaluating
+from modules.trainer.modes import evaluating
 from modules.rollout.continuous import ContinuousBatch
 from modules.rollout.decode import supports
 from modules.rollout.engine import RolloutEngine, SampledPolicy, Sampling, check_request

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modules.distributed import from_all_ranks
+from modules.trainer.ranks import from_all_ranks
 from modules.functional.advantages import zero_std_fraction
 from modules.functional.diagnostics import pass_at_k
 from modules.types import Outcome, Reward, Rollout

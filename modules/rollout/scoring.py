@@ -8,7 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from modules.rewards.weighted_sum import breakdown
+from modules.rewards.combined import breakdown
 from modules.types import Completion, PolicyBatch, PromptBatch, Reward, Rollout
 
 SCORING_TOKENS = 16384  # tokens of one no-grad forward

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, distributed, multiprocessing
 from torch.nn.functional import pad
 
-from modules.distributed import explained_variance, mean_and_error, whiten_over_ranks
+from modules.trainer.ranks import explained_variance, mean_and_error, whiten_over_ranks
 from modules.functional.masked import masked_whiten
 
 DOUBLE = torch.float64

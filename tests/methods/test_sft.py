@@ -12,10 +12,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from callbacks import Samples
 from datamodules import Addition, InstructionDataModule
 from modules import SFTModule
-from modules.networks.noise import document_lengths, embedding_noise
+from modules.sft import document_lengths, embedding_noise
 from modules.rewards import ExactMatch
 from modules.rollout.engine import Sampling
-from modules.rollout.held_out import last_answers
+from modules.rollout.last_answers import last_answers
 from modules.types import ALPACA_PROMPT, InstructionBatch
 
 QUIET = {

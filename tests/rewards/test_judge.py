@@ -16,7 +16,7 @@ from modules.rewards.chat.judge import (
     tally,
     tally_metrics,
 )
-from modules.rewards.weighted_sum import WeightedSum, score
+from modules.rewards.combined import WeightedSum, score
 from modules.types import Completion, Rollout
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from modules.rewards.format import RegexFormat
-from modules.rewards.length import LengthPenalty
+from modules.rewards.combined import LengthPenalty
 from modules.rewards.math import ExactMatch
 from modules.types import Completion, Rollout
 

@@ -2,7 +2,7 @@
 
 from modules.rewards.format import RegexFormat
 from modules.rewards.math import NumericMatch
-from modules.rewards.versus import Versus, verdict
+from modules.rewards.combined import Versus, verdict
 from modules.types import Completion, Rollout
 
 POLITE = RegexFormat(".*please.*", name="polite")

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from modules.distributed import from_all_ranks
+from modules.trainer.ranks import from_all_ranks
 
 
 class StopTogether(Callback):
