@@ -1,19 +1,21 @@
-"""Models beside the policy that read the same tokens: a reference, a critic."""
+"""Loads a second model that reads the policy's tokens: a reference or a critic."""
 
 from modules.networks.lora import Lora
 from modules.networks.policy import Policy
 
 
 def companion(policy: Policy, path: str, role: str, lora: Lora | None = None, may_know_more: bool = False) -> Policy:
-    """The model at ``path`` without dropout. ValueError, in the name of ``role``, when it reads other tokens than the
-    policy.
+    """Load the model at ``path``, without dropout, as a partner of the policy.
 
     Args:
-        policy: whose tokens it must read.
+        policy: the partner must read its tokens.
         path: see ``Policy``.
-        role: the option that names it.
-        lora: adapters for it to train.
-        may_know_more: allow it tokens beyond the policy's; log-probs would not compare, values do.
+        role: name of the option that asks for the model, for error messages.
+        lora: adapters to train on the model; None = none.
+        may_know_more: accept a model with more tokens than the policy. Log-probs would then not compare, but values do.
+
+    Raises:
+        ValueError: the model cannot be loaded, or it reads other tokens than the policy.
     """
     other = Policy(path, dropout=False, lora=lora, role=role)
     mine, theirs = policy.tokenizer.get_vocab(), other.tokenizer.get_vocab()
@@ -22,5 +24,7 @@ def companion(policy: Policy, path: str, role: str, lora: Lora | None = None, ma
         and len(theirs) > len(mine)
         or any(theirs.get(token) != number for token, number in mine.items())
     ):
-        raise ValueError(f"{role}: the tokens of '{path}' are not those of '{policy.path}', so the two do not compare")
+        raise ValueError(
+            f"{role}: the tokens of '{path}' are not those of '{policy.path}'; name a model with the same tokenizer"
+        )
     return other

@@ -1,4 +1,4 @@
-"""What a state is worth: a value head on the policy's backbone, on adapters of it, or on a backbone of its own."""
+"""The critic of PPO: a value head on the policy's backbone, on adapters of that backbone, or on its own backbone."""
 
 from contextlib import suppress
 from dataclasses import dataclass
@@ -29,18 +29,19 @@ VALUE = "value"  # name of the critic's adapters
 
 @dataclass(frozen=True)
 class Value:
-    """Where PPO's critic comes from and how it learns. TRL: ``value_model``, ``vf_coef``.
+    """Where PPO's critic comes from and how it learns.
 
-    In the warm-up the scheduler goes on; ``gradient_clip_val`` bounds the norm of policy and critic together.
+    In TRL ``model`` is ``value_model`` and ``coef`` is ``vf_coef``. The learning-rate schedule runs on during the
+    critic's warm-up. ``gradient_clip_val`` bounds the common gradient norm of policy and critic.
 
     Raises:
-        ValueError: values out of range.
+        ValueError: a value is out of range.
     """
 
-    # None = a head on the policy's own states; a folder or hub id = a model of its own, such as an exported reward model
+    # None = a head on the policy's hidden states; a folder or hub id = its own model, such as an exported reward model
     model: str | None = None
-    lr: float | None = None  # > 0, learning rate of the critic; None = the optimizer's
-    warmup_phases: int = 0  # >= 0, first phases in which the critic alone learns
+    lr: float | None = None  # > 0, learning rate of the critic; None = that of the optimizer
+    warmup_phases: int = 0  # >= 0, number of first phases in which only the critic learns
     coef: float = 0.1  # >= 0, weight of the value loss
 
     def __post_init__(self) -> None:
@@ -53,21 +54,22 @@ class Value:
 
 
 class Critic(nn.Module):
-    """Values V [N, Tc] of the states in which completion tokens are chosen, in the units of the reward, undiscounted.
+    """Estimates the value V [N, Tc] of the state in which each completion token is chosen, in units of the reward.
 
-    Without a model of its own it is a linear head, which starts at 0, on the policy's states. With one, backbone and
-    head start from it: from a reward model its score, normalised as the reward is (InstructGPT, arXiv 2203.02155,
-    appendix C.4), else from a head at 0. Where the policy has adapters, so has the critic, on the policy's backbone: on
-    its own start if ``model`` is ``policy``'s folder or an exported reward model with adapters of that backbone, which
-    they continue.
+    Without ``model`` the critic is a linear head on the policy's hidden states, and the head starts at zero. With
+    ``model``, backbone and head start from that model. A reward model gives its score, normalised as the reward is
+    (InstructGPT, arXiv 2203.02155, appendix C.4); any other model gets a head at zero.
+
+    A policy with adapters gets a critic with adapters. They lie on the policy's backbone when ``model`` is the policy's
+    own folder, or an exported reward model with adapters of that backbone; the critic then goes on training these.
 
     Args:
         policy: the policy.
         model: see ``Value``.
-        lora: the policy's adapters.
+        lora: the adapters of the policy.
 
     Raises:
-        ValueError: a model whose tokens are not the policy's.
+        ValueError: ``model`` reads other tokens than the policy.
     """
 
     mean: Tensor
@@ -76,7 +78,7 @@ class Critic(nn.Module):
     def __init__(self, policy: Policy, model: str | None = None, lora: Lora | None = None) -> None:
         super().__init__()
         self.backbone: Policy | None = None
-        self.adapted = False  # whether it is adapters of the policy's backbone
+        self.adapted = False  # True = the critic is a set of adapters on the policy's backbone
         if model is not None:
             self._take(policy, model, lora)
         weight, mean, std = (None, 0.0, 1.0) if model is None else load_head(model)
@@ -88,7 +90,9 @@ class Critic(nn.Module):
         self.register_buffer("std", torch.tensor(std))
 
     def _take(self, policy: Policy, model: str, lora: Lora | None) -> None:
-        """Adapters on the policy's backbone where the model has the same one, else a backbone of its own."""
+        """Put adapters on the policy's backbone if the model has the same backbone; otherwise load a backbone of its
+        own.
+        """
         adapters = Path(model) / ADAPTERS
         if policy.has_adapters and saved_digest(adapters) is not None:
             with suppress(OtherBackbone):
@@ -101,20 +105,21 @@ class Critic(nn.Module):
             return
         if lora is not None:
             rank_zero_info(
-                f"value.model {model}: a model of its own, since it has no adapters of the policy's backbone"
+                f"value.model {model}: loaded as a model of its own, since it has no adapters of the policy's backbone"
             )
         self.backbone = own = companion(policy, model, "value.model", lora, may_know_more=True)
         output = own.model.get_output_embeddings()
         if output.weight is not own.model.get_input_embeddings().weight:
-            output.requires_grad_(False)  # never used
+            output.requires_grad_(False)  # the critic never calls it
 
     def forward(self, policy: Policy, batch: PolicyBatch, states: Tensor) -> Tensor:
-        """Values [N, Tc], 0 where ``completion_mask`` is False.
+        """Return values [N, Tc], 0 where ``completion_mask`` is False.
 
         Args:
-            policy: the policy that it was made for.
+            policy: the policy that the critic was made for.
             batch: prompts and completions.
-            states: the policy's own ``token_states`` [N, Tc, H] of the batch, read by a critic that is a head on them.
+            states: the policy's ``token_states`` [N, Tc, H] of the batch. Only a critic that is a head on them reads
+                them.
         """
         if self.backbone is not None:
             states = self.backbone.token_states(batch)
@@ -125,6 +130,6 @@ class Critic(nn.Module):
         return values.masked_fill(~batch["completion_mask"], 0.0)
 
     def learned(self, policy: Policy) -> dict[str, nn.Parameter]:
-        """What the value loss alone trains, by name."""
+        """Return the parameters that only the value loss trains, by name."""
         own = {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
         return own | (adapter_parameters(policy.model, VALUE) if self.adapted else {})

@@ -1,4 +1,4 @@
-"""A model that scores and never learns."""
+"""A frozen copy of a model, which scores and never learns."""
 
 import copy
 from collections.abc import Iterator
@@ -14,12 +14,16 @@ from modules.types import PolicyBatch, PreferenceBatch
 
 
 class Frozen:
-    """The policy as it is now, without gradients, held outside ``nn.Module`` so that it enters neither checkpoints nor
-    gradient reduction.
+    """Keeps the policy as it is now, without gradients.
 
-    A policy with adapters is not copied: its backbone never changes, so a copy of its own set of adapters is enough,
-    put in place to score. (The reference is then the policy with the adapters it started from, not the bare backbone.)
-    One that is its ``own`` is used by nobody else and not copied either. Copies of a module share it.
+    It is no ``nn.Module``, so that checkpoints and gradient reduction leave it out. A copy of a module shares it.
+
+    A policy with adapters is not copied, because its backbone never changes. Only its adapters are copied, and they are
+    put in place while scoring. The reference is then the policy with its first adapters, not the bare backbone.
+
+    Args:
+        policy: the model to keep.
+        own: True = nobody else uses ``policy``, so it is frozen itself and not copied.
     """
 
     def __init__(self, policy: Policy, own: bool = False) -> None:
@@ -39,7 +43,9 @@ class Frozen:
         return self
 
     def to(self, device: torch.device) -> "Frozen":
-        """Move the copy; modules call it in ``on_fit_start``, since Lightning does not know of it."""
+        """Move the weights to ``device``. Modules call this in ``on_fit_start``, because Lightning does not know the
+        weights.
+        """
         if self.policy.has_adapters:
             self.weights = {name: weight.to(device) for name, weight in self.weights.items()}
         else:
@@ -48,14 +54,17 @@ class Frozen:
 
     @torch.no_grad()
     def completion_logprobs(self, batch: PolicyBatch | PreferenceBatch, temperature: float = 1.0) -> Tensor:
-        """Log-probs [N, Tc] of each completion token, zero where ``completion_mask`` is False."""
+        """Return log-probs [N, Tc] of the completion tokens in nats, zero where ``completion_mask`` is False."""
         with self._in_place():
             return self.policy.completion_scores(batch, temperature).logprobs
 
     @torch.no_grad()
     def mix(self, policy: Policy, share: float) -> None:
-        """Move towards ``policy``: share x its weights + (1 - share) x mine; 1 = take them over (TR-DPO, arXiv
-        2404.09656).
+        """Move the weights towards those of ``policy``: share x theirs + (1 - share) x mine (TR-DPO, arXiv 2404.09656).
+
+        Args:
+            policy: a policy with the same parameter names.
+            share: weight of the policy, (0, 1]; 1 = copy its weights.
         """
         theirs = dict(policy.named_parameters())
         for name, weight in self.weights.items():
@@ -63,7 +72,7 @@ class Frozen:
 
     @contextmanager
     def _in_place(self) -> Iterator[None]:
-        """With adapters: my copy of them in the policy, and the policy's own back afterwards."""
+        """Put the kept adapters into the policy inside the ``with`` block, and the policy's own back afterwards."""
         if not self.policy.has_adapters:
             yield
             return
@@ -72,7 +81,7 @@ class Frozen:
         try:
             for name, weight in now.items():
                 weight.data = self.weights[name]
-            torch.clear_autocast_cache()  # it holds 16-bit copies by parameter, whatever its data are now
+            torch.clear_autocast_cache()  # the cache holds 16-bit copies of the data that were just replaced
             with using(self.policy.model, POLICY):
                 yield
         finally:

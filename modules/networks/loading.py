@@ -1,5 +1,6 @@
-"""Where a model comes from: the built-in tiny one, a Hugging Face folder or hub id, a GGUF file; and what is
-refused.
+"""Loads a model and refuses those that are not supported.
+
+A model is a built-in tiny one, a Hugging Face folder, a hub id, or a GGUF file.
 """
 
 from collections.abc import Iterable, Iterator
@@ -21,48 +22,55 @@ from transformers.utils.logging import disable_progress_bar, get_verbosity, set_
 
 from modules.networks.tiny import BUILT_IN, tiny_model, tiny_tokenizer
 
-disable_progress_bar()  # of weight loading: the Trainer's bar is the one to watch
+disable_progress_bar()  # the bar of weight loading would stand above the Trainer's
 
 SCALED_LOGITS = ("final_logit_softcapping", "logits_soft_cap", "logit_scale", "logits_scaling", "lm_head_multiplier")
-MOVING_ROPE = ("dynamic", "longrope")  # frequencies that change with the length of the padded batch
+MOVING_ROPE = ("dynamic", "longrope")  # rotary frequencies that change with the length of the padded batch
 
 
 def load(path: str, role: str = "policy") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The fp32 model and the tokenizer behind ``path`` (see ``Policy``); ValueError, in the name of ``role``, when
-    there is none.
+    """Load the fp32 model and the tokenizer at ``path``.
+
+    Args:
+        path: see ``Policy``.
+        role: name of the option that asks for the model, for error messages.
+
+    Raises:
+        ValueError: there is no such model, or it cannot be read.
     """
     if path in BUILT_IN:
         return tiny_model(path), tiny_tokenizer()
     local = Path(path).expanduser()
     if path.endswith(".gguf"):
         if not local.is_file():
-            raise ValueError(f"{role}: no GGUF file at '{path}'")
+            raise ValueError(f"{role}: there is no GGUF file at '{path}'; check the path")
         return load_gguf(local)
     if local.is_dir() and not (local / "config.json").is_file():
         raise ValueError(f"{role}: '{path}' is a folder without config.json; name a Hugging Face model folder")
     source = str(local) if local.is_dir() else path
     try:
-        with (
-            silent() if is_classifier(AutoConfig.from_pretrained(source)) else nullcontext()
-        ):  # its backbone is asked for
+        # A classifier's head is left out on purpose, so transformers need not warn about it.
+        with silent() if is_classifier(AutoConfig.from_pretrained(source)) else nullcontext():
             model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
         return model, AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
-            f"{role}: '{path}' is not 'tiny', 'tiny-addition', a Hugging Face model folder, a .gguf file or a hub id that can be read "
-            f"({reason})"
+            f"{role}: '{path}' is not 'tiny', 'tiny-addition', a Hugging Face model folder, a .gguf file or a hub id "
+            f"that can be read ({reason})"
         ) from error
 
 
 def is_classifier(config: PreTrainedConfig) -> bool:
-    """Whether it is of a sequence classifier, such as a reward model."""
+    """Return whether the config is that of a sequence classifier, such as a reward model."""
     return any("SequenceClassification" in name for name in config.architectures or [])
 
 
 def lacks_output_head(model: PreTrainedModel) -> bool:
-    """Whether a language model was made of a classifier's backbone, so that its output head, where it has one of its
-    own, is random.
+    """Return whether the output head of the model is random.
+
+    That is so when a language model was loaded from a sequence classifier and does not tie its output head to its
+    embeddings.
     """
     return (
         is_classifier(model.config) and model.get_output_embeddings().weight is not model.get_input_embeddings().weight
@@ -71,7 +79,7 @@ def lacks_output_head(model: PreTrainedModel) -> bool:
 
 @contextmanager
 def silent() -> Iterator[None]:
-    """Inside, transformers does not list the weights that a model has too many or too few."""
+    """Silence transformers' list of missing and unexpected weights inside the ``with`` block."""
     level = get_verbosity()
     set_verbosity_error()
     try:
@@ -81,14 +89,19 @@ def silent() -> Iterator[None]:
 
 
 def load_gguf(file: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model and tokenizer from a GGUF file, rebuilt from a clean config: with a quantization entry it would refuse to
-    be saved.
+    """Load model and tokenizer from a GGUF file.
+
+    The model is built again from a config without ``quantization_config``, because ``save_pretrained`` refuses a model
+    with one.
+
+    Raises:
+        ValueError: the package gguf is not installed.
     """
     try:
         import gguf  # noqa: F401
     except ImportError as error:
         raise ValueError(
-            "policy: reading a GGUF file needs the package gguf: pip install 'lightning-align[gguf]'"
+            "policy: reading a GGUF file needs the package gguf; install it with: pip install 'lightning-align[gguf]'"
         ) from error
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     source = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
@@ -99,7 +112,7 @@ def load_gguf(file: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 
 def remove_dropout(model: PreTrainedModel) -> None:
-    """Set every dropout rate to zero: dropout modules, and the rates that attention layers keep as numbers."""
+    """Set every dropout rate of the model to zero, also those that attention layers keep as plain numbers."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -109,8 +122,10 @@ def remove_dropout(model: PreTrainedModel) -> None:
 
 
 def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """The eos tokens of tokenizer and generation config, and the token that ends an assistant turn in the chat
-    template.
+    """Return the tokens that end a completion.
+
+    They are the eos tokens of tokenizer and generation config, and the end-of-turn token of the chat template. Ids
+    beyond the model's vocabulary are left out.
     """
     configured = model.generation_config.eos_token_id if model.generation_config is not None else None
     listed: Iterable[int | None] = configured if isinstance(configured, list) else [configured]
@@ -119,14 +134,21 @@ def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
 
 
 def max_positions(config: PreTrainedConfig) -> int | None:
-    """Tokens that the model has positions for; None in architectures whose positions are neither learned nor rotary."""
+    """Return how many tokens the model has positions for; None when its config sets no such limit."""
     name = config.attribute_map.get("max_position_embeddings", "max_position_embeddings")
     positions: int | None = config.to_dict().get(name)
     return positions
 
 
 def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """First special token after an assistant's words in the chat template; None without a template or such a token."""
+    """Return the first special token after the assistant's words in the chat template.
+
+    Returns:
+        the token id; None without a chat template or without such a token.
+
+    Raises:
+        ValueError: the chat template is not valid Jinja.
+    """
     if tokenizer.chat_template is None:
         return None
     words = "end-of-turn probe"
@@ -135,7 +157,8 @@ def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
         tail = str(tokenizer.apply_chat_template(turns, tokenize=False)).rpartition(words)[2]
     except TemplateSyntaxError as error:
         raise ValueError(
-            f"the tokenizer's chat template is broken (line {error.lineno}): {error.message}; mend chat_template.jinja"
+            f"the tokenizer's chat template is broken (line {error.lineno}): {error.message}; correct "
+            "chat_template.jinja"
         ) from error
     marked = (number for number, token in tokenizer.added_tokens_decoder.items() if token.special)
     special = {*tokenizer.all_special_ids, *marked}
@@ -143,22 +166,37 @@ def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
 
 
 def check_supported(path: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """ValueError for a model whose log-probabilities would come out wrong."""
+    """Refuse a model whose log-probabilities would come out wrong.
+
+    Args:
+        path: names the model in messages.
+        model: the loaded model.
+        tokenizer: its tokenizer.
+
+    Raises:
+        ValueError: the tokenizer has more tokens than the model or no eos token; the model scales or caps its logits;
+            or its rotary positions change with the length of the batch.
+    """
     config = model.config.to_dict()
     if len(tokenizer) > config["vocab_size"]:
         raise ValueError(
-            f"policy: the tokenizer of '{path}' has {len(tokenizer)} tokens, its model only {config['vocab_size']}"
+            f"policy: the tokenizer of '{path}' has {len(tokenizer)} tokens and its model only "
+            f"{config['vocab_size']}; name a folder in which the two belong together"
         )
     if tokenizer.eos_token_id is None:
-        raise ValueError(f"policy: the tokenizer of '{path}' has no eos token, so nothing could end a completion")
+        raise ValueError(
+            f"policy: the tokenizer of '{path}' has no eos token, so no completion could end; set eos_token in "
+            "tokenizer_config.json"
+        )
     for name in SCALED_LOGITS:
         if config.get(name) not in (None, 1.0):
             raise ValueError(
-                f"policy: '{path}' ({config['model_type']}) transforms its logits by {name}, which is not supported yet"
+                f"policy: '{path}' ({config['model_type']}) transforms its logits by {name}, which is not supported; "
+                "use another model"
             )
     moving = [kind for kind in MOVING_ROPE if f"'rope_type': '{kind}'" in str(config.get("rope_parameters"))]
     if moving:
         raise ValueError(
-            f"policy: '{path}' ({config['model_type']}) has {moving[0]} rotary positions, which depend on padding: not "
-            "supported yet"
+            f"policy: '{path}' ({config['model_type']}) has {moving[0]} rotary positions, which depend on padding and "
+            "are not supported; use another model"
         )

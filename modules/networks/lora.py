@@ -1,8 +1,9 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685), from the peft library: a model's linear layers plus a trained product of
-two thin matrices.
+"""Low-rank adapters (LoRA, arXiv 2106.09685) from the peft library.
 
-Several sets of adapters may lie side by side on one frozen backbone, each a model of its own at the price of its thin
-matrices: the policy's, a critic's, a reward model's. The layers compute with the policy's set, except inside ``using``.
+A model trains a product of two thin matrices beside each of its linear layers, and leaves its own weights alone.
+
+Several sets of adapters can lie on one frozen backbone: the policy's, a critic's, a reward model's. Each set is a model
+of its own and costs only its thin matrices. The layers compute with the policy's set, except inside ``using``.
 """
 
 import copy
@@ -24,28 +25,26 @@ from transformers import PreTrainedModel
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-POLICY = "default"  # the policy's own set
+POLICY = "default"  # name of the policy's own set
 ADAPTERS = "adapters"  # subfolder of an export that holds its adapters apart from the backbone
-HEAD_FILE = "head.safetensors"  # in that subfolder, where the adapters have a head: weight [heads, H]
-WEIGHTS_FILE = "adapter_model.safetensors"  # peft's; the backbone's digest is in its metadata
-PREFIX = "base_model.model."  # of the weights' names in that file
+HEAD_FILE = "head.safetensors"  # in that subfolder, if the adapters have a head: weight [heads, H]
+WEIGHTS_FILE = "adapter_model.safetensors"  # peft's file name; its metadata hold the digest of the backbone
+PREFIX = "base_model.model."  # peft puts this before the names of the weights in that file
 
 
 @dataclass(frozen=True)
 class Lora:
-    """W + (alpha / r) B A beside every named linear layer; B starts at zero, so that training starts at the model
-    itself.
+    """Adds (alpha / r) B A to every chosen linear layer W. B starts at zero, so training starts at the model itself.
 
     Raises:
-        ValueError: values out of range.
+        ValueError: a value is out of range.
     """
 
     r: int = 16  # >= 1, rank of the update
-    alpha: float = 32.0  # > 0, its scale is alpha / r
+    alpha: float = 32.0  # > 0; the update is scaled by alpha / r
     dropout: float = 0.05  # [0, 1), on the adapter's input; off in reinforcement learning and preference losses
-    target_modules: tuple[
-        str, ...
-    ] = ()  # ends of layer names, such as q_proj; none = all linear layers but the output head
+    # ends of layer names, such as q_proj; empty = all linear layers except the output head
+    target_modules: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.r < 1 or self.alpha <= 0 or not 0 <= self.dropout < 1:
@@ -55,19 +54,29 @@ class Lora:
 
 
 class OtherBackbone(ValueError):
-    """Adapters that were trained on another model."""
+    """Raised for adapters that were trained on another backbone."""
 
 
 def add_adapters(model: PreTrainedModel, lora: Lora, name: str = POLICY) -> None:
-    """Put a set of adapters that learns into ``model``, in place, and freeze the backbone; other sets stay as they are.
+    """Put a set of trainable adapters into ``model``, in place, and freeze the backbone.
 
-    A set beside the policy's has no dropout. ImportError without peft, ValueError for unknown layers and for a name
-    that is taken.
+    Other sets stay as they are. Only the policy's set has dropout.
+
+    Args:
+        model: the model that gets the adapters.
+        lora: rank, scale, dropout and layers.
+        name: name of the set.
+
+    Raises:
+        ImportError: the package peft is not installed.
+        ValueError: the model has none of the named layers, or it already has a set of this name.
     """
     try:
         from peft import LoraConfig
     except ImportError as error:
-        raise ImportError("lora needs the package peft: pip install 'lightning-align[lora]'") from error
+        raise ImportError(
+            "lora needs the package peft; install it with: pip install 'lightning-align[lora]'"
+        ) from error
     targets = list(lora.target_modules) or "all-linear"
     dropout = lora.dropout if name == POLICY else 0.0
     _inject(model, LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=dropout, target_modules=targets), name)  # type: ignore[arg-type]
@@ -75,14 +84,19 @@ def add_adapters(model: PreTrainedModel, lora: Lora, name: str = POLICY) -> None
 
 @contextmanager
 def using(model: PreTrainedModel, name: str) -> Iterator[None]:
-    """Inside, the layers compute with the set ``name``, those without it with the backbone alone; afterwards as before.
-    ValueError without it.
+    """Let the layers compute with the set ``name`` inside the ``with`` block.
 
-    A backward pass may come afterwards: its gradients go to the set that computed. What is computed anew in the
-    backward pass, as gradient checkpointing does, must be inside as well.
+    A layer without that set computes with the backbone alone. A backward pass may come after the block: its gradients
+    go to the set that computed. What the backward pass computes again, as gradient checkpointing does, must be inside
+    the block.
+
+    Raises:
+        ValueError: the model has no set of this name.
     """
     if name not in adapter_names(model):
-        raise ValueError(f"the model has no adapters named '{name}', only {sorted(adapter_names(model))}")
+        raise ValueError(
+            f"the model has no adapters named '{name}'; it has {', '.join(sorted(adapter_names(model))) or 'none'}"
+        )
     layers = [layer for _, layer in _layers(model)]
     before = [layer._active_adapter for layer in layers]
     try:
@@ -95,12 +109,12 @@ def using(model: PreTrainedModel, name: str) -> Iterator[None]:
 
 
 def adapter_names(model: PreTrainedModel) -> set[str]:
-    """The sets of ``model``."""
+    """Return the names of the sets that ``model`` has."""
     return set(getattr(model, "peft_config", ()))
 
 
 def adapter_parameters(model: PreTrainedModel, name: str) -> dict[str, nn.Parameter]:
-    """The weights of the set ``name``, by their names in ``model``."""
+    """Return the weights of the set ``name``, by their names in ``model``."""
     places = {
         f"{layer_name}.{kind}.{name}" for layer_name, layer in _layers(model) for kind in layer.adapter_layer_names
     }
@@ -110,8 +124,9 @@ def adapter_parameters(model: PreTrainedModel, name: str) -> dict[str, nn.Parame
 
 
 def save_adapters(model: PreTrainedModel, name: str, folder: str | Path) -> None:
-    """Write the set ``name`` as peft does, ``adapter_config.json`` and ``adapter_model.safetensors``, with the digest
-    of its backbone.
+    """Write the set ``name`` to ``folder`` as peft does, with the digest of its backbone.
+
+    The files are ``adapter_config.json`` and ``adapter_model.safetensors``.
     """
     folder = Path(folder)
     model.peft_config[name].save_pretrained(str(folder))
@@ -123,21 +138,26 @@ def save_adapters(model: PreTrainedModel, name: str, folder: str | Path) -> None
 
 @torch.no_grad()
 def load_adapters(model: PreTrainedModel, folder: str | Path, name: str, trainable: bool) -> None:
-    """Put the set of ``save_adapters`` beside those that ``model`` has, under ``name``, without dropout; costs no
-    random numbers.
+    """Put a set that ``save_adapters`` wrote into ``model``, without dropout.
 
-    A set that does not learn stays out of the model's ``state_dict``, and so out of checkpoints, since ``folder`` has
-    it.
+    Loading uses no random numbers. A set that does not learn stays out of the model's ``state_dict``, and so out of
+    checkpoints, because ``folder`` holds it.
+
+    Args:
+        model: the model that gets the adapters.
+        folder: where the set was written.
+        name: name of the set in ``model``.
+        trainable: whether the set learns.
 
     Raises:
         OtherBackbone: the set was trained on another backbone.
-        ValueError: the name is taken.
+        ValueError: ``model`` already has a set of this name.
     """
     from peft import LoraConfig
 
     if saved_digest(folder) != backbone_digest(model):
         raise OtherBackbone(
-            f"'{folder}' holds adapters of another backbone than this model's: load the model that they were trained on"
+            f"'{folder}' holds adapters of another backbone than this model's; load the model that they were trained on"
         )
     config = LoraConfig.from_pretrained(str(folder))
     config.lora_dropout, config.inference_mode = 0.0, False
@@ -153,7 +173,7 @@ def load_adapters(model: PreTrainedModel, folder: str | Path, name: str, trainab
 
 
 def saved_digest(folder: str | Path) -> str | None:
-    """The digest of the backbone that the adapters in ``folder`` were trained on; None where there are none."""
+    """Return the digest of the backbone that the adapters in ``folder`` were trained on; None without adapters."""
     file = Path(folder) / WEIGHTS_FILE
     if not file.is_file():
         return None
@@ -162,7 +182,10 @@ def saved_digest(folder: str | Path) -> str | None:
 
 
 def backbone_digest(model: PreTrainedModel) -> str:
-    """A hash of the weights without adapters and without output head, which reward models and critics do not read."""
+    """Hash the weights of the backbone, without adapters and without output head.
+
+    Reward models and critics do not read the output head, so it may differ.
+    """
     backbone, found = model.base_model, hashlib.blake2b(digest_size=16)
     inside = tuple(f"{name}." for name, _ in _layers(backbone))
     for key, weight in backbone.state_dict().items():
@@ -173,8 +196,8 @@ def backbone_digest(model: PreTrainedModel) -> str:
 
 
 def merged(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy of ``model`` with the policy's adapters added into its weights and without all others: a plain model
-    again.
+    """Return a copy of ``model`` as a plain model: the policy's adapters are added into its weights, others are
+    dropped.
     """
     plain = copy.deepcopy(model)
     for name, layer in _layers(plain):
@@ -185,20 +208,21 @@ def merged(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _inject(model: PreTrainedModel, config: "LoraConfig", name: str) -> None:
-    """peft's layers around those that ``config`` names, with a set ``name``, which learns; the policy's set stays the
-    one they compute with.
+    """Wrap the layers that ``config`` names in peft's layers, and add a trainable set ``name``.
+
+    The layers go on computing with the policy's set.
     """
     from peft import inject_adapter_in_model
 
     if name in adapter_names(model):
-        raise ValueError(f"the model has adapters named '{name}' already: choose another name")
+        raise ValueError(f"the model already has adapters named '{name}'; choose another name")
     before = [
         (weight, weight.requires_grad)
         for other in adapter_names(model)
         for weight in adapter_parameters(model, other).values()
     ]
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")  # several sets are the intention
+        warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")  # several sets are intended
         inject_adapter_in_model(config, model, name)
     for _, layer in _layers(model):
         layer._active_adapter = [POLICY]
@@ -207,14 +231,14 @@ def _inject(model: PreTrainedModel, config: "LoraConfig", name: str) -> None:
 
 
 def _layers(model: nn.Module) -> list[tuple[str, Any]]:
-    """peft's layers by name."""
+    """Return peft's layers with their names."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     return [(name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
 
 
 def _saved(key: str, name: str) -> str:
-    """The name in peft's file of a weight of the set ``name``: without the set."""
+    """Return the name that a weight of the set ``name`` has in peft's file, which leaves out the name of the set."""
     layer, _, kind = key.rpartition(f".{name}")
     return f"{PREFIX}{layer}{kind}"
 

@@ -1,4 +1,4 @@
-"""How much memory training will take, as far as it is known before the first step."""
+"""Estimates, before the first step, how much memory training takes."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -7,22 +7,23 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 MB = 1e6
-LOGIT_TENSORS = (
-    7  # as large as a chunk of logits and alive at a time, at most (measured): logits, log-softmax, what entropies need
-)
+# Most tensors of the size of a chunk of logits that live at one time (measured): logits, log-softmax, entropy terms.
+LOGIT_TENSORS = 7
 
 
 def training_memory(weights: Iterable[Tensor], optimizer: Optimizer, max_logits: int) -> dict[str, float]:
-    """MB (10^6 bytes) that training needs on each device, by what for: ``weights``, ``gradients``, ``optimizer``,
-    ``logits``.
+    """Estimate the memory that training needs on each device, in MB (10^6 bytes).
 
-    Activations are left out: they grow with micro-batch x length. So are the second gradients of
-    ``DistributedDataParallel``, the 16-bit weights of autocast, and what the allocator wastes.
+    Not counted are activations, which grow with micro-batch x length; the second copy of the gradients that
+    ``DistributedDataParallel`` keeps; the 16-bit weights of autocast; and what the allocator wastes.
 
     Args:
-        weights: [any shape] each, all tensors that stay: the model's, a reference's; one that is shared counts once.
-        optimizer: of the parameters that are trained.
-        max_logits: entries of the largest chunk of logits, in float32.
+        weights: every tensor that stays in memory, of the model and of a reference; a shared one counts once.
+        optimizer: the optimizer of the trained parameters.
+        max_logits: number of entries of the largest chunk of logits, in float32.
+
+    Returns:
+        MB by purpose: ``weights``, ``gradients``, ``optimizer``, ``logits``.
     """
     return {
         "weights": _bytes({id(weight): weight for weight in weights}.values()) / MB,
@@ -33,10 +34,11 @@ def training_memory(weights: Iterable[Tensor], optimizer: Optimizer, max_logits:
 
 
 def states(group: dict[str, Any]) -> int:
-    """Tensors of its own size that a PyTorch optimizer keeps for a parameter [any shape], told from the settings of its
+    """Return how many tensors of a parameter's size a PyTorch optimizer keeps for it, judged by the options of
     ``group``.
 
-    Adam and its kin 2, with ``amsgrad`` 3; Adadelta and Rprop 2; RMSprop and Adagrad 1; 1 more for momentum; SGD none.
+    Adam and its variants keep 2, with ``amsgrad`` 3. Adadelta and Rprop keep 2, RMSprop and Adagrad 1, SGD none.
+    Momentum and ``centered`` add 1 each.
     """
     if "betas" in group:
         return 2 + bool(group.get("amsgrad"))
@@ -47,7 +49,7 @@ def states(group: dict[str, Any]) -> int:
 
 
 def memory_line(memory: dict[str, float]) -> str:
-    """What ``training_memory`` found, [MB] by name, as a sentence."""
+    """Write what ``training_memory`` returned as one line."""
     parts = {
         "weights": "weights",
         "gradients": "gradients",

@@ -1,4 +1,4 @@
-"""Whether a model keeps the documents of a packed row apart."""
+"""Checks that a model keeps the documents of a packed row apart."""
 
 from collections.abc import Callable, Sequence
 
@@ -8,26 +8,32 @@ from transformers import PreTrainedModel
 
 from modules.trainer.modes import evaluating
 
-PROBE = ((3, 1, 4, 1, 5), (10, 8, 11, 8, 12), (9, 2, 6))  # two documents that may stand first, and the one behind them
+PROBE = ((3, 1, 4, 1, 5), (10, 8, 11, 8, 12), (9, 2, 6))  # two alternative first documents, and the second document
 
 
 def flattens(model: PreTrainedModel) -> bool:
-    """Whether packed rows are laid end to end in one: flash attention kernels keep documents apart in a single row
-    only.
+    """Return whether packed rows must be joined into one long row.
+
+    Flash attention kernels keep documents apart in a single row only.
     """
     return "flash" in (model.config._attn_implementation or "")
 
 
 @torch.no_grad()
 def check_packing(path: str, model: PreTrainedModel, logprobs: Callable[[Tensor, Tensor], Tensor]) -> None:
-    """ValueError for models that mix documents (state-space and convolution layers, positions counted by column).
+    """Refuse a model that mixes the documents of a packed row.
 
-    A document's log-probabilities must not move by 1e-5 nats when another one of the same length stands in front of it,
-    nor by 1e-3 when it is alone (0.1 with a flash attention kernel, which computes in 16 bits).
+    State-space and convolution layers mix them, and so do positions that are counted by column. The log-probabilities
+    of a document may move by at most 1e-5 nats when another document of the same length stands before it. They may move
+    by at most 1e-3 when it stands alone (0.1 with a flash attention kernel, which computes in 16 bits).
 
     Args:
-        path: names the model.
+        path: names the model in messages.
+        model: the model.
         logprobs: ids and position ids, int [1, T] -> log-probabilities [1, T] of all tokens.
+
+    Raises:
+        ValueError: the log-probabilities move by more.
     """
     first, other, second = PROBE
     with evaluating(model), torch.autocast(model.device.type, enabled=flattens(model)):
@@ -39,8 +45,7 @@ def check_packing(path: str, model: PreTrainedModel, logprobs: Callable[[Tensor,
     if not (leak <= 1e-5 and shift <= (0.1 if flattens(model) else 1e-3)):
         raise ValueError(
             f"policy: '{path}' ({model.config.model_type}) mixes the documents of a packed row: their "
-            "log-probabilities are off by "
-            f"{max(leak, shift):.2g} nats; use data without packing, or another model"
+            f"log-probabilities are off by {max(leak, shift):.2g} nats; turn packing off or use another model"
         )
 
 

@@ -1,7 +1,6 @@
-"""A causal language model with its tokenizer: loading, log-probabilities in chunks, prompts computed once per group,
-export.
+"""A causal language model with its tokenizer: loading, log-probabilities in chunks, and export.
 
-This is the only file that shifts anything: everyone else sees per-token tensors aligned to their own token.
+This is the only file that shifts tokens. Everywhere else a per-token tensor is aligned to its own token.
 """
 
 from pathlib import Path
@@ -21,45 +20,44 @@ from modules.networks.loading import check_packing, flattens
 from modules.types import ALPACA_PROMPT, PolicyBatch, PreferenceBatch
 
 MAX_LOGITS = 2**24  # entries of one chunk of logits: 64 MB in fp32
-SHARING = (
-    "gpt2",
-    "llama",
-    "mistral",
-    "qwen2",
-    "qwen3",
-)  # architectures whose shared prompts are tested against separate rows
-PROBE = ((3, 1, 4, 1, 5), (9, 2, 6))  # two ragged rows
+# Architectures for which a test compares shared prompts with separate rows.
+SHARING = ("gpt2", "llama", "mistral", "qwen2", "qwen3")
+PROBE = ((3, 1, 4, 1, 5), (9, 2, 6))  # two rows of different length
 
 
 class TokenScores(NamedTuple):
-    """What the next-token distributions say of given tokens: per token, zero where it was not asked."""
+    """What the model's next-token distributions say about given tokens, one entry per token.
 
-    logprobs: Tensor  # nats, with gradient
-    entropies: Tensor | None = None  # nats, of the whole distribution, without gradient unless it was asked for
+    An entry is zero at positions that were not asked for, and a field is None if it was not asked for.
+    """
+
+    logprobs: Tensor  # log-probabilities of the tokens, nats, with gradient
+    entropies: Tensor | None = None  # nats, of the whole distribution; without gradient unless one was asked for
     hits: Tensor | None = None  # 1 where the token is the most likely one, else 0
-    mean_logits: Tensor | None = None  # mean of the logits over the vocabulary, no gradient
-    means: Tensor | None = None  # nats, mean of the log-probs over the vocabulary, with gradient
+    mean_logits: Tensor | None = None  # mean of the logits over the vocabulary, without gradient
+    means: Tensor | None = None  # mean of the log-probs over the vocabulary, nats, with gradient
 
 
 class Policy(nn.Module):
-    """A causal LM from ``tiny``, a Hugging Face folder, a GGUF file or a hub id.
+    """A causal language model and its tokenizer.
 
     Args:
-        path: ``tiny`` (built in, no download), a folder with ``config.json``, a ``.gguf`` file, or a hub id.
-        dropout: False sets every dropout rate of the model to zero (reinforcement learning, preference losses).
-        lora: train low-rank adapters of the linear layers and leave the model's own weights alone; None trains all
-            weights.
-        role: what it is called where it cannot be loaded.
+        path: ``tiny`` or ``tiny-addition`` (built in, no download), a Hugging Face folder, a ``.gguf`` file, or a hub
+            id.
+        dropout: False sets every dropout rate of the model to zero, as reinforcement learning and preference losses
+            need.
+        lora: low-rank adapters to train instead of the model's own weights; None trains all weights.
+        role: name of the option that asks for the model, for error messages.
 
     Attributes:
         model: the Hugging Face model, fp32.
-        tokenizer: its tokenizer; a missing pad token is set to the eos token (masks never look at it).
-        stop_token_ids: the eos tokens and the chat template's end-of-turn token.
-        max_positions: tokens that the model has positions for; None = no limit.
+        tokenizer: its tokenizer. A missing pad token is set to the eos token; masks never look at it.
+        stop_token_ids: the eos tokens and the end-of-turn token of the chat template.
+        max_positions: how many tokens the model has positions for; None = no limit.
 
     Raises:
-        ValueError: the path is none of the four kinds, the tokenizer is larger than the model's vocabulary, or the
-            architecture transforms its logits in a way that the chunked log-probabilities do not know.
+        ValueError: ``path`` is none of these, the tokenizer is larger than the model's vocabulary, or the architecture
+            makes its logits in a way that the chunked log-probabilities do not support.
     """
 
     def __init__(self, path: str, dropout: bool = True, lora: Lora | None = None, role: str = "policy") -> None:
@@ -69,7 +67,7 @@ class Policy(nn.Module):
         self.has_adapters = lora is not None
         if lora is not None:
             add_adapters(self.model, lora)
-        self.model.train()  # from_pretrained leaves it in eval mode, and fit does not change that
+        self.model.train()  # from_pretrained leaves the model in eval mode, and fit does not change that
         if not dropout:
             remove_dropout(self.model)
         if self.tokenizer.pad_token is None:
@@ -78,22 +76,24 @@ class Policy(nn.Module):
         self.max_positions = max_positions(self.model.config)
         check_supported(path, self.model, self.tokenizer)
         self.check_scores()
-        self.packing_checked = False  # until the first packed rows
+        self.packing_checked = False  # True after the first packed rows
 
     @property
     def shares_prompts(self) -> bool:
-        """Whether a prompt may be computed once for all its completions: a tested architecture whose layers all cache
-        plain keys and values.
+        """Whether a prompt may be computed once for all its completions.
 
-        Sliding windows and position biases count columns, and padding between prompt and completion would shift them.
+        That is so for a tested architecture whose layers all cache plain keys and values. Sliding windows and position
+        biases count columns, and the padding between prompt and completion would shift them.
         """
         layers = DynamicCache(config=self.model.config).layers
         return self.model.config.model_type in SHARING and all(type(layer) is DynamicLayer for layer in layers)
 
     @torch.no_grad()
     def check_scores(self) -> None:
-        """ValueError where our log-probabilities of two short rows differ from those of the model's own forward by over
-        1e-3 nats.
+        """Compare our log-probabilities of two short rows with those of the model's own forward.
+
+        Raises:
+            ValueError: they differ by more than 1e-3 nats.
         """
         with evaluating(self.model):
             for tokens in PROBE:
@@ -105,7 +105,8 @@ class Policy(nn.Module):
                 if not gap <= 1e-3:
                     raise ValueError(
                         f"policy: '{self.path}' ({self.model.config.model_type}) makes its logits in a way that is not "
-                        f"supported yet: log-probabilities from its hidden states are off by {gap:.3g} nats"
+                        f"supported: log-probabilities from its hidden states are off by {gap:.3g} nats; use another "
+                        "model"
                     )
 
     def token_scores(
@@ -116,18 +117,21 @@ class Policy(nn.Module):
         details: bool = False,
         means: bool = False,
     ) -> TokenScores:
-        """Log-probability of each token of whole rows given those before it.
+        """Return the log-probability of each wanted token, given the tokens before it.
 
         Args:
-            input_ids: int [N, T], padded on the right (a causal model never looks there, so no attention mask is
-                needed).
-            mask: bool [N, T], True = wanted. Logits are computed for these positions only; column 0 is predicted by
-                nothing.
-            position_ids: int [N, T] where rows hold several documents, each starting at 0.
-            details: also entropies, hits and mean logits.
+            input_ids: int [N, T], padded on the right. A causal model never looks there, so it needs no attention mask.
+            mask: bool [N, T], True = wanted. Logits are computed at these positions only. Column 0 has no token before
+                it, so its score is 0.
+            position_ids: int [N, T] for rows that hold several documents; each document starts at 0.
+            details: also return entropies, hits and mean logits.
+            means: also return the mean log-probs over the vocabulary.
 
         Returns:
             scores [N, T], aligned to their own token.
+
+        Raises:
+            ValueError: packed rows are given to a model that mixes their documents.
         """
         wanted = mask[:, 1:] if position_ids is None else mask[:, 1:] & (position_ids[:, 1:] > 0)
         hidden = self.hidden_states(input_ids, position_ids)[:, :-1]
@@ -137,13 +141,14 @@ class Policy(nn.Module):
     def completion_scores(
         self, batch: PolicyBatch | PreferenceBatch, temperature: float = 1.0, details: bool = False
     ) -> TokenScores:
-        """Log-probability of each completion token, each prompt computed once where the architecture allows it.
+        """Return the log-probability of each completion token, with each prompt computed once where the architecture
+        allows it.
 
         Args:
             batch: ``prompt_ids``, ``prompt_mask`` [P, Tp], ``completion_ids``, ``completion_mask`` [N, Tc],
                 ``prompt_index`` [N].
-            temperature: logits are divided by it, so that the result describes the distribution that was sampled.
-            details: also entropies, hits and mean logits.
+            temperature: > 0; logits are divided by it, so that the scores describe the distribution that was sampled.
+            details: also return entropies, hits and mean logits.
 
         Returns:
             scores [N, Tc], aligned to their own token.
@@ -151,8 +156,9 @@ class Policy(nn.Module):
         return self.scores_of(self.token_states(batch), batch, temperature, details)
 
     def token_states(self, batch: PolicyBatch | PreferenceBatch) -> Tensor:
-        """Hidden states [N, Tc, H] in which the completion tokens are chosen: behind the prompt and all earlier tokens,
-        without the token itself.
+        """Return the hidden states [N, Tc, H] in which the completion tokens are chosen.
+
+        The state of a token has read the prompt and all earlier tokens, but not the token itself.
         """
         return (
             self._hidden_shared(batch, batch["completion_ids"][:, :-1])
@@ -168,8 +174,14 @@ class Policy(nn.Module):
         details: bool = False,
         entropy: bool = False,
     ) -> TokenScores:
-        """``completion_scores`` from the ``token_states`` [N, Tc, H] of the batch; with ``entropy`` the entropies have
-        a gradient.
+        """Return ``completion_scores`` from the ``token_states`` [N, Tc, H] of the batch.
+
+        Args:
+            states: the hidden states.
+            batch: prompts and completions.
+            temperature: see ``completion_scores``.
+            details: see ``completion_scores``.
+            entropy: also return entropies, with gradient.
         """
         mask = batch["completion_mask"]
         return spread(
@@ -177,14 +189,18 @@ class Policy(nn.Module):
         )
 
     def completion_states(self, batch: PolicyBatch | PreferenceBatch) -> Tensor:
-        """Hidden state [N, H] at the last kept token of each completion, what a scalar head reads."""
+        """Return the hidden state [N, H] at the last kept token of each completion, which a scalar head reads."""
         hidden = (
             self._hidden_shared(batch, batch["completion_ids"]) if self._shares(batch) else self._hidden_rows(batch)
         )
         return hidden[torch.arange(len(hidden), device=hidden.device), batch["completion_mask"].sum(1)]
 
     def check_packing(self) -> None:
-        """Once: ValueError for a model in which the documents of a packed row see each other."""
+        """Check, at the first packed rows, that the model keeps their documents apart.
+
+        Raises:
+            ValueError: the documents of a packed row see each other.
+        """
         if not self.packing_checked:
             self.packing_checked = True
             check_packing(
@@ -194,10 +210,13 @@ class Policy(nn.Module):
             )
 
     def hidden_states(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
-        """Last hidden states [N, T, H] of right-padded rows; ``hidden[:, t]`` predicts token ``t + 1``.
+        """Return the last hidden states [N, T, H] of right-padded rows; ``hidden[:, t]`` predicts token ``t + 1``.
 
-        Without a cache and an attention mask transformers reads from ``position_ids`` where a document starts and keeps
-        documents apart; the first packed rows raise ValueError for models that mix them all the same.
+        Without a cache and an attention mask, transformers reads from ``position_ids`` where a document starts, and
+        keeps documents apart.
+
+        Raises:
+            ValueError: packed rows are given to a model that mixes their documents all the same.
         """
         if position_ids is not None:
             self.check_packing()
@@ -217,9 +236,9 @@ class Policy(nn.Module):
         means: bool = False,
         entropy: bool = False,
     ) -> TokenScores:
-        """Scores [K] of ``targets`` [K] from ``hidden`` [K, H], a chunk of logits at a time.
+        """Return the scores [K] of ``targets`` [K] from ``hidden`` [K, H], one chunk of logits at a time.
 
-        With gradients, a chunk's logits are dropped and computed again in the backward pass; a single chunk is simply
+        With gradients, the logits of a chunk are dropped and computed again in the backward pass. A single chunk is
         kept.
         """
         size = max(1, MAX_LOGITS // self.model.config.vocab_size)
@@ -236,25 +255,30 @@ class Policy(nn.Module):
         return TokenScores(logprobs, *others)
 
     def prompt_ids(self, messages: list[dict[str, str]]) -> list[int]:
-        """Tokens of a conversation, ready for the assistant to go on; without a chat template of one user message in
-        Alpaca's prompt.
+        """Return the tokens of a conversation, ready for the assistant to answer.
 
-        Raises ValueError for several messages without a chat template.
+        A tokenizer without a chat template takes one user message, which is put into Alpaca's prompt.
+
+        Args:
+            messages: each with ``role`` and ``content``.
+
+        Raises:
+            ValueError: there is no chat template, and the messages are not a single user message.
         """
         if self.tokenizer.chat_template is not None:
             text = str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
             return list(self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
         if [message["role"] for message in messages] != ["user"]:
             raise ValueError(
-                f"policy: '{self.path}' has no chat template (a base model?), so it can be asked one user message alone"
+                f"policy: '{self.path}' has no chat template (a base model?), so it takes a single user message; name "
+                "a chat model"
             )
         ids = list(self.tokenizer(ALPACA_PROMPT.format(instruction=messages[0]["content"]), verbose=False).input_ids)
-        return (
-            ids[:-1] if ids[-1] == self.tokenizer.eos_token_id else ids
-        )  # an end token that the tokenizer puts behind every text
+        # Some tokenizers put an eos token behind every text.
+        return ids[:-1] if ids[-1] == self.tokenizer.eos_token_id else ids
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write model and tokenizer as a Hugging Face folder, adapters merged into the weights."""
+        """Write model and tokenizer as a Hugging Face folder, with adapters merged into the weights."""
         (merged(self.model) if self.has_adapters else self.model).save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 
@@ -279,24 +303,26 @@ class Policy(nn.Module):
         return self.shares_prompts and len(batch["prompt_index"]) > len(batch["prompt_ids"])
 
     def _hidden_rows(self, batch: PolicyBatch | PreferenceBatch) -> Tensor:
-        """[N, Tc + 1, H], after the prompt and after each completion token: one row each, moved together so that
-        padding is on the right only.
+        """Return the hidden states [N, Tc + 1, H] after the prompt and after each completion token, from one row per
+        completion.
+
+        The completion is moved next to its prompt, so that padding is on the right only.
         """
         lengths = batch["prompt_mask"].sum(1)[batch["prompt_index"]]  # [N]
         columns = torch.arange(batch["completion_ids"].shape[1] + 1, device=lengths.device)
-        at = lengths[:, None] + columns  # [N, Tc + 1], where each completion token goes, and one more
+        at = lengths[:, None] + columns  # [N, Tc + 1], the column of each completion token, and the next one
         prompts = batch["prompt_ids"][batch["prompt_index"]]
         rows = nn.functional.pad(prompts, (0, len(columns) - 1)).scatter(1, at[:, :-1], batch["completion_ids"])
-        width = int(
-            (lengths + batch["completion_mask"].sum(1)).max()
-        )  # the longest prompt need not have the longest completion
+        # The longest prompt need not have the longest completion.
+        width = int((lengths + batch["completion_mask"].sum(1)).max())
         hidden = self.hidden_states(rows[:, :width])
         return hidden.gather(1, (at - 1).clamp(max=width - 1)[..., None].expand(-1, -1, hidden.shape[-1]))
 
     def _hidden_shared(self, batch: PolicyBatch | PreferenceBatch, tokens: Tensor) -> Tensor:
-        """[N, T + 1, H], after the prompt and after each of ``tokens`` [N, T], the first of the completions.
+        """Return the hidden states [N, T + 1, H] after the prompt and after each of ``tokens`` [N, T].
 
-        Each prompt runs once with a cache, which is repeated for its completions; gradients flow through it.
+        ``tokens`` are the first T of each completion. Each prompt runs once with a cache, which is repeated for its
+        completions; gradients flow through the cache.
         """
         index, prompt_mask = batch["prompt_index"], batch["prompt_mask"]
         lengths = prompt_mask.sum(1)  # [P]
@@ -310,9 +336,8 @@ class Policy(nn.Module):
         for layer in cast(list[Any], cache.layers):
             layer.keys, layer.values = layer.keys.index_select(0, index), layer.values.index_select(0, index)
         ragged = not bool(prompt_mask.all())
-        last_place = (
-            int((lengths[index] + batch["completion_mask"].sum(1)).max()) - 1
-        )  # of a real token; padding must not go beyond it
+        # The last position of a real token; padding must not go beyond the positions of the model.
+        last_place = int((lengths[index] + batch["completion_mask"].sum(1)).max()) - 1
         hidden = self.model.base_model(
             input_ids=tokens,
             attention_mask=torch.cat([prompt_mask[index], torch.ones_like(tokens, dtype=torch.bool)], 1)
@@ -328,7 +353,7 @@ class Policy(nn.Module):
 
 
 def spread(scores: TokenScores, mask: Tensor) -> TokenScores:
-    """Put scores [K] of the kept positions back into the shape of ``mask`` [N, T] (K True entries), zero elsewhere."""
+    """Put the scores [K] of kept positions back into the shape of ``mask`` [N, T] (K True entries), zero elsewhere."""
     zeros = torch.zeros(mask.shape, device=mask.device)
     logprobs, *details = (None if part is None else zeros.masked_scatter(mask, part) for part in scores)
     assert logprobs is not None

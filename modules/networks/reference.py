@@ -1,4 +1,4 @@
-"""Log-probs of a whole data set under the frozen reference: computed once, kept on disk, looked up by row."""
+"""Log-probs of a whole data set under the frozen reference: computed once, kept on disk, and looked up by row."""
 
 import hashlib
 import os
@@ -15,18 +15,22 @@ from modules.types import PreferenceBatch
 
 
 class ReferenceLogprobs:
-    """Token log-probs by completion.
+    """The reference's token log-probs of every completion of a data set.
 
     Args:
-        logprobs: float [sum of lengths], all completions one after the other.
-        starts: int [rows + 1], where each begins, and the end.
+        logprobs: float [sum of lengths], nats, all completions one after the other.
+        starts: int [rows + 1], where each completion begins, and where the last one ends.
     """
 
     def __init__(self, logprobs: Tensor, starts: Tensor) -> None:
         self.logprobs, self.starts = logprobs, starts
 
     def of(self, batch: PreferenceBatch) -> Tensor:
-        """Log-probs [N, Tc] of the batch's completions, zero where masked. IndexError for rows that it does not hold."""
+        """Return the log-probs [N, Tc] of the batch's completions, zero where masked.
+
+        Raises:
+            IndexError: the batch has a row that the table does not hold.
+        """
         mask = batch["completion_mask"]
         if int(batch["row"].max()) + 1 >= len(self.starts):
             raise IndexError(
@@ -44,17 +48,19 @@ def reference_logprobs(
     folder: Path | None,
     precision: str,
 ) -> ReferenceLogprobs:
-    """The table of all rows, from ``folder`` if the same model, rows and precision were there before, else computed and
-    put there (collective).
+    """Return the log-probs of all rows: read from ``folder`` if they are there, else computed and written to it
+    (collective).
+
+    A file in ``folder`` is used if it was made with the same model, rows and precision.
 
     Args:
         reference: the frozen model.
-        batches: this rank's batches; together the ranks have every row.
+        batches: this rank's batches; together the ranks hold every row.
         place: moves a batch to the model's device.
-        folder: of the cache; None = no cache.
-        precision: of the Trainer, such as ``32-true``.
+        folder: the cache; None = no cache.
+        precision: the Trainer's precision, such as ``32-true``.
     """
-    kept = [batch for batch in batches if int(batch["rank"].min()) >= 0]  # without fillers
+    kept = [batch for batch in batches if int(batch["rank"].min()) >= 0]  # without filler rows
     rows = from_all_ranks([(int(row), int(mask.sum())) for batch in kept for row, _, mask in _completions(batch)])
     lengths = torch.tensor([length for _, length in sorted(dict(rows).items())])
     starts = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
@@ -78,8 +84,9 @@ def reference_logprobs(
 
 
 def digest(reference: Frozen, batches: Iterable[PreferenceBatch], precision: str) -> str:
-    """Names the table: a hash of the reference's weights, the precision and the tokens of all ranks' rows, so of the
-    template too (collective).
+    """Return the file name of the table, a hash of all that determines it (collective).
+
+    That is the reference's weights, the precision, and the tokens of all ranks' rows, hence the chat template too.
     """
     rows = hashlib.blake2b()
     for batch in batches:
@@ -87,9 +94,8 @@ def digest(reference: Frozen, batches: Iterable[PreferenceBatch], precision: str
         for (row, ids, mask), index in zip(_completions(batch), batch["prompt_index"].tolist(), strict=True):
             rows.update(repr((int(row), prompts[index], ids[mask].tolist())).encode())
     weights = hashlib.blake2b(precision.encode())
-    mine = (
-        reference.weights if reference.policy.has_adapters else {}
-    )  # in place of the adapters that the policy has by now
+    # The policy's own adapters may have moved by now, so the reference's copies stand for them.
+    mine = reference.weights if reference.policy.has_adapters else {}
     frozen = {name: weight for name, weight in reference.policy.state_dict().items() if name not in mine}
     for name, weight in [*frozen.items(), *mine.items()]:
         weights.update(name.encode())
@@ -99,5 +105,5 @@ def digest(reference: Frozen, batches: Iterable[PreferenceBatch], precision: str
 
 
 def _completions(batch: PreferenceBatch) -> Iterable[tuple[Tensor, Tensor, Tensor]]:
-    """(row, ids, mask) of each completion."""
+    """Return (row, ids, mask) of each completion of a batch."""
     return zip(batch["row"].cpu(), batch["completion_ids"].cpu(), batch["completion_mask"].cpu(), strict=True)

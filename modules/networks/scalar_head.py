@@ -1,6 +1,4 @@
-"""Numbers read off hidden states: the head of reward and value models, and its form as a Hugging Face sequence
-classifier.
-"""
+"""The scalar head of reward and value models, and its form as a Hugging Face sequence classifier."""
 
 import copy
 from collections.abc import Set
@@ -14,20 +12,20 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 from modules.networks.loading import is_classifier
 from modules.networks.tiny import BUILT_IN
 
-HEADS_FILE = (
-    "reward_heads.safetensors"  # beside a sequence classifier that is the mean of several heads: weight [heads, H]
-)
+# Lies beside a sequence classifier that is the mean of several heads: weight [heads, H].
+HEADS_FILE = "reward_heads.safetensors"
 
 
 class ScalarHead(nn.Module):
-    """Linear without bias, in fp32 also under autocast: a 16-bit score has too few digits to rank by.
+    """A linear layer without bias that turns a hidden state into a score.
 
-    Weights start normal with standard deviation 1 / sqrt(hidden + 1) (arXiv 2009.01325): scores of normalised states
-    start at about unit size.
+    It computes in fp32 also under autocast, because a 16-bit score has too few digits to rank by. Weights start normal
+    with standard deviation 1 / sqrt(hidden + 1) (arXiv 2009.01325), so that scores of normalised states have about unit
+    size.
 
     Args:
         hidden: H, width of the hidden states.
-        num_heads: independent outputs.
+        num_heads: number of independent outputs.
     """
 
     def __init__(self, hidden: int, num_heads: int = 1) -> None:
@@ -35,26 +33,25 @@ class ScalarHead(nn.Module):
         self.weight = nn.Parameter(torch.randn(num_heads, hidden) * (hidden + 1) ** -0.5)  # [heads, H]
 
     def forward(self, states: Tensor) -> Tensor:
-        """Hidden states [..., H] -> [..., heads], fp32."""
+        """Turn hidden states [..., H] into scores [..., heads], fp32."""
         with torch.autocast(states.device.type, enabled=False):
             return nn.functional.linear(states.float(), self.weight)
 
 
 def sequence_classifier(model: PreTrainedModel, weight: Tensor, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """A copy of the backbone of a causal language model under a score of its last token, as
-    ``AutoModelForSequenceClassification`` loads it.
+    """Return a copy of the model's backbone with a scalar head, as ``AutoModelForSequenceClassification`` loads it.
 
     Transformers reads the score at the last token that is not the pad token, so ``tokenizer`` must come from
     ``with_scoring_pad``.
 
     Args:
-        model: the language model; its output head is left behind.
-        weight: [H], the head.
-        tokenizer: the one to be saved with it; the embeddings grow where it has more tokens.
+        model: the causal language model; its output head is left out.
+        weight: [H], the scalar head.
+        tokenizer: will be saved with the classifier; the embeddings grow if it has more tokens than the model.
     """
     config = copy.deepcopy(model.config)
-    config.num_labels, config.pad_token_id = 1, None  # the pad token may be beyond the embeddings until they grow
-    with torch.random.fork_rng(devices=[]):  # its random weights, all replaced, cost the run no random numbers
+    config.num_labels, config.pad_token_id = 1, None  # the pad token may lie beyond the embeddings until they grow
+    with torch.random.fork_rng(devices=[]):  # the new model's random weights must use up none of the run's numbers
         classifier = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
         classifier.base_model.load_state_dict(model.base_model.state_dict())
         if len(tokenizer) > config.vocab_size:
@@ -65,10 +62,10 @@ def sequence_classifier(model: PreTrainedModel, weight: Tensor, tokenizer: PreTr
 
 
 def with_scoring_pad(tokenizer: PreTrainedTokenizerBase, stop_token_ids: Set[int]) -> PreTrainedTokenizerBase:
-    """A copy that pads on the right with a token that ends no completion.
+    """Return a copy of the tokenizer that pads on the right with a token that ends no completion.
 
-    That is the pad token, else unk, else bos, else another special token, whichever comes first that is not in
-    ``stop_token_ids``, else a new token ``<|pad|>``.
+    It takes the first of pad, unk, bos and the other special tokens that is not in ``stop_token_ids``. If all of them
+    are, it adds a new token ``<|pad|>``.
     """
     padded = copy.deepcopy(tokenizer)
     padded.padding_side = "right"
@@ -82,12 +79,13 @@ def with_scoring_pad(tokenizer: PreTrainedTokenizerBase, stop_token_ids: Set[int
 
 
 def load_head(path: str) -> tuple[Tensor | None, float, float]:
-    """Head [1, H] of the sequence classifier at ``path``, and mean and deviation of its scores (0 and 1 where none are
-    stored).
+    """Load the head of the sequence classifier at ``path``, with the mean and the standard deviation of its scores.
 
-    Of several heads it is their mean, each divided by its own deviation, as ``LearnedReward`` takes it.
+    Of several heads it takes their mean, each divided by its own standard deviation, as ``LearnedReward`` does.
 
-    No head (None, 0, 1) where ``path`` is not a sequence classifier with one label on a causal backbone.
+    Returns:
+        head [1, H], mean and standard deviation (0 and 1 if none are stored). (None, 0, 1) if ``path`` is no sequence
+        classifier with one label and a linear ``score``.
     """
     if path in BUILT_IN or path.endswith(".gguf"):
         return None, 0.0, 1.0

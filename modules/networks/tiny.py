@@ -1,4 +1,4 @@
-"""The built-in tiny models and byte tokenizer: a real Llama of under a million parameters, with no download."""
+"""The built-in tiny models and their byte tokenizer: a real Llama of under a million parameters, without download."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-# Names of the built-in models and their weights: none (random), or what configs/tiny/sft.yaml learned, in 16 bits.
+# Built-in models and their weights: None = random; the file holds what configs/tiny/sft.yaml learned, in 16 bits.
 BUILT_IN = {"tiny": None, "tiny-addition": Path(__file__).with_name("tiny_addition.safetensors")}
 
 PAD, BOS, EOS, TURN, END_OF_TURN = SPECIAL_TOKENS = ("<|pad|>", "<|bos|>", "<|eos|>", "<|im_start|>", "<|im_end|>")
@@ -21,7 +21,10 @@ CHAT_TEMPLATE = (
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per byte behind five special ones (vocabulary 261); ChatML template; adds no special token by itself."""
+    """Make a tokenizer with one token per byte and five special tokens: a vocabulary of 261.
+
+    It has a ChatML template and adds no special token by itself.
+    """
     alphabet = bytes_to_unicode()
     vocabulary = {token: i for i, token in enumerate((*SPECIAL_TOKENS, *(alphabet[byte] for byte in range(256))))}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
@@ -41,10 +44,14 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def tiny_model(name: str = "tiny", seed: int = 0) -> LlamaForCausalLM:
-    """Make a built-in model: 0.89 M parameters, fp32, hidden 128, 4 layers, 4 heads.
+    """Make a built-in model: 0.89 M parameters, fp32, hidden size 128, 4 layers, 4 heads.
 
-    ``tiny`` has random weights, a function of ``seed`` alone. ``tiny-addition`` has learned two-digit addition as the
-    source ``Addition`` writes it, so far that about half of its sampled answers are right.
+    ``tiny`` has random weights that depend on ``seed`` alone. ``tiny-addition`` has learned two-digit addition in the
+    format of the source ``Addition``; about half of its sampled answers are right.
+
+    Args:
+        name: ``tiny`` or ``tiny-addition``.
+        seed: of the random weights.
     """
     config = LlamaConfig(
         vocab_size=261,
