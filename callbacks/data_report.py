@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from callbacks.measures.documents import Document, concerns, leaked, split_report, split_row
 from callbacks.phase import new_figure, tensorboards
-from callbacks.writers.resumable_jsonl import write_json
+from callbacks.writers.output_files import write_json
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -92,7 +92,7 @@ class DataReport(Callback):
         documents = {
             stage: [document for row in rows for document in documents_of(row)] for stage, rows in stages.items()
         }
-        reports = {stage: report(data, stage, len(rows), documents[stage]) for stage, rows in stages.items()}
+        reports = {stage: report_documents(data, stage, len(rows), documents[stage]) for stage, rows in stages.items()}
         if len(stages) == 2:
             reports["train"]["leaked"] = leaked(documents["train"], documents["val"])
         self._publish(trainer, reports, documents)
@@ -106,13 +106,13 @@ class DataReport(Callback):
         from rich.console import Console
         from rich.table import Table
 
-        lines = table(reports)
+        lines = write_table(reports)
         loggers = tensorboards(trainer)
         for logger in loggers:
             figure = new_figure()
-            draw(figure, documents)
+            draw_lengths(figure, documents)
             logger.experiment.add_figure("data/lengths", figure, global_step=trainer.global_step)
-            logger.experiment.add_text("data/report", markdown(lines), global_step=trainer.global_step)
+            logger.experiment.add_text("data/report", write_markdown_table(lines), global_step=trainer.global_step)
         shown = Table(*lines[0], title="data report")
         for line in lines[1:]:
             shown.add_row(*(cell.replace("[", "\\[") for cell in line))  # rich reads brackets as styles
@@ -130,7 +130,7 @@ def documents_of(row: TokenRow | ComparedRow) -> list[Document]:
     return [Document(row.prompt + ids, [False] * len(row.prompt) + [True] * len(ids)) for ids in row.completions]
 
 
-def report(data: ReportedData, stage: str, rows: int, documents: list[Document]) -> dict[str, Any]:
+def report_documents(data: ReportedData, stage: str, rows: int, documents: list[Document]) -> dict[str, Any]:
     """The numbers of one stage, with what the DataModule left out and the languages."""
     tokenizer = data.tokenizer
 
@@ -155,7 +155,7 @@ def languages(texts: Iterable[str]) -> dict[str, float] | None:
     }
 
 
-def table(reports: dict[str, dict[str, Any]]) -> list[list[str]]:
+def write_table(reports: dict[str, dict[str, Any]]) -> list[list[str]]:
     """The reports as text: a line of headings, then one line per measure."""
     rows = {
         "rows": "{rows}",
@@ -198,13 +198,13 @@ def _cell(key: str, values: dict[str, float] | None) -> str:
     return ", ".join(f"{name} {share:.1%}" for name, share in values.items()) or "-"
 
 
-def markdown(lines: list[list[str]]) -> str:
+def write_markdown_table(lines: list[list[str]]) -> str:
     """The table as Markdown."""
     rows = ["| " + " | ".join(cell.replace("|", "&#124;") for cell in line) + " |" for line in lines]
     return "\n".join([rows[0], "|---" * len(lines[0]) + "|", *rows[1:]])
 
 
-def draw(figure: "Figure", documents: dict[str, list[Document]]) -> None:
+def draw_lengths(figure: "Figure", documents: dict[str, list[Document]]) -> None:
     """Histograms of the lengths, prompts on the left, answers on the right; shares, so that small sets can be seen
     beside large ones.
     """

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from callbacks.phase import MAX_PHASES, Mean, new_figure, tensorboards
-from modules.trainer.ranks import log_equal, weighted_means
 from modules.trainer.modes import evaluating
+from modules.trainer.ranks import log_equal, weighted_means
 from modules.types import InstructionBatch
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ class Forgetting(Callback):
             self._log(trainer, self._measure(trainer, pl_module))
         for logger in tensorboards(trainer):
             figure = new_figure()
-            draw(figure, self.history, self.start)
+            draw_forgetting(figure, self.history, self.start)
             logger.experiment.add_figure("val/forgetting", figure, global_step=trainer.global_step)
 
     def state_dict(self) -> dict[str, Any]:
@@ -155,7 +155,7 @@ def metrics(losses: dict[str, float], start: dict[str, float]) -> dict[str, floa
     return found | ({"val/forgetting": sum(max(0.0, value) for value in worse.values()) / len(worse)} if worse else {})
 
 
-def draw(figure: "Figure", history: Sequence[dict[str, float]], start: dict[str, float]) -> None:
+def draw_forgetting(figure: "Figure", history: Sequence[dict[str, float]], start: dict[str, float]) -> None:
     """Nats per token above the start over the steps, one curve a domain."""
     axes = figure.subplots()
     for name, before in start.items():

@@ -12,9 +12,9 @@ from torch.utils.data import DataLoader
 
 from callbacks.measures.scored_pairs import audit_report
 from callbacks.phase import new_figure, record_of, tensorboards
-from callbacks.writers.resumable_jsonl import write_json
-from modules.trainer.ranks import from_all_ranks, log_equal
+from callbacks.writers.output_files import write_json
 from modules.trainer.modes import evaluating
+from modules.trainer.ranks import from_all_ranks, log_equal
 from modules.types import HasRowsInOrder, PreferenceBatch, Record, ScoredPair
 
 if TYPE_CHECKING:
@@ -138,9 +138,9 @@ class PreferenceAudit(Callback):
         loggers = tensorboards(trainer)
         for logger in loggers:
             figure = new_figure()
-            draw(figure, self.pairs, report)
+            draw_audit(figure, self.pairs, report)
             logger.experiment.add_figure("audit", figure, global_step=trainer.global_step)
-            logger.experiment.add_text("audit", table(report), global_step=trainer.global_step)
+            logger.experiment.add_text("audit", write_audit_table(report), global_step=trainer.global_step)
         path = self.path or next((Path(logger.log_dir) / "audit.json" for logger in loggers), None)
         if path is not None:
             write_json(path, {"split": split, "step": trainer.global_step, "report": report})
@@ -172,7 +172,7 @@ def smells_of_length(report: dict[str, float]) -> bool:
     )
 
 
-def table(report: dict[str, float]) -> str:
+def write_audit_table(report: dict[str, float]) -> str:
     """The report as Markdown."""
     return "\n".join(
         ["| measure | value |", "|---|---|", *(f"| {key} | {value:.3f} |" for key, value in report.items())]
@@ -195,7 +195,7 @@ def reliability(delta: Tensor) -> tuple[Tensor, Tensor]:
     return means[0], means[1]
 
 
-def draw(figure: "Figure", pairs: Sequence[ScoredPair], report: dict[str, float]) -> None:
+def draw_audit(figure: "Figure", pairs: Sequence[ScoredPair], report: dict[str, float]) -> None:
     """Left the score's differences over those in length, right whether its confidence is deserved."""
     left, right = figure.subplots(1, 2)
     delta = torch.tensor([pair.chosen_score - pair.rejected_score for pair in pairs], dtype=torch.float64)  # [N]

@@ -150,7 +150,9 @@ class Refusal(Callback):
         for logger in tensorboards(trainer):
             if trainer.sanity_checking:  # which Lightning does not write down
                 logger.log_metrics(metrics, step=trainer.global_step)
-            logger.experiment.add_text("val/refusal", report(self.prompts, answers), global_step=trainer.global_step)
+            logger.experiment.add_text(
+                "val/refusal", report_rates(self.prompts, answers), global_step=trainer.global_step
+            )
 
     def _ask(self, pl_module: LightningModule, indices: Sequence[int]) -> list[GivenAnswer]:
         """The answers to some of the prompts."""
@@ -168,7 +170,7 @@ def by_matching(texts: Sequence[str]) -> list[str | None]:
     return [FULL_REFUSAL if is_refusal(text.rpartition("</think>")[2]) else FULL_COMPLIANCE for text in texts]
 
 
-def report(prompts: Sequence[AskedPrompt], answers: Sequence[GivenAnswer]) -> str:
+def report_rates(prompts: Sequence[AskedPrompt], answers: Sequence[GivenAnswer]) -> str:
     """Markdown: a table of labels by type, and a few safe prompts that were refused and unsafe ones that were answered.
     ``answers`` in order.
     """

@@ -37,7 +37,7 @@ class Samples(Callback):
         rollouts = record_of(pl_module).rollouts
         if not rollouts or not tensorboards(trainer):
             return
-        self.unwritten = markdown(spread(rollouts, self.num_samples))
+        self.unwritten = write_sections(pick_spread(rollouts, self.num_samples))
         if (trainer.current_epoch + 1) % self.every_n_phases == 0:
             self._write(trainer)
 
@@ -55,7 +55,9 @@ class Samples(Callback):
         if batch_idx == 0 and rollouts:
             for logger in tensorboards(trainer):
                 logger.experiment.add_text(
-                    "val/samples", markdown(spread(rollouts, self.num_samples)), global_step=trainer.global_step
+                    "val/samples",
+                    write_sections(pick_spread(rollouts, self.num_samples)),
+                    global_step=trainer.global_step,
                 )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -69,13 +71,13 @@ class Samples(Callback):
         self.unwritten = ""
 
 
-def spread(rollouts: Sequence[Rollout], count: int) -> list[Rollout]:
+def pick_spread(rollouts: Sequence[Rollout], count: int) -> list[Rollout]:
     """``count`` rollouts at even distances, in order; all of them where there are no more."""
     count = min(count, len(rollouts))
     return [rollouts[i * len(rollouts) // count] for i in range(count)]
 
 
-def markdown(rollouts: Sequence[Rollout]) -> str:
+def write_sections(rollouts: Sequence[Rollout]) -> str:
     """One section per rollout. What the model wrote stands in indented code blocks, which no text can close, and shows
     as written.
     """

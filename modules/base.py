@@ -2,27 +2,27 @@
 identity.
 """
 
-import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from modules.trainer.ranks import Join, Tally, log_equal
 from modules.networks.frozen import Frozen
 from modules.networks.loading import lacks_output_head
 from modules.networks.lora import Lora
-from modules.networks.memory import memory_line, training_memory
+from modules.networks.memory import estimate_memory, write_memory_line
 from modules.networks.policy import MAX_LOGITS, Policy
 from modules.rollout.engine import Sampling
 from modules.rollout.in_process import InProcessEngine
 from modules.schedulers import RunSchedule
+from modules.trainer.ranks import Join, Tally, log_equal
+from modules.trainer.steps import count_updates, rewind_to_whole_step
 from modules.trainer.stopping import StopTogether
 from modules.types import Record
 
@@ -101,7 +101,7 @@ class AlignmentModule(LightningModule):
         """Tell a schedule over the whole run how long the run is."""
         for config in self.trainer.lr_scheduler_configs:
             if isinstance(config.scheduler, RunSchedule):
-                before, total = config.scheduler.total_steps, updates_of(self.trainer)
+                before, total = config.scheduler.total_steps, count_updates(self.trainer)
                 if self.global_step > 0 and before != total:
                     rank_zero_info(f"schedule: now over {total:.0f} updates instead of {before:.0f}")
                 config.scheduler.plan(total)
@@ -188,8 +188,8 @@ class AlignmentModule(LightningModule):
         )
         tokens = max(batch[name].numel() for name in ("input_ids", "completion_ids") if name in batch)
         logits = min(MAX_LOGITS, tokens * self.policy.model.config.vocab_size) if self.forms_logits else 0
-        memory = training_memory([*self.parameters(), *self.buffers(), *frozen], self.trainer.optimizers[0], logits)
-        rank_zero_info(memory_line(memory))
+        memory = estimate_memory([*self.parameters(), *self.buffers(), *frozen], self.trainer.optimizers[0], logits)
+        rank_zero_info(write_memory_line(memory))
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Start the clock and the metrics of a step at its first micro-batch; before the first, say how much memory the
@@ -234,7 +234,7 @@ class AlignmentModule(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """ValueError for the checkpoint of another method or of a model of another shape. Then mend the position, see
-        ``at_whole_step``.
+        ``rewind_to_whole_step``.
         """
         saved = dict(checkpoint.get("alignment", {}))
         self.num_tokens = saved.pop("num_tokens", 0)
@@ -250,7 +250,9 @@ class AlignmentModule(LightningModule):
             loop, every = checkpoint["loops"]["fit_loop"], self.trainer.check_val_every_n_epoch
             epoch = loop["epoch_progress"]["current"]["processed"]
             validates = self.trainer.enable_validation and every is not None and (epoch + 1) % every == 0
-            at_whole_step(loop, self.trainer.accumulate_grad_batches, validates, by_steps=self.trainer.max_epochs == -1)
+            rewind_to_whole_step(
+                loop, self.trainer.accumulate_grad_batches, validates, by_steps=self.trainer.max_epochs == -1
+            )
 
     def identity(self) -> dict[str, str | int]:
         """What must agree between a checkpoint and the run that loads it."""
@@ -264,53 +266,3 @@ class AlignmentModule(LightningModule):
             "parameters": sum(parameter.numel() for name, parameter in self.policy.named_parameters() if name in kept),
             "vocab_size": config.vocab_size,
         }
-
-
-def updates_of(trainer: Trainer) -> float:
-    """Optimiser updates of the whole run, from its start; infinite where nothing bounds them.
-
-    ``trainer.estimated_stepping_batches`` would say the same, but asking for it makes Lightning forget the state of the
-    loaders on resume.
-    """
-    per_epoch = -(-trainer.num_training_batches // trainer.accumulate_grad_batches)
-    by_epochs = math.inf if trainer.max_epochs in (None, -1) else per_epoch * trainer.max_epochs
-    return min(by_epochs, math.inf if trainer.max_steps == -1 else trainer.max_steps)
-
-
-def at_whole_step(loop: dict[str, Any], accumulate: int, validates: bool, by_steps: bool) -> None:
-    """Make the Trainer's saved loop state, in place, one from which it resumes exactly.
-
-    Inside an accumulation it goes back to the last optimiser step, since no checkpoint holds gradients (the DataModules
-    do the same). Saved behind the last micro-batch of an epoch, Lightning 2.6 would skip that epoch's validation and
-    end, and with them its
-    metrics: so the micro-batch is marked as completed, and the validation, if the epoch ``validates``, as begun. Saved
-    at the end of an epoch, a run limited ``by_steps`` would end that epoch once more: so the next one is put at its
-    start.
-    """
-    progress, steps, restarts_epoch = loop["epoch_loop.batch_progress"], loop["epoch_loop.state_dict"], False
-    current, total = progress["current"], progress["total"]
-    extra = 0 if progress["is_last_batch"] else current["ready"] % accumulate
-    if extra:
-        whole = current["ready"] - extra
-        for name in current:
-            total[name] -= current[name] - whole
-            current[name] = whole
-        restarts_epoch = whole == 0
-    elif progress["is_last_batch"] and current["completed"] == current["processed"] - 1:
-        current["completed"] += 1
-        total["completed"] += 1
-        if validates:
-            validation = loop["epoch_loop.val_loop.batch_progress"]
-            validation["current"] = {"ready": 0, "started": 0, "processed": 0, "completed": 0}
-            validation["total"] = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
-        else:
-            steps["_batches_that_stepped"] += 1  # what follows a validation would have counted the step
-    epoch = loop["epoch_progress"]
-    if epoch["current"]["completed"] == epoch["current"]["processed"] - 1:  # saved at the very end of an epoch
-        for part in ("current", "total"):
-            epoch[part]["completed"] += 1
-        progress["current"] = dict.fromkeys(current, 0)
-        progress["is_last_batch"] = False
-        restarts_epoch = by_steps
-    if restarts_epoch and validates:
-        steps["_batches_that_stepped"] -= 1  # the loop will count a step before the first micro-batch

@@ -9,14 +9,13 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from modules.base import AlignmentModule
-from modules.functional.ranges import check_numbers
 from modules.functional.masked import masked_mean
+from modules.functional.ranges import check_numbers
 from modules.losses.pairs import Pairs, find_pairs, make_scored_pairs, measure_logits, measure_preferences
 from modules.losses.preference import PairObjective, PreferenceObjective, Sequences, Sigmoid
-from modules.networks.policy import companion
 from modules.networks.frozen import Frozen
 from modules.networks.lora import Lora
-from modules.networks.policy import TokenScores
+from modules.networks.policy import TokenScores, load_companion
 from modules.networks.reference import ReferenceLogprobs, reference_logprobs
 from modules.types import PreferenceBatch, ScoredPair
 
@@ -77,7 +76,7 @@ class DPOModule(AlignmentModule):
                 f"reference is '{reference}' and {type(self.objective).__name__} is computed without one: leave it out"
             )
         self.own_reference = reference is None  # the policy as it starts
-        other = companion(self.policy, reference, "reference") if reference else None
+        other = load_companion(self.policy, reference, "reference") if reference else None
         self.reference = Frozen(other or self.policy, own=other is not None) if self.needs_reference else None
         self.tables: dict[str, ReferenceLogprobs] = {}  # by stage of the data
         self._tables_of: Any = None  # the DataModule that they are of

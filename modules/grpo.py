@@ -9,9 +9,9 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
-from modules.functional.ranges import check_numbers
 from modules.functional import kl
 from modules.functional.masked import aggregate
+from modules.functional.ranges import check_numbers
 from modules.losses import Clipped, PolicyObjective
 from modules.losses.policy import leave_out_unscored
 from modules.networks.lora import Lora

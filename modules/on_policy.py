@@ -13,20 +13,19 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from modules.base import AlignmentModule
-from modules.trainer.ranks import from_all_ranks, log_equal, mean_and_error, weighted_means
 from modules.functional import kl
-from modules.networks.policy import companion
 from modules.networks.frozen import Frozen
 from modules.networks.lora import Lora
-from modules.networks.policy import TokenScores
+from modules.networks.policy import TokenScores, load_companion
+from modules.rewards.combined import every_reward
 from modules.rewards.function import as_reward
 from modules.rewards.learned import LearnedReward
-from modules.rewards.combined import every_reward
 from modules.rollout.engine import RolloutEngine, Sampling
 from modules.rollout.in_process import InProcessEngine
 from modules.rollout.metrics import gap_metrics, outcomes, rollout_metrics, share_solved
-from modules.rollout.scoring import in_chunks, make_rollouts, sampling_seed, to_batch, with_sums
-from modules.trainer.seeds import run_seed
+from modules.rollout.scoring import in_chunks, make_rollouts, to_batch, with_sums
+from modules.trainer.ranks import from_all_ranks, log_equal, mean_and_error, weighted_means
+from modules.trainer.seeds import derive_seed, run_seed
 from modules.types import Completion, InstructionBatch, PolicyBatch, PromptBatch, Reward, Rollout
 
 NEGATIVE_KL = (
@@ -98,7 +97,7 @@ class OnPolicyModule(AlignmentModule):
             run_seed(seed),
         )
         self.engine = engine or InProcessEngine()
-        other = companion(self.policy, reference, "reference") if isinstance(reference, str) else None
+        other = load_companion(self.policy, reference, "reference") if isinstance(reference, str) else None
         self.own_reference = other is None  # the policy as it starts
         self.reference = Frozen(other or self.policy, own=other is not None) if reference else None
         self._training_start = time.perf_counter()
@@ -230,7 +229,7 @@ class OnPolicyModule(AlignmentModule):
     ) -> list[list[Completion]]:
         """``num_generations`` completions for each prompt from the current weights."""
         self.engine.sync_weights(self.policy, self.global_step)
-        seeds = [sampling_seed(self.seed, phase, uid) for uid in prompts["uid"]]
+        seeds = [derive_seed(self.seed, phase, uid) for uid in prompts["uid"]]
         return self.engine.generate(prompts["prompt_ids"], num_generations, sampling, seeds)
 
     def policy_scores(self, batch: PolicyBatch) -> tuple[Tensor, ...]:

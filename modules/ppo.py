@@ -9,11 +9,10 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from modules.functional.ranges import check_numbers
-from modules.trainer.ranks import explained_variance, from_all_ranks, mean_and_error, whiten_over_ranks
 from modules.functional.advantages import gae
 from modules.functional.kl import k1
 from modules.functional.masked import aggregate
+from modules.functional.ranges import check_numbers
 from modules.losses import GAE, KL, Clip, Clipped, MissingEos
 from modules.losses.policy import leave_out_unscored, measure_ratio
 from modules.losses.shaping import make_token_rewards
@@ -22,6 +21,7 @@ from modules.networks.critic import Critic, Value
 from modules.networks.lora import Lora
 from modules.on_policy import OnPolicyModule
 from modules.rollout.engine import RolloutEngine, Sampling
+from modules.trainer.ranks import explained_variance, from_all_ranks, mean_and_error, whiten_over_ranks
 from modules.types import InstructionBatch, PolicyBatch, Reward
 
 

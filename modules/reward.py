@@ -14,11 +14,11 @@ from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
 from modules.base import AlignmentModule
 from modules.functional.ranges import check_numbers
-from modules.trainer.ranks import from_all_ranks
 from modules.losses.pairs import Pairs, find_pairs, make_scored_pairs
 from modules.losses.preference import BradleyTerry
 from modules.networks.lora import ADAPTERS, HEAD_FILE, POLICY, Lora, merged, save_adapters
 from modules.networks.scalar_head import HEADS_FILE, ScalarHead, sequence_classifier, with_scoring_pad
+from modules.trainer.ranks import from_all_ranks
 from modules.types import HasRowsInOrder, PreferenceBatch, ScoredPair
 
 MAX_CALIBRATION = 4096  # completions that mean and standard deviation are taken of where none are named
@@ -199,7 +199,7 @@ class RewardModule(AlignmentModule):
                 scores += from_all_ranks(self.head_scores(batch)[batch["rank"] >= 0].tolist())
                 if stage != "calibration" and len(scores) >= MAX_CALIBRATION:
                     break  # on all ranks together
-        self.moments = moments(torch.tensor(scores, dtype=torch.float64))
+        self.moments = measure_moments(torch.tensor(scores, dtype=torch.float64))
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a sequence classifier with one label and its tokenizer; ``reward_mean`` and ``reward_std`` in its
@@ -227,7 +227,7 @@ class RewardModule(AlignmentModule):
         return {**super().identity(), "num_heads": len(self.head.weight)}
 
 
-def moments(scores: Tensor) -> Tensor:
+def measure_moments(scores: Tensor) -> Tensor:
     """Mean and population standard deviation [1 + heads, 2] of ``scores`` [S, heads]: of the mean over heads, then of
     each head.
 

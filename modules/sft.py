@@ -2,23 +2,25 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from modules.base import AlignmentModule
-from modules.trainer.ranks import from_all_ranks
 from modules.functional.masked import aggregate
 from modules.networks.lora import Lora
-from modules.sft import embedding_noise
 from modules.networks.policy import TokenScores
 from modules.rewards.function import as_reward
 from modules.rollout.engine import Sampling
-from modules.rollout.last_answers import last_answers
 from modules.rollout.in_process import InProcessEngine
+from modules.rollout.last_answers import last_answers
 from modules.rollout.metrics import outcomes, rollout_metrics
-from modules.rollout.scoring import make_rollouts, sampling_seed
+from modules.rollout.scoring import make_rollouts
+from modules.trainer.ranks import from_all_ranks
+from modules.trainer.seeds import derive_seed
 from modules.types import InstructionBatch, Reward
 
 
@@ -100,8 +102,8 @@ class SFTModule(AlignmentModule):
         if "position_ids" in batch:
             self.policy.check_packing()  # on rows of its own, which are to get no noise
         place = f"{self.global_rank}/{self.global_step}/{batch_idx}"
-        generator = torch.Generator().manual_seed(sampling_seed(torch.initial_seed(), place, "neftune"))
-        with embedding_noise(self.policy.model, batch, self.neftune_noise_alpha, generator):
+        generator = torch.Generator().manual_seed(derive_seed(torch.initial_seed(), place, "neftune"))
+        with noisy_embeddings(self.policy.model, batch, self.neftune_noise_alpha, generator):
             yield
 
     def validation_step(self, batch: InstructionBatch, batch_idx: int) -> None:
@@ -119,7 +121,7 @@ class SFTModule(AlignmentModule):
         if self.sampling is not None:
             prompts = last_answers(batch, self.tokenizer)
             self.engine.sync_weights(self.policy, self.global_step)
-            seeds = [sampling_seed(0, stage, uid) for uid in prompts["uid"]]
+            seeds = [derive_seed(0, stage, uid) for uid in prompts["uid"]]
             answers = self.engine.generate(prompts["prompt_ids"], 1, self.sampling, seeds)
             self.record.held_out = make_rollouts(prompts, answers, self.reward)
             self.record.sampled += outcomes(self.record.held_out)
@@ -145,3 +147,43 @@ def token_means(scores: TokenScores, count: Tensor) -> dict[str, Tensor | float]
         "entropy": scores.entropies.sum() / count,
         "mean_token_accuracy": scores.hits.sum() / count,
     }
+
+
+@contextmanager
+def noisy_embeddings(
+    model: PreTrainedModel, batch: InstructionBatch, alpha: float, generator: torch.Generator
+) -> Iterator[None]:
+    """Add noise to the embeddings of the batch's tokens inside the ``with`` block.
+
+    The noise is uniform in +- alpha / sqrt(L x width), where L is the number of tokens of the token's document.
+
+    Args:
+        model: the language model.
+        batch: the rows that the model computes inside the block.
+        alpha: size of the noise, >= 0.
+        generator: random numbers on the CPU, so that every device draws the same.
+    """
+    scale = (
+        alpha * (batch["attention_mask"] * count_document_tokens(batch).clamp(min=1).rsqrt())[..., None]
+    )  # [N, T, 1]
+
+    def add(module: Any, inputs: Any, embeddings: Tensor) -> Tensor:
+        noise = torch.rand(embeddings.shape, generator=generator).to(embeddings) * 2 - 1
+        size = (scale * embeddings.shape[-1] ** -0.5).to(embeddings)
+        return embeddings + noise * size.reshape(*embeddings.shape[:-1], 1)  # the rows may come as one long row
+
+    hook = model.get_input_embeddings().register_forward_hook(add)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def count_document_tokens(batch: InstructionBatch) -> Tensor:
+    """Return, for each token, the number of tokens of its document: float [N, T], 0 on padding."""
+    mask = batch["attention_mask"]
+    if "position_ids" not in batch:
+        return mask * mask.sum(1, keepdim=True).float()
+    document = (batch["position_ids"] == 0).cumsum(1) - 1  # [N, T], number of the document in its row
+    counts = torch.zeros(mask.shape, device=mask.device).scatter_add(1, document, mask.float())
+    return mask * counts.gather(1, document)

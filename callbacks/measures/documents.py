@@ -69,7 +69,7 @@ def fingerprint(ids: Sequence[int]) -> bytes:
     return blake2b(array("q", ids).tobytes(), digest_size=16).digest()
 
 
-def repeats(documents: Sequence[Document]) -> tuple[int, int]:
+def count_repeats(documents: Sequence[Document]) -> tuple[int, int]:
     """(duplicates, prompts answered again) of documents [N].
 
     A duplicate has the tokens of an earlier document, so n equal ones count n - 1. A prompt that comes with m different
@@ -139,7 +139,7 @@ def split_report(
 
     - ``rows``, ``documents`` N (more where rows are packed), ``tokens``, ``answers`` A; ``supervised_share`` of the
       tokens
-    - ``duplicates`` and ``same_prompt`` see ``repeats``; ``duplicate_share`` of the documents
+    - ``duplicates`` and ``same_prompt`` see ``count_repeats``; ``duplicate_share`` of the documents
     - ``empty_outputs`` and ``one_token_outputs``: answers of nothing but special tokens or white space, and of one
       other token
     - ``prompt_length``, ``output_length`` [N] and [A] see ``length_summary``; an answer's end token counts
@@ -158,7 +158,7 @@ def split_report(
         sum(token not in special for token in answer) if text.strip() else 0
         for answer, text in zip(answers, texts, strict=True)
     ]
-    duplicates, same_prompt = repeats(documents)
+    duplicates, same_prompt = count_repeats(documents)
     tokens = sum(len(document.ids) for document in documents)
     prompts = [len(prompt) for document in documents if (prompt := document.prompt)]
     return {

@@ -19,7 +19,7 @@ def win_rate(preference: Tensor) -> float:
 
     preference: [N], N >= 1, in [0, 1]. Raises ValueError for anything else.
     """
-    return 100.0 * _checked(preference).mean().item()
+    return 100.0 * _check_preferences(preference).mean().item()
 
 
 def win_rate_standard_error(preference: Tensor) -> float:
@@ -28,7 +28,7 @@ def win_rate_standard_error(preference: Tensor) -> float:
 
     preference: [N], N >= 1, in [0, 1]. Raises ValueError for anything else.
     """
-    values = _checked(preference)
+    values = _check_preferences(preference)
     return 100.0 * (values.std() / len(values) ** 0.5).item() if len(values) > 1 else 50.0
 
 
@@ -44,7 +44,7 @@ def length_controlled_win_rate(preference: Tensor, model_lengths: Tensor, baseli
     preference: [N], N >= 1, in [0, 1]. model_lengths, baseline_lengths: [N], characters. Raises ValueError for anything
     else.
     """
-    outcome = _checked(preference)
+    outcome = _check_preferences(preference)
     if model_lengths.shape != outcome.shape or baseline_lengths.shape != outcome.shape:
         shapes = [tuple(x.shape) for x in (preference, model_lengths, baseline_lengths)]
         raise ValueError(
@@ -58,7 +58,7 @@ def length_controlled_win_rate(preference: Tensor, model_lengths: Tensor, baseli
     return 100.0 * theta.sigmoid().item()
 
 
-def _checked(preference: Tensor) -> Tensor:
+def _check_preferences(preference: Tensor) -> Tensor:
     """The preferences in float64 [N]; ValueError unless there are some and all are in [0, 1]."""
     if preference.dim() != 1 or len(preference) == 0 or not bool(((preference >= 0) & (preference <= 1)).all()):
         raise ValueError(

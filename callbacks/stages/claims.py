@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from callbacks.stages.comparison import Comparison
-from callbacks.stages.summary import Summary
-from callbacks.stages.summary import PROMPTS
+from callbacks.stages.summary import PROMPTS, Summary
 
 HERE = "this run"  # the column of the model that is measured, where it has no name
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from callbacks.stages.summary import logged, print_table
-from callbacks.writers.resumable_jsonl import write_json
+from callbacks.stages.summary import print_table, read_logged
+from callbacks.writers.output_files import write_json
 
 
 class Comparison(Callback):
@@ -42,7 +42,7 @@ class Comparison(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the values."""
         if trainer.state.fn == "validate":
-            self.found = logged(trainer, [*self.metrics.values(), *self.forgetting.values()], "Comparison")
+            self.found = read_logged(trainer, [*self.metrics.values(), *self.forgetting.values()], "Comparison")
 
     def models(self) -> dict[str, dict[str, float]]:
         """Logged metrics by model, this one's included when it has been measured."""

@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from callbacks.phase import record_of
-from callbacks.writers.files import in_run_folder, require_writable
+from callbacks.writers.output_files import in_run_folder, require_writable
 from modules.types import Rollout
 
 

@@ -33,7 +33,7 @@ def chat(policy: str, form: Form | None = None, max_completion_length: int = 256
         max_completion_length: tokens of an answer.
         temperature: of the sampling; 0 = greedy.
     """
-    if is_classifier(policy):
+    if holds_classifier(policy):
         score_lines(policy)
         return
     model, engine = Policy(policy, dropout=False), InProcessEngine()
@@ -43,13 +43,13 @@ def chat(policy: str, form: Form | None = None, max_completion_length: int = 256
         raise ValueError(f"'{policy}' has no chat template: --form text or --form alpaca")
     say(f"{policy}: {SAID[form]}; Ctrl-D ends")
     messages: list[dict[str, str]] = []
-    for number, line in enumerate(lines("> ")):
+    for number, line in enumerate(read_lines("> ")):
         if not line:
             messages = []
             continue
         messages.append({"role": "user", "content": line})
         text = ALPACA_PROMPT.format(instruction=line) if form == "alpaca" else line
-        prompt = model.prompt_ids(messages) if form == "chat" else text_ids(model, text)
+        prompt = model.prompt_ids(messages) if form == "chat" else encode_line(model, text)
         config = model.model.config
         positions = config.to_dict().get(config.attribute_map.get("max_position_embeddings", "max_position_embeddings"))
         room = max_completion_length if positions is None else min(max_completion_length, positions - len(prompt))
@@ -66,8 +66,8 @@ def score_lines(path: str) -> None:
     """The score of each pair of lines: a prompt and an answer."""
     reward, tokenizer = LearnedReward(path), AutoTokenizer.from_pretrained(path)
     say(f"{path}: a reward model; type a prompt, then an answer; Ctrl-D ends")
-    for prompt in lines("prompt> "):
-        answer = next(lines("answer> "), None)
+    for prompt in read_lines("prompt> "):
+        answer = next(read_lines("answer> "), None)
         if answer is None:
             return
         if tokenizer.chat_template is not None:
@@ -77,7 +77,7 @@ def score_lines(path: str) -> None:
         print(reward([rollout])[0], flush=True)
 
 
-def is_classifier(policy: str) -> bool:
+def holds_classifier(policy: str) -> bool:
     """Whether this is a reward model's folder."""
     try:
         architectures = AutoConfig.from_pretrained(policy).architectures or []
@@ -86,13 +86,13 @@ def is_classifier(policy: str) -> bool:
     return any("SequenceClassification" in name for name in architectures)
 
 
-def text_ids(model: Policy, text: str) -> list[int]:
+def encode_line(model: Policy, text: str) -> list[int]:
     """Tokens of a text that the model goes on with."""
     ids = list(model.tokenizer(text, verbose=False).input_ids)
     return ids[:-1] if ids and ids[-1] == model.tokenizer.eos_token_id else ids
 
 
-def lines(prompt: str) -> Iterator[str]:
+def read_lines(prompt: str) -> Iterator[str]:
     """What is typed, line by line; ``prompt`` is shown in a terminal alone."""
     while True:
         if sys.stdin.isatty():

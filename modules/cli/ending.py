@@ -1,5 +1,9 @@
 """What a fit says at its end: its numbers, where the model is, how to ask it, how to see the curves."""
 
+import os
+import shlex
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +12,6 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from modules.cli.progress import show_numbers
 from modules.cli.run_folder import CHECKPOINTS
-from modules.cli.ending import command, from_here
 from modules.trainer.stopping import StopTogether
 
 SHOWN = 6  # numbers on the first line, in this order
@@ -33,10 +36,10 @@ def write_ending(trainer: Trainer, export: Path | None, form: str | None = None)
     where = f"model: {from_here(export)}" if export else "no model exported: list Export in trainer.callbacks"
     lines = [f"step {trainer.global_step}: {show_numbers(shown) or 'nothing logged'}; {where}"]
     if export:
-        lines.append(f"ask it: {command('chat', '--policy', export, *(['--form', form] if form else []))}")
+        lines.append(f"ask it: {write_command('chat', '--policy', export, *(['--form', form] if form else []))}")
     folder = next((logger.save_dir for logger in trainer.loggers if logger.save_dir), None)
     if folder and any(type(logger).__name__ == "TensorBoardLogger" for logger in trainer.loggers):
-        lines.append(f"curves: {command('--logdir', Path(folder), module='tensorboard.main')}")
+        lines.append(f"curves: {write_command('--logdir', Path(folder), module='tensorboard.main')}")
     elif folder:
         lines.append(f"curves: {from_here(Path(folder))}")
     return lines
@@ -78,7 +81,7 @@ class TellsHowToGoOn(Callback):
             return
         run = saved.parent.parent
         if saved.parent.name == CHECKPOINTS and (run / "config.yaml").is_file():
-            print(f"go on: {command('fit', '--config', run / 'config.yaml', '--ckpt_path', run)}", flush=True)
+            print(f"go on: {write_command('fit', '--config', run / 'config.yaml', '--ckpt_path', run)}", flush=True)
         else:
             print(f"go on: the same command with --ckpt_path {from_here(saved)}", flush=True)
 
@@ -87,3 +90,27 @@ def rank(name: str) -> tuple[int, str]:
     """Which numbers come first."""
     short = name.partition("/")[2]
     return (HEADLINES.index(short) if short in HEADLINES else len(HEADLINES)), name
+
+
+def name_python() -> str:
+    """This interpreter: ``python`` where that is it, else its path, from here where it lies below.
+
+    >>> name_python().endswith(("python", "python3", Path(sys.executable).name))
+    True
+    """
+    found = shutil.which("python")
+    if found and os.path.samefile(found, sys.executable) and Path(found).parent == Path(sys.executable).parent:
+        return "python"
+    return from_here(Path(sys.executable))
+
+
+def from_here(path: Path) -> str:
+    """A path, from the current folder where it lies below."""
+    path = path.absolute()
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+
+
+def write_command(*arguments: object, module: str = "modules") -> str:
+    """A line that runs a module with these arguments; paths are written from here."""
+    shown = (from_here(argument) if isinstance(argument, Path) else str(argument) for argument in arguments)
+    return shlex.join([name_python(), "-m", module, *shown])

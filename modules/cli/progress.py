@@ -7,6 +7,8 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 
+from modules.trainer.steps import count_updates
+
 
 class StepLines(ProgressBar):
     """Prints a line with the step's numbers and the time left, at the first step, then every ``seconds``, and at the
@@ -44,7 +46,7 @@ class StepLines(ProgressBar):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """A line, if it is time."""
-        now, step, total = time.monotonic(), trainer.global_step, count_steps(trainer)
+        now, step, total = time.monotonic(), trainer.global_step, count_updates(trainer)
         if (batch_idx + 1) % trainer.accumulate_grad_batches and not trainer.is_last_batch:
             return
         if self._enabled and (now - self._said >= self.seconds or step == total):
@@ -91,16 +93,6 @@ class StepLines(ProgressBar):
         if self._enabled and now - self._said >= self.seconds:
             self._said = now
             self.print(f"{what}: batch {batch_idx + 1}" + (f" of {total:.0f}" if math.isfinite(total) else ""))
-
-
-def count_steps(trainer: Trainer) -> float:
-    """Optimiser steps of the whole fit, infinite where nothing limits it."""
-    epochs = math.inf if trainer.max_epochs in (None, -1) else float(trainer.max_epochs or 0)
-    limit = math.inf if trainer.max_steps == -1 else float(trainer.max_steps)
-    if not math.isfinite(trainer.num_training_batches):
-        return limit
-    in_epoch = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
-    return min(limit, epochs * in_epoch)
 
 
 def show_numbers(metrics: dict[str, Any]) -> str:

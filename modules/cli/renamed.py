@@ -24,10 +24,13 @@ MODULES = {  # where classes lay -> where they lie
     "modules.objectives.pairs": "modules.losses.pairs",
     "modules.objectives.policy": "modules.losses.policy",
     "modules.objectives.preference": "modules.losses.preference",
-    "modules.rewards.base": "modules.rewards.weighted_sum",
+    "modules.rewards.base": "modules.rewards.combined",
     "modules.rewards.chat_client": "modules.rewards.chat.clients",
     "modules.rewards.judge": "modules.rewards.chat.judge",
+    "modules.rewards.length": "modules.rewards.combined",
     "modules.rewards.refusal_judge": "modules.rewards.chat.refusal_judge",
+    "modules.rewards.versus": "modules.rewards.combined",
+    "modules.rewards.weighted_sum": "modules.rewards.combined",
     "modules.self_instruct": "modules.predict.self_instruct",
 }
 FUNCTIONS = {  # classes that became functions

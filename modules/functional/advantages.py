@@ -65,7 +65,7 @@ def _sum_of_own_group(x: Tensor, index: Tensor) -> Tensor:
     return torch.zeros_like(x).index_add(0, index, x)[index]
 
 
-def _center(rewards: Tensor, group: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _center_rewards(rewards: Tensor, group: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Rewards minus the mean of their group, 0 where unscorable [N]; scorable rows in each row's group [N]; group index
     [N].
     """
@@ -89,7 +89,7 @@ def group_center(rewards: Tensor, group: Tensor) -> Tensor:
     >>> group_center(torch.tensor([1.0, 0.0, 0.0, 0.0]), torch.tensor([7, 7, 7, 7]))
     tensor([ 0.7500, -0.2500, -0.2500, -0.2500])
     """
-    return _center(rewards, group)[0]
+    return _center_rewards(rewards, group)[0]
 
 
 def group_zscore(rewards: Tensor, group: Tensor, eps: float = 1e-4) -> Tensor:
@@ -102,7 +102,7 @@ def group_zscore(rewards: Tensor, group: Tensor, eps: float = 1e-4) -> Tensor:
     >>> group_zscore(torch.tensor([1.0, 0.0, 0.0, 0.0]), torch.tensor([7, 7, 7, 7]))  # std .5
     tensor([ 1.4997, -0.4999, -0.4999, -0.4999])
     """
-    centered, count, index = _center(rewards, group)
+    centered, count, index = _center_rewards(rewards, group)
     std = (_sum_of_own_group(centered.square(), index) / (count - 1).clamp(min=1)).sqrt()
     return centered / (std + eps).masked_fill(std == 0, 1.0)
 
@@ -116,7 +116,7 @@ def leave_one_out(rewards: Tensor, group: Tensor) -> Tensor:
     >>> leave_one_out(torch.tensor([1.0, 0.0, 0.0, 0.0]), torch.tensor([7, 7, 7, 7]))
     tensor([ 1.0000, -0.3333, -0.3333, -0.3333])
     """
-    centered, count, _ = _center(rewards, group)
+    centered, count, _ = _center_rewards(rewards, group)
     return centered * count / (count - 1).clamp(min=1)
 
 

@@ -116,12 +116,12 @@ def within_group_correlation(x: Tensor, y: Tensor, group: Tensor) -> float:
             f"{tuple(group.shape)}."
         )
     _, index = torch.unique(group, return_inverse=True)  # [N]
-    x, y = _center(x.double(), index), _center(y.double(), index)
+    x, y = _subtract_group_means(x.double(), index), _subtract_group_means(y.double(), index)
     scale = x.square().sum().sqrt() * y.square().sum().sqrt()
     return ((x * y).sum() / scale).clamp(-1.0, 1.0).item() if scale > 0 else 0.0
 
 
-def _center(x: Tensor, index: Tensor) -> Tensor:
+def _subtract_group_means(x: Tensor, index: Tensor) -> Tensor:
     """``x [N]`` minus its group's mean. The minimum goes first, so that a constant group leaves exact zeros and no
     rounding noise.
     """

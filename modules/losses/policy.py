@@ -14,9 +14,9 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from modules.functional.ranges import check_numbers
 from modules.functional.advantages import group_center, group_zscore
 from modules.functional.masked import aggregate, masked_mean
+from modules.functional.ranges import check_numbers
 from modules.types import PolicyBatch
 
 Metrics = dict[str, Tensor]

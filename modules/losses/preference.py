@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from modules.functional.ranges import check_numbers
 from modules.functional.logprobs import sequence_logprobs
+from modules.functional.ranges import check_numbers
 from modules.losses.pairs import Pairs
 from modules.types import PolicyBatch, PreferenceBatch
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modules.functional.ranges import check_numbers
 from modules.functional import kl
+from modules.functional.ranges import check_numbers
 
 
 @dataclass(frozen=True)

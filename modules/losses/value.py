@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from modules.functional.ranges import check_numbers
 from modules.functional.masked import aggregate, masked_mean
+from modules.functional.ranges import check_numbers
 from modules.types import PolicyBatch
 
 

@@ -9,7 +9,6 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from modules.functional.ranges import check_numbers
-from modules.networks.policy import companion
 from modules.networks.lora import (
     ADAPTERS,
     Lora,
@@ -20,7 +19,7 @@ from modules.networks.lora import (
     saved_digest,
     using,
 )
-from modules.networks.policy import Policy
+from modules.networks.policy import Policy, load_companion
 from modules.networks.scalar_head import ScalarHead, load_head
 from modules.types import PolicyBatch
 
@@ -107,7 +106,7 @@ class Critic(nn.Module):
             rank_zero_info(
                 f"value.model {model}: loaded as a model of its own, since it has no adapters of the policy's backbone"
             )
-        self.backbone = own = companion(policy, model, "value.model", lora, may_know_more=True)
+        self.backbone = own = load_companion(policy, model, "value.model", lora, may_know_more=True)
         output = own.model.get_output_embeddings()
         if output.weight is not own.model.get_input_embeddings().weight:
             output.requires_grad_(False)  # the critic never calls it

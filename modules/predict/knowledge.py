@@ -8,12 +8,11 @@ from typing import Any
 import torch
 
 from modules.networks.policy import Policy
-from modules.predict.predict_module import PredictModule
 from modules.predict.categories import knowledge_category, matches
+from modules.predict.predict_module import PredictModule
 from modules.rollout.engine import RolloutEngine, Sampling
 from modules.rollout.in_process import InProcessEngine
-from modules.rollout.scoring import sampling_seed
-from modules.trainer.seeds import run_seed
+from modules.trainer.seeds import derive_seed, run_seed
 from modules.types import KNOWLEDGE_CATEGORIES, PromptBatch
 
 
@@ -100,7 +99,7 @@ class KnowledgeModule(PredictModule):
         """bool [len(wanted), num_generations]: which answers are right. All are sampled in one call, each prompt
         computed once.
         """
-        seeds = [sampling_seed(self.seed, "knowledge", prompts["uid"][index]) for index in wanted]
+        seeds = [derive_seed(self.seed, "knowledge", prompts["uid"][index]) for index in wanted]
         groups = self.engine.generate(
             [prompts["prompt_ids"][index] for index in wanted], num_generations, sampling, seeds
         )

@@ -3,7 +3,7 @@
 import re
 
 
-def final_text(text: str) -> str:
+def cut_final_text(text: str) -> str:
     """The part of a completion that may hold the answer: what follows the last ``</think>``.
 
     A completion that opens ``<think>`` and never closes it has none (""); one without these tags counts whole. An
@@ -15,7 +15,7 @@ def final_text(text: str) -> str:
     return "" if "<think>" in text else text
 
 
-def final_answer(answer: str) -> str:
+def cut_final_answer(answer: str) -> str:
     """The gold answer without its worked solution: what follows the last ``####`` (GSM8K's mark), or all of it;
     stripped.
     """

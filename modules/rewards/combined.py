@@ -1,10 +1,11 @@
-"""Several rewards as one, and scores that were checked."""
+"""Rewards made of other rewards, and scores that were checked."""
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from modules.rewards.function import as_reward
-from modules.types import Reward, Rollout
+from modules.types import Completion, Reward, Rollout
 
 
 def score(reward: Reward, rollouts: Sequence[Rollout]) -> list[float | None]:
@@ -79,6 +80,78 @@ class WeightedSum(Reward):
                 return None
             total += weight * value
         return total
+
+
+class LengthPenalty(Reward):
+    """Another reward minus ``per_token`` times the completion's tokens, the end token included; None where the other
+    gives None.
+
+    Length alone explains 70 to 90 % of the reward that PPO gains from reward models in arXiv 2310.03716.
+
+    Args:
+        reward: the reward to correct.
+        per_token: what a token costs, on the scale of ``reward``; finite and >= 0.
+
+    Raises:
+        ValueError: ``per_token`` out of range.
+    """
+
+    def __init__(self, reward: Reward, per_token: float) -> None:
+        if not 0 <= per_token < math.inf:
+            raise ValueError(f"LengthPenalty per_token must be a finite number >= 0, got {per_token}")
+        self.name = f"{reward.name}_length_penalty"
+        self.reward, self.per_token = reward, per_token
+
+    def __call__(self, rollouts: Sequence[Rollout]) -> list[float | None]:
+        """Penalised score or None per rollout. ValueError for a completion that is text alone, whose length nobody
+        knows.
+        """
+        bare = [rollout.uid for rollout in rollouts if rollout.completion.text and not rollout.completion.token_ids]
+        if bare:
+            raise ValueError(
+                f"{bare[0]}: LengthPenalty counts tokens and this completion has none (a baseline of Versus?): use the "
+                "bare reward"
+            )
+        scores = self.reward(rollouts)
+        return [
+            None if score is None else score - self.per_token * len(rollout.completion.token_ids)
+            for score, rollout in zip(scores, rollouts, strict=True)
+        ]
+
+
+class Versus(Reward):
+    """1 where a completion scores above the row's ``answer`` under ``reward``, 0.5 where equal, 0 below: win rates with
+    a learned judge.
+
+    The answer is scored as a completion that ended by itself, with text and no tokens: ``reward`` must read text, as
+    ``LearnedReward`` does for a completion without tokens. None without an answer, or where either side is unscorable.
+
+    Args:
+        reward: scores completion and answer alike.
+    """
+
+    def __init__(self, reward: Reward) -> None:
+        self.name = f"versus_{reward.name}"
+        self.reward = reward
+
+    def __call__(self, rollouts: Sequence[Rollout]) -> list[float | None]:
+        """1.0, 0.5, 0.0 or None per rollout."""
+        against = [
+            replace(rollout, completion=Completion([], [], rollout.answer, "stop"))
+            for rollout in rollouts
+            if rollout.answer is not None
+        ]
+        mine = [rollout for rollout in rollouts if rollout.answer is not None]
+        scores = self.reward([*mine, *against]) if mine else []
+        verdicts = iter([compare_scores(a, b) for a, b in zip(scores[: len(mine)], scores[len(mine) :], strict=True)])
+        return [None if rollout.answer is None else next(verdicts) for rollout in rollouts]
+
+
+def compare_scores(score: float | None, other: float | None) -> float | None:
+    """1.0 above, 0.5 equal, 0.0 below; None where either is None."""
+    if score is None or other is None:
+        return None
+    return 0.5 if score == other else float(score > other)
 
 
 def breakdown(reward: Reward, rollouts: Sequence[Rollout]) -> tuple[list[dict[str, float | None]], list[float | None]]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 
-from modules.rewards.answers import compile_extractor, final_answer, final_text
+from modules.rewards.answers import compile_extractor, cut_final_answer, cut_final_text
 from modules.rewards.workers.line_worker import LineWorker
 from modules.types import Reward, Rollout
 
@@ -91,7 +91,7 @@ class NumericMatch(Reward):
     Args:
         pattern: regular expression with exactly one group, which must be one number and nothing else, matched against
             the whole completion; None = the last number of the completion, after ``</think>`` where there is one (see
-            ``final_text``).
+            ``cut_final_text``).
         tolerance: largest absolute difference that still counts as equal.
         name: label of the metric.
 
@@ -112,7 +112,7 @@ class NumericMatch(Reward):
         return [self._score(rollout.completion.text, rollout.answer) for rollout in rollouts]
 
     def _score(self, text: str, answer: str | None) -> float | None:
-        gold = None if answer is None else _whole_number(final_answer(answer))
+        gold = None if answer is None else _whole_number(cut_final_answer(answer))
         if gold is None:
             return None
         found = self._read(text)
@@ -120,7 +120,7 @@ class NumericMatch(Reward):
 
     def _read(self, text: str) -> Fraction | None:
         if self.pattern is None:
-            return _last_number(final_text(text))
+            return _last_number(cut_final_text(text))
         match = self.pattern.fullmatch(text)
         return _whole_number(match[1]) if match and match[1] else None
 
@@ -128,7 +128,7 @@ class NumericMatch(Reward):
 class MathVerify(Reward):
     """1.0 where math-verify finds the completion's answer mathematically equal to the gold answer, else 0.0.
 
-    The completion is searched after ``</think>`` (see ``final_text``), boxed answers first, by the library's own rules;
+    The completion is searched after ``</think>`` (see ``cut_final_text``), boxed answers first, by the library's own rules;
     nothing to parse scores 0.0. The gold answer is read as LaTeX, what follows its last ``####``; words read as
     products of letters, so use ExactMatch for
     them. None: no gold answer, one that cannot be parsed, or no verdict in time. Scoring runs in one child process per
@@ -171,5 +171,5 @@ class MathVerify(Reward):
     def _score(self, text: str, answer: str | None) -> float | None:
         if answer is None:
             return None
-        verdict: float | None = self._worker.ask({"gold": final_answer(answer), "completion": final_text(text)})
+        verdict: float | None = self._worker.ask({"gold": cut_final_answer(answer), "completion": cut_final_text(text)})
         return verdict

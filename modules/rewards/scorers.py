@@ -67,7 +67,7 @@ def load_scorer(path: str) -> Scorer:
         )
     weight = load_file(heads)["weight"] if heads.is_file() else head.weight.clone()
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    mean, std = moments(model.config, len(weight))
+    mean, std = read_moments(model.config, len(weight))
     return Scorer(model, AutoTokenizer.from_pretrained(path), weight, mean, std)
 
 
@@ -85,11 +85,11 @@ def shared_scorer(path: str, policy: Policy) -> Scorer | None:
     except OtherBackbone:
         return None
     weight = load_file(folder / HEAD_FILE)["weight"]
-    mean, std = moments(read_config(path), len(weight))
+    mean, std = read_moments(read_config(path), len(weight))
     return Scorer(policy.model, AutoTokenizer.from_pretrained(path), weight, mean, std, name)
 
 
-def moments(config: PreTrainedConfig, heads: int) -> Tensor:
+def read_moments(config: PreTrainedConfig, heads: int) -> Tensor:
     """Mean and deviation [2, heads] of each head's scores, float64; 0 and 1 where one head has none."""
     if heads > 1:
         return torch.tensor([config.reward_head_means, config.reward_head_stds], dtype=torch.float64)
@@ -123,7 +123,7 @@ def row_of(scorer: Scorer, rollout: Rollout) -> tuple[int, ...]:
     else:
         prompt = with_bos(tokenizer, rollout.prompt)
     ids = tokenizer(completion.text, add_special_tokens=False, verbose=False).input_ids
-    return (*prompt, *ids, *([end_id(tokenizer, prompt)] if completion.finish == "stop" else []))
+    return (*prompt, *ids, *([find_end_id(tokenizer, prompt)] if completion.finish == "stop" else []))
 
 
 def reads(scorer: Scorer, ids: list[int], text: str, special: bool = False, cut: bool = False) -> bool:
@@ -146,7 +146,7 @@ def with_bos(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     return [bos, *ids] if adds_bos and ids[:1] != [bos] else ids
 
 
-def end_id(tokenizer: PreTrainedTokenizerBase, prompt: list[int]) -> int:
+def find_end_id(tokenizer: PreTrainedTokenizerBase, prompt: list[int]) -> int:
     """What ends a completion of this prompt: the end-of-turn token of a chat, else eos."""
     turn = end_of_turn_id(tokenizer)
     return turn if turn is not None and turn in prompt else int(tokenizer.eos_token_id)  # type: ignore[arg-type]

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modules.trainer.ranks import from_all_ranks
 from modules.functional.advantages import zero_std_fraction
 from modules.functional.diagnostics import pass_at_k
+from modules.trainer.ranks import from_all_ranks
 from modules.types import Outcome, Reward, Rollout
 
 

@@ -1,6 +1,5 @@
 """From sampled completions to what a policy loss needs: records, rewards, padded tensors, log-probs."""
 
-import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import cast
@@ -12,14 +11,6 @@ from modules.rewards.combined import breakdown
 from modules.types import Completion, PolicyBatch, PromptBatch, Reward, Rollout
 
 SCORING_TOKENS = 16384  # tokens of one no-grad forward
-
-
-def sampling_seed(seed: int, phase: str, uid: str) -> int:
-    """Seed of a prompt's first completion, in [0, 2**62): a function of run seed, phase and prompt, so of no rank and
-    no batch.
-    """
-    digest = hashlib.blake2b(f"{seed}/{phase}/{uid}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 2
 
 
 def make_rollouts(prompts: PromptBatch, completions: list[list[Completion]], reward: Reward | None) -> list[Rollout]:

@@ -1,5 +1,6 @@
-"""The seed of the run, which every ``seed`` left at None takes."""
+"""The seed of the run, and the seeds that are derived from it."""
 
+import hashlib
 import os
 
 
@@ -10,3 +11,11 @@ def run_seed(seed: int | None = None) -> int:
     ``PL_GLOBAL_SEED``, which the processes that it starts inherit.
     """
     return int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
+
+
+def derive_seed(seed: int, phase: str, uid: str) -> int:
+    """Seed of a prompt's first completion, in [0, 2**62): a function of run seed, phase and prompt, so of no rank and
+    no batch.
+    """
+    digest = hashlib.blake2b(f"{seed}/{phase}/{uid}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 2

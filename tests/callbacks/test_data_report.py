@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from callbacks.data_report import DataReport, documents_of, languages, markdown, table
+from callbacks.data_report import DataReport, documents_of, languages, write_markdown_table, write_table
 from datamodules import InstructionDataModule, PreferenceDataModule
 from datamodules.loaders.preference_rows import PreferenceTokens
 from datamodules.sources import Row, Source
@@ -202,10 +202,10 @@ def test_cells_are_safe_in_both_tables() -> None:
         "output_length": {"min": 1.0},
         "languages": None,
     }
-    lines = table({"train": {**report, "first_words": {"a|b": 1.0}}})
+    lines = write_table({"train": {**report, "first_words": {"a|b": 1.0}}})
     assert ["languages of answers", "unknown: pip install 'lightning-align[language]'"] in lines
     assert ["also held out", "-"] in lines
-    assert "| first words of answers | a&#124;b 100.0% |" in markdown(lines)
+    assert "| first words of answers | a&#124;b 100.0% |" in write_markdown_table(lines)
 
 
 def test_a_folder_is_refused(tmp_path: Path) -> None:

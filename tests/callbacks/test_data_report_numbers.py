@@ -5,12 +5,12 @@ import pytest
 from callbacks.measures.documents import (
     Document,
     concerns,
+    count_repeats,
     fingerprint,
     first_word,
     leaked,
     left_out_share,
     length_summary,
-    repeats,
     split_report,
     split_row,
     text_report,
@@ -49,11 +49,11 @@ def test_repeats_by_hand() -> None:
     group = [document(a, [7]), document(a, [7]), document(a, [7]), document(a, [8]), document(a, [9]), document(b, [7])]
     # Three equal ones: two are repeats. Prompt a has the answers 7, 8 and 9: two more than one. Not 4, which counts the
     # repeats again.
-    assert repeats(group) == (2, 2) != (2, 4)
-    assert repeats(group[::-1]) == (2, 2)
-    assert repeats([document([1], [2, 3]), document([1], [4, 5])]) == (0, 0)  # texts
-    assert repeats([]) == (0, 0)
-    assert repeats([document([1, 2], [3, 4]), document([1, 2, 3], [4])]) == (
+    assert count_repeats(group) == (2, 2) != (2, 4)
+    assert count_repeats(group[::-1]) == (2, 2)
+    assert count_repeats([document([1], [2, 3]), document([1], [4, 5])]) == (0, 0)  # texts
+    assert count_repeats([]) == (0, 0)
+    assert count_repeats([document([1, 2], [3, 4]), document([1, 2, 3], [4])]) == (
         1,
         0,
     )  # tokens, not what is learned of them

@@ -16,7 +16,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
-from callbacks.preference_audit import PreferenceAudit, reliability, smells_of_length, summarise, table
+from callbacks.preference_audit import PreferenceAudit, reliability, smells_of_length, summarise, write_audit_table
 from modules.types import Record, ScoredPair
 
 pytestmark = pytest.mark.filterwarnings("ignore:audit")
@@ -259,7 +259,7 @@ def test_reliability_by_hand() -> None:
     confidence, accuracy = reliability(delta)
     assert confidence.tolist() == pytest.approx([1 / 2, 3 / 4, 19 / 20], abs=1e-9)
     assert accuracy.tolist() == [1 / 2, 1 / 2, 1.0]
-    assert table({"ece": 0.25}) == "| measure | value |\n|---|---|\n| ece | 0.250 |"
+    assert write_audit_table({"ece": 0.25}) == "| measure | value |\n|---|---|\n| ece | 0.250 |"
 
 
 def test_what_cannot_be_audited_is_refused_before_training(tmp_path: Path) -> None:

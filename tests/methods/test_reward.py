@@ -34,7 +34,7 @@ from datamodules.preference import PreferenceDataModule
 from modules.losses.pairs import Pairs, find_pairs
 from modules.networks.lora import Lora
 from modules.networks.tiny import tiny_tokenizer
-from modules.reward import RewardModule, moments
+from modules.reward import RewardModule, measure_moments
 from modules.rewards.learned import LearnedReward
 from modules.types import Completion, Rollout
 
@@ -601,7 +601,7 @@ def test_an_unnormalised_export_forgets_the_numbers_of_its_start(tmp_path):
 
 def test_moments_by_hand():
     # mean over heads: 2, 4 -> 3 and 1; head 1: 1, 1 -> 1 and, having no spread, 1; head 2: 3, 7 -> 5 and 2
-    assert moments(torch.tensor([[1.0, 3.0], [1.0, 7.0]])).tolist() == [[3.0, 1.0], [1.0, 1.0], [5.0, 2.0]]
+    assert measure_moments(torch.tensor([[1.0, 3.0], [1.0, 7.0]])).tolist() == [[3.0, 1.0], [1.0, 1.0], [5.0, 2.0]]
 
 
 def test_lora_trains_adapters_and_head_alone():

@@ -21,8 +21,8 @@ from modules.networks.policy import Policy
 from modules.networks.scalar_head import sequence_classifier
 from modules.networks.tiny import tiny_model, tiny_tokenizer
 from modules.reward import RewardModule, write_moments
-from modules.rewards.learned import LearnedReward, chunked, combine
 from modules.rewards.combined import Versus
+from modules.rewards.learned import LearnedReward, chunked, combine
 from modules.types import Completion, Rollout
 
 TINY = tiny_tokenizer()

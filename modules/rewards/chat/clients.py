@@ -65,7 +65,7 @@ class HttpChat(ChatClient):
         prices: tuple[float, float] | None = None,
     ) -> None:
         super().__init__()
-        self._httpx, self._tenacity = (optional_import(name) for name in ("httpx", "tenacity"))
+        self._httpx, self._tenacity = (require_package(name) for name in ("httpx", "tenacity"))
         self.url = f"{base_url.rstrip('/')}/chat/completions"
         checks = {
             f"base_url '{base_url}' must be a URL such as http://127.0.0.1:8000/v1": self._is_url(),
@@ -244,7 +244,7 @@ class LocalChat(ChatClient):
         return answers
 
 
-def optional_import(module: str) -> ModuleType:
+def require_package(module: str) -> ModuleType:
     """Imports an optional library late; ImportError names the extra that brings it."""
     try:
         return import_module(module)

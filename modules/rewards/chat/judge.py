@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from modules.rewards.answers import final_text
+from modules.rewards.answers import cut_final_text
 from modules.rewards.chat.protocol import ChatClient, Conversation
 from modules.types import Reward, Rollout
 
@@ -71,7 +71,7 @@ class PairwiseJudge(Reward):
 
     Judges favour a place, so each pair is asked about twice, the second time with the answers swapped: an answer wins
     when it wins both times, anything else is a tie. A reply without a verdict makes the comparison invalid (None),
-    never a tie. Equal texts are a tie without asking. A completion is shown without its reasoning, see ``final_text``.
+    never a tie. Equal texts are a tie without asking. A completion is shown without its reasoning, see ``cut_final_text``.
 
     Args:
         client: the chat model that judges.
@@ -94,7 +94,7 @@ class PairwiseJudge(Reward):
 
     def __call__(self, rollouts: Sequence[Rollout]) -> list[float | None]:
         """1.0, 0.5, 0.0 or None per rollout; None also without an answer to compare with."""
-        pairs = [(rollout.prompt, final_text(rollout.completion.text), rollout.answer) for rollout in rollouts]
+        pairs = [(rollout.prompt, cut_final_text(rollout.completion.text), rollout.answer) for rollout in rollouts]
         comparisons = iter(
             self.compare([(prompt, text, answer) for prompt, text, answer in pairs if answer is not None])
         )
@@ -127,7 +127,7 @@ class PairwiseJudge(Reward):
 
 class RubricJudge(Reward):
     """A mark from 1 to 10 by a rubric, scaled to [0, 1]; None when the reply holds none. Reasoning is not shown, see
-    ``final_text``.
+    ``cut_final_text``.
 
     Args:
         client: the chat model that marks.
@@ -149,7 +149,7 @@ class RubricJudge(Reward):
 
     def __call__(self, rollouts: Sequence[Rollout]) -> list[float | None]:
         """(mark - 1) / 9 per rollout, or None."""
-        texts = [(rollout.prompt, final_text(rollout.completion.text)) for rollout in rollouts]
+        texts = [(rollout.prompt, cut_final_text(rollout.completion.text)) for rollout in rollouts]
         questions = [self.template.format(rubric=self.rubric, prompt=prompt, answer=text) for prompt, text in texts]
         scores = [
             read_score(reply)
@@ -194,7 +194,7 @@ def read_score(reply: str | None) -> float | None:
 
 def last_match(pattern: re.Pattern[str], reply: str | None) -> str | None:
     """Group 1 of the last line that matches as a whole. The judge's own reasoning does not count."""
-    matches = [pattern.fullmatch(line) for line in final_text(reply or "").splitlines()]
+    matches = [pattern.fullmatch(line) for line in cut_final_text(reply or "").splitlines()]
     return next((match[1] for match in reversed(matches) if match), None)
 
 

@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
-from modules.rewards.answers import final_text
+from modules.rewards.answers import cut_final_text
 from modules.rewards.chat.judge import check_fields, last_match
 from modules.rewards.chat.protocol import ChatClient
 from modules.types import REFUSAL_LABELS
@@ -56,7 +56,7 @@ class RefusalJudge:
     def classify(self, prompts: Sequence[str], answers: Sequence[str]) -> list[str | None]:
         """One label per answer, in order; None where the reply holds none. All are asked about at once."""
         questions = [
-            self.template.format(prompt=prompt, answer=final_text(answer).strip() or "(empty)")
+            self.template.format(prompt=prompt, answer=cut_final_text(answer).strip() or "(empty)")
             for prompt, answer in zip(prompts, answers, strict=True)
         ]
         replies = self.client.complete([[{"role": "user", "content": question}] for question in questions])

@@ -25,7 +25,7 @@ def parse_gold(gold: str) -> tuple[Any, ...]:
     return tuple(parse(f"${gold.strip('$')}$", fallback_mode="no_fallback", parsing_timeout=None))
 
 
-def verdict(gold: str, completion: str) -> float | None:
+def judge_answer(gold: str, completion: str) -> float | None:
     """1.0 when equal, 0.0 when not or nothing is found, None when the gold answer cannot be parsed."""
     from math_verify import parse, verify
 
@@ -36,7 +36,7 @@ def verdict(gold: str, completion: str) -> float | None:
     return float(verify(expected, found, timeout_seconds=None))
 
 
-def main() -> None:
+def serve() -> None:
     """Answer requests until the input ends."""
     # Whatever libraries print must not be read as a verdict.
     replies = os.fdopen(os.dup(1), "w")
@@ -45,7 +45,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends this process
     limit = float(sys.argv[1]) + 1.0
-    verdict("1", "1")  # loads the library before time is counted
+    judge_answer("1", "1")  # loads the library before time is counted
     print("ready", file=replies, flush=True)
     for line in sys.stdin:
         # The parent kills at the timeout; if the parent is gone, the system's alarm ends a hang that no Python code
@@ -53,10 +53,10 @@ def main() -> None:
         if os.name == "posix":
             signal.setitimer(signal.ITIMER_REAL, limit)
         request = json.loads(line)
-        print(json.dumps(verdict(request["gold"], request["completion"])), file=replies, flush=True)
+        print(json.dumps(judge_answer(request["gold"], request["completion"])), file=replies, flush=True)
         if os.name == "posix":
             signal.setitimer(signal.ITIMER_REAL, 0.0)
 
 
 if __name__ == "__main__":
-    main()
+    serve()
