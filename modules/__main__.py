@@ -9,6 +9,7 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from modules.cli.chat_command import run_chat
+from modules.cli.choices import spell_out_arguments
 from modules.cli.command import AlignmentCLI
 from modules.cli.parser import Parser, read_old_names, refuse
 from modules.cli.renamed import renew
@@ -37,7 +38,7 @@ def main(args: list[str] | None = None) -> None:
     for message in QUIET:
         warnings.filterwarnings("ignore", message=message)
     read_old_names()
-    given = [renew(argument) for argument in (sys.argv[1:] if args is None else args)]
+    given = spell_out_arguments([renew(argument) for argument in (sys.argv[1:] if args is None else args)])
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))  # for the classes and functions of whoever runs this
     try:

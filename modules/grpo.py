@@ -15,7 +15,7 @@ from modules.functional.ranges import check_numbers
 from modules.losses import Clipped, PolicyObjective
 from modules.losses.policy import leave_out_unscored
 from modules.networks.lora import Lora
-from modules.on_policy import OnPolicyModule
+from modules.on_policy import OnPolicyModule, Validation
 from modules.rollout.engine import RolloutEngine, Sampling
 from modules.types import PolicyBatch, Reward
 
@@ -43,8 +43,7 @@ class GRPOModule(OnPolicyModule):
         kl_loss: estimator of that term whose gradient is the reverse KL's: ``modules.functional.kl.weighted_k3`` or
             ``.k2``.
         measure_kl: keep the frozen start policy and log the KL to it even with ``beta`` 0.
-        accuracy: decides right (score > 0.5) or wrong in validation; default ``reward``.
-        val_generations: sampled completions per validation prompt, for pass@1 and pass@k.
+        validation: what decides right or wrong there, and how many completions of a prompt are sampled.
         lora: train low-rank adapters instead of all weights.
         optimizer: parameters -> optimizer; default AdamW, learning rate 1e-6.
         scheduler: optimizer -> scheduler, stepped per update.
@@ -63,8 +62,7 @@ class GRPOModule(OnPolicyModule):
         beta: float = 0.0,
         kl_loss: Callable[[Tensor, Tensor], Any] = kl.weighted_k3,
         measure_kl: bool = False,
-        accuracy: Reward | None = None,
-        val_generations: int = 1,
+        validation: Validation = Validation(),  # noqa: B008
         lora: Lora | None = None,
         optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=1e-6),
         scheduler: LRSchedulerCallable | None = None,
@@ -77,8 +75,7 @@ class GRPOModule(OnPolicyModule):
             sampling=sampling,
             engine=engine,
             reference=beta > 0 or measure_kl,
-            accuracy=accuracy,
-            val_generations=val_generations,
+            validation=validation,
             lora=lora,
             optimizer=optimizer,
             scheduler=scheduler,

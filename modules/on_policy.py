@@ -5,7 +5,7 @@ evaluation by sampling.
 import time
 from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from modules.base import AlignmentModule
 from modules.functional import kl
+from modules.functional.ranges import check_numbers
 from modules.networks.frozen import Frozen
 from modules.networks.lora import Lora
 from modules.networks.policy import TokenScores, load_companion
@@ -34,6 +35,21 @@ NEGATIVE_KL = (
 ENOUGH = 64  # completions of a phase, below which a standard error is too uncertain
 
 
+@dataclass(frozen=True)
+class Validation:
+    """How held-out prompts are answered and judged.
+
+    Raises:
+        ValueError: values out of range.
+    """
+
+    accuracy: Reward | None = None  # decides right (score > 0.5) or wrong; None = the reward that trains
+    generations: int = 1  # >= 1, sampled completions of a prompt, for pass@1 and pass@k
+
+    def __post_init__(self) -> None:
+        check_numbers("validation", generations=(self.generations, "[1, inf)"))
+
+
 class OnPolicyModule(AlignmentModule):
     """A method whose phases are sampled from the policy itself; a subclass says what a phase teaches (``prepare``) and
     the loss.
@@ -47,8 +63,7 @@ class OnPolicyModule(AlignmentModule):
         engine: what samples; default the policy itself, in this process.
         reference: keep the frozen start policy, for a loss or for the KL to it; a folder or hub id keeps that model
             instead.
-        accuracy: decides right (score > 0.5) or wrong in validation; default ``reward``.
-        val_generations: sampled completions per validation prompt, for pass@1 and pass@k.
+        validation: what decides right or wrong there, and how many completions of a prompt are sampled.
         lora: train low-rank adapters instead of all weights.
         optimizer: parameters -> optimizer.
         scheduler: optimizer -> scheduler, stepped per update.
@@ -66,8 +81,7 @@ class OnPolicyModule(AlignmentModule):
         sampling: Sampling,
         engine: RolloutEngine | None,
         reference: bool | str,
-        accuracy: Reward | None,
-        val_generations: int,
+        validation: Validation,
         lora: Lora | None,
         optimizer: OptimizerCallable,
         scheduler: LRSchedulerCallable | None,
@@ -85,17 +99,11 @@ class OnPolicyModule(AlignmentModule):
             raise ValueError(
                 f"sampling.temperature is {sampling.temperature}: greedy completions of a prompt are all the same"
             )
-        if val_generations < 1:
-            raise ValueError(f"val_generations must be at least 1, got {val_generations}")
-        self.reward, self.accuracy = as_reward(reward), as_reward(accuracy or reward)
+        self.reward, self.accuracy = as_reward(reward), as_reward(validation.accuracy or reward)
         if lora is not None:
             self.share_backbone()
-        self.num_generations, self.val_generations, self.sampling, self.seed = (
-            num_generations,
-            val_generations,
-            sampling,
-            run_seed(seed),
-        )
+        self.num_generations, self.val_generations = num_generations, validation.generations
+        self.sampling, self.seed = sampling, run_seed(seed)
         self.engine = engine or InProcessEngine()
         other = load_companion(self.policy, reference, "reference") if isinstance(reference, str) else None
         self.own_reference = other is None  # the policy as it starts

@@ -12,7 +12,7 @@ from modules.functional.ranges import check_numbers
 from modules.losses.pairs import find_pairs, measure_preferences
 from modules.losses.preference import PairObjective, Sigmoid
 from modules.networks.lora import Lora
-from modules.on_policy import OnPolicyModule
+from modules.on_policy import OnPolicyModule, Validation
 from modules.rollout.engine import RolloutEngine, Sampling
 from modules.types import PolicyBatch, Reward
 
@@ -37,7 +37,7 @@ class OnlineDPOModule(OnPolicyModule):
         refresh_every: phases between refreshes.
         sampling: how to sample in training.
         engine: what samples; default the policy itself, in this process.
-        accuracy: decides right (score > 0.5) or wrong in validation; default ``reward``.
+        validation: what decides right or wrong there, and how many completions of a prompt are sampled.
         lora: train low-rank adapters instead of all weights.
         optimizer: parameters -> optimizer; default AdamW, learning rate 5e-7.
         scheduler: optimizer -> scheduler, stepped per update.
@@ -58,7 +58,7 @@ class OnlineDPOModule(OnPolicyModule):
         refresh_every: int = 1,
         sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
         engine: RolloutEngine | None = None,
-        accuracy: Reward | None = None,
+        validation: Validation = Validation(),  # noqa: B008
         lora: Lora | None = None,
         optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=5e-7),
         scheduler: LRSchedulerCallable | None = None,
@@ -71,8 +71,7 @@ class OnlineDPOModule(OnPolicyModule):
             sampling=sampling,
             engine=engine,
             reference=True,
-            accuracy=accuracy,
-            val_generations=1,
+            validation=validation,
             lora=lora,
             optimizer=optimizer,
             scheduler=scheduler,

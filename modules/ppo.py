@@ -12,14 +12,13 @@ from torch import Tensor
 from modules.functional.advantages import gae
 from modules.functional.kl import k1
 from modules.functional.masked import aggregate
-from modules.functional.ranges import check_numbers
-from modules.losses import GAE, KL, Clip, Clipped, MissingEos
+from modules.losses import GAE, KL, Clip, Clipped, Incentives
 from modules.losses.policy import leave_out_unscored, measure_ratio
 from modules.losses.shaping import make_token_rewards
 from modules.losses.value import ClippedValue
 from modules.networks.critic import Critic, Value
 from modules.networks.lora import Lora
-from modules.on_policy import OnPolicyModule
+from modules.on_policy import OnPolicyModule, Validation
 from modules.rollout.engine import RolloutEngine, Sampling
 from modules.trainer.ranks import explained_variance, from_all_ranks, mean_and_error, whiten_over_ranks
 from modules.types import InstructionBatch, PolicyBatch, Reward
@@ -31,8 +30,8 @@ class PPOModule(OnPolicyModule):
     Each phase: ``collect`` samples and scores; ``prepare`` puts the score on the last token and -kl.coef log(pi /
     reference) on every token, and makes advantages by GAE; ``training_step`` is only the loss
 
-        -min(ratio A, clip(ratio) A) + value.coef 1/2 max((V - R)^2, (clip(V) - R)^2) [+ kl.coef KL] [- entropy_coef H]
-        [- ptx_coef log pi(text)],
+        -min(ratio A, clip(ratio) A) + value.coef 1/2 max((V - R)^2, (clip(V) - R)^2) [+ kl.coef KL]
+        [- incentives.entropy H] [- incentives.ptx log pi(text)],
 
     each a mean over the tokens of the whole optimiser step, on all ranks. InstructGPT's setting is kl.coef 0.02, one
     inner epoch in eight updates, ``value.model`` the reward model, ptx, and ``AveragedWeights`` among the callbacks.
@@ -50,12 +49,8 @@ class PPOModule(OnPolicyModule):
         kl: weight of the KL to the reference, what moves it, whether it is part of the reward or of the loss, and which
             model is the reference.
         value: where the critic comes from, its learning rate and warm-up, and the weight of its loss.
-        missing_eos: what a completion that did not end by itself loses of its score; None = nothing.
-        entropy_coef: weight of the entropy bonus, per nat.
-        ptx_coef: >= 0, weight of the log-likelihood of ``data.ptx`` per token (PPO-ptx; InstructGPT's 27.8 is for a sum
-            that it does not define).
-        accuracy: decides right (score > 0.5) or wrong in validation; default ``reward``.
-        val_generations: sampled completions per validation prompt, for pass@1 and pass@k.
+        incentives: what is asked of the policy beside the reward: to end, to stay various, not to forget.
+        validation: what decides right or wrong there, and how many completions of a prompt are sampled.
         lora: train low-rank adapters of policy and critic instead of all weights; then policy, reference and critic
             share one frozen backbone.
         optimizer: parameters -> optimizer; default AdamW, learning rate 3e-6.
@@ -63,7 +58,7 @@ class PPOModule(OnPolicyModule):
         seed: of the sampling; None = the run's.
 
     Raises:
-        ValueError: values out of range; in ``setup``, ``ptx_coef`` without ``data.ptx``.
+        ValueError: values out of range; in ``setup``, ``incentives.ptx`` without ``data.ptx``.
     """
 
     least_generations = 1
@@ -73,23 +68,19 @@ class PPOModule(OnPolicyModule):
         policy: str,
         reward: Reward,
         num_generations: int = 1,
-        sampling: Sampling = Sampling(),  # noqa: B008 (frozen, as are the four below)
+        sampling: Sampling = Sampling(),  # noqa: B008 (frozen, as are the six below)
         engine: RolloutEngine | None = None,
         gae: GAE = GAE(),  # noqa: B008
         clip: Clip = Clip(),  # noqa: B008
         kl: KL = KL(),  # noqa: B008
         value: Value = Value(),  # noqa: B008
-        missing_eos: MissingEos | None = None,
-        entropy_coef: float = 0.0,
-        ptx_coef: float = 0.0,
-        accuracy: Reward | None = None,
-        val_generations: int = 1,
+        incentives: Incentives = Incentives(),  # noqa: B008
+        validation: Validation = Validation(),  # noqa: B008
         lora: Lora | None = None,
         optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=3e-6),
         scheduler: LRSchedulerCallable | None = None,
         seed: int | None = None,
     ) -> None:
-        check_numbers("PPOModule", entropy_coef=(entropy_coef, "(-inf, inf)"), ptx_coef=(ptx_coef, "[0, inf)"))
         super().__init__(
             policy,
             reward,
@@ -97,15 +88,13 @@ class PPOModule(OnPolicyModule):
             sampling=sampling,
             engine=engine,
             reference=True if kl.reference in (None, policy) else str(kl.reference),
-            accuracy=accuracy,
-            val_generations=val_generations,
+            validation=validation,
             lora=lora,
             optimizer=optimizer,
             scheduler=scheduler,
             seed=seed,
         )
-        self.gae, self.kl, self.value, self.missing_eos = gae, kl, value, missing_eos
-        self.entropy_coef, self.ptx_coef = entropy_coef, ptx_coef
+        self.gae, self.kl, self.value, self.incentives = gae, kl, value, incentives
         self.policy_objective = Clipped(clip.ratio, clip.ratio, clip.dual)
         self.value_objective = ClippedValue(clip.value)
         self.kl_coef = kl.coef  # moved by ``kl.adaptive``
@@ -121,11 +110,11 @@ class PPOModule(OnPolicyModule):
             )
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         texts = stage == "fit" and getattr(data, "ptx", None) is not None
-        if texts and self.ptx_coef == 0:
-            rank_zero_info("the texts of data.ptx are measured and teach nothing, since ptx_coef is 0")
-        if stage == "fit" and self.ptx_coef > 0 and not texts:
+        if texts and self.incentives.ptx == 0:
+            rank_zero_info("the texts of data.ptx are measured and teach nothing, since incentives.ptx is 0")
+        if stage == "fit" and self.incentives.ptx > 0 and not texts:
             raise ValueError(
-                f"ptx_coef is {self.ptx_coef} and there are no texts to keep likely: name them with data.ptx or set it "
+                f"incentives.ptx is {self.incentives.ptx} and there are no texts to keep likely: name them with data.ptx or set it "
                 "to 0"
             )
 
@@ -151,8 +140,8 @@ class PPOModule(OnPolicyModule):
         """Make the token rewards, advantages and returns of the phase, of completions that have a score."""
         mask = leave_out_unscored(batch)["completion_mask"]
         scores, log_ratio = batch["rewards"], k1(batch["old_logprobs"], batch["ref_logprobs"])
-        if self.missing_eos is not None:
-            scores = self.missing_eos(scores, batch["stopped"])
+        if self.incentives.missing_eos is not None:
+            scores = self.incentives.missing_eos(scores, batch["stopped"])
         penalties = self.kl_coef * log_ratio
         rewards = make_token_rewards(scores, penalties if self.kl.loss is None else 0 * penalties, mask)
         whole = torch.zeros_like(batch["prompt_index"])
@@ -174,7 +163,7 @@ class PPOModule(OnPolicyModule):
     def training_step(self, batch: PolicyBatch, batch_idx: int) -> Tensor:
         """The loss [] of a micro-batch: its share of the step's objective."""
         states, learns = self.policy.token_states(batch), self.policy_learns
-        scores = self.policy.scores_of(states, batch, self.sampling.temperature, entropy=self.entropy_coef != 0)
+        scores = self.policy.scores_of(states, batch, self.sampling.temperature, entropy=self.incentives.entropy != 0)
         values = self.critic(self.policy, batch, states if learns else states.detach())
         scored, logprobs = leave_out_unscored(batch), scores.logprobs
         mask, denominator = scored["completion_mask"], scored["denominator"]
@@ -187,9 +176,9 @@ class PPOModule(OnPolicyModule):
         if self.kl.loss is not None:
             loss = loss + self.kl_coef * aggregate(self.kl.loss(logprobs, batch["ref_logprobs"]), mask, denominator)
         if scores.entropies is not None:
-            loss = loss - self.entropy_coef * aggregate(scores.entropies, mask, denominator)
-        if self.ptx_coef > 0:
-            loss = loss + self.ptx_coef * self.ptx_loss(batch["ptx"])
+            loss = loss - self.incentives.entropy * aggregate(scores.entropies, mask, denominator)
+        if self.incentives.ptx > 0:
+            loss = loss + self.incentives.ptx * self.ptx_loss(batch["ptx"])
         return self.step_loss(loss * learns + self.value.coef * value_loss)
 
     def ptx_loss(self, texts: InstructionBatch) -> Tensor:

@@ -2,18 +2,21 @@
 
 import inspect
 import sys
+from collections.abc import Callable
 from importlib.machinery import PathFinder
 from importlib.util import module_from_spec
 from pathlib import Path
 from types import ModuleType
-from typing import is_typeddict
+from typing import Any, is_typeddict
 
 from lightning.pytorch import LightningDataModule, LightningModule
+from torch import Tensor
 
 import modules
 import modules.losses
 import modules.rewards
 import modules.schedulers
+from modules.functional import advantages, kl
 
 
 def import_own(name: str) -> ModuleType:
@@ -34,8 +37,40 @@ PACKAGES = (
     import_own("datamodules"),
     import_own("callbacks"),
 )
+# Options that take a function, and ours that they may name by its short name.
+FUNCTIONS: dict[str, list[Callable[..., Tensor]]] = {
+    "advantage": [advantages.group_center, advantages.group_zscore, advantages.leave_one_out],
+    **dict.fromkeys(("kl_loss", "loss"), [kl.k1, kl.k2, kl.k3, kl.weighted_k3]),
+}
 CHOICES = [vars(package)[name] for package in PACKAGES for name in package.__all__]
-NAMES = sorted(choice.__name__ for choice in CHOICES if isinstance(choice, type) and not inspect.isabstract(choice))
+CLASSES = [choice for choice in CHOICES if isinstance(choice, type) and not inspect.isabstract(choice)]
+NAMES = sorted({choice.__name__ for choice in (*CLASSES, *sum(FUNCTIONS.values(), []))})
+
+
+def spell_out(option: str, value: Any) -> Any:
+    """Write the dotted path of a function of ours that ``option`` names by its short name; leave other values alone.
+
+    >>> spell_out("model.advantage", "group_center"), spell_out("model.advantage", "my_package.center")
+    ('modules.functional.advantages.group_center', 'my_package.center')
+    """
+    for function in FUNCTIONS.get(option.rpartition(".")[2], []):
+        if value == function.__name__:
+            return f"{function.__module__}.{value}"
+    if isinstance(value, dict):
+        return {name: spell_out(str(name), part) for name, part in value.items()}
+    return [spell_out("", part) for part in value] if isinstance(value, list) else value
+
+
+def spell_out_arguments(arguments: list[str]) -> list[str]:
+    """Do the same for ``--option=value`` and ``--option value`` of a command line."""
+    spelled = []
+    for before, argument in zip(["", *arguments], arguments, strict=False):
+        option, equals, value = argument.partition("=")
+        if argument.startswith("--") and equals:
+            spelled.append(f"{option}={spell_out(option, value)}")
+        else:
+            spelled.append(spell_out(before, argument))
+    return spelled
 
 
 def batch_read_by(method: type[LightningModule]) -> type | None:

@@ -14,7 +14,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from modules.cli.choices import NAMES, choose_data
+from modules.cli.choices import NAMES, choose_data, spell_out
 from modules.cli.explain import did_you_mean, missing_arguments, nearest_argument, sentence, taken_name
 from modules.cli.renamed import renew
 from modules.rewards.function import as_reward
@@ -93,13 +93,13 @@ class Parser(LightningArgumentParser):
 
 
 def read_old_names() -> None:
-    """Let configurations use class paths of an earlier layout."""
+    """Let configurations use class paths of an earlier layout, and short names of our functions."""
     load = get_loader("yaml")
     if getattr(load, "renews", False):
         return
 
     def load_renewed(stream: str) -> Any:
-        return renew(load(stream))
+        return spell_out("", renew(load(stream)))
 
     load_renewed.renews = True  # type: ignore[attr-defined]
     set_loader("yaml", load_renewed, (yaml.YAMLError,))

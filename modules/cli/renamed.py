@@ -33,15 +33,19 @@ MODULES = {  # where classes lay -> where they lie
     "modules.rewards.weighted_sum": "modules.rewards.combined",
     "modules.self_instruct": "modules.predict.self_instruct",
 }
-FUNCTIONS = {  # classes that became functions
-    "GroupCenter": "modules.functional.advantages.group_center",
-    "GroupZScore": "modules.functional.advantages.group_zscore",
-    "LeaveOneOut": "modules.functional.advantages.leave_one_out",
+FUNCTIONS = {  # classes that became functions, and the settings that they had: those of today's functions
+    "GroupCenter": ("modules.functional.advantages.group_center", {}),
+    "GroupZScore": ("modules.functional.advantages.group_zscore", {"eps": 1e-4}),
+    "LeaveOneOut": ("modules.functional.advantages.leave_one_out", {}),
 }
+VALIDATION = {"accuracy": "validation.accuracy", "val_generations": "validation.generations"}
 OPTIONS = {  # of a class, that moved into a group; "" = that had no effect and is gone
+    "GRPOModule": VALIDATION,
     "LabelModule": {"policy": ""},
-    "SelfInstructModule": {"policy": ""},
+    "MixtureDataModule": {"decay_start": "decay.start", "ramp_steps": "decay.ramp_steps"},
+    "OnlineDPOModule": VALIDATION,
     "PPOModule": {
+        **VALIDATION,
         "gamma": "gae.gamma",
         "lam": "gae.lam",
         "whiten_rewards": "gae.whiten_rewards",
@@ -53,10 +57,16 @@ OPTIONS = {  # of a class, that moved into a group; "" = that had no effect and 
         "adaptive_kl": "kl.adaptive",
         "kl_loss": "kl.loss",
         "reference": "kl.reference",
-        "missing_eos_penalty": "missing_eos.penalty",
-        "replace_missing_eos": "missing_eos.replace",
+        "missing_eos": "incentives.missing_eos",
+        "missing_eos_penalty": "incentives.missing_eos.penalty",
+        "replace_missing_eos": "incentives.missing_eos.replace",
+        "entropy_coef": "incentives.entropy",
+        "ptx_coef": "incentives.ptx",
     },
+    "SelfInstructModule": {"policy": ""},
 }
+# An option without whose value its group was off: then the other options of the group had no effect either.
+SWITCHES = {"missing_eos_penalty": "incentives.missing_eos.", "decay_start": "decay."}
 OLD = re.compile(rf"\b({'|'.join(sorted(map(re.escape, MODULES), key=len, reverse=True))})\.(?=[A-Za-z_]\w*$)")
 
 
@@ -73,24 +83,43 @@ def renew(value: Any) -> Any:
     if isinstance(value, dict):
         name = str(value.get("class_path")).rpartition(".")[2]
         if name in FUNCTIONS:
-            return FUNCTIONS[name]
+            return find_function(name, value.get("init_args") or {})
         if name in OPTIONS and isinstance(value.get("init_args"), dict):
             value = value | {"init_args": move(value["init_args"], OPTIONS[name])}
         return {key: renew(part) for key, part in value.items()}
     return value
 
 
+def find_function(name: str, arguments: dict[str, Any]) -> str:
+    """Find the function that a class became, for settings that the function has too.
+
+    Raises:
+        ValueError: other settings, which the function cannot be given.
+    """
+    path, settings = FUNCTIONS[name]
+    other = {option: value for option, value in arguments.items() if settings.get(option) != value}
+    if other:
+        raise ValueError(
+            f"{name} with {other}: {path} has {settings}; write a function of your own that calls it with "
+            f"{', '.join(f'{option}={value}' for option, value in other.items())}, and name that"
+        )
+    return path
+
+
 def move(arguments: dict[str, Any], places: dict[str, str]) -> dict[str, Any]:
-    """The arguments, those that ``places`` names in the groups that hold them now.
+    """Move the arguments that ``places`` names into the groups that hold them now.
 
     >>> move({"lam": 0.9, "seed": 0}, {"lam": "gae.lam"})
     {'seed': 0, 'gae': {'lam': 0.9}}
     """
     kept = {name: value for name, value in arguments.items() if name not in places}
-    if arguments.get("missing_eos_penalty") is None:  # the group is there only with a penalty
-        places = {name: place for name, place in places.items() if not place.startswith("missing_eos.")}
+    off = [group for switch, group in SWITCHES.items() if switch in places and arguments.get(switch) is None]
     for name, place in places.items():
-        if name in arguments and place:
-            group, _, option = place.partition(".")
-            kept[group] = {**(kept.get(group) or {}), option: arguments[name]}
+        if name in arguments and place and not place.startswith(tuple(off)):
+            *groups, option = place.split(".")
+            inner = kept
+            for group in groups:
+                inner[group] = dict(inner.get(group) or {})
+                inner = inner[group]
+            inner[option] = arguments[name]
     return kept

@@ -26,7 +26,7 @@ from modules.losses.preference import (
     Sigmoid,
     SimPO,
 )
-from modules.losses.shaping import GAE, KL, AdaptiveKL, MissingEos
+from modules.losses.shaping import GAE, KL, AdaptiveKL, Incentives, MissingEos
 
 __all__ = [
     "CISPO",
@@ -42,6 +42,7 @@ __all__ = [
     "Clipped",
     "ConstantNorm",
     "Hinge",
+    "Incentives",
     "LengthDesensitized",
     "LengthMargin",
     "LengthNormalized",

@@ -93,6 +93,24 @@ class MissingEos:
 
 
 @dataclass(frozen=True)
+class Incentives:
+    """What PPO asks of the policy beside the reward; nothing by default. TRL: ``missing_eos_penalty``.
+
+    Raises:
+        ValueError: values out of range.
+    """
+
+    missing_eos: MissingEos | None = None  # to end: what a completion that did not loses of its score
+    entropy: float = 0.0  # to stay various: weight of the entropy in the objective, per nat
+    # >= 0, not to forget: weight of the log-likelihood per token of the texts in data.ptx (PPO-ptx; InstructGPT's 27.8
+    # is for a sum that it does not define)
+    ptx: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_numbers("incentives", entropy=(self.entropy, "(-inf, inf)"), ptx=(self.ptx, "[0, inf)"))
+
+
+@dataclass(frozen=True)
 class GAE:
     """How PPO makes advantages of a phase's token rewards, see ``modules.functional.advantages.gae``. TRL: ``gamma``,
     ``lam``, ``whiten_rewards``.

@@ -8,6 +8,7 @@ from lightning.pytorch import Trainer
 
 from datamodules import Addition, VerifiableDataModule
 from modules import GRPOModule
+from modules.on_policy import Validation
 from modules.rewards import RegexFormat, WeightedSum
 from modules.rollout.engine import Sampling
 from modules.rollout.metrics import Outcome, gap_metrics, outcomes, rollout_metrics, share_solved
@@ -98,7 +99,7 @@ def test_evaluation_does_not_depend_on_the_batch_size():
         module = GRPOModule(
             "tiny",
             WeightedSum([Partly(), RegexFormat(FIRST)]),
-            val_generations=3,
+            validation=Validation(generations=3),
             sampling=Sampling(max_completion_length=4),
         )
         data = VerifiableDataModule(module.tokenizer, Addition(8), val=Addition(8, held_out=True), val_batch_size=size)
