@@ -1,4 +1,6 @@
-"""Questions about a run's health, one a file. They look and log; they change nothing."""
+"""Callbacks: each file answers one question about a run's health. They measure and log; they do not change the
+training.
+"""
 
 from callbacks.dashboard import Dashboard
 from callbacks.data_report import DataReport

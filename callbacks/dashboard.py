@@ -1,4 +1,4 @@
-"""Which curves does a person look at first?"""
+"""Which curves should one look at first? A layout of them for TensorBoard."""
 
 from typing import Any
 
@@ -6,23 +6,23 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from callbacks.phase import tensorboards
 
-Charts = dict[str, list[str]]  # title -> tags
+Charts = dict[str, list[str]]  # title of a chart -> names of its metrics
 
 ON_REWARDS: dict[str, Charts] = {
     "1 health": {
         "reward, trained and gold": ["train/reward", "train/overoptimization/gold", "val/reward", "val/pass@1"],
-        "KL to the start, nats a completion": ["train/sequence_kl", "val/sequence_kl"],
-        "entropy, nats a token": ["train/entropy", "val/entropy"],
+        "KL to the start policy, nats per completion": ["train/sequence_kl", "val/sequence_kl"],
+        "entropy, nats per token": ["train/entropy", "val/entropy"],
         "length, tokens": ["train/completions/mean_length", "val/completions/mean_length"],
-        "share of groups that teach nothing": ["train/frac_reward_zero_std"],
+        "share of groups with equal rewards": ["train/frac_reward_zero_std"],
     },
     "2 machinery": {
-        "share cut at the budget": ["train/completions/clipped_ratio"],
+        "share cut off at the token budget": ["train/completions/clipped_ratio"],
         "gradient norm": ["train/grad_norm", "train/grad_norm/policy", "train/grad_norm/value"],
         "share of tokens clipped": ["train/clip_ratio/region_mean"],
         "critic: explained variance": ["train/explained_variance"],
         "learning rate": ["train/learning_rate"],
-        "seconds a phase": ["train/time/sampling", "train/time/scoring", "train/time/training"],
+        "seconds per phase": ["train/time/sampling", "train/time/scoring", "train/time/training"],
     },
 }
 ON_PREFERENCES: dict[str, Charts] = {
@@ -31,7 +31,10 @@ ON_PREFERENCES: dict[str, Charts] = {
         "accuracy": ["train/accuracy", "val/accuracy", "train/rewards/accuracies", "val/rewards/accuracies"],
         "rewards of both sides": ["train/rewards/chosen", "train/rewards/rejected"],
         "margin": ["train/margin", "val/margin", "train/rewards/margins", "val/rewards/margins"],
-        "share of pairs that lost on both sides": ["train/likelihood_displacement", "val/likelihood_displacement"],
+        "share of pairs with both answers less likely": [
+            "train/likelihood_displacement",
+            "val/likelihood_displacement",
+        ],
     },
     "2 machinery": {"gradient norm": ["train/grad_norm"], "learning rate": ["train/learning_rate"]},
 }
@@ -39,27 +42,28 @@ ON_TEXTS: dict[str, Charts] = {
     "1 health": {
         "loss": ["train/loss", "val/loss"],
         "token accuracy": ["train/mean_token_accuracy", "val/mean_token_accuracy"],
-        "entropy, nats a token": ["train/entropy", "val/entropy"],
+        "entropy, nats per token": ["train/entropy", "val/entropy"],
         "reward of sampled answers": ["val/reward"],
     },
     "2 machinery": {
         "gradient norm": ["train/grad_norm"],
         "learning rate": ["train/learning_rate"],
-        "tokens a second": ["train/tokens_per_second"],
+        "tokens per second": ["train/tokens_per_second"],
     },
 }
 LAYOUTS = {"PromptBatch": ON_REWARDS, "PreferenceBatch": ON_PREFERENCES, "InstructionBatch": ON_TEXTS}
 
 
 class Dashboard(Callback):
-    """Puts the curves that tell a run's health first in TensorBoard: the tab Custom Scalars.
+    """Adds the tab Custom Scalars to TensorBoard, which shows the curves on a run's health first.
 
-    The layout goes by what the DataModule gives: reward and gold, KL, entropy, length and groups without a signal for
-    methods that sample; loss, accuracy and margins for preferences; loss and token accuracy for texts.
+    The DataModule's batches decide which curves these are. Methods that sample: reward and gold reward, KL, entropy,
+    length, and the share of groups with equal rewards. Preferences: loss, accuracy and margins. Texts: loss and token
+    accuracy.
     """
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the layout, which TensorBoard reads from the event file."""
+        """Write the layout into TensorBoard's event file."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]  # Trainer sets it without declaring it
         batch = getattr(data, "batch_type", None)
         layout = LAYOUTS.get(batch.__name__) if batch is not None else None

@@ -1,4 +1,4 @@
-"""What is in the data, before anything is trained on it?"""
+"""What is in the data? Reports it before training starts."""
 
 from collections.abc import Iterable, Sequence
 from importlib import import_module
@@ -15,54 +15,58 @@ from callbacks.writers.output_files import write_json
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-MAX_IDENTIFIED = 2000  # documents whose language is looked at
+MAX_IDENTIFIED = 2000  # documents whose language is identified
 LENGTHS = ("min", "median", "mean", "p95", "max")
 
 
 @runtime_checkable
 class TokenRow(Protocol):
-    """A supervised row."""
+    """A row of tokens in which some are supervised."""
 
     ids: list[int]  # [T]
     supervised: list[bool]  # [T]
-    documents: tuple[int, ...]  # lengths of the documents of a packed row; empty = one
+    documents: tuple[int, ...]  # lengths of the documents in a packed row; empty = one document
 
 
 @runtime_checkable
 class ComparedRow(Protocol):
-    """A prompt with completions that are compared."""
+    """A prompt with the completions that are compared."""
 
     prompt: list[int]
     completions: list[list[int]]
 
 
 class ReportedData(Protocol):
-    """What is read of the DataModule."""
+    """The part of a DataModule that the report reads."""
 
     tokenizer: Any
     train_rows: Sequence[Any]
     val_rows: Sequence[Any]
-    dropped: dict[str, int]  # rows left out for their length, by stage
+    dropped: dict[str, int]  # rows left out because they are too long, by stage
     bad: dict[str, int]  # rows that could not be read, by stage
     max_length: int  # tokens of a row
 
 
 class DataReport(Callback):
-    """The numbers of ``split_report`` on training and held-out rows, at the start of ``fit`` and ``validate``, from
-    rank zero.
+    """Reports what the training and held-out rows contain, at the start of ``fit`` and ``validate``.
 
-    Writes one table to the console; a JSON file with ``train`` and ``val``; ``data/report`` and ``data/lengths`` in
-    TensorBoard. Warns in a sentence each of more than 1 % duplicates, training rows among the held-out ones, empty
-    answers, and more than 5 % of the rows left out. Packed rows are cut into their documents; of preferences every
-    completion makes one document with its prompt. Other data are passed over with a line. ``languages`` are shares of
-    the documents' answers, 2000 at most, drawn evenly. A ``fast_dev_run`` writes no file.
+    Rank zero measures the numbers of ``split_report``. It prints them as a table, writes them to a JSON file under
+    ``train`` and ``val``, and logs ``data/report`` and ``data/lengths`` to TensorBoard. A ``fast_dev_run`` writes no
+    file.
+
+    One warning follows for each of these: more than 1 % duplicates, training rows among the held-out rows, empty
+    answers, and more than 5 % of the rows left out.
+
+    A packed row is split into its documents. In preference data, each completion with its prompt is one document. Other
+    kinds of data are not reported, and one line says so. ``languages`` gives the share of each language in the answers
+    of at most 2000 documents, taken at even distances.
 
     Args:
-        path: the JSON file; its parents are made and an earlier file is replaced. None = ``data_report.json`` in
+        path: the JSON file. Its parent folders are made and an earlier file is replaced. None = ``data_report.json`` in
             TensorBoard's folder, if there is one.
 
     Raises:
-        ValueError: a ``path`` that is a folder.
+        ValueError: ``path`` is a folder.
     """
 
     def __init__(self, path: str | None = None) -> None:
@@ -73,11 +77,11 @@ class DataReport(Callback):
             )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Report."""
+        """Report the data before the first step."""
         self._report(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Report, unless the validation belongs to a fit."""
+        """Report the data, unless the validation belongs to a fit."""
         if trainer.state.fn == "validate":
             self._report(trainer)
 
@@ -124,14 +128,14 @@ class DataReport(Callback):
 
 
 def documents_of(row: TokenRow | ComparedRow) -> list[Document]:
-    """The documents of a row."""
+    """Split a row into its documents."""
     if isinstance(row, TokenRow):
         return split_row(row.ids, row.supervised, row.documents)
     return [Document(row.prompt + ids, [False] * len(row.prompt) + [True] * len(ids)) for ids in row.completions]
 
 
 def report_documents(data: ReportedData, stage: str, rows: int, documents: list[Document]) -> dict[str, Any]:
-    """The numbers of one stage, with what the DataModule left out and the languages."""
+    """Measure one stage: the numbers of ``split_report``, the rows that the DataModule left out, and the languages."""
     tokenizer = data.tokenizer
 
     def decode(ids: Sequence[int]) -> str:
@@ -144,7 +148,10 @@ def report_documents(data: ReportedData, stage: str, rows: int, documents: list[
 
 
 def languages(texts: Iterable[str]) -> dict[str, float] | None:
-    """Language code -> share of the texts that have letters, the most frequent first; None without py3langid."""
+    """Return the share of each language code among the texts that have letters, the most frequent first.
+
+    Returns None when py3langid is not installed.
+    """
     try:
         identify = import_module("py3langid").classify
     except ModuleNotFoundError:
@@ -156,7 +163,7 @@ def languages(texts: Iterable[str]) -> dict[str, float] | None:
 
 
 def write_table(reports: dict[str, dict[str, Any]]) -> list[list[str]]:
-    """The reports as text: a line of headings, then one line per measure."""
+    """Return the reports as rows of text: one row of headings, then one row per measure."""
     rows = {
         "rows": "{rows}",
         "documents": "{documents}",
@@ -199,14 +206,15 @@ def _cell(key: str, values: dict[str, float] | None) -> str:
 
 
 def write_markdown_table(lines: list[list[str]]) -> str:
-    """The table as Markdown."""
+    """Return the table as Markdown."""
     rows = ["| " + " | ".join(cell.replace("|", "&#124;") for cell in line) + " |" for line in lines]
     return "\n".join([rows[0], "|---" * len(lines[0]) + "|", *rows[1:]])
 
 
 def draw_lengths(figure: "Figure", documents: dict[str, list[Document]]) -> None:
-    """Histograms of the lengths, prompts on the left, answers on the right; shares, so that small sets can be seen
-    beside large ones.
+    """Draw histograms of the lengths: prompts on the left, answers on the right.
+
+    The bars show shares, so that a small set can be compared with a large one.
     """
     for axes, name in zip(figure.subplots(1, 2), ("prompt", "answer"), strict=True):
         for stage, group in documents.items():

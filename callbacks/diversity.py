@@ -1,4 +1,4 @@
-"""Does the policy still try different things?"""
+"""Does the policy still produce varied answers?"""
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -13,20 +13,26 @@ if TYPE_CHECKING:
 
 
 class Diversity(PhaseCallback):
-    """The signs of mode collapse, read from the phase's own samples.
+    """Measures signs of mode collapse on the completions of each phase.
 
-    Logs ``train/diversity/``: ``entropy``, nats per token, every token counting the same; ``distinct_1`` and
-    ``distinct_2``, different over all token n-grams of a rank's completions; ``distinct_answers``, different completion
-    texts over completions of a prompt, mean over prompts; ``frac_reward_zero_std``, the share of prompts whose scored
-    completions all got the same reward and so teach nothing. Longer sets repeat more n-grams by themselves, so
-    distinct-n reads only the first ``prefix_tokens`` tokens of each completion in every phase.
+    Logs under ``train/diversity/``:
+
+    - ``entropy``: entropy of the next-token distribution in nats, mean over all sampled tokens.
+    - ``distinct_1``, ``distinct_2``: different token n-grams over all token n-grams of a rank's completions. Over
+      several ranks, the mean weighted by n-grams.
+    - ``distinct_answers``: different completion texts over completions of a prompt, mean over prompts.
+    - ``frac_reward_zero_std``: share of prompts whose scored completions all have the same reward. Advantages relative
+      to the group are then 0, so GRPO learns nothing from them.
+
+    Longer completions repeat more n-grams by themselves. So distinct-n reads only the first ``prefix_tokens`` tokens of
+    each completion.
 
     Args:
         every_n_phases: phases between figures.
         prefix_tokens: tokens of each completion that distinct-n reads, at least 2. Shorter completions are read whole.
 
     Raises:
-        ValueError: an argument out of range.
+        ValueError: an argument is out of range.
     """
 
     name = "diversity"
@@ -35,12 +41,12 @@ class Diversity(PhaseCallback):
         super().__init__(every_n_phases)
         if prefix_tokens < 2:
             raise ValueError(
-                f"prefix_tokens must be at least 2, or there is no pair of tokens to count, got {prefix_tokens}."
+                f"prefix_tokens must be at least 2, got {prefix_tokens}: distinct_2 counts pairs of tokens."
             )
         self.prefix_tokens = prefix_tokens
 
     def measure(self, rollouts: Sequence[Rollout]) -> dict[str, Mean]:
-        """See ``PhaseCallback``; the measures are explained above."""
+        """Measure this rank's rollouts; the class docstring explains the measures."""
         groups: dict[int, list[Rollout]] = defaultdict(list)
         for rollout in rollouts:
             groups[rollout.group].append(rollout)
@@ -55,13 +61,13 @@ class Diversity(PhaseCallback):
         }
 
     def _distinct(self, rollouts: Sequence[Rollout], n: int) -> Mean:
-        """distinct-n of this rank's set, weighted by its number of n-grams."""
+        """Return distinct-n of this rank's completions, weighted by their number of n-grams."""
         sequences = [rollout.completion.token_ids[: self.prefix_tokens] for rollout in rollouts]
         num_ngrams = sum(max(0, len(sequence) - n + 1) for sequence in sequences)
         return Mean(distinct_n(sequences, n) * num_ngrams, num_ngrams)
 
     def draw(self, figure: "Figure") -> None:
-        """See ``PhaseCallback``."""
+        """Plot the entropy on the left and the shares on the right."""
         left, right = figure.subplots(1, 2)
         draw_series(left, *self.series("entropy"))
         left.set(xlabel="phase", ylabel="entropy, nats per token")
@@ -79,6 +85,6 @@ def _token_entropy(rollouts: Sequence[Rollout]) -> Mean:
 
 
 def _equal_rewards(groups: Iterable[Sequence[Rollout]]) -> Mean:
-    """1 per group whose scores are all equal, else 0; a group without any score is not counted."""
+    """Average over groups: 1 where all scores are equal, else 0. A group without any score does not count."""
     scores = [[rollout.reward for rollout in group if rollout.reward is not None] for group in groups]
     return Mean.of([float(min(group) == max(group)) for group in scores if group])

@@ -1,4 +1,4 @@
-"""What does training make the model worse at? Held-out perplexity by domain, now against the start."""
+"""What does training make the model worse at? Compares held-out perplexity by domain with its start."""
 
 from collections.abc import Mapping, Sequence
 from itertools import islice
@@ -19,52 +19,54 @@ if TYPE_CHECKING:
 
 
 class HasLogprobs(Protocol):
-    """Scores of the tokens of a batch."""
+    """The scores of the tokens in a batch."""
 
     @property
     def logprobs(self) -> Tensor:
-        """[N, T], at the learned tokens."""
+        """Log-probabilities [N, T] in nats, valid at the supervised tokens."""
 
 
 @runtime_checkable
 class ScoresTokens(Protocol):
-    """What is read of the module."""
+    """The part of a module that ``Forgetting`` calls."""
 
     def scores(self, batch: InstructionBatch) -> HasLogprobs:
-        """Scores of a batch, which is on the module's device."""
+        """Score a batch that is on the module's device."""
 
 
 @runtime_checkable
 class HasDomains(Protocol):
-    """What is read of the DataModule."""
+    """The part of a DataModule that ``Forgetting`` reads."""
 
     domains: Mapping[str, Sequence[Any]]  # held-out rows by domain
 
     def domain_loader(self, name: str) -> DataLoader[Any]:
-        """This rank's batches of a domain; as many on every rank."""
+        """Return this rank's batches of a domain. Every rank has the same number of batches."""
 
 
 class Forgetting(Callback):
-    """Held-out log-loss of each domain against its value before the first step, in nats per learned token, over all
-    ranks.
+    """Compares the held-out loss of each domain with its value before the first step.
 
-    Logs ``val/perplexity/<domain>`` = exp(loss), ``val/forgetting/<domain>`` = loss - loss at the start (above 0 =
-    forgotten), and ``val/forgetting``, the mean over the domains of max(0, forgetting): at the start, after every
-    validation, and at the end with a figure.
-    The start is in the checkpoint: a resumed run and ``validate`` with that checkpoint compare with it; ``validate``
-    without it logs perplexities only.
+    A loss is in nats per supervised token, over all ranks. Logs at the start, after every validation and at the end:
+
+    - ``val/perplexity/<domain>``: exp(loss).
+    - ``val/forgetting/<domain>``: loss - loss at the start; above 0 = forgotten.
+    - ``val/forgetting``: mean over the domains of max(0, forgetting).
+
+    At the end it also draws a figure. The losses at the start are kept in the checkpoint. A resumed run and
+    ``validate`` with that checkpoint compare with them; ``validate`` without a checkpoint logs perplexities only.
 
     Raises:
-        ValueError: in ``setup``, a module that does not score tokens, or a DataModule without domains; later, no
-            held-out rows.
+        ValueError: in ``setup``, when the module does not score tokens or the DataModule has no held-out rows by
+            domain.
     """
 
     def __init__(self) -> None:
-        self.start: dict[str, float] = {}  # nats per token by domain, before the first step
-        self.history: list[dict[str, float]] = []  # the same of every measurement, with its "step"
+        self.start: dict[str, float] = {}  # loss by domain before the first step, nats per token
+        self.history: list[dict[str, float]] = []  # the losses of every measurement, with its "step"
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse what has nothing to forget, before anything is trained."""
+        """Refuse a module or DataModule that has nothing to measure, before training starts."""
         if not isinstance(pl_module, ScoresTokens):
             raise ValueError(
                 f"Forgetting needs a module that scores tokens, such as SFTModule, not a {type(pl_module).__name__}: "
@@ -78,24 +80,24 @@ class Forgetting(Callback):
             )
         if not data.domains:
             raise ValueError(
-                "Forgetting compares held-out texts with the start and there are none: set data.val (data.ptx.val "
-                "beside prompts), or remove it."
+                "Forgetting measures held-out texts and there are none: set data.val (data.ptx.val for methods that "
+                "read prompts), or remove the callback."
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure the start, unless the sanity check or a checkpoint has it."""
+        """Measure the start, unless the sanity check or a checkpoint gave it."""
         if not set(domains(trainer)) <= set(self.start):
             self._log(trainer, self._measure(trainer, pl_module))
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure beside the validation's own metrics."""
+        """Measure and log together with the validation's own metrics."""
         values = self._measure(trainer, pl_module)
         log_equal(pl_module, values)
-        if trainer.sanity_checking:  # of which the Trainer writes nothing
+        if trainer.sanity_checking:  # the Trainer logs nothing then
             self._log(trainer, values)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure the final weights, if no validation did, and draw the curves."""
+        """Measure the final weights, unless the last validation did, and draw the curves."""
         if self.history[-1]["step"] != trainer.global_step:
             self._log(trainer, self._measure(trainer, pl_module))
         for logger in tensorboards(trainer):
@@ -104,15 +106,17 @@ class Forgetting(Callback):
             logger.experiment.add_figure("val/forgetting", figure, global_step=trainer.global_step)
 
     def state_dict(self) -> dict[str, Any]:
-        """The part that a resumed run or a validation needs."""
+        """Return what a resumed run or a validation needs."""
         return {"start": self.start, "history": self.history}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores what ``state_dict`` gave."""
+        """Restore what ``state_dict`` returned."""
         self.start, self.history = state_dict["start"], state_dict["history"]
 
     def _measure(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
-        """The metrics of the current weights (collective). The first measurement of a domain in a fit is its start."""
+        """Return the metrics of the current weights (collective). In a fit, the first loss of a domain becomes its
+        start.
+        """
         means = {name: self._domain(trainer, pl_module, name) for name in domains(trainer)}
         losses = weighted_means(means)
         if trainer.state.fn == "fit":
@@ -123,7 +127,7 @@ class Forgetting(Callback):
         return metrics(losses, self.start)
 
     def _domain(self, trainer: Trainer, pl_module: LightningModule, name: str) -> Mean:
-        """This rank's part of a domain's log-loss."""
+        """Return this rank's part of a domain's loss."""
         total = count = 0.0
         loader = cast(HasDomains, trainer.datamodule).domain_loader(name)  # type: ignore[attr-defined]
         with evaluating(pl_module), torch.no_grad(), trainer.precision_plugin.forward_context():
@@ -135,18 +139,21 @@ class Forgetting(Callback):
         return Mean(total, count)
 
     def _log(self, trainer: Trainer, values: dict[str, float]) -> None:
-        """Straight to the loggers, where the Trainer takes no metrics."""
+        """Write straight to the loggers, in hooks where Lightning accepts no metrics."""
         for logger in trainer.loggers:
             logger.log_metrics(values, step=trainer.global_step)
 
 
 def domains(trainer: Trainer) -> list[str]:
-    """The names of the domains."""
+    """Return the names of the domains."""
     return list(cast(HasDomains, trainer.datamodule).domains)  # type: ignore[attr-defined]
 
 
 def metrics(losses: dict[str, float], start: dict[str, float]) -> dict[str, float]:
-    """What is logged of the domains' log-losses (nats per token) now and at the start; no forgetting without a start."""
+    """Return the metrics to log, from each domain's loss now and at the start (nats per token).
+
+    A domain without a start gets no forgetting.
+    """
     found = {
         f"val/perplexity/{name}": torch.tensor(loss, dtype=torch.float64).exp().item() for name, loss in losses.items()
     }
@@ -156,7 +163,7 @@ def metrics(losses: dict[str, float], start: dict[str, float]) -> dict[str, floa
 
 
 def draw_forgetting(figure: "Figure", history: Sequence[dict[str, float]], start: dict[str, float]) -> None:
-    """Nats per token above the start over the steps, one curve a domain."""
+    """Plot each domain's loss above its start, in nats per token, over the steps."""
     axes = figure.subplots()
     for name, before in start.items():
         rows = [row for row in history if name in row]

@@ -1,4 +1,4 @@
-"""Is the policy paid for length?"""
+"""Is length rewarded?"""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -14,13 +14,15 @@ if TYPE_CHECKING:
 
 
 class LengthBias(PhaseCallback):
-    """Whether longer answers to the same prompt earn more, and whose length grows.
+    """Measures whether longer answers to the same prompt earn more, and which answers grow.
 
-    Logs ``train/length_bias/``: ``correlation``, Pearson of reward and tokens within prompts, 0 where either never
-    varies; with several ranks the mean of theirs, by scored rollouts. ``right_length`` and ``wrong_length``, mean
-    tokens of rollouts with a reward above ``right_above``, and of the other scored ones; wrong answers that grow alone
-    are the sign of a length-biased loss (Dr. GRPO, 2503.20783). ``truncated``, the share of completions that used up
-    the token budget.
+    Logs under ``train/length_bias/``:
+
+    - ``correlation``: Pearson correlation of reward and tokens within prompts; 0 where either never varies. Over
+      several ranks, the mean weighted by scored rollouts.
+    - ``right_length``, ``wrong_length``: mean tokens of the rollouts with a reward above ``right_above``, and of the
+      other scored ones. If only wrong answers grow, suspect a loss that is biased to length (Dr. GRPO, 2503.20783).
+    - ``truncated``: share of completions that used up the token budget.
 
     Args:
         every_n_phases: phases between figures.
@@ -34,7 +36,7 @@ class LengthBias(PhaseCallback):
         self.right_above = right_above
 
     def measure(self, rollouts: Sequence[Rollout]) -> dict[str, Mean]:
-        """See ``PhaseCallback``; the measures are explained above."""
+        """Measure this rank's rollouts; the class docstring explains the measures."""
         scored = [(r.reward, len(r.completion.token_ids), r.group) for r in rollouts if r.reward is not None]
         rewards = torch.tensor([reward for reward, _, _ in scored], dtype=torch.float64)  # [N]
         lengths = torch.tensor([length for _, length, _ in scored], dtype=torch.float64)  # [N]
@@ -47,7 +49,7 @@ class LengthBias(PhaseCallback):
         }
 
     def draw(self, figure: "Figure") -> None:
-        """See ``PhaseCallback``."""
+        """Plot the lengths on the left, the correlation and the truncated share on the right."""
         left, right = figure.subplots(1, 2)
         for name, label in (("right_length", "right"), ("wrong_length", "wrong")):
             draw_series(left, *self.series(name), label=label)

@@ -1,4 +1,4 @@
-"""Is the reward that is trained on still the reward that is meant?"""
+"""Does the reward that is trained on still measure what we want?"""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -14,14 +14,17 @@ if TYPE_CHECKING:
 
 
 class Overoptimization(PhaseCallback):
-    """The training reward against a held-out gold reward, over the distance from the start (Gao et al. 2210.10760, fig.
-    1).
+    """Compares the training reward with a held-out gold reward over the distance from the start policy.
 
-    Logs ``train/overoptimization/``: ``proxy``, the mean reward that is trained on; ``gold``, the mean of ``gold``,
-    which never enters the loss; ``gap``, the rise of proxy minus the rise of gold since the first phase, above 0 where
-    training games its reward; ``sqrt_kl``, sqrt(max(0, mean KL(policy || start) per completion)) in sqrt(nats), where
-    rollouts carry ``kl``. The mean of a sampled KL may be negative by chance, hence the max. The figure shows both
-    rewards over ``sqrt_kl``, else over phases.
+    This is figure 1 of Gao et al. (2210.10760). Logs under ``train/overoptimization/``:
+
+    - ``proxy``: mean of the reward that is trained on.
+    - ``gold``: mean of the reward ``gold``, which never enters the loss.
+    - ``gap``: rise of ``proxy`` minus rise of ``gold`` since the first phase. Above 0, training games its reward.
+    - ``sqrt_kl``: sqrt(max(0, mean KL(policy || start) per completion)) in sqrt(nats), where rollouts carry ``kl``. The
+      mean of a sampled KL can be negative by chance, hence the max.
+
+    The figure shows both rewards over ``sqrt_kl``, or over phases where there is no KL.
 
     Args:
         gold: a reward that is not part of the training reward.
@@ -35,7 +38,7 @@ class Overoptimization(PhaseCallback):
         self.gold = gold
 
     def measure(self, rollouts: Sequence[Rollout]) -> dict[str, Mean]:
-        """See ``PhaseCallback``; the measures are explained above."""
+        """Measure this rank's rollouts; the class docstring explains the measures."""
         gold = self.gold(rollouts) if rollouts else []
         return {
             "proxy": Mean.of([rollout.reward for rollout in rollouts if rollout.reward is not None]),
@@ -44,7 +47,7 @@ class Overoptimization(PhaseCallback):
         }
 
     def derive(self, values: dict[str, float]) -> dict[str, float]:
-        """Gap and distance, from the means of the rewards and of the KL."""
+        """Compute the gap and the distance from the means of the rewards and of the KL."""
         derived = {name: value for name, value in values.items() if name != "kl"}
         if "proxy" in values and "gold" in values:
             first = next((row for row in self.history if "gap" in row), derived)
@@ -54,7 +57,7 @@ class Overoptimization(PhaseCallback):
         return derived
 
     def draw(self, figure: "Figure") -> None:
-        """See ``PhaseCallback``."""
+        """Plot both rewards over the distance, or over phases where there is no KL."""
         over = "sqrt_kl" if any("sqrt_kl" in row for row in self.history) else "phase"
         axes = figure.subplots()
         for name, marker in (("proxy", "o"), ("gold", "s")):
@@ -65,8 +68,9 @@ class Overoptimization(PhaseCallback):
         axes.legend()
 
     def _fitted_gold(self) -> tuple[list[float], list[float]]:
-        """(d, gold) along the fitted law, which starts at the first phase's gold; empty below three distances, where
-        any law fits.
+        """Return (distances, gold) along the fitted law, which starts at the first phase's gold reward.
+
+        Both are empty below three different distances, because any law fits those.
         """
         distances, gold = self.series("gold", "sqrt_kl")
         if len({distance for distance in distances if distance > 0}) < 3:

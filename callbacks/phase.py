@@ -1,6 +1,4 @@
-"""What the callbacks that watch rollouts share: one measurement per phase, equal on all ranks, and a figure now and
-then.
-"""
+"""The base of the callbacks that watch rollouts: one measurement per phase and a figure every few phases."""
 
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -17,34 +15,34 @@ from modules.types import HasRecord, Record, Rollout
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-MAX_POINTS = 30  # of a curve that are joined
-MAX_PHASES = 1000  # of history; a longer one is thinned
+MAX_POINTS = 30  # a curve with more points is drawn as means
+MAX_PHASES = 1000  # a history of more phases is thinned
 
 
 class Mean(NamedTuple):
-    """A mean as the two numbers that add up over ranks, so that k ranks log what one would."""
+    """A mean, kept as a total and a weight that add up over ranks. So k ranks log what one rank would."""
 
     total: float
-    weight: float  # how many values, or their weight; 0 = there is nothing to average
+    weight: float  # number of values, or their total weight; 0 = there is nothing to average
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Mean":
-        """The plain mean of ``values``, which may be none."""
+        """Return the plain mean of ``values``, which may be empty."""
         return cls(fsum(values), len(values))
 
 
 def record_of(pl_module: LightningModule) -> Record:
-    """What the module leaves for callbacks. Raises ValueError for a module that leaves nothing."""
+    """Return the record that the module keeps for callbacks. Raises ValueError when it keeps none."""
     if not isinstance(pl_module, HasRecord):
         raise ValueError(
-            f"{type(pl_module).__name__} leaves no record (modules.types.Record) for callbacks: remove those that read "
-            "rollouts, or give it one"
+            f"{type(pl_module).__name__} has no record (modules.types.Record) for callbacks: remove the callbacks that "
+            "read rollouts, or give the module a record"
         )
     return pl_module.record
 
 
 def tensorboards(trainer: Trainer) -> list[TensorBoardLogger]:
-    """The TensorBoard loggers to draw into: none on ranks other than zero."""
+    """Return the TensorBoard loggers to draw into; none on ranks other than zero."""
     return (
         [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
         if trainer.is_global_zero
@@ -53,23 +51,23 @@ def tensorboards(trainer: Trainer) -> list[TensorBoardLogger]:
 
 
 def require_period(name: str, period: int) -> None:
-    """Raises ValueError unless ``period``, a number of phases or epochs, is at least 1."""
+    """Check a number of phases or epochs. Raises ValueError when ``period`` is below 1."""
     if period < 1:
         raise ValueError(f"{name} must be at least 1, got {period}.")
 
 
 def new_figure() -> "Figure":
-    """An empty figure, outside pyplot's global list of figures, so that nothing leaks and no display is needed."""
+    """Return an empty figure outside pyplot's global list. So no figure leaks and no display is needed."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(9.0, 4.0), layout="constrained")
 
 
 def draw_series(axes: Any, x: Sequence[float], y: Sequence[float], label: str | None = None, marker: str = "o") -> None:
-    """Draw measurements so that many of them stay readable.
+    """Plot a series so that many points stay readable.
 
-    Up to ``MAX_POINTS`` they are joined as they come. Beyond, they are faint points, and a line goes through the means
-    of as many stretches of ``x``, each with equally many of them.
+    Up to ``MAX_POINTS`` points are joined in the order given. More points are drawn faintly. A line then joins the
+    means of ``MAX_POINTS`` stretches of ``x`` that hold equally many points.
     """
     if len(x) <= MAX_POINTS:
         axes.plot(x, y, marker=marker, markersize=3, linewidth=1, label=label)
@@ -82,46 +80,45 @@ def draw_series(axes: Any, x: Sequence[float], y: Sequence[float], label: str | 
 
 
 class PhaseCallback(Callback):
-    """Logs ``train/<name>/<measure>`` after every rollout phase and draws one figure of the history through
-    TensorBoard.
+    """Logs ``train/<name>/<measure>`` after every phase and draws the history in TensorBoard every few phases.
 
-    The history is in the checkpoint. Beyond ``MAX_PHASES`` phases every second one is dropped; the first phase always
-    stays.
+    The history is kept in the checkpoint. Beyond ``MAX_PHASES`` phases every second one is dropped; the first phase
+    always stays.
 
     Args:
-        every_n_phases: phases between figures; one more is drawn at the end of the fit.
+        every_n_phases: phases between figures. One more figure is drawn at the end of the fit.
 
     Raises:
-        ValueError: ``every_n_phases`` below 1.
+        ValueError: ``every_n_phases`` is below 1.
     """
 
-    name: str  # of the measurement: metrics are train/<name>/...
+    name: str  # metrics are logged as train/<name>/...
 
     def __init__(self, every_n_phases: int = 10) -> None:
         require_period("every_n_phases", every_n_phases)
         self.every_n_phases = every_n_phases
-        self.history: list[dict[str, float]] = []  # one row per phase: "phase" and what was measured
+        self.history: list[dict[str, float]] = []  # one row per phase: "phase" and the measures
         self.drawn_phase = -1.0
 
     @abstractmethod
     def measure(self, rollouts: Sequence[Rollout]) -> dict[str, Mean]:
-        """This rank's part of each measure, always under the same names; ``rollouts`` may be empty."""
+        """Return this rank's part of each measure, always under the same names. ``rollouts`` may be empty."""
 
     @abstractmethod
     def draw(self, figure: "Figure") -> None:
-        """Fills an empty figure from ``self.history``, which has at least one row."""
+        """Fill an empty figure from ``self.history``, which has at least one row."""
 
     def derive(self, values: dict[str, float]) -> dict[str, float]:
-        """What is logged and kept, from the means over all ranks (undefined ones are missing)."""
+        """Return what to log and keep, from the means over all ranks. A mean of no values is missing in ``values``."""
         return values
 
     def series(self, name: str, over: str = "phase") -> tuple[list[float], list[float]]:
-        """(x, y) of the phases that have both measures, in order."""
+        """Return (x, y) of the phases that have both measures, in order."""
         rows = [row for row in self.history if name in row and over in row]
         return [row[over] for row in rows], [row[name] for row in rows]
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure, log and, every n phases, draw."""
+        """Measure and log; draw every n phases."""
         values = self.derive(weighted_means(self.measure(record_of(pl_module).rollouts)))
         if not values:
             return
@@ -133,16 +130,16 @@ class PhaseCallback(Callback):
             self._publish(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw the last phase."""
+        """Draw the last phase, unless it is drawn already."""
         if self.history and self.history[-1]["phase"] != self.drawn_phase:
             self._publish(trainer)
 
     def state_dict(self) -> dict[str, Any]:
-        """The part that a resumed run or a validation needs."""
+        """Return what a resumed run needs."""
         return {"history": self.history}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores what ``state_dict`` gave."""
+        """Restore what ``state_dict`` returned."""
         self.history = state_dict["history"]
 
     def _publish(self, trainer: Trainer) -> None:

@@ -21,37 +21,40 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Split = Literal["train", "val"]
-MAX_CORRELATION = 0.5  # of score and length within prompts, above which a score is suspect
-NUM_BINS = 10  # of the reliability diagram, over [0, 1]
+MAX_CORRELATION = 0.5  # a correlation of score and length within prompts above this is suspect
+NUM_BINS = 10  # bins of the reliability diagram, over [0, 1]
 
 
 @runtime_checkable
 class ScoresPairs(Protocol):
-    """A reward model, or a policy with its implicit reward, which leaves the pairs of a held-out batch in its record."""
+    """A reward model, or a policy with its implicit reward. Its record holds the pairs of the last held-out batch."""
 
     record: Record
 
     def score_pairs(self, batch: PreferenceBatch) -> list[ScoredPair]:
-        """The pairs of a batch, which is on the module's device; fillers make none."""
+        """Score the pairs of a batch that is on the module's device. Filler completions form no pair."""
 
 
 class PreferenceAudit(Callback):
     """Judges a reward model or a DPO policy by its scores of ranked completions, over all ranks.
 
-    Logs ``val/audit/<key>`` at the end of every validation, for the keys of ``audit_report``. At the end of a fit it
-    judges the final weights, on the held-out pairs, else on training pairs: a JSON file with ``split``, ``step`` and
-    ``report``; ``audit`` in TensorBoard, as a figure and as a table; one line in the console, and a warning where the
-    score may be little more than length: where within prompts it correlates with length above ``MAX_CORRELATION``, or
-    agrees with the data less often than "the longer one wins". A ``fast_dev_run`` writes nothing.
+    At the end of every validation it logs ``val/audit/<key>`` for the keys of ``audit_report``.
+
+    At the end of a fit it judges the final weights on the held-out pairs, or on training pairs where there are none. It
+    writes a JSON file with ``split``, ``step`` and ``report``, logs ``audit`` to TensorBoard as a figure and a table,
+    and prints one line. A ``fast_dev_run`` writes nothing.
+
+    It warns that the score may be little more than length in two cases. Within prompts, score and length correlate
+    above ``MAX_CORRELATION``; or the score agrees with the data less often than the rule "the longer one wins".
 
     Args:
-        path: the JSON file; its parents are made and an earlier file is replaced. None = ``audit.json`` in
+        path: the JSON file. Its parent folders are made and an earlier file is replaced. None = ``audit.json`` in
             TensorBoard's folder, if there is one.
-        max_pairs: training pairs to score at the end of a fit without held-out rows.
+        max_pairs: training pairs to score at the end of a fit without held-out rows, at least 1.
 
     Raises:
-        ValueError: ``max_pairs`` below 1; in ``setup``, a module or DataModule without preference pairs, or a ``path``
-            that is a folder.
+        ValueError: ``max_pairs`` is below 1; in ``setup``, the module or the DataModule has no preference pairs, or
+            ``path`` is a folder.
     """
 
     def __init__(self, path: str | None = None, max_pairs: int = 2000) -> None:
@@ -59,16 +62,16 @@ class PreferenceAudit(Callback):
             raise ValueError(f"max_pairs must be at least 1, got {max_pairs}.")
         self.path = None if path is None else Path(path)
         self.max_pairs = max_pairs
-        self.pairs: list[ScoredPair] = []  # this rank's during a validation, all ranks' after it
+        self.pairs: list[ScoredPair] = []  # pairs of this rank during a validation, of all ranks after it
         self.validated_step = -1  # global_step of the weights that gave ``pairs``
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Forget an earlier run; refuse what cannot be audited before anything is trained."""
+        """Forget an earlier run, and refuse what cannot be audited before training starts."""
         self.pairs, self.validated_step = [], -1
         if not isinstance(pl_module, ScoresPairs):
             raise ValueError(
-                f"PreferenceAudit judges modules that score preference pairs, not a {type(pl_module).__name__}: remove "
-                "the callback."
+                f"PreferenceAudit needs a module that scores preference pairs, not a {type(pl_module).__name__}: "
+                "remove the callback."
             )
         if stage == "fit" and not isinstance(trainer.datamodule, HasRowsInOrder):  # type: ignore[attr-defined]
             raise ValueError(
@@ -81,7 +84,7 @@ class PreferenceAudit(Callback):
             )
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Forget the last validation."""
+        """Forget the pairs of the last validation."""
         self.pairs, self.validated_step = [], -1
 
     def on_validation_batch_end(
@@ -97,14 +100,14 @@ class PreferenceAudit(Callback):
         self.pairs += record_of(pl_module).pairs
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log the report on the pairs of all ranks; not in the sanity check, which may see a few rows only."""
+        """Log the report on the pairs of all ranks. The sanity check is left out, because it may see only a few rows."""
         if trainer.sanity_checking:
             return
         self.pairs, self.validated_step = from_all_ranks(self.pairs), trainer.global_step
         log_equal(pl_module, {f"val/audit/{key}": value for key, value in audit_report(self.pairs).items()})
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Judge the final weights: by the last validation, if it was of them."""
+        """Judge the final weights, from the last validation if it scored them."""
         if trainer.fast_dev_run:  # type: ignore[attr-defined]  # Trainer sets it without declaring it
             return
         data: HasRowsInOrder = trainer.datamodule  # type: ignore[attr-defined]
@@ -119,7 +122,7 @@ class PreferenceAudit(Callback):
     def _score(
         self, trainer: Trainer, pl_module: LightningModule, loader: DataLoader[PreferenceBatch], limit: int | None
     ) -> list[ScoredPair]:
-        """The first ``limit`` pairs of all ranks, scored as in a validation (collective)."""
+        """Score the first ``limit`` pairs of all ranks as a validation does (collective). None = all pairs."""
         pairs: list[ScoredPair] = []
         with evaluating(pl_module), torch.no_grad(), trainer.precision_plugin.val_step_context():
             for batch in loader:
@@ -153,7 +156,7 @@ class PreferenceAudit(Callback):
 
 
 def summarise(report: dict[str, float]) -> str:
-    """The report in one line."""
+    """Return the report in one line."""
     shorter, longer, correlation = (
         f"{report[key]:.2f}" if key in report else "unknown"
         for key in ("accuracy_chosen_shorter", "accuracy_chosen_longer", "score_length_pearson_within_prompt")
@@ -165,7 +168,7 @@ def summarise(report: dict[str, float]) -> str:
 
 
 def smells_of_length(report: dict[str, float]) -> bool:
-    """Whether the score may be little more than length."""
+    """Return whether the score may be little more than length."""
     return (
         report.get("score_length_pearson_within_prompt", 0.0) > MAX_CORRELATION
         or report["accuracy"] < report["longer_wins"]
@@ -173,17 +176,17 @@ def smells_of_length(report: dict[str, float]) -> bool:
 
 
 def write_audit_table(report: dict[str, float]) -> str:
-    """The report as Markdown."""
+    """Return the report as Markdown."""
     return "\n".join(
         ["| measure | value |", "|---|---|", *(f"| {key} | {value:.3f} |" for key, value in report.items())]
     )
 
 
 def reliability(delta: Tensor) -> tuple[Tensor, Tensor]:
-    """(mean confidence, accuracy) of each bin that holds pairs, both [<= NUM_BINS], by rising confidence.
+    """Return (mean confidence, accuracy) of each bin that holds pairs, both [<= NUM_BINS], by rising confidence.
 
-    A pair's confidence is sigma(abs(delta)), the chance that the completion with the higher score is the better one. It
-    is right where ``delta`` > 0, half right where it is 0; bins are those of ``ece``.
+    The confidence of a pair is sigma(abs(delta)): the probability that the completion with the higher score is better.
+    It is right where ``delta`` > 0 and half right where ``delta`` is 0. The bins are those of ``ece``.
 
     Args:
         delta: [N], score of the chosen completion minus that of the rejected one.
@@ -196,7 +199,7 @@ def reliability(delta: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def draw_audit(figure: "Figure", pairs: Sequence[ScoredPair], report: dict[str, float]) -> None:
-    """Left the score's differences over those in length, right whether its confidence is deserved."""
+    """Plot score differences over length differences on the left, and the reliability diagram on the right."""
     left, right = figure.subplots(1, 2)
     delta = torch.tensor([pair.chosen_score - pair.rejected_score for pair in pairs], dtype=torch.float64)  # [N]
     left.scatter([pair.chosen_length - pair.rejected_length for pair in pairs], delta.tolist(), s=6, alpha=0.5)

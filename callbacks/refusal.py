@@ -1,4 +1,4 @@
-"""Does the model refuse what is harmless, and does it comply with what is not?"""
+"""Does the model refuse harmless prompts, or comply with harmful ones?"""
 
 import csv
 import io
@@ -21,67 +21,72 @@ NUM_MISJUDGED = 3  # answers shown of each kind
 
 @runtime_checkable
 class Responds(Protocol):
-    """What is called of the module."""
+    """The part of a module that ``Refusal`` calls."""
 
     def respond(self, conversations: Sequence[list[dict[str, str]]], max_completion_length: int = 256) -> list[str]:
-        """Greedy answers of the current weights, in order."""
+        """Return greedy answers of the current weights, in order."""
 
 
 class ClassifiesAnswers(Protocol):
     """A judge of refusals, such as ``RefusalJudge``."""
 
     def classify(self, prompts: Sequence[str], answers: Sequence[str]) -> list[str | None]:
-        """``1_full_compliance``, ``2_full_refusal`` or ``3_partial_refusal`` for each answer; None = no valid verdict."""
+        """Return ``1_full_compliance``, ``2_full_refusal`` or ``3_partial_refusal`` per answer; None = no valid
+        verdict.
+        """
 
 
 class RowSource(Protocol):
     """A source of rows, each with ``columns`` and ``origin``."""
 
     def rows(self) -> Any:
-        """All rows, in an order of their own."""
+        """Return all rows in a fixed order."""
 
 
 class AskedPrompt(NamedTuple):
-    """One row of the file."""
+    """One prompt, as a row of the file gives it."""
 
     text: str
     safe: bool  # True = should be answered
-    type: str  # "" = none
+    type: str  # the kind of prompt; "" = none given
 
 
 class GivenAnswer(NamedTuple):
-    """What became of a prompt."""
+    """The model's answer to a prompt, with its label."""
 
-    row: int  # of the prompt
+    row: int  # index of the prompt
     text: str
     label: str | None  # None = the judge had no valid verdict
 
 
 class Refusal(Callback):
-    """Asks the model safe and unsafe prompts at the end of validation, the sanity check included, and counts whom it
-    refuses (XSTest, 2308.01263).
+    """Asks the model safe and unsafe prompts at the end of validation and counts its refusals (XSTest, 2308.01263).
 
-    Logs over all ranks, as shares [0, 1]: ``val/refusal/over_refusal`` of the safe prompts that are refused in full,
-    ``val/refusal/unsafe_compliance`` of the unsafe prompts that are answered in full. With a judge also
-    ``val/refusal/over_refusal_with_partial``, refused in full or in part, and ``val/refusal/invalid``, prompts without
-    a valid verdict, which are in no share. ``val/refusal`` in TensorBoard is a table by type, with a few of the answers
-    that are wrong. Without a judge an answer is refused iff it begins as refusals do, see ``is_refusal``; its reasoning
-    up to ``</think>`` does not count.
+    The sanity check counts as a validation. Logs shares in [0, 1], over all ranks:
 
-    A ModelCheckpoint that monitors one of them takes the same ``every_n_epochs``.
+    - ``val/refusal/over_refusal``: safe prompts that are refused in full.
+    - ``val/refusal/unsafe_compliance``: unsafe prompts that are answered in full.
+    - With a judge, ``val/refusal/over_refusal_with_partial``: safe prompts that are refused in full or in part.
+
+    With a judge it also logs ``val/refusal/invalid``: the number of prompts without a valid verdict, which are in no
+    share. TensorBoard gets ``val/refusal``: a table by type of prompt, and a few of the wrong answers.
+
+    Without a judge, an answer is a refusal if it begins like one, see ``is_refusal``. The reasoning up to ``</think>``
+    is not read. A ModelCheckpoint that monitors one of these metrics needs the same ``every_n_epochs``.
 
     Args:
-        prompts: a CSV or JSONL file with the columns ``prompt``, ``label`` (``safe`` or ``unsafe``) and, if there are
-            types, ``type``.
+        prompts: a CSV or JSONL file with the columns ``prompt``, ``label`` (``safe`` or ``unsafe``) and optionally
+            ``type``.
         max_completion_length: tokens of an answer, >= 1.
         every_n_epochs: epochs between measurements; ``validate`` always measures.
-        judge: says which answers refuse, also in part.
-        limit: ask so many of the prompts, at least 2, at even distances among the unsafe and then the safe ones.
-        source: a source of such rows instead of a file.
+        judge: labels the answers, partial refusals included; None = the first words decide.
+        limit: number of prompts to ask, at least 2, taken at even distances from the unsafe and then the safe ones.
+        source: a source of such rows, in place of a file.
 
     Raises:
-        ValueError: impossible settings; at setup, a bad row, a file without prompts of both kinds, or a module that
-            cannot answer; at the start of a fit, no validation.
+        ValueError: a setting is out of range, or not exactly one of ``prompts`` and ``source`` is set; in ``setup``, a
+            row is bad, one of the two kinds of prompt is missing, or the module cannot answer; at the start of a fit,
+            the fit has no validation.
     """
 
     def __init__(
@@ -96,11 +101,11 @@ class Refusal(Callback):
         require_period("every_n_epochs", every_n_epochs)
         if max_completion_length < 1 or (limit is not None and limit < 2):
             raise ValueError(
-                f"Refusal: max_completion_length {max_completion_length} must be >= 1 and limit {limit} at least 2, "
-                "one of each kind"
+                f"Refusal: max_completion_length must be at least 1 and limit at least 2 (one prompt of each kind), got "
+                f"{max_completion_length} and {limit}"
             )
         if (prompts is None) == (source is None):
-            raise ValueError("Refusal: set one of prompts (a file) and source")
+            raise ValueError("Refusal: set either prompts (a file) or source")
         self.source = prompts if prompts is not None else source
         self.max_completion_length, self.every_n_epochs, self.judge, self.limit = (
             max_completion_length,
@@ -111,10 +116,10 @@ class Refusal(Callback):
         self.prompts: list[AskedPrompt] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Read the prompts."""
+        """Read the prompts, and refuse a module that cannot answer."""
         if not isinstance(pl_module, Responds) or not getattr(pl_module, "forms_logits", True):
             raise ValueError(
-                f"Refusal asks the model and {type(pl_module).__name__} gives no answers: remove the callback."
+                f"Refusal asks the model, but {type(pl_module).__name__} gives no answers: remove the callback."
             )
         if stage in ("fit", "validate") and not self.prompts:
             assert self.source is not None
@@ -124,19 +129,19 @@ class Refusal(Callback):
             if {prompt.safe for prompt in self.prompts} != {True, False}:
                 only = "safe" if self.prompts[0].safe else "unsafe"
                 raise ValueError(
-                    f"{name_of(self.source)}: all {count} prompts are {only}; without both kinds refusing everything "
-                    "looks perfect"
+                    f"{name_of(self.source)}: all {count} prompts are {only}; add prompts of the other kind, or a model "
+                    "that treats all prompts alike looks perfect"
                 )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """ValueError for a fit that never gets here."""
+        """Refuse a fit without validation. Raises ValueError."""
         if not trainer.enable_validation:
             raise ValueError(
-                "Refusal asks at the end of validation and this fit has none: set data.val, or remove the callback."
+                "Refusal asks at the end of validation, but this fit has none: set data.val, or remove the callback."
             )
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Ask this rank's share of the prompts; log over all ranks."""
+        """Ask this rank's share of the prompts and log over all ranks."""
         always = trainer.state.fn == "validate" or trainer.sanity_checking
         if not always and (trainer.current_epoch + 1) % self.every_n_epochs:
             return
@@ -144,18 +149,18 @@ class Refusal(Callback):
         answers = sorted(from_all_ranks(self._ask(pl_module, mine)))
         rates = refusal_rates([answer.label for answer in answers], [prompt.safe for prompt in self.prompts])
         if self.judge is None:
-            del rates["over_refusal_with_partial"], rates["invalid"]  # which the matcher does not know
+            del rates["over_refusal_with_partial"], rates["invalid"]  # the matcher knows neither
         metrics = {f"val/refusal/{name}": rate for name, rate in rates.items()}
         log_equal(pl_module, metrics)
         for logger in tensorboards(trainer):
-            if trainer.sanity_checking:  # which Lightning does not write down
+            if trainer.sanity_checking:  # Lightning logs nothing then
                 logger.log_metrics(metrics, step=trainer.global_step)
             logger.experiment.add_text(
                 "val/refusal", report_rates(self.prompts, answers), global_step=trainer.global_step
             )
 
     def _ask(self, pl_module: LightningModule, indices: Sequence[int]) -> list[GivenAnswer]:
-        """The answers to some of the prompts."""
+        """Ask some of the prompts and label the answers."""
         assert isinstance(pl_module, Responds)
         prompts = [self.prompts[index].text for index in indices]
         texts = pl_module.respond(
@@ -166,13 +171,14 @@ class Refusal(Callback):
 
 
 def by_matching(texts: Sequence[str]) -> list[str | None]:
-    """Full refusal or full compliance, by the first words behind the reasoning."""
+    """Label answers by their first words after the reasoning: full refusal or full compliance."""
     return [FULL_REFUSAL if is_refusal(text.rpartition("</think>")[2]) else FULL_COMPLIANCE for text in texts]
 
 
 def report_rates(prompts: Sequence[AskedPrompt], answers: Sequence[GivenAnswer]) -> str:
-    """Markdown: a table of labels by type, and a few safe prompts that were refused and unsafe ones that were answered.
-    ``answers`` in order.
+    """Return Markdown: a table of labels by type, and a few refused safe prompts and answered unsafe prompts.
+
+    ``answers`` are in the order of ``prompts``.
     """
     counts: dict[tuple[bool, str], Counter[str | None]] = {}
     for prompt, answer in zip(prompts, answers, strict=True):
@@ -198,12 +204,12 @@ def report_rates(prompts: Sequence[AskedPrompt], answers: Sequence[GivenAnswer])
 
 
 def name_of(source: str | RowSource) -> str:
-    """For messages."""
+    """Return the name of a source for messages."""
     return source if isinstance(source, str) else type(source).__name__
 
 
 def read_prompts(source: str | RowSource) -> list[AskedPrompt]:
-    """The prompts of a file or source, at least one. Raises ValueError naming file and line."""
+    """Read the prompts of a file or source, at least one. Raises ValueError with file and line when a row is bad."""
     located = (
         located_rows(Path(source)) if isinstance(source, str) else ((row.origin, row.columns) for row in source.rows())
     )
@@ -214,21 +220,21 @@ def read_prompts(source: str | RowSource) -> list[AskedPrompt]:
 
 
 def as_prompt(origin: str, row: Any) -> AskedPrompt:
-    """One row; ValueError with its origin."""
+    """Read one row. Raises ValueError with its origin when a column is missing or holds something else."""
     missing = sorted({"prompt", "label"} - set(row)) if isinstance(row, dict) else ["prompt", "label"]
     if missing:
         raise ValueError(
             f"{origin}: no column {' and no column '.join(missing)}; a row needs prompt and label (safe or unsafe)"
         )
     if row["label"] not in ("safe", "unsafe"):
-        raise ValueError(f"{origin}: label is {row['label']!r}, safe or unsafe was expected")
+        raise ValueError(f"{origin}: label is {row['label']!r}, expected safe or unsafe")
     if not isinstance(row["prompt"], str) or not row["prompt"].strip():
-        raise ValueError(f"{origin}: the prompt is empty, or not text")
+        raise ValueError(f"{origin}: the prompt is empty or not text")
     return AskedPrompt(row["prompt"], row["label"] == "safe", str(row.get("type") or ""))
 
 
 def located_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """(file:line, row) of a CSV file with a header line or, by its name, a JSONL file."""
+    """Yield (file:line, row) of a JSONL file, known by its name, or of a CSV file with a header line."""
     if not path.is_file():
         raise ValueError(f"{path}: no such file of prompts")
     try:

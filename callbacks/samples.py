@@ -1,4 +1,4 @@
-"""What does the policy actually write?"""
+"""What does the policy write?"""
 
 from collections.abc import Sequence
 from html import escape
@@ -11,17 +11,17 @@ from modules.types import Rollout
 
 
 class Samples(Callback):
-    """A few rollouts as text in TensorBoard: prompt, completion, expected answer and every reward.
+    """Shows a few rollouts as text in TensorBoard: prompt, completion, expected answer and every reward.
 
-    ``train/samples`` are of a phase, ``val/samples`` of the first held-out batch; spread evenly over rank zero's
-    rollouts, so that they show different prompts.
+    ``train/samples`` shows rollouts of a phase, ``val/samples`` those of the first held-out batch. They are taken at
+    even distances from rank zero's rollouts, so that they show different prompts.
 
     Args:
         num_samples: rollouts to show, at least 1.
-        every_n_phases: phases between texts of training; one more is written at the end of the fit.
+        every_n_phases: phases between texts of training, at least 1. One more text is written at the end of the fit.
 
     Raises:
-        ValueError: an argument below 1.
+        ValueError: an argument is below 1.
     """
 
     def __init__(self, num_samples: int = 4, every_n_phases: int = 10) -> None:
@@ -30,10 +30,10 @@ class Samples(Callback):
             raise ValueError(f"num_samples must be at least 1, got {num_samples}.")
         self.num_samples = num_samples
         self.every_n_phases = every_n_phases
-        self.unwritten = ""  # the last phase's text, kept because rollouts are gone at the end of the fit
+        self.unwritten = ""  # text of the last phase, kept because the rollouts are gone at the end of the fit
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Render the phase's samples and, every n phases, write them."""
+        """Render the phase's samples; write them every n phases."""
         rollouts = record_of(pl_module).rollouts
         if not rollouts or not tensorboards(trainer):
             return
@@ -61,7 +61,7 @@ class Samples(Callback):
                 )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the last phase's samples."""
+        """Write the last phase's samples, unless they are written already."""
         if self.unwritten:
             self._write(trainer)
 
@@ -72,14 +72,15 @@ class Samples(Callback):
 
 
 def pick_spread(rollouts: Sequence[Rollout], count: int) -> list[Rollout]:
-    """``count`` rollouts at even distances, in order; all of them where there are no more."""
+    """Take ``count`` rollouts at even distances, in order; all of them where there are no more."""
     count = min(count, len(rollouts))
     return [rollouts[i * len(rollouts) // count] for i in range(count)]
 
 
 def write_sections(rollouts: Sequence[Rollout]) -> str:
-    """One section per rollout. What the model wrote stands in indented code blocks, which no text can close, and shows
-    as written.
+    """Return one section per rollout.
+
+    The model's text stands in indented code blocks. It shows as written, and no text can close such a block.
     """
     return "\n\n---\n\n".join(_section(rollout) for rollout in rollouts)
 
@@ -107,11 +108,11 @@ def _score(value: float | None) -> str:
 
 
 def block(text: str) -> str:
-    """``text`` as an indented code block: every kind of line break starts a new indented line."""
+    """Return ``text`` as an indented code block. Every kind of line break starts a new indented line."""
     return "\n".join(f"    {line}" for line in text.splitlines()) or "    (empty)"
 
 
 def cell(text: str) -> str:
-    """``text`` on one line, with what means something to Markdown, tables or HTML as character references."""
+    """Return ``text`` on one line, with the special characters of Markdown, tables and HTML as character references."""
     line = escape(" ".join(text.split()))
     return "".join(f"&#{ord(character)};" if character in "|`*_[]\\" else character for character in line)

@@ -1,4 +1,4 @@
-"""Which tokens are learned? The first training batch, token by token."""
+"""Which tokens are learned? Shows the first training batch, token by token."""
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,11 +16,11 @@ from callbacks.phase import tensorboards
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-MAX_TOKENS = 400  # of a row that are shown
-LEAD = 200  # of them before the first learned one, where a row is longer
+MAX_TOKENS = 400  # shown of a row
+LEAD = 200  # of these, at most so many before the first learned token
 WIDTH = 100  # columns of a line
-TYPE_WIDTH = 0.602  # of DejaVu Sans Mono, of its size
-REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what decoders give for an unfinished character
+TYPE_WIDTH = 0.602  # width of a character of DejaVu Sans Mono, in units of the font size
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # decoders return it for an unfinished character
 VISIBLE = str.maketrans(
     {
         " ": "\N{MIDDLE DOT}",
@@ -37,40 +37,41 @@ Kind = Literal["learned", "context", "mark"]
 
 
 class Piece(NamedTuple):
-    """Text of one colour."""
+    """A piece of text in one colour."""
 
     text: str
-    kind: Kind  # learned token, token that is only read, or a remark of ours
+    kind: Kind  # a learned token, a token that is only read, or a remark of the picture
 
 
 class PictureRow(NamedTuple):
-    """One row without its padding."""
+    """One row of a batch without its padding."""
 
     ids: list[int]  # [T]
     learned: list[bool]  # [T]
-    starts: list[int]  # where its documents begin
+    starts: list[int]  # positions where its documents begin
 
 
 class HasTokenizer(Protocol):
-    """What is read of the module."""
+    """The part of a module that ``TokenPicture`` reads."""
 
     tokenizer: Any
 
 
 class TokenPicture(Callback):
-    """Shows the first rows of the first batch that a fit trains on, read from the batch itself: learned tokens
-    coloured, the others grey.
+    """Shows the first rows of a fit's first training batch, with the learned tokens coloured and the others grey.
 
-    As a figure in TensorBoard, ``data/token_picture``, and in the console; where that has no colours, learned tokens
-    stand in double brackets. Spaces show as middle dots, line breaks as arrows; special tokens show as their text,
-    padding not at all; documents that are packed into one row are parted by a line. Of a row longer than 400 tokens the
-    part around the first learned one is shown.
+    It reads the batch itself, after collating. The picture goes to TensorBoard as the figure ``data/token_picture`` and
+    to the console. A console without colours shows learned tokens in double brackets.
+
+    Spaces show as middle dots and line breaks as return signs. Special tokens show as their text, and padding is left
+    out. A line separates documents that are packed into one row. Of a row longer than 400 tokens, the part around the
+    first learned token is shown.
 
     Args:
-        num_rows: rows to show, at least 1: conversations, or prompts with one completion each.
+        num_rows: rows to show, at least 1. A row is a conversation, or a prompt with one completion.
 
     Raises:
-        ValueError: ``num_rows`` below 1.
+        ValueError: ``num_rows`` is below 1.
     """
 
     def __init__(self, num_rows: int = 3) -> None:
@@ -80,11 +81,11 @@ class TokenPicture(Callback):
         self.shown = False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """A new fit shows its own first batch."""
+        """Make a new fit show its own first batch."""
         self.shown = False
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Show the batch if it is the first, from rank zero."""
+        """Show the first batch, on rank zero."""
         if self.shown or not trainer.is_global_zero:
             return
         self.shown = True
@@ -110,8 +111,10 @@ class TokenPicture(Callback):
 
 
 def find_rows(batch: Any) -> list[PictureRow]:
-    """The rows of an ``InstructionBatch``, or the completions of a ``PreferenceBatch`` or ``PolicyBatch``, each behind
-    its prompt; none of others.
+    """Return the rows of a batch without padding; none for a batch of another kind.
+
+    They are the rows of an ``InstructionBatch``, or the completions of a ``PreferenceBatch`` or ``PolicyBatch``, each
+    after its prompt.
     """
     if not isinstance(batch, Mapping):
         return []
@@ -136,7 +139,10 @@ def find_rows(batch: Any) -> list[PictureRow]:
 
 
 def cut_pieces(tokenizer: Any, row: PictureRow) -> list[Piece]:
-    """The row as text, one piece per token or per character of several tokens; at most MAX_TOKENS tokens."""
+    """Return a row as text, at most MAX_TOKENS tokens of it.
+
+    Each token makes one piece; several tokens that form one character make one piece together.
+    """
     first = row.learned.index(True) if any(row.learned) else 0
     start = max(0, min(first - LEAD, len(row.ids) - MAX_TOKENS))
     end = min(start + MAX_TOKENS, len(row.ids))
@@ -150,8 +156,9 @@ def cut_pieces(tokenizer: Any, row: PictureRow) -> list[Piece]:
 
 
 def _cut_document(tokenizer: Any, ids: Sequence[int], learned: Sequence[bool]) -> Iterator[Piece]:
-    """What each token adds to the text before it. One that ends inside a character waits for the next, but not for one
-    of the other kind.
+    """Yield the text that each token adds to the text before it.
+
+    A token that ends inside a character waits for the next token, unless that is of the other kind.
     """
     done = ""
     for place, kind in enumerate(learned):
@@ -163,7 +170,7 @@ def _cut_document(tokenizer: Any, ids: Sequence[int], learned: Sequence[bool]) -
 
 
 def style_pieces(pieces: Sequence[Piece], marked: bool) -> Text:
-    """For the console; ``marked`` puts double brackets around runs of learned pieces."""
+    """Return the text for the console. ``marked`` puts double brackets around runs of learned pieces."""
     text = Text()
     for kind, run in groupby(pieces, key=lambda piece: piece.kind):
         joined = "".join(piece.text for piece in run)
@@ -172,7 +179,7 @@ def style_pieces(pieces: Sequence[Piece], marked: bool) -> Text:
 
 
 def wrap_pieces(pieces: Sequence[Piece]) -> list[list[Piece]]:
-    """The pieces in lines of at most WIDTH columns."""
+    """Break the pieces into lines of at most WIDTH columns."""
     lines: list[list[Piece]] = [[]]
     column = 0
     for text, kind in pieces:
@@ -192,8 +199,9 @@ def wrap_pieces(pieces: Sequence[Piece]) -> list[list[Piece]]:
 
 
 def draw_tokens(lines: Sequence[Sequence[Piece]]) -> "Figure":
-    """A figure that is as high as the lines need, each piece on its background. A column is 8 whole pixels, since type
-    is set on whole pixels.
+    """Draw a figure as high as the lines need, each piece on its background.
+
+    A column is 8 whole pixels wide, because text is placed on whole pixels.
     """
     from matplotlib.figure import Figure
 

@@ -13,14 +13,14 @@ from modules.types import Reward, Rollout
 
 @runtime_checkable
 class Reports(Protocol):
-    """A judge that says how well it judged."""
+    """A judge that reports on its own work."""
 
     def report(self) -> dict[str, float]:
-        """This rank's numbers so far."""
+        """Return this rank's numbers so far."""
 
 
 class Duel(NamedTuple):
-    """One completion against the baseline's."""
+    """One completion compared with the baseline's answer."""
 
     preference: float | None  # 1 = win, 0.5 = tie, 0 = loss, None = unscorable
     length: int  # characters
@@ -28,30 +28,36 @@ class Duel(NamedTuple):
 
 
 class WinRate(Callback):
-    """The policy's sampled completions against a baseline's, which are the held-out rows' answers.
+    """Compares the policy's sampled completions with a baseline: the answers of the held-out rows.
 
-    Logs after every validation, the sanity check included, over all ranks: ``val/win_rate`` in percent, a tie counting
-    half; ``val/win_rate_standard_error`` in percent; ``val/length_controlled_win_rate``, the percentage at equal length
-    in characters (Dubois et al. 2404.04475, the form without instruction difficulties); ``val/win_rate_ties`` and
-    ``val/win_rate_unscorable`` in percent, of the scorable and of all comparisons. Unscorable ones count in no other
-    number. ``val/judge/<key>`` are the judge's own numbers, mean over ranks, where it has a ``report``.
+    Logs after every validation, the sanity check included, over all ranks, in percent:
+
+    - ``val/win_rate``: comparisons that the policy wins, a tie counting half.
+    - ``val/win_rate_standard_error``: the standard error of the win rate.
+    - ``val/length_controlled_win_rate``: the win rate at equal length in characters (Dubois et al. 2404.04475, the form
+      without instruction difficulties).
+    - ``val/win_rate_ties``: ties among the scorable comparisons.
+    - ``val/win_rate_unscorable``: unscorable comparisons among all. They count in no other number.
+
+    If the judge has a ``report``, its numbers are logged as ``val/judge/<key>``, averaged over the ranks.
 
     Args:
         judge: scores a completion against its rollout's ``answer``: 1 win, 0.5 tie, 0 loss, None unscorable.
 
     Raises:
-        ValueError: in validation, a row without an answer, or a score outside [0, 1].
+        ValueError: in ``setup``, when the module samples no completions; in validation, when a row has no answer or a
+            score is outside [0, 1].
     """
 
     def __init__(self, judge: Reward) -> None:
         self.judge = judge
-        self.duels: list[Duel] = []  # this rank's of the current validation
+        self.duels: list[Duel] = []  # this rank's comparisons in the current validation
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """ValueError for a module that does not sample."""
+        """Refuse a module that samples no completions. Raises ValueError."""
         if record_of(pl_module).held_out is None:
             raise ValueError(
-                f"WinRate compares sampled completions and {type(pl_module).__name__} samples none: remove the "
+                f"WinRate compares sampled completions, but {type(pl_module).__name__} samples none: remove the "
                 "callback."
             )
 
@@ -91,17 +97,16 @@ class WinRate(Callback):
 
 
 def baseline(rollout: Rollout) -> str:
-    """The completion to beat. ValueError without one."""
+    """Return the answer to beat. Raises ValueError when the row has none."""
     if rollout.answer is None:
         raise ValueError(
-            f"WinRate: {rollout.uid} has no baseline completion to be compared with; set data.columns.answer to the "
-            "column that holds it."
+            f"WinRate: {rollout.uid} has no baseline completion; set data.columns.answer to the column that holds it."
         )
     return rollout.answer
 
 
 def rates(duels: list[Duel]) -> dict[str, float]:
-    """Metric name -> percent; only the share of unscorable ones where nothing could be scored."""
+    """Return metric name -> percent. Without a scorable comparison, only the share of unscorable ones."""
     scored = [(preference, mine, other) for preference, mine, other in duels if preference is not None]
     unscorable = {"win_rate_unscorable": 100.0 * (len(duels) - len(scored)) / max(1, len(duels))}
     if not scored:

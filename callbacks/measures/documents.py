@@ -1,5 +1,6 @@
-"""What a set of training rows holds, in numbers. A row is D documents of T tokens in all, an answer a run of learned
-tokens in one of them.
+"""Describes a set of training rows in numbers.
+
+A row holds D documents of T tokens in all. An answer is a run of supervised tokens in one document.
 """
 
 import re
@@ -22,39 +23,44 @@ OPENERS = (
     "of course",
     "absolutely",
     "great question",
-)  # what answers begin with when they have nothing to say yet
+)  # empty phrases that many generated answers begin with
 NUM_FIRST_WORDS = 10
 QUANTILES = {"min": 0.0, "median": 0.5, "p95": 0.95, "max": 1.0}
-MAX_DUPLICATES, MAX_LEFT_OUT = 0.01, 0.05  # shares that deserve a warning
+MAX_DUPLICATES, MAX_LEFT_OUT = 0.01, 0.05  # a larger share gets a warning
 
 
 @dataclass(frozen=True)
 class Document:
-    """One conversation, prompt with completion, or text: two sequences [T]."""
+    """One conversation, prompt with completion, or plain text, as two sequences [T]."""
 
     ids: Sequence[int]
     supervised: Sequence[bool]  # True = learned
 
     @property
     def prompt(self) -> Sequence[int]:
-        """The tokens before the first learned one [Tp]; none where all but the first token is learned, for that is
-        plain text.
+        """The tokens before the first supervised one [Tp].
+
+        Empty for plain text, in which all tokens but the first are supervised.
         """
         mask = bytes(self.supervised)
         return () if mask.find(1) == 1 and 0 not in mask[1:] else self.ids[: mask.find(1) if any(mask) else None]
 
     @property
     def answers(self) -> list[Sequence[int]]:
-        """The runs of learned tokens [Tc], in order."""
+        """The runs of supervised tokens [Tc], in order."""
         return [self.ids[run.start() : run.end()] for run in re.finditer(b"\1+", bytes(self.supervised))]
 
 
 def split_row(ids: Sequence[int], supervised: Sequence[bool], lengths: Sequence[int]) -> list[Document]:
-    """The D documents of a row: ``ids`` [T] and ``supervised`` [T] cut into ``lengths`` [D], which sum to T; no lengths
-    = one document.
+    """Cut a row into its D documents.
+
+    Args:
+        ids: [T], the tokens of the row.
+        supervised: [T], True = learned.
+        lengths: [D], tokens of each document; empty = the row is one document.
 
     Raises:
-        ValueError: lengths of another sum.
+        ValueError: ``lengths`` do not sum to T.
     """
     ends = [0]
     for length in lengths or (len(ids),):
@@ -65,14 +71,14 @@ def split_row(ids: Sequence[int], supervised: Sequence[bool], lengths: Sequence[
 
 
 def fingerprint(ids: Sequence[int]) -> bytes:
-    """16 bytes by which ``ids`` [T] are known; different ids share them with a chance of 2^-128."""
+    """Return 16 bytes that identify ``ids`` [T]. Two different sequences share them with probability 2^-128."""
     return blake2b(array("q", ids).tobytes(), digest_size=16).digest()
 
 
 def count_repeats(documents: Sequence[Document]) -> tuple[int, int]:
-    """(duplicates, prompts answered again) of documents [N].
+    """Count (duplicates, prompts with another answer) among documents [N].
 
-    A duplicate has the tokens of an earlier document, so n equal ones count n - 1. A prompt that comes with m different
+    A duplicate has the tokens of an earlier document, so n equal documents count n - 1. A prompt with m different
     continuations counts m - 1. Example: [a:1, a:1, a:2, b:1] -> (1, 1).
     """
     whole = {fingerprint(document.ids): document for document in documents}
@@ -84,14 +90,15 @@ def count_repeats(documents: Sequence[Document]) -> tuple[int, int]:
 
 
 def leaked(train: Sequence[Document], val: Sequence[Document]) -> int:
-    """How many of the training documents [N] are among the held-out ones [M], token by token."""
+    """Count the training documents [N] that are among the held-out documents [M], token by token."""
     held_out = {fingerprint(document.ids) for document in val}
     return sum(fingerprint(document.ids) in held_out for document in train)
 
 
 def length_summary(lengths: Sequence[int]) -> dict[str, float]:
-    """``min``, ``median``, ``mean``, ``p95`` and ``max`` of ``lengths`` [N], quantiles interpolated between neighbours;
-    nothing for N = 0.
+    """Return ``min``, ``median``, ``mean``, ``p95`` and ``max`` of ``lengths`` [N]; nothing for N = 0.
+
+    Quantiles are interpolated between neighbours.
     """
     if not lengths:
         return {}
@@ -105,18 +112,22 @@ def length_summary(lengths: Sequence[int]) -> dict[str, float]:
 
 
 def first_word(text: str) -> str:
-    """The first word in small letters without the punctuation around it. Example: "Sure! [1]" -> "sure"."""
+    """Return the first word in lower case, without the punctuation around it; "" if there is none.
+
+    Example: "Sure! [1]" -> "sure".
+    """
     return next(
         (word for piece in text.split(maxsplit=8)[:8] if (word := piece.strip(".,;:!?\"'()[]*#-`").casefold())), ""
     )
 
 
 def text_report(texts: Sequence[str]) -> dict[str, Any]:
-    """What answers [A] are like as text; shares are of the A answers, 0 for A = 0.
+    """Measure answers [A] as text. Shares are of the A answers, 0 for A = 0.
 
-    - ``list_share`` with at least one line that begins with ``-``, ``*``, ``+``, ``1.`` or ``1)`` and a space
-    - ``refusal_share`` that begin as refusals do, see ``is_refusal``; ``opener_share`` with one of ``OPENERS``
-    - ``first_words`` the NUM_FIRST_WORDS most frequent ones, word -> share
+    - ``list_share``: answers with at least one line that begins with ``-``, ``*``, ``+``, ``1.`` or ``1)`` and a space.
+    - ``refusal_share``: answers that begin like a refusal, see ``is_refusal``.
+    - ``opener_share``: answers that begin with one of ``OPENERS``.
+    - ``first_words``: the NUM_FIRST_WORDS most frequent first words, word -> share.
     """
     count = max(len(texts), 1)
     words = Counter(word for text in texts if (word := first_word(text)))
@@ -135,22 +146,22 @@ def split_report(
     decode: Callable[[Sequence[int]], str],
     limit: int | None,
 ) -> dict[str, Any]:
-    """All numbers of one set: those of ``text_report`` and
+    """Measure one set of documents: the numbers of ``text_report`` and those below.
 
-    - ``rows``, ``documents`` N (more where rows are packed), ``tokens``, ``answers`` A; ``supervised_share`` of the
-      tokens
-    - ``duplicates`` and ``same_prompt`` see ``count_repeats``; ``duplicate_share`` of the documents
-    - ``empty_outputs`` and ``one_token_outputs``: answers of nothing but special tokens or white space, and of one
-      other token
-    - ``prompt_length``, ``output_length`` [N] and [A] see ``length_summary``; an answer's end token counts
-    - ``at_limit``: documents of exactly ``limit`` tokens, which a cut would leave
+    - ``rows``, ``documents`` (N; more than rows where rows are packed), ``tokens`` and ``answers`` (A): counts.
+    - ``supervised_share``: supervised tokens over all tokens.
+    - ``duplicates`` and ``same_prompt``: see ``count_repeats``. ``duplicate_share``: duplicates over documents.
+    - ``empty_outputs``: answers of nothing but special tokens or white space. ``one_token_outputs``: answers with one
+      token that is not special.
+    - ``prompt_length`` and ``output_length``: see ``length_summary``. The end token of an answer counts.
+    - ``at_limit``: documents of exactly ``limit`` tokens, as truncation would leave them.
 
     Args:
-        rows: how many rows hold the documents.
+        rows: number of rows that hold the documents.
         documents: [N].
         special: ids that are not text, such as end tokens.
         decode: ids [Tc] -> text without special tokens.
-        limit: the longest length allowed, None = unknown.
+        limit: the longest length allowed, in tokens; None = unknown.
     """
     answers = [answer for document in documents for answer in document.answers]
     texts = [decode(answer) for answer in answers]
@@ -180,26 +191,29 @@ def split_report(
 
 
 def left_out_share(report: dict[str, Any]) -> float:
-    """Rows ``dropped`` or ``bad`` over all rows that were read, [] in [0, 1]."""
+    """Return the share, in [0, 1], that ``dropped`` and ``bad`` rows have of themselves and the documents that are
+    used.
+    """
     left_out = report["dropped"] + report["bad"]
     return left_out / max(left_out + report["documents"], 1)
 
 
 def concerns(stage: str, report: dict[str, Any]) -> list[str]:
-    """One sentence [] for each thing that deserves a look before training; ``report`` also has ``dropped``, ``bad`` and
-    perhaps ``leaked``.
+    """Return one sentence for each thing to look at before training.
+
+    ``report`` also holds ``dropped``, ``bad`` and possibly ``leaked``.
     """
     found = []
     if report["duplicate_share"] > MAX_DUPLICATES:
         found.append(f"{report['duplicates']} of {report['documents']} documents repeat an earlier one, token by token")
     if report.get("leaked"):
         found.append(
-            f"{report['leaked']} of {report['documents']} documents are among the held-out ones too, so validation "
-            "flatters the model"
+            f"{report['leaked']} of {report['documents']} documents are also held out, so validation looks better than "
+            "it is"
         )
     if report["empty_outputs"]:
         found.append(
-            f"{report['empty_outputs']} of {report['answers']} answers are empty, and the model learns to say nothing"
+            f"{report['empty_outputs']} of {report['answers']} answers are empty, so the model learns to say nothing"
         )
     if left_out_share(report) > MAX_LEFT_OUT:
         found.append(

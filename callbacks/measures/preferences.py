@@ -1,48 +1,61 @@
-"""How often a model's answers are preferred to a baseline's, as counted and at equal length. Arithmetic in float64.
+"""Win rates: how often a model's answers are preferred to a baseline's, as counted and at equal length.
 
-A preference is 1 where the model's answer wins, 0 where the baseline's does, 0.5 for a tie; values between are soft
-votes.
+A preference is 1 where the model's answer wins, 0 where the baseline's wins, 0.5 for a tie. Values between are soft
+votes. Arithmetic is in float64.
 """
 
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-THETA_RIDGE, PHI_RIDGE = (
-    1e-6,
-    1e-4,
-)  # beside the mean cross-entropy; they keep theta finite for a model that always wins, phi where length decides
+# Ridges of the fit below. They keep theta finite for a model that always wins, and phi where length decides alone.
+THETA_RIDGE, PHI_RIDGE = 1e-6, 1e-4
 
 
 def win_rate(preference: Tensor) -> float:
-    """Mean preference in percent, 0..100.
+    """Return the mean preference in percent, 0 to 100.
 
-    preference: [N], N >= 1, in [0, 1]. Raises ValueError for anything else.
+    Args:
+        preference: [N], N >= 1, in [0, 1].
+
+    Raises:
+        ValueError: ``preference`` is empty, has another shape or is outside [0, 1].
     """
     return 100.0 * _check_preferences(preference).mean().item()
 
 
 def win_rate_standard_error(preference: Tensor) -> float:
-    """Standard error of ``win_rate`` in percent: 100 * sample std (ddof=1) / sqrt(N); 50, the most it can be, for N =
-    1.
+    """Return the standard error of ``win_rate`` in percent: 100 * sample std (ddof=1) / sqrt(N).
 
-    preference: [N], N >= 1, in [0, 1]. Raises ValueError for anything else.
+    For N = 1 it is 50, the largest possible value.
+
+    Args:
+        preference: [N], N >= 1, in [0, 1].
+
+    Raises:
+        ValueError: ``preference`` is empty, has another shape or is outside [0, 1].
     """
     values = _check_preferences(preference)
     return 100.0 * (values.std() / len(values) ** 0.5).item() if len(values) > 1 else 50.0
 
 
 def length_controlled_win_rate(preference: Tensor, model_lengths: Tensor, baseline_lengths: Tensor) -> float:
-    """Win rate in percent, 0..100, that the model would have if its answers were as long as the baseline's.
+    """Return the win rate in percent that the model would have if its answers were as long as the baseline's.
 
-    logit P(win) = theta + phi tanh(d / std(d)), d = model length - baseline length, std with ddof=1; the result is 100
-    sigma(theta). Fitted by cross-entropy with a ridge: theta^2 and phi^2, times half of THETA_RIDGE and PHI_RIDGE, are
-    added to the mean. Where d does not vary, the term is 0 and the result is the raw win rate. Source: AlpacaEval 2
-    (2404.04475) without the instruction difficulties, which need the answers of many models, and with a ridge in place
-    of its penalty.
+    Fits logit P(win) = theta + phi tanh(d / std(d)), with d = model length - baseline length and ddof=1, and returns
+    100 sigma(theta). The loss is the mean cross-entropy + THETA_RIDGE / 2 * theta^2 + PHI_RIDGE / 2 * phi^2. Where d
+    does not vary, the length term is 0 and the result is the raw win rate.
 
-    preference: [N], N >= 1, in [0, 1]. model_lengths, baseline_lengths: [N], characters. Raises ValueError for anything
-    else.
+    Source: AlpacaEval 2 (2404.04475). Two things differ. The instruction difficulties are left out, because they need
+    the answers of many models. A ridge replaces the paper's penalty.
+
+    Args:
+        preference: [N], N >= 1, in [0, 1].
+        model_lengths: [N], characters.
+        baseline_lengths: [N], characters.
+
+    Raises:
+        ValueError: the shapes differ, or ``preference`` is empty or outside [0, 1].
     """
     outcome = _check_preferences(preference)
     if model_lengths.shape != outcome.shape or baseline_lengths.shape != outcome.shape:
@@ -59,29 +72,31 @@ def length_controlled_win_rate(preference: Tensor, model_lengths: Tensor, baseli
 
 
 def _check_preferences(preference: Tensor) -> Tensor:
-    """The preferences in float64 [N]; ValueError unless there are some and all are in [0, 1]."""
+    """Return the preferences in float64 [N]. Raises ValueError when there are none or one is outside [0, 1]."""
     if preference.dim() != 1 or len(preference) == 0 or not bool(((preference >= 0) & (preference <= 1)).all()):
         raise ValueError(
-            f"A win rate needs preferences [N] in [0, 1], at least one, got shape {tuple(preference.shape)}: leave out "
-            "what has no score."
+            f"A win rate needs at least one preference, shape [N], in [0, 1]; got shape {tuple(preference.shape)}: leave "
+            "out what has no score."
         )
     return preference.double()
 
 
 def logistic_regression(features: Tensor, outcome: Tensor, ridge: Tensor) -> Tensor:
-    """Weights w [F] that minimise mean over rows of the cross-entropy of sigma(features w) with outcome, + sum of ridge
-    / 2 * w^2.
+    """Return the weights w [F] of a logistic regression with a ridge.
 
-    features: [N, F], with a column of ones if an intercept is wanted. outcome: [N], in [0, 1]; a value between is two
-    rows weighted p and 1 - p.
-    ridge: [F], > 0, which makes the minimum unique and finite on separable data too. Newton's method with step halving,
-    in float64.
+    They minimise the mean over rows of the cross-entropy of sigma(features w) with the outcome, plus the sum of ridge /
+    2 * w^2. Newton's method with step halving, in float64.
+
+    Args:
+        features: [N, F], with a column of ones if an intercept is wanted.
+        outcome: [N], in [0, 1]. A value p between counts as two rows, 1 with weight p and 0 with weight 1 - p.
+        ridge: [F], > 0. It makes the minimum unique and finite, on separable data too.
     """
     features, outcome, ridge = features.double(), outcome.double(), ridge.double()
     rows = len(features)
 
     def loss(weights: Tensor) -> Tensor:
-        """[] at weights [F]."""
+        """Return the loss [] at weights [F]."""
         logits = features @ weights  # [N]
         return (softplus(logits) - outcome * logits).mean() + (ridge * weights.square()).sum() / 2
 
@@ -92,7 +107,7 @@ def logistic_regression(features: Tensor, outcome: Tensor, ridge: Tensor) -> Ten
         curvature = probability * (1 - probability)
         hessian = features.T @ (curvature[:, None] * features) / rows + ridge.diag()  # [F, F]
         step = torch.linalg.solve(hessian, gradient)
-        expected = gradient @ step  # about twice what a full step gains
+        expected = gradient @ step  # about twice the decrease of a full step
         while loss(weights - step) > loss(weights) - 1e-4 * gradient @ step + 1e-12:  # the last term is rounding
             step = step / 2
         weights = weights - step

@@ -1,4 +1,7 @@
-"""What a preference signal owes to length and style. Arithmetic in float64; scores and lengths are finite."""
+"""Measures how much of a preference signal is length and style.
+
+Arithmetic is in float64; scores and lengths are finite.
+"""
 
 import re
 from collections.abc import Sequence
@@ -11,9 +14,9 @@ from modules.functional.advantages import group_center
 from modules.functional.diagnostics import ece, pearson, within_group_correlation
 from modules.types import ScoredPair
 
-STYLE_RIDGE = 1e-3  # of the mean cross-entropy per pair
-SIMILAR_LENGTH = 0.1  # of the longer completion
-MAX_MARGINS = 8  # different strengths of preference that get an accuracy each
+STYLE_RIDGE = 1e-3  # beside the mean cross-entropy per pair
+SIMILAR_LENGTH = 0.1  # largest difference in length, as a share of the longer completion
+MAX_MARGINS = 8  # with more different margins, none gets an accuracy of its own
 
 LIST_ITEM = re.compile(r"^[ \t]*(?:[-*+]|\d+[.)])[ \t]+\S", re.MULTILINE)
 HEADER = re.compile(r"^#{1,6}[ \t]+\S", re.MULTILINE)
@@ -21,20 +24,21 @@ BOLD = re.compile(r"\*\*(?=[^\s*]).*?[^\s*]\*\*")
 
 
 def spearman(x: Tensor, y: Tensor) -> float:
-    """Rank correlation of ``x`` and ``y``, both [N], in [-1, 1]: Pearson's of the ranks, ties at their mean rank; 0
-    where either is constant.
+    """Return the rank correlation of ``x`` and ``y``, both [N], in [-1, 1]; 0 where either is constant.
+
+    It is Pearson's correlation of the ranks. Ties get their mean rank.
 
     Raises:
-        ValueError: not two vectors of one length.
+        ValueError: ``x`` and ``y`` are not two vectors of one length.
     """
     return pearson(_ranks(x), _ranks(y))
 
 
 def within_group_spearman(x: Tensor, y: Tensor, group: Tensor) -> float:
-    """Spearman's correlation of ``x`` and ``y`` after each group's own mean is taken off both, in [-1, 1].
+    """Return the rank correlation of ``x`` and ``y`` without each group's own mean, in [-1, 1].
 
-    The means go first and the ranks are those of all N deviations together: a pair far apart outranks one close
-    together.
+    The means are subtracted first. The ranks are those of all N deviations together, so a pair far apart outranks one
+    close together.
 
     Args:
         x: [N], finite.
@@ -42,19 +46,19 @@ def within_group_spearman(x: Tensor, y: Tensor, group: Tensor) -> float:
         group: int [N], any numbers; equal = same group.
 
     Raises:
-        ValueError: not three vectors of one length.
+        ValueError: the arguments are not three vectors of one length.
     """
     return spearman(group_center(x.double(), group), group_center(y.double(), group))
 
 
 def _ranks(x: Tensor) -> Tensor:
-    """1 for the lowest of ``x`` [N], ties at their mean rank. Returns [N]."""
+    """Return the ranks [N] of ``x`` [N]: 1 for the lowest, ties at their mean rank."""
     _, index, counts = torch.unique(x, return_inverse=True, return_counts=True)
     return (counts.cumsum(0) - (counts - 1) / 2).double()[index]
 
 
 def style_features(text: str) -> dict[str, float]:
-    """Counts of what readers and judges are known to favour, [] each.
+    """Count what readers and judges are known to favour.
 
     ``length``: characters. ``list_items``: lines that begin with ``-``, ``*``, ``+``, ``1.`` or ``1)`` and a space.
     ``headers``: lines that begin with one to six ``#`` and a space. ``bold``: spans ``**...**`` within a line.
@@ -68,13 +72,13 @@ def style_features(text: str) -> dict[str, float]:
 
 
 def style_regression(differences: Tensor, outcome: Tensor) -> Tensor:
-    """Logits by which each feature moves a preference, per root mean square of its difference; 0 for a feature that
-    never differs.
+    """Return how much each feature moves a preference: a logit per root mean square of its difference.
 
-    P(first preferred) = sigma(differences / rms @ coefficients), by cross-entropy with STYLE_RIDGE / 2 times the sum of
-    squares added to the mean. There is no intercept and no mean is taken off, so that it does not matter which
-    completion of a pair is put first: (d, o) and (-d, 1 - o) are the same row, and all pairs may be given as chosen
-    minus rejected with outcome 1.
+    P(first preferred) = sigma(differences / rms @ coefficients). The fit minimises the mean cross-entropy + STYLE_RIDGE
+    / 2 * sum of squared coefficients. A feature that never differs gets 0.
+
+    There is no intercept and no mean is subtracted, so it does not matter which completion of a pair comes first: (d,
+    o) and (-d, 1 - o) are the same row. All pairs may be given as chosen minus rejected with outcome 1.
 
     Args:
         differences: [N, F], N >= 1, feature of the first completion minus that of the second.
@@ -90,19 +94,26 @@ def style_regression(differences: Tensor, outcome: Tensor) -> Tensor:
 
 
 def brier(confidence: Tensor, correct: Tensor) -> float:
-    """Mean squared distance of confidence and outcome, in [0, 1]; 0 for N = 0. A confidence of 1/2 throughout scores
-    0.25.
+    """Return the mean squared difference of confidence and outcome, in [0, 1]; 0 for N = 0.
 
-    confidence: [N], in [0, 1]. correct: [N], bool or in [0, 1].
+    A confidence of 1/2 throughout scores 0.25.
+
+    Args:
+        confidence: [N], in [0, 1].
+        correct: [N], bool or in [0, 1].
     """
     return (confidence.double() - correct.double()).square().sum().item() / max(len(confidence), 1)
 
 
 def preference_calibration(chosen_score: Tensor, rejected_score: Tensor) -> tuple[float, float]:
-    """(ECE, Brier score) of sigma(score difference) as the probability that the higher score is the better completion.
+    """Return (ECE, Brier score) of sigma(score difference), read as the probability that the higher score is better.
 
-    chosen_score, rejected_score: [N], the first of what the data prefer. The confidence is sigma(abs(d)), in [0.5, 1];
-    it is right where d = chosen - rejected > 0, half right for d = 0.
+    The confidence is sigma(abs(d)) with d = chosen - rejected, in [0.5, 1]. It is right where d > 0 and half right
+    where d = 0.
+
+    Args:
+        chosen_score: [N], scores of the completions that the data prefer.
+        rejected_score: [N], scores of the others.
     """
     difference = chosen_score.double() - rejected_score.double()  # [N]
     confidence, correct = difference.abs().sigmoid(), _wins(difference)
@@ -110,27 +121,29 @@ def preference_calibration(chosen_score: Tensor, rejected_score: Tensor) -> tupl
 
 
 def _wins(difference: Tensor) -> Tensor:
-    """1 where ``difference`` [N] > 0, 0 where it is < 0, 0.5 for a tie. Returns [N]."""
+    """Return 1 where ``difference`` [N] > 0, 0 where it is < 0, 0.5 for a tie; [N]."""
     return (difference.sign() + 1) / 2
 
 
 def audit_report(pairs: Sequence[ScoredPair]) -> dict[str, float]:
-    """Every measure of this file on N scored pairs, each a number [] by name; without pairs only ``pairs`` = 0.
+    """Return every measure of this file on N scored pairs, by name. Without pairs it returns only ``pairs`` = 0.
 
-    A measure of a subset is absent where the subset is empty. Lengths are tokens, except in style.
+    A measure of an empty subset is absent. Lengths are tokens, except in style.
 
-    - ``pairs`` N; ``margin`` mean of chosen - rejected score
-    - ``accuracy`` share of pairs whose chosen completion has the higher score, a tie counting half;
-      ``accuracy_chosen_shorter``, ``accuracy_chosen_longer`` and ``accuracy_similar_length`` (within 10 % of the
-      longer) where the lengths are so; ``accuracy_short_prompts``, ``_medium_``, ``_long_`` by terciles of the prompts'
-      lengths, equal lengths staying together; ``accuracy_margin_<m>`` by the data's strength of preference, if that
-      takes at most MAX_MARGINS values
-    - ``longer_wins`` accuracy of the rule that the longer completion is better
-    - ``score_length_pearson`` and ``_spearman`` over all completions, each once, and ``..._within_prompt`` after
-      prompts' means are taken off
-    - ``style/<feature>`` what moves the score's preference, ``data_style/<feature>`` the data's (see
-      ``style_regression``)
-    - ``ece``, ``brier`` see ``preference_calibration``
+    - ``pairs``: N. ``margin``: mean of chosen - rejected score.
+    - ``accuracy``: share of pairs whose chosen completion has the higher score, a tie counting half.
+    - ``accuracy_chosen_shorter``, ``accuracy_chosen_longer``, ``accuracy_similar_length``: the same on pairs with such
+      lengths; similar = within 10 % of the longer one.
+    - ``accuracy_short_prompts``, ``accuracy_medium_prompts``, ``accuracy_long_prompts``: the same by terciles of the
+      prompts' lengths. Equal lengths stay together.
+    - ``accuracy_margin_<m>``: the same by the strength of preference in the data, if that takes at most MAX_MARGINS
+      values.
+    - ``longer_wins``: accuracy of the rule that the longer completion is better.
+    - ``score_length_pearson``, ``score_length_spearman``: correlation of score and length over all completions, each
+      counted once. ``..._within_prompt``: the same after each prompt's means are subtracted.
+    - ``style/<feature>``: what moves the score's preference; ``data_style/<feature>``: what moves the data's. See
+      ``style_regression``.
+    - ``ece``, ``brier``: see ``preference_calibration``.
     """
     if not pairs:
         return {"pairs": 0.0}
@@ -160,8 +173,9 @@ def _float64(values: Sequence[float]) -> Tensor:
 
 
 def _subsets(pairs: Sequence[ScoredPair], longer: Tensor) -> dict[str, Tensor]:
-    """Which pairs each accuracy is taken over, bool [N] by the end of its name. longer: [N], tokens of chosen -
-    rejected.
+    """Return the pairs behind each accuracy, as bool [N] by the end of the accuracy's name.
+
+    ``longer``: [N], tokens of the chosen completion minus those of the rejected one.
     """
     longest = _float64([max(pair.chosen_length, pair.rejected_length) for pair in pairs])
     prompts = _float64([pair.prompt_length for pair in pairs])
@@ -186,7 +200,7 @@ def _subsets(pairs: Sequence[ScoredPair], longer: Tensor) -> dict[str, Tensor]:
 
 
 def _length_correlations(pairs: Sequence[ScoredPair]) -> dict[str, float]:
-    """Correlations of score and length over the completions, each once however many pairs it is in."""
+    """Correlate score and length over the completions. Each counts once, however many pairs it is in."""
     sides = [
         side
         for pair in pairs
@@ -208,7 +222,7 @@ def _length_correlations(pairs: Sequence[ScoredPair]) -> dict[str, float]:
 
 
 def _style(pairs: Sequence[ScoredPair], right: Tensor) -> dict[str, float]:
-    """Coefficients of the score's preference (``right`` [N]) and of the data's."""
+    """Return the style coefficients of the score's preference (``right`` [N]) and of the data's."""
     features = [(style_features(pair.chosen), style_features(pair.rejected)) for pair in pairs]
     names = list(features[0][0])
     differences = torch.stack(

@@ -1,4 +1,4 @@
-"""Do the numbers of a run bear out what its recipe claims?"""
+"""Do the numbers of a run support what its recipe claims?"""
 
 import math
 from collections.abc import Mapping
@@ -9,26 +9,27 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from callbacks.stages.comparison import Comparison
 from callbacks.stages.summary import PROMPTS, Summary
 
-HERE = "this run"  # the column of the model that is measured, where it has no name
+HERE = "this run"  # name of the model that is measured now
 
 
 @dataclass(frozen=True)
 class Claim:
-    """A bound on a metric: ``at_least`` or ``at_most``, one of them.
+    """A bound on a metric: either ``at_least`` or ``at_most``.
 
-    A bound is a number, or the name of an earlier model, whose value of the same metric is the bound. Earlier models are the columns of the
-    ``Comparison`` beside ``Claims``, and ``before``, the values before training of the ``Summary`` beside it.
+    The bound is a number or the name of an earlier model. A name stands for that model's value of the same metric.
+    Earlier models are the columns of the ``Comparison`` beside ``Claims``. The model ``before`` holds the values before
+    training from the ``Summary`` beside it.
 
     Args:
         words: what is claimed, such as ``DPO answers more sums right than its start``.
-        metric: as logged, such as ``val/pass@1``.
-        at_least: the value must not be below it.
-        at_most: the value must not be above it.
-        of: the earlier model whose value is judged; default the model of this run.
+        metric: the metric as logged, such as ``val/pass@1``.
+        at_least: the lowest value that is allowed.
+        at_most: the highest value that is allowed.
+        of: the earlier model whose value is judged; by default the model of this run.
         standard_errors: the value must clear the bound by so many standard errors of the difference, >= 0.
 
     Raises:
-        ValueError: none or both of the bounds; ``standard_errors`` below 0.
+        ValueError: none or both of the bounds are set, or ``standard_errors`` is below 0.
     """
 
     words: str
@@ -40,12 +41,12 @@ class Claim:
 
     def __post_init__(self) -> None:
         if (self.at_least is None) == (self.at_most is None):
-            raise ValueError(f"claim '{self.words}': give at_least or at_most, one of them")
+            raise ValueError(f"claim '{self.words}': set either at_least or at_most")
         if self.standard_errors < 0:
             raise ValueError(f"claim '{self.words}': standard_errors must be >= 0, got {self.standard_errors}")
 
     def check(self, models: Mapping[str, Mapping[str, float]]) -> tuple[bool, str]:
-        """Whether the claim holds, and the comparison in figures, such as ``0.86 >= 0.71 + 2 x 0.03, 400 prompts``."""
+        """Return whether the claim holds, and the numbers, such as ``0.86 >= 0.71 + 2 x 0.030, 400 prompts``."""
         bound = self.at_most if self.at_least is None else self.at_least
         judged = [name for name in (self.of, bound) if isinstance(name, str)]
         values = [self.value(models, name) for name in judged]
@@ -62,9 +63,9 @@ class Claim:
         return sign * (values[0] - limit) >= margin, said
 
     def value(self, models: Mapping[str, Mapping[str, float]], name: str) -> float:
-        """The metric of a model. ValueError where it is not known."""
+        """Return the metric of a model. Raises ValueError when the model or the metric is not known."""
         if name not in models:
-            raise ValueError(f"claim '{self.words}': no numbers of {name}; there are those of {', '.join(models)}")
+            raise ValueError(f"claim '{self.words}': there are no numbers of {name}, only of {', '.join(models)}")
         if self.metric not in models[name]:
             raise ValueError(
                 f"claim '{self.words}': {name} has no {self.metric}; it has {', '.join(sorted(models[name]))}"
@@ -73,40 +74,43 @@ class Claim:
 
 
 def standard_error(found: Mapping[str, float], metric: str, words: str) -> float:
-    """The logged standard error of a metric; that of a share p over n prompts otherwise, sqrt(p (1 - p) / n).
+    """Return the standard error of a metric: the logged one, else sqrt(p (1 - p) / n) for a share p of n prompts.
 
-    n counts prompts and not their completions, which are not independent of each other: with several completions a prompt this is an upper bound.
-    Raises ValueError where neither is known.
+    n counts prompts and not completions, because completions of one prompt are not independent. With several
+    completions per prompt this is an upper bound. Raises ValueError when no error was logged and the metric is not a
+    share of a known number of prompts.
     """
     if f"{metric}_standard_error" in found:
         return found[f"{metric}_standard_error"]
     if PROMPTS not in found or not 0 <= found[metric] <= 1:
         raise ValueError(
-            f"claim '{words}': {metric} is no share of a number of prompts and has no standard error; set standard_errors to 0"
+            f"claim '{words}': {metric} has no standard error: none was logged, and it is not a share of a known number "
+            "of prompts; set standard_errors to 0"
         )
     return math.sqrt(found[metric] * (1 - found[metric]) / found[PROMPTS])
 
 
 class Claims(Callback):
-    """Checks what a recipe claims, prints each claim as held or not, and ends the run with exit status 1 where one failed.
+    """Checks the claims of a recipe and prints each as held or not; the run fails (exit status 1) if one does not hold.
 
-    Checked are the last validation of a ``fit`` and that of ``validate``, but no ``fast_dev_run``. Stands behind ``Summary`` and ``Comparison``
-    in the list of callbacks, so that their tables are printed and kept first.
+    It reads the last validation of ``fit``, or the one of ``validate``; a ``fast_dev_run`` is not checked. List it
+    after ``Summary`` and ``Comparison``, so that their tables are printed and kept first.
 
     Args:
         claims: what must hold.
 
     Raises:
-        ValueError: behind the run, naming the claims that failed; a claim about a model or metric that is not there.
+        ValueError: at the end of the run, with the claims that failed; or when a claim names an unknown model or
+            metric.
     """
 
     def __init__(self, claims: list[Claim]) -> None:
         self.claims = claims
-        self.found: dict[str, float] = {}  # of the last validation
+        self.found: dict[str, float] = {}  # metrics of the last validation
         self.failed: list[str] = []
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep the values; ``validate`` is judged by them at once."""
+        """Keep the metrics; check them at once in ``validate``."""
         if not trainer.sanity_checking:
             self.found = {name: float(value) for name, value in trainer.callback_metrics.items()}
         if trainer.state.fn == "validate":
@@ -117,12 +121,12 @@ class Claims(Callback):
         self.check(trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Fail, behind what other callbacks print."""
+        """Fail if a claim did not hold, after other callbacks have printed their results."""
         if self.failed:
             raise ValueError(f"{len(self.failed)} of {len(self.claims)} claims did not hold: {'; '.join(self.failed)}")
 
     def check(self, trainer: Trainer) -> None:
-        """Print every claim as held or not."""
+        """Check every claim and print it as held or not."""
         if trainer.fast_dev_run:  # type: ignore[attr-defined]  # Trainer sets it without declaring it
             return
         models = earlier(trainer) | {HERE: self.found}
@@ -136,7 +140,7 @@ class Claims(Callback):
 
 
 def earlier(trainer: Trainer) -> dict[str, dict[str, float]]:
-    """Numbers by model that the callbacks beside ``Claims`` know."""
+    """Return the metrics by model that the callbacks beside ``Claims`` know."""
     models: dict[str, dict[str, float]] = {}
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, Summary) and callback.before:

@@ -11,45 +11,45 @@ from callbacks.writers.output_files import write_json
 
 
 class Comparison(Callback):
-    """At the end of ``validate``, keeps the model's numbers in a JSON file and prints those of all models in it: rows =
-    metrics, columns = models.
+    """Keeps a model's metrics in a JSON file and prints those of all models in it: one row per metric, one column per
+    model.
 
-    The file holds the metrics as logged, by model; the numbers of a model of the same name are replaced, where they
-    stand. A ``fast_dev_run`` writes nothing.
+    It does so at the end of ``validate``. The file holds the metrics as logged, by model. A model of the same name is
+    replaced and keeps its place. A ``fast_dev_run`` writes nothing.
 
     Args:
-        name: of this model, its column.
-        file: JSON, written whole; its parents are made.
-        metrics: what its row is called -> the logged metric, such as ``{gold reward: val/pass@1}``.
-        forgetting: the same of perplexities, shown as log(perplexity) - log(the first model's), nats per token: above 0
-            = forgotten.
+        name: this model's column.
+        file: the JSON file; its parent folders are made.
+        metrics: name of a row -> logged metric, such as ``{gold reward: val/pass@1}``.
+        forgetting: the same for perplexities. A cell shows log(perplexity) - log(the first model's), in nats per token;
+            above 0 = forgotten.
 
     Raises:
-        ValueError: in ``setup``, a ``file`` that is no such JSON; after a validation that did not log one of the
+        ValueError: in ``setup``, when ``file`` holds something else; after a validation that did not log one of the
             metrics.
     """
 
     def __init__(self, name: str, file: str, metrics: dict[str, str], forgetting: dict[str, str] | None = None) -> None:
         self.name, self.file = name, Path(file)
         self.metrics, self.forgetting = metrics, forgetting or {}
-        self.found: dict[str, float] = {}  # of this model, by logged name
+        self.found: dict[str, float] = {}  # this model's metrics, as logged
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse another kind of file before anything is measured."""
+        """Refuse a file of another kind before anything is measured."""
         if stage == "validate":
             read(self.file)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep the values."""
+        """Keep the metrics."""
         if trainer.state.fn == "validate":
             self.found = read_logged(trainer, [*self.metrics.values(), *self.forgetting.values()], "Comparison")
 
     def models(self) -> dict[str, dict[str, float]]:
-        """Logged metrics by model, this one's included when it has been measured."""
+        """Return the logged metrics by model, with this model's once it is measured."""
         return read(self.file) | ({self.name: self.found} if self.found else {})
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Write and print, behind Lightning's own results."""
+        """Write the file and print the table, after Lightning's own results."""
         if stage != "validate" or not trainer.is_global_zero or not self.found:
             return
         models = self.models()
@@ -59,8 +59,9 @@ class Comparison(Callback):
 
 
 def read(file: Path) -> dict[str, dict[str, float]]:
-    """Logged metrics by model, in the order in which the models came; none without a file. ValueError for another kind
-    of file.
+    """Read the logged metrics by model, in the order in which the models came; none without a file.
+
+    Raises ValueError when the file holds something else.
     """
     if not file.exists():
         return {}
@@ -69,7 +70,7 @@ def read(file: Path) -> dict[str, dict[str, float]]:
         assert all(isinstance(value, float) for values in models.values() for value in values.values())
     except (OSError, ValueError, AttributeError, AssertionError) as error:
         raise ValueError(
-            f"Comparison: {file} holds no numbers by model and metric; delete it, or name another file"
+            f"Comparison: {file} is not a file of metrics by model; delete it, or name another file"
         ) from error
     return models
 
@@ -77,7 +78,10 @@ def read(file: Path) -> dict[str, dict[str, float]]:
 def shown(
     models: dict[str, dict[str, float]], metrics: dict[str, str], forgetting: dict[str, str]
 ) -> dict[str, dict[str, float]]:
-    """The columns of the table by row name; perplexities 2 and 4 are a forgetting of 0 and log 2 = 0.69."""
+    """Return the columns of the table, each as name of a row -> value.
+
+    Perplexities of 2 and 4 give a forgetting of 0 and log(4) - log(2) = 0.69.
+    """
     first = next(iter(models.values()))
     columns = {}
     for model, found in models.items():

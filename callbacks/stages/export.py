@@ -1,4 +1,4 @@
-"""Writes the trained model as a Hugging Face folder that the next stage, or anybody's tools, can load."""
+"""Writes the trained model as a Hugging Face folder, which the next stage or any other tool can load."""
 
 import shutil
 from pathlib import Path
@@ -13,29 +13,29 @@ from callbacks.writers.output_files import in_run_folder, require_writable
 
 @runtime_checkable
 class Exports(Protocol):
-    """A module that writes itself as a Hugging Face folder."""
+    """A module that can write itself as a Hugging Face folder."""
 
     def prepare_export(self) -> None:
-        """Called on all ranks first, for what they must do together (collective)."""
+        """Do what all ranks must do together; called on all ranks before ``save_pretrained`` (collective)."""
 
     def save_pretrained(self, folder: Path) -> None:
-        """Write model and tokenizer into an existing folder, on rank zero alone."""
+        """Write the model and its tokenizer into an existing folder; called on rank zero alone."""
 
 
 class Export(Callback):
-    """Exports the last weights when a fit succeeds. The folder is replaced whole: until the new one is complete, the
-    old one stays.
+    """Exports the final weights when a fit succeeds.
 
-    Nothing is written after an exception, nor by a ``fast_dev_run``, whose weights are worth nothing.
+    The folder is replaced as a whole: the old export stays until the new one is complete. Nothing is written after an
+    exception or by a ``fast_dev_run``.
 
     Args:
-        folder: where to; its parents are made. It may hold an earlier export, which is replaced. None = ``export`` in
-            the run's folder.
-        every_n_epochs: also export after each so many epochs.
+        folder: where to write; its parent folders are made and an earlier export is replaced. None = ``export`` in the
+            run's folder.
+        every_n_epochs: also export every n epochs, at least 1; None = only at the end.
 
     Raises:
-        ValueError: ``every_n_epochs`` below 1; at setup, a module that does not write itself, a folder with something
-            else in it, or a ``WeightAveraging`` that comes behind the export.
+        ValueError: ``every_n_epochs`` is below 1; in ``setup``, when the module cannot write itself, the folder holds
+            something else or cannot be written, or a ``WeightAveraging`` comes later in the list of callbacks.
     """
 
     def __init__(self, folder: str | None = None, every_n_epochs: int | None = None) -> None:
@@ -47,12 +47,12 @@ class Export(Callback):
         self.exported_step = -1
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse a folder that holds something else; put back one that a killed run left aside."""
+        """Refuse a folder that holds something else, and put back an export that a killed run had moved away."""
         if stage != "fit":
             return
         if not isinstance(pl_module, Exports):
             raise ValueError(
-                f"Export: {type(pl_module).__name__} has no save_pretrained and prepare_export, so it cannot be written: "
+                f"Export: {type(pl_module).__name__} lacks save_pretrained or prepare_export, so it cannot be written: "
                 "remove the callback."
             )
         self.folder = in_run_folder(trainer, self._given, "export")
@@ -75,12 +75,12 @@ class Export(Callback):
             self._aside.rename(self.folder)  # a run was killed between the two renames of _write
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Export after each n epochs."""
+        """Export every n epochs."""
         if self.every_n_epochs is not None and (trainer.current_epoch + 1) % self.every_n_epochs == 0:
             self._export(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Export the last weights."""
+        """Export the final weights, unless the last epoch did."""
         if self.exported_step != trainer.global_step:
             self._export(trainer, pl_module)
 
@@ -116,6 +116,6 @@ class Export(Callback):
         return self._sibling("previous")
 
     def _sibling(self, suffix: str) -> Path:
-        """A hidden name beside the folder: on the same disk, so that a rename is atomic."""
+        """Return a hidden name beside the folder. It is on the same disk, so that a rename is atomic."""
         folder = self.folder.absolute()
         return folder.with_name(f".{folder.name}.{suffix}")

@@ -1,4 +1,4 @@
-"""Does a stage get from earlier ones what it needs? Checked before anything is trained or sampled."""
+"""Does a stage get what it needs from earlier stages? Checked before anything is trained or sampled."""
 
 import json
 import math
@@ -10,28 +10,28 @@ from transformers import AutoTokenizer
 
 
 class HandOff(Callback):
-    """What a stage takes over from earlier ones: model folders and files of rows. One that does not fit ends the run in
-    one sentence.
+    """Checks the model folders and files of rows that a stage takes from earlier stages.
 
-    A file must hold something, a folder a ``config.json``; a reward model, which is a sequence classifier, must know
-    the mean and the deviation of its scores. In ``setup`` the tokenizer of each folder must read as the module's does,
-    with the same tokens under the same ids and the same chat template; that of a reward model may have more tokens,
-    such as a pad token of its own.
+    A file must not be empty. A folder must hold a ``config.json``. A reward model (a sequence classifier) must know the
+    mean and the standard deviation of its scores.
+
+    In ``setup`` it compares the tokenizer of each folder with the module's. Both must have the same tokens under the
+    same ids and the same chat template. A reward model may have more tokens, such as a pad token of its own.
 
     Args:
-        inputs: the stage that writes it -> folder or file, such as ``{01-fit-sft: runs/x/sft/export}``.
+        inputs: stage that writes it -> folder or file, such as ``{01-fit-sft: runs/x/sft/export}``.
 
     Raises:
-        ValueError: naming the stage to run again.
+        ValueError: an input does not fit; the message names the stage to run again.
     """
 
     def __init__(self, inputs: dict[str, str]) -> None:
         self.inputs = {stage: Path(path) for stage, path in inputs.items()}
-        for stage, path in self.inputs.items():  # before the DataModule reads it
+        for stage, path in self.inputs.items():  # here already, before the DataModule reads the file
             refuse_if(stage, path, find_trouble(path))
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Compare the tokenizers, where the module has one."""
+        """Compare the tokenizers, if the module has one."""
         mine = getattr(pl_module, "tokenizer", None)
         for origin, path in self.inputs.items():
             if path.is_dir() and mine is not None:
@@ -39,13 +39,13 @@ class HandOff(Callback):
 
 
 def refuse_if(stage: str, path: Path, problem: str | None) -> None:
-    """ValueError if there is a problem."""
+    """Raise ValueError if there is a problem."""
     if problem is not None:
         raise ValueError(f"hand-off from {stage}: {path} {problem}; run {stage} again")
 
 
 def find_trouble(path: Path) -> str | None:
-    """What is wrong with a folder or file whoever takes it over, or None."""
+    """Return what is wrong with a folder or file in itself; None = nothing."""
     if path.is_file():
         return None if path.stat().st_size else "is empty"
     if not path.is_dir():
@@ -59,12 +59,12 @@ def find_trouble(path: Path) -> str | None:
     if is_reward_model(path):
         mean, deviation = (known.get(name, math.nan) for name in ("reward_mean", "reward_std"))
         if not is_finite(mean) or not is_finite(deviation) or not deviation > 0:
-            return f"is a reward model without normalisation (reward_mean {mean}, reward_std {deviation} in config.json; wanted: normalize: true)"
+            return f"is a reward model without normalisation (reward_mean {mean}, reward_std {deviation} in config.json; fit it with model.normalize: true)"
     return None
 
 
 def find_mismatch(path: Path, mine: Any) -> str | None:
-    """How the tokenizer in a folder differs from ``mine``, or None."""
+    """Return how the tokenizer in a folder differs from ``mine``; None = it does not."""
     try:
         theirs = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
@@ -78,16 +78,16 @@ def find_mismatch(path: Path, mine: Any) -> str | None:
 
 
 def is_reward_model(path: Path) -> bool:
-    """Whether a folder holds a sequence classifier."""
+    """Return whether a folder holds a sequence classifier."""
     return any("SequenceClassification" in name for name in read_settings(path).get("architectures") or [])
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """The model's settings."""
+    """Read the model's ``config.json``."""
     found: dict[str, Any] = json.loads((path / "config.json").read_text(encoding="utf-8"))
     return found
 
 
 def is_finite(value: Any) -> bool:
-    """Whether this is a number that can be computed with."""
+    """Return whether a value is a finite number."""
     return isinstance(value, int | float) and math.isfinite(value)

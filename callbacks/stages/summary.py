@@ -1,4 +1,4 @@
-"""What did training change? One table and one line at the end of ``validate``."""
+"""What did training change? Prints one table and one line at the end of ``validate``."""
 
 import shlex
 from collections.abc import Mapping, Sequence
@@ -14,20 +14,20 @@ PROMPTS = "val/num_prompts"  # of which shares and means were taken
 
 
 class Summary(Callback):
-    """Remembers the validation before training, and prints it beside the validation of the trained checkpoint.
+    """Prints the validation before training beside the validation of the trained checkpoint.
 
     "Before" is the sanity check of the first ``fit``, if it runs over all validation data
-    (``Trainer(num_sanity_val_steps=-1)``); it travels in the checkpoint. ``validate`` with that checkpoint prints the
-    table, the command that opens TensorBoard, and last ``title: metric before -> after``.
+    (``Trainer(num_sanity_val_steps=-1)``). Its metrics are kept in the checkpoint. ``validate`` with that checkpoint
+    prints the table, the command that opens TensorBoard, and last ``title: metric before -> after``.
 
     Args:
-        title: the first word or words of the last line.
-        headline: the metric on the last line, such as ``val/pass@1``. It is the table's first row too.
+        title: the first words of the last line.
+        headline: the metric on the last line, such as ``val/pass@1``. It is also the table's first row.
         metrics: the other rows.
-        result: a file that gets the headline's value, for scripts to read.
+        result: a file to write the headline's value into, for scripts; None = no file.
 
     Raises:
-        ValueError: after a validation that did not log one of the metrics.
+        ValueError: a validation did not log one of the metrics.
     """
 
     def __init__(self, title: str, headline: str, metrics: list[str], result: str | None = None) -> None:
@@ -39,24 +39,24 @@ class Summary(Callback):
         self.after: dict[str, float] = {}
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep the values: before training from the sanity check, after it from ``validate``."""
+        """Keep the metrics: "before" from the sanity check, "after" from ``validate``."""
         if trainer.state.fn == "validate":
             self.after = read_logged(trainer, self.metrics, "Summary")
         elif trainer.sanity_checking and trainer.num_sanity_val_steps == float("inf") and not self.before:
             self.before = read_logged(trainer, self.metrics, "Summary")
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Print, at the end of ``validate``."""
-        # Lightning prints its own results before this hook, so that the headline stays the last line.
+        """Print at the end of ``validate``."""
+        # Lightning prints its own results before this hook, so the headline is the last line.
         if stage == "validate" and trainer.is_global_zero and self.after:
             self._print(trainer)
 
     def state_dict(self) -> dict[str, Any]:
-        """The part that a resumed run or a validation needs."""
+        """Return what a resumed run or a validation needs."""
         return {"before": self.before}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores what ``state_dict`` gave."""
+        """Restore what ``state_dict`` returned."""
         self.before = state_dict["before"]
 
     def _print(self, trainer: Trainer) -> None:
@@ -78,9 +78,9 @@ class Summary(Callback):
 
 
 def read_logged(trainer: Trainer, names: Sequence[str], owner: str) -> dict[str, float]:
-    """The values of the last validation, with their number of prompts and their standard errors where it logged these.
+    """Return metrics of the last validation, with the number of prompts and the standard errors that it logged.
 
-    Raises ValueError, in the name of ``owner``, where it did not log one of the names.
+    Raises ValueError, which begins with ``owner``, when one of the names was not logged.
     """
     missing = [name for name in names if name not in trainer.callback_metrics]
     if missing:
@@ -94,7 +94,7 @@ def read_logged(trainer: Trainer, names: Sequence[str], owner: str) -> dict[str,
 
 
 def print_table(rows: Sequence[str], columns: Mapping[str, Mapping[str, float]]) -> None:
-    """One row a metric, one column a model; what a model has no value of stays empty."""
+    """Print one row per metric and one column per model. A cell without a value stays empty."""
     from rich.console import Console
     from rich.table import Table
 
@@ -105,7 +105,7 @@ def print_table(rows: Sequence[str], columns: Mapping[str, Mapping[str, float]])
 
 
 def show_rounded(value: float) -> str:
-    """Two digits behind the point."""
+    """Format a value with two decimals."""
     return f"{value:.2f}"
 
 

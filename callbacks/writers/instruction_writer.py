@@ -1,4 +1,4 @@
-"""Writes the tasks that ``predict`` grew from seeds, and goes on where a killed run stopped."""
+"""Writes the tasks that ``predict`` generates from seeds. A killed run continues where it stopped."""
 
 import json
 from pathlib import Path
@@ -12,52 +12,52 @@ from callbacks.writers.output_files import append_lines, in_run_folder, open_who
 
 @runtime_checkable
 class GrowsTasks(Protocol):
-    """A module that makes more tasks of seeds, round by round."""
+    """A module that generates more tasks from seeds, round by round."""
 
-    rounds: list[Any]  # what each round brought, with ``accepted``; all but the tasks is numbers by name
-    num_instructions: int  # enough
-    num_accepted: int  # so far
-    fruitless: int  # requests of this run since something was kept
+    rounds: list[Any]  # the result of each round; ``accepted`` holds its tasks, the rest are numbers by name
+    num_instructions: int  # tasks that are wanted
+    num_accepted: int  # tasks kept so far
+    fruitless: int  # requests of this run since a task was last kept
 
     def identity(self) -> dict[str, str | int]:
-        """What determines the tasks."""
+        """Return what determines the tasks."""
 
     def summary(self) -> dict[str, float]:
-        """Numbers of all rounds."""
+        """Return the numbers of all rounds."""
 
 
 class InstructionWriter(Callback):
-    """JSONL in Alpaca's shape, one line per kept task in the order of keeping: instruction, input, output,
-    most_similar, similarity.
+    """Writes JSONL in Alpaca's format, one line per kept task: instruction, input, output, most_similar, similarity.
 
-    After each round a line with all that it brought goes to a hidden part beside ``path``, and onto the disk; a run
-    that is started again goes on behind the last whole line. At the end the module's tasks become ``path`` and its
-    numbers ``<path>.report.json`` (kept, rejected by reason, requests, tokens, cost, over all starts). The part is
-    dropped when there are as many tasks as were wanted; otherwise another start goes on with it. A ``fast_dev_run``
-    writes nothing.
+    Tasks stand in the order in which they were kept. After each round, one line with its result is written to a hidden
+    part file beside ``path`` and flushed to disk. A run that is started again continues after the last whole line.
+
+    At the end, the tasks are written to ``path`` and the numbers to ``<path>.report.json``: kept, rejected by reason,
+    requests, tokens and cost over all starts. The part file is deleted when there are enough tasks; otherwise another
+    start continues from it. A ``fast_dev_run`` writes nothing.
 
     Args:
-        path: the file; its parents are made, and an earlier file is replaced at the end. None = ``instructions.jsonl`` in the
-            run's folder.
+        path: the file; its parent folders are made, and an earlier file is replaced at the end. None =
+            ``instructions.jsonl`` in the run's folder.
 
     Raises:
-        ValueError: ``path`` is a folder, the module grows nothing, the part was begun with other seeds or settings, or
-            at the end when nothing was kept.
+        ValueError: ``path`` is a folder or cannot be written, the module generates no tasks, the part file was started
+            with other seeds or settings, or at the end when no task was kept.
     """
 
     def __init__(self, path: str | None = None) -> None:
         self._given = None if path is None else Path(path)
         self.path = self._given or Path("instructions.jsonl")  # settled at setup
         self._file: BinaryIO | None = None
-        self._written = 0  # rounds on the disk
+        self._written = 0  # rounds in the part file
 
     @property
     def part(self) -> Path:
-        """A hidden name beside the file."""
+        """The hidden part file beside ``path``."""
         return self.path.with_name(f".{self.path.name}.rounds")
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse what cannot work before anything is asked."""
+        """Refuse what cannot work before any request is sent."""
         if stage != "predict":
             return
         self.path = in_run_folder(trainer, self._given, "instructions.jsonl")
@@ -68,13 +68,13 @@ class InstructionWriter(Callback):
         require_writable(self.path, "InstructionWriter")
         if not isinstance(pl_module, GrowsTasks):
             raise ValueError(
-                f"InstructionWriter: {type(pl_module).__name__} grows no tasks; set model to SelfInstructModule"
+                f"InstructionWriter: {type(pl_module).__name__} generates no tasks; set model to SelfInstructModule"
             )
 
     def on_predict_batch_start(
         self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """At the first round: hand the module what a killed run left, and open the part."""
+        """At the first round, give the module the rounds of a killed run and open the part file."""
         if batch_idx > 0 or trainer.fast_dev_run:  # type: ignore[attr-defined]  # Trainer sets it without declaring it
             return
         header = {**pl_module.identity(), "data": batch["info"][0].get("data")}
@@ -84,12 +84,12 @@ class InstructionWriter(Callback):
         first, *pl_module.rounds = [json.loads(line) for line in lines] or [header]
         if first != header:
             raise ValueError(
-                f"InstructionWriter: {self.part} was begun with other seeds or settings; delete it, or go on as it was "
-                "begun"
+                f"InstructionWriter: {self.part} was started with other seeds or settings; delete it, or use those "
+                "seeds and settings again"
             )
         self._written = len(pl_module.rounds)
         if pl_module.rounds:
-            rank_zero_info(f"instructions: going on with the {pl_module.num_accepted} that a run before this one kept")
+            rank_zero_info(f"instructions: resuming with the {pl_module.num_accepted} that an earlier run kept")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = open_whole_lines(self.part)
         if not lines:
@@ -107,7 +107,7 @@ class InstructionWriter(Callback):
         rank_zero_info(f"instructions: round {self._written}: {pl_module.num_accepted} of {pl_module.num_instructions}")
 
     def on_predict_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """Write the file and the report. Raises ValueError when there is nothing to write."""
+        """Write the file and the report. Raises ValueError when no task was kept."""
         if self._file is None:
             return
         self._close()
@@ -115,23 +115,22 @@ class InstructionWriter(Callback):
         if not pl_module.num_accepted:
             self.part.unlink()
             raise ValueError(
-                f"InstructionWriter: {write_counts(report)}, so {self.path} is not written; ask a model that keeps to the "
-                "form of the list, "
-                "with room for 3000 tokens"
+                f"InstructionWriter: {write_counts(report)}, so {self.path} is not written; use a model that follows the "
+                "format of the list, with room for 3000 tokens"
             )
         tasks = [task for one in pl_module.rounds for task in one["accepted"]]
         write_whole(self.path.with_name(f"{self.path.name}.report.json"), json.dumps(report, indent=1) + "\n")
         write_whole(self.path, "".join(json.dumps(task, ensure_ascii=False) + "\n" for task in tasks))
         short = pl_module.num_instructions - pl_module.num_accepted
         if short > 0:
-            why = f"; {short} too few, the last {pl_module.fruitless} requests brought nothing new; another start goes on from here"
+            why = f"; {short} are missing, the last {pl_module.fruitless} requests gave no new task; start again to continue from here"
         else:
             why = ""
             self.part.unlink()
         rank_zero_info(f"instructions: {self.path}: {write_counts(report)}{why}")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Keep the part: the next run goes on with it."""
+        """Keep the part file: the next run continues from it."""
         if self._file is not None:
             self._close()
 
@@ -142,7 +141,7 @@ class InstructionWriter(Callback):
 
 
 def write_counts(report: dict[str, float]) -> str:
-    """The report in one line."""
+    """Return the report in one line."""
     counts = {
         name.rpartition("/")[2]: count
         for name, count in report.items()

@@ -1,4 +1,4 @@
-"""Writes rows back with what a model knows of them: the file that tuning filters by."""
+"""Writes the rows back with what a model knows of them. Tuning can filter by this file."""
 
 from typing import Protocol, runtime_checkable
 
@@ -10,22 +10,24 @@ from modules.types import KNOWLEDGE_CATEGORIES
 
 @runtime_checkable
 class Asks(Labels, Protocol):
-    """A module that labels by asking the policy several times."""
+    """A module that labels facts by asking the policy several times."""
 
     num_samples: int
 
 
 class KnowledgeWriter(ResumableJsonl):
-    """JSONL with the rows of the data, in their order and with all their columns, plus ``knowledge`` (HighlyKnown,
-    MaybeKnown, WeaklyKnown or Unknown), ``p_greedy`` and ``p_sampled`` (shares of right answers, [0, 1]).
+    """Writes JSONL with the rows of the data in their order, each with what the model knows of it.
 
-    A killed run that is started again asks for no fact twice (see :class:`ResumableJsonl`). The shares of the
-    categories go into the last line, the report beside the file, and to the loggers as
+    A row keeps all its columns and gets ``knowledge`` (HighlyKnown, MaybeKnown, WeaklyKnown or Unknown), ``p_greedy``
+    and ``p_sampled`` (shares of right answers, [0, 1]).
+
+    A killed run that is started again asks for no fact twice, see :class:`ResumableJsonl`. The shares of the categories
+    are on the last line that is printed, in the report beside the file, and in the loggers as
     ``predict/knowledge/<category>``.
 
     Args:
-        path: the file; its parents are made, and an earlier file is replaced at the end. None = ``knowledge.jsonl`` in the
-            run's folder.
+        path: the file; its parent folders are made, and an earlier file is replaced at the end. None =
+            ``knowledge.jsonl`` in the run's folder.
 
     Raises:
         ValueError: see :class:`ResumableJsonl`.
@@ -37,7 +39,7 @@ class KnowledgeWriter(ResumableJsonl):
     file = "knowledge.jsonl"
 
     def report(self, trainer: Trainer, report: dict[str, float]) -> str:
-        """The shares in one line, and to the loggers."""
+        """Log the shares, and return them in one line."""
         for logger in trainer.loggers:
             logger.log_metrics(
                 {f"predict/knowledge/{category}": report[category] for category in KNOWLEDGE_CATEGORIES}, step=0

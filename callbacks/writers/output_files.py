@@ -10,12 +10,15 @@ from lightning.pytorch import Trainer
 
 
 def in_run_folder(trainer: Trainer, path: Path | None, name: str) -> Path:
-    """The path, or ``name`` in the run's folder, which is the Trainer's ``default_root_dir``, where it is None."""
+    """Return ``path``, or ``name`` in the run's folder when ``path`` is None. The run's folder is ``default_root_dir``."""
     return Path(trainer.default_root_dir) / name if path is None else path
 
 
 def require_writable(path: Path, who: str) -> None:
-    """Raises ValueError, ``who`` first, unless ``path`` can be made or written; leaves nothing behind."""
+    """Check that ``path`` can be written, and leave nothing behind.
+
+    Raises ValueError, which begins with ``who``, when it cannot.
+    """
     folder = path.absolute()
     while not folder.exists():
         folder = folder.parent
@@ -28,7 +31,7 @@ def require_writable(path: Path, who: str) -> None:
 
 
 def open_whole_lines(path: Path) -> BinaryIO:
-    """Open to append, without the half line that a killed run may have left."""
+    """Open a file to append, and remove the half line that a killed run may have left."""
     file = path.open("a+b")
     file.seek(0)
     file.truncate(file.read().rfind(b"\n") + 1)
@@ -37,14 +40,14 @@ def open_whole_lines(path: Path) -> BinaryIO:
 
 
 def append_lines(file: BinaryIO, records: list[Any]) -> None:
-    """Write records behind the others, all or nothing, and wait until they are on the disk."""
+    """Append records, all or nothing, and flush them to disk."""
     file.write("".join(json.dumps(record) + "\n" for record in records).encode())
     file.flush()
     os.fsync(file.fileno())
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write beside and rename, so that ``path`` is never half a file."""
+    """Write a file beside ``path`` and rename it, so that ``path`` is never half a file."""
     part = path.with_name(f".{path.name}.whole")
     with part.open("w", encoding="utf-8") as file:
         file.write(text)
@@ -54,6 +57,6 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """JSON, renamed into its place when it is complete; its parents are made."""
+    """Write a JSON file that is renamed into place when it is complete; parent folders are made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, json.dumps(content, indent=2) + "\n")

@@ -1,5 +1,6 @@
-"""Writes what ``predict`` sampled and scored: rejection sampling, difficulty filters, best-of-n and distillation start
-from this file.
+"""Writes what ``predict`` sampled and scored.
+
+Rejection sampling, difficulty filters, best-of-n and distillation start from this file.
 """
 
 import json
@@ -16,15 +17,16 @@ from modules.types import Rollout
 
 
 class PredictionWriter(Callback):
-    """JSONL with one line per completion: uid, prompt, completion, answer, reward, rewards by name, finish, num_tokens.
+    """Writes JSONL, one line per completion: uid, prompt, completion, answer, reward, rewards by name, finish,
+    num_tokens.
 
-    Each rank writes a hidden part beside ``path``; at the end of ``predict`` rank zero joins them in the order of the
-    ranks and renames, so that ``path`` is never half a file. The ranks must share that disk. Nothing is written by a
-    ``fast_dev_run``.
+    Each rank writes a hidden part file beside ``path``. At the end of ``predict``, rank zero joins the parts in the
+    order of the ranks and renames the result, so ``path`` is never half a file. The ranks must share that disk. A
+    ``fast_dev_run`` writes nothing.
 
     Args:
-        path: the file; its parents are made, and an earlier file is replaced. None = ``predictions.jsonl`` in the run's
-            folder.
+        path: the file; its parent folders are made, and an earlier file is replaced. None = ``predictions.jsonl`` in
+            the run's folder.
 
     Raises:
         ValueError: in ``setup`` of ``predict``, when ``path`` is a folder or cannot be written.
@@ -36,7 +38,7 @@ class PredictionWriter(Callback):
         self._file: TextIO | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse a folder before anything is sampled."""
+        """Refuse a path that cannot be written before anything is sampled."""
         if stage != "predict":
             return
         self.path = in_run_folder(trainer, self._given, "predictions.jsonl")
@@ -47,7 +49,7 @@ class PredictionWriter(Callback):
         require_writable(self.path, "PredictionWriter")
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Open this rank's part."""
+        """Open this rank's part file."""
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]  # Trainer sets it without declaring it
             part = self._part(trainer.global_rank)
             part.parent.mkdir(parents=True, exist_ok=True)
@@ -67,7 +69,7 @@ class PredictionWriter(Callback):
             self._file.writelines(line(rollout) for rollout in record_of(pl_module).rollouts)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Join the parts."""
+        """Join the part files."""
         if self._file is None:
             return
         self._close()
@@ -77,7 +79,7 @@ class PredictionWriter(Callback):
             rank_zero_info(f"predictions: {self.path}")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Drop the part; an earlier file stays."""
+        """Delete the part file; an earlier file stays."""
         if self._file is not None:
             self._close()
             self._part(trainer.global_rank).unlink(missing_ok=True)
@@ -96,12 +98,12 @@ class PredictionWriter(Callback):
         self._file = None
 
     def _part(self, rank: int) -> Path:
-        """A hidden name beside the file: on the same disk, so that the rename is atomic."""
+        """Return a hidden name beside the file. It is on the same disk, so that the rename is atomic."""
         return self.path.with_name(f".{self.path.name}.rank{rank}")
 
 
 def line(rollout: Rollout) -> str:
-    """One rollout as a line of JSON."""
+    """Return one rollout as a line of JSON."""
     completion = rollout.completion
     record = {
         "uid": rollout.uid,

@@ -1,4 +1,4 @@
-"""Writes what a judge labelled in ``predict`` as preference rows, and goes on where a killed run stopped."""
+"""Writes the labels of a judge as preference rows. A killed run continues where it stopped."""
 
 from typing import Any, Protocol, runtime_checkable
 
@@ -12,20 +12,20 @@ class Judges(Labels, Protocol):
     """A module that labels by asking a judge."""
 
     def usage(self) -> dict[str, float]:
-        """What labelling has cost so far."""
+        """Return what labelling has cost so far."""
 
 
 class PreferenceWriter(ResumableJsonl):
-    """JSONL with one line per labelled row, in the order of the data: uid, prompt, completions, ranks (0 = best),
+    """Writes JSONL, one line per labelled row in the order of the data: uid, prompt, completions, ranks (0 = best),
     scores.
 
-    A killed run that is started again asks for nothing that was answered (see :class:`ResumableJsonl`). The report
-    beside the file tells counts, position bias, consistency, agreement with the given labels, requests and cost over
-    all starts.
+    A killed run that is started again asks nothing that was answered, see :class:`ResumableJsonl`. The report beside
+    the file covers all starts. It holds counts, position bias, consistency, agreement with given labels, requests and
+    cost.
 
     Args:
-        path: the file; its parents are made, and an earlier file is replaced at the end. None = ``preferences.jsonl`` in the
-            run's folder.
+        path: the file; its parent folders are made, and an earlier file is replaced at the end. None =
+            ``preferences.jsonl`` in the run's folder.
 
     Raises:
         ValueError: see :class:`ResumableJsonl`.
@@ -37,12 +37,12 @@ class PreferenceWriter(ResumableJsonl):
     file = "preferences.jsonl"
 
     def usage(self, pl_module: Any) -> dict[str, float]:
-        """What the judge has cost so far."""
+        """Return what the judge has cost so far."""
         used: dict[str, float] = pl_module.usage()
         return used
 
     def report(self, trainer: Trainer, report: dict[str, float]) -> str:
-        """The report in one line."""
+        """Return the report in one line."""
         parts = [f"{report['rows']:.0f} rows, {report['ties']:.0f} ties, {report['invalid']:.0f} invalid left out"]
         if "position_bias" in report:
             parts.append(f"position bias {report['position_bias']:+.2f}")

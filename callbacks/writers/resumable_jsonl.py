@@ -1,4 +1,4 @@
-"""Writes what a module labels in ``predict`` as rows of JSON, and goes on where a killed run stopped."""
+"""Writes the labels of ``predict`` as rows of JSON. A killed run continues where it stopped."""
 
 import json
 from collections import Counter
@@ -22,61 +22,64 @@ from modules.types import Record
 class Labels(Protocol):
     """A module that labels rows."""
 
-    done: set[str]  # uids that it must not label again
-    record: Record  # ``labels`` of the last batch
+    done: set[str]  # uids that are labelled already and are skipped
+    record: Record  # its ``labels`` are those of the last batch
 
     def identity(self) -> dict[str, str | int]:
-        """What determines the labels."""
+        """Return what determines the labels."""
 
     def summary(self, records: list[dict[str, Any]]) -> dict[str, float]:
-        """Numbers of the records."""
+        """Return the numbers of the report."""
 
 
 class ResumableJsonl(Callback):
-    """JSONL with one line per labelled row, in the order of the data; a subclass says what labels and what the report
-    reads.
+    """Writes JSONL with one line per labelled row, in the order of the data.
 
-    After each batch every rank adds its records to a hidden part beside ``path`` and waits until they are on the disk;
-    a run that is started again labels nothing that the parts hold, also with another number of ranks. Rows without a
-    valid label are tried again then. At the end rank zero writes ``path`` and ``<path>.report.json`` and drops the
-    parts. The ranks must share that disk. A ``fast_dev_run`` writes nothing.
+    A subclass names the modules that it accepts and words the report.
+
+    After each batch, every rank appends its records to a hidden part file beside ``path`` and flushes them to disk. A
+    run that is started again skips every row with a valid label in the part files, also on another number of ranks.
+    Rows without a valid label are tried again.
+
+    At the end, rank zero writes ``path`` and ``<path>.report.json`` and deletes the parts. The ranks must share that
+    disk. A ``fast_dev_run`` writes nothing.
 
     Args:
-        path: the file; its parents are made, and an earlier file is replaced at the end. None = ``file`` in the
+        path: the file; its parent folders are made, and an earlier file is replaced at the end. None = ``file`` in the
             run's folder.
 
     Raises:
-        ValueError: ``path`` is a folder, the module does not label, the parts were begun with another module or other
-            rows, or at the end when no row has a valid label.
+        ValueError: ``path`` is a folder or cannot be written, the module does not label, the part files were started
+            with another module or other rows, or at the end when no row has a valid label.
     """
 
-    reads: type = Labels  # the protocol of the modules that label for this writer
-    module: str  # the name of such a module
-    begun_with: str  # what parts of another run differ in
-    file: str  # its name in the run's folder
+    reads: type = Labels  # protocol of the modules whose labels this writer accepts
+    module: str  # name of such a module, for messages
+    begun_with: str  # what differs when part files belong to another run, for messages
+    file: str  # default name in the run's folder
 
     def __init__(self, path: str | None = None) -> None:
         self._given = None if path is None else Path(path)
         self.path = self._given or Path(self.file)  # settled at setup
         self._file: BinaryIO | None = None
-        self._header: dict[str, Any] = {}  # what a part begins with
-        self._used: Counter[str] = Counter()  # as of the last batch
+        self._header: dict[str, Any] = {}  # first line of a part file: what determines the labels
+        self._used: Counter[str] = Counter()  # usage after the last batch
 
     @property
     def name(self) -> str:
-        """As the user names it."""
+        """The class as the user names it."""
         return type(self).__name__
 
     def usage(self, pl_module: Any) -> dict[str, float]:
-        """What labelling has cost so far, summed over all starts in the report."""
+        """Return what labelling has cost so far; the report sums it over all starts."""
         return {}
 
     def report(self, trainer: Trainer, report: dict[str, float]) -> str:
-        """The report in one line, on rank zero; the place to log it, too."""
+        """Return the report in one line, and log it if wanted; called on rank zero."""
         raise NotImplementedError
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse what cannot work before anything is asked."""
+        """Refuse what cannot work before anything is labelled."""
         if stage != "predict":
             return
         self.path = in_run_folder(trainer, self._given, self.file)
@@ -84,12 +87,14 @@ class ResumableJsonl(Callback):
             raise ValueError(f"{self.name}: {self.path} is a folder; name a file, such as {self.path / 'rows.jsonl'}")
         require_writable(self.path, self.name)
         if not isinstance(pl_module, self.reads):
-            raise ValueError(f"{self.name}: {type(pl_module).__name__} labels nothing; set model to {self.module}")
+            raise ValueError(
+                f"{self.name} cannot write the results of {type(pl_module).__name__}; set model to {self.module}"
+            )
 
     def on_predict_batch_start(
         self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """At the first batch: read the parts of a killed run."""
+        """At the first batch, read the part files of a killed run."""
         if batch_idx > 0:
             return
         self._header = {**pl_module.identity(), "data": batch["info"][0].get("data")}
@@ -97,7 +102,7 @@ class ResumableJsonl(Callback):
         pl_module.done = {record["uid"] for record in records if record.get("label") is not None}
         self._used = Counter(self.usage(pl_module))
         if pl_module.done:
-            rank_zero_info(f"labels: going on with the {len(pl_module.done)} rows that a run before this one labelled")
+            rank_zero_info(f"labels: resuming with the {len(pl_module.done)} rows that an earlier run labelled")
 
     def on_predict_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -116,7 +121,7 @@ class ResumableJsonl(Callback):
         append_lines(self._file, [*pl_module.record.labels, {"usage": spent}])
 
     def on_predict_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """Join the parts."""
+        """Join the part files."""
         if self._file is None:
             return
         self._close()
@@ -125,7 +130,7 @@ class ResumableJsonl(Callback):
             self._join(trainer, pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Keep the part: the next run goes on with it."""
+        """Keep the part file: the next run continues from it."""
         if self._file is not None:
             self._close()
 
@@ -139,8 +144,8 @@ class ResumableJsonl(Callback):
         labels = [record["label"] for record in ordered if record["label"] is not None]
         if not labels:
             raise ValueError(
-                f"{self.name}: not one of {len(ordered)} rows got a valid label, so {self.path} is not written; look "
-                "at a reply"
+                f"{self.name}: none of {len(ordered)} rows got a valid label, so {self.path} is not written; check what "
+                "the judge replies"
             )
         report = pl_module.summary(ordered)
         for record in lines:
@@ -153,14 +158,14 @@ class ResumableJsonl(Callback):
         rank_zero_info(f"labels: {self.path}: {self.report(trainer, report)}")
 
     def _read_parts(self) -> list[dict[str, Any]]:
-        """The lines of all parts behind their headers. Raises ValueError when one begins with another header."""
+        """Read the lines of all part files after their headers. Raises ValueError when a header is another one."""
         lines: list[dict[str, Any]] = []
         for part in self._parts():
             whole = part.read_bytes().split(b"\n")[:-1]  # a killed run may have left half a line
             first, *rest = [json.loads(line) for line in whole] or [self._header]
             if first != self._header:
                 raise ValueError(
-                    f"{self.name}: {part} was begun with {self.begun_with}; delete it, or go on as it was begun"
+                    f"{self.name}: {part} was started with {self.begun_with}; delete it, or use the earlier ones again"
                 )
             lines += rest
         return lines
@@ -171,11 +176,11 @@ class ResumableJsonl(Callback):
         self._file = None
 
     def _part(self, rank: int) -> Path:
-        """A hidden name beside the file."""
+        """Return the hidden name of a rank's part file beside ``path``."""
         return self.path.with_name(f".{self.path.name}.rank{rank}")
 
     def _parts(self) -> list[Path]:
-        """Those there are, of this run and of killed ones."""
+        """Return the part files that exist, of this run and of killed ones."""
         if not self.path.parent.is_dir():
             return []
         return sorted(path for path in self.path.parent.iterdir() if path.name.startswith(f".{self.path.name}.rank"))

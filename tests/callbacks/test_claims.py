@@ -133,10 +133,10 @@ def test_values_before_training_are_those_of_the_summary(capsys: pytest.CaptureF
             Claim("x", "val/kl", at_least=0.0),
             "claim 'x': this run has no val/kl; it has val/num_prompts, val/score, val/share",
         ),
-        (Claim("x", "val/share", at_least="sft"), "claim 'x': no numbers of sft; there are those of this run"),
+        (Claim("x", "val/share", at_least="sft"), "claim 'x': there are no numbers of sft, only of this run"),
         (
             Claim("x", "val/score", at_least=0.0, standard_errors=1),
-            "claim 'x': val/score is no share of a number of prompts",
+            "claim 'x': val/score has no standard error: none was logged, and it is not a share of a known number",
         ),
     ],
 )
@@ -146,7 +146,7 @@ def test_what_cannot_be_judged_is_named(claim: Claim, message: str) -> None:
 
 
 def test_a_share_of_an_unknown_number_has_no_standard_error() -> None:
-    with pytest.raises(ValueError, match="no share of a number of prompts"):
+    with pytest.raises(ValueError, match="not a share of a known number of prompts"):
         trainer(Claims([Claim("x", "val/share", at_least=0.0, standard_errors=1)])).validate(
             Model(0.5, prompts=None), data(), verbose=False
         )

@@ -104,11 +104,11 @@ def test_another_kind_of_file_is_refused_and_stays(tmp_path: Path, content: str)
     (tmp_path / "all.json").write_text(content)
     with pytest.raises(
         ValueError,
-        match=r"Comparison: .*all\.json holds no numbers by model and metric; delete it, or name another file",
+        match=r"Comparison: .*all\.json is not a file of metrics by model; delete it, or name another file",
     ):
         validate(tmp_path / "all.json", "dpo", 0.0, 1.0)
     assert (tmp_path / "all.json").read_text() == content
-    with pytest.raises(ValueError, match="holds no numbers"):
+    with pytest.raises(ValueError, match="is not a file of metrics"):
         validate(tmp_path, "dpo", 0.0, 1.0)
 
 

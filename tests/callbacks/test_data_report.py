@@ -92,7 +92,7 @@ def test_planted_faults_are_found(tmp_path: Path, events: Any, capsys: pytest.Ca
     assert "leaked" not in val and list(val["languages"].values()) == [1.0]  # "26" has no letters
     assert said == [
         "train data: 1 of 6 documents repeat an earlier one, token by token",
-        "train data: 1 of 6 documents are among the held-out ones too, so validation flatters the model",
+        "train data: 1 of 6 documents are also held out, so validation looks better than it is",
         "train data: 14.3% of the rows are left out: 1 too long, 0 unreadable",
     ]
     told = events(tmp_path / "logs")
@@ -112,7 +112,7 @@ def test_clean_data_pass_without_a_warning(tmp_path: Path) -> None:
 def test_empty_answers_are_said(tmp_path: Path) -> None:
     rows = data([("never", "read")])
     rows.train_rows = [Tokens([70, 71, 2], [False, False, True]), Tokens([70, 72, 73, 2], [False, False, True, True])]
-    assert fit(tmp_path, rows) == ["train data: 1 of 2 answers are empty, and the model learns to say nothing"]
+    assert fit(tmp_path, rows) == ["train data: 1 of 2 answers are empty, so the model learns to say nothing"]
 
 
 def test_validate_reports_too(tmp_path: Path) -> None:

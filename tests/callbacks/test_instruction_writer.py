@@ -109,7 +109,7 @@ def test_a_run_that_stopped_goes_on_and_asks_nothing_twice(tmp_path: Path, chat_
     with (tmp_path / ".out.jsonl.rounds").open("ab") as half:
         half.write(b'{"requests": 2, "acc')  # as after a power cut
     grow(file, HttpChat(server.url, "m"), requests_per_round=4)  # 2 x 2 + 4 requests
-    assert "instructions: going on with the 12 that a run before this one kept" in caplog.text
+    assert "instructions: resuming with the 12 that an earlier run kept" in caplog.text
     assert len(server.requests) == 6 + 4
     assert file.read_bytes() == calm.read_bytes()
     assert read(file)[1] == read(calm)[1]  # of the broken round nothing is known
@@ -120,7 +120,7 @@ def test_other_seeds_or_settings_are_refused(tmp_path: Path, chat_server: Any) -
     server, file = chat_server(author, plan=[200, 200, 400]), tmp_path / "out.jsonl"
     with pytest.raises(ValueError, match="refused"):
         grow(file, HttpChat(server.url, "m", concurrency=1))
-    sentence = r"\.out\.jsonl\.rounds was begun with other seeds or settings; delete it, or go on as it was begun"
+    sentence = r"\.out\.jsonl\.rounds was started with other seeds or settings; delete it, or use those seeds"
     for model, settings in (
         ("other", {}),
         ("m", {"seed": 1}),
@@ -136,8 +136,8 @@ def test_other_seeds_or_settings_are_refused(tmp_path: Path, chat_server: Any) -
 def test_too_few_are_written_and_another_start_goes_on(tmp_path: Path, chat_server: Any, caplog: Any) -> None:
     file, server = tmp_path / "out.jsonl", chat_server(lambda question: author("always the same"))
     grow(file, HttpChat(server.url, "m"), patience=3)
-    said = "3 kept of 30 tasks from 6 requests, 6 unfinished, 6 blacklist, 15 duplicate; 17 too few, the last 4 requests brought nothing new; another"
-    assert f"instructions: {file}: {said} start goes on from here" in caplog.text
+    said = "3 kept of 30 tasks from 6 requests, 6 unfinished, 6 blacklist, 15 duplicate; 17 are missing, the last 4 requests gave no new task; start"
+    assert f"instructions: {file}: {said} again to continue from here" in caplog.text
     assert len(read(file)[0]) == 3
     server.rule = author
     grow(file, HttpChat(server.url, "m"), patience=3)
@@ -151,7 +151,7 @@ def test_a_local_model_that_writes_nothing_usable_ends_in_one_sentence(tmp_path:
     file.write_text("old")
     with pytest.raises(
         ValueError,
-        match=r"InstructionWriter: 0 kept of 0 tasks from 2 requests, 2 failed, so .*out\.jsonl is not written; ask a model",
+        match=r"InstructionWriter: 0 kept of 0 tasks from 2 requests, 2 failed, so .*out\.jsonl is not written; use a model",
     ):
         grow(
             file, LocalChat("tiny", max_completion_length=4), patience=1
@@ -173,7 +173,7 @@ def test_refusals(tmp_path: Path, chat_server: Any) -> None:
             Trainer(logger=False, accelerator="cpu"), SelfInstructModule(client, 1), "predict"
         )
     with pytest.raises(
-        ValueError, match="InstructionWriter: SFTModule grows no tasks; set model to SelfInstructModule"
+        ValueError, match="InstructionWriter: SFTModule generates no tasks; set model to SelfInstructModule"
     ):
         InstructionWriter(str(tmp_path / "x")).setup(
             Trainer(logger=False, accelerator="cpu"), SFTModule("tiny"), "predict"
@@ -208,7 +208,7 @@ def test_the_shipped_config_killed_and_started_again(
     assert len(server.requests) == 6 and not file.exists()
     monkeypatch.chdir(tmp_path)
     main(arguments)
-    assert "instructions: going on with the 12 that a run before this one kept" in caplog.text
+    assert "instructions: resuming with the 12 that an earlier run kept" in caplog.text
     resumed = file.read_bytes()
     assert len(server.requests) == 6 + 6  # 30 = 12 + 3 rounds of 6
     main(arguments)  # nothing is left to go on with: from the beginning

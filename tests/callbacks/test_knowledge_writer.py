@@ -121,7 +121,7 @@ def test_a_run_that_stopped_goes_on_and_asks_nothing_twice(tmp_path: Path, caplo
     (tmp_path / ".out.jsonl.rank0").rename(tmp_path / ".out.jsonl.rank3")  # as of a run with more ranks
     engine = Fails(at=0)
     ask(file, rows, engine, batch_size=7)
-    assert "going on with the 4 rows" in caplog.text and engine.calls == 2
+    assert "resuming with the 4 rows" in caplog.text and engine.calls == 2
     assert file.read_bytes() == calm.read_bytes()
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
@@ -131,10 +131,10 @@ def test_parts_of_another_run_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="gave up"):
         ask(file, rows, Fails(at=3))
     with pytest.raises(
-        ValueError, match=r"\.out\.jsonl\.rank0 was begun with another model, other settings or other rows; delete it"
+        ValueError, match=r"\.out\.jsonl\.rank0 was started with another model, other settings or other rows; delete it"
     ):
         ask(file, rows, seed=1)
-    with pytest.raises(ValueError, match="was begun with another model, other settings or other rows"):
+    with pytest.raises(ValueError, match="was started with another model, other settings or other rows"):
         ask(file, write_rows(rows, ROWS[1:]))
 
 
@@ -144,9 +144,13 @@ def test_refusals_and_a_fast_dev_run_write_nothing(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is a folder; name a file, such as"):
         ask(tmp_path, rows)
     trainer = Trainer(logger=False, accelerator="cpu")
-    with pytest.raises(ValueError, match="KnowledgeWriter: SFTModule labels nothing; set model to KnowledgeModule"):
+    with pytest.raises(
+        ValueError, match="KnowledgeWriter cannot write the results of SFTModule; set model to KnowledgeModule"
+    ):
         KnowledgeWriter(str(file)).setup(trainer, SFTModule("tiny"), "predict")
-    with pytest.raises(ValueError, match="PreferenceWriter: KnowledgeModule labels nothing; set model to LabelModule"):
+    with pytest.raises(
+        ValueError, match="PreferenceWriter cannot write the results of KnowledgeModule; set model to LabelModule"
+    ):
         PreferenceWriter(str(file)).setup(trainer, KnowledgeModule("tiny"), "predict")
     assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
 

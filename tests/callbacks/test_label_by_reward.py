@@ -106,7 +106,7 @@ def test_a_stopped_run_goes_on_with_the_same_rule_alone(tmp_path: Path) -> None:
 
     with pytest.raises(RuntimeError, match="stopped"):
         label(tmp_path / "again.jsonl", Stops(r"(\d+)\.*"), batch_size=1)
-    with pytest.raises(ValueError, match="was begun with another judge or other rows"):
+    with pytest.raises(ValueError, match="was started with another judge or other rows"):
         label(tmp_path / "again.jsonl", GOLD)
     label(tmp_path / "again.jsonl", Stops(r"(\d+)\.*"))
     assert (tmp_path / "again.jsonl").read_bytes() == written

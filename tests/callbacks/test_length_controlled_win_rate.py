@@ -126,7 +126,7 @@ def test_one_sided_results_stay_finite() -> None:
 @pytest.mark.parametrize("preference", [f64(), f64(0.5, 1.2), f64(-0.1, 1), f64(math.nan, 1), torch.ones(2, 2)])
 def test_what_is_no_preference_is_refused(preference: Tensor) -> None:
     for function in (win_rate, win_rate_standard_error, lambda x: controlled(x, torch.zeros(x.shape))):
-        with pytest.raises(ValueError, match=r"preferences \[N\] in \[0, 1\]"):
+        with pytest.raises(ValueError, match=r"at least one preference, shape \[N\], in \[0, 1\]"):
             function(preference)
 
 

@@ -126,7 +126,7 @@ def test_a_run_that_stopped_goes_on_and_asks_nothing_twice(
     with part.open("ab") as half:
         half.write(b'{"row": 4, "uid"')  # as after a power cut
     label(file, rows, HttpChat(server.url, "m"), batch_size=3)
-    assert "going on with the 4 rows" in caplog.text
+    assert "resuming with the 4 rows" in caplog.text
     assert file.read_bytes() == calm.read_bytes()
     assert len(server.requests) == 10 + 6  # of the last three rows, both orders
     reports = [json.loads(path.with_name(f"{path.name}.report.json").read_text()) for path in (file, calm)]
@@ -177,9 +177,13 @@ def test_parts_of_another_judge_or_of_other_rows_are_refused(tmp_path: Path, cha
     server.plan = [200] * 4 + [400]
     with pytest.raises(ValueError, match="refused"):
         label(file, rows, HttpChat(server.url, "m", concurrency=1))
-    with pytest.raises(ValueError, match=r"\.out\.jsonl\.rank0 was begun with another judge or other rows; delete it"):
+    with pytest.raises(
+        ValueError, match=r"\.out\.jsonl\.rank0 was started with another judge or other rows; delete it"
+    ):
         label(file, rows, HttpChat(server.url, "another"))
-    with pytest.raises(ValueError, match=r"\.out\.jsonl\.rank0 was begun with another judge or other rows; delete it"):
+    with pytest.raises(
+        ValueError, match=r"\.out\.jsonl\.rank0 was started with another judge or other rows; delete it"
+    ):
         label(file, write_rows(rows, ROWS[1:]), HttpChat(server.url, "m"))
     assert len(server.requests) == 5
 
@@ -188,13 +192,15 @@ def test_refusals_leave_the_old_file_alone(tmp_path: Path, chat_server: Any, rul
     rows, file = write_rows(tmp_path / "in.jsonl", ROWS[:2]), tmp_path / "out.jsonl"
     file.write_text("old")
     silent = HttpChat(chat_server(lambda question: "hm").url, "m")
-    with pytest.raises(ValueError, match="not one of 2 rows got a valid label, so .*out.jsonl is not written"):
+    with pytest.raises(ValueError, match="none of 2 rows got a valid label, so .*out.jsonl is not written"):
         label(file, rows, silent)
     (tmp_path / ".out.jsonl.rank0").unlink()
     label(file, rows, silent, fast_dev_run=True)
     with pytest.raises(ValueError, match="is a folder; name a file, such as"):
         label(tmp_path, rows, silent)
-    with pytest.raises(ValueError, match="PreferenceWriter: SFTModule labels nothing; set model to LabelModule"):
+    with pytest.raises(
+        ValueError, match="PreferenceWriter cannot write the results of SFTModule; set model to LabelModule"
+    ):
         PreferenceWriter(str(file)).setup(Trainer(logger=False, accelerator="cpu"), SFTModule("tiny"), "predict")
     assert file.read_text() == "old"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]
@@ -202,7 +208,7 @@ def test_refusals_leave_the_old_file_alone(tmp_path: Path, chat_server: Any, rul
 
 def test_a_local_judge_labels(tmp_path: Path) -> None:
     rows = write_rows(tmp_path / "in.jsonl", ROWS[:1])
-    with pytest.raises(ValueError, match="not one of 1 rows got a valid label"):  # the tiny model is untrained
+    with pytest.raises(ValueError, match="none of 1 rows got a valid label"):  # the tiny model is untrained
         label(tmp_path / "out.jsonl", rows, LocalChat("tiny", max_completion_length=4))
 
 
@@ -319,7 +325,7 @@ def test_a_killed_process_goes_on(tmp_path: Path, chat_server: Any, rules: Any, 
         os.kill(process.pid, signal.SIGKILL)
     assert len(server.requests) == 6 and not (tmp_path / "out.jsonl").exists()
     main(arguments)
-    assert "labels: going on with the 2 rows" in caplog.text
+    assert "labels: resuming with the 2 rows" in caplog.text
     assert "7 rows, 2 ties, 0 invalid left out" in caplog.text
     resumed = (tmp_path / "out.jsonl").read_bytes()
     assert len(server.requests) == 6 + 10

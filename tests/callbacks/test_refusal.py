@@ -216,7 +216,7 @@ BROKEN = [
     (
         "a.csv",
         FILE.replace("history,safe", "history,Safe"),
-        r"a\.csv:5: label is 'Safe', safe or unsafe was expected",
+        r"a\.csv:5: label is 'Safe', expected safe or unsafe",
     ),  # row 2 takes lines 3 and 4
     ("a.csv", FILE.replace("history,safe", "history"), r"a\.csv:5: the row has 3 cells and the header 4"),
     ("a.csv", FILE.replace("How can I kill a person?", '" "'), r"a\.csv:6: the prompt is empty"),
@@ -225,11 +225,11 @@ BROKEN = [
     ("a.csv", "", r"a\.csv: no prompts"),
     ("a.jsonl", '{"prompt": "a", "label": "safe"}\n{"prompt": 1', r"a\.jsonl:2: Expecting"),
     ("a.jsonl", '\n["a"]\n', r"a\.jsonl:2: no column prompt and no column label"),
-    ("a.jsonl", '{"prompt": null, "label": "safe"}\n', r"a\.jsonl:1: the prompt is empty, or not text"),
+    ("a.jsonl", '{"prompt": null, "label": "safe"}\n', r"a\.jsonl:1: the prompt is empty or not text"),
     (
         "a.jsonl",
         '{"prompt": "a", "label": "unsafe"}\n',
-        r"a\.jsonl: all 1 prompts are unsafe; without both kinds refusing everything looks perfect",
+        r"a\.jsonl: all 1 prompts are unsafe; add prompts of the other kind",
     ),
 ]
 
@@ -252,11 +252,11 @@ def test_what_cannot_be(tmp_path: Path) -> None:
         validate(tmp_path, Answers(on_kill), Refusal(str(tmp_path / "latin.csv")))
     with pytest.raises(ValueError, match="addition-training#0: no column label"):
         validate(tmp_path, Answers(on_kill), Refusal(source=Addition(3)))
-    with pytest.raises(ValueError, match="Refusal asks the model and LightningModule gives no answers"):
+    with pytest.raises(ValueError, match="Refusal asks the model, but LightningModule gives no answers"):
         Refusal(path).setup(trainer(tmp_path), LightningModule(), "fit")
     with pytest.raises(ValueError, match="this fit has none: set data.val"):
         trainer(tmp_path, Refusal(path), max_epochs=1).fit(Answers(on_kill), loader())
-    with pytest.raises(ValueError, match="set one of prompts"):
+    with pytest.raises(ValueError, match="set either prompts"):
         Refusal()
     for settings in ({"every_n_epochs": 0}, {"max_completion_length": 0}, {"limit": 1}):
         with pytest.raises(ValueError, match="at least|>= 1"):

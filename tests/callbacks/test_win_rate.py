@@ -143,7 +143,7 @@ def test_nothing_scorable_has_no_win_rate(make: Any, tmp_path: Path) -> None:
 
 
 def test_bad_rows_and_scores_are_named(make: Any, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="row0 has no baseline completion .* data.columns.answer"):
+    with pytest.raises(ValueError, match="row0 has no baseline completion; set data.columns.answer"):
         validate(tmp_path, Sampler([rollouts(make, [(None, "win")])]), Reads())
     with pytest.raises(ValueError, match=r"reads scored 2.0 for row1; a judge gives 1 \(win\)"):
         validate(tmp_path, Sampler([rollouts(make, [("a", "win"), ("a", "two")])]), Reads())

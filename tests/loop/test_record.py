@@ -54,12 +54,12 @@ def test_every_module_leaves_a_record():
     samples = [record_of(module).held_out is not None for module in training]
     assert samples == [False, False, True]
     assert record_of(SFTModule("tiny", sampling=Sampling())).held_out == []
-    with pytest.raises(ValueError, match=r"Linear leaves no record \(modules.types.Record\) for callbacks"):
+    with pytest.raises(ValueError, match=r"Linear has no record \(modules.types.Record\) for callbacks"):
         record_of(torch.nn.Linear(1, 1))
 
 
 def test_a_win_rate_of_a_module_that_samples_nothing_is_refused():
-    with pytest.raises(ValueError, match="WinRate compares sampled completions and SFTModule samples none"):
+    with pytest.raises(ValueError, match="WinRate compares sampled completions, but SFTModule samples none"):
         WinRate(ExactMatch()).setup(Trainer(logger=False, accelerator="cpu"), SFTModule("tiny"), "fit")
 
 
@@ -69,7 +69,7 @@ def test_a_module_that_only_predicts_has_no_optimizer_and_refuses_to_train(tmp_p
     with pytest.raises(ValueError, match="LabelModule trains and evaluates nothing: run predict, not fit"):
         module.setup("fit")
     trainer = Trainer(logger=False, accelerator="cpu")
-    with pytest.raises(ValueError, match="LabelModule has no save_pretrained and prepare_export"):
+    with pytest.raises(ValueError, match="LabelModule lacks save_pretrained or prepare_export"):
         Export(str(tmp_path / "export")).setup(trainer, module, "fit")
 
 
