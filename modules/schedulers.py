@@ -1,4 +1,4 @@
-"""Learning-rate schedulers that torch does not have, for ``model.scheduler``; stepped once per optimiser update."""
+"""Learning-rate schedulers that torch does not have, for ``model.scheduler``. They step once per optimiser update."""
 
 import math
 from functools import partial
@@ -13,16 +13,15 @@ __all__ = ["WSD", "ConstantWithWarmup", "CosineDecay", "LinearDecay"]
 
 
 class RunSchedule(LambdaLR):
-    """A schedule over the whole run. The module tells it the run's length with ``plan`` before the first update.
+    """A schedule over the whole run. Before the first update the module calls ``plan`` with the length of the run.
 
     Args:
-        optimizer: whose learning rates are the peak.
-        warmup: share of the run's updates, in [0, 1), or their number (a whole number >= 1), in which the learning rate
-            rises linearly.
-        final: where the decay ends, as a share of the peak, in [0, 1].
+        optimizer: its learning rates are the peak.
+        warmup: length of the linear warm-up, as a share of the run in [0, 1) or as a whole number of updates >= 1.
+        final: learning rate at the end of the decay, as a share of the peak, in [0, 1].
 
     Raises:
-        ValueError: a value out of range.
+        ValueError: a value is out of range.
     """
 
     decay: Decay | None = None
@@ -30,27 +29,27 @@ class RunSchedule(LambdaLR):
     def __init__(self, optimizer: Optimizer, warmup: float = 0.03, final: float = 0.0) -> None:
         if not (0 <= warmup < 1 or (1 <= warmup < math.inf and warmup == int(warmup))):
             raise ValueError(
-                f"{type(self).__name__}: warmup is {warmup}; expected a share of the run in [0, 1) or a whole number of "
+                f"{type(self).__name__}: warmup is {warmup}; set a share of the run in [0, 1) or a whole number of "
                 "updates"
             )
         if not 0 <= final <= 1:
-            raise ValueError(f"{type(self).__name__}: final is {final}; expected a share of the peak in [0, 1]")
+            raise ValueError(f"{type(self).__name__}: final is {final}; set a share of the peak in [0, 1]")
         self.warmup, self.final, self.total_steps = warmup, final, math.inf
         super().__init__(optimizer, lambda step: self.factor(step))
 
     @property
     def warmup_steps(self) -> int:
-        """Updates of the warm-up; of a share rounded up, and 0 while the run's length is not known."""
+        """Updates of the warm-up. A share is rounded up; it gives 0 while the length of the run is not known."""
         if self.warmup >= 1:
             return int(self.warmup)
         return 0 if math.isinf(self.total_steps) else math.ceil(self.warmup * self.total_steps)
 
     def factor(self, step: int) -> float:
-        """The factor of the peak learning rate at an update, counted from 0."""
+        """Return the factor of the peak learning rate at an update, counted from 0."""
         return warmup_decay(step, self.warmup_steps, self.total_steps, self.decay, self.final)
 
     def plan(self, total_steps: float) -> None:
-        """Spread the schedule over ``total_steps`` updates; the current learning rate follows."""
+        """Spread the schedule over ``total_steps`` updates, and set the current learning rate by it."""
         self.total_steps = total_steps
         self._last_lr = [rate * self.factor(self.last_epoch) for rate in self.base_lrs]
         for group, rate in zip(self.optimizer.param_groups, self._last_lr, strict=True):
@@ -58,43 +57,45 @@ class RunSchedule(LambdaLR):
 
 
 class LinearDecay(RunSchedule):
-    """Warm up, then fall linearly to ``final`` at the end of the run (the Hugging Face Trainer's default)."""
+    """Warms up, then falls linearly to ``final`` at the end of the run, as the Hugging Face Trainer does by default."""
 
     decay = "linear"
 
 
 class CosineDecay(RunSchedule):
-    """Warm up, then fall along half a cosine to ``final`` at the end of the run (arXiv 1608.03983, without restarts)."""
+    """Warms up, then falls along half a cosine to ``final`` at the end of the run.
+
+    Source: arXiv 1608.03983, without restarts.
+    """
 
     decay = "cosine"
 
 
 class ConstantWithWarmup(RunSchedule):
-    """Warm up, then stay at the peak."""
+    """Warms up, then stays at the peak."""
 
     def __init__(self, optimizer: Optimizer, warmup: float = 0.03) -> None:
         super().__init__(optimizer, warmup)
 
 
 class WSD(LambdaLR):
-    """Warm-up, stable, decay (MiniCPM, arXiv 2404.06395 section 4): runs branch off the stable part, whose length need
-    not be known before.
+    """Warm-up, stable, decay (MiniCPM, arXiv 2404.06395, section 4).
 
-    A run resumed from a checkpoint of the stable part with another decay, or another ``decay_start`` that is not before
-    the checkpoint, goes on from there.
+    Runs branch off the stable part, whose length need not be known in advance. A checkpoint of the stable part may be
+    resumed with another ``decay``, or with another ``decay_start`` that is not before the checkpoint.
 
     Args:
-        optimizer: whose learning rates are the peak.
-        warmup_steps: updates of linear warm-up from 0.
-        decay_start: the update at which the decay begins; about 10 % of the tokens behind it are enough.
+        optimizer: its learning rates are the peak.
+        warmup_steps: >= 0, updates of linear warm-up from 0.
+        decay_start: the update at which the decay begins. A decay over about 10 % of the tokens is enough.
         total_steps: updates in all, where a linear or cosine decay ends.
         decay: ``exponential``, ``linear`` or ``cosine``.
-        half_life: updates in which an exponential decay halves the learning rate; None = a tenth of the peak at
-            ``total_steps``.
-        final: where a linear or cosine decay ends, as a share of the peak.
+        half_life: > 0, updates in which an exponential decay halves the learning rate. None = it reaches a tenth of the
+            peak at ``total_steps``.
+        final: learning rate at the end of a linear or cosine decay, as a share of the peak, in [0, 1].
 
     Raises:
-        ValueError: steps out of order, or a value out of range.
+        ValueError: the steps are out of order, or a value is out of range.
     """
 
     def __init__(

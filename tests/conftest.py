@@ -1,4 +1,4 @@
-"""What tests of all packages share: a fresh seed of the run, and a real chat server whose answers a test decides."""
+"""What tests of all packages share: a fresh run seed, and a real chat server whose answers a test decides."""
 
 import json
 import re
@@ -27,8 +27,9 @@ def longer_wins(question: str) -> str:
 
 @dataclass
 class ChatServer:
-    """``plan`` holds a number of an HTTP status, a raw body, seconds to wait, or headers with a status, used up one a
-    request; then ``rule``.
+    """A chat server that first works off ``plan`` and then answers by ``rule``.
+
+    Each entry of ``plan`` serves one request: an HTTP status, a raw body, seconds to wait, or headers with a status.
     """
 
     rule: Rule
@@ -75,13 +76,13 @@ class _Quiet(ThreadingHTTPServer):
 
 @pytest.fixture(autouse=True)
 def no_seed_of_another_test(monkeypatch: pytest.MonkeyPatch) -> None:
-    """``seed_everything`` of a test before this one is not this one's seed."""
+    """Remove the seed that an earlier test set by ``seed_everything``."""
     monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
 
 
 @pytest.fixture
 def chat_server() -> Iterator[Callable[..., ChatServer]]:
-    """chat_server(rule, plan=[...]): a server in a thread, on a port of its own."""
+    """Give chat_server(rule, plan=[...]), which starts a server in a thread on its own port."""
     running: list[tuple[_Quiet, ChatServer]] = []
 
     def start(rule: Rule = always_first, plan: list[Any] | None = None) -> ChatServer:

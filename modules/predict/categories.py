@@ -1,6 +1,4 @@
-"""Does a model know a fact? The four categories of SliCK (arXiv 2405.05904, section 3), and the exact match that
-decides an answer.
-"""
+"""Does a model know a fact? The four categories of SliCK (arXiv 2405.05904, section 3), and their exact match."""
 
 import re
 import string
@@ -15,20 +13,20 @@ _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def knowledge_category(greedy: Tensor, sampled: Tensor) -> Knowledge:
-    """How well a model knows a fact that it was asked for with several prompts.
+    """Return how well a model knows a fact that it was asked for with several prompts.
 
-    HighlyKnown: every greedy answer is right. MaybeKnown: some are. WeaklyKnown: none is, but a sampled one. Unknown:
-    no answer is right.
+    HighlyKnown: every greedy answer is right. MaybeKnown: some greedy answers are right. WeaklyKnown: no greedy answer
+    is right, but a sampled one is. Unknown: no answer is right.
 
     Args:
-        greedy: bool [N_ex], is the greedy answer to each prompt right? At least one prompt.
-        sampled: bool [N_ex, N_sample], is each answer sampled at a temperature above 0 right?
+        greedy: bool [N_ex], whether the greedy answer to each prompt is right; at least one prompt.
+        sampled: bool [N_ex, N_sample], whether each answer sampled at a temperature above 0 is right.
 
     Raises:
-        ValueError: the shapes are others.
+        ValueError: the shapes differ from these.
 
     Example:
-        3 of 10 greedy answers right is MaybeKnown; none, and 1 of 160 sampled ones, WeaklyKnown.
+        3 of 10 right greedy answers give MaybeKnown. No right greedy answer and 1 of 160 sampled ones give WeaklyKnown.
     """
     if greedy.ndim != 1 or len(greedy) == 0 or sampled.ndim != 2 or len(sampled) != len(greedy):
         raise ValueError(
@@ -41,7 +39,7 @@ def knowledge_category(greedy: Tensor, sampled: Tensor) -> Knowledge:
 
 
 def matches(text: str, answers: Sequence[str]) -> bool:
-    """Whether the first line of ``text`` is one of ``answers`` [K], all normalised.
+    """Return whether the first line of ``text`` equals one of ``answers``, all normalised.
 
     Example:
         "The Eiffel Tower.\\nQ: Who" matches ["eiffel tower", "la tour Eiffel"].
@@ -51,10 +49,10 @@ def matches(text: str, answers: Sequence[str]) -> bool:
 
 
 def normalized(answer: str) -> str:
-    """An answer as SQuAD compares it (arXiv 1606.05250): lower case, no ASCII punctuation, no articles [a, an, the],
-    single spaces.
+    """Normalise an answer as SQuAD does (arXiv 1606.05250): lower case, no ASCII punctuation, no articles, single
+    spaces.
 
-    One that is nothing else, such as "A" or "?", keeps them.
+    An answer that consists of nothing else, such as "A" or "?", keeps them.
     """
     plain = _ARTICLES.sub(" ", answer.lower().translate(_NO_PUNCTUATION))
     return " ".join(plain.split()) or " ".join(answer.lower().split())

@@ -1,8 +1,7 @@
-"""Which machine-written tasks are kept, one after another: the checks of Self-Instruct (arXiv 2212.10560, 2.2) as
-Alpaca runs them.
+"""Decides which machine-written tasks are kept, with the checks of Self-Instruct (arXiv 2212.10560, 2.2) as in Alpaca.
 
-Source: tatsu-lab/stanford_alpaca, generate_instruction.py. The outcome depends on the order in which tasks come, since
-each is measured against all that were kept before it.
+Source: tatsu-lab/stanford_alpaca, generate_instruction.py. Each task is compared with all tasks kept before it, so the
+result depends on their order.
 """
 
 import re
@@ -12,32 +11,32 @@ from importlib import import_module
 from types import ModuleType
 
 FEWEST_WORDS, MOST_WORDS = 4, 150
+# What a language model cannot see or do.
 BLACKLIST = re.compile(
     r"\b(images?|graphs?|pictures?|files?|maps?|draw|plot|go to|video|audio|music|flowchart|diagram)\b", re.IGNORECASE
-)  # what a model of text cannot see or do
-REASONS = (
-    "length",
-    "blacklist",
-    "program",
-    "first_character",
-    "no_output",
-    "duplicate",
-    "similar",
-)  # in the order in which they are looked for
+)
+# Reasons to refuse a task, in the order of the checks.
+REASONS = ("length", "blacklist", "program", "first_character", "no_output", "duplicate", "similar")
 
 
 def words(text: str) -> list[str]:
-    """``text`` -> lower-case words [n] without punctuation. On ASCII text those of the package rouge-score without
-    stemming.
+    """Split ``text`` into lower-case words without punctuation.
+
+    On ASCII text these are the words of the package rouge-score without stemming.
     """
     return re.findall(r"[^\W_]+", text.lower())
 
 
 def rouge_l(first: Sequence[str], second: Sequence[str]) -> float:
-    """ROUGE-L F1 of words [n] and [m], in [0, 1]: 2 LCS / (n + m), with LCS their longest common subsequence; 0 where
-    either is empty.
+    """Return the ROUGE-L F1 of two lists of n and m words, in [0, 1]; 0 if either is empty.
 
-    Example: a b c d against a c d e: LCS 3, so precision, recall and F1 are 0.75. Raises ImportError without rapidfuzz.
+    It is 2 LCS / (n + m), where LCS is the length of the longest common subsequence.
+
+    Raises:
+        ImportError: rapidfuzz is not installed.
+
+    Example:
+        a b c d and a c d e have LCS 3, so precision, recall and F1 are 0.75.
     """
     if not first or not second:
         return 0.0
@@ -45,13 +44,16 @@ def rouge_l(first: Sequence[str], second: Sequence[str]) -> float:
 
 
 def objection(instruction: str, output: str) -> str | None:
-    """Why a task is refused whatever else was kept: the first five of ``REASONS`` [5]; None = it is not. Both texts are
-    stripped.
+    """Return why a task is refused whatever else was kept, one of the first five ``REASONS``; None = it is not.
+
+    Args:
+        instruction: what the task asks, stripped.
+        output: the answer to it, stripped.
     """
     checks = {
         "length": not FEWEST_WORDS <= len(instruction.split()) <= MOST_WORDS,
         "blacklist": BLACKLIST.search(instruction) is not None,
-        "program": instruction.startswith("Write a program"),  # it is unclear whether the program is to be run
+        "program": instruction.startswith("Write a program"),  # unclear: is the program to be run?
         "first_character": instruction[:1] in string.punctuation or not instruction[:1].isascii(),
         "no_output": not output,
     }
@@ -59,15 +61,15 @@ def objection(instruction: str, output: str) -> str | None:
 
 
 class InstructionPool:
-    """The instructions that a new one must differ from: seeds and kept ones, as words.
+    """The instructions that a new one must differ from: the seeds and those already kept.
 
     Args:
-        instructions: what is there from the start.
-        max_similarity: a new instruction with a greater ROUGE-L F1 to any of them is refused, [0, 1].
+        instructions: the instructions at the start.
+        max_similarity: [0, 1]; a new instruction is refused if its ROUGE-L F1 to any of them is greater.
 
     Raises:
         ImportError: rapidfuzz is not installed.
-        ValueError: ``max_similarity`` out of range.
+        ValueError: ``max_similarity`` is out of range.
     """
 
     def __init__(self, instructions: Iterable[str], max_similarity: float = 0.7) -> None:
@@ -79,24 +81,27 @@ class InstructionPool:
         self._words = [words(instruction) for instruction in self.instructions]
 
     def add(self, instruction: str) -> None:
-        """Keep an instruction, a text: later ones are measured against it too; the pool [n] becomes [n + 1]."""
+        """Add an instruction to the pool; later ones are compared with it too."""
         self.instructions.append(instruction)
         self._words.append(words(instruction))
 
     def nearest(self, instruction: str) -> tuple[str, float]:
-        """The most similar of the n instructions, the earliest of several, and its ROUGE-L F1 in [0, 1]; "" and 0 in an
+        """Return the most similar instruction, the earliest of equals, and its ROUGE-L F1 in [0, 1]; ("", 0) in an
         empty pool.
 
-        Rapidfuzz's similarity by insertions and deletions is 1 - (n + m - 2 LCS) / (n + m), so that F1; it looks for no
-        common subsequence where the lengths alone keep 2 min(n, m) / (n + m) below the best so far.
+        Rapidfuzz's normalised similarity by insertions and deletions, 1 - (n + m - 2 LCS) / (n + m), equals this F1. It
+        skips an instruction whose length alone keeps the bound 2 min(n, m) / (n + m) below the best similarity so far.
         """
         mine = words(instruction)
         found = self._process.extractOne(mine, self._words, scorer=self._scorer) if mine else None
         return ("", 0.0) if found is None else (self.instructions[found[2]], rouge_l(mine, found[0]))
 
     def judge(self, instruction: str, output: str) -> tuple[str | None, str, float]:
-        """One of ``REASONS``, None = to be kept; then the most similar instruction and its ROUGE-L F1 in [0, 1], "" and
-        0 if unasked.
+        """Decide whether a new task is kept.
+
+        Returns:
+            one of ``REASONS``, or None = keep it; then the most similar instruction and its ROUGE-L F1 in [0, 1], or ""
+            and 0 if the task was refused before the comparison.
         """
         reason = objection(instruction, output)
         if reason is not None:
@@ -107,7 +112,11 @@ class InstructionPool:
 
 
 def _rapidfuzz(part: str) -> ModuleType:
-    """Imported late. ImportError names the extra that brings it."""
+    """Import a part of rapidfuzz only when it is needed.
+
+    Raises:
+        ImportError: rapidfuzz is not installed; the message names the extra that brings it.
+    """
     try:
         return import_module(f"rapidfuzz.{part}")
     except ModuleNotFoundError as error:

@@ -1,4 +1,4 @@
-"""What does a model know before it is tuned? The measurement of SliCK (arXiv 2405.05904, section 3)."""
+"""Measures what a model knows before it is tuned (SliCK, arXiv 2405.05904, section 3)."""
 
 import hashlib
 from collections import Counter, defaultdict
@@ -17,26 +17,32 @@ from modules.types import KNOWLEDGE_CATEGORIES, PromptBatch
 
 
 class KnowledgeModule(PredictModule):
-    """Asks for each fact with several few-shot prompts, once greedily and ``num_samples`` times sampled, and sorts it
-    into HighlyKnown, MaybeKnown, WeaklyKnown or Unknown. For ``predict`` alone.
+    """Asks for each fact with several few-shot prompts and sorts it by the share of right answers. For ``predict``
+    alone.
 
-    The first line of a completion is the answer. Ask the very model that is to be tuned, before tuning: the categories
-    hold for no other. How many prompts and examples there are is the DataModule's; the paper has 10 prompts of 4
-    examples, and with fewer the categories are noisy.
+    Each prompt is answered once greedily and ``num_samples`` times by sampling. The categories are HighlyKnown,
+    MaybeKnown, WeaklyKnown and Unknown. The first line of a completion is the answer.
+
+    Measure the very model that you will tune, before you tune it: the categories hold for no other model. The
+    DataModule decides how many prompts and examples there are. The paper has 10 prompts of 4 examples; with fewer the
+    categories are noisy.
 
     Args:
-        policy: ``tiny``, a Hugging Face folder, a GGUF file or a hub id.
-        num_samples: sampled answers per prompt, >= 1.
-        temperature: of the samples, > 0.
+        policy: ``tiny``, ``tiny-addition``, a Hugging Face folder, a GGUF file or a hub id.
+        num_samples: >= 1, sampled answers per prompt.
+        temperature: > 0, of the samples.
         max_completion_length: tokens of an answer, the line end included.
         engine: what samples; default the policy itself, in this process.
-        seed: of the sampling; None = the run's.
+        seed: of the sampling; None = the run's seed.
 
     Attributes:
-        done: uids of facts that are sorted already and are not asked again; a writer that resumes fills it.
-        record: ``labels`` holds an entry per fact that was asked: ``row`` (its place in the data), ``uid`` and
-            ``label``: the row's own columns, ``knowledge`` (the category), ``p_greedy`` and ``p_sampled`` (shares of
-            right answers, [0, 1]).
+        done: uids of facts that are already sorted and are not asked again. A writer that resumes fills it.
+        record: ``labels`` holds one entry per fact that was asked: ``row`` (its place in the data), ``uid`` and
+            ``label``. The label holds the row's own columns, ``knowledge`` (the category), ``p_greedy`` and
+            ``p_sampled`` (shares of right answers, [0, 1]).
+
+    Raises:
+        ValueError: a value is out of range, or the policy cannot be loaded.
     """
 
     reads = "FactsDataModule"
@@ -63,14 +69,18 @@ class KnowledgeModule(PredictModule):
 
     @property
     def tokenizer(self) -> Any:
-        """The policy's tokenizer, which the DataModule is given."""
+        """The policy's tokenizer, which the DataModule uses too."""
         return self.policy.tokenizer
 
     def predict_step(self, prompts: PromptBatch, batch_idx: int) -> None:
-        """Leave the labels of the batch in ``record.labels``. Raises ValueError for prompts that are not those of facts."""
+        """Sort the facts of the batch and leave their labels in ``record.labels``.
+
+        Raises:
+            ValueError: a prompt does not ask for a fact.
+        """
         bare = [uid for uid, info in zip(prompts["uid"], prompts["info"], strict=True) if "fact" not in info]
         if bare:
-            raise ValueError(f"{bare[0]}: a prompt that asks for no fact; set data to FactsDataModule")
+            raise ValueError(f"{bare[0]}: this prompt asks for no fact; set data to FactsDataModule")
         wanted = [index for index, info in enumerate(prompts["info"]) if info["fact"] not in self.done]
         self.record.labels = []
         if not wanted:
@@ -96,8 +106,8 @@ class KnowledgeModule(PredictModule):
             )
 
     def right(self, prompts: PromptBatch, wanted: list[int], num_generations: int, sampling: Sampling) -> torch.Tensor:
-        """bool [len(wanted), num_generations]: which answers are right. All are sampled in one call, each prompt
-        computed once.
+        """Sample answers to the wanted prompts in one call, and return which are right: bool [len(wanted),
+        num_generations].
         """
         seeds = [derive_seed(self.seed, "knowledge", prompts["uid"][index]) for index in wanted]
         groups = self.engine.generate(
@@ -109,7 +119,7 @@ class KnowledgeModule(PredictModule):
         )
 
     def summary(self, records: list[dict[str, Any]]) -> dict[str, float]:
-        """``rows``, the share of each category, and the means of ``p_greedy`` and ``p_sampled``."""
+        """Return ``rows``, the share of each category, and the means of ``p_greedy`` and ``p_sampled``."""
         labels, count = [record["label"] for record in records], len(records)
         found = Counter(label["knowledge"] for label in labels)
         shares: dict[str, float] = {category: found[category] / count for category in KNOWLEDGE_CATEGORIES}
@@ -120,8 +130,9 @@ class KnowledgeModule(PredictModule):
         }
 
     def identity(self) -> dict[str, str | int]:
-        """What determines the categories beside the prompts: a file begun with other weights or sampling is not gone on
-        with.
+        """Return what determines the categories, besides the prompts.
+
+        A writer does not continue a file that was begun with other weights or another sampling.
         """
         weights = hashlib.blake2b(digest_size=16)
         for name, weight in self.policy.state_dict().items():

@@ -1,6 +1,4 @@
-"""Feedback as data: a judge compares the candidate answers of each prompt, or a reward scores them; their ranks train a
-reward model or DPO.
-"""
+"""AI feedback as data: ranks the candidate answers of each prompt, for a reward model or DPO to learn from."""
 
 import re
 from collections import Counter
@@ -22,23 +20,23 @@ class AsksClient(Protocol):
 
 
 class LabelModule(PredictModule):
-    """Ranks the candidates of each prompt (RLAIF, arXiv 2309.00267; or a rule that stands for the people who judge).
-    For ``predict`` alone.
+    """Ranks the candidates of each prompt with a judge (RLAIF, arXiv 2309.00267) or with any reward. For ``predict``
+    alone.
 
-    A ``PairwiseJudge`` compares every two candidates, in both orders (MT-Bench, arXiv 2306.05685), and they are ranked
-    by their mean share of wins, a tie counting half. Any other reward scores each candidate once, as a completion that
-    ended by itself, by text and without tokens; one that checks an answer reads the row's ``answer``. Where a single
-    comparison or score of a row is invalid, the row is, since its scores would not compare.
+    A ``PairwiseJudge`` compares every two candidates, in both orders (MT-Bench, arXiv 2306.05685). They are ranked by
+    their mean share of wins; a tie counts half. Any other reward scores each candidate once, as a completion that ended
+    by itself, with text and without tokens. A reward that checks an answer reads the row's ``answer``. One invalid
+    comparison or score makes its whole row invalid, because the other scores would not compare.
 
     Args:
         judge: compares two answers, or scores one.
 
     Attributes:
-        done: uids that are labelled already and are not judged again; a writer that resumes fills it.
-        record: ``labels`` holds an entry per row that was judged: ``row`` (its place in the data), ``uid``, ``given``
-            (the data's own label), ``counts`` of its comparisons, and ``label``, None when invalid: ``uid``,
-            ``prompt``, ``completions``, ``ranks`` (0 = best, equal for equal scores) and ``scores`` (mean share of
-            wins, [0, 1], or what the reward gave).
+        done: uids that are already labelled and are not judged again. A writer that resumes fills it.
+        record: ``labels`` holds one entry per row that was judged: ``row`` (its place in the data), ``uid``, ``given``
+            (the data's own label), ``counts`` of its comparisons, and ``label``. The label is None if invalid; else it
+            holds ``uid``, ``prompt``, ``completions``, ``ranks`` (0 = best, equal for equal scores) and ``scores``
+            (mean share of wins, [0, 1], or what the reward gave).
     """
 
     reads = "CandidatesDataModule"
@@ -49,12 +47,14 @@ class LabelModule(PredictModule):
         self.done: set[str] = set()
 
     def predict_step(self, prompts: PromptBatch, batch_idx: int) -> None:
-        """Leave the labels of the batch in ``record.labels``. Raises ValueError for prompts without candidates, and
-        see the judge.
+        """Judge the rows of the batch and leave their labels in ``record.labels``.
+
+        Raises:
+            ValueError: a prompt has no candidates, or the judge fails (see the judge).
         """
         bare = [uid for uid, info in zip(prompts["uid"], prompts["info"], strict=True) if "candidates" not in info]
         if bare:
-            raise ValueError(f"{bare[0]}: a prompt without candidates to compare; set data to CandidatesDataModule")
+            raise ValueError(f"{bare[0]}: this prompt has no candidates to compare; set data to CandidatesDataModule")
         rows = [index for index, uid in enumerate(prompts["uid"]) if uid not in self.done]
         asked = cast(
             PromptBatch,
@@ -72,8 +72,9 @@ class LabelModule(PredictModule):
             )
 
     def compared(self, prompts: PromptBatch, judge: PairwiseJudge) -> list[tuple[list[float] | None, dict[str, int]]]:
-        """For each prompt the candidates' mean shares of wins, None when a comparison is invalid, and the counts of its
-        comparisons.
+        """Return, for each prompt, the candidates' mean shares of wins and the counts of their comparisons.
+
+        The shares are None if one comparison is invalid.
         """
         texts = [info["candidates"] for info in prompts["info"]]
         pairs = [
@@ -89,22 +90,22 @@ class LabelModule(PredictModule):
         ]
 
     def scored(self, prompts: PromptBatch) -> list[tuple[list[float] | None, dict[str, int]]]:
-        """For each prompt the candidates' rewards, None when one has none."""
+        """Return, for each prompt, the candidates' rewards and no counts; None if a candidate has no reward."""
         completions = [[Completion([], [], text, "stop") for text in info["candidates"]] for info in prompts["info"]]
         rewards = iter([rollout.reward for rollout in make_rollouts(prompts, completions, self.judge)])
         scores = [[next(rewards) for _ in group] for group in completions]
         return [(None if None in group else cast(list[float], group), {}) for group in scores]
 
     def usage(self) -> dict[str, float]:
-        """What the judge's client has used so far: requests, tokens, cost; nothing where no model is asked."""
+        """Return what the judge's client has used so far: requests, tokens, cost. Empty if no chat model is asked."""
         return self.judge.client.report() if isinstance(self.judge, AsksClient) else {}
 
     def summary(self, records: list[dict[str, Any]]) -> dict[str, float]:
-        """Numbers of labelled rows: see ``summarise_labels``."""
+        """Return metrics of labelled rows, see ``summarise_labels``."""
         return summarise_labels(records)
 
     def identity(self) -> dict[str, str | int]:
-        """What determines the labels: a file begun with another judge is not gone on with."""
+        """Return what determines the labels. A writer does not continue a file that was begun with another judge."""
         if isinstance(self.judge, PairwiseJudge):
             return {
                 "judge": self.judge.client.identity,
@@ -115,10 +116,14 @@ class LabelModule(PredictModule):
 
 
 def shares_of_wins(num_candidates: int, comparisons: list[JudgedPair]) -> list[float] | None:
-    """Mean share of wins of each of K candidates from their comparisons in the order of ``itertools.combinations``;
-    None when one is invalid.
+    """Return the mean share of wins of each of K candidates, in [0, 1]; None if one comparison is invalid.
 
-    Example: three candidates, the first beats both others, which tie: [1, 0.25, 0.25].
+    Args:
+        num_candidates: K, at least 2.
+        comparisons: one for each pair, in the order of ``itertools.combinations``.
+
+    Example:
+        The first of three candidates beats both others, which tie: [1, 0.25, 0.25].
     """
     wins = [0.0] * num_candidates
     for (first, second), comparison in zip(combinations(range(num_candidates), 2), comparisons, strict=True):
@@ -130,8 +135,10 @@ def shares_of_wins(num_candidates: int, comparisons: list[JudgedPair]) -> list[f
 
 
 def preference_row(uid: str, columns: dict[str, Any], scores: list[float] | None) -> dict[str, Any] | None:
-    """A prompt and K completions (``columns``) with their scores as a row with ranks, 0 = best: scores [1, 0.25, 0.25]
-    are ranks [0, 1, 1]. None without scores.
+    """Make a row with ranks, 0 = best, from a prompt, its K completions and their scores; None without scores.
+
+    Example:
+        The scores [1, 0.25, 0.25] give the ranks [0, 1, 1].
     """
     if scores is None:
         return None
@@ -140,7 +147,7 @@ def preference_row(uid: str, columns: dict[str, Any], scores: list[float] | None
 
 
 def describe_judge(value: Any) -> str:
-    """A reward by its class and what it was made with, the same in every run."""
+    """Describe a reward by its class and its arguments, with the same text in every run."""
     if isinstance(value, ChatClient):
         return value.identity
     if isinstance(value, Reward):
@@ -148,7 +155,7 @@ def describe_judge(value: Any) -> str:
             name: part
             for name, part in vars(value).items()
             if not name.startswith("_") and not isinstance(part, Counter)
-        }  # no counts so far
+        }  # without the counts of earlier calls
         parts = (f"{name}={describe_judge(part)}" for name, part in kept.items())
         return f"{type(value).__name__}({', '.join(parts)})"
     if isinstance(value, list):
@@ -157,9 +164,12 @@ def describe_judge(value: Any) -> str:
 
 
 def summarise_labels(records: list[dict[str, Any]]) -> dict[str, float]:
-    """``rows`` (labelled), ``ties`` (rows whose completions are all equal), ``invalid`` (rows), the judge's
-    ``position_bias`` and ``consistency``, and where the data have labels: ``agreement`` = share of the ``given``
-    labelled rows with that very label, ties too.
+    """Compute metrics of labelled rows.
+
+    Returns:
+        ``rows`` (labelled), ``ties`` (rows whose completions are all equal), ``invalid`` (rows), and the judge's
+        ``position_bias`` and ``consistency``. If the data have labels, also ``given``, the number of labelled rows with
+        one, and ``agreement``, the share of these in which the judge gave the same label; a tie is a label too.
     """
     labels = [record["label"] for record in records if record["label"] is not None]
     metrics = tally_metrics(sum((Counter(record["counts"]) for record in records), Counter()))

@@ -1,4 +1,4 @@
-"""What the modules share that only predict."""
+"""The base class of methods that only predict."""
 
 from abc import abstractmethod
 
@@ -9,30 +9,30 @@ from modules.types import Record
 
 
 class PredictModule(LightningModule):
-    """A method that trains nothing: ``predict`` leaves what it found in ``record`` for a writer. No optimizer.
+    """A method that trains nothing and has no optimizer: ``predict`` leaves its results in ``record`` for a writer.
 
     Attributes:
         record: what callbacks read.
 
     Raises:
-        ValueError: in ``setup``, another command than ``predict``.
+        ValueError: in ``setup``, the command is not ``predict``.
     """
 
-    reads: str  # the DataModule that gives what it reads
+    reads: str  # class name of the DataModule that it reads from
 
     def __init__(self) -> None:
         super().__init__()
         self.record = Record()
 
     def configure_callbacks(self) -> list[Callback]:
-        """What every run has: an end that all ranks reach."""
+        """Add the callback that makes all ranks stop together."""
         return [StopTogether()]
 
     def setup(self, stage: str) -> None:
         """Refuse to train or evaluate."""
         if stage != "predict":
-            raise ValueError(f"{type(self).__name__} trains and evaluates nothing: run predict, not {stage}")
+            raise ValueError(f"{type(self).__name__} only predicts, so there is nothing to {stage}; run predict")
 
     @abstractmethod
     def identity(self) -> dict[str, str | int]:
-        """What determines the result: a writer does not go on with a file that was begun otherwise."""
+        """Return what determines the results: a writer does not continue a file begun with another identity."""

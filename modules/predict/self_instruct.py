@@ -1,8 +1,7 @@
-"""Self-Instruct: a model writes new tasks after the pattern of a few human ones, and a filter keeps those that are new
-(arXiv 2212.10560).
+"""Self-Instruct (arXiv 2212.10560): a model writes tasks like a few human ones, and a filter keeps the new ones.
 
-As Alpaca does it (tatsu-lab/stanford_alpaca, generate_instruction.py): a task with its input and output in one request,
-human examples alone.
+As in Alpaca (tatsu-lab/stanford_alpaca, generate_instruction.py), one request brings tasks with input and output, and
+shows human examples only.
 """
 
 import re
@@ -16,7 +15,7 @@ from modules.rewards.chat.protocol import ChatClient, Conversation
 from modules.trainer.seeds import run_seed
 from modules.types import PromptBatch
 
-LIST_LENGTH = 20  # tasks of a whole list, the examples included
+LIST_LENGTH = 20  # tasks in a whole list, the examples included
 PROMPT = """You are writing exercises for an assistant that reads and writes text and can do nothing else. Make a list of {length} different tasks.
 
 What makes a good list:
@@ -41,46 +40,47 @@ class Task(TypedDict):
     instruction: str
     input: str  # "" = none
     output: str
-    most_similar: str  # of the seeds and what was kept before it
-    similarity: float  # its ROUGE-L F1, [0, 1]
+    most_similar: str  # the most similar instruction among the seeds and those kept before
+    similarity: float  # ROUGE-L F1 with that instruction, [0, 1]
 
 
 class Round(TypedDict):
-    """What one batch of requests brought."""
+    """The result of one batch of requests."""
 
     requests: int
     accepted: list[Task]
-    rejected: dict[str, int]  # by reason: those of the filter, ``malformed`` and ``unfinished``
-    usage: dict[str, float]  # of the client: tries, tokens, cost
+    rejected: dict[str, int]  # number of tasks by reason: those of the filter, ``malformed`` and ``unfinished``
+    usage: dict[str, float]  # what the client used: tries, tokens, cost
 
 
 class SelfInstructModule(PredictModule):
-    """Asks for lists of new tasks until enough are kept. For ``predict`` alone and on one process: the filter takes one
-    task after another.
+    """Asks for lists of new tasks until enough are kept. For ``predict`` alone, and in one process.
 
-    Each request shows ``num_in_context`` seeds, drawn by ``seed`` and the number of the request. The list that comes
-    back is cut at the lines ``###``; what stands behind the last of them is unfinished and discarded, since a client
-    does not say why an answer ended. Which tasks are kept depends on the answers and their order alone, not on
-    ``requests_per_round``, but for where the run ends: the last round is used whole. A client with a cache answers a
-    repeated request as before, so with few seeds it needs none.
+    One process is needed because the filter compares each task with all before it. Each request shows
+    ``num_in_context`` seeds, drawn by ``seed`` and the number of the request. The reply is cut at lines ``###``. The
+    text after the last of them is unfinished and dropped, because a client does not say why an answer ended.
+
+    Which tasks are kept depends only on the answers and their order, not on ``requests_per_round``, except at the end:
+    the last round is used whole. A client with a cache answers a repeated request as before, so with few seeds use
+    none.
 
     Args:
-        client: what is asked; it needs room for about 3000 tokens and a temperature above 0.
-        num_instructions: enough.
-        num_in_context: seeds shown in a request; Alpaca: 3.
-        max_similarity: ROUGE-L F1 to any seed or kept instruction above which a new one is refused, [0, 1].
-        requests_per_round: asked at once; what is lost at most when a run is killed.
-        patience: requests in a row (whole rounds) that bring nothing new, after which it stops.
-        seed: of the examples; None = the run's.
+        client: the chat model to ask. It needs room for about 3000 tokens and a temperature above 0.
+        num_instructions: >= 1, how many instructions are enough.
+        num_in_context: seeds shown in a request, 1 to 19; Alpaca: 3.
+        max_similarity: [0, 1]; a new instruction is refused if its ROUGE-L F1 to a seed or a kept one is greater.
+        requests_per_round: >= 1, requests sent together; a run that is killed loses at most one round.
+        patience: >= 1; the run stops after this many requests in a row (whole rounds) without a new instruction.
+        seed: draws the examples; None = the run's seed.
 
     Attributes:
-        rounds: what each round brought, from the first on; a writer that resumes fills it.
-        fruitless: requests of this run since the last round that brought something.
+        rounds: the result of each round, from the first on. A writer that resumes fills it.
+        fruitless: requests of this run since the last round that brought an instruction.
 
     Raises:
         ImportError: rapidfuzz is not installed.
-        ValueError: impossible settings; in ``setup``, several processes; at the first batch, fewer seeds than are
-            shown, and see the client.
+        ValueError: a setting is impossible. In ``setup``: there are several processes. At the first batch: there are
+            fewer seeds than a request shows, or the client fails (see the client).
     """
 
     reads = "SeedTasksDataModule"
@@ -116,20 +116,20 @@ class SelfInstructModule(PredictModule):
         self.requests_per_round, self.patience, self.seed = requests_per_round, patience, run_seed(seed)
         self.rounds: list[Round] = []
         self.fruitless = 0
-        self._pool: InstructionPool | None = None  # of the seeds and ``rounds``
+        self._pool: InstructionPool | None = None  # seeds and the instructions of ``rounds``
 
     @property
     def num_accepted(self) -> int:
-        """Instructions kept so far."""
+        """How many instructions were kept so far."""
         return sum(len(one["accepted"]) for one in self.rounds)
 
     @property
     def finished(self) -> bool:
-        """Whether there is enough, or no more to be had."""
+        """Whether enough instructions were kept, or no more are to be expected."""
         return self.num_accepted >= self.num_instructions or self.fruitless >= self.patience
 
     def setup(self, stage: str) -> None:
-        """Refuse what cannot work before anything is asked."""
+        """Refuse several processes before anything is asked."""
         super().setup(stage)
         if self.trainer.world_size > 1:
             ranks = self.trainer.world_size
@@ -139,9 +139,9 @@ class SelfInstructModule(PredictModule):
             )
 
     def predict_step(self, seeds: PromptBatch, batch_idx: int) -> None:
-        """One round: adds to ``rounds``, unless it is finished."""
+        """Run one round and add it to ``rounds``, unless the run is finished."""
         if not all("input" in info for info in seeds["info"]):
-            raise ValueError(f"{seeds['uid'][0]}: a prompt that is no seed task; set data to SeedTasksDataModule")
+            raise ValueError(f"{seeds['uid'][0]}: this prompt is no seed task; set data to SeedTasksDataModule")
         if len(seeds["prompt"]) < self.num_in_context:
             raise ValueError(
                 f"a request shows {self.num_in_context} seeds and the data hold {len(seeds['prompt'])}; add seeds or "
@@ -162,7 +162,7 @@ class SelfInstructModule(PredictModule):
         self.rounds.append(Round(requests=len(answers), accepted=accepted, rejected=dict(rejected), usage=usage))
 
     def conversation(self, seeds: PromptBatch, number: int) -> Conversation:
-        """The request of this number."""
+        """Return the request with this number."""
         drawn = Random(f"{self.seed} {number}").sample(range(len(seeds["prompt"])), self.num_in_context)
         shown = [
             write_task(place, seeds["prompt"][row], seeds["info"][row]["input"], seeds["answer"][row] or "")
@@ -177,14 +177,21 @@ class SelfInstructModule(PredictModule):
         ]
 
     def identity(self) -> dict[str, str | int]:
-        """What determines the tasks, the number of them aside: a file begun otherwise is not gone on with."""
+        """Return what determines the tasks, except their number.
+
+        A writer does not continue a file that was begun with another identity.
+        """
         settings = f"{self.num_in_context} in context, similarity {self.max_similarity}, seed {self.seed}"
         return {"client": self.client.identity, "prompt": PROMPT, "settings": settings}
 
     def summary(self) -> dict[str, float]:
-        """Of all rounds: ``instructions``, ``tasks`` (whole or not, all that were written), ``rejected/<reason>``,
-        ``requests``, and the client's
-        numbers: ``client/requests`` (tries), ``client/failed``, tokens, and ``client/cost`` where prices are set."""
+        """Return metrics of all rounds.
+
+        Returns:
+            ``instructions`` (kept), ``tasks`` (all that were written, whole or not), ``requests``,
+            ``rejected/<reason>``, and what the client used: ``client/requests`` (tries), ``client/failed``, tokens, and
+            ``client/cost`` if prices are set.
+        """
         rejected = sum((Counter(one["rejected"]) for one in self.rounds), Counter())
         usage: dict[str, float] = {}
         for one in self.rounds:
@@ -200,7 +207,11 @@ class SelfInstructModule(PredictModule):
 
 
 def keep_new_tasks(answers: list[str], pool: InstructionPool) -> tuple[list[Task], Counter[str]]:
-    """The tasks of the answers that the filter keeps, which are added to the pool, and the others by reason."""
+    """Add the tasks that the filter keeps to the pool.
+
+    Returns:
+        the kept tasks, and how many others there were by reason.
+    """
     accepted: list[Task] = []
     rejected: Counter[str] = Counter()
     for answer in answers:
@@ -219,13 +230,16 @@ def keep_new_tasks(answers: list[str], pool: InstructionPool) -> tuple[list[Task
 
 
 def read_list(answer: str) -> tuple[list[tuple[str, str, str]], Counter[str]]:
-    """Instruction, input ("" = none) and output of each whole task of a list, and what else there was: ``malformed``
-    and ``unfinished`` pieces.
+    """Read the whole tasks of a list.
 
-    A piece needs one label of each kind, in order; what stands before the first label, such as a greeting or a thought,
-    is passed over.
+    A task needs one label of each kind, in order. Text before the first label, such as a greeting or a thought, is
+    skipped.
+
+    Returns:
+        instruction, input ("" = none) and output of each task, and the number of ``malformed`` and ``unfinished``
+        pieces.
     """
-    text = answer.encode(errors="replace").decode()  # half a character, which no file can hold, becomes "?"
+    text = answer.encode(errors="replace").decode()  # half a character cannot be written to a file, so it becomes "?"
     *whole, last = SEPARATOR.split(text.rpartition("</think>")[2])
     tasks, unusable = [], Counter({"unfinished": 1} if last.strip() else {})
     for piece in whole:
@@ -239,7 +253,7 @@ def read_list(answer: str) -> tuple[list[tuple[str, str, str]], Counter[str]]:
 
 
 def write_task(number: int, instruction: str, given: str, output: str) -> str:
-    """A task as the list shows it."""
+    """Write a task in the format of the list."""
     lines = (
         f"{number}. Instruction: {' '.join(instruction.split())}",
         f"{number}. Input:\n{given or '<noinput>'}",

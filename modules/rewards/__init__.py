@@ -1,4 +1,4 @@
-"""Rewards, chosen by class name in YAML."""
+"""Rewards, which a YAML names by their class name."""
 
 from modules.rewards.chat.clients import HttpChat, LocalChat
 from modules.rewards.chat.judge import PairwiseJudge, RubricJudge

@@ -1,13 +1,13 @@
-"""Which part of a text is the answer, and the patterns that find it."""
+"""Finds the part of a text that is the answer."""
 
 import re
 
 
 def cut_final_text(text: str) -> str:
-    """The part of a completion that may hold the answer: what follows the last ``</think>``.
+    """Return the part of a completion that may hold the answer: the text after the last ``</think>``.
 
-    A completion that opens ``<think>`` and never closes it has none (""); one without these tags counts whole. An
-    answer inside the reasoning would reward text that the reader never sees.
+    A completion without these tags is returned whole. One that opens ``<think>`` and never closes it gives "". An
+    answer inside the reasoning must not count, because the reader never sees it.
     """
     _, closed, after = text.rpartition("</think>")
     if closed:
@@ -16,34 +16,39 @@ def cut_final_text(text: str) -> str:
 
 
 def cut_final_answer(answer: str) -> str:
-    """The gold answer without its worked solution: what follows the last ``####`` (GSM8K's mark), or all of it;
-    stripped.
+    """Return the gold answer without its worked solution, stripped: the text after the last ``####`` (GSM8K's mark), or
+    all.
     """
     return answer.rpartition("####")[2].strip()
 
 
 def compile_pattern(pattern: str, owner: str) -> re.Pattern[str]:
-    """Compile with DOTALL (``.`` also matches a line end; ``^`` and ``$`` do not match at inner line ends).
+    """Compile a regular expression with DOTALL: ``.`` also matches a line end; ``^`` and ``$`` match at the outer ends
+    only.
+
+    Args:
+        pattern: the regular expression.
+        owner: class that asks for it, named in the message.
 
     Raises:
-        ValueError: not a regular expression, naming ``owner``.
+        ValueError: ``pattern`` is not a regular expression.
     """
     try:
         return re.compile(pattern, re.DOTALL)
     except re.error as error:
-        raise ValueError(f"{owner} got an invalid regular expression {pattern!r}: {error}") from error
+        raise ValueError(f"{owner} got an invalid regular expression {pattern!r}: {error}; correct pattern") from error
 
 
 def compile_extractor(pattern: str, owner: str) -> re.Pattern[str]:
-    """As ``compile_pattern``, for a pattern whose only group is the answer.
+    """Compile a regular expression like ``compile_pattern``; its only group is the answer.
 
     Raises:
-        ValueError: not a regular expression, or not exactly one group.
+        ValueError: ``pattern`` is not a regular expression, or it does not have exactly one group.
     """
     compiled = compile_pattern(pattern, owner)
     if compiled.groups != 1:
         raise ValueError(
             f"{owner} needs a pattern with exactly one group, the answer; {pattern!r} has {compiled.groups}; write "
-            "(?:...) for others"
+            "(?:...) for other groups"
         )
     return compiled

@@ -1,4 +1,4 @@
-"""Rewards made of other rewards, and scores that were checked."""
+"""Adds several rewards, and checks the scores that rewards return."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -12,10 +12,10 @@ def score(reward: Reward, rollouts: Sequence[Rollout]) -> list[float | None]:
     """Call a reward and check what it returned.
 
     Returns:
-        One finite score per rollout, in order; None = unscorable.
+        one finite score per rollout, in order; None = unscorable.
 
     Raises:
-        ValueError: another number of scores than rollouts, or a score that is NaN or infinite.
+        ValueError: the number of scores is not the number of rollouts, or a score is NaN or infinite.
     """
     values = reward(rollouts)
     if len(values) != len(rollouts):
@@ -31,16 +31,17 @@ def score(reward: Reward, rollouts: Sequence[Rollout]) -> list[float | None]:
 
 
 class WeightedSum(Reward):
-    """Total of several rewards, each times its weight. One unscorable component makes the total None: a partial sum is
-    on another scale.
+    """Adds several rewards, each times its weight.
+
+    If one component is None, so is the total, because a partial sum would be on another scale.
 
     Args:
         rewards: the components, with distinct names.
-        weights: one finite factor per component; None = 1 each (DeepSeek-R1, arXiv 2501.12948, adds its rewards with
-            equal weight).
+        weights: one finite factor per component; None = 1 each, as in DeepSeek-R1 (arXiv 2501.12948).
 
     Raises:
-        ValueError: no component, another number of weights, a weight that is not finite, or two components of one name.
+        ValueError: there is no component, the number of weights differs, a weight is not finite, or two components
+            share a name.
     """
 
     def __init__(self, rewards: list[Reward], weights: list[float] | None = None) -> None:
@@ -48,13 +49,13 @@ class WeightedSum(Reward):
         weights = [1.0] * len(rewards) if weights is None else list(weights)
         names = [reward.name for reward in rewards]
         if not rewards:
-            raise ValueError("WeightedSum needs at least one reward; got an empty list")
+            raise ValueError("WeightedSum needs at least one reward, got an empty list")
         if len(weights) != len(rewards):
             raise ValueError(
                 f"WeightedSum got {len(rewards)} rewards but {len(weights)} weights; give one weight per reward"
             )
         if not all(math.isfinite(weight) for weight in weights):
-            raise ValueError(f"WeightedSum weights must be finite numbers; got {weights}")
+            raise ValueError(f"WeightedSum weights must be finite numbers, got {weights}")
         repeated = sorted({name for name in names if names.count(name) > 1})
         if repeated:
             raise ValueError(f"WeightedSum got several rewards named {repeated}; give each its own name")
@@ -63,17 +64,17 @@ class WeightedSum(Reward):
         self.weights = weights
 
     def __call__(self, rollouts: Sequence[Rollout]) -> list[float | None]:
-        """Weighted total per rollout, None where any component is None."""
+        """Return the weighted total per rollout; None if any component is None."""
         return [self.total(parts) for parts in self.components(rollouts)]
 
     def components(self, rollouts: Sequence[Rollout]) -> list[dict[str, float | None]]:
-        """Unweighted scores by reward name, one dict per rollout."""
+        """Return the unweighted scores by reward name, one dict per rollout."""
         columns = [score(reward, rollouts) for reward in self.rewards]
         names = [reward.name for reward in self.rewards]
         return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
 
     def total(self, parts: dict[str, float | None]) -> float | None:
-        """Weighted sum of one rollout's components (as ``components`` gives them), None when one of them is None."""
+        """Return the weighted sum of one rollout's ``components``; None if any of them is None."""
         total = 0.0
         for value, weight in zip(parts.values(), self.weights, strict=True):
             if value is None:
@@ -83,17 +84,17 @@ class WeightedSum(Reward):
 
 
 class LengthPenalty(Reward):
-    """Another reward minus ``per_token`` times the completion's tokens, the end token included; None where the other
-    gives None.
+    """Subtracts ``per_token`` for each token of the completion from another reward.
 
-    Length alone explains 70 to 90 % of the reward that PPO gains from reward models in arXiv 2310.03716.
+    The end token counts. The score is None where the other reward gives None. In arXiv 2310.03716 length alone explains
+    70 to 90 % of what PPO gains on reward models.
 
     Args:
         reward: the reward to correct.
-        per_token: what a token costs, on the scale of ``reward``; finite and >= 0.
+        per_token: price of a token, in units of ``reward``; finite and >= 0.
 
     Raises:
-        ValueError: ``per_token`` out of range.
+        ValueError: ``per_token`` is out of range.
     """
 
     def __init__(self, reward: Reward, per_token: float) -> None:
@@ -103,14 +104,16 @@ class LengthPenalty(Reward):
         self.reward, self.per_token = reward, per_token
 
     def __call__(self, rollouts: Sequence[Rollout]) -> list[float | None]:
-        """Penalised score or None per rollout. ValueError for a completion that is text alone, whose length nobody
-        knows.
+        """Return the penalised score per rollout, or None.
+
+        Raises:
+            ValueError: a completion has text but no tokens, so that its length is unknown.
         """
         bare = [rollout.uid for rollout in rollouts if rollout.completion.text and not rollout.completion.token_ids]
         if bare:
             raise ValueError(
-                f"{bare[0]}: LengthPenalty counts tokens and this completion has none (a baseline of Versus?): use the "
-                "bare reward"
+                f"{bare[0]}: LengthPenalty counts tokens, and this completion is text without tokens (a baseline of "
+                "Versus?); use the reward without LengthPenalty"
             )
         scores = self.reward(rollouts)
         return [
@@ -120,14 +123,14 @@ class LengthPenalty(Reward):
 
 
 class Versus(Reward):
-    """1 where a completion scores above the row's ``answer`` under ``reward``, 0.5 where equal, 0 below: win rates with
-    a learned judge.
+    """Gives 1 when ``reward`` scores the completion above the row's ``answer``, 0.5 when equal, 0 below.
 
-    The answer is scored as a completion that ended by itself, with text and no tokens: ``reward`` must read text, as
-    ``LearnedReward`` does for a completion without tokens. None without an answer, or where either side is unscorable.
+    With a learned reward this measures win rates. The answer is scored as a completion that ended by itself, with text
+    and without tokens. So ``reward`` must read text, as ``LearnedReward`` does for a completion without tokens. The
+    score is None without an answer, or if either side cannot be scored.
 
     Args:
-        reward: scores completion and answer alike.
+        reward: scores the completion and the answer.
     """
 
     def __init__(self, reward: Reward) -> None:
@@ -135,7 +138,7 @@ class Versus(Reward):
         self.reward = reward
 
     def __call__(self, rollouts: Sequence[Rollout]) -> list[float | None]:
-        """1.0, 0.5, 0.0 or None per rollout."""
+        """Return 1.0, 0.5, 0.0 or None per rollout."""
         against = [
             replace(rollout, completion=Completion([], [], rollout.answer, "stop"))
             for rollout in rollouts
@@ -148,18 +151,18 @@ class Versus(Reward):
 
 
 def compare_scores(score: float | None, other: float | None) -> float | None:
-    """1.0 above, 0.5 equal, 0.0 below; None where either is None."""
+    """Return 1.0 if ``score`` is above ``other``, 0.5 if they are equal, 0.0 below; None if either is None."""
     if score is None or other is None:
         return None
     return 0.5 if score == other else float(score > other)
 
 
 def breakdown(reward: Reward, rollouts: Sequence[Rollout]) -> tuple[list[dict[str, float | None]], list[float | None]]:
-    """Score once and keep the parts.
+    """Score the rollouts once and keep the parts.
 
     Returns:
-        Per rollout the unweighted components by name (the reward itself under its own name when it is not a
-        WeightedSum), and the total.
+        the unweighted components of each rollout by name, and the totals. A reward that is not a ``WeightedSum`` is its
+        own only component.
 
     Raises:
         ValueError: see ``score``.
@@ -172,7 +175,7 @@ def breakdown(reward: Reward, rollouts: Sequence[Rollout]) -> tuple[list[dict[st
 
 
 def every_reward(reward: Reward) -> Iterator[Reward]:
-    """The reward and, however deep, the rewards that it is made of."""
+    """Yield the reward and all rewards inside it, at any depth."""
     yield reward
     for part in vars(reward).values():
         for inner in part if isinstance(part, list | tuple) else [part]:

@@ -1,4 +1,4 @@
-"""Rewards for the shape of a completion, whatever it says."""
+"""Rewards for the format of a completion, whatever its content."""
 
 import re
 from collections.abc import Sequence
@@ -6,18 +6,19 @@ from collections.abc import Sequence
 from modules.rewards.answers import compile_pattern
 from modules.types import Reward, Rollout
 
-# Any text without one of the four tags, so that each tag can occur once only. Possessive (++, *+): linear time on any
-# input.
+# Any text without one of the four tags, so that each tag can occur only once. The possessive quantifiers (++, *+) keep
+# the time linear on any input.
 _UNTAGGED = r"(?:[^<]++|<(?!/?(?:think|answer)>))*+"
 
-# The whole completion, reasoning then answer, in DeepSeek-R1's template; its only group is the text between the answer
+# A whole completion in DeepSeek-R1's template: reasoning, then answer. The only group is the text between the answer
 # tags.
 THINK_ANSWER = rf"\s*<think>{_UNTAGGED}</think>\s*<answer>({_UNTAGGED})</answer>\s*"
 
 
 class RegexFormat(Reward):
-    """1.0 where the whole completion matches ``pattern`` (``re.fullmatch`` with DOTALL, outer spaces included), else
-    0.0.
+    """Gives 1.0 when the whole completion matches ``pattern``, else 0.0.
+
+    It uses ``re.fullmatch`` with DOTALL; white space at the ends counts.
 
     Args:
         pattern: regular expression. A prompt that already ends with ``<think>`` needs a pattern without that tag.
@@ -32,16 +33,19 @@ class RegexFormat(Reward):
         self.pattern = compile_pattern(pattern, "RegexFormat")
 
     def __call__(self, rollouts: Sequence[Rollout]) -> list[float | None]:
-        """1.0 or 0.0 per rollout, never None."""
+        """Return 1.0 or 0.0 per rollout, never None."""
         return [float(self.pattern.fullmatch(rollout.completion.text) is not None) for rollout in rollouts]
 
 
 class ThinkAnswerFormat(Reward):
-    """1.0 where the whole completion is ``<think>...</think>`` and then ``<answer>...</answer>``, else 0.0.
+    """Gives 1.0 when the whole completion is ``<think>...</think><answer>...</answer>``, else 0.0.
 
-    Source: DeepSeek-R1 (arXiv 2501.12948, section 2.2.2). White space is free between the two parts and at the outer
-    ends; each of the four tags must occur exactly once, so nothing can stand before, between, after or nested. Empty
-    parts are allowed.
+    Source: DeepSeek-R1 (arXiv 2501.12948, section 2.2.2). White space is allowed between the two parts and at the ends.
+    Each of the four tags must occur exactly once, so no other text can stand before, between or after the two parts.
+    Either part may be empty.
+
+    Args:
+        name: label of the metric.
     """
 
     def __init__(self, name: str = "format") -> None:
@@ -49,5 +53,5 @@ class ThinkAnswerFormat(Reward):
         self.pattern = re.compile(THINK_ANSWER)
 
     def __call__(self, rollouts: Sequence[Rollout]) -> list[float | None]:
-        """1.0 or 0.0 per rollout, never None."""
+        """Return 1.0 or 0.0 per rollout, never None."""
         return [float(self.pattern.fullmatch(rollout.completion.text) is not None) for rollout in rollouts]

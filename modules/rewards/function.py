@@ -1,4 +1,4 @@
-"""A plain Python function as a reward."""
+"""Wraps a plain Python function as a reward."""
 
 import inspect
 from collections.abc import Callable, Sequence
@@ -8,25 +8,25 @@ from typing import Any
 
 from modules.types import Reward, Rollout
 
-ANSWERS = ("answers", "answer", "ground_truth", "solution")  # names under which a function asks for the gold answers
+ANSWERS = ("answers", "answer", "ground_truth", "solution")  # parameter names that mean the gold answers
 
-Reward.register(FunctionType)  # so that the dotted path of a function is accepted wherever a configuration asks for one
+Reward.register(FunctionType)  # a configuration may then name a function wherever it may name a reward
 
 
 class FunctionReward(Reward):
     """Calls a function with lists, one entry per completion, and takes the list of scores that it returns.
 
-    The function gets by name what its parameters name: ``prompts``, ``completions`` (texts), ``completion_ids``
-    (tokens), ``answers`` (also ``answer``, ``ground_truth`` or ``solution``), and the other columns of the rows; with
-    ``**columns`` it gets all columns that are left. A row that lacks a column has None there.
+    The function gets what the names of its parameters ask for: ``prompts``, ``completions`` (texts), ``completion_ids``
+    (tokens), ``answers`` (also ``answer``, ``ground_truth`` or ``solution``), and the other columns of the rows. With
+    ``**columns`` it gets all columns that are left. A row that lacks a column has None in its place.
 
     Args:
-        function: such as ``def short(completions, **columns): return [-len(text) for text in completions]``. Its name
-            labels the metric.
+        function: for example ``def short(completions, **columns): return [-len(text) for text in completions]``. Its
+            name labels the metric.
 
     Raises:
-        ValueError: a function that asks for no completions; at a call, one that asks for a column that no row has, or
-            that returns no list.
+        ValueError: the function asks for no completions. When called: it asks for a column that no row has, or it does
+            not return a list.
     """
 
     def __init__(self, function: Callable[..., list[float | None]]) -> None:
@@ -37,20 +37,20 @@ class FunctionReward(Reward):
         self._asked = {parameter.name: parameter.default is parameter.empty for parameter in named}  # name -> needed
         if not {"completions", "completion_ids"} & set(self._asked):
             raise ValueError(
-                f"reward {self.name}{inspect.signature(function)}: a plain function as a reward is called by the names "
-                "of its parameters and must ask for completions: (prompts, completions, answers, **columns)"
+                f"reward {self.name}{inspect.signature(function)}: a reward function gets what the names of its "
+                "parameters ask for, and must ask for completions: (prompts, completions, answers, **columns)"
             )
-        self._call = partial(function)  # a bare function among the attributes would count as a reward of its own
+        self._call = partial(function)  # a bare function among the attributes would count as another reward
 
     def __call__(self, rollouts: Sequence[Rollout]) -> list[float | None]:
-        """What the function returns."""
+        """Call the function and return its scores."""
         if not rollouts:
             return []
         given = self.lists(rollouts)
         missing = [name for name, needed in self._asked.items() if needed and name not in given]
         if missing:
             raise ValueError(
-                f"reward {self.name} asks for {', '.join(missing)}; the rows have "
+                f"reward {self.name} asks for {', '.join(missing)}, which no row has; it can ask for "
                 f"{', '.join(name for name in given if name not in ANSWERS)} and answers"
             )
         wanted = {name: given[name] for name in given if name in self._asked or self._takes_all}
@@ -66,8 +66,9 @@ class FunctionReward(Reward):
 
     @staticmethod
     def lists(rollouts: Sequence[Rollout]) -> dict[str, list[Any]]:
-        """Everything that a function can ask for, by name; a column of the rows comes before a name of ours for the
-        answers.
+        """Return every list that a function can ask for, by name.
+
+        If the rows have a column called ``answer``, ``ground_truth`` or ``solution``, that column is taken.
         """
         names = dict.fromkeys(name for rollout in rollouts for name in rollout.info or {})
         answers = [rollout.answer for rollout in rollouts]
@@ -84,7 +85,7 @@ class FunctionReward(Reward):
 
 
 def as_reward(reward: Any) -> Any:
-    """A plain function as a reward; anything else as it is, also inside a list or a dict."""
+    """Turn a plain function into a reward, also inside a list or a dict; return anything else as it is."""
     if isinstance(reward, FunctionType):
         return FunctionReward(reward)
     if isinstance(reward, list):

@@ -1,4 +1,4 @@
-"""Scores from learned reward models: one, or an ensemble (Coste et al., arXiv 2310.02743)."""
+"""Scores from one learned reward model, or from an ensemble of several (Coste et al., arXiv 2310.02743)."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal
@@ -15,28 +15,29 @@ Ensemble = Literal["mean", "worst", "uncertainty"]
 
 
 class LearnedReward(Reward):
-    """The score of a reward model, normalised by the mean and deviation stored with it; of several, a cautious summary.
+    """Scores completions with a reward model, or cautiously with several.
 
-    Every head of a model with ``reward_heads.safetensors`` is a member of the ensemble. A score is read at the last
-    token of prompt and completion, in fp32, on the GPU where there is one. Tokens are the rollout's own where the
-    model's tokenizer decodes them to the rollout's text, as it does when policy and reward model have one vocabulary.
-    Otherwise the text is tokenised anew, with an end token where the
-    completion ended by itself: the end-of-turn token if the prompt has one, else eos. Completions that were cut off are
-    scored as they are.
+    A score is read at the last token of prompt and completion, in fp32, on the GPU if there is one. It is normalised by
+    the mean and standard deviation that are stored with the model. Each head in ``reward_heads.safetensors`` is one
+    member of the ensemble.
+
+    The reward model reads the rollout's own tokens if its tokenizer decodes them to the rollout's text. That is so when
+    policy and reward model share a vocabulary. Otherwise the text is tokenised again. A completion that ended by itself
+    then gets an end token: the end-of-turn token if the prompt has one, else eos. One that was cut off gets none.
 
     Args:
         paths: folder or hub id of a sequence classifier with one label on a causal backbone, such as an exported
-            ``RewardModule``, or several.
-        ensemble: ``mean`` of the members, the ``worst`` of them, or ``uncertainty``: mean - ``uncertainty_weight`` x
-            their population variance.
+            ``RewardModule``; or a list of them.
+        ensemble: ``mean`` of the members, the ``worst`` member, or ``uncertainty``: mean - ``uncertainty_weight`` x
+            population variance of the members.
         uncertainty_weight: >= 0.
-        batch_tokens: tokens of one forward, padding included, but at least one completion.
+        batch_tokens: >= 1, tokens of one forward, padding included; at least one completion is computed.
         name: label of the metric.
 
     Raises:
-        ValueError: a path without a sequence classifier of one label, values out of range; at the first call, a model
-            without a linear ``score``, or a member of an ensemble without ``reward_mean`` in its config: on scales of
-            their own, the worst would always be the same one.
+        ValueError: a path is not a sequence classifier with one label, or a value is out of range. At the first call: a
+            model has no linear ``score``, or a member of an ensemble has no ``reward_mean`` in its config. Such a
+            member has its own scale, so ``worst`` would often pick the same one.
     """
 
     def __init__(
@@ -56,8 +57,7 @@ class LearnedReward(Reward):
         ):
             raise ValueError(
                 "LearnedReward needs at least one path, ensemble mean, worst or uncertainty, uncertainty_weight >= 0 "
-                "and batch_tokens >= 1, "
-                f"got {self.paths}, {ensemble!r}, {uncertainty_weight} and {batch_tokens}"
+                f"and batch_tokens >= 1; got {self.paths}, {ensemble!r}, {uncertainty_weight} and {batch_tokens}"
             )
         for path in self.paths:
             read_config(path)
@@ -67,13 +67,13 @@ class LearnedReward(Reward):
         self._scorers: dict[str, Scorer] = {}
 
     def __call__(self, rollouts: Sequence[Rollout]) -> list[float | None]:
-        """A score per rollout."""
+        """Return a score per rollout."""
         if not rollouts:
             return []
         return list(combine(self.members(rollouts), self.ensemble, self.uncertainty_weight).tolist())
 
     def members(self, rollouts: Sequence[Rollout]) -> Tensor:
-        """Normalised scores [N, members], float64."""
+        """Return the normalised score of every member, [N, members], float64."""
         for path in self.paths:
             if path not in self._scorers:
                 check_members(self.paths)
@@ -84,11 +84,13 @@ class LearnedReward(Reward):
         )
 
     def share_backbone(self, policy: Policy) -> list[str]:
-        """Compute on the policy's backbone what are adapters of it, and return those paths; the others keep a model of
-        their own.
+        """Compute reward models on the policy's backbone where they are adapters of it, and return their paths.
 
-        Adapters are in the export of a ``RewardModule`` that was trained with ``lora``. They are put into the policy's
-        model, frozen, once. ValueError for an ensemble with a member without ``reward_mean``.
+        The other reward models keep a model of their own. The export of a ``RewardModule`` that was trained with
+        ``lora`` holds such adapters. They are put into the policy's model once, frozen.
+
+        Raises:
+            ValueError: a member of an ensemble has no ``reward_mean`` in its config.
         """
         check_members(self.paths)
         for path in dict.fromkeys(self.paths):
@@ -100,13 +102,13 @@ class LearnedReward(Reward):
 
     @torch.no_grad()
     def _score(self, scorer: Scorer, rows: list[tuple[int, ...]]) -> Tensor:
-        """Normalised scores [N, heads] of rows of tokens, each distinct row computed once."""
+        """Return the normalised scores [N, heads] of rows of tokens, each distinct row computed once."""
         distinct = sorted(dict.fromkeys(rows), key=len)
         positions = max_positions(scorer.model.config)
         if positions is not None and len(distinct[-1]) > positions:
             raise ValueError(
-                f"LearnedReward: a row of {len(distinct[-1])} tokens is longer than the {positions} positions of its "
-                "model"
+                f"LearnedReward: prompt and completion have {len(distinct[-1])} tokens, but the reward model only "
+                f"{positions} positions; sample shorter completions"
             )
         with torch.autocast(scorer.model.device.type, enabled=False):
             states = torch.cat([last_states(scorer, chunk) for chunk in chunked(distinct, self.batch_tokens)])
@@ -116,8 +118,9 @@ class LearnedReward(Reward):
 
 
 def combine(scores: Tensor, ensemble: Ensemble, uncertainty_weight: float) -> Tensor:
-    """Scores [N, members] -> [N]. Members 1, 2, 6 give 3 as ``mean``, 1 as ``worst``, 3 - 0.1 x 14/3 as ``uncertainty``
-    with weight 0.1.
+    """Join the scores of the members, [N, members], to one score each, [N].
+
+    Members 1, 2, 6 give 3 as ``mean``, 1 as ``worst``, and 3 - 0.1 x 14/3 as ``uncertainty`` with weight 0.1.
     """
     if ensemble == "worst":
         return scores.amin(1)
@@ -126,7 +129,7 @@ def combine(scores: Tensor, ensemble: Ensemble, uncertainty_weight: float) -> Te
 
 
 def chunked(rows: Iterable[tuple[int, ...]], batch_tokens: int) -> Iterator[list[tuple[int, ...]]]:
-    """Consecutive rows, in rising length, of at most ``batch_tokens`` together when padded, but at least one."""
+    """Yield consecutive rows, sorted by length, of at most ``batch_tokens`` when padded, but at least one row."""
     chunk: list[tuple[int, ...]] = []
     for row in rows:
         if chunk and len(row) * (len(chunk) + 1) > batch_tokens:
@@ -138,10 +141,14 @@ def chunked(rows: Iterable[tuple[int, ...]], batch_tokens: int) -> Iterator[list
 
 
 def check_members(paths: list[str]) -> None:
-    """ValueError for an ensemble in which a member's scores were not measured."""
+    """Refuse an ensemble in which the scores of a member were not measured.
+
+    Raises:
+        ValueError: a member has no ``reward_mean`` in its config.
+    """
     unmeasured = [path for path in paths if "reward_mean" not in read_config(path).to_dict()] if len(paths) > 1 else []
     if unmeasured:
         raise ValueError(
-            f"LearnedReward: {', '.join(unmeasured)} without reward_mean in config.json cannot join an ensemble: "
-            "normalise it at export"
+            f"LearnedReward: {', '.join(unmeasured)} without reward_mean in config.json cannot join an ensemble; "
+            "export it from a RewardModule, which stores the mean"
         )

@@ -1,4 +1,4 @@
-"""Verifiable rewards for answers: equal text, equal numbers, equal mathematics."""
+"""Verifiable rewards for answers: equal text, equal numbers, or equal mathematics."""
 
 import importlib.util
 import math
@@ -13,22 +13,24 @@ from modules.rewards.workers.line_worker import LineWorker
 from modules.types import Reward, Rollout
 
 _UNSIGNED = r"(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<!\.)\.\d+)(?:[eE][-+]?\d+)?"
-# No number starts inside a word (x2, H2O); a minus after a letter, digit, bracket or minus is no sign (10-3, f(x)-3,
-# --3).
+# A number does not start inside a word (x2, H2O). A minus after a letter, digit, bracket or minus is not a sign (10-3,
+# f(x)-3, --3).
 _PREFIX = r"(?<![A-Za-z0-9])(?P<prefix>(?:(?<![)\]}+-])[-+])?(?:\\?\$[-+]?)?)"
 _NUMBER = re.compile(rf"{_PREFIX}(?P<top>{_UNSIGNED})(?:/(?P<bottom>{_UNSIGNED}))?", re.ASCII)
-_MAX_CHARACTERS = 1000  # of one number; also the largest power of ten, so that exact arithmetic stays instant
+_MAX_CHARACTERS = 1000  # longest number that is read, and largest power of ten: exact arithmetic stays fast
 _MINUS = "\u2212"  # the typographic minus sign
 
 
 def _fraction(digits: str) -> Fraction | None:
-    """Exact value of an unsigned decimal, None when its power of ten is out of range."""
+    """Return the exact value of an unsigned decimal; None when its power of ten is out of range."""
     exponent = int(digits.lower().partition("e")[2] or "0")
     return None if abs(exponent) > _MAX_CHARACTERS else Fraction(digits.replace(",", ""))
 
 
 def _value(match: re.Match[str] | None) -> Fraction | None:
-    """Exact value of a matched number, None for no match, a zero denominator or a number too long to be an answer."""
+    """Return the exact value of a matched number; None without a match, with a zero denominator, or for a too long
+    number.
+    """
     if match is None or len(match[0]) > _MAX_CHARACTERS:
         return None
     top, bottom = _fraction(match["top"]), _fraction(match["bottom"] or "1")
@@ -38,28 +40,30 @@ def _value(match: re.Match[str] | None) -> Fraction | None:
 
 
 def _whole_number(text: str) -> Fraction | None:
-    """Value of a text that is one number and nothing else but white space, a percent sign and a full stop."""
+    """Return the value of a text that is one number and otherwise only white space, a percent sign and a full stop."""
     text = text.strip().removesuffix(".").removesuffix("%").removesuffix("\\")
     return _value(_NUMBER.fullmatch(text.replace(_MINUS, "-")))
 
 
 def _last_number(text: str) -> Fraction | None:
-    """Value of the last number in a text."""
+    """Return the value of the last number in a text."""
     last = deque(_NUMBER.finditer(text.replace(_MINUS, "-")), maxlen=1)
     return _value(last[0]) if last else None
 
 
 class ExactMatch(Reward):
-    """1.0 where the answer text is the gold answer, both stripped, else 0.0; None without a gold answer.
+    """Gives 1.0 when the answer in the completion equals the gold answer as text, else 0.0; None without a gold answer.
+
+    Both are stripped.
 
     Args:
-        pattern: regular expression with exactly one group, the answer, matched against the whole completion
-            (``re.fullmatch`` with DOTALL); None = the whole completion is the answer. ``format.THINK_ANSWER`` is the
-            strict one for think and answer tags.
+        pattern: regular expression with exactly one group, the answer. It must match the whole completion
+            (``re.fullmatch`` with DOTALL). None = the whole completion is the answer. ``format.THINK_ANSWER`` is the
+            strict pattern for think and answer tags.
         name: label of the metric.
 
     Raises:
-        ValueError: ``pattern`` is not a regular expression or has not exactly one group.
+        ValueError: ``pattern`` is not a regular expression or does not have exactly one group.
     """
 
     def __init__(self, pattern: str | None = None, name: str = "exact_match") -> None:
@@ -67,7 +71,7 @@ class ExactMatch(Reward):
         self.pattern = None if pattern is None else compile_extractor(pattern, "ExactMatch")
 
     def __call__(self, rollouts: Sequence[Rollout]) -> list[float | None]:
-        """1.0, 0.0 or None per rollout."""
+        """Return 1.0, 0.0 or None per rollout."""
         return [self._score(rollout.completion.text, rollout.answer) for rollout in rollouts]
 
     def _score(self, text: str, answer: str | None) -> float | None:
@@ -81,34 +85,36 @@ class ExactMatch(Reward):
 
 
 class NumericMatch(Reward):
-    """1.0 where the completion's number equals the gold number, else 0.0; None where the gold answer is not a number.
+    """Gives 1.0 when the completion's number equals the gold number, else 0.0; None when the gold answer is not a
+    number.
 
-    Numbers are compared exactly, as fractions. A number is: digits, with or without thousands commas (1,234), a decimal
-    part (72.0, .5), a power of ten (1e3), a sign and a dollar sign in front, and a fraction of two of these (1/2, no
-    spaces). A percent sign is ignored. Mixed numbers, powers, LaTeX and numbers over 1000 characters or 1e1000 are not
-    read. The gold answer is what follows its last ``####``.
+    Numbers are compared exactly, as fractions. A number has digits, with or without thousands commas (1,234), a decimal
+    part (72.0, .5) and a power of ten (1e3). It may have a sign and a dollar sign in front, and may be a fraction of
+    two such numbers without spaces (1/2). A percent sign is ignored. Not read as numbers are mixed numbers, powers,
+    LaTeX, and numbers with more than 1000 characters or above 1e1000. The gold answer is the text after its last
+    ``####``.
 
     Args:
-        pattern: regular expression with exactly one group, which must be one number and nothing else, matched against
-            the whole completion; None = the last number of the completion, after ``</think>`` where there is one (see
+        pattern: regular expression with exactly one group, which must be one number and nothing else. It must match the
+            whole completion. None = the last number of the completion, after ``</think>`` if there is one (see
             ``cut_final_text``).
-        tolerance: largest absolute difference that still counts as equal.
+        tolerance: >= 0, largest absolute difference that still counts as equal.
         name: label of the metric.
 
     Raises:
-        ValueError: ``pattern`` is not a regular expression or has not exactly one group; ``tolerance`` is negative or
-            not finite.
+        ValueError: ``pattern`` is not a regular expression or does not have exactly one group; ``tolerance`` is
+            negative or not finite.
     """
 
     def __init__(self, pattern: str | None = None, tolerance: float = 0.0, name: str = "numeric_match") -> None:
         if not 0.0 <= tolerance < math.inf:
-            raise ValueError(f"NumericMatch tolerance must be a finite number >= 0; got {tolerance}")
+            raise ValueError(f"NumericMatch: tolerance must be a finite number >= 0, got {tolerance}")
         self.name = name
-        self.tolerance = Fraction(str(tolerance))  # as written: 0.1 is one tenth
+        self.tolerance = Fraction(str(tolerance))  # the number as it is written: 0.1 is one tenth
         self.pattern = None if pattern is None else compile_extractor(pattern, "NumericMatch")
 
     def __call__(self, rollouts: Sequence[Rollout]) -> list[float | None]:
-        """1.0, 0.0 or None per rollout."""
+        """Return 1.0, 0.0 or None per rollout."""
         return [self._score(rollout.completion.text, rollout.answer) for rollout in rollouts]
 
     def _score(self, text: str, answer: str | None) -> float | None:
@@ -126,24 +132,24 @@ class NumericMatch(Reward):
 
 
 class MathVerify(Reward):
-    """1.0 where math-verify finds the completion's answer mathematically equal to the gold answer, else 0.0.
+    """Gives 1.0 when math-verify finds the completion's answer mathematically equal to the gold answer, else 0.0.
 
-    The completion is searched after ``</think>`` (see ``cut_final_text``), boxed answers first, by the library's own rules;
-    nothing to parse scores 0.0. The gold answer is read as LaTeX, what follows its last ``####``; words read as
-    products of letters, so use ExactMatch for
-    them. None: no gold answer, one that cannot be parsed, or no verdict in time. Scoring runs in one child process per
-    process, shared by
-    threads, killed and restarted when late: a huge power or factorial hangs sympy in C code that no signal or thread
-    can interrupt.
+    The library searches the text after ``</think>`` (see ``cut_final_text``) by its own rules, boxed answers first. If it
+    finds nothing to parse, the score is 0.0. The gold answer is the text after its last ``####``, read as LaTeX. Words
+    would be read as products of letters, so use ``ExactMatch`` for them. The score is None without a gold answer, when
+    the gold answer cannot be parsed, or when there is no verdict in time.
+
+    Scoring runs in a child process, because a huge power or factorial hangs sympy in C code that no signal or thread
+    can interrupt. A child that is late is killed and started again. All threads of a process share one child.
 
     Args:
-        timeout: seconds per rollout, start of the child not counted.
+        timeout: seconds per rollout, without the start of the child.
         name: label of the metric.
 
     Raises:
         ImportError: math-verify is not installed.
         ValueError: ``timeout`` is not a finite number > 0.
-        RuntimeError: on the first call, when the child process does not start.
+        RuntimeError: at the first call, the child process does not start.
     """
 
     def __init__(self, timeout: float = 5.0, name: str = "math_verify") -> None:
@@ -157,15 +163,15 @@ class MathVerify(Reward):
 
     @property
     def timeouts(self) -> int:
-        """Rollouts without a verdict so far, because the child was late or crashed."""
+        """How many rollouts got no verdict so far, because the child was late or crashed."""
         return self._worker.failures
 
     def __call__(self, rollouts: Sequence[Rollout]) -> list[float | None]:
-        """1.0, 0.0 or None per rollout."""
+        """Return 1.0, 0.0 or None per rollout."""
         return [self._score(rollout.completion.text, rollout.answer) for rollout in rollouts]
 
     def close(self) -> None:
-        """End the child process; a later call starts another."""
+        """End the child process; a later call starts another one."""
         self._worker.close()
 
     def _score(self, text: str, answer: str | None) -> float | None:

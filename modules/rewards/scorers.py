@@ -1,4 +1,4 @@
-"""Reward models as they are loaded, and the rows of tokens that they read."""
+"""Loads reward models and makes the rows of tokens that they read."""
 
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -26,18 +26,22 @@ from modules.types import Rollout
 
 @dataclass(frozen=True)
 class Scorer:
-    """A loaded reward model: a backbone of its own, or adapters of the policy's."""
+    """A loaded reward model: a backbone of its own, or adapters on the policy's backbone."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    weight: Tensor  # [heads, H], on the CPU, as the others
-    mean: Tensor  # [heads], float64, of the raw scores where they were measured
-    std: Tensor  # [heads], float64
-    adapters: str | None = None  # the set of the model's adapters to compute with
+    weight: Tensor  # [heads, H], on the CPU like the next two
+    mean: Tensor  # [heads], float64, mean of each head's raw scores; 0 if it was not measured
+    std: Tensor  # [heads], float64, standard deviation of the same; 1 if it was not measured
+    adapters: str | None = None  # name of the adapters to compute with; None = the model as it is
 
 
 def read_config(path: str) -> PreTrainedConfig:
-    """The config of a sequence classifier with one label; ValueError where there is none."""
+    """Read the config of a sequence classifier with one label.
+
+    Raises:
+        ValueError: ``path`` holds no model, or one with another number of labels.
+    """
     try:
         config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
@@ -54,16 +58,17 @@ def read_config(path: str) -> PreTrainedConfig:
 
 
 def load_scorer(path: str) -> Scorer:
-    """One model with its heads and their moments, fp32, frozen, on the GPU where there is one.
+    """Load a reward model with its heads and the moments of their scores, in fp32, frozen, on the GPU if there is one.
 
-    ValueError for one that does not score hidden states linearly.
+    Raises:
+        ValueError: the model does not score hidden states by a linear layer.
     """
     model = AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.float32).requires_grad_(False).eval()
     head, heads = dict(model.named_modules()).get("score"), Path(path) / HEADS_FILE
     if not isinstance(head, nn.Linear) or head.bias is not None:
         raise ValueError(
-            f"LearnedReward: '{path}' ({model.config.model_type}) has no linear 'score' on a causal backbone, which is "
-            "all that is read"
+            f"LearnedReward: '{path}' ({model.config.model_type}) has no linear 'score' without bias on a causal "
+            "backbone; name another reward model"
         )
     weight = load_file(heads)["weight"] if heads.is_file() else head.weight.clone()
     model.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -72,7 +77,8 @@ def load_scorer(path: str) -> Scorer:
 
 
 def shared_scorer(path: str, policy: Policy) -> Scorer | None:
-    """The export ``path`` as adapters, put beside the policy's own; None where it has none of the policy's backbone.
+    """Load the export at ``path`` as adapters beside the policy's own; None if it has no adapters of the policy's
+    backbone.
 
     The policy may be in training mode: its dropout is off in reinforcement learning, and loaded adapters have none.
     """
@@ -90,7 +96,9 @@ def shared_scorer(path: str, policy: Policy) -> Scorer | None:
 
 
 def read_moments(config: PreTrainedConfig, heads: int) -> Tensor:
-    """Mean and deviation [2, heads] of each head's scores, float64; 0 and 1 where one head has none."""
+    """Return mean and standard deviation [2, heads] of each head's scores, float64; 0 and 1 if a single head has none
+    stored.
+    """
     if heads > 1:
         return torch.tensor([config.reward_head_means, config.reward_head_stds], dtype=torch.float64)
     return torch.tensor(
@@ -99,8 +107,9 @@ def read_moments(config: PreTrainedConfig, heads: int) -> Tensor:
 
 
 def last_states(scorer: Scorer, rows: list[tuple[int, ...]]) -> Tensor:
-    """Hidden state [N, H] at the last token of each row. Transformers' own pooling would take a closing eos for padding
-    where pad is eos.
+    """Return the hidden state [N, H] at the last token of each row.
+
+    Transformers' own pooling would take a closing eos for padding if the pad token is eos.
     """
     device = scorer.model.device
     lengths = torch.tensor([len(row) for row in rows], device=device)
@@ -112,7 +121,7 @@ def last_states(scorer: Scorer, rows: list[tuple[int, ...]]) -> Tensor:
 
 
 def row_of(scorer: Scorer, rollout: Rollout) -> tuple[int, ...]:
-    """The tokens of prompt and completion in the reward model's vocabulary."""
+    """Return the tokens of prompt and completion in the reward model's vocabulary."""
     tokenizer, completion = scorer.tokenizer, rollout.completion
     if reads(scorer, rollout.prompt_ids, rollout.prompt, special=True):
         if completion.token_ids and reads(
@@ -127,8 +136,14 @@ def row_of(scorer: Scorer, rollout: Rollout) -> tuple[int, ...]:
 
 
 def reads(scorer: Scorer, ids: list[int], text: str, special: bool = False, cut: bool = False) -> bool:
-    """Whether the tokens mean ``text`` to the reward model; with ``special`` tokens but for a BOS in front; ``cut`` = a
-    stop string may follow.
+    """Return whether the tokens mean ``text`` to the reward model.
+
+    Args:
+        scorer: the reward model.
+        ids: the tokens.
+        text: what the policy's tokenizer decoded them to.
+        special: True = special tokens count, except a BOS in front.
+        cut: True = the tokens may decode to more text, because a stop string was cut off.
     """
     if ids and max(ids) >= scorer.model.config.vocab_size:
         return False
@@ -140,13 +155,13 @@ def reads(scorer: Scorer, ids: list[int], text: str, special: bool = False, cut:
 
 
 def with_bos(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    """Tokens of a prompt, behind one BOS where the tokenizer itself adds one."""
+    """Return the tokens of a prompt, with one BOS in front if the tokenizer itself adds one."""
     ids, bos = list(tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids), tokenizer.bos_token_id
     adds_bos = bos is not None and tokenizer("").input_ids[:1] == [bos]
     return [bos, *ids] if adds_bos and ids[:1] != [bos] else ids
 
 
 def find_end_id(tokenizer: PreTrainedTokenizerBase, prompt: list[int]) -> int:
-    """What ends a completion of this prompt: the end-of-turn token of a chat, else eos."""
+    """Return the token that ends a completion of this prompt: the end-of-turn token of a chat, else eos."""
     turn = end_of_turn_id(tokenizer)
     return turn if turn is not None and turn in prompt else int(tokenizer.eos_token_id)  # type: ignore[arg-type]

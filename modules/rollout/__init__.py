@@ -1,4 +1,4 @@
-"""Sampling completions from a policy."""
+"""Engines that sample completions from a policy."""
 
 from modules.rollout.engine import RolloutEngine, SampledPolicy, Sampling
 from modules.rollout.in_process import InProcessEngine

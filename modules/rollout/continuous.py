@@ -1,4 +1,4 @@
-"""Continuous batching: each prompt computed once, a request admitted whenever a slot is free, long prompts first."""
+"""Continuous batching: each prompt is computed once, and a waiting request starts whenever a slot is free."""
 
 from dataclasses import dataclass
 
@@ -11,22 +11,22 @@ from modules.rollout.decode import DecodeStep, SlotCache
 from modules.rollout.ledger import Ledger
 
 PREFILL_TOKENS = 2048  # padded prompt tokens of one forward
-DRAW_ROWS = 256  # rows of logits turned into first tokens at a time
-ROW_STEP = 16  # batches shrink in steps of this: on CPU 2 rows cost as much as 12
+DRAW_ROWS = 256  # first tokens are drawn from this many rows of logits at a time
+ROW_STEP = 16  # batches shrink in steps of this many rows: on CPU 2 rows cost as much as 12
 
 
 @dataclass(frozen=True)
 class Waiting:
-    """K requests whose prompt is computed and whose first token is drawn."""
+    """K requests whose prompt is computed and whose first token is drawn, and which wait for a slot."""
 
-    cache: SlotCache  # of the prompts of one forward
-    rows: Tensor  # int [K], the prompt of each request in ``cache``
-    requests: Tensor  # int [K]
-    tokens: Tensor  # int [K], the first token
-    positions: Tensor  # int [K], the column it goes to
+    cache: SlotCache  # keys and values of the prompts of one forward
+    rows: Tensor  # int [K], row of each request's prompt in ``cache``
+    requests: Tensor  # int [K], numbers of the requests
+    tokens: Tensor  # int [K], first token of each request
+    positions: Tensor  # int [K], the cache column that this token goes to
 
     def split(self, size: int) -> tuple["Waiting", "Waiting"]:
-        """The first ``size`` requests and the others."""
+        """Return the first ``size`` requests and the others."""
         fields = (self.rows, self.requests, self.tokens, self.positions)
         return Waiting(self.cache, *(field[:size] for field in fields)), Waiting(
             self.cache, *(field[size:] for field in fields)
@@ -34,15 +34,16 @@ class Waiting:
 
 
 class ContinuousBatch:
-    """Slots over one cache, filled from a queue of prompts until every request is finished.
+    """Slots over one cache, filled from a queue of prompts until every request is finished. Long prompts come first.
 
     Args:
-        model: a model that ``decode.supports``.
-        prompts: token ids of each prompt, at least one prompt.
+        model: a model that ``decode.supports`` accepts.
+        prompts: token ids of each prompt; at least one prompt.
         num_generations: G; request r is generation r % G of prompt r // G.
         ledger: draws and records tokens.
-        max_batch_tokens: bound on cache columns summed over slots (one slot is always made). Computed prompts that wait
-            for a slot hold at most ``PREFILL_TOKENS`` columns more.
+        max_batch_tokens: bound on the cache columns of all slots together; there is always at least one slot. Prompts
+            that are computed and wait for a slot take at most ``PREFILL_TOKENS`` columns more, or those of one longer
+            prompt.
     """
 
     def __init__(
@@ -54,9 +55,8 @@ class ContinuousBatch:
         max_batch_tokens: int,
     ) -> None:
         self.model, self.prompts, self.num_generations, self.ledger = model, prompts, num_generations, ledger
-        self.queue = sorted(
-            range(len(prompts)), key=lambda index: len(prompts[index])
-        )  # taken from the end: long ones first
+        # Prompts are taken from the end, so the long ones come first.
+        self.queue = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
         # The last token is never fed back, so it needs no column.
         columns = len(prompts[self.queue[-1]]) + ledger.sampling.max_completion_length - 1
         slots = max(1, min(len(prompts) * num_generations, max_batch_tokens // columns))
@@ -70,12 +70,16 @@ class ContinuousBatch:
         self.stats = {"decode_steps": 0, "slots": slots, "prefill_tokens": 0}
 
     def run(self) -> dict[str, int]:
-        """Finish every request; returns the numbers of decode steps, of slots and of prompt tokens computed."""
+        """Finish every request.
+
+        Returns:
+            ``decode_steps``, ``slots`` (of the largest batch) and ``prefill_tokens`` (prompt tokens computed).
+        """
         busy = self._refill()
         while busy:
             logits = self.step(self.tokens, self.positions, self.cache, self.horizon)
             self.tokens, finished = self.ledger.draw(logits, self.requests)
-            self.positions += 1  # idle slots start again at 0 with every refill, so they stay behind the busy ones
+            self.positions += 1  # a refill sets idle slots back to 0, so they never overtake the busy ones
             self.horizon += 1
             self.stats["decode_steps"] += 1
             if bool(finished.any()):
@@ -84,7 +88,7 @@ class ContinuousBatch:
         return self.stats
 
     def _refill(self) -> bool:
-        """Give free slots to waiting requests, computing prompts as needed; returns whether any slot is busy."""
+        """Give free slots to waiting requests, compute prompts as needed, and return whether any slot is busy."""
         free = (self.requests == self.ledger.idle).nonzero()[:, 0]
         while len(free) and (self.queue or self.waiting):
             admitted, rest = (self.waiting or self._prefill()).split(len(free))
@@ -104,8 +108,8 @@ class ContinuousBatch:
         return busy > 0
 
     def _compact(self, free: Tensor, busy: int) -> None:
-        """Move busy slots to the front and drop the empty ones behind them, in steps of 16 rows; a single row is worth
-        a step.
+        """Move busy slots to the front and drop empty ones behind them, down to a multiple of 16 rows, or to a single
+        row.
         """
         size = 1 if busy == 1 else min(len(self.requests), -(-busy // ROW_STEP) * ROW_STEP)
         movers = (self.requests[size:] != self.ledger.idle).nonzero()[:, 0] + size
@@ -117,7 +121,7 @@ class ContinuousBatch:
         self.cache.shrink(size)
 
     def _prefill(self) -> Waiting:
-        """Compute the next prompts of the queue, draw the first token of all their requests, and keep those that go on."""
+        """Compute the next prompts of the queue and draw first tokens for all their requests; keep those that go on."""
         chosen = [self.queue.pop()]
         limit = self.prefill_tokens // len(self.prompts[chosen[0]])
         while self.queue and len(chosen) < limit:
@@ -139,11 +143,12 @@ class ContinuousBatch:
 
 
 def compute_prompts(model: PreTrainedModel, prompts: list[list[int]], lengths: Tensor) -> tuple[Tensor, SlotCache]:
-    """Logits [P, V] that follow each prompt, and the keys and values of P prompts, garbage behind their ``lengths``
-    [P].
+    """Return the logits [P, V] after each prompt, and the keys and values of the P prompts.
+
+    Columns of the cache behind a prompt's entry in ``lengths`` [P] hold garbage.
     """
     ids = pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True).to(model.device)
-    # On the right a causal model never looks at padding, so no attention mask is needed.
+    # A causal model never looks at padding on the right, so no attention mask is needed.
     output = model.model(input_ids=ids, use_cache=True)
     last = output.last_hidden_state[torch.arange(len(prompts), device=ids.device), lengths - 1]
     layers = output.past_key_values.layers

@@ -1,5 +1,6 @@
-"""One decode step of a Llama-family model over a preallocated cache, with the live parameters: no copies, nothing to
-sync.
+"""One decode step of a Llama-family model over a cache of fixed size.
+
+It reads the model's own parameters, so nothing is copied or synced.
 """
 
 from dataclasses import dataclass
@@ -17,13 +18,15 @@ FAMILY = {
     "qwen2": Qwen2ForCausalLM,
     "qwen3": Qwen3ForCausalLM,
 }
-STATIC_ROPE = ("default", "llama3")  # frequencies that do not depend on the length
-TRANSPOSED_ROWS = range(16, 256)  # batch sizes where W @ x beats x @ W.T on CPU
+STATIC_ROPE = ("default", "llama3")  # rotary frequencies that do not depend on the length
+TRANSPOSED_ROWS = range(16, 256)  # batch sizes at which W @ x is faster than x @ W.T on CPU
 
 
 def supports(model: PreTrainedModel) -> bool:
-    """Whether ``DecodeStep`` knows this architecture: full attention in every layer, static rotary positions, plain
-    logits.
+    """Return whether ``DecodeStep`` can run the model.
+
+    It needs a known architecture with full attention in every layer, rotary positions that do not change with the
+    length, and logits that are not scaled or capped.
     """
     config = model.config.to_dict()
     return (
@@ -36,8 +39,9 @@ def supports(model: PreTrainedModel) -> bool:
 
 @dataclass
 class SlotCache:
-    """Keys and values of S slots: per layer [S, kv heads, columns, head dim]. Column c of a slot belongs to its
-    position c.
+    """Keys and values of S slots, in each layer [S, kv heads, columns, head dim].
+
+    Column c of a slot holds its position c.
     """
 
     keys: list[Tensor]
@@ -45,7 +49,7 @@ class SlotCache:
 
     @staticmethod
     def allocate(model: PreTrainedModel, slots: int, columns: int) -> "SlotCache":
-        """Zeros, not garbage: a NaN in a masked column would still spoil the attention sum."""
+        """Make a cache of zeros, since a NaN in uninitialised memory would spoil attention even in a masked column."""
         attention = model.model.layers[0].self_attn
         shape = (slots, model.config.num_key_value_heads, columns, attention.head_dim)
         keys, values = (
@@ -61,17 +65,17 @@ class SlotCache:
             mine[slots, :, :columns] = theirs[rows, :, :columns]
 
     def shrink(self, slots: int) -> None:
-        """Keep the first ``slots`` slots."""
+        """Keep the first ``slots`` slots and drop the others."""
         self.keys = [keys[:slots] for keys in self.keys]
         self.values = [values[:slots] for values in self.values]
 
 
 class Rows:
-    """Activations [N, features]: every module is called as it is."""
+    """Activations as [N, features]: every module is called as it is."""
 
     @staticmethod
     def turn(x: Tensor) -> Tensor:
-        """From and to [N, features]."""
+        """Convert from and to [N, features]."""
         return x
 
     @staticmethod
@@ -84,11 +88,11 @@ class Rows:
 
 
 class Columns:
-    """Activations [features, N]: on CPU ``W @ x`` is faster for mid-sized batches. Needs plain linear layers."""
+    """Activations as [features, N]: on CPU ``W @ x`` is faster for mid-sized batches. Linear layers must be plain."""
 
     @staticmethod
     def turn(x: Tensor) -> Tensor:
-        """From and to [N, features]."""
+        """Convert from and to [N, features]."""
         return x.t().contiguous()
 
     @staticmethod
@@ -101,11 +105,11 @@ class Columns:
 
 
 class DecodeStep:
-    """Next-token logits of N rows, each at its own position.
+    """Computes next-token logits of N rows, each at its own position.
 
     Args:
-        model: one that ``supports`` accepts.
-        columns: positions to prepare the rotary table for.
+        model: a model that ``supports`` accepts.
+        columns: number of positions in the table of rotary positions.
     """
 
     def __init__(self, model: PreTrainedModel, columns: int) -> None:
@@ -114,18 +118,18 @@ class DecodeStep:
         cos, sin = model.model.rotary_emb(model.get_input_embeddings().weight, positions)
         half = cos.shape[-1] // 2
         self._cos, self._sin = cos[0], torch.cat([-sin[0, :, :half], sin[0, :, half:]], -1)  # [columns, head dim]
-        # Adapters replace linear layers by modules of their own, which only the row layout calls.
+        # Adapters replace linear layers by other modules, which only the row layout calls.
         linears = [model.lm_head, *(part for layer in model.model.layers for part in linear_layers(layer))]
         self._transposable = model.device.type == "cpu" and all(type(linear) is nn.Linear for linear in linears)
 
     def __call__(self, tokens: Tensor, positions: Tensor, cache: SlotCache, horizon: int) -> Tensor:
-        """Append one token per slot and return the logits that follow it.
+        """Append one token to each slot and return the logits that follow it.
 
         Args:
             tokens: int [N], one per slot of the cache.
-            positions: int [N], the column that each token goes to; columns up to it are attended.
-            cache: N slots; written to.
-            horizon: more than every position; columns from here on are not read.
+            positions: int [N], the column that each token goes to. The token attends to the columns up to its own.
+            cache: N slots; the step writes to it.
+            horizon: a number above every position; the step does not read columns from here on.
 
         Returns:
             logits [N, V].
@@ -157,7 +161,7 @@ class DecodeStep:
 
 
 def linear_layers(layer: LlamaDecoderLayer) -> list[nn.Module]:
-    """The seven matrices of a decoder layer."""
+    """Return the seven linear layers of a decoder layer."""
     attention, mlp = layer.self_attn, layer.mlp
     return [
         attention.q_proj,
@@ -173,7 +177,9 @@ def linear_layers(layer: LlamaDecoderLayer) -> list[nn.Module]:
 def split_heads(
     attention: LlamaAttention | Qwen3Attention, q: Tensor, k: Tensor, v: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """[N, heads * D] each to [N, heads, D]; Qwen3 normalises queries and keys per head."""
+    """Split queries, keys and values from [N, heads * D] to [N, heads, D]. Qwen3 also normalises queries and keys per
+    head.
+    """
     q, k, v = (x.unflatten(1, (-1, attention.head_dim)) for x in (q, k, v))
     if isinstance(attention, Qwen3Attention):
         q, k = attention.q_norm(q), attention.k_norm(k)
@@ -181,17 +187,29 @@ def split_heads(
 
 
 def rotate(x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
-    """Rotary positions for x [N, heads, D], cos and sin [N, 1, D]: x cos + (-second half, first half) sin, the sign
-    kept in sin.
+    """Apply rotary positions to x [N, heads, D]: x cos + (-second half, first half) sin.
+
+    Args:
+        x: queries or keys.
+        cos: [N, 1, D].
+        signed_sin: [N, 1, D], the sine with the sign of the first half turned.
     """
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), signed_sin)
 
 
 def attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
-    """Attention of one query position: q [N, heads, D], keys and values [N, kv heads, T, D], mask [N, 1, 1, T] -> [N,
-    heads * D].
+    """Compute attention for one query position per row.
 
-    The query heads that share a key head take the place of query positions, so nothing is repeated.
+    The query heads that share a key head take the place of query positions, so keys and values are not repeated.
+
+    Args:
+        q: [N, heads, D].
+        keys: [N, kv heads, T, D].
+        values: [N, kv heads, T, D].
+        mask: [N, 1, 1, T], added to the attention scores: 0 or -inf.
+
+    Returns:
+        [N, heads * D].
     """
     grouped = q.unflatten(1, (keys.shape[1], -1))  # [N, kv heads, group, D]
     return F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask).flatten(1)

@@ -1,6 +1,4 @@
-"""What every rollout engine promises: the sampling settings, the contract, and the checks made before anything is
-sampled.
-"""
+"""The contract of every rollout engine, its sampling settings, and the checks made before anything is sampled."""
 
 import math
 import warnings
@@ -18,11 +16,11 @@ class SampledPolicy(Protocol):
 
     @property
     def model(self) -> PreTrainedModel:
-        """Causal language model."""
+        """The causal language model."""
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """Its tokenizer; engines use it only to turn tokens into text."""
+        """The model's tokenizer; engines use it only to turn tokens into text."""
 
     @property
     def stop_token_ids(self) -> frozenset[int]:
@@ -30,22 +28,22 @@ class SampledPolicy(Protocol):
 
     @property
     def max_positions(self) -> int | None:
-        """Tokens that the model has positions for; None = no limit."""
+        """How many tokens the model has positions for; None = no limit."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a next token is drawn: logits / temperature, then the top_k largest, then the top_p nucleus, renormalised.
+    """How the next token is drawn: from logits / temperature, cut to ``top_k``, then to ``top_p``, and renormalised.
 
     Raises:
-        ValueError: values out of range, all of them in one message.
+        ValueError: a value is out of range; one message names all of them.
     """
 
     temperature: float = 1.0  # >= 0; 0 = greedy
-    top_p: float = 1.0  # (0, 1]; keep the smallest set of likeliest tokens with at least this much probability
-    top_k: int = 0  # >= 0; keep this many likeliest tokens, 0 = all
-    max_completion_length: int = 64  # >= 1, tokens, the end token included
-    stop: tuple[str, ...] = ()  # a completion ends when its text holds one of these
+    top_p: float = 1.0  # (0, 1]; keep the smallest set of most likely tokens with at least this much probability
+    top_k: int = 0  # >= 0; keep this many most likely tokens; 0 = all
+    max_completion_length: int = 64  # >= 1, in tokens, the end token included
+    stop: tuple[str, ...] = ()  # a completion ends when its text contains one of these strings
 
     def __post_init__(self) -> None:
         checks = {
@@ -64,18 +62,22 @@ class Sampling:
         if self.temperature > 0 and (self.top_p < 1 or self.top_k > 0):
             warnings.warn(
                 f"sampling: top_p {self.top_p} and top_k {self.top_k} cut the distribution and renormalise it, so the "
-                "sampler's log-probs "
-                "differ from the trainer's; use top_p 1 and top_k 0 for reinforcement learning",
+                "sampler's log-probs differ from the trainer's; use top_p 1 and top_k 0 for reinforcement learning",
                 stacklevel=3,
             )
 
 
 class RolloutEngine(ABC):
-    """Samples completions from the policy it was last synced with."""
+    """Samples completions from the policy that it was last synced with."""
 
     @abstractmethod
     def sync_weights(self, policy: SampledPolicy, version: int) -> None:
-        """Sample from these weights from now on and stamp completions with ``version`` (optimiser updates so far)."""
+        """Sample from these weights from now on.
+
+        Args:
+            policy: the policy with the weights.
+            version: optimiser updates so far, which each completion keeps as ``policy_version``.
+        """
 
     @abstractmethod
     def generate(
@@ -87,22 +89,28 @@ class RolloutEngine(ABC):
             prompts: token ids of each prompt, none empty.
             num_generations: completions per prompt, >= 1.
             sampling: how tokens are drawn and when a completion ends.
-            seeds: one per prompt; completion g of prompt i is a function of the weights, the prompt and ``seeds[i] +
-                g`` alone, up to float noise, so keep the seeds of a call at least ``num_generations`` apart.
+            seeds: one per prompt. Up to float noise, completion g of prompt i depends only on the weights, the prompt
+                and ``seeds[i] + g``. So keep the seeds of a call at least ``num_generations`` apart.
 
         Returns:
-            per prompt, in order, its completions in the order of g. ``logprobs`` are of the distribution drawn from
-            (after temperature, top_k and top_p); for greedy, of the softmax at temperature 1.
+            for each prompt, in order, its completions in the order of g. Their ``logprobs`` belong to the distribution
+            that was drawn from, after temperature, top_k and top_p; greedy ones to the softmax at temperature 1.
 
         Raises:
-            ValueError: impossible request (see ``check_request``), no weights synced, or non-finite logits.
+            ValueError: the request is impossible (see ``check_request``), no weights were synced, or logits are not
+                finite.
         """
 
 
 def check_request(
     policy: SampledPolicy, prompts: list[list[int]], num_generations: int, sampling: Sampling, seeds: list[int]
 ) -> None:
-    """ValueError, with all problems in one message, for a request that cannot be sampled."""
+    """Refuse a request that cannot be sampled, with all its problems in one message.
+
+    Raises:
+        ValueError: too few generations, another number of seeds than prompts, an empty prompt, or a prompt too long for
+            the model's positions.
+    """
     problems = []
     if num_generations < 1:
         problems.append(f"num_generations {num_generations} must be >= 1")

@@ -1,4 +1,4 @@
-"""The default engine: samples with the policy's own parameters in this process, so that syncing costs nothing."""
+"""The default engine: it samples with the policy's own parameters in this process, so syncing costs nothing."""
 
 import warnings
 from collections.abc import Iterator
@@ -17,24 +17,26 @@ from modules.rollout.static import run_static
 from modules.trainer.modes import evaluating
 from modules.types import Completion
 
-PARITY = 1e-3  # nats: the largest difference of log-probs between our decode step and the Hugging Face forward
+PARITY = 1e-3  # nats; the log-probs of our decode step and of the Hugging Face forward may differ by less than this
 PARITY_PROMPTS = ((1, 2, 3), (4, 5, 6, 7, 8))
 
 
 class InProcessEngine(RolloutEngine):
-    """Continuous batching with a decode loop of our own for the Llama family, static batches for every other
-    architecture.
+    """Samples with continuous batching and its own decode loop for the Llama family, else with static batches.
 
-    At the first sync of a policy the two ways are compared; where they differ by more than 1e-3 nats the static one is
-    used, with a warning.
+    When a policy is first synced, the engine compares the two ways. If their log-probs differ by 1e-3 nats or more, it
+    warns and uses static batches.
 
     Args:
-        max_batch_tokens: memory bound, >= 1: cache columns summed over the rows of a batch. A column takes
-            2 x layers x kv heads x head dim numbers (SmolLM2-135M in fp32: 46 KB, so 65536 columns are 3 GB).
+        max_batch_tokens: >= 1, bounds the memory: cache columns summed over the rows of a batch. A column holds 2 x
+            layers x kv heads x head dim numbers (SmolLM2-135M in fp32: 46 KB, so 65536 columns take 3 GB).
 
     Attributes:
-        last_stats: of the last ``generate``: ``decode_steps``, ``slots`` (largest batch), ``prefill_tokens`` (prompt
-            tokens computed).
+        last_stats: counts of the last ``generate``: ``decode_steps``, ``slots`` (largest batch), ``prefill_tokens``
+            (prompt tokens computed).
+
+    Raises:
+        ValueError: ``max_batch_tokens`` is below 1.
     """
 
     def __init__(self, max_batch_tokens: int = 65536) -> None:
@@ -47,13 +49,17 @@ class InProcessEngine(RolloutEngine):
         self._run = run_static
 
     def sync_weights(self, policy: SampledPolicy, version: int) -> None:
-        """Remember the policy, whose parameters are shared, and the version."""
+        """Remember the policy, whose parameters are shared, and the version.
+
+        Raises:
+            ValueError: some layers of the model keep no keys and values.
+        """
         if policy is not self._policy:
             layers = DynamicCache(config=policy.model.config).layers
             if not all(isinstance(layer, DynamicLayer) for layer in layers):
                 raise ValueError(
                     f"InProcessEngine cannot sample from {type(policy.model).__name__}: some of its layers keep no "
-                    "keys and values"
+                    "keys and values; use a model with attention in every layer"
                 )
             self._run = run_static
             if supports(policy.model):
@@ -62,9 +68,9 @@ class InProcessEngine(RolloutEngine):
                     self._run = run_continuous
                 else:
                     warnings.warn(
-                        f"InProcessEngine: log-probs of the fast decode step differ by {gap:.2g} from the Hugging Face "
-                        "forward of "
-                        f"{type(policy.model).__name__}; sampling through the latter, which is slower",
+                        f"InProcessEngine: log-probs of the fast decode step differ by {gap:.2g} nats from the Hugging "
+                        f"Face forward of {type(policy.model).__name__}; it samples through that forward, which is "
+                        "slower",
                         stacklevel=2,
                     )
         self._policy, self._version = policy, version
@@ -72,7 +78,10 @@ class InProcessEngine(RolloutEngine):
     def generate(
         self, prompts: list[list[int]], num_generations: int, sampling: Sampling, seeds: list[int]
     ) -> list[list[Completion]]:
-        """Sample; see ``RolloutEngine.generate``. Leaves the model's modes and the global random state as they were."""
+        """Sample completions; see ``RolloutEngine.generate``.
+
+        The model's train or eval mode and the global random state stay as they were.
+        """
         if self._policy is None:
             raise ValueError("InProcessEngine: call sync_weights(policy, version) before generate")
         check_request(self._policy, prompts, num_generations, sampling, seeds)
@@ -90,25 +99,26 @@ class InProcessEngine(RolloutEngine):
 def run_continuous(
     model: PreTrainedModel, prompts: list[list[int]], num_generations: int, ledger: Ledger, max_batch_tokens: int
 ) -> dict[str, int]:
-    """Finish every request with ``ContinuousBatch``. In inference mode, since the supported models keep nothing between
-    forwards.
+    """Finish every request with ``ContinuousBatch``.
+
+    Inference mode is safe here, because the supported models keep nothing between forwards.
     """
     return ContinuousBatch(model, prompts, num_generations, ledger, max_batch_tokens).run()
 
 
 @contextmanager
 def sampling_mode(model: PreTrainedModel) -> Iterator[None]:
-    """Evaluation mode, no gradients, no autocast.
+    """Set evaluation mode, no gradients and no autocast inside the ``with`` block.
 
-    Not inference mode: an architecture that keeps tensors between forwards (a growing rotary table) could not train
-    with them.
+    It is not inference mode: a model that keeps tensors between forwards, such as a growing rotary table, could not
+    train with them afterwards.
     """
     with evaluating(model), torch.no_grad(), torch.autocast(model.device.type, enabled=False):
         yield
 
 
 def parity_gap(policy: SampledPolicy) -> float:
-    """Largest |difference| in nats between the log-probs of a few sampled tokens and those of a plain forward, in both
+    """Return by how many nats the log-probs of a few sampled tokens differ at most from a plain forward, in both
     layouts.
     """
     prompts = [[token % policy.model.config.vocab_size for token in prompt] for prompt in PARITY_PROMPTS]

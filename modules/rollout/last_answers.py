@@ -1,4 +1,4 @@
-"""Held-out supervised rows as prompts: what the policy itself would answer."""
+"""Held-out supervised rows as prompts, to see what the policy itself answers."""
 
 import hashlib
 from collections.abc import Iterator
@@ -11,11 +11,11 @@ from modules.types import InstructionBatch, PromptBatch
 
 
 def last_answers(batch: InstructionBatch, tokenizer: Any) -> PromptBatch:
-    """The last supervised stretch of each row, or document of a packed row, as ``answer`` (text without special
-    tokens), and as the prompt what stands before it.
+    """Turn each row, or each document of a packed row, into a prompt and its last answer.
 
-    Rows without a prompt of two tokens (whole texts, fillers) are left out. ``uid`` is a digest of the prompt, the same
-    on every rank.
+    ``answer`` is the last run of supervised tokens as text, without special tokens. The prompt is everything before it.
+    Rows whose prompt has fewer than two tokens (whole texts, fillers) are left out. ``uid`` is a digest of the prompt,
+    the same on every rank.
     """
     prompts = PromptBatch(uid=[], prompt=[], prompt_ids=[], answer=[], source=[], info=[])
     for ids, supervised in documents(batch):
@@ -35,7 +35,7 @@ def last_answers(batch: InstructionBatch, tokenizer: Any) -> PromptBatch:
 
 
 def documents(batch: InstructionBatch) -> Iterator[tuple[list[int], list[bool]]]:
-    """Tokens and loss mask of each row, of packed rows of each document, without padding."""
+    """Yield the tokens and the loss mask of each row, or of each document of a packed row, without padding."""
     lengths = batch["attention_mask"].sum(1).tolist()
     positions = batch["position_ids"].tolist() if "position_ids" in batch else [range(length) for length in lengths]
     for ids, supervised, places, length in zip(

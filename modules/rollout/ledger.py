@@ -1,4 +1,4 @@
-"""The record of one ``generate`` call: what each request has drawn so far, and when it is finished."""
+"""The record of one ``generate`` call: what each request has drawn so far, and whether it is finished."""
 
 import numpy as np
 import torch
@@ -10,22 +10,22 @@ from modules.types import Completion
 
 
 class Ledger:
-    """Tokens and log-probs of R requests, kept on the model's device until all are finished.
+    """Holds tokens and log-probs of R requests on the model's device until all are finished.
 
-    Request r has its own row of uniform numbers, drawn from its own seed, so its tokens do not depend on what it is
-    batched with. Row R (``idle``) takes what slots without a request produce.
+    Each request draws with its own row of uniform numbers, made from its own seed. So its tokens do not depend on the
+    requests beside it in a batch. Row R (``idle``) takes the output of slots without a request.
 
     Args:
         seeds: one per request.
         sampling: how tokens are drawn and when a completion ends.
-        policy: its tokenizer, end tokens and device.
+        policy: gives tokenizer, end tokens and device.
     """
 
     def __init__(self, seeds: list[int], sampling: Sampling, policy: SampledPolicy) -> None:
         self.sampling = sampling
         self.idle = len(seeds)
         self._tokenizer = policy.tokenizer
-        # Sampling sums in float64, which Apple's MPS does not have.
+        # The sampler sums in float64, which Apple's MPS does not have.
         device = torch.device("cpu") if policy.model.device.type == "mps" else policy.model.device
         shape = (len(seeds) + 1, sampling.max_completion_length)
         self._uniforms = uniform_rows([] if sampling.temperature == 0 else seeds, shape).to(device)
@@ -37,8 +37,8 @@ class Ledger:
         special = {token.content: i for i, token in policy.tokenizer.added_tokens_decoder.items() if token.special}
         self._is_end[[*policy.stop_token_ids, *(special[stop] for stop in sampling.stop if stop in special)]] = True
         self._may_complete: dict[int, bool] = {}
-        # A token holds at least one byte of text, so this many tokens cover a stop string; four more finish a cut
-        # character.
+        # A token holds at least one byte, so as many tokens as a stop string has bytes cover it; four more complete a
+        # character that is cut in front.
         self._tail = max((len(stop.encode()) for stop in sampling.stop), default=0) + 4
 
     def draw(self, logits: Tensor, requests: Tensor) -> tuple[Tensor, Tensor]:
@@ -67,11 +67,15 @@ class Ledger:
         return tokens.to(home), finished.to(home)
 
     def completions(self, version: int) -> list[Completion]:
-        """All requests as plain records, in order; ValueError where the policy's logits were not finite."""
+        """Return all requests as plain records, in order.
+
+        Raises:
+            ValueError: the policy's logits were not finite.
+        """
         if not bool(self._logprobs.isfinite().all()):
             raise ValueError(
-                "generate: the policy's logits are not finite, so its completions mean nothing; look at the last "
-                "updates"
+                "generate: the policy's logits are not finite, so its completions mean nothing; go back to an earlier "
+                "checkpoint, with a smaller learning rate or gradient clipping"
             )
         counts = self._counts.tolist()[: self.idle]
         tokens = [row[:count] for row, count in zip(self._tokens.tolist(), counts, strict=False)]
@@ -84,8 +88,9 @@ class Ledger:
         ]
 
     def _completes_stop_string(self, tokens: Tensor, requests: Tensor, steps: Tensor) -> Tensor:
-        """bool [N]: the tail of the request's text holds a stop string. Decodes only rows whose new token can complete
-        one.
+        """Return where the end of a request's text contains a stop string: bool [N].
+
+        It decodes only rows whose new token can complete a stop string.
         """
         hits = []
         for token, request, step in zip(tokens.tolist(), requests.tolist(), steps.tolist(), strict=True):
@@ -97,8 +102,9 @@ class Ledger:
         return torch.tensor(hits, device=tokens.device)
 
     def _token_may_complete(self, token: int) -> bool:
-        """Whether the last character of a stop string can come from this token. Alone, a token may lose spaces or half
-        a character.
+        """Return whether this token can bring the last character of a stop string.
+
+        Decoded alone, a token may lose spaces or half a character, so such tokens count as possible.
         """
         if token not in self._may_complete:
             text = self._tokenizer.decode([token])
@@ -111,16 +117,17 @@ class Ledger:
         return any(stop in text for stop in self.sampling.stop)
 
     def _cut(self, text: str) -> str:
-        """The text before the first stop string."""
+        """Return the text before the first stop string."""
         return text[: min((text.index(stop) for stop in self.sampling.stop if stop in text), default=None)]
 
 
 def uniform_rows(seeds: list[int], shape: tuple[int, int]) -> Tensor:
-    """float64 ``shape`` in [0, 1): row i from a generator of its own, seeded with ``seeds[i]``; rows without a seed are
-    zero.
+    """Make a float64 matrix of ``shape`` in [0, 1): row i from its own generator, seeded with ``seeds[i]``.
+
+    Rows without a seed are zero.
     """
     rows = torch.zeros(shape, dtype=torch.float64)
     for row, seed in zip(rows, seeds, strict=False):
-        # not torch's generator, which looks at 32 bits of its seed only
+        # torch's generator reads only 32 bits of its seed
         row.copy_(torch.from_numpy(np.random.default_rng(seed).random(shape[1])))
     return rows

@@ -1,5 +1,6 @@
-"""The numbers of a set of rollouts, under TRL's names: exact over batches and ranks, because they are taken of all
-outcomes at once.
+"""The metrics of a set of rollouts, under TRL's names.
+
+They are exact over batches and ranks, because they are computed from all outcomes at once.
 """
 
 from collections import defaultdict
@@ -16,7 +17,12 @@ from modules.types import Outcome, Reward, Rollout
 
 
 def outcomes(rollouts: Sequence[Rollout], accuracy: Reward | None = None) -> list[Outcome]:
-    """One per rollout, in order; ``right`` where ``accuracy`` gives more than 0.5."""
+    """Return one outcome per rollout, in order.
+
+    Args:
+        rollouts: completions with their rewards.
+        accuracy: decides ``right``: True where its score is above 0.5. None = not asked.
+    """
     scores = [None] * len(rollouts) if accuracy is None else accuracy(rollouts)
     return [
         Outcome(
@@ -34,9 +40,15 @@ def outcomes(rollouts: Sequence[Rollout], accuracy: Reward | None = None) -> lis
 
 
 def rollout_metrics(found: Sequence[Outcome]) -> dict[str, float]:
-    """Prompts, rewards, lengths in tokens, entropy in nats per token, KL in nats per completion.
+    """Compute the metrics of rewards, lengths (tokens), entropy (nats per token) and KL (nats per completion).
 
-    Unscorable completions are counted and otherwise left out.
+    Completions without a score are counted as ``unscorable`` and left out of the reward metrics.
+
+    Args:
+        found: outcomes of all ranks; at least one.
+
+    Returns:
+        numbers by name, without the stage in front.
     """
     rewards = column(outcome.reward for outcome in found)
     lengths = column(outcome.length for outcome in found)
@@ -66,8 +78,9 @@ def rollout_metrics(found: Sequence[Outcome]) -> dict[str, float]:
 
 
 def share_solved(found: Sequence[Outcome], k: int) -> float:
-    """pass@k: mean over prompts of the chance that one of k of its scorable completions is right; prompts with fewer do
-    not count.
+    """Return pass@k: the mean over prompts of the chance that at least one of k completions is right.
+
+    Only scorable completions count. Prompts with fewer than k of them are left out; without any prompt it is 0.
     """
     groups: dict[str, list[bool]] = defaultdict(list)
     for outcome in found:
@@ -78,27 +91,30 @@ def share_solved(found: Sequence[Outcome], k: int) -> float:
 
 
 def column(values: Any) -> Tensor:
-    """float64 [N], NaN for None."""
+    """Turn numbers into a float64 tensor [N], with NaN for None."""
     return torch.tensor([float("nan") if value is None else value for value in values], dtype=torch.float64)
 
 
 def mean(values: Tensor) -> float:
-    """Mean of the entries [N] that are not NaN; 0 where there is none."""
+    """Return the mean of the entries [N] that are not NaN; 0 without any."""
     kept = values[~values.isnan()]
     return float(kept.mean()) if len(kept) else 0.0
 
 
 def std(values: Tensor) -> float:
-    """Sample standard deviation of the entries [N] that are not NaN; 0 for fewer than two."""
+    """Return the sample standard deviation of the entries [N] that are not NaN; 0 for fewer than two."""
     kept = values[~values.isnan()]
     return float(kept.std()) if len(kept) > 1 else 0.0
 
 
 def gap_metrics(mask: Tensor, old_logprobs: Tensor, sampler_logprobs: Tensor, kl: Tensor | None) -> dict[str, float]:
-    """How far the sampler's log-probs are from the trainer's, and the mean of ``kl`` over tokens, of all ranks
-    (collective).
+    """Measure how far the sampler's log-probs are from the trainer's, over the tokens of all ranks (collective).
 
-    mask bool [N, Tc]; the others [N, Tc], nats.
+    Args:
+        mask: bool [N, Tc].
+        old_logprobs: [N, Tc], nats, computed by the trainer.
+        sampler_logprobs: [N, Tc], nats, computed by the engine.
+        kl: [N, Tc], nats; its mean over tokens becomes the metric ``kl``. None = no such metric.
     """
     gaps = (old_logprobs - sampler_logprobs).abs()[mask]
     mine = (int(mask.sum()), float(gaps.sum()), float(gaps.max()), 0.0 if kl is None else float(kl[mask].sum()))

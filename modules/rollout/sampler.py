@@ -1,5 +1,6 @@
-"""Draw next tokens by inverting the cumulative distribution: one uniform number per row instead of one per vocabulary
-entry.
+"""Draws next tokens by inverting the cumulative distribution.
+
+A row needs one uniform number instead of one per vocabulary entry.
 """
 
 import torch
@@ -9,15 +10,15 @@ from torch.nn import functional as F
 from modules.rollout.engine import Sampling
 
 BLOCK = 256  # entries of one block of the two-level search
-SINGLE_BLOCK = 1024  # vocabularies up to this size are searched in one go
+SINGLE_BLOCK = 1024  # vocabularies up to this size are searched as one block
 
 
 def sample(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """One token per row and its log-probability under the distribution it was drawn from.
+    """Draw one token per row, and return it with its log-probability under the distribution it was drawn from.
 
     Args:
         logits: [N, V] fp32.
-        uniforms: float64 [N] in [0, 1); row i's token depends on row i alone. Unused for greedy.
+        uniforms: float64 [N] in [0, 1); the token of row i depends on entry i alone. Greedy sampling does not use them.
         sampling: temperature, top_k, top_p.
 
     Returns:
@@ -33,11 +34,14 @@ def sample(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> tuple[Tensor
 
 
 def truncate(logits: Tensor, top_k: int, top_p: float) -> Tensor:
-    """Logits [N, V] with -inf outside the ``top_k`` largest (ties kept, 0 = all) and then outside the ``top_p``
-    nucleus.
+    """Set the logits [N, V] to -inf outside the ``top_k`` largest, and then outside the ``top_p`` nucleus.
 
-    The nucleus holds the likeliest tokens in order, up to and including the one whose probability brings the sum to
-    ``top_p``.
+    The nucleus holds the most likely tokens in order, up to and including the one that brings their sum to ``top_p``.
+
+    Args:
+        logits: [N, V].
+        top_k: how many to keep; ties are all kept; 0 = all.
+        top_p: (0, 1]; 1 = no nucleus.
     """
     if 0 < top_k < logits.shape[1]:
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
@@ -51,14 +55,17 @@ def truncate(logits: Tensor, top_k: int, top_p: float) -> Tensor:
 
 
 def invert_cdf(probabilities: Tensor, uniforms: Tensor) -> Tensor:
-    """Index int [N] whose slice of the cumulative distribution holds ``uniforms``: exact sampling, never a
-    zero-probability entry.
+    """Find the entry whose slice of the cumulative distribution holds the uniform number: exact sampling.
 
-    Finds the block first, then the entry in it, so that only one pass reads all of the vocabulary. Sums are float64.
+    It finds the block first and then the entry inside it, so that only one pass reads the whole vocabulary. Sums are
+    float64. An entry with probability zero is never chosen.
 
     Args:
         probabilities: [N, V], >= 0, each row with a positive sum.
         uniforms: float64 [N] in [0, 1).
+
+    Returns:
+        index int [N].
     """
     size = probabilities.shape[1]
     block = size if size <= SINGLE_BLOCK else BLOCK
@@ -71,12 +78,14 @@ def invert_cdf(probabilities: Tensor, uniforms: Tensor) -> Tensor:
 
 
 def _locate(weights: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
-    """The slice of cumulative ``weights`` float64 [N, K] that holds each of ``uniforms`` [N], and how far inside it, in
-    [0, 1].
+    """Find the slice of the cumulative ``weights`` float64 [N, K] that holds each of ``uniforms`` [N].
+
+    Returns:
+        index int [N] of the slice, and the place inside it, float64 [N] in [0, 1].
     """
     cumulative = weights.cumsum(-1)
     total = cumulative[:, -1:]
-    # Strictly below the total there is always a next larger sum, and the entry that makes it larger is not zero.
+    # Below the total there is always a larger cumulative sum, and the entry that makes it larger is not zero.
     target = torch.minimum(uniforms[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
     index = torch.searchsorted(cumulative, target, right=True).clamp(max=weights.shape[1] - 1)
     weight = weights.gather(1, index)

@@ -1,4 +1,4 @@
-"""From sampled completions to what a policy loss needs: records, rewards, padded tensors, log-probs."""
+"""Turns sampled completions into what a policy loss needs: records, rewards and padded tensors."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -10,12 +10,19 @@ from torch import Tensor
 from modules.rewards.combined import breakdown
 from modules.types import Completion, PolicyBatch, PromptBatch, Reward, Rollout
 
-SCORING_TOKENS = 16384  # tokens of one no-grad forward
+SCORING_TOKENS = 16384  # padded tokens of one forward without gradients
 
 
 def make_rollouts(prompts: PromptBatch, completions: list[list[Completion]], reward: Reward | None) -> list[Rollout]:
-    """One record per completion, prompt by prompt, scored if there is a reward; ``group`` counts the prompts of the
-    batch.
+    """Make one record per completion, prompt by prompt, and score it.
+
+    Args:
+        prompts: P prompts.
+        completions: the completions of each prompt.
+        reward: what scores them; None = no scores.
+
+    Returns:
+        rollouts; ``group`` is the number of the prompt in the batch.
     """
     rollouts = [
         Rollout(
@@ -42,7 +49,10 @@ def make_rollouts(prompts: PromptBatch, completions: list[list[Completion]], rew
 
 
 def to_batch(rollouts: list[Rollout], device: torch.device) -> PolicyBatch:
-    """The tensors of a phase that rollouts alone determine; each prompt once. Log-probs and advantages come later."""
+    """Make the tensors of a phase that rollouts alone determine, each prompt once.
+
+    Log-probs and advantages are added later.
+    """
     prompt_rows = {rollout.group: rollout.prompt_ids for rollout in rollouts}
     position = {group: i for i, group in enumerate(prompt_rows)}
     prompt_ids, prompt_mask = pad_rows(list(prompt_rows.values()), device)
@@ -68,7 +78,7 @@ def to_batch(rollouts: list[Rollout], device: torch.device) -> PolicyBatch:
 
 
 def pad_rows(rows: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token ids int [R, T], padded on the right with 0, and the bool mask [R, T] made from the lengths."""
+    """Pad token ids on the right with 0 to int [R, T], and make the bool mask [R, T] from their lengths."""
     lengths = torch.tensor([len(row) for row in rows])
     mask = torch.arange(max(1, int(lengths.max())))[None] < lengths[:, None]
     ids = torch.zeros(mask.shape, dtype=torch.long)
@@ -79,7 +89,8 @@ def pad_rows(rows: list[list[int]], device: torch.device) -> tuple[Tensor, Tenso
 def in_chunks(score: Callable[[PolicyBatch], tuple[Tensor, ...]], batch: PolicyBatch) -> tuple[Tensor, ...]:
     """Apply ``score`` to whole groups of at most ``SCORING_TOKENS`` padded tokens at a time; each result is [N, Tc].
 
-    A completion that a prompt got several times is scored once: late in training most are such.
+    A group that is larger is scored alone. Equal completions of a prompt are scored once, because late in training most
+    completions repeat others.
     """
     lengths = batch["completion_mask"].sum(1, keepdim=True)
     rows = torch.cat([batch["prompt_index"][:, None], lengths, batch["completion_ids"]], 1)
@@ -91,7 +102,7 @@ def in_chunks(score: Callable[[PolicyBatch], tuple[Tensor, ...]], batch: PolicyB
 
 
 def prompt_chunks(batch: PolicyBatch) -> Iterable[PolicyBatch]:
-    """Consecutive prompts with their completions; rows must be ordered by prompt."""
+    """Yield consecutive prompts with their completions; rows must be ordered by prompt."""
     index, width = batch["prompt_index"], batch["prompt_ids"].shape[1] + batch["completion_ids"].shape[1]
     rows_per_prompt = index.bincount(minlength=len(batch["prompt_ids"]))
     size = max(1, SCORING_TOKENS // (width * int(rows_per_prompt.max())))
@@ -103,7 +114,14 @@ def prompt_chunks(batch: PolicyBatch) -> Iterable[PolicyBatch]:
 
 
 def with_sums(rollouts: list[Rollout], entropies: Tensor, kl: Tensor | None, mask: Tensor) -> list[Rollout]:
-    """Rollouts with their mean token entropy and their summed log-ratio to the start, from [N, Tc] tensors."""
+    """Add each rollout's mean token entropy and its summed log-ratio to the start policy.
+
+    Args:
+        rollouts: N rollouts.
+        entropies: [N, Tc], nats.
+        kl: [N, Tc], log pi - log pi_start in nats; None = no reference.
+        mask: bool [N, Tc].
+    """
     entropy = (entropies.sum(1) / mask.sum(1).clamp(min=1)).tolist()
     sums = [None] * len(rollouts) if kl is None else (kl * mask).sum(1).tolist()
     return [replace(rollout, entropy=e, kl=k) for rollout, e, k in zip(rollouts, entropy, sums, strict=True)]

@@ -1,4 +1,4 @@
-"""The general path: any causal LM through its Hugging Face forward, in static batches padded on the left."""
+"""Samples from any causal language model through its Hugging Face forward, in static batches padded on the left."""
 
 import torch
 from torch import Tensor
@@ -7,15 +7,15 @@ from transformers import DynamicCache, PreTrainedModel
 
 from modules.rollout.ledger import Ledger
 
-ROW_STEP = 16  # batches shrink in steps of this
+ROW_STEP = 16  # batches shrink in steps of this many rows
 
 
 def run_static(
     model: PreTrainedModel, prompts: list[list[int]], num_generations: int, ledger: Ledger, max_batch_tokens: int
 ) -> dict[str, int]:
-    """Finish every request, one batch after the other; arguments and result as in ``ContinuousBatch``.
+    """Finish every request, one batch after the other; arguments and result are those of ``ContinuousBatch``.
 
-    A prompt is computed once per batch that holds some of its requests: once in all where its G rows fit into
+    A prompt is computed once for each batch that holds some of its requests. That is once in all if its G rows fit into
     ``max_batch_tokens``.
     """
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
@@ -35,11 +35,11 @@ def run_static(
 
 
 class StaticBatch:
-    """Rows that start together; prompts are computed once and their cache repeated, finished rows dropped in steps of
-    16.
+    """Rows that start together. Each prompt is computed once and its cache repeated; finished rows are dropped 16 at a
+    time.
 
     Args:
-        model: causal LM whose cache is a ``DynamicCache`` and whose forward takes ``position_ids``.
+        model: a causal language model with a ``DynamicCache`` and a forward that takes ``position_ids``.
         prompts: P prompts.
         num_generations: rows per prompt.
         ledger: draws and records tokens.
@@ -57,7 +57,7 @@ class StaticBatch:
         self.logits, self.mask = (x.repeat_interleave(num_generations, 0) for x in (logits, mask))  # [N, V], [N, T]
 
     def run(self, requests: Tensor) -> int:
-        """Finish ``requests`` int [N], one per row; returns the number of decode steps."""
+        """Finish ``requests`` int [N], one per row, and return the number of decode steps."""
         steps = 0
         while True:
             tokens, finished = self.ledger.draw(self.logits, requests)
@@ -75,7 +75,7 @@ class StaticBatch:
             steps += 1
 
     def _forward(self, ids: Tensor, mask: Tensor, position_ids: Tensor) -> Tensor:
-        """Logits [N, V] of the last column."""
+        """Return the logits [N, V] of the last column."""
         return self.model(
             input_ids=ids,
             attention_mask=mask,

@@ -14,8 +14,9 @@ def run_seed(seed: int | None = None) -> int:
 
 
 def derive_seed(seed: int, phase: str, uid: str) -> int:
-    """Seed of a prompt's first completion, in [0, 2**62): a function of run seed, phase and prompt, so of no rank and
-    no batch.
+    """Return the seed of a prompt's first completion, in [0, 2**62).
+
+    It depends on the run's seed, the phase and the prompt, and on no rank or batch.
     """
     digest = hashlib.blake2b(f"{seed}/{phase}/{uid}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 2

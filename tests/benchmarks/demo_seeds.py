@@ -1,7 +1,9 @@
-"""Does ``make demo`` learn whatever the seed and the processor? Its three stages, for several seeds and several kinds of arithmetic.
+"""Runs the three stages of ``make demo`` for several seeds and several kinds of CPU arithmetic: does it always learn?
 
 Run: python tests/benchmarks/demo_seeds.py [--seeds 0 1 2 3 4] [--numerics native avx2 sse41 perturbed two-threads]
-A seed moves the start weights, the order of the rows and the samples. Last line: ``demo-seeds: N of N at or above 0.85``; exit status 1 below that.
+
+A seed moves the start weights, the order of the rows and the samples. The last line is ``demo-seeds: N of N at or above
+0.85``; the exit status is 1 if a run stays below.
 """
 
 import argparse
@@ -31,10 +33,15 @@ NUMERICS = {  # the environment of a run; perturbed: the start weights are off b
 
 
 def run_demo(folder: Path, seed: int, numerics: str, *grpo: str) -> tuple[float, float]:
-    """Run the demo in an empty folder; pass@1 before and after GRPO.
+    """Run the demo in an empty folder and return pass@1 before and after GRPO.
 
-    grpo: more arguments of the stage that trains by GRPO. Claims that do not hold are no error here. Raises RuntimeError, with the end of what
-    the stage printed, when a stage fails otherwise.
+    Claims that do not hold are no error here.
+
+    Args:
+        grpo: more arguments of the stage that trains by GRPO.
+
+    Raises:
+        RuntimeError: a stage fails for another reason; the message holds the end of what it printed.
     """
     model = tiny_model(seed=seed)
     if numerics == "perturbed":
@@ -68,7 +75,7 @@ def run_demo(folder: Path, seed: int, numerics: str, *grpo: str) -> tuple[float,
 
 
 def main() -> int:
-    """Print one line a run, and how many reached the bound."""
+    """Print one line for each run, and how many runs reached the bound."""
     parser = argparse.ArgumentParser(allow_abbrev=False)
     parser.add_argument("--seeds", type=int, nargs="+", default=range(5))
     parser.add_argument("--numerics", nargs="+", choices=NUMERICS, default=list(NUMERICS))

@@ -1,6 +1,6 @@
-"""Memory of PPO by layout: four models, a value head on the policy's states, everything as adapters of one backbone.
+"""Measures the memory of PPO by layout: four models, a value head on the policy's states, or adapters on one backbone.
 
-Run: python tests/benchmarks/ppo_memory.py FOLDER_OF_A_LANGUAGE_MODEL (Linux; each layout in a process of its own; MB =
+Run: python tests/benchmarks/ppo_memory.py FOLDER_OF_A_LANGUAGE_MODEL (Linux; each layout runs in its own process; MB =
 10^6 bytes)
 """
 
@@ -37,14 +37,14 @@ LAYOUTS = ("four", "head", "lora")
 
 
 def resident() -> float:
-    """MB of this process that are no files."""
+    """Return the MB of this process that do not belong to files."""
     found = re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())
     assert found is not None
     return int(found[1]) * 1.024e-3
 
 
 class Watch(Callback):
-    """The peak from the second phase on, and the tensors at the end."""
+    """Measures the peak from the second phase on, and the tensors at the end."""
 
     def __init__(self) -> None:
         self.start, self.peak, self.tensors = resident(), 0.0, 0.0

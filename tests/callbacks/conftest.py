@@ -1,4 +1,4 @@
-"""A real module that carries hand-made rollouts through a real Trainer, one list a phase."""
+"""A real module that carries hand-made rollouts through a real Trainer, one list per phase."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -29,7 +29,7 @@ def make_rollout(
 
 
 class Scripted(LightningModule):
-    """Phase p carries ``phases[p]``, from its first micro-batch to its end; one weight, two micro-batches a phase."""
+    """Carries ``phases[p]`` in phase p, from first micro-batch to end; one weight, two micro-batches a phase."""
 
     def __init__(self, phases: list[list[Rollout]]) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class Scripted(LightningModule):
 
 
 class Events:
-    """What a run wrote to TensorBoard, read back from its files."""
+    """Reads what a run wrote to TensorBoard back from its files."""
 
     def __init__(self, folder: Path) -> None:
         self.accumulator = EventAccumulator(str(folder), size_guidance={"tensors": 0, "images": 0, "scalars": 0})
@@ -66,7 +66,7 @@ class Events:
         return {tag for tag in self.accumulator.Tags()["scalars"] if tag.startswith(prefix)}
 
     def images(self, name: str) -> list[tuple[int, int, int]]:
-        """(step, width, height) of each figure."""
+        """Return (step, width, height) of each figure."""
         events = self.accumulator.Images(name) if name in self.accumulator.Tags()["images"] else []
         return [(event.step, event.width, event.height) for event in events]
 
@@ -78,13 +78,13 @@ class Events:
 
 @pytest.fixture
 def make() -> Callable[..., Rollout]:
-    """make(reward, token_ids, text, group, finish, entropy, kl): one rollout."""
+    """Give make(reward, token_ids, text, group, finish, entropy, kl), which makes one rollout."""
     return make_rollout
 
 
 @pytest.fixture
 def fit(tmp_path: Path) -> Callable[..., Events]:
-    """fit(callback, phases, ...) trains over the phases and returns what TensorBoard was told."""
+    """Give fit(callback, phases, ...), which trains over the phases and returns what TensorBoard got."""
     runs = 0
 
     def run(

@@ -1,4 +1,4 @@
-"""What a score owes to length and style: hand cases, controls that must find nothing, and a score that is only
+"""The audit of scores against length and style: cases by hand, controls without an effect, and a score that is only
 length.
 """
 
@@ -37,13 +37,13 @@ def pair(
     rejected_score: float,
     prompt_length: int = 5,
 ) -> ScoredPair:
-    """A pair whose texts say their lengths."""
+    """Make a pair from two texts, with their lengths."""
     texts = "c" * chosen_length, "r" * rejected_length
     return ScoredPair(prompt, prompt_length, *texts, chosen_length, rejected_length, chosen_score, rejected_score)
 
 
 def random_pairs(number: int, seed: int = 0) -> list[ScoredPair]:
-    """Lengths and scores that have nothing to do with each other, but for prompts that raise both."""
+    """Make pairs whose lengths and scores are unrelated, except that some prompts raise both."""
     generator = random.Random(seed)
     pairs = []
     for i in range(number):

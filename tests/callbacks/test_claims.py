@@ -1,4 +1,4 @@
-"""Claims over real validations and fits: what holds, what fails and how, and what cannot be judged."""
+"""Claims over real validations and fits: claims that hold, claims that fail, and claims that cannot be judged."""
 
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from callbacks.stages.claims import Claim
 
 
 class Model(LightningModule):
-    """Logs a share over some prompts, and a score that is none."""
+    """Logs a share over some prompts, and a score that is not a share."""
 
     def __init__(self, share: float, prompts: int | None = 100, **more: float) -> None:
         super().__init__()

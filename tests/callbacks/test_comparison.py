@@ -14,7 +14,7 @@ from callbacks import Comparison
 
 
 class Model(LightningModule):
-    """Logs a reward and a perplexity."""
+    """A module that logs a reward and a perplexity."""
 
     def __init__(self, reward: float, perplexity: float) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ def validate(
 
 
 def table(said: str) -> list[list[str]]:
-    """The cells of the last table."""
+    """Return the cells of the last table."""
     rows = [[cell.strip() for cell in line.strip("│┃").replace("┃", "│").split("│")] for line in said.splitlines()]
     start = max(place for place, row in enumerate(rows) if row[0] == "metric")
     return [row for row in rows[start:] if len(row) > 1]

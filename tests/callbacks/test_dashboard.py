@@ -1,4 +1,4 @@
-"""Health comes first in TensorBoard, and long curves stay readable."""
+"""The health of a run comes first in TensorBoard, and long curves stay readable."""
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger

@@ -42,7 +42,7 @@ def data(
 
 
 def trainer(folder: Path, report: DataReport, **options: Any) -> Trainer:
-    """Its hooks run and no batch does."""
+    """Make a Trainer that runs the hooks and no batch."""
     options = {
         "logger": TensorBoardLogger(folder, name="logs", version=""),
         "limit_train_batches": 0,
@@ -54,7 +54,7 @@ def trainer(folder: Path, report: DataReport, **options: Any) -> Trainer:
 
 
 def fit(folder: Path, rows: Any, report: DataReport | None = None, **options: Any) -> list[str]:
-    """The warnings of a fit about its data."""
+    """Fit and return the warnings about the data."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         trainer(folder, report or DataReport(), **options).fit(SFTModule("tiny"), datamodule=rows)
@@ -67,7 +67,7 @@ def content(path: Path) -> Any:
 
 @pytest.fixture
 def events(request: pytest.FixtureRequest) -> Any:
-    """events(folder): what a run wrote to TensorBoard."""
+    """Give events(folder), which reads what a run wrote to TensorBoard."""
     return type(request.getfixturevalue("fit")(Callback(), [[]]))
 
 

@@ -1,4 +1,4 @@
-"""The numbers of the data report, by hand."""
+"""The numbers of the data report, computed by hand."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Export in a real Trainer: a folder that the Auto classes load, replaced whole or not at all."""
+"""Export in a real Trainer: a folder that the Auto classes load, replaced as a whole or not at all."""
 
 import os
 import stat
@@ -17,7 +17,7 @@ from modules.networks.tiny import tiny_model, tiny_tokenizer
 
 
 class Holder(torch.nn.Module):
-    """The tiny model and its tokenizer, which can be told to fail after the first file."""
+    """Holds the tiny model and its tokenizer; saving can be told to fail after the first file."""
 
     def __init__(self, fails: bool = False) -> None:
         super().__init__()

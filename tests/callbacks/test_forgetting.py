@@ -64,7 +64,7 @@ def trainer(folder: Path, forgetting: Forgetting, **options: Any) -> Trainer:
 
 
 def loss(module: SFTModule, rows: list[Tokens]) -> float:
-    """Nats per learned token, one row at a time from the logits."""
+    """Return nats per learned token, computed one row at a time from the logits."""
     total = count = 0.0
     module.eval()
     for row in rows:
@@ -78,7 +78,7 @@ def loss(module: SFTModule, rows: list[Tokens]) -> float:
 
 @pytest.fixture
 def events(request: pytest.FixtureRequest) -> Any:
-    """events(folder): what a run wrote to TensorBoard."""
+    """Give events(folder), which reads what a run wrote to TensorBoard."""
     return type(request.getfixturevalue("fit")(Callback(), [[]]))
 
 

@@ -1,4 +1,4 @@
-"""HandOff before real runs: exports and files of rows that fit, and one sentence for each that does not."""
+"""HandOff before real runs: exports and files of rows that fit, and one sentence for each that does not fit."""
 
 import json
 import shutil
@@ -15,7 +15,7 @@ from modules.networks.tiny import tiny_tokenizer
 
 @pytest.fixture(scope="module")
 def exports(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """``policy`` and ``reward``, the latter normalised."""
+    """Export ``policy`` and ``reward``; the reward model is normalised."""
     folder = tmp_path_factory.mktemp("exports")
     SFTModule("tiny").policy.save_pretrained(folder / "policy")
     RewardModule("tiny").save_pretrained(folder / "reward")
@@ -25,7 +25,7 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def check(tmp_path: Path, exports: Path) -> Callable[..., None]:
-    """check(mend, name): ``mend`` changes a copy of an export, which a run then takes over."""
+    """Give check(mend, name): ``mend`` changes a copy of an export, which a run then takes over."""
 
     def run(mend: Callable[[Path], object], name: str = "policy") -> None:
         shutil.copytree(exports / name, tmp_path / name)
@@ -36,7 +36,7 @@ def check(tmp_path: Path, exports: Path) -> Callable[..., None]:
 
 
 def change(folder: Path, **values: object) -> None:
-    """Set values of config.json; None takes one out."""
+    """Set values of config.json; None removes one."""
     config = json.loads((folder / "config.json").read_text()) | values
     (folder / "config.json").write_text(
         json.dumps({name: value for name, value in config.items() if value is not None})

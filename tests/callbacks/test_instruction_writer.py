@@ -1,6 +1,4 @@
-"""Growing a seed file end to end: a real server writes tasks, killed runs go on, and what comes out is what SFT
-reads.
-"""
+"""Growing seed tasks end to end: a real server writes tasks, killed runs continue, and SFT reads the result."""
 
 import json
 import os
@@ -30,7 +28,7 @@ SEEDS = [{"instruction": f"seed task number {n}", "instances": [{"input": "", "o
 
 
 def author(question: str) -> str:
-    """Three tasks that depend on the question, one that is a picture, one that is cut off."""
+    """Write three tasks that depend on the question, one about a picture, and one that is cut off."""
     draw = random.Random(zlib.crc32(question.encode()))
     items = [" ".join(f"w{draw.randrange(500)}" for _ in range(6)) for _ in range(3)] + [
         "Describe this picture in words."

@@ -1,6 +1,4 @@
-"""KnowledgeWriter end to end: rows come back with their categories, killed runs and other rank counts go on, two ranks
-equal one.
-"""
+"""KnowledgeWriter end to end: rows come back with their categories, killed runs continue, and two ranks equal one."""
 
 import json
 import os
@@ -33,7 +31,7 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
 
 
 class Fails(InProcessEngine):
-    """The real engine, which gives up before its call number ``at``."""
+    """The real engine, which fails before its call number ``at``."""
 
     def __init__(self, at: int) -> None:
         super().__init__()
@@ -57,9 +55,7 @@ def ask(
 
 
 def known_rows(tmp_path: Path) -> Path:
-    """Rows of which the second and the fifth have an answer that the untrained model gives to the first of their two
-    prompts.
-    """
+    """Make rows whose second and fifth have an answer that the untrained model gives to their first prompt."""
     file = write_rows(tmp_path / "in.jsonl", ROWS)
     module = KnowledgeModule("tiny", max_completion_length=2)
     data = FactsDataModule(module.tokenizer, str(file), num_prompts=2, num_shots=1)

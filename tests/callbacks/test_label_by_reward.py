@@ -1,6 +1,4 @@
-"""Labels from rewards: a gold rule, a rubric and a learned reward score each candidate once; ranks follow the
-scores.
-"""
+"""Labels from rewards: a rule, a rubric and a learned reward score each candidate once, and ranks follow the scores."""
 
 import json
 from pathlib import Path

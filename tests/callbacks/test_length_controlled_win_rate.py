@@ -1,4 +1,4 @@
-"""Raw and length-controlled win rates, and the regression behind the latter."""
+"""Win rates, raw and controlled for length, and the regression behind the latter."""
 
 import math
 

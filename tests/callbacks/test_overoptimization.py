@@ -1,4 +1,4 @@
-"""Overoptimization in a real Trainer: proxy against a gold reward that reads the text."""
+"""Overoptimization in a real Trainer: the trained reward against a gold reward that reads the text."""
 
 import math
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from modules.types import Reward, Rollout
 
 
 class TextIsGold(Reward):
-    """The number that the completion spells; unscorable if it is none."""
+    """A reward: the number that the completion spells; unscorable if it spells none."""
 
     name = "gold"
 
@@ -23,7 +23,9 @@ class TextIsGold(Reward):
 
 
 def hacked_phases(make: Any) -> list[list[Rollout]]:
-    """Proxy rises 0.5 1 2; gold rises and falls 4 6 3; mean KL -0.5, 4, 9."""
+    """Make phases in which the trained reward rises 0.5, 1, 2, the gold reward rises and falls 4, 6, 3, and the mean KL
+    is -0.5, 4, 9.
+    """
     return [
         [make(0.0, text="3", kl=1.0), make(1.0, text="5", kl=-2.0)],
         [make(1.0, text="6", kl=2.0), make(None, text="?", kl=6.0)],

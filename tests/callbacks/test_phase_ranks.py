@@ -1,4 +1,4 @@
-"""Two real ranks log what one rank with all rollouts logs, also where one of them has nothing to count."""
+"""Two real ranks log the same as one rank with all rollouts, also when one of them has nothing to count."""
 
 import os
 import subprocess
@@ -45,7 +45,7 @@ if __name__ == "__main__":
 
 
 class LengthIsGold(Reward):
-    """Tokens of the completion; none for the empty one."""
+    """A reward: the number of tokens of the completion; None for an empty one."""
 
     name = "gold"
 
@@ -54,7 +54,10 @@ class LengthIsGold(Reward):
 
 
 def rank_phases(make: Callable[..., Rollout]) -> list[list[list[Rollout]]]:
-    """[rank][phase]. Phase 0: rank 1 has no wrong answer and no kl. Phase 1: rank 1 has nothing. Phase 2: uneven."""
+    """Make rollouts by [rank][phase].
+
+    Phase 0: rank 1 has no wrong answer and no KL. Phase 1: rank 1 has nothing. Phase 2: the ranks have unequal numbers.
+    """
     wrong = make(0.0, [7] * 5, "b", 0, "length", entropy=2.0, kl=3.0)
     right = make(1.0, [7] * 2, "a", 0, entropy=1.0, kl=1.0)
     other = [make(1.0, [7] * 9, text, 1, entropy=0.5) for text in "aab"]

@@ -1,4 +1,4 @@
-"""PredictionWriter in a real Trainer: one line per completion, a whole file or none."""
+"""PredictionWriter in a real Trainer: one line per completion, and a whole file or none."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ from modules.types import Record, Rollout
 
 
 class Sampler(LightningModule):
-    """Batch i samples ``batches[i]``; a batch None stands for a failure."""
+    """Gives ``batches[i]`` for batch i; None makes it fail."""
 
     def __init__(self, batches: list[list[Rollout] | None]) -> None:
         super().__init__()

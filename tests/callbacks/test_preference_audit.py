@@ -1,4 +1,4 @@
-"""PreferenceAudit in a real Trainer, over a score that becomes length while it is trained."""
+"""PreferenceAudit in a real Trainer, with a score that turns into length during training."""
 
 import json
 import os
@@ -27,8 +27,9 @@ FILLER = (-1, 1, 1, 0, 0)
 
 
 class Scorer(LightningModule):
-    """score = quality + weight * tokens, and the weight is the number of steps so far: at 0 it is quality, later
-    length.
+    """Gives score = quality + weight * tokens, where weight is the number of steps so far.
+
+    At step 0 the score is quality, later it is length.
     """
 
     def __init__(self) -> None:
@@ -66,7 +67,7 @@ class Scorer(LightningModule):
 
 
 class Pairs(LightningDataModule):
-    """One pair per batch; a rank without a row gets a filler. One training step per epoch."""
+    """Gives one pair per batch, and a filler to a rank without a row. An epoch has one training step."""
 
     def __init__(self, train: list[Any], val: list[Any] | None) -> None:
         super().__init__()
@@ -118,7 +119,7 @@ def content(path: Path) -> Any:
 
 @pytest.fixture
 def events(request: pytest.FixtureRequest) -> Any:
-    """events(folder): what a run wrote to TensorBoard."""
+    """Give events(folder), which reads what a run wrote to TensorBoard."""
     return type(request.getfixturevalue("fit")(Callback(), [[]]))
 
 

@@ -1,6 +1,4 @@
-"""Labelling end to end: a real server judges, killed runs go on, and what comes out is what a preference DataModule
-reads.
-"""
+"""Labelling end to end: a real server judges, killed runs continue, and a preference DataModule reads the result."""
 
 import json
 import os
@@ -213,7 +211,7 @@ def test_a_local_judge_labels(tmp_path: Path) -> None:
 
 
 def vicuna(name: str) -> list[dict[str, Any]]:
-    """Questions, two answers, and who got more points from the reviewer."""
+    """Return questions, two answers each, and which answer got more points from the reviewer."""
     folder = DATA / "fastchat/vicuna_gpt4_review"
     texts = {
         path: {row["question_id"]: row for row in map(json.loads, (folder / path).open())}
@@ -239,7 +237,7 @@ def llmbar(name: str) -> list[dict[str, Any]]:
 
 
 def pandalm(name: str) -> list[dict[str, Any]]:
-    """Those with two texts; the label is the majority of three, or none."""
+    """Return the rows with two texts; the label is the majority of three, or None."""
     rows = []
     for row in json.loads((DATA / "pandalm" / name).read_text()):
         votes = [row[f"annotator{index}"] for index in (1, 2, 3)]
@@ -283,7 +281,7 @@ def test_real_candidates(tmp_path: Path, chat_server: Any, rules: Any, source: A
 
 
 def config(folder: Path, url: str) -> list[str]:
-    """A configuration in a file, as arguments."""
+    """Write a configuration to a file and return it as arguments."""
     client = {
         "class_path": "modules.rewards.chat.clients.HttpChat",
         "init_args": {"base_url": url, "model": "m", "concurrency": 1, "retries": 0},

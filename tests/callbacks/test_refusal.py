@@ -1,5 +1,5 @@
-"""Refusal in a real Trainer: a module that answers by rule, files as XSTest writes them, ranks, checkpoints, and what
-TensorBoard gets.
+"""Refusal in a real Trainer: a module that answers by rule, files as XSTest writes them, ranks, checkpoints,
+TensorBoard.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""The string matcher phrase by phrase and against people, and the rates by hand."""
+"""The string matcher, phrase by phrase and against human labels, and the rates by hand."""
 
 import csv
 from collections import Counter

@@ -1,4 +1,4 @@
-"""Samples in a real Trainer, and what TensorBoard's own Markdown renderer makes of hostile text."""
+"""Samples in a real Trainer, and how TensorBoard's own Markdown renderer shows hostile text."""
 
 import dataclasses
 from html import unescape

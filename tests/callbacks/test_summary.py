@@ -14,7 +14,7 @@ from callbacks import Summary
 
 
 class Counter(LightningModule):
-    """val/pass@1 is the number of optimiser steps so far / 4 + 0.25; val/reward its opposite."""
+    """Logs val/pass@1 = 0.25 + optimiser steps so far / 4, and val/reward as its opposite."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ def validate(folder: Path, epoch: int, capsys: pytest.CaptureFixture[str], log: 
 
 
 def rows(lines: list[str]) -> list[list[str]]:
-    """The cells of the last table that was printed."""
+    """Return the cells of the last table that was printed."""
     cells = [
         [cell.strip(" \u2503") for cell in line.strip("\u2502\u2503").replace("\u2503", "\u2502").split("\u2502")]
         for line in lines

@@ -63,7 +63,7 @@ def runs(folder: Path, *callbacks: Callback, **options: Any) -> None:
 
 @pytest.fixture
 def events(request: pytest.FixtureRequest) -> Any:
-    """events(folder): what a run wrote to TensorBoard."""
+    """Give events(folder), which reads what a run wrote to TensorBoard."""
     return type(request.getfixturevalue("fit")(Callback(), [[]]))
 
 

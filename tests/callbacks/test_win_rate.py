@@ -24,7 +24,7 @@ NAMES = ("win_rate", "win_rate_standard_error", "length_controlled_win_rate", "w
 
 
 class Reads(Reward):
-    """The verdict that the completion begins with."""
+    """A judge that reads the verdict at the start of the completion."""
 
     name = "reads"
 
@@ -34,7 +34,7 @@ class Reads(Reward):
 
 
 class Reporting(Reads):
-    """Says how many it read."""
+    """A judge that reports how many completions it read."""
 
     def __init__(self) -> None:
         self.read = 0
@@ -48,7 +48,7 @@ class Reporting(Reads):
 
 
 class Sampler(LightningModule):
-    """Validation batch i leaves ``batches[i]``."""
+    """Leaves ``batches[i]`` after validation batch i."""
 
     def __init__(self, batches: list[list[Rollout]]) -> None:
         super().__init__()

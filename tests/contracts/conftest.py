@@ -13,8 +13,9 @@ TINY = ["--config", str(CONFIGS / "overlays/cpu_tiny.yaml"), "--trainer.enable_p
 
 @pytest.fixture
 def refusal(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Callable[..., str]:
-    """refusal(method, arguments, command="fit"): the one line that ends the run, which fails unless there is exactly
-    one.
+    """Give refusal(method, arguments, command="fit"), which returns the one line that ends the run.
+
+    It fails unless there is exactly one line.
     """
 
     def run(method: str, *arguments: str, command: str = "fit") -> str:
@@ -41,7 +42,7 @@ def refusal(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Callable[...,
 
 @pytest.fixture
 def run(tmp_path: Path) -> Callable[..., None]:
-    """run(method, arguments, command="fit"): a short run that must end well."""
+    """Give run(method, arguments, command="fit"), a short run that must succeed."""
 
     def call(method: str, *arguments: str, command: str = "fit") -> None:
         main(

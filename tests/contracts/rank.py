@@ -1,4 +1,4 @@
-"""One of the ranks of ``two_ranks``: runs one command line after another in a process group that stays."""
+"""One of the ranks of ``two_ranks``: it runs one command line after another in the same process group."""
 
 import faulthandler
 import json
@@ -11,7 +11,7 @@ from modules.__main__ import main
 
 
 def status_of(arguments: list[str]) -> int:
-    """Run the command line of ``python -m modules``; its exit status."""
+    """Run the command line of ``python -m modules`` and return its exit status."""
     try:
         main(arguments)
     except SystemExit as exit:

@@ -242,7 +242,7 @@ def test_the_tip_is_a_command_that_works(capsys, run):
 
 @pytest.fixture
 def checkpoint(tmp_path, run) -> Path:
-    """Of two epochs of GRPO on the tiny model."""
+    """Make a checkpoint after two epochs of GRPO on the tiny model."""
     when = {"every_n_epochs": 2, "save_on_train_epoch_end": True}
     callback = {"class_path": "ModelCheckpoint", "init_args": {"dirpath": str(tmp_path), "filename": "good", **when}}
     saved = [

@@ -1,4 +1,4 @@
-"""What a run leaves behind: its configuration, its checkpoints, its predictions."""
+"""What a run leaves: its configuration, its checkpoints, its predictions."""
 
 import json
 from pathlib import Path
@@ -28,7 +28,7 @@ SHORT = [*QUICK, "--data.train.num_examples", "40", "--trainer.max_epochs", "1"]
 
 @pytest.fixture(autouse=True)
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The shipped configs write below the current folder."""
+    """Change to an empty folder, because the shipped configs write below the working directory."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -123,7 +123,7 @@ def test_a_killed_run_has_lost_only_its_last_steps(monkeypatch, method, kind, ki
 
 
 def test_own_worked_answers_raise_no_alarm():
-    """GSM8K's way of writing: the training reward and the gold reward of the shipped config agree on right and wrong."""
+    """Answers are written like GSM8K's. The training reward and the gold reward of the shipped config agree on them."""
     from jsonargparse import ArgumentParser
 
     from modules.types import Completion, Reward, Rollout

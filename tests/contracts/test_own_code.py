@@ -1,4 +1,4 @@
-"""Somebody else's classes and functions, from the folder that they work in."""
+"""A user's own classes and functions, from the folder that they work in."""
 
 import json
 import os
@@ -138,7 +138,7 @@ def texts(texts):
 
 
 def forgets(completions):
-    """Returns nothing."""
+    """Return nothing."""
 
 
 def test_a_function_is_a_reward_from_python():

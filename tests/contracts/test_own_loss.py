@@ -1,4 +1,4 @@
-"""Somebody else's loss: one file in their folder, named by its class path; a plain function is an advantage."""
+"""A user's own loss: one file in their folder, named by class path; a plain function serves as an advantage."""
 
 import math
 from pathlib import Path
@@ -46,7 +46,7 @@ SHORT = [
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """run(file name, arguments): the first logged step of ``fit`` with losses from a file of that name."""
+    """Give run(file name, arguments): the first logged step of ``fit`` with losses from a file of that name."""
 
     def fit(name: str, *arguments: str) -> dict[str, float]:
         (tmp_path / f"{name}.py").write_text(FILE)

@@ -1,4 +1,4 @@
-"""The documents tell the truth: metrics, commands, rows, files and examples."""
+"""The documents tell the truth about metrics, commands, rows, files and examples."""
 
 import json
 import re

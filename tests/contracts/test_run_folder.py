@@ -1,4 +1,4 @@
-"""One setting names a run's folder; what a fit says at its end works; a run that is told to stop can be gone on with."""
+"""One setting names a run's folder, what a fit prints at its end works, and a stopped run can be resumed."""
 
 import json
 import os

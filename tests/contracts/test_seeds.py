@@ -1,4 +1,4 @@
-"""``--seed_everything`` is the default of every seed: equal seeds give equal exports, others do not."""
+"""``--seed_everything`` is the default of every seed: equal seeds give equal exports, other seeds do not."""
 
 import inspect
 import json
@@ -28,7 +28,7 @@ SHORT = ["--trainer.max_steps=2", "--trainer.enable_progress_bar=false", "--trai
 
 
 def export_of(method: str, seed: int, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict:
-    """The weights that a fit of two steps exports."""
+    """Return the weights that a fit of two steps exports."""
     folder.mkdir()
     monkeypatch.chdir(folder)
     export = [{"class_path": "Export", "init_args": {"folder": "export"}}]

@@ -1,5 +1,6 @@
-"""Every shipped YAML runs: its own method and data, on the tiny model, one batch of each loader; the stages of a recipe
-one after the other.
+"""Every shipped YAML runs with its own method and data on the tiny model, one batch of each loader.
+
+The stages of a recipe run one after another.
 """
 
 import json
@@ -24,7 +25,7 @@ def run(command: str, *arguments: str, folder: Path) -> None:
 
 
 def write_preferences(folder: Path) -> None:
-    """Transcripts such as HH-RLHF's, which the user of a recipe puts there."""
+    """Write transcripts like those of HH-RLHF, which the user of a recipe provides."""
     folder.mkdir(parents=True)
     turns = [f"\n\nHuman: Is {number} odd?\n\nAssistant: " for number in range(40)]
     rows = [json.dumps({"chosen": f"{turn}Ask.", "rejected": f"{turn}No idea."}) + "\n" for turn in turns]
@@ -33,9 +34,9 @@ def write_preferences(folder: Path) -> None:
 
 
 def stages(recipe: Path, folder: Path, epochs: int) -> Iterator[list[str]]:
-    """The command lines of a recipe on the tiny model, of ``epochs`` short epochs a fit.
+    """Return the command lines of a recipe on the tiny model, with fits of ``epochs`` short epochs.
 
-    The data that its user brings are put into the folder.
+    The data that a user provides are written into the folder.
     """
     paths = sorted(recipe.glob("*.yaml"))
     if any("runs/hh/" in path.read_text() for path in paths):
@@ -61,7 +62,7 @@ def stages(recipe: Path, folder: Path, epochs: int) -> Iterator[list[str]]:
 
 
 def claims_may_fail(stage: Callable[[], None], capfd: pytest.CaptureFixture[str]) -> None:
-    """Run a stage; after so short a training its claims need not hold, and nothing else may be wrong."""
+    """Run a stage. After so short a training its claims need not hold, but nothing else may fail."""
     try:
         stage()
     except SystemExit:

@@ -1,4 +1,4 @@
-"""Every shipped YAML on two processes, with its own callbacks and the bar: nobody waits for a rank that is elsewhere."""
+"""Every shipped YAML on two processes, with its own callbacks and progress bar: no rank waits for ever."""
 
 import json
 import os
@@ -35,7 +35,7 @@ def two_ranks() -> Iterator[TwoRanks]:
 
 
 def shrunk(path: Path, folder: Path) -> str:
-    """A copy of the YAML with few rows, which validates every epoch, or every step."""
+    """Copy the YAML with few rows; it then validates every epoch or every step."""
     text = re.sub(
         r"(num_(?:examples|texts|facts): )(\d+)",
         lambda found: f"{found[1]}{min(ROWS, int(found[2]))}",
@@ -100,7 +100,7 @@ def test_every_config_is_tried():
 
 
 def processes(mark: str) -> list[str]:
-    """The command lines of all processes with this mark in their environment; ended ones have none."""
+    """Return the command lines of all processes with this mark in their environment; ended processes have none."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         try:

@@ -1,4 +1,7 @@
-"""Two real processes that run command lines together, with a watchdog: started once, since starting costs more than a run."""
+"""Two real processes that run command lines together under a watchdog.
+
+They are started once, because a start costs more than a run.
+"""
 
 import json
 import os
@@ -19,7 +22,7 @@ TIMEOUT = 240.0  # seconds of a run, far above what one takes on a busy machine
 
 
 class TwoRanks:
-    """``run(folder, arguments)`` is ``python -m modules`` with these arguments as two ranks of one process group."""
+    """Runs ``python -m modules`` with given arguments as two ranks of one process group: ``run(folder, arguments)``."""
 
     def __init__(self) -> None:
         self.ranks: list[subprocess.Popen[str]] = []
@@ -57,8 +60,10 @@ class TwoRanks:
             self.logs.append(log)
 
     def run(self, folder: Path, *arguments: str) -> None:
-        """Fails the test, and says where both ranks are, unless both end in time with exit status 0 or a claim that
-        did not hold: after so short a training none need.
+        """Run both ranks and fail the test, with the place of each rank, unless both end in time.
+
+        Their exit status must be 0 or that of a claim that does not hold, because after so short a training none need
+        to.
         """
         if not self.ranks:
             self.start()
@@ -77,7 +82,7 @@ class TwoRanks:
             waiting -= set(ready)
 
     def said(self, answer: int) -> str:
-        """The last that a rank has printed."""
+        """Return the end of what a rank has printed."""
         log = self.logs[self.answers.index(answer)]
         log.seek(0)
         return log.read()[-4000:]
@@ -92,7 +97,7 @@ class TwoRanks:
         pytest.fail("\n".join([f"{what}: {' '.join(arguments)}", *said]))
 
     def end(self) -> None:
-        """The next run starts anew."""
+        """End both processes; the next run starts them again."""
         for rank, answer, log in zip(self.ranks, self.answers, self.logs, strict=True):
             rank.kill()
             rank.communicate()

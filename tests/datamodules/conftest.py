@@ -1,4 +1,4 @@
-"""What several tests of data read."""
+"""Fixtures that several tests of data share."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 
 @pytest.fixture
 def hub_clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A data set ``org/sums`` with two configs, found where a hub id is looked for: the working directory holds it."""
+    """Write a data set ``org/sums`` with two configs into the working directory, where a hub id is looked for first."""
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "org" / "sums"
     configs = ""

@@ -1,4 +1,4 @@
-"""CandidatesDataModule: the shapes of rows it reads, given labels, sharing by ranks, and rows it refuses."""
+"""CandidatesDataModule: the formats it reads, labels in the data, rows shared over ranks, and rows it refuses."""
 
 import json
 from pathlib import Path
@@ -140,7 +140,7 @@ def test_the_right_answer_travels(tmp_path: Path, columns: dict[str, Any], expec
 
 
 class World:
-    """The part of a Trainer that says which rank this is."""
+    """The part of a Trainer that tells the rank."""
 
     def __init__(self, rank: int, size: int) -> None:
         self.global_rank, self.world_size = rank, size

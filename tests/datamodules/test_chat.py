@@ -54,7 +54,7 @@ TWO_ENDS = CHAT_TEMPLATE.replace("<|im_end|>\\n", "<|im_end|><|eos|>\\n")
 
 
 def tokenizer_with(template: str = CHAT_TEMPLATE, adds: str = "") -> PreTrainedTokenizerFast:
-    """The tiny tokenizer, with another template, adding BOS and/or EOS by itself as Llama's and T5's do."""
+    """Make the tiny tokenizer with another template, or one that adds BOS or EOS by itself, as Llama's and T5's do."""
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = template
     single = [token for token in (BOS, "$A", EOS) if token == "$A" or token in adds]
@@ -70,7 +70,7 @@ def pad_is_eos() -> PreTrainedTokenizerFast:
 
 
 def turns(*contents: str, system: str | None = None) -> list[Message]:
-    """User and assistant in turn."""
+    """Make messages of user and assistant in turn."""
     start = [Message(role="system", content=system)] if system else []
     return start + [
         Message(role=("user", "assistant")[index % 2], content=content) for index, content in enumerate(contents)
@@ -78,7 +78,7 @@ def turns(*contents: str, system: str | None = None) -> list[Message]:
 
 
 def learned(tokenizer: PreTrainedTokenizerFast, tokens: Tokens) -> str:
-    """The supervised text, with | wherever unsupervised tokens stand between."""
+    """Return the supervised text, with | where unsupervised tokens stand between."""
     parts: list[list[int]] = [[]]
     for token, supervised in zip(tokens.ids, tokens.supervised, strict=True):
         if supervised:

@@ -1,4 +1,4 @@
-"""Which columns are found, how others are mapped, and what a missing one is told."""
+"""Which columns are found, how others are mapped, and what a message says about a missing one."""
 
 import json
 import logging

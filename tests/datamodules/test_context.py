@@ -1,5 +1,8 @@
-"""Nothing that a row holds is ignored: each DataModule, each column of context, as text and messages, from each kind of
-file; and the columns and fields that once were dropped."""
+"""Nothing that a row holds is ignored.
+
+Each DataModule reads each column of context, as text and as messages, from each kind of file. Columns and fields that
+were once dropped are among them.
+"""
 
 import csv
 import json
@@ -42,7 +45,7 @@ TOOLS = [{"type": "function", "function": {"name": "look", "parameters": {"type"
 
 @pytest.fixture(autouse=True)
 def streams_close_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """``datasets`` waits five seconds whenever a stream of a table is left before its end."""
+    """Avoid a wait: ``datasets`` takes five seconds when a stream of a table is left before its end."""
     import datasets
 
     monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
@@ -56,7 +59,7 @@ def tokenizer() -> Any:
 
 
 def write(folder: Path, kind: str, *rows: dict[str, Any]) -> str:
-    """The rows as a file of a kind; lists and objects in CSV are JSON, and what a row lacks is empty."""
+    """Write the rows as a file of a kind. In CSV, lists and objects are JSON, and a missing value is empty."""
     path = folder / f"rows.{kind}"
     if kind == "jsonl":
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -166,7 +169,7 @@ REFUSED = {"images": ["cat.png"], "weight": 0.5, "chat_template_kwargs": {"enabl
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
 @pytest.mark.parametrize("name", READ)
 def test_context_is_rendered_by_everyone(tmp_path: Path, name: str, kind: str) -> None:
-    """One row a column, so that in tables every other row has that column empty."""
+    """Each row has one column of context, so in tables every other row has that column empty."""
     read, text, messages = READ[name]
     for shape, columns in ((text, CONTEXT | BESIDE), (messages, CONTEXT)):
         columns = {column: given for column, given in columns.items() if column not in shape}

@@ -1,4 +1,4 @@
-"""FactsDataModule: few-shot prompts of one relation that never show the fact they ask for; and the invented facts."""
+"""FactsDataModule: few-shot prompts of one relation that never show the fact they ask for; invented facts."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Addition and reasoning-gym: right answers, and held-out problems that no training set shows."""
+"""Addition and reasoning-gym: answers are right, and no training set shows a held-out problem."""
 
 import re
 import sys

@@ -1,4 +1,4 @@
-"""Guarded sums: who is refused, which words are where, and that held-out sums stay held out."""
+"""Guarded sums: which prompts are to be refused, which words they hold, and that held-out sums stay held out."""
 
 from collections import Counter
 from typing import Any

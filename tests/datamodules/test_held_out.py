@@ -1,4 +1,4 @@
-"""Rows held out by share, a tokenizer from the module, and how text prompts are read by rule."""
+"""Rows held out by share, the tokenizer that comes from the module, and the template that text prompts get."""
 
 import json
 from pathlib import Path

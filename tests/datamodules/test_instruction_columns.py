@@ -1,4 +1,4 @@
-"""Which formats of instruction data are found, how they read, and which rows are refused."""
+"""Which formats of instruction data are found, how their rows are read, and which rows are refused."""
 
 import json
 import re

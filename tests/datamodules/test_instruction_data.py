@@ -8,7 +8,7 @@ from modules.networks.tiny import tiny_tokenizer
 
 
 class Rows(Source):
-    """Rows as given."""
+    """A source that gives the rows it was made with."""
 
     def __init__(self, *columns: dict) -> None:
         self.columns = columns

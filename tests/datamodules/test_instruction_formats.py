@@ -1,6 +1,4 @@
-"""Public instruction data as it lies in its files: how many rows are read, and what is learned of the first and the
-last.
-"""
+"""Public instruction data from its files: how many rows are read, and what is learned of the first and the last."""
 
 import json
 from collections.abc import Callable
@@ -35,13 +33,13 @@ def here(name: str) -> Path:
 
 
 def raw(path: Path) -> list[dict[str, Any]]:
-    """The records, read by hand."""
+    """Read the records without our reader."""
     text = path.read_text(encoding="utf-8")
     return json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in text.split("\n") if line]
 
 
 def learned(tokenizer: PreTrainedTokenizerFast, tokens: Tokens) -> list[str]:
-    """The supervised stretches."""
+    """Return the supervised parts of a row."""
     parts: list[list[int]] = [[]]
     for token, keep in zip(tokens.ids, tokens.supervised, strict=True):
         if keep:

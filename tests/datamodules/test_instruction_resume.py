@@ -1,6 +1,4 @@
-"""Real Trainer runs on InstructionDataModule: the cut of a step, ranks, and resuming from every checkpoint change no
-bit or nearly none.
-"""
+"""Real Trainer runs on InstructionDataModule: micro-batches, ranks and resuming change no bit, or nearly none."""
 
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,7 @@ from modules.types import InstructionBatch
 
 
 class Unigram(LightningModule):
-    """Learns next-token scores from the current token; small, with Adam, so that every gradient's bits matter."""
+    """A model that learns next-token scores from the current token. With Adam, every bit of a gradient matters."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The safety mix: how many rows are drawn, that none is there twice, and what each row keeps."""
+"""The safety mix: how many rows are drawn, that none is drawn twice, and what each row keeps."""
 
 import json
 from collections import Counter

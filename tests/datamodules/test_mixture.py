@@ -1,5 +1,6 @@
-"""Mixtures: shares, the switch, and that a step's rows depend on nothing but seed, step and rows per step (resume,
-ranks, branches).
+"""Mixtures: shares and the switch of stages.
+
+A step's rows depend only on seed, step and rows per step, so resuming, ranks and branches change nothing.
 """
 
 import json
@@ -22,7 +23,7 @@ from modules.networks.tiny import tiny_tokenizer
 
 @dataclass(frozen=True)
 class Letters(Source):
-    """``number`` rows of a letter and a number, the completion ``length`` characters long."""
+    """A source of ``number`` rows, each a letter and a number, with completions of ``length`` characters."""
 
     letter: str
     number: int
@@ -89,7 +90,7 @@ def test_shares_of_tokens_and_of_examples() -> None:
 
 
 def test_shares_of_packed_rows_count_what_is_in_them() -> None:
-    """In rows of 36 tokens a's documents lie in fours, 8 rows for 30, and b's in twos, 10 rows for 20."""
+    """A row of 36 tokens holds four documents of a (8 rows for 30 documents) or two of b (10 rows for 20)."""
     module = mixture(packing=True, max_length=36, weigh_by="examples")
     assert {name: len(places) for name, places in module.stream_rows.items()} == {"a": 8, "b": 10}
     assert module.probabilities(0)["a"] == pytest.approx((3 / (30 / 8)) / (3 / (30 / 8) + 1 / (20 / 10)))  # 0.8 : 0.5
@@ -98,7 +99,7 @@ def test_shares_of_packed_rows_count_what_is_in_them() -> None:
 
 
 def test_without_weights_rows_count_up_to_the_cap() -> None:
-    """FLAN's examples-proportional mixing: 10 and 300 rows under a cap of 30 make 10 : 30."""
+    """FLAN mixes in proportion to the number of examples: 10 and 300 rows under a cap of 30 give 10 : 30."""
     streams = {"a": Stream(Letters("a", 10)), "b": Stream(Letters("b", 300, length=14))}
     assert mixture(streams, cap=30).probabilities(0) == {"a": 0.25, "b": 0.75}
     assert mixture(streams, cap=5).probabilities(0) == {"a": 0.5, "b": 0.5}
@@ -131,7 +132,7 @@ def test_the_switch_happens_at_its_step() -> None:
 
 
 def test_a_stream_of_weight_zero_changes_no_batch() -> None:
-    """Replay of share 0, wherever it is named."""
+    """A replay stream with share 0 changes nothing, wherever it is named."""
     without, replay = seen(mixture()), {"replay": Stream(Letters("c", 9), weight=0.0)}
     assert seen(mixture(replay | STABLE)).seen == seen(mixture(STABLE | replay)).seen == without.seen
     some = {"replay": Stream(Letters("c", 9), weight=0.5)}
@@ -184,9 +185,7 @@ def test_epochs_do_not_matter_to_the_rows() -> None:
 
 
 def test_a_stable_checkpoint_branches_into_decays(tmp_path: Path) -> None:
-    """The same steps as if the decay, with other weights, one more stream and another length, had been planned from the
-    start.
-    """
+    """A branch makes the same steps as a run that planned its decay, weights and extra stream from the start."""
     seen(mixture(), callbacks=savers(tmp_path))
     sft = {"sft": Stream(Letters("s", 12), weight=0.0, decay_weight=2.0)}
     inside = [
@@ -266,7 +265,9 @@ def write(path: Path, rows: list[dict[str, Any]]) -> str:
 
 
 def test_each_stream_is_read_its_own_way(tmp_path: Path) -> None:
-    """Texts are learned whole and split, conversations by the stream's ``loss_on``, and too long ones are dropped."""
+    """Texts are split and learned whole. Conversations are read by the stream's ``loss_on``, and too long ones are
+    dropped.
+    """
     text = write(tmp_path / "text.jsonl", [{"content": "abc" * 30}, {"content": "abd"}])
     chat = write(
         tmp_path / "chat.jsonl", [{"prompt": "1+1=", "completion": "2"}, {"prompt": "1+1=", "completion": "2" * 99}]

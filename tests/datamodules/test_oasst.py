@@ -1,6 +1,4 @@
-"""Conversation trees: which replies are compared, what is left out, and that no thread is on both sides of the
-split.
-"""
+"""Conversation trees: which replies are compared, what is left out, and that the split never cuts a thread in two."""
 
 import json
 from pathlib import Path
@@ -37,7 +35,7 @@ def write(path: Path, *roots: dict[str, Any], state: str = "ready_for_export", n
 
 
 def group(*ranks: Any, **columns: Any) -> dict[str, Any]:
-    """A root with replies a, b, c, ... of these ranks; "-" = no such key."""
+    """Make a root with replies a, b, c, ... of these ranks; "-" = the reply has no rank."""
     replies = [message("abcd"[i], **({} if rank == "-" else {"rank": rank})) for i, rank in enumerate(ranks)]
     return message("root", "prompter", tuple(replies), **columns)
 
@@ -71,13 +69,15 @@ def test_nothing_to_compare(tmp_path: Path, ranks: tuple[Any, ...]) -> None:
 
 
 def thread(**later: Any) -> dict[str, Any]:
-    """root -> a (rank 1), b (rank 0) -> question -> c (rank 0), d (rank 1); ``later`` changes the question."""
+    """Make the tree root -> a (rank 1), b (rank 0) -> question -> c (rank 0), d (rank 1); ``later`` changes the
+    question.
+    """
     question = message("question", "prompter", (message("c", rank=0), message("d", rank=1)), **later)
     return message("root", "prompter", (message("a", rank=1), message("b", replies=(question,), rank=0)))
 
 
 def names(path: str, give: str, **arguments: Any) -> list[str]:
-    """Messages of each row, in one word a message."""
+    """Return the messages of each row, each as one word."""
     rows = OasstTrees(path, give=give, **arguments).rows()  # type: ignore[arg-type]
     return [" ".join(turn["content"].removeprefix("text of ") for turn in row.columns[COLUMN[give]]) for row in rows]
 
@@ -278,7 +278,7 @@ def test_a_tree_is_on_one_side(tmp_path: Path) -> None:
 
 
 def siblings(node: dict[str, Any]) -> list[list[tuple[int, str]]]:
-    """A naive walk: of each message the ranked assistant replies, best first."""
+    """Walk naively: for each message, its ranked assistant replies, best first."""
     ranked = sorted(
         (r["rank"], r["text"]) for r in node["replies"] if r["role"] == "assistant" and r.get("rank") is not None
     )
@@ -316,7 +316,7 @@ def test_public_trees(name: str) -> None:
 
 
 def public_threads(node: dict[str, Any], before: tuple[str, ...], top_k: int | None) -> list[tuple[str, ...]]:
-    """A naive walk by the rules: leaves, and for a leaf that is a first reply of a prompter the thread before it."""
+    """Walk naively by the rules: leaves, and before a leaf that is a prompter's first reply the thread up to it."""
     here = (*before, node["text"])
     if not node["replies"]:
         return [here] if node["role"] == "assistant" else []
@@ -363,7 +363,9 @@ def test_public_prompts() -> None:
 
 
 def test_public_seed_data() -> None:
-    """Flat, with names of its own and no ranks; five of 52 roots say that their tree is not ready."""
+    """The file is flat, names its columns in its own way and has no ranks. Five of its 52 roots are marked as not
+    ready.
+    """
     if not OASST.is_dir():
         pytest.skip("the public OpenAssistant files are not here")
     path = str(OASST / "realistic_seed_data.json")

@@ -1,4 +1,4 @@
-"""A turn has the same tokens in SFT, in preferences, in a prompt and at inference, whatever template and tokenizer."""
+"""A turn has the same tokens in SFT, in preferences, in a prompt and at inference, for every template and tokenizer."""
 
 import json
 from pathlib import Path
@@ -65,7 +65,7 @@ TEMPLATES = {
 
 
 def made(kind: str) -> Tokenizer:
-    """A tokenizer with merges that puts a space before every text, before the first alone, or before none."""
+    """Make a tokenizer with merges that puts a space before every text, before the first text only, or before none."""
     bare = Tokenizer(models.Unigram() if kind == "unigram" else models.BPE(byte_fallback=kind == "prepend"))
     alphabet = sorted({*"".join(TEXTS), *map(chr, range(10, 127)), "\u2581"})
     if kind == "prepend":  # Llama-2's

@@ -1,4 +1,4 @@
-"""Best-fit decreasing, packed rows, and that packing changes no loss: not by itself, over ranks or accumulation."""
+"""Best-fit decreasing, packed rows, and that packing changes no loss: alone, over ranks, or under accumulation."""
 
 import random
 import time
@@ -55,7 +55,7 @@ def test_ties_keep_their_order() -> None:
 
 
 def naive(lengths: list[int], capacity: int) -> list[list[int]]:
-    """Looks at every open row; rooms that are equal: the one that got there first."""
+    """Pack by looking at every open row; of rows with equal room, take the one that had it first."""
     rows: list[list[int]] = []
     rooms: list[tuple[int, int]] = []  # room, when the row came to it
     for turn, index in enumerate(sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))):

@@ -1,4 +1,4 @@
-"""Every shape of a preference row, what is refused, and the public files as they are."""
+"""Every format of a preference row, what is refused, and the public files as they are."""
 
 import gzip
 import json
@@ -354,7 +354,7 @@ def read(rows: list[Row], template: bool = True) -> tuple[list[PreferenceExample
 
 
 def answers(record: dict[str, Any]) -> list[str]:
-    """The better and the worse answer of a raw record, by rules written down for each file."""
+    """Return the better and the worse answer of a raw record, by rules written here for each file."""
     if "preference" in record or "output_1" in record:
         pair = [record["output_1"], record["output_2"]]
         return pair if record["preference" if "preference" in record else "label"] < 1.5 else pair[::-1]

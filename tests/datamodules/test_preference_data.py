@@ -1,4 +1,4 @@
-"""Batches of preferences: exact fields, the same steps for every cut, balancing, and rows in their order."""
+"""Batches of preferences: exact fields, the same steps for any micro-batches, balancing, and rows in order."""
 
 from pathlib import Path
 from typing import Any
@@ -22,13 +22,13 @@ EOS, TURN_END = TOKENIZER.eos_token_id, TOKENIZER.convert_tokens_to_ids("<|im_en
 
 
 class Given(Source):
-    """Rows written in the test."""
+    """A source of rows that the test writes."""
 
     def __init__(self, *records: dict[str, Any]) -> None:
         self.records = records
 
     def rows(self) -> list[Row]:
-        """The records."""
+        """Return the rows."""
         return [Row(record, f"data.jsonl:{number}", "given") for number, record in enumerate(self.records, start=1)]
 
 
@@ -189,8 +189,8 @@ def test_what_is_missing_or_wrong_is_said() -> None:
 
 
 def lengths(*pairs: tuple[int, int]) -> list[dict[str, Any]]:
-    """Rows whose chosen and rejected answers have these many letters; different letters, so that no answer is like
-    another.
+    """Make rows whose chosen and rejected answers have these many letters. The letters differ, so no two answers are
+    equal.
     """
     return [pair("a" * chosen, "b" * rejected) for chosen, rejected in pairs]
 
@@ -227,7 +227,7 @@ def test_balance_length_needs_pairs_with_an_opposite() -> None:
 
 
 def many(count: int = 21) -> list[dict[str, Any]]:
-    """Every third has three completions."""
+    """Make rows, every third with three completions."""
     return [
         {"prompt": f"{i}?", "completions": ["a" * (i % 5 + 1), "b" * (i % 3 + 1), "c"][: 3 if i % 3 == 0 else 2]}
         for i in range(count)
@@ -266,8 +266,8 @@ def test_in_order_has_every_completion_once(batch_size: int, world: int) -> None
 
 
 class PairScores(LightningModule):
-    """Bradley-Terry on a bag of tokens, each pair of an example with M pairs weighing 1/M; with Adam, so that every
-    gradient's bits matter.
+    """Bradley-Terry on a bag of tokens; each of an example's M pairs weighs 1/M. With Adam, every bit of a gradient
+    matters.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Prompts out of preference data: as reward models and DPO read them, equal ones once, of ties too."""
+"""Prompts from preference data: rendered as reward models and DPO read them, equal ones once, ties included."""
 
 import gzip
 import json
@@ -117,7 +117,7 @@ def test_transcripts_of_hh_rlhf_become_prompts(tmp_path: Path) -> None:
 
 
 def test_transcripts_become_messages_where_the_tokenizer_has_a_template(tmp_path):
-    """So that PPO samples behind the prompt that the reward model read."""
+    """PPO then samples after the same prompt that the reward model read."""
     file = tmp_path / "hh.jsonl"
     file.write_text(
         json.dumps({"chosen": "\n\nHuman: Hi?\n\nAssistant: Yes.", "rejected": "\n\nHuman: Hi?\n\nAssistant: No."})

@@ -1,4 +1,4 @@
-"""Text to go on pretraining with: everything is learned, nothing is dropped, rows are full."""
+"""Text for continued pretraining: all of it is learned, nothing is dropped, and rows are full."""
 
 import json
 from pathlib import Path

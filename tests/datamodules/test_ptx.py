@@ -26,7 +26,7 @@ Row = tuple[tuple[int, ...], tuple[bool, ...], tuple[int, ...]]  # ids, supervis
 
 
 class Recorder(LightningModule):
-    """A policy that gives every prompt one completion of one token, and keeps the texts that it is to learn from."""
+    """A policy that gives every prompt one completion of one token, and keeps the texts that it should learn from."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ class Recorder(LightningModule):
 
 
 class OnRank(VerifiableDataModule):
-    """As if one of several processes."""
+    """A loader that believes it is one of several processes."""
 
     place = (0, 1)
 
@@ -77,7 +77,7 @@ class OnRank(VerifiableDataModule):
 
 @pytest.fixture
 def texts(tmp_path: Path) -> str:
-    """Ten texts of 15 to 24 letters: with their end token 16 to 25 tokens, each a row of its own where a row has 25."""
+    """Make ten texts of 15 to 24 letters: 16 to 25 tokens with the end token, so a row of 25 holds one text."""
     path = tmp_path / "texts.jsonl"
     path.write_text("".join(json.dumps({"text": chr(97 + number) * (15 + number)}) + "\n" for number in range(10)))
     return str(path)
@@ -111,7 +111,7 @@ def fit(
 
 
 def rows(batches: list[InstructionBatch]) -> list[Row]:
-    """The rows of micro-batches without their padding."""
+    """Return the rows of micro-batches without their padding."""
     found = []
     for batch in batches:
         for ids, kept, learned, positions in zip(
@@ -240,7 +240,7 @@ def test_loading_is_reported(texts: str, caplog: pytest.LogCaptureFixture) -> No
 
 
 def test_real_phases_go_on_with_texts_beside_them(tmp_path: Path, texts: str) -> None:
-    """A row as long as the model's positions: nothing is sampled behind a text, so it is not refused."""
+    """A text may fill the model's positions, because nothing is sampled after it."""
     long = tmp_path / "long.jsonl"
     long.write_text(json.dumps({"text": "x" * 3000}) + "\n")
     module = GRPOModule("tiny", NumericMatch(), num_generations=2, sampling=Sampling(max_completion_length=2))

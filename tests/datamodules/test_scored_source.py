@@ -1,4 +1,4 @@
-"""Sampled and scored completions as preferences, and how their rendered prompts become tokens."""
+"""Sampled and scored completions as preferences, and the tokens of their rendered prompts."""
 
 import json
 from pathlib import Path

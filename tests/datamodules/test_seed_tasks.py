@@ -1,4 +1,4 @@
-"""Seeds in both shapes, and a loader that ends when the module says so."""
+"""Seed tasks in both formats, and a loader that ends when the module says so."""
 
 import json
 from pathlib import Path
@@ -83,7 +83,7 @@ def test_bad_rows_in_one_sentence(columns: dict[str, Any], sentence: str) -> Non
 
 
 class ThreeRounds(LightningModule):
-    """Looks at three batches."""
+    """A module that looks at three batches."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -125,7 +125,7 @@ def test_other_seeds_have_another_digest(tmp_path: Path) -> None:
 
 class Other(LightningModule):
     def predict_step(self, batch: Any, batch_idx: int) -> None:
-        """Nothing."""
+        """Do nothing."""
 
 
 def test_a_module_without_use_for_seeds_is_refused(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Every file of the public samples: as many rows as a naive reader finds, the first and the last of them equal."""
+"""Every file of the public samples gives as many rows as a naive reader finds, with an equal first and last row."""
 
 import gzip
 import json
@@ -23,7 +23,7 @@ FOLDERS = sorted({name.partition("/")[0] for name in MANIFEST})
 
 
 def csv_records(text: str) -> list[list[str]]:
-    """Cells by hand: quotes hold separators and line breaks, a doubled quote is one."""
+    """Split cells by hand: quotes hold separators and line breaks, and a doubled quote is one quote."""
     records, cells, cell, quoted, index = [], [], "", False, 0
     while index < len(text):
         letter = text[index]
@@ -69,7 +69,7 @@ def naive(path: Path) -> list[Any]:
 
 
 def objects(content: Any) -> list[Any]:
-    """The rows of a JSON file whose top level is an array, ``examples``, ``instructions`` with ``tags``, or categories."""
+    """Return the rows of a JSON file: an array, ``examples``, ``instructions`` with ``tags``, or categories."""
     if isinstance(content, list):
         return content
     if "examples" in content:

@@ -1,4 +1,4 @@
-"""Files of every format, and broken ones."""
+"""Files of every format, and damaged ones."""
 
 import gzip
 import json
@@ -218,7 +218,7 @@ def test_saved_data_sets(tmp_path: Path) -> None:
 
 
 def fill(folder: Path, *names: str) -> list[str]:
-    """Files of one row each, whose text is the file's name."""
+    """Write files of one row each, whose text is the name of the file."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in names:
         (folder / name).write_text(f"a\n{name}\n" if "sv" in name.lower() else json.dumps({"a": name}) + "\n")

@@ -1,4 +1,4 @@
-"""The plan of an epoch: the rows and the denominator of a step do not depend on how it is cut up."""
+"""The plan of an epoch: micro-batches and ranks change neither the rows nor the denominator of a step."""
 
 import random
 from itertools import pairwise
@@ -31,7 +31,7 @@ def sampler(
 
 
 def steps(batch_size: int, accumulate: int, world: int, epoch: int = 0, rows: int = 29) -> list[Step]:
-    """Rows and denominator of each optimiser step, put together from what all ranks yield; no row twice."""
+    """Join what all ranks yield to the rows and the denominator of each optimiser step; no row occurs twice."""
     ranks = [list(sampler(batch_size, accumulate, world, rank, epoch=epoch, rows=rows)) for rank in range(world)]
     found = []
     for start in range(0, len(ranks[0]), accumulate):

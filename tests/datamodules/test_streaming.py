@@ -1,4 +1,4 @@
-"""Streamed rows: each read once a pass, whatever ranks and workers; packed in order; resumed exactly."""
+"""Streamed rows: each is read once a pass for any ranks and workers, packed in order, and resumed exactly."""
 
 import json
 import os
@@ -29,7 +29,7 @@ QUIET = {
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """Three files of seven rows; some rows have a column that others lack."""
+    """Write three files of seven rows; some rows have a column that others lack."""
     folder = tmp_path / "rows"
     folder.mkdir()
     for file in range(3):
@@ -69,7 +69,7 @@ def test_passes_differ_in_order_and_not_in_content(folder):
 
 
 def test_a_place_is_where_one_goes_on(tmp_path):
-    """Texts that are cut into pieces, packed: every prefix and its continuation give the same rows as one reading."""
+    """Texts are split and packed. Every prefix with its continuation gives the same rows as a single reading."""
     path = tmp_path / "texts.jsonl"
     path.write_text(
         "".join(json.dumps({"text": chr(97 + number) * (4 + 9 * (number % 4))}) + "\n" for number in range(9))
@@ -94,7 +94,7 @@ def test_a_place_is_where_one_goes_on(tmp_path):
 
 
 class Seen(Callback):
-    """What was trained on."""
+    """Keeps the rows that were trained on."""
 
     def __init__(self) -> None:
         self.batches: list[tuple[list, float]] = []
@@ -174,7 +174,7 @@ def test_more_workers_than_rows_is_refused(tmp_path):
 
 
 def test_files_say_what_they_say_elsewhere(tmp_path):
-    """Numbers, dates and NA in text stay text, as for a file that is read whole."""
+    """Numbers, dates and NA inside text stay text, as in a file that is read whole."""
     (tmp_path / "t.csv").write_text("prompt,completion\n1+1=,2\n1+2=,NA\n")
     (tmp_path / "d.jsonl").write_text(
         '{"prompt": "a", "completion": "2020-01-01"}\n\n{"prompt": "b", "completion": "x", "input": null}\n'

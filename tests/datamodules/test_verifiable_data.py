@@ -1,4 +1,4 @@
-"""Phases of prompts: drawn by (seed, phase, rank) alone, shared out over ranks, held-out prompts in order."""
+"""Phases of prompts: drawn by seed, phase and rank alone, shared over ranks, and held-out prompts in order."""
 
 import json
 from pathlib import Path
@@ -23,7 +23,7 @@ from modules.types import PromptBatch
 
 
 class OnRank(VerifiableDataModule):
-    """As if one of several processes."""
+    """A loader that believes it is one of several processes."""
 
     place = (0, 1)
 
@@ -223,7 +223,7 @@ def test_short_class_names_work_on_the_command_line(tmp_path: Path) -> None:
 
 
 def test_a_prompt_needs_no_answer(tmp_path: Path) -> None:
-    """Learned rewards ask for none; every other column reaches rewards."""
+    """Learned rewards need no answer, and every other column reaches the rewards."""
     path = tmp_path / "prompts.jsonl"
     for rows in (
         [{"prompt": "x"}],

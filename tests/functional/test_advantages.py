@@ -45,7 +45,7 @@ def test_gae_hand_numbers(lam: float, expected: tuple[float, float, float]) -> N
 
 
 def naive_gae(rewards: list[float], values: list[float], gamma: float, lam: float) -> list[float]:
-    """A_t as the explicit double sum over later deltas."""
+    """Compute A_t as the explicit double sum over later deltas."""
     following = (values + [0.0])[1:]
     deltas = [r + gamma * n - v for r, v, n in zip(rewards, values, following, strict=True)]
     return [sum((gamma * lam) ** (s - t) * deltas[s] for s in range(t, len(deltas))) for t in range(len(deltas))]
@@ -157,7 +157,7 @@ def test_zscore_ignores_scale_and_accepts_integer_rewards() -> None:
 
 
 def expected_gradient(function: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """E[(1/G) sum_i A_i grad log pi(y_i)] of a one-token policy, over all G-tuples."""
+    """Compute E[(1/G) sum_i A_i grad log pi(y_i)] of a one-token policy over all G-tuples."""
     theta, payoff, group_size = double(0.4, -0.1).requires_grad_(), double(1.0, 0.2), 3
     logprobs = theta.log_softmax(0)
     surrogate = logprobs.new_zeros(())

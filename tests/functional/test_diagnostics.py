@@ -1,4 +1,4 @@
-"""Golden numbers of modules.functional.diagnostics: arithmetic in the test, or a naive loop over all cases."""
+"""The functions of modules.functional.diagnostics against arithmetic in the test, or against a loop over all cases."""
 
 import itertools
 import math

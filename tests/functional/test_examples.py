@@ -1,4 +1,4 @@
-"""Every public function of ``modules.functional`` shows an example, and the examples are right."""
+"""Every public function of ``modules.functional`` has an example, and every example is right."""
 
 import doctest
 import importlib

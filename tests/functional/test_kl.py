@@ -1,4 +1,4 @@
-"""KL estimators: expected values and gradients by enumerating a three-way categorical."""
+"""KL estimators: expected values and gradients, summed over all outcomes of a categorical with three classes."""
 
 import math
 from collections.abc import Callable
@@ -20,7 +20,7 @@ def weighted_k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 
 
 def expectation(estimator: Estimator) -> tuple[float, Tensor]:
-    """Value and sample gradient of E_{y ~ policy}[estimator]: the probabilities are held constant, as samples are."""
+    """Return value and sample gradient of E_{y ~ policy}[estimator]; the probabilities are constants, like samples."""
     theta = torch.tensor(THETA, dtype=DOUBLE, requires_grad=True)
     logprobs = theta.log_softmax(0)
     value = (logprobs.detach().exp() * estimator(logprobs, REFERENCE.log())).sum()

@@ -1,4 +1,4 @@
-"""Masked sums, means, whitening and the division by a denominator counted elsewhere."""
+"""Masked sums, means, whitening, and the division by a given denominator."""
 
 import math
 from collections.abc import Callable

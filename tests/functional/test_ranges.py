@@ -1,4 +1,4 @@
-"""Numbers that a user sets: NaN, infinities and both kinds of bounds."""
+"""The checks of a user's numbers: NaN, infinities and both kinds of bounds."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""The learning rate of warm-up, stable, decay, by hand, and on a real optimizer."""
+"""The learning rates of the schedules, by hand and on a real optimizer."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""``make demo`` learns whatever the start weights, rows, samples and arithmetic, and says so where it does not."""
+"""``make demo`` learns for other start weights, rows, samples and arithmetic, and says so when it does not."""
 
 import sys
 from pathlib import Path

@@ -1,5 +1,6 @@
-"""Tuning on new facts to convergence costs known ones that are not in the tuning set; without the new facts it does not
-(arXiv 2405.05904).
+"""Tuning on new facts to convergence loses known facts outside the tuning set; without new facts nothing is lost.
+
+Source: arXiv 2405.05904.
 """
 
 import pytest
@@ -23,7 +24,7 @@ KNOWN = TUNED = NEW = 16  # facts 0 to 31 are taught; the last 16 of them, and 1
 
 
 def fit(policy: str, lr: float, first: int, num_facts: int, steps: int) -> SFTModule:
-    """A model after ``steps`` updates on a range of facts."""
+    """Return a model after ``steps`` updates on a range of facts."""
     seed_everything(0)
     module = SFTModule(
         policy,
@@ -38,7 +39,7 @@ def fit(policy: str, lr: float, first: int, num_facts: int, steps: int) -> SFTMo
 
 
 def accuracy(module: SFTModule, first: int, num_facts: int) -> float:
-    """Share of right greedy answers."""
+    """Return the share of right greedy answers."""
     data = InstructionDataModule(
         module.tokenizer, Facts(num_facts, first), val=Facts(num_facts, first), batch_size=num_facts
     )

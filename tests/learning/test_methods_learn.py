@@ -25,7 +25,7 @@ ASCII = RegexFormat(r"[\x00-\x7f]*", name="ascii")  # about one in five completi
 
 
 class Shuffled(Reward):
-    """The same scores, dealt to the wrong completions: nothing can be learned from them."""
+    """Gives the same scores to the wrong completions, so nothing can be learned from them."""
 
     name = "shuffled"
 
@@ -39,15 +39,14 @@ class Shuffled(Reward):
 
 
 def trained_pass_rate(reward: Reward, lr: float, advantage=None, beta: float = 0.0) -> tuple[float, float]:
-    """pass@1 of plain ASCII on held-out prompts, before and after 25 phases of 8 prompts x 8."""
+    """Return pass@1 of plain ASCII on held-out prompts, before and after 25 phases of 8 prompts x 8 completions."""
     seed_everything(0)
     module = GRPOModule(
         "tiny",
         reward,
-        accuracy=ASCII,
         advantage=advantage,
         beta=beta,
-        validation=Validation(generations=8),
+        validation=Validation(ASCII, generations=8),
         sampling=Sampling(max_completion_length=4),
         optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=lr),
     )

@@ -1,5 +1,5 @@
-"""PPO learns what is rewarded, as fast as it should; its critic learns, an adaptive KL holds its target, and texts keep
-what was known.
+"""PPO learns what is rewarded, and fast enough; its critic learns, an adaptive KL holds its target, and ptx texts keep
+what the model knew.
 """
 
 import random
@@ -34,7 +34,7 @@ ASCII = RegexFormat(r"[\x00-\x7f]*", name="ascii")  # about one in five completi
 
 
 class Rule(Reward):
-    """What a function says of a rollout."""
+    """A reward that is a function of the rollout."""
 
     def __init__(self, name: str, rule: Callable[[Rollout], float]) -> None:
         self.name, self.rule = name, rule
@@ -44,7 +44,7 @@ class Rule(Reward):
 
 
 class Shuffled(Reward):
-    """The same scores, dealt to the wrong completions: nothing can be learned from them."""
+    """Gives the same scores to the wrong completions, so nothing can be learned from them."""
 
     name = "shuffled"
 
@@ -58,7 +58,7 @@ class Shuffled(Reward):
 
 
 class Phases(Callback):
-    """Numbers of each phase."""
+    """Keeps the metrics of each phase."""
 
     def __init__(self) -> None:
         self.kl: list[float] = []  # nats per completion
@@ -82,7 +82,7 @@ def mean(numbers: list[float]) -> float:
 def solved(
     method: type[GRPOModule] | type[PPOModule], reward: Reward, lr: float, phases: int, every: int
 ) -> dict[int, float]:
-    """pass@1 of plain ASCII on held-out prompts after every so many phases of 8 prompts x 8 completions."""
+    """Return pass@1 of plain ASCII on held-out prompts, measured every few phases of 8 prompts x 8 completions."""
     seed_everything(0)
     settings: dict[str, Any] = {
         "num_generations": 8,
@@ -118,7 +118,7 @@ def test_ppo_learns_nothing_without_rewards_that_mean_something(ppo_solved, rewa
 
 @pytest.mark.parametrize("model", [None, "tiny"], ids=["head", "model"])
 def test_the_critic_learns_what_a_prompt_is_worth(model):
-    """The prompt alone decides the reward, 0 or 1, so that a perfect critic explains everything and a constant nothing."""
+    """The prompt alone decides the reward, 0 or 1. A perfect critic explains all of it, and a constant one nothing."""
     seed_everything(0)
     module = PPOModule(
         "tiny",
@@ -140,7 +140,7 @@ COUNT = Rule("count", lambda rollout: float(sum(character < "\x80" for character
 
 
 def last_kl(kl_coef: float, phases: int, adaptive: AdaptiveKL | None, seed: int = 0) -> float:
-    """KL to the start in nats per completion, mean of the last ten phases of 128 completions."""
+    """Return the KL to the start in nats per completion, as the mean of the last ten phases of 128 completions."""
     seed_everything(seed)
     module = PPOModule(
         "tiny",
@@ -161,13 +161,13 @@ def last_kl(kl_coef: float, phases: int, adaptive: AdaptiveKL | None, seed: int 
 
 @pytest.mark.parametrize(("kl_coef", "phases"), [(0.2, 30), (1.8, 20)], ids=["too-low", "too-high"])
 def test_an_adaptive_kl_holds_its_target(kl_coef, phases):
-    """From a weight that is three times too low or too high for 1 nat, at which a fixed one stays."""
+    """The weight starts three times too low or too high for 1 nat; a fixed weight would stay there."""
     assert last_kl(kl_coef, phases, AdaptiveKL(target=1.0, gain=0.5)) == pytest.approx(1.0, rel=0.2)
     assert last_kl(kl_coef, 14, None) != pytest.approx(1.0, rel=0.4)
 
 
 def forgotten(policy: str, ptx_coef: float) -> tuple[float, float]:
-    """Forgetting of counting, in nats per token, and the mean reward of the last phases."""
+    """Return how much of counting was forgotten, in nats per token, and the mean reward of the last phases."""
     seed_everything(0)
     module = PPOModule(
         policy,

@@ -1,4 +1,4 @@
-"""DPO raises what is preferred; labels the other way round lower it, shuffled ones do neither."""
+"""DPO raises what is preferred; reversed labels lower it, and shuffled labels do neither."""
 
 import random
 
@@ -24,7 +24,7 @@ QUIET = {
 
 
 class Letters(Source):
-    """Of two answers of one length, the one in small letters is preferred to the one in capitals."""
+    """Pairs of answers of equal length; the one in small letters is preferred to the one in capitals."""
 
     def __init__(self, labels: str) -> None:
         self.labels = labels
@@ -46,7 +46,7 @@ class Letters(Source):
 
 
 def shares(labels: str, objective, lr: float = 1e-3) -> tuple[float, float]:
-    """Share of small and of capital letters among the first tokens of 256 samples, after training."""
+    """Return the shares of small and of capital letters among the first tokens of 256 samples, after training."""
     seed_everything(0)
     module = DPOModule(
         "tiny",

@@ -1,4 +1,4 @@
-"""A stream of the earlier texts in the mixture keeps the model from forgetting them."""
+"""A stream of earlier texts in the mixture keeps the model from forgetting them."""
 
 import torch
 from lightning.pytorch import Trainer, seed_everything

@@ -1,4 +1,4 @@
-"""A reward model finds the rule behind its pairs, takes length for quality where the pairs do, and finds nothing in
+"""A reward model finds the rule behind its pairs, mistakes length for quality if the pairs do, and finds nothing in
 shuffled labels.
 """
 
@@ -26,7 +26,7 @@ STEPS = 40
 
 
 def word(rng: random.Random, length: int, digit: bool) -> str:
-    """Letters, one of which is a digit if asked."""
+    """Make a word of letters, one of which is a digit if asked."""
     letters = [rng.choice(LETTERS) for _ in range(length)]
     if digit:
         letters[rng.randrange(length)] = rng.choice("0123456789")
@@ -34,8 +34,8 @@ def word(rng: random.Random, length: int, digit: bool) -> str:
 
 
 def pairs(folder: Path, name: str, count: int, seed: int, digit_chosen: float = 1.0, longer_chosen: float = 0.5) -> str:
-    """One answer of each pair holds a digit; the answer with it, and the longer answer, is the chosen one with the
-    given chances.
+    """Make pairs in which one answer holds a digit. That answer, and the longer answer, is chosen with the given
+    chances.
     """
     rng, rows = random.Random(seed), []
     for _ in range(count):
@@ -52,7 +52,7 @@ def pairs(folder: Path, name: str, count: int, seed: int, digit_chosen: float = 
 
 
 def trained(train: str, val: str) -> tuple[float, list[ScoredPair]]:
-    """Held-out accuracy, and the held-out pairs as scored."""
+    """Return the held-out accuracy and the scored held-out pairs of a trained reward model."""
     seed_everything(0)
     module = RewardModule("tiny", optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-3))
     data = PreferenceDataModule(module.tokenizer, train, val, batch_size=16, chat=False)
@@ -68,7 +68,7 @@ def accuracy(scored: list[ScoredPair]) -> float:
 
 
 def chosen_shorter(scored: list[ScoredPair]) -> float:
-    """Accuracy where the chosen answer is the shorter one."""
+    """Return the accuracy on pairs whose chosen answer is the shorter one."""
     return accuracy([pair for pair in scored if pair.chosen_length < pair.rejected_length])
 
 

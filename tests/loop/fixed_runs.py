@@ -1,11 +1,11 @@
-"""Runs every method for six optimiser steps and prints what came out: name, SHA-256 of the final weights, last loss.
+"""Runs every method for six optimiser steps and prints name, SHA-256 of the final weights and last loss.
 
 Two commits that print the same lines train the same. The numbers depend on the CPU, so compare on one machine:
 
     python tests/loop/fixed_runs.py > before.txt        all runs, or those that are named: ... fixed_runs.py sft dpo
 
-Every run starts from ``checkpoints_v1/start``, goes through the command line and names classes by their short names only.
-A run is three epochs (phases) of two steps; ``MIDDLE`` is a step inside the second.
+Every run starts from ``checkpoints_v1/start``, goes through the command line and names classes by their short names
+only. A run is three epochs (phases) of two steps; ``MIDDLE`` is a step inside the second.
 """
 
 import contextlib
@@ -174,7 +174,7 @@ RUNS: dict[str, Run] = {
 
 
 def configuration(name: str) -> dict[str, Any]:
-    """The YAML of a run, which reads ``rows.jsonl`` and writes into the folder that it runs in."""
+    """Make the YAML of a run, which reads ``rows.jsonl`` and writes into its working directory."""
     _, (method, settings), (source, data), callbacks = copy.deepcopy(RUNS[name])
     checkpoint = {
         "dirpath": "checkpoints",
@@ -207,7 +207,10 @@ def configuration(name: str) -> dict[str, Any]:
 
 
 def fit(name: str, folder: Path, *arguments: str) -> dict[str, Any]:
-    """Run ``python -m modules fit`` in ``folder``, made here; its last checkpoint. More ``arguments`` go behind the run's YAML."""
+    """Run ``python -m modules fit`` in ``folder``, which is made here, and return its last checkpoint.
+
+    ``arguments`` are added after the run's YAML.
+    """
     folder.mkdir(parents=True)
     rows = "".join(json.dumps(row) + "\n" for row in RUNS[name][0])
     (folder / "rows.jsonl").write_text(rows, encoding="utf-8")
@@ -219,7 +222,7 @@ def fit(name: str, folder: Path, *arguments: str) -> dict[str, Any]:
 
 
 def losses(folder: Path) -> list[float]:
-    """The logged loss of each step that a run in ``folder`` made."""
+    """Return the logged loss of each step of a run in ``folder``."""
     with (folder / "log" / "metrics.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     name = next(name for name in LOSSES if name in rows[0])
@@ -227,7 +230,7 @@ def losses(folder: Path) -> list[float]:
 
 
 def digest(weights: dict[str, torch.Tensor]) -> str:
-    """SHA-256 of the bytes of all weights in the order of their names."""
+    """Return the SHA-256 of the bytes of all weights, in the order of their names."""
     found = hashlib.sha256()
     for _, weight in sorted(weights.items()):
         found.update(weight.contiguous().numpy().tobytes())

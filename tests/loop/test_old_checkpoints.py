@@ -1,4 +1,7 @@
-"""Checkpoints and exports of the first edition still load: ``checkpoints_v1`` holds one of each kind, see its README."""
+"""Checkpoints and exports of the first edition still load.
+
+``checkpoints_v1`` holds one of each kind; see its README.
+"""
 
 from typing import Any
 

@@ -1,6 +1,4 @@
-"""Moments over all ranks: by hand and against a loop on one process, and two real processes against one with all the
-rows.
-"""
+"""Moments over all ranks: by hand, against a loop in one process, and two real processes against one with all rows."""
 
 import math
 import statistics
@@ -22,7 +20,7 @@ OUTCOMES = {0: [0.5, 2.0, 1.0], 1: [4.0]}
 
 
 def rank_rows(rank: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x [N, T], values [N, T], mask [N, T] and label [N] of one rank, with NaN in dropped columns."""
+    """Make x [N, T], values [N, T], mask [N, T] and label [N] of one rank, with NaN in masked columns."""
     generator = torch.Generator().manual_seed(rank)
     x, values = 3 * rank + torch.randn(2, *ROWS[rank], generator=generator)
     mask = torch.rand(*ROWS[rank], generator=generator) < 0.8
@@ -30,7 +28,7 @@ def rank_rows(rank: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def everything() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The rows of both ranks [5, 7], padded to one width."""
+    """Join the rows of both ranks to [5, 7], padded to one width."""
     width = max(columns for _, columns in ROWS.values())
     parts = [[pad(x, (0, width - x.shape[1])) if x.dim() == 2 else x for x in rank_rows(rank)] for rank in ROWS]
     x, values, mask, label = (torch.cat(both) for both in zip(*parts, strict=True))

@@ -13,7 +13,7 @@ from modules.types import Record
 
 
 class Toy(LightningModule):
-    """A policy of one table; a phase's batch is a function of the phase and of the weights."""
+    """A policy with one table; the batch of a phase is a function of the phase and of the weights."""
 
     def __init__(self, groups: int = 4, per_group: int = 3) -> None:
         super().__init__()
@@ -129,7 +129,7 @@ def test_collection_knows_the_update_that_trains_on_each_prompt(inner_epochs):
 
 @pytest.mark.parametrize("accumulate", [2, 3, 12])
 def test_micro_batches_change_no_result(accumulate):
-    """Same seed, same rows per update: only the order of a sum differs. Twelve micro-batches have one row each."""
+    """With equal seed and rows per update only the order of a sum differs. Twelve micro-batches have one row each."""
     whole, cut = Toy(), Toy()
     fit(whole, updates_per_phase=1)
     fit(cut, accumulate=accumulate, updates_per_phase=1)
@@ -194,7 +194,7 @@ def test_validation_runs_once_a_phase_behind_its_updates():
 
 
 class Disagreeing(SingleDeviceStrategy):
-    """Another rank whose phase has one micro-batch more."""
+    """Plays another rank, whose phase has one micro-batch more."""
 
     def all_gather(self, tensor: torch.Tensor, group: Any = None, sync_grads: bool = False) -> torch.Tensor:
         return torch.stack([tensor, tensor + 1])
@@ -209,7 +209,7 @@ def test_ranks_with_phases_of_different_lengths_are_refused():
 
 
 class Interrupted(Toy):
-    """Sampling fails in the second phase."""
+    """Fails while it samples the second phase."""
 
     def collect(self, prompts: dict[str, Any]) -> dict[str, torch.Tensor]:
         if self.current_epoch == 1:

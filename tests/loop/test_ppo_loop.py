@@ -31,7 +31,7 @@ DECAY = 0.9
 
 
 def ppo(**settings: Any) -> PPOModule:
-    """All that a run keeps: a critic that warms up for a phase, a KL weight that moves, texts."""
+    """Make a PPO run with everything it can keep: a critic that warms up for a phase, a KL weight that moves, texts."""
     settings = {
         "num_generations": 2,
         "sampling": Sampling(max_completion_length=4),
@@ -47,7 +47,7 @@ def ppo(**settings: Any) -> PPOModule:
 
 
 class AtValidation(Callback):
-    """The module's weights while it validates, by step."""
+    """Keeps the module's weights at each validation, by step."""
 
     def __init__(self) -> None:
         self.weights: dict[int, dict[str, torch.Tensor]] = {}
@@ -59,8 +59,9 @@ class AtValidation(Callback):
 def fit(
     module: PPOModule, folder: Path, resume: Path | None = None, before: Any = (), after: Any = (), **settings: Any
 ) -> States:
-    """Phases of two updates of two micro-batches; a checkpoint after each step and each phase. ``before`` and ``after``
-    are callbacks.
+    """Run phases of two updates of two micro-batches, with a checkpoint after each step and each phase.
+
+    ``before`` and ``after`` are callbacks.
     """
     states, records = States(), Records()
     every_step = ModelCheckpoint(
@@ -132,8 +133,8 @@ def test_resume_is_bitwise(straight, tmp_path, checkpoint):
 
 
 def averages(states: States) -> dict[int, list[torch.Tensor]]:
-    """The moving average of the weights behind each step: that of step 1 is its weights, then 0.9 of it and 0.1 of each
-    step's.
+    """Return the moving average of the weights after each step: the first step's weights, then 0.9 of it and 0.1 of
+    each new.
     """
     found = {1: states.after[1]}
     for step in range(2, STEPS + 1):
@@ -159,14 +160,14 @@ def averaging() -> AveragedWeights:
 
 
 def own(states: States) -> States:
-    """Without the numbers of validation, which are of other weights."""
+    """Leave out the metrics of validation, which belong to other weights."""
     kept = copy.copy(states)
     kept.logged = {key: value for key, value in states.logged.items() if not key[1].startswith("val/")}
     return kept
 
 
 def test_averaging_changes_nothing_of_the_run_itself(straight, averaged):
-    """Neither weights nor samples, not even of the phase behind a validation."""
+    """Neither weights nor samples change, not even in the phase after a validation."""
     assert averaged[0].after.keys() == straight[0].after.keys()
     assert_goes_on(own(averaged[0]), straight[0], "averaged")
 
@@ -202,7 +203,7 @@ def test_resume_with_averaged_weights_is_bitwise(averaged, tmp_path, checkpoint)
 
 
 def test_averaging_with_adapters_shares_the_reference_and_spares_the_run(tmp_path):
-    """The reference is the policy's first adapters, kept once; policy and critic are adapters of one backbone."""
+    """The reference is the policy's first adapters, kept once; policy and critic are adapters on one backbone."""
 
     def adapted() -> PPOModule:
         torch.manual_seed(0)  # of the adapters' first weights
@@ -233,7 +234,7 @@ if __name__ == "__main__":
 
 
 class Written(Callback):
-    """Leaves the weights and what was logged in a file."""
+    """Writes the weights and the logged metrics to a file."""
 
     def __init__(self, path: Path, records: Records) -> None:
         self.path, self.records = path, records
@@ -245,8 +246,9 @@ class Written(Callback):
 
 
 def fit_on(path: Path, devices: int, accumulate: int, strategy: str = "auto") -> None:
-    """Two phases of two updates, by plain gradient descent: Adam's first step is the gradient's sign, in which rounding
-    would show.
+    """Run two phases of two updates by plain gradient descent.
+
+    Adam's first step is the gradient's sign, in which rounding would show.
     """
     counting = AdaptiveKL(target=1.0, gain=None, horizon=100)  # a gain that depends on the completions of all ranks
     module = ppo(

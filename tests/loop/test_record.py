@@ -1,4 +1,4 @@
-"""The record that modules leave, numbers joined over batches, and the modes that evaluating puts back."""
+"""The record that modules leave, metrics joined over batches, and the modes that ``evaluating`` restores."""
 
 import contextlib
 import inspect
@@ -66,7 +66,7 @@ def test_a_win_rate_of_a_module_that_samples_nothing_is_refused():
 def test_a_module_that_only_predicts_has_no_optimizer_and_refuses_to_train(tmp_path: Path):
     module = LabelModule(ExactMatch())
     assert list(module.parameters()) == [] and not hasattr(module, "tokenizer")
-    with pytest.raises(ValueError, match="LabelModule trains and evaluates nothing: run predict, not fit"):
+    with pytest.raises(ValueError, match="LabelModule only predicts, so there is nothing to fit; run predict"):
         module.setup("fit")
     trainer = Trainer(logger=False, accelerator="cpu")
     with pytest.raises(ValueError, match="LabelModule lacks save_pretrained or prepare_export"):

@@ -1,4 +1,4 @@
-"""GRPO in a real Trainer: bitwise resume from every step, mid-phase too, on 1 and 2 ranks; ranks and accumulation
+"""GRPO in a real Trainer: bitwise resume from every step, also within a phase, on 1 and 2 ranks; ranks and accumulation
 change nothing.
 """
 
@@ -31,7 +31,7 @@ def grpo(**settings) -> GRPOModule:
 
 
 class States(Callback):
-    """The model after each optimiser step, what each phase collected, and everything that was logged, by logging step."""
+    """Keeps the model after each optimiser step, the batch of each phase, and everything that was logged, by step."""
 
     def __init__(self) -> None:
         self.after: dict[int, list[torch.Tensor]] = {}
@@ -44,7 +44,7 @@ class States(Callback):
 
 
 class Records(Logger):
-    """Keeps what a run logs, but for wall times."""
+    """Keeps what a run logs, except wall times."""
 
     name, version = "records", 0
 
@@ -70,7 +70,7 @@ def fit(
     extra=(),
     **settings,
 ) -> States:
-    """Phases of ``updates`` updates with rows of their own; a checkpoint after each step and each phase."""
+    """Run phases of ``updates`` updates with their own rows; a checkpoint follows each step and each phase."""
     states, records = States(), Records()
     every_step = ModelCheckpoint(
         folder, filename="step{step}", auto_insert_metric_name=False, every_n_train_steps=1, save_top_k=-1
@@ -107,7 +107,7 @@ def equal(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
 
 
 def assert_goes_on(resumed: States, straight: States, what: object) -> None:
-    """What a resumed run did and logged, it did and logged as the uninterrupted one; and it came to the same end."""
+    """Assert that a resumed run did and logged the same as the uninterrupted one, up to the same end."""
     for step, parameters in resumed.after.items():
         assert equal(parameters, straight.after[step]), (what, step)
     for phase, rollouts in resumed.rollouts.items():
@@ -155,7 +155,7 @@ def test_a_second_resume_goes_on_where_the_first_stopped(tmp_path):
 
 
 class SaveInside(Callback):
-    """Saves behind a given micro-batch of the run."""
+    """Saves a checkpoint after a given micro-batch of the run."""
 
     def __init__(self, micro_batch: int, path: Path) -> None:
         self.micro_batch, self.path, self.seen = micro_batch, path, 0
@@ -193,7 +193,7 @@ def test_accumulation_changes_no_result(tmp_path, aggregation):
 
 
 class FirstMicroBatch(Callback):
-    """Contract 7: what the trainer computes on the first micro-batch is what was frozen at collection."""
+    """Checks contract 7: the trainer's log-probs on the first micro-batch equal those frozen at collection."""
 
     gaps: list[float]
 

@@ -1,4 +1,4 @@
-"""Schedules over the whole run: the Trainer tells their length, a resumed run goes on along the same curve."""
+"""Schedules over the whole run: the Trainer tells their length, and a resumed run follows the same curve."""
 
 import math
 
@@ -14,7 +14,7 @@ from modules.schedulers import ConstantWithWarmup, CosineDecay, LinearDecay
 
 
 class Rates(Callback):
-    """The learning rate of every update."""
+    """Keeps the learning rate of every update."""
 
     def __init__(self):
         self.rates = []

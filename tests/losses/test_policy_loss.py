@@ -1,4 +1,6 @@
-"""Clipped, GSPO, CISPO and MirrorDescent: hand numbers, loops over tokens, gradients, limits, splits, dirty columns."""
+"""Clipped, GSPO, CISPO and MirrorDescent: numbers by hand, loops over tokens, gradients, limits, splits, masked
+columns.
+"""
 
 import math
 from functools import partial
@@ -38,7 +40,7 @@ def take(
     mask: Tensor,
     denominator: Tensor | float,
 ) -> tuple[Tensor, Metrics]:
-    """The loss of a micro-batch that holds what an objective may read."""
+    """Compute the loss of a micro-batch that holds only what an objective may read."""
     batch: Any = {
         "old_logprobs": old,
         "advantages": advantages,

@@ -1,4 +1,4 @@
-"""Losses on preferences: golden numbers, loops over single pairs, limits, signs, and the pairs themselves."""
+"""Losses on preferences: numbers by hand, loops over single pairs, limits, signs, and the pairs themselves."""
 
 import itertools
 import math
@@ -36,7 +36,7 @@ def f64(*values: float) -> Tensor:
 
 
 def softplus(x: float) -> float:
-    """-log sigma(-x)."""
+    """Return -log sigma(-x)."""
     return math.log1p(math.exp(x))
 
 
@@ -51,7 +51,7 @@ def sequences(logps: Tensor, ref_logps: Tensor, lengths: Tensor) -> Sequences:
 
 
 def through(objective: PairObjective, beta: float) -> Loss:
-    """The objective as a function of four log-probs, of completions of 5 and 10 tokens."""
+    """Write the objective as a function of four log-probs, of completions with 5 and 10 tokens."""
 
     def loss(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor) -> Tensor:
         better, worse = sequences(chosen, ref_chosen, LENGTHS[0]), sequences(rejected, ref_rejected, LENGTHS[1])
@@ -61,7 +61,7 @@ def through(objective: PairObjective, beta: float) -> Loss:
 
 
 def of_h(loss: Loss, h: Tensor) -> Tensor:
-    """The loss as a function of h [N] alone."""
+    """Write the loss as a function of h [N] alone."""
     zero = torch.zeros_like(h)
     return loss(h, zero, zero, zero)
 
@@ -88,13 +88,13 @@ REFERENCED = {
 
 
 def of_means(objective: PairObjective, chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
-    """A loss without a reference, of mean log-probs."""
+    """Write a loss without a reference as a function of mean log-probs."""
     one = torch.ones((), dtype=chosen.dtype)
     return objective.losses(sequences(chosen, 0 * chosen, one), sequences(rejected, 0 * rejected, one), beta)
 
 
 def orpo_odds(chosen: Tensor, rejected: Tensor) -> Tensor:
-    """ORPO without its likelihood term -chosen."""
+    """Return ORPO's loss without its likelihood term -chosen."""
     return of_means(ORPO(), chosen, rejected, beta=1.0) + chosen
 
 
@@ -110,7 +110,7 @@ def pairs_of_ranks(prompt_index: Tensor, rank: Tensor) -> Pairs:
 
 
 def ranking(rewards: Tensor) -> Tensor:
-    """InstructGPT's eq. 1 of one prompt, the best completion first: Bradley-Terry over its pairs."""
+    """Compute InstructGPT's eq. 1 for one prompt, the best completion first: Bradley-Terry over its pairs."""
     pairs = pairs_of_ranks(torch.zeros(len(rewards), dtype=torch.long), torch.arange(len(rewards)))
     return (BradleyTerry().losses(rewards[pairs.better], rewards[pairs.worse]) * pairs.weight).sum()
 

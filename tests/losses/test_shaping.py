@@ -1,4 +1,4 @@
-"""Scores of cut-off completions, rewards per token, and the weight of the KL that moves."""
+"""Scores of completions that were cut off, rewards per token, and the weight of an adaptive KL."""
 
 import math
 

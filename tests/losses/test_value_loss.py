@@ -1,4 +1,4 @@
-"""The clipped value loss: hand numbers, a loop, gradients, and what padding may not touch."""
+"""The clipped value loss: numbers by hand, a loop, gradients, and padding that must not matter."""
 
 import math
 from typing import Any
@@ -22,7 +22,7 @@ def take(
     denominator: Tensor | float,
     clip: float | None = 0.2,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of a micro-batch that holds what the class reads."""
+    """Compute the loss of a micro-batch that holds only what the class reads."""
     batch: Any = {
         "values": old_values,
         "returns": returns,
@@ -52,7 +52,7 @@ def random_case() -> Case:
     ],
 )
 def test_hand_numbers(value: float, target: float, clip: float | None, loss: float, slope: float, cut: int) -> None:
-    """V_old = .5."""
+    """The old value is 0.5."""
     values = torch.tensor([[value]], dtype=DOUBLE, requires_grad=True)
     old_values, returns = torch.tensor([[0.5]], dtype=DOUBLE), torch.tensor([[target]], dtype=DOUBLE)
     result, metrics = take(values, old_values, returns, torch.ones(1, 1, dtype=torch.bool), 1, clip)

@@ -1,6 +1,4 @@
-"""DPO in a real Trainer: the loss against plain rows, the reference and its cache, splits that change nothing, resume,
-refusals.
-"""
+"""DPO in a real Trainer: the loss against plain rows, the reference and its cache, splits, resume, and refusals."""
 
 import math
 import os
@@ -55,7 +53,7 @@ PAIRS = [
 
 
 class Labels(Source):
-    """Right sums are desirable, wrong ones are not."""
+    """Labelled rows: right sums are desirable, wrong ones are not."""
 
     def rows(self):
         rows = AdditionPairs(12, dots=2).rows()
@@ -151,7 +149,7 @@ def test_gradient_where_policy_and_reference_agree(objective, expected):
 
 
 def test_loss_is_that_of_plain_rows(tmp_path):
-    """-log sigma(beta h) from each row by itself, the reference the start policy, at a policy that has moved."""
+    """The loss is -log sigma(beta h) from each row alone. The reference is the start policy; the policy has moved."""
     module = dpo(tmp_path, lr=0.1, beta=0.5)
     trainer = fit(module)
     trainer.validate(module, datamodule=trainer.datamodule, verbose=False)
@@ -208,8 +206,9 @@ def test_the_logits_of_ranked_and_labelled_completions_by_hand():
 
 @pytest.mark.parametrize(("settings", "epochs"), [({}, 2), ({"objective": KTO()}, 1)], ids=["dpo", "kto"])
 def test_splits_change_nothing(tmp_path, settings, epochs):
-    """12 examples a step in one micro-batch or in three. KTO's KL is one per micro-batch, so only its first step, where
-    it is 0, is the same.
+    """A step has 12 examples in one micro-batch or in three.
+
+    KTO estimates its KL once per micro-batch, so only its first step agrees, where the KL is 0.
     """
     whole, split = dpo(tmp_path, **settings), dpo(tmp_path, **settings)
     start = weights(whole)
@@ -275,7 +274,7 @@ def test_a_wrong_reference_is_refused(tmp_path):
 
 
 def exported(folder: Path, lr: float) -> str:
-    """A policy that was trained a little."""
+    """Export a policy after a short training."""
     module = dpo(folder, lr=lr)
     fit(module, max_epochs=1)
     module.policy.save_pretrained(folder / "export")
@@ -284,7 +283,7 @@ def exported(folder: Path, lr: float) -> str:
 
 @pytest.mark.parametrize("lora", [None, Lora(r=4)], ids=["full", "lora"])
 def test_another_model_may_be_the_reference(tmp_path, lora):
-    """h is then no 0 at step 0, and the loss is that of plain rows with the named model."""
+    """At step 0 h is not 0, and the loss is that of plain rows with the named model."""
     first = exported(tmp_path, lr=0.1)
     module = dpo(tmp_path, reference=first, lr=0.0, beta=0.5, lora=lora)
     trainer = fit(module, max_epochs=1)
@@ -366,7 +365,7 @@ def test_adapters_alone_learn_and_the_reference_is_their_start(tmp_path):
 
 
 def test_it_warns_when_both_sides_lose_likelihood(tmp_path):
-    """Only the pressed-down log-probs of both sides warn: a likelihood term keeps the chosen one up."""
+    """It warns only when the log-probs of both sides fall; a likelihood term keeps those of the chosen one up."""
     big = {"optimizer": lambda parameters: torch.optim.AdamW(parameters, lr=1e-2), "beta": 0.01}
     with pytest.warns(UserWarning, match="likelihood displacement"):
         fit(dpo(tmp_path, **big), max_epochs=4)
@@ -416,7 +415,7 @@ if __name__ == "__main__":
 
 
 def test_the_kl_of_two_ranks_is_the_mean_over_the_rows_of_both(tmp_path):
-    """And the loss of two ranks is that of one which has all their rows. Row by row, without padding."""
+    """The loss of two ranks is that of one rank with all their rows, computed row by row without padding."""
     run_ranks(tmp_path, KTO_RANKS)
     ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1)]
     policy, start = dpo(tmp_path).policy.eval(), dpo(tmp_path).policy.eval()
@@ -493,7 +492,7 @@ def test_objectives_refuse_values_out_of_range(make):
 
 
 def test_mismatched_completions_are_those_of_other_prompts(tmp_path):
-    """The KL of a policy that equals its reference is 0; of two equal prompts nothing is counted."""
+    """The KL of a policy that equals its reference is 0. Two equal prompts give no mismatched completion."""
     module = dpo(tmp_path, objective=KTO())
     trainer = Trainer(**QUIET, max_epochs=0, enable_checkpointing=False)
     data = PreferenceDataModule(module.tokenizer, AdditionPairs(4), batch_size=4)

@@ -1,4 +1,4 @@
-"""The effective batch: completions that an update learns from, over its micro-batches."""
+"""The effective batch: how many completions an update learns from, over its micro-batches."""
 
 import pytest
 import torch

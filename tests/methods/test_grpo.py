@@ -1,4 +1,4 @@
-"""GRPO with each of its losses and advantages: the gradient of a step by plain loops, and splits that change nothing."""
+"""GRPO with each loss and advantage: the gradient of a step by plain loops, and splits that change nothing."""
 
 import math
 from typing import Any
@@ -51,7 +51,7 @@ def weights(module: GRPOModule) -> Tensor:
 
 
 class Gradients(Callback):
-    """The gradient of each step, and all that its loss may be computed from."""
+    """Keeps the gradient of each step, and everything that its loss may be computed from."""
 
     def __init__(self) -> None:
         self.steps: list[tuple[dict[str, Tensor], Tensor, Tensor]] = []  # batch, log-probs now, gradient
@@ -67,7 +67,7 @@ class Gradients(Callback):
 
 
 def slopes(objective: PolicyObjective, batch: dict[str, Tensor], now: Tensor, rows: int) -> Tensor:
-    """d loss / d log-prob [N, Tc] at step's log-probs ``now``, by loops; ``rows`` completions make the step."""
+    """Compute d loss / d log-prob [N, Tc] at log-probs ``now`` by loops; ``rows`` completions make the step."""
     found, tokens = torch.zeros_like(now), int(batch["denominator"])
     for i in range(len(now)):
         group = [float(r) for r, g in zip(batch["rewards"], batch["group"], strict=True) if g == batch["group"][i]]
@@ -94,7 +94,7 @@ def slopes(objective: PolicyObjective, batch: dict[str, Tensor], now: Tensor, ro
 
 @each_objective
 def test_the_gradient_of_a_step_is_that_of_plain_loops(objective):
-    """Of two steps on one phase, at the second of which the ratios are not 1."""
+    """A phase has two steps, and at the second one the ratios are not 1."""
     module, seen = grpo(objective=objective), Gradients()
     start = {name: value.clone() for name, value in module.policy.state_dict().items()}
     fit(module, callbacks=(seen,))
@@ -123,7 +123,7 @@ def test_the_gradient_of_a_step_is_that_of_plain_loops(objective):
 @each_objective
 @pytest.mark.parametrize("beta", [0.0, 0.1])
 def test_splits_change_nothing(objective, beta):
-    """In one micro-batch or in eleven, which is more than there are groups, so that groups are torn."""
+    """The step comes as one micro-batch or as eleven. Eleven is more than there are groups, so groups are split."""
     whole, split = (grpo(objective=objective, beta=beta) for _ in range(2))
     start = weights(whole)
     fit(whole)
@@ -134,7 +134,7 @@ def test_splits_change_nothing(objective, beta):
 
 @each_objective
 def test_unscorable_completions_have_no_part(objective):
-    """The same update whether the rows that have no score are there or not, with a KL too."""
+    """The update is the same with or without the completions that have no score, with a KL too."""
     rows = [([A, B, EOS], "stop"), ([A, A], "length"), ([B, 200, 201], "length")]
     found = []
     for scores, texts in (((1.0, None, 0.5), rows), ((1.0, 0.5), [rows[0], rows[2]])):

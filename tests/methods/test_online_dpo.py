@@ -1,4 +1,4 @@
-"""Online DPO: the pair of each prompt, learning, the reference that moves, resume, pairs that stay together."""
+"""Online DPO: the pair of each prompt, learning, a reference that moves, resume, and pairs that stay together."""
 
 import pytest
 import torch
@@ -38,7 +38,7 @@ def online(**settings) -> OnlineDPOModule:
 
 
 class First(Reward):
-    """The first completion of a group is the best."""
+    """A reward by which the first completion of a group is the best."""
 
     name = "first"
 

@@ -1,4 +1,4 @@
-"""PPO: where the reward lands, what the KL is, who learns in the warm-up, what is logged, and what changes nothing."""
+"""PPO: where the reward lands, what the KL is, what learns in the warm-up, what is logged, and what changes nothing."""
 
 import math
 import warnings
@@ -72,7 +72,7 @@ def weights(module: PPOModule) -> Tensor:
 
 @pytest.fixture(scope="module")
 def moved(tmp_path_factory) -> str:
-    """The tiny model away from its start, so that its KL to ``tiny`` is not 0."""
+    """Move the tiny model away from its start, so that its KL to ``tiny`` is not 0."""
     policy, folder = Policy("tiny", dropout=False), tmp_path_factory.mktemp("moved")
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -83,13 +83,13 @@ def moved(tmp_path_factory) -> str:
 
 
 class Scripted(RolloutEngine):
-    """Gives the same completions in every phase: one list per prompt."""
+    """An engine that gives the same completions in every phase: one list per prompt."""
 
     def __init__(self, *texts: list[tuple[list[int], str]]) -> None:
         self.texts = texts
 
     def sync_weights(self, policy, version):
-        """Nothing is sampled."""
+        """Do nothing: nothing is sampled."""
 
     def generate(self, prompts, num_generations, sampling, seeds):
         decode = TOKENIZER.decode
@@ -103,7 +103,7 @@ class Scripted(RolloutEngine):
 
 
 class Scores(Reward):
-    """One score after the other; None = unscorable."""
+    """A reward that gives one score after another; None = unscorable."""
 
     name = "scores"
 
@@ -115,7 +115,7 @@ class Scores(Reward):
 
 
 def collected(module: PPOModule, prompts: list[str]) -> dict[str, Tensor]:
-    """The batch of a phase."""
+    """Return the batch of a phase."""
     ids = [TOKENIZER(prompt).input_ids for prompt in prompts]
     rows: Any = {
         "uid": [*map(str, range(len(ids)))],
@@ -134,7 +134,7 @@ SCORED = Scores(1.0, 2.0, 3.0, 4.0)
 
 
 def test_the_reward_lands_on_the_last_kept_token():
-    """lam 0, value 0 and no KL: an advantage before whitening, which is the return, is the token's own reward."""
+    """With lam 0, values 0 and no KL, the return and the unwhitened advantage are the token's own reward."""
     module = ppo(reward=SCORED, engine=Scripted(*ROWS), gae=GAE(gamma=1.0, lam=0.0))
     module.tokenizer.pad_token = module.tokenizer.eos_token
     returns = collected(module, ["a", "a much longer prompt"])["returns"]
@@ -159,7 +159,7 @@ def test_a_missing_end_is_penalised(replaced, expected):
 
 
 def test_a_stop_string_is_an_end_of_its_own():
-    """Sampled for real: what ends with the stop string keeps its score, what the budget cuts off does not."""
+    """Real samples: a completion that ends with the stop string keeps its score, one cut off by the budget does not."""
     sampling = Sampling(max_completion_length=3, stop=tuple("abcdefghijklmnopqrstuvwxyz0123456789 "))
     settings: dict[str, Any] = {"gae": GAE(lam=0.0), "incentives": Incentives(MissingEos(0.25))}
     module = ppo(reward=Scores(1.0), num_generations=24, sampling=sampling, **settings)
@@ -186,7 +186,7 @@ def test_the_kl_is_exactly_0_before_the_first_step():
 
 
 class Greedy(InProcessEngine):
-    """Takes the likeliest token, whatever it is asked."""
+    """An engine that always takes the most likely token."""
 
     def generate(self, prompts, num_generations, sampling, seeds):
         return super().generate(prompts, num_generations, replace(sampling, temperature=0.0), seeds)
@@ -194,7 +194,9 @@ class Greedy(InProcessEngine):
 
 @pytest.mark.parametrize("greedy", [True, False])
 def test_a_negative_kl_is_warned_of(moved, greedy):
-    """The reference is surer of what the policy likes best, so greedy completions are likelier under it."""
+    """The reference is surer of what the policy likes best, so it gives greedy completions more probability than the
+    policy.
+    """
     module = ppo(moved, engine=Greedy() if greedy else None, num_generations=4, kl=KL(reference="tiny"))
     sharpen(module)
     with warnings.catch_warnings(record=True) as caught:
@@ -204,7 +206,7 @@ def test_a_negative_kl_is_warned_of(moved, greedy):
 
 
 def sharpen(module: PPOModule) -> None:
-    """Makes the policy a flatter version of its reference: the reference doubles its logits."""
+    """Double the logits of the reference, so that the policy is a flatter version of it."""
     assert module.reference is not None
     with torch.no_grad():
         for weight in (module.policy.model.model.norm.weight, module.reference.policy.model.model.norm.weight):
@@ -215,7 +217,7 @@ def sharpen(module: PPOModule) -> None:
 
 
 def test_unscorable_completions_have_no_part():
-    """The same update whether the rows that have no score are there or not."""
+    """The update is the same with or without the completions that have no score."""
     rows = [([A, B, EOS], "stop"), ([A, A], "length"), ([B, 200, 201], "length")]
     kept = [rows[0], rows[2]]
     settings: dict[str, Any] = {
@@ -243,7 +245,7 @@ def test_an_update_without_a_score_changes_nothing():
 
 
 class Course(Callback):
-    """Policy and head after each phase."""
+    """Keeps policy and head after each phase."""
 
     def __init__(self) -> None:
         self.policy: list[Tensor] = []
@@ -296,7 +298,7 @@ def test_a_warm_up_as_long_as_the_run_is_refused():
 
 
 def test_a_reward_on_the_backbone_is_no_part_of_the_checkpoint(tmp_path):
-    """So a run may be validated, or go on, with another reward."""
+    """A run may therefore be validated or continued with another reward."""
     judge = RewardModule("tiny", lora=Lora(r=2))
     judge.save_pretrained(tmp_path)
     reward = LearnedReward(str(tmp_path))
@@ -355,7 +357,7 @@ ratio/deviation approx_kl kl kl_coef sequence_kl rlhf_reward reward explained_va
 
 
 def test_what_is_logged(moved):
-    """In one phase of two passes, with the KL that the reward was lowered by."""
+    """One phase has two passes, and the KL that lowered the reward is logged."""
     module = ppo(moved, kl=KL(0.3, reference="tiny"), clip=Clip(value=0.01))
     trainer = fit(module, updates_per_phase=2, inner_epochs=2, accumulate_grad_batches=2)
     logged = {name: float(number) for name, number in trainer.callback_metrics.items()}

@@ -1,5 +1,6 @@
-"""A whole PPO phase on a vocabulary of three tokens against plain loops in float64, and the KL that it logs against an
-enumeration.
+"""A whole PPO phase on a vocabulary of three tokens, against plain loops in float64.
+
+The KL that it logs is compared with a sum over all completions.
 """
 
 import json
@@ -52,7 +53,7 @@ CLOSE, MOVED = (
 
 
 class Rule(Reward):
-    """1 for an "a", -1/2 for a "b"; a completion that ends at once cannot be scored."""
+    """A reward: 1 for an "a", -1/2 for a "b"; a completion that ends at once cannot be scored."""
 
     name = "rule"
 
@@ -64,7 +65,7 @@ class Rule(Reward):
 
 
 class Prompts(Source):
-    """From no file, whose path would be part of what the samples are a function of."""
+    """Prompts without a file, because samples also depend on the path of a file."""
 
     def rows(self) -> list[Row]:
         return [Row({"prompt": prompt}, f"prompts#{number}", "prompts") for number, prompt in enumerate(PROMPTS)]
@@ -95,7 +96,7 @@ def llama(kind: type[PreTrainedModel], seed: int, folder: Path, **settings: Any)
 
 @dataclass(frozen=True)
 class Settings:
-    """What both computations are told, by TRL's names, and (last three) how they cut the phase."""
+    """The settings of both computations, by TRL's names; the last three say how they split the phase."""
 
     lr: float = 0.1
     temperature: float = 1.0
@@ -132,7 +133,7 @@ SEPARATE = Settings(temperature=0.7, value_lr=0.3, kl_in_loss=True, missing_eos_
 
 @dataclass
 class Fit:
-    """A phase by PPOModule, and where it came from."""
+    """A phase of PPOModule, and what it started from."""
 
     module: PPOModule
     policy: str
@@ -146,7 +147,7 @@ class Fit:
 
 @dataclass
 class Plan(Callback):
-    """Which rollouts each micro-batch of each update held."""
+    """Keeps which rollouts each micro-batch of each update held."""
 
     updates: list[list[list[int]]] = field(default_factory=list)
 
@@ -170,7 +171,7 @@ class Plan(Callback):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """The models ``start`` and ``value``, and the texts."""
+    """Write the models ``start`` and ``value``, and the texts."""
     root = tmp_path_factory.mktemp("letters")
     llama(LlamaForCausalLM, 4, root / "start")
     llama(LlamaForSequenceClassification, 1, root / "value", num_labels=1, **MOMENTS)
@@ -223,7 +224,7 @@ def fit(
 
 
 class Exact:
-    """The same phase in float64, one row and one token at a time."""
+    """Computes the same phase in float64, one row and one token at a time."""
 
     def __init__(self, done: Fit) -> None:
         self.rollouts, self.head = done.module.record.rollouts, nn.Parameter(done.head.double()[0])
@@ -235,12 +236,12 @@ class Exact:
         self.reference_logprobs = [self.of_reference(rollout, done.settings.temperature) for rollout in self.rollouts]
 
     def logprobs(self, model: nn.Module, row: list[int], first: int, temperature: float) -> tuple[Tensor, Tensor]:
-        """Log-probs [V] in which the tokens from place ``first`` on were chosen, and the states there [H]."""
+        """Return the log-probs [V] that each token from ``first`` on was chosen by, and the hidden states there [H]."""
         out = model(torch.tensor([row]), output_hidden_states=True)
         return (out.logits[0, first - 1 : -1] / temperature).log_softmax(-1), out.hidden_states[-1][0, first - 1 : -1]
 
     def read(self, rollout: Rollout, temperature: float) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """Log-prob, entropy and value of each token."""
+        """Return log-prob, entropy and value of each token."""
         row, first = [*rollout.prompt_ids, *rollout.completion.token_ids], len(rollout.prompt_ids)
         tables, states = self.logprobs(self.policy, row, first, temperature)
         if self.value is None:
@@ -261,7 +262,7 @@ class Exact:
         return [float(table[token]) for table, token in zip(tables, row[first:], strict=True)]
 
     def text_loss(self) -> Tensor:
-        """Mean of -log p over the tokens of the texts but the first of each."""
+        """Return the mean of -log p over the tokens of the texts, without the first token of each."""
         rows = [[*("ab".index(letter) for letter in text), EOS] for text in TEXTS]
         lost = [
             -table[token]
@@ -352,7 +353,7 @@ def moments(numbers: list[float]) -> tuple[float, float]:
 
 
 def advantages(rewards: list[float], values: list[float], decay: float, gamma: float) -> list[float]:
-    """The sum over k >= t of decay^(k - t) delta_k."""
+    """Compute the sum over k >= t of decay^(k - t) delta_k."""
     ahead = [*values[1:], 0.0]
     deltas = [r + gamma * after - v for r, v, after in zip(rewards, values, ahead, strict=True)]
     return [sum(decay ** (k - t) * deltas[k] for k in range(t, len(deltas))) for t in range(len(deltas))]
@@ -369,8 +370,9 @@ def trained(done: Fit) -> dict[str, Tensor]:
 
 
 def difference(done: Fit, s: Settings) -> dict[str, float]:
-    """By weight, how far the module's are from those of the computation with ``s``; every weight has a change large
-    enough to see.
+    """Return, for each weight, how far the module is from the computation with ``s``.
+
+    Every weight moves far enough to see.
     """
     exact = Exact(done)
     before = {name: weight.detach().clone() for name, weight in exact.weights().items()}
@@ -386,7 +388,7 @@ def difference(done: Fit, s: Settings) -> dict[str, float]:
 
 @pytest.fixture(scope="module")
 def first(folder) -> Fit:
-    """A phase from the start; its policy goes to the folder ``moved``."""
+    """Run a phase from the start, and save its policy to the folder ``moved``."""
     done = fit(folder, replace(SHARED, lr=0.6))
     done.module.policy.save_pretrained(folder / "moved")
     return done
@@ -463,7 +465,7 @@ class One(Reward):
 
 
 class Every(RolloutEngine):
-    """Every completion of at most three tokens, each once."""
+    """An engine that gives every completion of at most three tokens, each once."""
 
     ROWS = [
         ids
@@ -473,7 +475,7 @@ class Every(RolloutEngine):
     ]
 
     def sync_weights(self, policy, version):
-        """Nothing is sampled."""
+        """Do nothing: nothing is sampled."""
 
     def generate(self, prompts, num_generations, sampling, seeds):
         return [
@@ -483,9 +485,7 @@ class Every(RolloutEngine):
 
 
 def test_the_kl_and_the_entropy_are_those_of_the_distribution_of_completions(folder, shared):
-    """E[sum of k1] over all completions is the KL, and E[sum of entropies] the entropy, of the policy's whole
-    completions.
-    """
+    """Over all completions, E[sum of k1] is the KL of whole completions, and E[sum of entropies] is their entropy."""
     sampling = Sampling(temperature=0.7, max_completion_length=3)
     module = PPOModule(shared.policy, One(), len(Every.ROWS), sampling, Every(), kl=KL(reference=shared.reference))
     prompt = [A, B]

@@ -1,4 +1,4 @@
-"""The reward model: its loss by hand, scores that padding and company do not change, exact steps, and an export that
+"""The reward model: its loss by hand, scores that do not depend on padding or batch, exact steps, and an export that
 scores the same.
 """
 
@@ -49,7 +49,7 @@ WORDS = ["red", "green", "blue", "seven", "a longer answer", "no", "maybe so", "
 
 
 def write_rows(folder: Path, name: str, count: int, margin: bool = False) -> str:
-    """Pairs, and from every third row on a ranked list of three; prompts and answers of many lengths."""
+    """Write pairs, and in every third row a ranked list of three, with prompts and answers of many lengths."""
     rows = []
     for i in range(count):
         answers = [f"{WORDS[(i + 3 * k) % 8]} {i * (k + 1)}" for k in range(3 if i % 3 == 2 else 2)]
@@ -66,7 +66,7 @@ def reward_module(policy: str = "tiny", lr: float = 0.1, **settings) -> RewardMo
 
 
 def ragged_batch(tokenizer: PreTrainedTokenizerFast | None = None) -> dict[str, Tensor]:
-    """Two prompts; three ranked completions and two; each ends in eos."""
+    """Make two prompts with three and two ranked completions; each completion ends in eos."""
     tokenizer = tokenizer or tiny_tokenizer()
     prompts, groups = ["ab", "abcdef"], [["x", "yyyy", "zz"], ["long answer", "n"]]
     encoded = [torch.tensor(tokenizer(text).input_ids) for text in prompts]
@@ -217,7 +217,7 @@ def fitted(
     calibration=None,
     **settings,
 ) -> Trainer:
-    """Pairs and triples with margins, 12 examples a step."""
+    """Fit on pairs and triples with margins, 12 examples a step."""
     held_out = write_rows(folder, "val", val) if val else None
     train = write_rows(folder, "train", 30, margin=True)
     data = PreferenceDataModule(module.tokenizer, train, held_out, calibration, batch_size=batch_size, chat=False)
@@ -332,7 +332,7 @@ def test_validation_is_the_mean_over_examples(tmp_path):
 
 
 class Keep(Callback):
-    """The raw scores of every micro-batch."""
+    """Keeps the raw scores of every micro-batch."""
 
     def __init__(self) -> None:
         self.scores: list[Tensor] = []
@@ -369,7 +369,7 @@ def test_resume_is_bitwise(tmp_path):
 
 
 def bytes_tokenizer(special: list[str], **roles) -> PreTrainedTokenizerFast:
-    """One token per byte behind the special ones."""
+    """Make a tokenizer with one token per byte after the special ones."""
     vocabulary = {token: i for i, token in enumerate((*special, *bytes_to_unicode().values()))}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -379,7 +379,7 @@ def bytes_tokenizer(special: list[str], **roles) -> PreTrainedTokenizerFast:
 
 
 def make_policy(name: str, folder: Path) -> str:
-    """A model folder whose pad token is its eos token, as with GPT-2 and some Qwen fine-tunes."""
+    """Write a model folder whose pad token is its eos token, as with GPT-2 and some fine-tuned Qwen models."""
     torch.manual_seed(1)
     if name == "tiny":
         return "tiny"
@@ -407,7 +407,7 @@ def make_policy(name: str, folder: Path) -> str:
 
 
 def sided(rows: list[list[int]], pad: int, side: str) -> dict[str, Tensor]:
-    """Padded rows with their mask, and positions that count from each row's first token."""
+    """Return padded rows with their mask, and positions that count from each row's first token."""
     width = max(map(len, rows))
     spare = [[pad] * (width - len(row)) for row in rows]
     ids = torch.tensor(
@@ -459,7 +459,7 @@ def test_an_export_scores_the_same_in_transformers(tmp_path, name, lora):
 
 
 def rollouts_of(module: RewardModule, data: PreferenceDataModule) -> list[Rollout]:
-    """The held-out completions as if they had been sampled."""
+    """Return the held-out completions as if they had been sampled."""
     found = []
     for batch in data.in_order("val"):
         for i, p in enumerate(batch["prompt_index"].tolist()):
@@ -504,7 +504,7 @@ def test_exported_scores_are_normalised_on_held_out_completions(tmp_path, num_he
 
 @pytest.mark.parametrize("num_heads", [1, 3])
 def test_an_export_of_adapters_scores_the_same_on_a_policys_backbone(tmp_path, num_heads):
-    """And as the module itself: trained, exported, put beside the adapters of a policy that has other ones."""
+    """The module, its export, and the export beside the other adapters of a policy give the same scores."""
     module = reward_module(num_heads=num_heads, lora=Lora(r=2))
     trainer = fitted(tmp_path, module, callbacks=[Export(str(tmp_path / "out"))], val=5)
     rollouts = rollouts_of(module, trainer.datamodule)
@@ -534,7 +534,7 @@ SAMPLES = [
 
 
 def sampled(tokenizer, chat: bool) -> list[Rollout]:
-    """Completions as a policy sampled them, the third cut by its budget, the fourth nothing but its end."""
+    """Make completions as a policy samples them; the third is cut off by the budget, the fourth is an end token."""
     found = []
     for i, (text, answer, finish) in enumerate(SAMPLES):
         prompt = (
@@ -567,7 +567,7 @@ def sampled(tokenizer, chat: bool) -> list[Rollout]:
 
 @pytest.mark.parametrize(("num_heads", "chat"), [(1, False), (1, True), (3, False)])
 def test_scores_are_normalised_on_samples_that_are_named(tmp_path, num_heads, chat):
-    """Mean 0 and deviation 1 on the lines that ``predict`` wrote, on those of no other set."""
+    """Scores have mean 0 and standard deviation 1 on the lines that ``predict`` wrote, and on no other set."""
     module = reward_module(num_heads=num_heads)
     rollouts = sampled(module.tokenizer, chat)
     (tmp_path / "predictions.jsonl").write_text("".join(line(rollout) for rollout in rollouts))

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning in a real Trainer: smoothing, noise, answers to held-out rows, and answers to questions."""
+"""Supervised fine-tuning in a real Trainer: label smoothing, noise, answers to held-out rows and to questions."""
 
 import math
 

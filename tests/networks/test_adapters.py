@@ -1,5 +1,5 @@
-"""Several sets of adapters on one backbone: each computes, learns and is saved alone, and the policy's is the one that
-counts.
+"""Several sets of adapters on one backbone: each computes, learns and is saved alone, and the policy's set is the
+default.
 """
 
 import copy
@@ -41,7 +41,7 @@ BATCH = {
 
 
 def move(policy: Policy, name: str, seed: int = 1) -> None:
-    """A set away from where it is, which at its start is no effect at all."""
+    """Move a set away from its start, where it has no effect."""
     generator = torch.Generator().manual_seed(seed)
     for weight in adapter_parameters(policy.model, name).values():
         weight.data.add_(torch.randn(weight.shape, generator=generator), alpha=0.1)
@@ -58,7 +58,7 @@ def learns(model: nn.Module) -> dict[str, bool]:
 
 @pytest.fixture
 def policy() -> Policy:
-    """With two more sets, all three away from their start."""
+    """Make a policy with two more sets, all three away from their start."""
     torch.manual_seed(0)
     policy = Policy("tiny", dropout=False, lora=Lora(r=2))
     for seed, name in enumerate((POLICY, "value", "reward0")):
@@ -131,7 +131,7 @@ def test_training_one_set_leaves_the_others_as_they_are(policy):
 
 
 def test_gradients_go_to_the_set_that_computed(policy):
-    """Two losses in one backward pass, after the context: as two separate ones."""
+    """One backward pass of two losses, after the context, gives the same as two separate passes."""
     with using(policy.model, "value"):
         values = policy.token_states(BATCH).square().sum()
     (policy.completion_scores(BATCH).logprobs.sum() + values).backward()
@@ -224,7 +224,7 @@ def test_a_backbone_is_known_by_its_weights_without_adapters_and_output_head(pol
 
 
 def test_a_set_that_does_not_learn_is_in_no_checkpoint(policy, tmp_path):
-    """A run with and one without it read each other's."""
+    """A run with such a set and a run without it read each other's checkpoints."""
     save_adapters(policy.model, "reward0", tmp_path)
     torch.manual_seed(0)
     bare = Policy("tiny", dropout=False, lora=Lora(r=2))

@@ -1,5 +1,5 @@
-"""Values: of the state before a token, of the reward model they start from, and with gradients that go to the critic
-alone.
+"""The critic: its value is that of the state before a token, it starts from a reward model, and only it gets the
+gradient.
 """
 
 import json
@@ -24,8 +24,9 @@ LORA = Lora(r=2)
 
 
 def batch(seed: int = 0) -> dict[str, Tensor]:
-    """Two prompts of different lengths with two completions each; padded by what is no pad token, so that it would be
-    seen.
+    """Make two prompts of different length with two completions each.
+
+    They are padded with a token that is no pad token, so that a read of the padding would show.
     """
     generator = torch.Generator().manual_seed(seed)
     prompts = [torch.randint(5, 261, (n,), generator=generator) for n in PROMPTS]
@@ -52,7 +53,7 @@ def values(policy: Policy, critic: Critic, of: dict[str, Tensor]) -> Tensor:
 
 @pytest.fixture(scope="module")
 def reward_models(tmp_path_factory) -> dict[str, str]:
-    """Exports of reward models, with all weights trained and with adapters of the tiny model."""
+    """Export reward models, one with all weights trained and one with adapters of the tiny model."""
     found = {}
     for name, lora in (("whole", None), ("adapters", LORA)):
         torch.manual_seed(0)
@@ -85,7 +86,7 @@ def pair(request, reward_models) -> tuple[Policy, Critic]:
 
 
 def made(layout: str, reward_models: dict[str, str], head: bool = True) -> tuple[Policy, Critic]:
-    """A policy and its critic; with ``head``, one that is not 0, and adapters that do something."""
+    """Make a policy and its critic; with ``head``, the head is not 0 and the adapters have an effect."""
     lora, start = LAYOUTS[layout]
     torch.manual_seed(0)
     policy = Policy("tiny", dropout=False, lora=lora)
@@ -146,7 +147,7 @@ def test_without_a_reward_model_values_start_at_0(layout, reward_models):
 @torch.no_grad()
 @pytest.mark.parametrize("layout", ["reward model", "adapters of the reward model", "own model with adapters"])
 def test_a_critic_from_a_reward_model_values_a_prefix_at_its_score(layout, reward_models):
-    """V at a column is the normalised score of the completion cut before its token."""
+    """V at a column is the normalised score of the completion cut before that token."""
     policy, critic = made(layout, reward_models, head=False)
     path, of = reward_models[str(LAYOUTS[layout][1])], batch()
     found, expected = values(policy, critic, of), LearnedReward(path)
@@ -199,7 +200,7 @@ def test_a_model_that_knows_more_tokens_is_taken(tmp_path):
 
 
 def reached(policy: Policy, critic: Critic, loss: Tensor) -> set[str]:
-    """Names of what has a gradient that is not 0."""
+    """Return the names of parameters with a gradient that is not 0."""
     parameters: dict[str, Any] = {f"policy.{name}": p for name, p in policy.named_parameters() if p.requires_grad}
     parameters |= {f"critic.{name}": p for name, p in critic.named_parameters() if p.requires_grad}
     gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True, retain_graph=True)
@@ -211,7 +212,9 @@ def reached(policy: Policy, critic: Critic, loss: Tensor) -> set[str]:
 
 
 def test_gradients_reach_the_critic_or_the_policy(pair):
-    """Of a head on the policy's states the value loss reaches the policy too, and detached not; nothing else is shared."""
+    """The value loss of a head on the policy's states reaches the policy, unless the states are detached. Nothing else
+    is shared.
+    """
     policy, critic = pair
     of = batch()
     states = policy.token_states(of)
@@ -238,7 +241,7 @@ def test_layouts_are_what_they_say(reward_models):
 
 
 def test_the_value_of_a_folder_of_the_policy_is_on_its_backbone(tmp_path: Path):
-    """A policy with adapters from a folder, and the critic from the same folder."""
+    """A policy with adapters comes from a folder, and the critic from the same folder."""
     Policy("tiny").save_pretrained(tmp_path)
     policy = Policy(str(tmp_path), dropout=False, lora=LORA)
     critic = Critic(policy, str(tmp_path), LORA)
@@ -255,9 +258,7 @@ def test_what_is_no_model_is_refused_by_the_name_of_its_option(tmp_path):
 
 
 def test_several_heads_start_on_the_scale_of_the_reward(tmp_path):
-    """Each head divided by its own deviation, as the reward takes them, though one is five times and one twenty times
-    as large.
-    """
+    """Each head is divided by its own deviation, as in the reward, though one is five and one twenty times as large."""
     module = RewardModule("tiny", num_heads=3)
     module.head.weight.data.mul_(torch.tensor([[1.0], [5.0], [20.0]]))
     module.moments = torch.tensor(

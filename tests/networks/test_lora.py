@@ -20,7 +20,7 @@ BATCH = {
 
 
 def moved(policy: Policy) -> Policy:
-    """Its adapters away from their start, where B is 0."""
+    """Move the adapters away from their start, where B is 0."""
     generator = torch.Generator().manual_seed(1)
     for parameter in policy.parameters():
         if parameter.requires_grad:
@@ -77,7 +77,7 @@ def test_export_is_a_plain_model_with_the_adapters_in_it(policy, tmp_path):
 
 
 def test_frozen_start_has_the_adapters_it_started_from(policy):
-    """Also where the start is not the bare backbone, which is what the reference of a continued run must be."""
+    """The start of a continued run is not the bare backbone, and its reference must be that start."""
     started = moved(policy).completion_scores(BATCH).logprobs.detach()
     reference = Frozen(policy)
     moved(policy)
@@ -94,8 +94,8 @@ def test_frozen_start_has_the_adapters_it_started_from(policy):
 
 @pytest.mark.parametrize("policy_first", [True, False])
 def test_frozen_start_under_autocast(policy, policy_first):
-    """Autocast keeps 16-bit copies of parameters for as long as its context lasts; the swap must not be served the
-    other's.
+    """Autocast keeps 16-bit copies of parameters while its context lasts; a swap must not get the copies of the other
+    set.
     """
     reference = Frozen(policy)
     expected = reference.completion_logprobs(BATCH)

@@ -1,5 +1,6 @@
-"""Documents of a packed row do not see each other: scores and gradients are those of each document alone; models that
-mix them are refused.
+"""Documents of a packed row do not see each other.
+
+Scores and gradients are those of each document alone, and models that mix documents are refused.
 """
 
 import pytest
@@ -84,7 +85,7 @@ def scores(model: Policy, batch: InstructionBatch) -> Tensor:
 
 
 def by_document(table: Tensor, rows: list[Tokens]) -> list[Tensor]:
-    """Packed scores [N, T] in pieces, longest document first; documents of one length keep their order."""
+    """Cut packed scores [N, T] into documents, the longest first; documents of one length keep their order."""
     return [
         piece
         for row, logprobs in zip(rows, table, strict=True)
@@ -93,7 +94,7 @@ def by_document(table: Tensor, rows: list[Tokens]) -> list[Tensor]:
 
 
 def alone(model: Policy, document: Tokens) -> Tensor:
-    """By the whole logits of nothing but the document."""
+    """Compute the scores from the whole logits of a single document."""
     ids = torch.tensor([document.ids])
     table = model.model(ids).logits.log_softmax(-1)[0, :-1].gather(1, ids[0, 1:, None])[:, 0]
     return torch.nn.functional.pad(table, (1, 0))

@@ -1,6 +1,4 @@
-"""Log-probs of the policy against whole logits of plain rows; shared prompts against separate rows; loading;
-dropout.
-"""
+"""The policy: log-probs against whole logits of plain rows, shared prompts against separate rows, loading, dropout."""
 
 import pytest
 import torch
@@ -69,7 +67,7 @@ def ragged_batch(prompt_lengths: list[int], completion_lengths: list[list[int]])
 
 
 def naive(policy: Policy, batch: dict[str, Tensor], temperature: float) -> tuple[Tensor, Tensor]:
-    """One forward per row with nothing but its own tokens; whole logits; float32 log_softmax."""
+    """Run one forward per row with only its own tokens, and take the float32 log_softmax of the whole logits."""
     mask = batch["completion_mask"]
     logprobs, entropies = [], []
     for i, p in enumerate(batch["prompt_index"].tolist()):
@@ -115,7 +113,7 @@ def test_one_token_completions(policy):
 
 
 def test_rows_may_use_every_position(tmp_path):
-    """The longest prompt has a short completion and the other way round: no row is longer than the model's positions."""
+    """The longest prompt has a short completion and the other way round, so no row exceeds the model's positions."""
     GPT2LMHeadModel(GPT2Config(vocab_size=272, n_embd=32, n_layer=2, n_head=4, n_positions=32)).save_pretrained(
         tmp_path
     )
@@ -262,7 +260,7 @@ def test_untested_architectures_do_not_share_and_are_right(tmp_path):
 
 @pytest.mark.parametrize("completions", [[[4, 1, 7], [2, 2], [6]], [[4], [2], [6]]], ids=["groups", "one each"])
 def test_token_states_are_those_in_which_the_tokens_were_chosen(policy, completions):
-    """Against the last hidden states of whole rows, in both layouts: the head on them gives the logits of each token."""
+    """In both layouts they equal the last hidden states of whole rows, and their head gives each token's logits."""
     batch = ragged_batch([3, 9, 6], completions)
     states, mask = policy.token_states(batch), batch["completion_mask"]
     assert states.shape == (*mask.shape, policy.model.get_output_embeddings().in_features)

@@ -1,4 +1,4 @@
-"""The scalar head, and its form as a sequence classifier: fp32, and a pad token that ends no completion."""
+"""The scalar head and its form as a sequence classifier: fp32, and a pad token that ends no completion."""
 
 import pytest
 import torch
@@ -39,7 +39,7 @@ MODELS = {
 
 
 def bytes_tokenizer(special: list[str], **roles) -> PreTrainedTokenizerFast:
-    """One token per byte behind the special ones."""
+    """Make a tokenizer with one token per byte after the special ones."""
     vocabulary = {token: i for i, token in enumerate((*special, *bytes_to_unicode().values()))}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

@@ -1,4 +1,4 @@
-"""ROUGE-L by hand and against a naive table; each check and its borders; the order of tasks decides."""
+"""The instruction filter: ROUGE-L by hand and by a naive table, each check and its limits, and the order of tasks."""
 
 import json
 import random
@@ -15,7 +15,7 @@ GOOD = "Name three rivers of Asia."
 
 
 def longest_common(first: list[str], second: list[str]) -> int:
-    """The textbook table."""
+    """Compute the longest common subsequence by the textbook table."""
     table = [[0] * (len(second) + 1) for _ in range(len(first) + 1)]
     for i, one in enumerate(first):
         for j, other in enumerate(second):
@@ -24,7 +24,7 @@ def longest_common(first: list[str], second: list[str]) -> int:
 
 
 def naive(first: list[str], second: list[str]) -> float:
-    """F1 from precision and recall."""
+    """Compute F1 from precision and recall."""
     common = longest_common(first, second)
     if common == 0:
         return 0.0

@@ -1,4 +1,4 @@
-"""The four categories of SliCK by hand-made arrays, and the match of answers."""
+"""The four categories of SliCK from arrays made by hand, and the match of answers."""
 
 import pytest
 import torch

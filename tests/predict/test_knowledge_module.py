@@ -1,4 +1,4 @@
-"""KnowledgeModule on a tiny model that was made to know: its categories, seeds and refusals."""
+"""KnowledgeModule on a tiny model that was taught facts: its categories, seeds and refusals."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def prompts_of(num_facts, tokenizer, **settings):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A policy that was taught facts 0 to 7 behind each of their prompts, and 8 to 11 behind the first of three."""
+    """Teach a policy facts 0 to 7 with all of their prompts, and facts 8 to 11 with the first of three."""
     seed_everything(0)
     policy = Policy("tiny")
     (batch,) = prompts_of(16, policy.tokenizer, num_prompts=3)
@@ -73,7 +73,9 @@ def test_what_was_taught_is_known_and_the_rest_is_not(folder):
 
 
 def test_answers_are_those_of_the_engine_by_hand(folder):
-    """Every prompt sampled alone, with its own seed: the same shares, so no batch and no other fact has a say."""
+    """Every prompt sampled alone with its own seed gives the same shares, so neither the batch nor another fact
+    matters.
+    """
     module = asked(folder, num_samples=4, temperature=1.0, seed=3)
     (batch,) = prompts_of(12, module.tokenizer, num_prompts=3)
     found = labels(module, [batch])
@@ -150,5 +152,5 @@ def test_other_prompts_are_refused():
     module = KnowledgeModule("tiny")
     data = VerifiableDataModule(module.tokenizer, Facts(4))
     data.setup("predict")
-    with pytest.raises(ValueError, match="facts#0#0: a prompt that asks for no fact; set data to FactsDataModule"):
+    with pytest.raises(ValueError, match="facts#0#0: this prompt asks for no fact; set data to FactsDataModule"):
         module.predict_step(next(iter(data.predict_dataloader())), 0)

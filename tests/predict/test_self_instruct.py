@@ -1,4 +1,6 @@
-"""Reading lists of tasks, what a request shows, and that the tasks depend on the answers and their order alone."""
+"""Self-Instruct: reading lists of tasks, what a request shows, and that tasks depend only on the answers and their
+order.
+"""
 
 import json
 import random
@@ -44,7 +46,7 @@ Cut off in the"""
 
 
 def texts(number: int) -> str:
-    """Ten tasks, of words drawn by the number; every third is short, and the last is cut off."""
+    """Write ten tasks with words drawn by the number; every third is short, and the last is cut off."""
     draw = random.Random(number)
     items = [" ".join(f"w{draw.randrange(60)}" for _ in range(3 if item % 3 == 2 else 6)) for item in range(10)]
     return (
@@ -57,7 +59,7 @@ def texts(number: int) -> str:
 
 
 class Author(ChatClient):
-    """Another list for every conversation."""
+    """A client that writes another list for every conversation."""
 
     identity = "author"
 
@@ -236,7 +238,7 @@ def test_too_few_seeds_other_data_and_several_processes(tmp_path: Path) -> None:
     trainer = Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False)
     data = VerifiableDataModule(tiny_tokenizer(), str(tmp_path / "prompts.jsonl"), str(tmp_path / "prompts.jsonl"))
     with pytest.raises(
-        ValueError, match=r"prompts.jsonl:1.*: a prompt that is no seed task; set data to SeedTasksDataModule"
+        ValueError, match=r"prompts.jsonl:1.*: this prompt is no seed task; set data to SeedTasksDataModule"
     ):
         trainer.predict(SelfInstructModule(author, 1), data)
     module = SelfInstructModule(author, 1)

@@ -1,4 +1,4 @@
-"""ExactMatch and NumericMatch: accuracy tables, construction errors, hostile input, GSM8K."""
+"""ExactMatch and NumericMatch: tables of right verdicts, construction errors, hostile input, GSM8K."""
 
 import json
 import time

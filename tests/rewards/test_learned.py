@@ -1,5 +1,5 @@
-"""Learned rewards: ensembles by hand, the rollout's own tokens or the same text in another vocabulary, one score
-whatever the batch.
+"""Learned rewards: ensembles by hand, the rollout's own tokens or its text in another vocabulary, and scores that do
+not depend on the batch.
 """
 
 import json
@@ -30,7 +30,7 @@ EOS, TURN = TINY.eos_token_id, TINY.convert_tokens_to_ids("<|im_end|>")
 
 
 def save(folder: Path, seed: int = 0, tokenizer: PreTrainedTokenizerFast = TINY, **numbers) -> str:
-    """A reward model with weights of its own, and ``reward_mean`` and ``reward_std`` if given."""
+    """Save a reward model with its own weights, and with ``reward_mean`` and ``reward_std`` if given."""
     torch.manual_seed(seed)
     sequence_classifier(tiny_model(seed=seed), torch.randn(128), tokenizer).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -49,7 +49,7 @@ def rollout(
 
 
 def raw(path: str, ids: list[int]) -> float:
-    """What the model says at the end of one row alone, without any padding."""
+    """Return the model's score at the end of a single row without padding."""
     model = AutoModelForSequenceClassification.from_pretrained(path)
     with torch.no_grad():
         return float(model.score(model.base_model(input_ids=torch.tensor([ids])).last_hidden_state[0, -1]))
@@ -143,7 +143,7 @@ def test_members_are_put_on_one_scale_first(tmp_path):
 
 
 def adapted(folder: Path, seed: int, num_heads: int = 1, backbone: str = "tiny") -> str:
-    """An export of adapters away from their start."""
+    """Export adapters away from their start."""
     torch.manual_seed(seed)
     module = RewardModule(backbone, num_heads=num_heads, lora=Lora(r=2))
     for weight in adapter_parameters(module.policy.model, POLICY).values():
@@ -154,7 +154,7 @@ def adapted(folder: Path, seed: int, num_heads: int = 1, backbone: str = "tiny")
 
 
 def test_adapters_of_the_policys_backbone_are_computed_on_it(tmp_path):
-    """As the merged exports score, whatever the policy has learned, with members of other backbones beside them."""
+    """They score like the merged exports, whatever the policy has learned, also beside members with other backbones."""
     save(tmp_path / "base", 5)
     paths = [
         adapted(tmp_path / "one", 1),

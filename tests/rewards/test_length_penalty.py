@@ -1,4 +1,4 @@
-"""A reward less what its tokens cost."""
+"""A reward minus the price of its tokens."""
 
 import pytest
 

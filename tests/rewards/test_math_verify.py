@@ -1,4 +1,4 @@
-"""MathVerify: accuracy table, and a child process that hangs, dies, is shared, forked, pickled and closed."""
+"""MathVerify: a table of right verdicts, and a child process that hangs, dies, is shared, forked or pickled."""
 
 import json
 import multiprocessing
@@ -34,7 +34,7 @@ RIGHT, WRONG, STUCK = make_rollout("72", "72"), make_rollout("71", "72"), make_r
 
 
 def worker_pids(parent: int) -> set[int]:
-    """Live math workers started by a process; a zombie has lost its arguments and does not count."""
+    """Return the live math workers that a process started. A zombie has lost its arguments and does not count."""
     table = subprocess.run(
         ["ps", "-A", "-ww", "-o", "pid=,ppid=,args="], capture_output=True, text=True, check=True
     ).stdout
@@ -43,7 +43,7 @@ def worker_pids(parent: int) -> set[int]:
 
 
 def wait_until_gone(pid: int, seconds: float) -> bool:
-    """Whether no process with this id and a math worker's arguments is left after at most so many seconds."""
+    """Return whether, after at most so many seconds, no math worker with this process id is left."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         state = subprocess.run(

@@ -1,4 +1,4 @@
-"""The judge of refusals asks a real server: what counts as a label, and what is counted when there is none."""
+"""The judge of refusals asks a real server: what counts as a label, and what is counted without one."""
 
 from typing import Any
 

@@ -11,7 +11,7 @@ from modules.types import Completion, Reward, Rollout
 
 
 class Fixed(Reward):
-    """Returns the given scores whatever it is asked."""
+    """A reward that gives fixed scores."""
 
     def __init__(self, name: str, values: list[float | None]) -> None:
         self.name = name

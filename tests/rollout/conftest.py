@@ -78,7 +78,7 @@ class Holder:
 
 
 def build(config: PreTrainedConfig) -> Holder:
-    """A random model whose biases and norm weights are not the initial zeros and ones."""
+    """Make a random model whose biases and norm weights are not the usual zeros and ones."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config)
@@ -91,22 +91,22 @@ def build(config: PreTrainedConfig) -> Holder:
 
 @pytest.fixture(params=[*FAST, *GENERAL])
 def policy(request: pytest.FixtureRequest) -> Holder:
-    """Every architecture in turn, on both paths."""
+    """Give every architecture in turn, of both paths."""
     return build({**FAST, **GENERAL}[request.param])
 
 
 @pytest.fixture(params=["qwen3", "gpt2"])
 def either(request: pytest.FixtureRequest) -> Holder:
-    """One architecture of each path."""
+    """Give one architecture of each path."""
     return build({**FAST, **GENERAL}[request.param])
 
 
 @pytest.fixture
 def qwen3() -> Holder:
-    """One of the fast path."""
+    """Give one architecture of the fast path."""
     return build(FAST["qwen3"])
 
 
 def ragged(count: int) -> list[list[int]]:
-    """Prompts of 1 to 9 tokens."""
+    """Make prompts of 1 to 9 tokens."""
     return [[5 + (7 * i + 11 * j * j) % 250 for j in range(1 + (5 * i) % 9)] for i in range(count)]

@@ -29,7 +29,7 @@ def tokens(groups: list[list[Completion]]) -> list[list[list[int]]]:
 
 
 def next_logits(policy: Holder, prompt: list[int], completion: list[int]) -> torch.Tensor:
-    """[Tc, V] from one plain forward of the whole row in evaluation mode."""
+    """Return the logits [Tc, V] from one plain forward of the whole row in evaluation mode."""
     model = copy.deepcopy(policy.model).eval()
     with torch.no_grad():
         return model(input_ids=torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
@@ -91,7 +91,7 @@ def test_log_probs_are_those_of_the_distribution_drawn_from(either: Holder, valu
 
 
 def test_a_completion_does_not_depend_on_its_batch(either: Holder) -> None:
-    """One prompt alone, the same among 40, and the 40 in a small memory: other batch sizes, layouts and schedules."""
+    """A prompt is sampled alone, among 40, and among 40 in little memory: other batch sizes, layouts and schedules."""
     prompts, sampling, seeds = ragged(40), Sampling(max_completion_length=10), [100 * i for i in range(40)]
     together = engine_for(either).generate(prompts, 2, sampling, seeds)
     for budget in (20, 150, 700):
@@ -148,7 +148,9 @@ def test_models_without_keys_and_values_are_refused() -> None:
 
 
 def test_samples_follow_the_model(qwen3: Holder) -> None:
-    """First tokens of 4000 draws against the softmax, tokens expected at least 20 times: 5 standard deviations."""
+    """First tokens of 4000 draws follow the softmax within 5 standard deviations, for tokens expected at least 20
+    times.
+    """
     draws, prompt = 4000, [11, 12]
     firsts = [
         c.token_ids[0] for c in engine_for(qwen3).generate([prompt], draws, Sampling(max_completion_length=1), [0])[0]
@@ -161,7 +163,7 @@ def test_samples_follow_the_model(qwen3: Holder) -> None:
 
 
 def test_finish_reasons_and_text(either: Holder) -> None:
-    """Nearly every token ends a completion, or none does."""
+    """In one run nearly every token ends a completion, in the other none does."""
     prompts, sampling = ragged(6), Sampling(max_completion_length=8)
     either.stop_token_ids = frozenset(range(0, 300, 2))
     for group in engine_for(either).generate(prompts, 4, sampling, list(range(0, 60, 10))):
@@ -178,7 +180,7 @@ def test_finish_reasons_and_text(either: Holder) -> None:
 
 @pytest.mark.parametrize("characters", [2, 1])  # 1: a character of two bytes, each a token
 def test_stop_strings_end_a_completion_and_leave_its_text(either: Holder, characters: int) -> None:
-    """The string is taken from an unstopped run, over a token border; the run is the same up to the token that
+    """The stop string is taken from a run without one, across a token border. The runs agree up to the token that
     completes it.
     """
     prompt, decode = [20, 21], either.tokenizer.decode
@@ -217,8 +219,8 @@ def test_a_prompt_is_computed_once(qwen3: Holder) -> None:
 
 
 def test_continuous_batching_takes_fewer_steps_than_static(qwen3: Holder) -> None:
-    """8 slots, 64 requests of skewed lengths: static batches wait for their longest row, which needs one step per token
-    but the first.
+    """64 requests of skewed lengths share 8 slots. A static batch waits for its longest row, one step per token but the
+    first.
     """
     qwen3.stop_token_ids = frozenset(range(0, 300, 6))
     prompts = [[30 + i, 40] for i in range(64)]
@@ -290,7 +292,7 @@ def test_adapter_layers_are_called_as_they_are(qwen3: Holder) -> None:
 
 
 def test_a_fast_path_that_differs_is_not_used(qwen3: Holder) -> None:
-    """A hook on a layer, which the decode step knows nothing of, changes what the model computes."""
+    """A hook on a layer changes what the model computes, and the decode step does not know of it."""
     for layer in qwen3.model.model.layers:
         layer.register_forward_hook(lambda module, inputs, output: output * 1.5)
     with pytest.warns(UserWarning, match="differ by .* slower"):

@@ -1,4 +1,4 @@
-"""The numbers of rollouts: hand-computed, and the same however the rollouts come in batches."""
+"""The metrics of rollouts: computed by hand, and the same for any split into batches."""
 
 import math
 
@@ -85,7 +85,7 @@ def test_gaps_are_means_over_kept_tokens():
 
 
 class Partly(Reward):
-    """Cannot score every third completion or so."""
+    """A reward that cannot score about every third completion."""
 
     name = "partly"
 

@@ -37,8 +37,8 @@ def test_inverse_cdf_agrees_with_a_walk_over_the_vocabulary(size: int) -> None:
 
 @pytest.mark.parametrize("size", [5, 600, 1300])
 def test_draws_have_the_distribution(size: int) -> None:
-    """Pearson's statistic has mean K - 1 and variance 2 (K - 1): 4 standard deviations, and a shifted distribution
-    fails.
+    """Pearson's statistic has mean K - 1 and variance 2 (K - 1). Draws stay within 4 standard deviations; draws from a
+    shifted distribution do not.
     """
     logits = torch.randn(size, generator=torch.Generator().manual_seed(1))
     probabilities, draws = logits.softmax(-1), 40000
@@ -54,8 +54,8 @@ def test_draws_have_the_distribution(size: int) -> None:
 
 @pytest.mark.parametrize("size", [9, 600, 1300])
 def test_a_zero_probability_token_is_never_drawn(size: int) -> None:
-    """Ends of the unit interval (1.0: rounded up), where rounding could step onto a neighbour; mass only on a few inner
-    tokens.
+    """Only a few inner tokens have mass, and the uniform numbers are at the ends of [0, 1], where rounding could reach
+    a neighbour.
     """
     probabilities = torch.zeros(3, size)
     probabilities[0, 3:6] = torch.tensor([0.1, 0.2, 0.7])
@@ -83,7 +83,7 @@ def test_log_probs_after_temperature_and_greedy() -> None:
 
 
 def test_truncation() -> None:
-    """Probabilities .5 .2 .2 .1: top_k 2 keeps the tie; top_p .5 needs one token, .6 two, .7 two, .75 three."""
+    """The probabilities are .5 .2 .2 .1. top_k 2 keeps the tie; top_p .5 needs one token, .6 two, .7 two, .75 three."""
     logits = torch.tensor([[0.2, 0.5, 0.1, 0.2]]).double().log()
     kept = {p: truncate(logits, 0, p).isfinite()[0].tolist() for p in (0.45, 0.6, 0.75, 1.0)}
     assert truncate(logits, 2, 1.0).isfinite()[0].tolist() == [True, True, False, True]

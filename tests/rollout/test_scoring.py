@@ -1,4 +1,4 @@
-"""Scoring a phase: every distinct completion once, the same numbers for every row."""
+"""Scoring a phase: every distinct completion is scored once, and every row gets the same numbers."""
 
 import pytest
 import torch

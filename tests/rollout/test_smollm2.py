@@ -1,4 +1,4 @@
-"""A real 135M model: the engine's greedy tokens are those of transformers."""
+"""A real model with 135M parameters: the engine's greedy tokens equal those of transformers."""
 
 import importlib.util
 from pathlib import Path
@@ -37,8 +37,9 @@ CONFIG = LlamaConfig(
 
 
 def load(folder: Path) -> LlamaForCausalLM:
-    """Reads the tensors itself: ``from_pretrained`` of a GGUF file needs the package accelerate. Built empty, the
-    weights are not drawn first.
+    """Load the tensors without ``from_pretrained``, which needs the package accelerate for a GGUF file.
+
+    The model is built empty, so no random weights are drawn first.
     """
     with torch.device("meta"):
         model = LlamaForCausalLM(CONFIG)

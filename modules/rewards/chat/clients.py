@@ -1,4 +1,4 @@
-"""Asking a chat model: an OpenAI-compatible server over HTTP, or a local model through the rollout engine."""
+"""Clients of chat models: an OpenAI-compatible server over HTTP, or a local model through the rollout engine."""
 
 import hashlib
 import json
@@ -23,32 +23,35 @@ from modules.rewards.chat.replies import Answer, TryAgain, read_answer, read_cac
 from modules.rollout.engine import Sampling
 from modules.rollout.in_process import InProcessEngine
 
-FIRST_WAIT, LONGEST_WAIT = 0.5, 60.0  # seconds before a second try, doubled each time, plus up to FIRST_WAIT at random
+# Seconds before the second try, doubled for each later one, and their bound; up to FIRST_WAIT is added at random.
+FIRST_WAIT, LONGEST_WAIT = 0.5, 60.0
 
 
 class HttpChat(ChatClient):
-    """``POST {base_url}/chat/completions``, several at a time, from threads: it also works inside a running event loop.
+    """Asks a server: ``POST {base_url}/chat/completions``, several requests at a time.
 
-    Status 429 and 5xx, timeouts, broken connections and malformed answers are tried again, later each time and not
-    before a ``Retry-After``. A conversation that gets no answer from a server that can be reached is None.
+    Requests run in threads, so the client also works inside a running event loop. Status 429 and 5xx, timeouts, broken
+    connections and malformed answers are tried again, with growing waits that respect ``Retry-After``. A conversation
+    that gets no answer in the end is None.
 
     Args:
         base_url: up to and including the version, such as ``http://127.0.0.1:8000/v1``.
-        model: as the server calls it.
-        api_key_env: NAME of the environment variable that holds the key; without such a variable no key is sent (local
-            servers).
-        temperature: 0 = the likeliest answer.
-        max_tokens: of an answer.
-        timeout: seconds for one try.
-        retries: tries after the first.
-        concurrency: requests under way at once.
-        cache: folder of answers, also for other processes; one that is there is never asked for again, at any
+        model: name of the model on the server.
+        api_key_env: NAME of the environment variable that holds the key. Without such a variable no key is sent, as for
+            local servers.
+        temperature: >= 0; 0 = the most likely answer.
+        max_tokens: >= 1, of an answer.
+        timeout: > 0, seconds for one try.
+        retries: >= 0, tries after the first.
+        concurrency: >= 1, requests at a time.
+        cache: folder of answers, which several processes may share. A cached conversation is never asked again, at any
             temperature.
         prices: of a million prompt tokens and of a million completion tokens, for ``cost``.
 
     Raises:
         ImportError: httpx or tenacity is not installed.
-        ValueError: impossible settings; on use, a server that cannot be reached or that refuses (4xx other than 429).
+        ValueError: a setting is impossible. When called: the server cannot be reached, or refuses the request (4xx
+            other than 429).
     """
 
     def __init__(
@@ -84,7 +87,11 @@ class HttpChat(ChatClient):
         self.cache, self.prices = Path(cache) if cache is not None else None, prices
 
     def complete(self, conversations: Sequence[Conversation]) -> list[str | None]:
-        """Ask the server for what the cache does not hold. Raises ValueError, see the class."""
+        """Ask the server for the answers that the cache does not hold.
+
+        Raises:
+            ValueError: see the class.
+        """
         stop = threading.Event()
         limits = self._httpx.Limits(max_connections=self.concurrency)
         with self._httpx.Client(headers=self._headers(), timeout=self.timeout, limits=limits) as client:
@@ -104,7 +111,7 @@ class HttpChat(ChatClient):
         return [answer.text for answer in answers]
 
     def report(self) -> dict[str, float]:
-        """As ``ChatClient``, with ``cost`` in the currency of the prices; cached answers cost nothing."""
+        """Return the counts, and with prices the ``cost`` in their currency; cached answers cost nothing."""
         if self.prices is None:
             return super().report()
         prompt, completion = self.prices
@@ -112,7 +119,7 @@ class HttpChat(ChatClient):
         return super().report() | {"cost": cost}
 
     def _answer(self, client: Any, conversation: Conversation, stop: threading.Event) -> Answer:
-        """From the cache or the server; an error sets ``stop``, after which nothing is sent any more."""
+        """Get one answer from the cache or the server. An error sets ``stop``, after which nothing more is sent."""
         body = {**self.settings, "messages": conversation}
         file = None
         if self.cache is not None:
@@ -133,7 +140,7 @@ class HttpChat(ChatClient):
         return answer
 
     def _ask(self, client: Any, body: dict[str, Any], stop: threading.Event) -> Answer:
-        """One conversation, tried until it is answered, refused, or given up."""
+        """Send one conversation until it is answered, refused, or given up."""
         tries = self._tenacity.Retrying(
             stop=self._tenacity.stop_after_attempt(self.retries + 1) | self._tenacity.stop_when_event_set(stop),
             wait=self._wait,
@@ -152,18 +159,23 @@ class HttpChat(ChatClient):
         return replace(answer, requests=tries.statistics["attempt_number"])
 
     def _wait(self, state: Any) -> float:
-        """Seconds before the next try."""
+        """Return the seconds to wait before the next try."""
         usual = self._tenacity.wait_exponential_jitter(initial=FIRST_WAIT, max=LONGEST_WAIT, jitter=FIRST_WAIT)(state)
         return max(usual, state.outcome.exception().wait)
 
     def _post(self, client: Any, body: dict[str, Any]) -> Answer:
-        """One try. Raises TryAgain, or ValueError when the server refuses."""
+        """Send the request once.
+
+        Raises:
+            TryAgain: the request failed and may succeed later.
+            ValueError: the server refuses it.
+        """
         deadline, content = time.monotonic() + self.timeout, b""
         try:
             with client.stream("POST", self.url, json=body) as response:
                 for chunk in response.iter_bytes():
                     content += chunk
-                    if time.monotonic() > deadline:  # httpx itself limits only the silence between two chunks
+                    if time.monotonic() > deadline:  # httpx limits only the silence between two chunks
                         raise TryAgain(f"no whole answer in {self.timeout} s")
         except self._httpx.RequestError as error:
             lost = isinstance(error, self._httpx.ConnectError | self._httpx.ConnectTimeout | self._httpx.ProxyError)
@@ -180,7 +192,8 @@ class HttpChat(ChatClient):
         key = os.environ.get(self.api_key_env, "").strip()
         if not (key.isascii() and key.isprintable()):
             raise ValueError(
-                f"HttpChat: the environment variable {self.api_key_env} holds characters that no key can have"
+                f"HttpChat: the environment variable {self.api_key_env} holds characters that no key can have; set it "
+                "again"
             )
         return key
 
@@ -196,16 +209,17 @@ class HttpChat(ChatClient):
 
 
 class LocalChat(ChatClient):
-    """A local model with a chat template, in this process: on the current CUDA device where there is one. It never
-    learns.
+    """Asks a local model with a chat template, in this process, on the current CUDA device if there is one.
+
+    The model never learns.
 
     Args:
-        policy: ``tiny``, a Hugging Face folder, a GGUF file or a hub id.
-        max_completion_length: tokens of an answer. A conversation that leaves no room for it gets None.
-        temperature: 0 = greedy; above, the answer is a function of the conversation too.
+        policy: ``tiny``, ``tiny-addition``, a Hugging Face folder, a GGUF file or a hub id.
+        max_completion_length: tokens of an answer. A conversation that leaves no room for that many gets None.
+        temperature: 0 = greedy. Above 0 the answer is sampled with a seed made from the conversation, so it repeats.
 
     Raises:
-        ValueError: no such model, or one without a chat template.
+        ValueError: there is no such model, or it has no chat template.
     """
 
     def __init__(self, policy: str, max_completion_length: int = 512, temperature: float = 0.0) -> None:
@@ -220,7 +234,7 @@ class LocalChat(ChatClient):
         self.identity = f"{policy} {json.dumps(asdict(self.sampling))}"
 
     def complete(self, conversations: Sequence[Conversation]) -> list[str | None]:
-        """Sample one answer each."""
+        """Sample one answer to each conversation."""
         if torch.cuda.is_available():
             self.policy.to(torch.device("cuda"))
         tokenizer, positions = self.policy.tokenizer, self.policy.max_positions
@@ -245,7 +259,11 @@ class LocalChat(ChatClient):
 
 
 def require_package(module: str) -> ModuleType:
-    """Imports an optional library late; ImportError names the extra that brings it."""
+    """Import an optional library only when it is needed.
+
+    Raises:
+        ImportError: the library is not installed; the message names the extra that brings it.
+    """
     try:
         return import_module(module)
     except ModuleNotFoundError as error:

@@ -1,4 +1,4 @@
-"""What answers conversations."""
+"""The contract of a client that answers conversations."""
 
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -11,9 +11,9 @@ class ChatClient(ABC):
     """Answers conversations.
 
     Attributes:
-        identity: what determines the answers, in words.
-        counts: ``requests``, ``failed`` (conversations without an answer), ``prompt_tokens``, ``completion_tokens`` and
-            more, so far.
+        identity: a text that names all that determines the answers.
+        counts: counts so far: ``requests``, ``failed`` (conversations without an answer), ``prompt_tokens``,
+            ``completion_tokens`` and more.
     """
 
     identity: str
@@ -23,8 +23,8 @@ class ChatClient(ABC):
 
     @abstractmethod
     def complete(self, conversations: Sequence[Conversation]) -> list[str | None]:
-        """The assistant's next message in each, in order; None = no answer."""
+        """Return the assistant's next message in each conversation, in order; None = no answer."""
 
     def report(self) -> dict[str, float]:
-        """The counts, and what they cost where it is known."""
+        """Return the counts, and the cost where prices are known."""
         return {name: float(count) for name, count in self.counts.items()}

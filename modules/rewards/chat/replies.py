@@ -1,4 +1,4 @@
-"""What a chat server says: reading its answers and refusals, and keeping answers on disk."""
+"""Reads the replies of a chat server, answers and refusals, and keeps answers on disk."""
 
 import json
 import os
@@ -9,12 +9,12 @@ from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
 
-LONGEST_WAIT = 600.0  # seconds of a Retry-After that are waited for
+LONGEST_WAIT = 600.0  # seconds; a longer Retry-After is cut to this
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What one conversation brought."""
+    """The answer to one conversation, and its cost in tokens."""
 
     text: str | None  # None = no answer
     prompt_tokens: int = 0
@@ -23,17 +23,19 @@ class Answer:
 
 
 class TryAgain(Exception):
-    """A request that failed and may succeed later."""
+    """Raised for a request that failed and may succeed later."""
 
     def __init__(self, reason: str, wait: float = 0.0, unreachable: bool = False) -> None:
         super().__init__(reason)
-        self.wait = wait  # seconds that the server asked for
-        self.unreachable = unreachable  # no connection, so the request is not at fault
+        self.wait = wait  # seconds that the server asks the client to wait
+        self.unreachable = unreachable  # True = there was no connection, so the request is not at fault
 
 
 def read_answer(content: bytes) -> Answer:
-    """The body of a status 200; tokens that the server does not count are 0. Raises TryAgain for anything but an answer
-    in text.
+    """Read the body of a reply with status 200; tokens that the server does not count are 0.
+
+    Raises:
+        TryAgain: the body holds no answer as text.
     """
     try:
         reply = json.loads(content)
@@ -48,7 +50,7 @@ def read_answer(content: bytes) -> Answer:
 
 
 def refusal(content: bytes) -> str:
-    """What an error body says, in one line of at most 300 characters."""
+    """Return what the body of an error says, in one line of at most 300 characters."""
     said: Any = content.decode("utf-8", errors="replace")
     try:
         body = json.loads(said)
@@ -61,7 +63,7 @@ def refusal(content: bytes) -> str:
 
 
 def retry_after(header: str | None) -> float:
-    """Seconds from now that a Retry-After header asks for, as a number or as a date; 0 without one that can be read."""
+    """Return the seconds that a Retry-After header asks for, as a number or as a date; 0 if it cannot be read."""
     if header is None:
         return 0.0
     try:
@@ -74,7 +76,7 @@ def retry_after(header: str | None) -> float:
 
 
 def read_cached(file: Path) -> Answer | None:
-    """The answer that a file keeps; None when there is none or it is damaged, so that it is asked for anew."""
+    """Return the answer that a file keeps; None if there is no file or it is damaged."""
     try:
         return Answer(**json.loads(file.read_bytes()))
     except (FileNotFoundError, ValueError, TypeError):
@@ -82,7 +84,7 @@ def read_cached(file: Path) -> Answer | None:
 
 
 def write_cached(file: Path, answer: Answer) -> None:
-    """Keep an answer. Written beside and renamed: no process ever reads half a file."""
+    """Write an answer to its cache file. The file is renamed into place, so no process ever reads half of it."""
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_name(f".{file.name}.{os.getpid()}.{threading.get_ident()}")
     part.write_text(json.dumps(asdict(replace(answer, requests=0))), encoding="utf-8")

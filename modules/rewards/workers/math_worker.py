@@ -1,8 +1,8 @@
-"""Program run by path in a child process: one JSON request per line in, one verdict per line out. Imports nothing of
-this package.
+"""Compares answers by math-verify in a child process: one JSON request per line in, one verdict per line out.
 
-Request {"gold": str, "completion": str}; verdict 1.0, 0.0 or null (the gold answer cannot be parsed). Argument: seconds
-per request.
+``LineWorker`` runs this file by path, so it imports nothing of this package. A request is {"gold": str, "completion":
+str}. A verdict is 1.0, 0.0 or null (the gold answer cannot be parsed). The argument is the timeout in seconds per
+request.
 """
 
 import json
@@ -17,8 +17,9 @@ from typing import Any
 
 @lru_cache(maxsize=256)
 def parse_gold(gold: str) -> tuple[Any, ...]:
-    """Expressions of a gold answer read as LaTeX, empty when there is none. Bare, the library would read 2 in
-    2\\sqrt{3}.
+    """Parse a gold answer as LaTeX; empty if nothing is found.
+
+    The dollar signs matter: without them the library reads only the 2 in 2\\sqrt{3}.
     """
     from math_verify import parse
 
@@ -26,7 +27,7 @@ def parse_gold(gold: str) -> tuple[Any, ...]:
 
 
 def judge_answer(gold: str, completion: str) -> float | None:
-    """1.0 when equal, 0.0 when not or nothing is found, None when the gold answer cannot be parsed."""
+    """Return 1.0 if the answers are equal, 0.0 if not or if none is found, None if the gold answer cannot be parsed."""
     from math_verify import parse, verify
 
     expected = list(parse_gold(gold))
@@ -38,18 +39,18 @@ def judge_answer(gold: str, completion: str) -> float | None:
 
 def serve() -> None:
     """Answer requests until the input ends."""
-    # Whatever libraries print must not be read as a verdict.
+    # What libraries print must not be read as a verdict, so it goes to standard error.
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     logging.disable(logging.CRITICAL)
     warnings.simplefilter("ignore")
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends this process
     limit = float(sys.argv[1]) + 1.0
-    judge_answer("1", "1")  # loads the library before time is counted
+    judge_answer("1", "1")  # load the library before the first request is timed
     print("ready", file=replies, flush=True)
     for line in sys.stdin:
-        # The parent kills at the timeout; if the parent is gone, the system's alarm ends a hang that no Python code
-        # can.
+        # The parent kills this process at the timeout. If the parent is gone, the system's alarm ends a hang that no
+        # Python code can end.
         if os.name == "posix":
             signal.setitimer(signal.ITIMER_REAL, limit)
         request = json.loads(line)
