@@ -8,7 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from callbacks.measures.preferences import length_controlled_win_rate, win_rate, win_rate_standard_error
 from callbacks.phase import record_of
 from modules.trainer.ranks import from_all_ranks, log_equal, weighted_means
-from modules.types import Reward, Rollout
+from modules.types import Reward, Rollout, as_reward
 
 
 @runtime_checkable
@@ -50,7 +50,7 @@ class WinRate(Callback):
     """
 
     def __init__(self, judge: Reward) -> None:
-        self.judge = judge
+        self.judge = as_reward(judge)
         self.duels: list[Duel] = []  # this rank's comparisons in the current validation
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -41,7 +41,7 @@ class DPOModule(AlignmentModule):
             which keeps it from falling.
         lora: train low-rank adapters instead of all weights.
         cache_dir: folder of the reference log-probs, named by model, rows and precision; None = ``reference`` in the
-            run's folder.
+            run's folder, and no file for a Trainer without ``default_root_dir``.
         optimizer: parameters -> optimizer; default AdamW, learning rate 1e-6.
         scheduler: optimizer -> scheduler, stepped per update.
 
@@ -129,9 +129,12 @@ class DPOModule(AlignmentModule):
         self.precompute("val")
 
     @property
-    def cache(self) -> Path:
-        """Where the reference's log-probs are kept."""
-        return Path(self.cache_dir or Path(self.trainer.default_root_dir) / "reference")
+    def cache(self) -> Path | None:
+        """Where the reference's log-probs are kept; None = nowhere, for a Trainer that was given no folder."""
+        root = Path(self.trainer.default_root_dir).absolute()
+        if self.trainer.fast_dev_run or (self.cache_dir is None and root == Path.cwd()):  # type: ignore[attr-defined]
+            return None
+        return Path(self.cache_dir or root / "reference")
 
     def precompute(self, *stages: str) -> None:
         """Fill ``tables`` for the stages that are not there yet."""
@@ -143,11 +146,10 @@ class DPOModule(AlignmentModule):
                     "the reference was let go when the first fit began: make a new DPOModule for other data"
                 )
             self.reference.to(self.device)
-            folder = None if self.trainer.fast_dev_run else self.cache  # type: ignore[attr-defined]
             with self.trainer.precision_plugin.forward_context():
                 batches, place = self.data.in_order(stage), self.trainer.strategy.batch_to_device
                 self.tables[stage] = reference_logprobs(
-                    self.reference, batches, place, folder, str(self.trainer.precision)
+                    self.reference, batches, place, self.cache, str(self.trainer.precision)
                 )
 
     def sequences(self, batch: PreferenceBatch, stage: str) -> tuple[Sequences, TokenScores]:
@@ -286,5 +288,5 @@ class DPOModule(AlignmentModule):
                 raise ValueError(
                     "policy and reference differ before the first update (log-probs of a completion by up to "
                     f"{float(gap.max()):.3g}): "
-                    f"empty {self.cache} or name the right policy"
+                    + (f"empty {self.cache}, or name the right policy" if self.cache else "name the right policy")
                 )

@@ -19,7 +19,6 @@ from modules.networks.frozen import Frozen
 from modules.networks.lora import Lora
 from modules.networks.policy import TokenScores, load_companion
 from modules.rewards.combined import every_reward
-from modules.rewards.function import as_reward
 from modules.rewards.learned import LearnedReward
 from modules.rollout.engine import RolloutEngine, Sampling
 from modules.rollout.in_process import InProcessEngine
@@ -27,7 +26,7 @@ from modules.rollout.metrics import gap_metrics, outcomes, rollout_metrics, shar
 from modules.rollout.scoring import in_chunks, make_rollouts, to_batch, with_sums
 from modules.trainer.ranks import from_all_ranks, log_equal, mean_and_error, weighted_means
 from modules.trainer.seeds import derive_seed, run_seed
-from modules.types import Completion, InstructionBatch, PolicyBatch, PromptBatch, Reward, Rollout
+from modules.types import Completion, InstructionBatch, PolicyBatch, PromptBatch, Reward, Rollout, as_reward
 
 NEGATIVE_KL = (
     4.0  # standard errors; a right run is below by chance in 9 of 100000 phases of 64 completions, in 3 of 256

@@ -13,7 +13,6 @@ from modules.base import AlignmentModule
 from modules.functional.masked import aggregate
 from modules.networks.lora import Lora
 from modules.networks.policy import TokenScores
-from modules.rewards.function import as_reward
 from modules.rollout.engine import Sampling
 from modules.rollout.in_process import InProcessEngine
 from modules.rollout.last_answers import last_answers
@@ -21,7 +20,7 @@ from modules.rollout.metrics import outcomes, rollout_metrics
 from modules.rollout.scoring import make_rollouts
 from modules.trainer.ranks import from_all_ranks
 from modules.trainer.seeds import derive_seed
-from modules.types import InstructionBatch, Reward
+from modules.types import InstructionBatch, Reward, as_reward
 
 
 class SFTModule(AlignmentModule):

@@ -17,8 +17,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from modules.cli.choices import NAMES, choose_data, spell_out
 from modules.cli.explain import did_you_mean, missing_arguments, nearest_argument, sentence, taken_name
 from modules.cli.renamed import renew
-from modules.rewards.function import as_reward
-from modules.types import Reward
+from modules.types import Reward, as_reward
 
 set_parsing_settings(import_path_denylist=[])  # enforces the parser's own list: os, subprocess, pickle, ...
 

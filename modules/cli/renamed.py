@@ -26,6 +26,7 @@ MODULES = {  # where classes lay -> where they lie
     "modules.objectives.preference": "modules.losses.preference",
     "modules.rewards.base": "modules.rewards.combined",
     "modules.rewards.chat_client": "modules.rewards.chat.clients",
+    "modules.rewards.function": "modules.types",
     "modules.rewards.judge": "modules.rewards.chat.judge",
     "modules.rewards.length": "modules.rewards.combined",
     "modules.rewards.refusal_judge": "modules.rewards.chat.refusal_judge",

@@ -9,7 +9,7 @@ from modules.predict.predict_module import PredictModule
 from modules.rewards.chat.judge import JudgedPair, PairwiseJudge, tally, tally_metrics
 from modules.rewards.chat.protocol import ChatClient
 from modules.rollout.scoring import make_rollouts
-from modules.types import Completion, PromptBatch, Reward
+from modules.types import Completion, PromptBatch, Reward, as_reward
 
 
 @runtime_checkable
@@ -43,7 +43,7 @@ class LabelModule(PredictModule):
 
     def __init__(self, judge: Reward) -> None:
         super().__init__()
-        self.judge = judge
+        self.judge = as_reward(judge)
         self.done: set[str] = set()
 
     def predict_step(self, prompts: PromptBatch, batch_idx: int) -> None:

@@ -5,9 +5,9 @@ from modules.rewards.chat.judge import PairwiseJudge, RubricJudge
 from modules.rewards.chat.refusal_judge import RefusalJudge
 from modules.rewards.combined import LengthPenalty, Versus, WeightedSum, breakdown
 from modules.rewards.format import RegexFormat, ThinkAnswerFormat
-from modules.rewards.function import FunctionReward
 from modules.rewards.learned import LearnedReward
 from modules.rewards.math import ExactMatch, MathVerify, NumericMatch
+from modules.types import FunctionReward
 
 __all__ = [
     "ExactMatch",

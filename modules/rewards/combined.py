@@ -4,8 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from modules.rewards.function import as_reward
-from modules.types import Completion, Reward, Rollout
+from modules.types import Completion, Reward, Rollout, as_reward
 
 
 def score(reward: Reward, rollouts: Sequence[Rollout]) -> list[float | None]:
@@ -100,8 +99,8 @@ class LengthPenalty(Reward):
     def __init__(self, reward: Reward, per_token: float) -> None:
         if not 0 <= per_token < math.inf:
             raise ValueError(f"LengthPenalty per_token must be a finite number >= 0, got {per_token}")
-        self.name = f"{reward.name}_length_penalty"
-        self.reward, self.per_token = reward, per_token
+        self.reward, self.per_token = as_reward(reward), per_token
+        self.name = f"{self.reward.name}_length_penalty"
 
     def __call__(self, rollouts: Sequence[Rollout]) -> list[float | None]:
         """Return the penalised score per rollout, or None.
@@ -134,8 +133,8 @@ class Versus(Reward):
     """
 
     def __init__(self, reward: Reward) -> None:
-        self.name = f"versus_{reward.name}"
-        self.reward = reward
+        self.reward = as_reward(reward)
+        self.name = f"versus_{self.reward.name}"
 
     def __call__(self, rollouts: Sequence[Rollout]) -> list[float | None]:
         """Return 1.0, 0.5, 0.0 or None per rollout."""

@@ -10,8 +10,7 @@ import pytest
 
 from modules import GRPOModule
 from modules.__main__ import main
-from modules.rewards.function import FunctionReward
-from modules.types import Completion, Reward, Rollout
+from modules.types import Completion, FunctionReward, Reward, Rollout
 
 ROOT = Path(__file__).parents[2]
 MINE = '''

@@ -86,8 +86,7 @@ def solved(
     seed_everything(0)
     settings: dict[str, Any] = {
         "num_generations": 8,
-        "accuracy": ASCII,
-        "validation": Validation(generations=8),
+        "validation": Validation(ASCII, generations=8),
         "sampling": Sampling(max_completion_length=4),
     }
     settings |= {"kl": KL(0.05)} if method is PPOModule else {}
