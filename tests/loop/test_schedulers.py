@@ -74,5 +74,5 @@ def test_a_plateau_is_watched(tmp_path):
 
 @pytest.mark.parametrize("settings", [{"warmup": 1.5}, {"warmup": -0.1}, {"warmup": math.nan}, {"final": 2.0}])
 def test_values_out_of_range_are_refused(settings):
-    with pytest.raises(ValueError, match="expected"):
+    with pytest.raises(ValueError, match="; set a share of"):
         LinearDecay(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0), **settings)
