@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from callbacks.measures.documents import Document, concerns, leaked, split_report, split_row
+from callbacks.measures.documents import Document, find_concerns, find_leaks, report_split, split_row
 from callbacks.phase import new_figure, tensorboards
 from callbacks.writers.output_files import write_json
 
@@ -50,7 +50,7 @@ class ReportedData(Protocol):
 class DataReport(Callback):
     """Reports what the training and held-out rows contain, at the start of ``fit`` and ``validate``.
 
-    Rank zero measures the numbers of ``split_report``. It prints them as a table, writes them to a JSON file under
+    Rank zero measures the numbers of ``report_split``. It prints them as a table, writes them to a JSON file under
     ``train`` and ``val``, and logs ``data/report`` and ``data/lengths`` to TensorBoard. A ``fast_dev_run`` writes no
     file.
 
@@ -94,14 +94,14 @@ class DataReport(Callback):
             rank_zero_info("data report: these data are not rows with learned tokens, so there is nothing to report")
             return
         documents = {
-            stage: [document for row in rows for document in documents_of(row)] for stage, rows in stages.items()
+            stage: [document for row in rows for document in find_documents(row)] for stage, rows in stages.items()
         }
         reports = {stage: report_documents(data, stage, len(rows), documents[stage]) for stage, rows in stages.items()}
         if len(stages) == 2:
-            reports["train"]["leaked"] = leaked(documents["train"], documents["val"])
+            reports["train"]["leaked"] = find_leaks(documents["train"], documents["val"])
         self._publish(trainer, reports, documents)
         for stage, numbers in reports.items():
-            for sentence in concerns(stage, numbers):
+            for sentence in find_concerns(stage, numbers):
                 rank_zero_warn(sentence)
 
     def _publish(
@@ -127,7 +127,7 @@ class DataReport(Callback):
             rank_zero_info(f"data report: {path}")
 
 
-def documents_of(row: TokenRow | ComparedRow) -> list[Document]:
+def find_documents(row: TokenRow | ComparedRow) -> list[Document]:
     """Split a row into its documents."""
     if isinstance(row, TokenRow):
         return split_row(row.ids, row.supervised, row.documents)
@@ -135,19 +135,19 @@ def documents_of(row: TokenRow | ComparedRow) -> list[Document]:
 
 
 def report_documents(data: ReportedData, stage: str, rows: int, documents: list[Document]) -> dict[str, Any]:
-    """Measure one stage: the numbers of ``split_report``, the rows that the DataModule left out, and the languages."""
+    """Measure one stage: the numbers of ``report_split``, the rows that the DataModule left out, and the languages."""
     tokenizer = data.tokenizer
 
     def decode(ids: Sequence[int]) -> str:
         return str(tokenizer.decode(ids, skip_special_tokens=True))
 
-    numbers = split_report(rows, documents, set(tokenizer.all_special_ids), decode, data.max_length)
+    numbers = report_split(rows, documents, set(tokenizer.all_special_ids), decode, data.max_length)
     drawn = documents[:: -(-len(documents) // MAX_IDENTIFIED)]
     texts = ("\n".join(map(decode, document.answers)) for document in drawn)
-    return {**numbers, "dropped": data.dropped[stage], "bad": data.bad[stage], "languages": languages(texts)}
+    return {**numbers, "dropped": data.dropped[stage], "bad": data.bad[stage], "languages": guess_languages(texts)}
 
 
-def languages(texts: Iterable[str]) -> dict[str, float] | None:
+def guess_languages(texts: Iterable[str]) -> dict[str, float] | None:
     """Return the share of each language code among the texts that have letters, the most frequent first.
 
     Returns None when py3langid is not installed.

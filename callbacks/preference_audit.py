@@ -182,7 +182,7 @@ def write_audit_table(report: dict[str, float]) -> str:
     )
 
 
-def reliability(delta: Tensor) -> tuple[Tensor, Tensor]:
+def measure_reliability(delta: Tensor) -> tuple[Tensor, Tensor]:
     """Return (mean confidence, accuracy) of each bin that holds pairs, both [<= NUM_BINS], by rising confidence.
 
     The confidence of a pair is sigma(abs(delta)): the probability that the completion with the higher score is better.
@@ -213,7 +213,7 @@ def draw_audit(figure: "Figure", pairs: Sequence[ScoredPair], report: dict[str, 
             f"chosen {case} {report[key]:.2f}" for case in cases if (key := f"accuracy_chosen_{case}") in report
         )
     )
-    confidence, accuracy = reliability(delta)
+    confidence, accuracy = measure_reliability(delta)
     right.plot([0.5, 1.0], [0.5, 1.0], linestyle="--", color="gray", label="calibrated")
     right.plot(confidence.tolist(), accuracy.tolist(), marker="o", label="score")
     right.set(

@@ -88,16 +88,16 @@ def write_sections(rollouts: Sequence[Rollout]) -> str:
 def _section(rollout: Rollout) -> str:
     completion = rollout.completion
     rows = ["| reward | score |", "|---|---|", f"| **trained on** | {_score(rollout.reward)} |"]
-    rows += [f"| {cell(name)} | {_score(score)} |" for name, score in rollout.rewards.items()]
+    rows += [f"| {escape_cell(name)} | {_score(score)} |" for name, score in rollout.rewards.items()]
     return "\n\n".join(
         [
-            f"**{cell(rollout.uid)}**: {len(completion.token_ids)} tokens, finish {completion.finish}",
+            f"**{escape_cell(rollout.uid)}**: {len(completion.token_ids)} tokens, finish {completion.finish}",
             "Prompt",
-            block(rollout.prompt),
+            indent_block(rollout.prompt),
             "Completion",
-            block(completion.text),
+            indent_block(completion.text),
             "Expected answer",
-            block("(none)" if rollout.answer is None else rollout.answer),
+            indent_block("(none)" if rollout.answer is None else rollout.answer),
             "\n".join(rows),
         ]
     )
@@ -107,12 +107,12 @@ def _score(value: float | None) -> str:
     return "unscorable" if value is None else f"{value:.3f}"
 
 
-def block(text: str) -> str:
+def indent_block(text: str) -> str:
     """Return ``text`` as an indented code block. Every kind of line break starts a new indented line."""
     return "\n".join(f"    {line}" for line in text.splitlines()) or "    (empty)"
 
 
-def cell(text: str) -> str:
+def escape_cell(text: str) -> str:
     """Return ``text`` on one line, with the special characters of Markdown, tables and HTML as character references."""
     line = escape(" ".join(text.split()))
     return "".join(f"&#{ord(character)};" if character in "|`*_[]\\" else character for character in line)

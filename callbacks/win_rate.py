@@ -76,7 +76,7 @@ class WinRate(Callback):
     ) -> None:
         """Judge the completions of the batch."""
         rollouts = record_of(pl_module).held_out or []
-        answers = [baseline(rollout) for rollout in rollouts]
+        answers = [find_baseline(rollout) for rollout in rollouts]
         scores = self.judge(rollouts)
         for rollout, answer, score in zip(rollouts, answers, scores, strict=True):
             if score is not None and not 0 <= score <= 1:
@@ -88,7 +88,7 @@ class WinRate(Callback):
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the rates over all batches and ranks."""
-        metrics = rates(from_all_ranks(self.duels))
+        metrics = measure_rates(from_all_ranks(self.duels))
         if isinstance(self.judge, Reports):
             own = {key: (value, 1.0) for key, value in self.judge.report().items()}
             metrics |= {f"judge/{key}": value for key, value in weighted_means(own).items()}
@@ -96,7 +96,7 @@ class WinRate(Callback):
         self.duels = []
 
 
-def baseline(rollout: Rollout) -> str:
+def find_baseline(rollout: Rollout) -> str:
     """Return the answer to beat. Raises ValueError when the row has none."""
     if rollout.answer is None:
         raise ValueError(
@@ -105,7 +105,7 @@ def baseline(rollout: Rollout) -> str:
     return rollout.answer
 
 
-def rates(duels: list[Duel]) -> dict[str, float]:
+def measure_rates(duels: list[Duel]) -> dict[str, float]:
     """Return metric name -> percent. Without a scorable comparison, only the share of unscorable ones."""
     scored = [(preference, mine, other) for preference, mine, other in duels if preference is not None]
     unscorable = {"win_rate_unscorable": 100.0 * (len(duels) - len(scored)) / max(1, len(duels))}

@@ -18,12 +18,12 @@ from modules.functional.ranges import check_numbers
 from modules.networks.frozen import Frozen
 from modules.networks.lora import Lora
 from modules.networks.policy import TokenScores, load_companion
-from modules.rewards.combined import every_reward
+from modules.rewards.combined import walk_rewards
 from modules.rewards.learned import LearnedReward
 from modules.rollout.engine import RolloutEngine, Sampling
 from modules.rollout.in_process import InProcessEngine
-from modules.rollout.metrics import gap_metrics, outcomes, rollout_metrics, share_solved
-from modules.rollout.scoring import in_chunks, make_rollouts, to_batch, with_sums
+from modules.rollout.metrics import make_outcomes, measure_gaps, measure_rollouts, share_solved
+from modules.rollout.scoring import add_sums, make_batch, make_rollouts, score_in_chunks
 from modules.trainer.ranks import from_all_ranks, log_equal, mean_and_error, weighted_means
 from modules.trainer.seeds import derive_seed, run_seed
 from modules.types import Completion, InstructionBatch, PolicyBatch, PromptBatch, Reward, Rollout, as_reward
@@ -115,7 +115,7 @@ class OnPolicyModule(AlignmentModule):
         """Reward models that are adapters of the policy's backbone are computed on it."""
         learned = [
             part
-            for part in (*every_reward(self.reward), *every_reward(self.accuracy))
+            for part in (*walk_rewards(self.reward), *walk_rewards(self.accuracy))
             if isinstance(part, LearnedReward)
         ]
         shared = {path for part in learned for path in part.share_backbone(self.policy)}
@@ -145,21 +145,21 @@ class OnPolicyModule(AlignmentModule):
         sampled = time.perf_counter()
         rollouts = make_rollouts(prompts, completions, self.reward)
         self.check_scored(rollouts)
-        batch = to_batch(rollouts, self.device)
+        batch = make_batch(rollouts, self.device)
         mask = batch["completion_mask"]
         if "update" in prompts:
             batch["update"] = torch.tensor(prompts["update"], device=self.device)[batch["prompt_index"]]
-        batch["old_logprobs"], entropies, *values = in_chunks(self.collected_scores, batch)
+        batch["old_logprobs"], entropies, *values = score_in_chunks(self.collected_scores, batch)
         if values:
             (batch["values"],) = values
         log_ratio = k3 = None
         if self.reference is not None:
-            (batch["ref_logprobs"],) = in_chunks(self.reference_scores, batch)
+            (batch["ref_logprobs"],) = score_in_chunks(self.reference_scores, batch)
             log_ratio = kl.k1(batch["old_logprobs"], batch["ref_logprobs"])
             self.check_start(log_ratio)
             k3 = kl.k3(batch["old_logprobs"], batch["ref_logprobs"])
-        self.record.rollouts, self.record.metrics = with_sums(rollouts, entropies, log_ratio, mask), {}
-        self.log_phase(gap_metrics(mask, batch["old_logprobs"], batch["sampler_logprobs"], k3))
+        self.record.rollouts, self.record.metrics = add_sums(rollouts, entropies, log_ratio, mask), {}
+        self.log_phase(measure_gaps(mask, batch["old_logprobs"], batch["sampler_logprobs"], k3))
         self.check_kl()
         self.prepare(batch)
         self.log_phase({"time/sampling": sampled - start, "time/scoring": time.perf_counter() - sampled})
@@ -185,11 +185,11 @@ class OnPolicyModule(AlignmentModule):
         """Rewards, lengths, entropy, KL, where the time went, and what ``log_phase`` collected, over all ranks
         (collective).
         """
-        found = from_all_ranks(outcomes(self.record.rollouts))
+        found = from_all_ranks(make_outcomes(self.record.rollouts))
         mine = {**self.record.metrics, "time/training": time.perf_counter() - self._training_start}
         logged = weighted_means({name: (value, 1.0) for name, value in mine.items()})
         seconds = sum(value for name, value in logged.items() if name.startswith("time/"))
-        return rollout_metrics(found) | logged | {"completions_per_second": len(found) / seconds}
+        return measure_rollouts(found) | logged | {"completions_per_second": len(found) / seconds}
 
     def validation_step(self, prompts: PromptBatch, batch_idx: int) -> None:
         """Sampled and greedy completions of held-out prompts; the same seeds every time, so that two evaluations
@@ -210,25 +210,25 @@ class OnPolicyModule(AlignmentModule):
     def evaluate(self, prompts: PromptBatch, stage: str) -> None:
         """Keep what the policy does with a batch of held-out prompts."""
         rollouts = make_rollouts(prompts, self.sample(prompts, self.val_generations, self.sampling, stage), self.reward)
-        batch = to_batch(rollouts, self.device)
+        batch = make_batch(rollouts, self.device)
         mask = batch["completion_mask"]
-        logprobs, entropies = in_chunks(self.policy_scores, batch)
+        logprobs, entropies = score_in_chunks(self.policy_scores, batch)
         log_ratio = None
         if self.reference is not None:
             self.reference.to(self.device)
-            log_ratio = logprobs - in_chunks(self.reference_scores, batch)[0]
-        self.record.held_out = rollouts = with_sums(rollouts, entropies, log_ratio, mask)
+            log_ratio = logprobs - score_in_chunks(self.reference_scores, batch)[0]
+        self.record.held_out = rollouts = add_sums(rollouts, entropies, log_ratio, mask)
         greedy = make_rollouts(
             prompts, self.sample(prompts, 1, replace(self.sampling, temperature=0.0), stage), self.reward
         )
-        self.record.sampled += outcomes(rollouts, self.accuracy)
-        self.record.greedy += outcomes(greedy, self.accuracy)
+        self.record.sampled += make_outcomes(rollouts, self.accuracy)
+        self.record.greedy += make_outcomes(greedy, self.accuracy)
 
     def evaluation_metrics(self) -> dict[str, float]:
         """As for every module, and pass@1, pass@k, greedy accuracy and the numbers of the sampled completions."""
         sampled, greedy = from_all_ranks(self.record.sampled), from_all_ranks(self.record.greedy)
         solved = {f"pass@{k}": share_solved(sampled, k) for k in {1, self.val_generations}}
-        solved |= {"greedy_accuracy": share_solved(greedy, 1), **rollout_metrics(sampled)}
+        solved |= {"greedy_accuracy": share_solved(greedy, 1), **measure_rollouts(sampled)}
         return super().evaluation_metrics() | solved
 
     def sample(

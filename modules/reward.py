@@ -16,8 +16,8 @@ from modules.base import AlignmentModule
 from modules.functional.ranges import check_numbers
 from modules.losses.pairs import Pairs, find_pairs, make_scored_pairs
 from modules.losses.preference import BradleyTerry
-from modules.networks.lora import ADAPTERS, HEAD_FILE, POLICY, Lora, merged, save_adapters
-from modules.networks.scalar_head import HEADS_FILE, ScalarHead, sequence_classifier, with_scoring_pad
+from modules.networks.lora import ADAPTERS, HEAD_FILE, POLICY, Lora, merge_adapters, save_adapters
+from modules.networks.scalar_head import HEADS_FILE, ScalarHead, add_scoring_pad, make_sequence_classifier
 from modules.trainer.ranks import from_all_ranks
 from modules.types import HasRowsInOrder, PreferenceBatch, ScoredPair
 
@@ -210,10 +210,10 @@ class RewardModule(AlignmentModule):
         has the backbone already.
         """
         folder = Path(folder)
-        tokenizer = with_scoring_pad(self.tokenizer, self.policy.stop_token_ids)
-        model = merged(self.policy.model) if self.policy.has_adapters else self.policy.model
+        tokenizer = add_scoring_pad(self.tokenizer, self.policy.stop_token_ids)
+        model = merge_adapters(self.policy.model) if self.policy.has_adapters else self.policy.model
         weight = self.head.weight.detach().cpu()
-        sequence_classifier(model, weight.mean(0), tokenizer).save_pretrained(folder)
+        make_sequence_classifier(model, weight.mean(0), tokenizer).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         if len(weight) > 1:
             save_file({"weight": weight.contiguous()}, folder / HEADS_FILE)

@@ -15,8 +15,8 @@ from modules.networks.lora import Lora
 from modules.networks.policy import TokenScores
 from modules.rollout.engine import Sampling
 from modules.rollout.in_process import InProcessEngine
-from modules.rollout.last_answers import last_answers
-from modules.rollout.metrics import outcomes, rollout_metrics
+from modules.rollout.last_answers import find_last_answers
+from modules.rollout.metrics import make_outcomes, measure_rollouts
 from modules.rollout.scoring import make_rollouts
 from modules.trainer.ranks import from_all_ranks
 from modules.trainer.seeds import derive_seed
@@ -81,7 +81,7 @@ class SFTModule(AlignmentModule):
         with self.noise(batch, batch_idx):
             scores = self.scores(batch, means=self.label_smoothing > 0)
         trained = batch["attention_mask"][batch["loss_mask"].any(1)]
-        self.log_step(token_means(scores, batch["denominator"]) | {"tokens": float(trained.sum())})
+        self.log_step(average_tokens(scores, batch["denominator"]) | {"tokens": float(trained.sum())})
         self.log_step(
             {"supervised_fraction": batch["loss_mask"].sum() / trained.sum().clamp(min=1)}, weight=float(trained.sum())
         )
@@ -116,27 +116,27 @@ class SFTModule(AlignmentModule):
     def evaluate(self, batch: InstructionBatch, stage: str) -> None:
         """Log what the policy makes of held-out rows, and keep its own answers to them."""
         tokens = batch["loss_mask"].sum()
-        self.log_evaluation(token_means(self.scores(batch), tokens.clamp(min=1)), weight=float(tokens))
+        self.log_evaluation(average_tokens(self.scores(batch), tokens.clamp(min=1)), weight=float(tokens))
         if self.sampling is not None:
-            prompts = last_answers(batch, self.tokenizer)
+            prompts = find_last_answers(batch, self.tokenizer)
             self.engine.sync_weights(self.policy, self.global_step)
             seeds = [derive_seed(0, stage, uid) for uid in prompts["uid"]]
             answers = self.engine.generate(prompts["prompt_ids"], 1, self.sampling, seeds)
             self.record.held_out = make_rollouts(prompts, answers, self.reward)
-            self.record.sampled += outcomes(self.record.held_out)
+            self.record.sampled += make_outcomes(self.record.held_out)
 
     def evaluation_metrics(self) -> dict[str, float]:
         """As for every module, and the rewards and lengths of the answers."""
         metrics, answered = super().evaluation_metrics(), from_all_ranks(self.record.sampled)
         if not answered:
             return metrics
-        of_answers = rollout_metrics(answered)
+        of_answers = measure_rollouts(answered)
         if self.reward is None:
             of_answers = {name: value for name, value in of_answers.items() if name.startswith("completions/")}
         return metrics | of_answers
 
 
-def token_means(scores: TokenScores, count: Tensor) -> dict[str, Tensor | float]:
+def average_tokens(scores: TokenScores, count: Tensor) -> dict[str, Tensor | float]:
     """Sums over the supervised tokens of a micro-batch, divided by ``count`` []: its own tokens, or those of the whole
     step.
     """

@@ -11,8 +11,8 @@ from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from modules.cli.choices import batch_read_by, givers
-from modules.cli.explain import tiny_config
+from modules.cli.choices import find_batch_type, find_givers
+from modules.cli.explain import name_tiny_config
 from modules.cli.run_folder import CHECKPOINTS, find_last_checkpoint
 from modules.predict.predict_module import PredictModule
 
@@ -24,7 +24,7 @@ NEEDED = {
 }
 
 
-def checkpoint_in(path: str | None) -> str | None:
+def resolve_checkpoint(path: str | None) -> str | None:
     """The path, or the last checkpoint of the run whose folder it is. Raises ValueError for a run without one."""
     if path is None or not (Path(path) / CHECKPOINTS).is_dir():
         return path
@@ -94,7 +94,7 @@ def check_needs(settings: Namespace, method: str) -> None:
         module, _, name = data["class_path"].rpartition(".")
         kind = getattr(import_module(module), name)
         if hasattr(kind, "check_needs"):
-            kind.check_needs(vars(data.get("init_args") or Namespace()), tiny_config(method.rpartition(".")[2]))
+            kind.check_needs(vars(data.get("init_args") or Namespace()), name_tiny_config(method.rpartition(".")[2]))
 
 
 def check_run(command: str, model: LightningModule, data: LightningDataModule) -> None:
@@ -106,9 +106,9 @@ def check_run(command: str, model: LightningModule, data: LightningDataModule) -
     if not hasattr(model, "tokenizer") and getattr(data, "tokenizer", method) is None:
         other = f"set data to {model.reads}" if isinstance(model, PredictModule) else "set data.tokenizer"
         raise ValueError(f"{source} needs a tokenizer and {method} has none; {other}")
-    wanted, given = batch_read_by(type(model)), getattr(data, "batch_type", None)
+    wanted, given = find_batch_type(type(model)), getattr(data, "batch_type", None)
     if wanted is not None and given is not None and wanted is not given:
         raise ValueError(
             f"{method} reads {wanted.__name__} and {source} gives {given.__name__}; set data to "
-            f"{' or '.join(givers(wanted))}"
+            f"{' or '.join(find_givers(wanted))}"
         )

@@ -73,7 +73,7 @@ def spell_out_arguments(arguments: list[str]) -> list[str]:
     return spelled
 
 
-def batch_read_by(method: type[LightningModule]) -> type | None:
+def find_batch_type(method: type[LightningModule]) -> type | None:
     """What the method reads: the prompts of ``collect`` where it samples, else the batch of ``training_step``; None
     where it does not say.
     """
@@ -82,7 +82,7 @@ def batch_read_by(method: type[LightningModule]) -> type | None:
     return batch if is_typeddict(batch) else None
 
 
-def givers(batch_type: type) -> list[str]:
+def find_givers(batch_type: type) -> list[str]:
     """The DataModules that give batches of this type."""
     return [choice.__name__ for choice in CHOICES if getattr(choice, "batch_type", None) is batch_type]
 
@@ -91,7 +91,7 @@ def choose_data(method: type[LightningModule]) -> str | None:
     """The DataModule of a method where none is named: the first that can train it; None for a method that only
     predicts.
     """
-    wanted = batch_read_by(method)
-    named = [vars(sys.modules["datamodules"])[name] for name in givers(wanted)] if wanted is not None else []
+    wanted = find_batch_type(method)
+    named = [vars(sys.modules["datamodules"])[name] for name in find_givers(wanted)] if wanted is not None else []
     trainers = [data for data in named if data.train_dataloader is not LightningDataModule.train_dataloader]
     return trainers[0].__name__ if trainers else None

@@ -13,10 +13,10 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
-from modules.cli.checks import check_checkpoint, check_needs, check_run, check_trainer, checkpoint_in
+from modules.cli.checks import check_checkpoint, check_needs, check_run, check_trainer, resolve_checkpoint
 from modules.cli.choices import import_own
 from modules.cli.ending import TellsHowToGoOn, write_ending
-from modules.cli.parser import with_data_module
+from modules.cli.parser import add_data_module
 from modules.cli.progress import StepLines
 from modules.cli.run_folder import (
     CHECKPOINTS,
@@ -61,9 +61,9 @@ class AlignmentCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, and look at the checkpoint and at the Trainer's settings."""
-        self.config = parser.parse_args(with_data_module(args))
+        self.config = parser.parse_args(add_data_module(args))
         config = self.config[self.config["subcommand"]]
-        config["ckpt_path"] = checkpoint_in(config.get("ckpt_path"))
+        config["ckpt_path"] = resolve_checkpoint(config.get("ckpt_path"))
         check_checkpoint(config["ckpt_path"], resumes=self.config["subcommand"] == "fit")
         check_trainer(config["trainer"])
         check_needs(config, config["model"]["class_path"])

@@ -32,8 +32,8 @@ def write_ending(trainer: Trainer, export: Path | None, form: str | None = None)
     logged = {name: value for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
     logged = logged or {name: value for name, value in trainer.logged_metrics.items() if name.startswith("train/")}
     known = {name: value for name, value in logged.items() if name.partition("/")[2] in HEADLINES} or logged
-    shown: dict[str, Any] = dict(sorted(known.items(), key=lambda item: rank(item[0]))[:SHOWN])
-    where = f"model: {from_here(export)}" if export else "no model exported: list Export in trainer.callbacks"
+    shown: dict[str, Any] = dict(sorted(known.items(), key=lambda item: rank_number(item[0]))[:SHOWN])
+    where = f"model: {write_path(export)}" if export else "no model exported: list Export in trainer.callbacks"
     lines = [f"step {trainer.global_step}: {show_numbers(shown) or 'nothing logged'}; {where}"]
     if export:
         lines.append(f"ask it: {write_command('chat', '--policy', export, *(['--form', form] if form else []))}")
@@ -41,7 +41,7 @@ def write_ending(trainer: Trainer, export: Path | None, form: str | None = None)
     if folder and any(type(logger).__name__ == "TensorBoardLogger" for logger in trainer.loggers):
         lines.append(f"curves: {write_command('--logdir', Path(folder), module='tensorboard.main')}")
     elif folder:
-        lines.append(f"curves: {from_here(Path(folder))}")
+        lines.append(f"curves: {write_path(Path(folder))}")
     return lines
 
 
@@ -83,10 +83,10 @@ class TellsHowToGoOn(Callback):
         if saved.parent.name == CHECKPOINTS and (run / "config.yaml").is_file():
             print(f"go on: {write_command('fit', '--config', run / 'config.yaml', '--ckpt_path', run)}", flush=True)
         else:
-            print(f"go on: the same command with --ckpt_path {from_here(saved)}", flush=True)
+            print(f"go on: the same command with --ckpt_path {write_path(saved)}", flush=True)
 
 
-def rank(name: str) -> tuple[int, str]:
+def rank_number(name: str) -> tuple[int, str]:
     """Which numbers come first."""
     short = name.partition("/")[2]
     return (HEADLINES.index(short) if short in HEADLINES else len(HEADLINES)), name
@@ -101,10 +101,10 @@ def name_python() -> str:
     found = shutil.which("python")
     if found and os.path.samefile(found, sys.executable) and Path(found).parent == Path(sys.executable).parent:
         return "python"
-    return from_here(Path(sys.executable))
+    return write_path(Path(sys.executable))
 
 
-def from_here(path: Path) -> str:
+def write_path(path: Path) -> str:
     """A path, from the current folder where it lies below."""
     path = path.absolute()
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
@@ -112,5 +112,5 @@ def from_here(path: Path) -> str:
 
 def write_command(*arguments: object, module: str = "modules") -> str:
     """A line that runs a module with these arguments; paths are written from here."""
-    shown = (from_here(argument) if isinstance(argument, Path) else str(argument) for argument in arguments)
+    shown = (write_path(argument) if isinstance(argument, Path) else str(argument) for argument in arguments)
     return shlex.join([name_python(), "-m", module, *shown])

@@ -25,7 +25,7 @@ PLAIN_TYPE = re.compile(r"Expected a <class '(int|float|bool|dict)'>")
 CLASS = re.compile(r"Expected a dot import path string: (\S+)")
 
 
-def sentence(message: str, names: Sequence[str]) -> str:
+def write_sentence(message: str, names: Sequence[str]) -> str:
     """The reasons of ``message`` on one line; ``names`` are the class names that a value may be meant to be."""
     lines = [line.strip().removeprefix("- ") for line in message.splitlines()]
     reasons = [line for line in dict.fromkeys(lines) if line and not line.startswith(NOISE) and line not in OTHER_TYPES]
@@ -36,16 +36,16 @@ def sentence(message: str, names: Sequence[str]) -> str:
         r"Type typing\.Callable.* expects a function or a callable class: |\. Got value: Namespace\(.*", "", joined
     )
     joined = PLAIN_TYPE.sub(r"expected type \1", joined)
-    joined += given(message, joined)
+    joined += quote_value(message, joined)
     return CLASS.sub(
         lambda match: (
-            f"there is no class {match[1]!r}" + (did_you_mean(match[1], names) or f"; known are {', '.join(names)}")
+            f"there is no class {match[1]!r}" + (suggest_names(match[1], names) or f"; known are {', '.join(names)}")
         ),
         joined,
     )
 
 
-def given(message: str, joined: str) -> str:
+def quote_value(message: str, joined: str) -> str:
     """The value that is of the wrong type, where the reasons end without it."""
     value = re.search(r"Given value: (.*?)(?:\. Got value: .*)?$", message, flags=re.MULTILINE)
     return (
@@ -62,17 +62,17 @@ EXAMPLES = {
 }
 
 
-def missing_arguments(message: str) -> str:
+def explain_missing_arguments(message: str) -> str:
     """What to add to the command where a class did not get what it needs; empty for other errors."""
     found = re.search(r"class_path '(?:[\w.]+\.)?(\w+)'.*?arguments are required: ([\w, ]+)", message, flags=re.DOTALL)
     if found is None:
         return ""
     wanted = "; ".join(f"add {EXAMPLES.get(name, f'the argument {name}')}" for name in found[2].split(", "))
-    own = f"with nothing of your own, configs/tiny/{tiny_config(found[1])}.yaml runs offline"
+    own = f"with nothing of your own, configs/tiny/{name_tiny_config(found[1])}.yaml runs offline"
     return f"{found[1]} needs {found[2]}: {wanted}; {own}"
 
 
-def tiny_config(kind: str) -> str:
+def name_tiny_config(kind: str) -> str:
     """The stem of the configuration in ``configs/tiny`` that runs a class, ``<method>`` where it is no method.
 
     >>> tiny_config("OnlineDPOModule"), tiny_config("PreferenceDataModule")
@@ -82,17 +82,17 @@ def tiny_config(kind: str) -> str:
     return method if kind.endswith("Module") and not kind.endswith("DataModule") else "<method>"
 
 
-def nearest_argument(message: str) -> str:
+def suggest_argument(message: str) -> str:
     """The arguments of a class that are nearest to a misspelt one, as the end of a sentence."""
     found = re.search(r"class_path '([\w.]+)':[\s-]*Option '([\w.]+)' is not accepted(.*)", message, flags=re.DOTALL)
     if found is None or "did you mean" in found[3]:
         return ""
     module, _, name = found[1].rpartition(".")
     kind = getattr(importlib.import_module(module), name)
-    return did_you_mean(found[2], list(inspect.signature(kind).parameters))
+    return suggest_names(found[2], list(inspect.signature(kind).parameters))
 
 
-def taken_name(message: str) -> str:
+def explain_taken_name(message: str) -> str:
     """Why a class of the user's is not found, as the end of a sentence: their folder is called as a package of ours."""
     for name in re.findall(r"class_path '(callbacks|datamodules|modules)\.", message):
         here = Path(name).resolve()
@@ -101,7 +101,7 @@ def taken_name(message: str) -> str:
     return ""
 
 
-def did_you_mean(name: str, known: Sequence[str], before: str = "") -> str:
+def suggest_names(name: str, known: Sequence[str], before: str = "") -> str:
     """The known names that are nearest to a misspelt one, each with ``before`` in front, as the end of a sentence;
     empty when none is near.
     """

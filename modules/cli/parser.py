@@ -15,7 +15,13 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from modules.cli.choices import NAMES, choose_data, spell_out
-from modules.cli.explain import did_you_mean, missing_arguments, nearest_argument, sentence, taken_name
+from modules.cli.explain import (
+    explain_missing_arguments,
+    explain_taken_name,
+    suggest_argument,
+    suggest_names,
+    write_sentence,
+)
 from modules.cli.renamed import renew
 from modules.types import Reward, as_reward
 
@@ -70,10 +76,12 @@ class Parser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """End with the sentence and exit status 2."""
-        told = missing_arguments(message) or sentence(message, NAMES) + nearest_argument(message) + taken_name(message)
+        told = explain_missing_arguments(message) or write_sentence(message, NAMES) + suggest_argument(
+            message
+        ) + explain_taken_name(message)
         unknown = re.search(r"^unrecognized arguments: --([^\s=;]+)|accept option '([\w.]+)'", message)
         if unknown and "did you mean" not in message:
-            told += did_you_mean(unknown[1] or unknown[2], self.options(), "--" if unknown[1] else "")
+            told += suggest_names(unknown[1] or unknown[2], self.options(), "--" if unknown[1] else "")
         super().error(told, ex)
 
     def options(self) -> list[str]:
@@ -104,17 +112,17 @@ def read_old_names() -> None:
     set_loader("yaml", load_renewed, (yaml.YAMLError,))
 
 
-def with_data_module(args: list[str]) -> list[str]:
+def add_data_module(args: list[str]) -> list[str]:
     """The arguments, with the usual DataModule of the method where they set ``--data.train`` or the like and no
     DataModule is named, in them or in their configurations.
     """
-    named = class_named("data", args)
+    named = find_class("data", args)
     asked = [place for place, argument in enumerate(args) if argument.startswith("--data.")]
-    method = class_named("model", args)
+    method = find_class("model", args)
     if named is not None or not asked or method is None:
         return args
     kind = next(
-        (kind for kind in subclasses(LightningModule) if method in (kind.__name__, write_class_path(kind))), None
+        (kind for kind in walk_subclasses(LightningModule) if method in (kind.__name__, write_class_path(kind))), None
     )
     data = kind and choose_data(kind)
     if data is None:
@@ -122,7 +130,7 @@ def with_data_module(args: list[str]) -> list[str]:
     return [*args[: asked[0]], f"--data={data}", *args[asked[0] :]]
 
 
-def class_named(key: str, args: list[str]) -> str | None:
+def find_class(key: str, args: list[str]) -> str | None:
     """The class that arguments, or a configuration that they name, set for ``model`` or ``data``; the last one wins."""
     found = None
     for place, argument in enumerate(args):
@@ -139,11 +147,11 @@ def class_named(key: str, args: list[str]) -> str | None:
     return found
 
 
-def subclasses(kind: type[Any]) -> Iterator[type[Any]]:
+def walk_subclasses(kind: type[Any]) -> Iterator[type[Any]]:
     """The class and all that derive from it."""
     yield kind
     for derived in kind.__subclasses__():
-        yield from subclasses(derived)
+        yield from walk_subclasses(derived)
 
 
 def write_class_path(kind: type) -> str:

@@ -13,10 +13,10 @@ from modules.networks.lora import (
     ADAPTERS,
     Lora,
     OtherBackbone,
-    adapter_parameters,
     add_adapters,
+    find_adapter_parameters,
     load_adapters,
-    saved_digest,
+    read_digest,
     using,
 )
 from modules.networks.policy import Policy, load_companion
@@ -93,7 +93,7 @@ class Critic(nn.Module):
         own.
         """
         adapters = Path(model) / ADAPTERS
-        if policy.has_adapters and saved_digest(adapters) is not None:
+        if policy.has_adapters and read_digest(adapters) is not None:
             with suppress(OtherBackbone):
                 load_adapters(policy.model, adapters, VALUE, trainable=True)
                 self.adapted = True
@@ -131,4 +131,4 @@ class Critic(nn.Module):
     def learned(self, policy: Policy) -> dict[str, nn.Parameter]:
         """Return the parameters that only the value loss trains, by name."""
         own = {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
-        return own | (adapter_parameters(policy.model, VALUE) if self.adapted else {})
+        return own | (find_adapter_parameters(policy.model, VALUE) if self.adapted else {})

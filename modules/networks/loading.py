@@ -127,7 +127,7 @@ def remove_dropout(model: PreTrainedModel) -> None:
                 setattr(module, name, 0.0)
 
 
-def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+def find_stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """Return the tokens that end a completion.
 
     They are the eos tokens of tokenizer and generation config, and the end-of-turn token of the chat template. Ids
@@ -135,18 +135,18 @@ def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
     """
     configured = model.generation_config.eos_token_id if model.generation_config is not None else None
     listed: Iterable[int | None] = configured if isinstance(configured, list) else [configured]
-    found = (*listed, tokenizer.eos_token_id, end_of_turn_id(tokenizer))
+    found = (*listed, tokenizer.eos_token_id, find_end_of_turn(tokenizer))
     return frozenset(int(i) for i in found if i is not None and i < model.config.vocab_size)
 
 
-def max_positions(config: PreTrainedConfig) -> int | None:
+def read_max_positions(config: PreTrainedConfig) -> int | None:
     """Return how many tokens the model has positions for; None when its config sets no such limit."""
     name = config.attribute_map.get("max_position_embeddings", "max_position_embeddings")
     positions: int | None = config.to_dict().get(name)
     return positions
 
 
-def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
+def find_end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """Return the first special token after the assistant's words in the chat template.
 
     Returns:

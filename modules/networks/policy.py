@@ -16,13 +16,13 @@ from modules.functional.logprobs import mean_logprobs, token_entropies, token_lo
 from modules.networks.loading import (
     check_packing,
     check_supported,
+    find_stop_tokens,
     flattens,
     load,
-    max_positions,
+    read_max_positions,
     remove_dropout,
-    stop_token_ids,
 )
-from modules.networks.lora import Lora, add_adapters, merged
+from modules.networks.lora import Lora, add_adapters, merge_adapters
 from modules.trainer.modes import evaluating
 from modules.types import ALPACA_PROMPT, PolicyBatch, PreferenceBatch
 
@@ -79,8 +79,8 @@ class Policy(nn.Module):
             remove_dropout(self.model)
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
-        self.stop_token_ids = stop_token_ids(self.model, self.tokenizer)
-        self.max_positions = max_positions(self.model.config)
+        self.stop_token_ids = find_stop_tokens(self.model, self.tokenizer)
+        self.max_positions = read_max_positions(self.model.config)
         check_supported(path, self.model, self.tokenizer)
         self.check_scores()
         self.packing_checked = False  # True after the first packed rows
@@ -286,7 +286,7 @@ class Policy(nn.Module):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write model and tokenizer as a Hugging Face folder, with adapters merged into the weights."""
-        (merged(self.model) if self.has_adapters else self.model).save_pretrained(folder)
+        (merge_adapters(self.model) if self.has_adapters else self.model).save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 
     def _score_chunk(

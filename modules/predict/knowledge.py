@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from modules.networks.policy import Policy
-from modules.predict.categories import knowledge_category, matches
+from modules.predict.categories import categorise, matches
 from modules.predict.predict_module import PredictModule
 from modules.rollout.engine import RolloutEngine, Sampling
 from modules.rollout.in_process import InProcessEngine
@@ -101,7 +101,7 @@ class KnowledgeModule(PredictModule):
                 {
                     "row": info["row"],
                     "uid": uid,
-                    "label": {**info["columns"], "knowledge": knowledge_category(*mine), **shares},
+                    "label": {**info["columns"], "knowledge": categorise(*mine), **shares},
                 }
             )
 

@@ -173,10 +173,10 @@ def breakdown(reward: Reward, rollouts: Sequence[Rollout]) -> tuple[list[dict[st
     return [{reward.name: value} for value in totals], totals
 
 
-def every_reward(reward: Reward) -> Iterator[Reward]:
+def walk_rewards(reward: Reward) -> Iterator[Reward]:
     """Yield the reward and all rewards inside it, at any depth."""
     yield reward
     for part in vars(reward).values():
         for inner in part if isinstance(part, list | tuple) else [part]:
             if isinstance(inner, Reward):
-                yield from every_reward(inner)
+                yield from walk_rewards(inner)

@@ -29,7 +29,7 @@ from transformers import (
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from callbacks import Export
-from callbacks.writers.prediction_writer import line
+from callbacks.writers.prediction_writer import write_line
 from datamodules.preference import PreferenceDataModule
 from modules.losses.pairs import Pairs, find_pairs
 from modules.networks.lora import Lora
@@ -570,7 +570,7 @@ def test_scores_are_normalised_on_samples_that_are_named(tmp_path, num_heads, ch
     """Scores have mean 0 and standard deviation 1 on the lines that ``predict`` wrote, and on no other set."""
     module = reward_module(num_heads=num_heads)
     rollouts = sampled(module.tokenizer, chat)
-    (tmp_path / "predictions.jsonl").write_text("".join(line(rollout) for rollout in rollouts))
+    (tmp_path / "predictions.jsonl").write_text("".join(write_line(rollout) for rollout in rollouts))
     trainer = fitted(
         tmp_path,
         module,

@@ -14,7 +14,7 @@ from datamodules import Addition, InstructionDataModule
 from modules import SFTModule
 from modules.rewards import ExactMatch
 from modules.rollout.engine import Sampling
-from modules.rollout.last_answers import last_answers
+from modules.rollout.last_answers import find_last_answers
 from modules.sft import count_document_tokens, noisy_embeddings
 from modules.types import ALPACA_PROMPT, InstructionBatch
 
@@ -108,7 +108,7 @@ def test_the_last_answer_of_a_row_is_asked_for():
     tokenizer = SFTModule("tiny").tokenizer
     ids = tokenizer("ab c", add_special_tokens=False).input_ids
     batch = batch_of([[1, *ids, 2], [7, 8, 9], [3, 4, 5, 6]], [[2, 5], [], [1, 2, 3]])
-    prompts = last_answers(batch, tokenizer)
+    prompts = find_last_answers(batch, tokenizer)
     assert prompts["prompt_ids"] == [[1, *ids]]  # the second row is a filler, the third a text without a prompt
     assert prompts["answer"] == [tokenizer.decode([2], skip_special_tokens=True)]
 
@@ -204,4 +204,4 @@ def test_noise_and_packing_go_together():
 def test_packed_held_out_rows_are_asked_one_by_one():
     tokenizer = SFTModule("tiny").tokenizer
     batch = batch_of([[5, 6, 7, 8, 9, 10, 11]], [[2, 5, 6]], position_ids=torch.tensor([[0, 1, 2, 0, 1, 2, 3]]))
-    assert last_answers(batch, tokenizer)["prompt_ids"] == [[5, 6], [8, 9]]
+    assert find_last_answers(batch, tokenizer)["prompt_ids"] == [[5, 6], [8, 9]]

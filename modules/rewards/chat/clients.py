@@ -19,7 +19,15 @@ import torch
 
 from modules.networks.policy import Policy
 from modules.rewards.chat.protocol import ChatClient, Conversation
-from modules.rewards.chat.replies import Answer, TryAgain, read_answer, read_cached, refusal, retry_after, write_cached
+from modules.rewards.chat.replies import (
+    Answer,
+    TryAgain,
+    read_answer,
+    read_cached,
+    read_refusal,
+    read_retry_after,
+    write_cached,
+)
 from modules.rollout.engine import Sampling
 from modules.rollout.in_process import InProcessEngine
 
@@ -181,10 +189,10 @@ class HttpChat(ChatClient):
             lost = isinstance(error, self._httpx.ConnectError | self._httpx.ConnectTimeout | self._httpx.ProxyError)
             raise TryAgain(str(error) or type(error).__name__, unreachable=lost) from error
         if response.status_code == 429 or response.status_code >= 500:
-            raise TryAgain(f"status {response.status_code}", wait=retry_after(response.headers.get("Retry-After")))
+            raise TryAgain(f"status {response.status_code}", wait=read_retry_after(response.headers.get("Retry-After")))
         if response.status_code != 200:
             key = self._key()
-            said = refusal(content).replace(key, "***") if key else refusal(content)
+            said = read_refusal(content).replace(key, "***") if key else read_refusal(content)
             raise ValueError(f"HttpChat: {self.url} refused the request with status {response.status_code}: {said}")
         return read_answer(content)
 

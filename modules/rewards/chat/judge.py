@@ -117,8 +117,8 @@ class PairwiseJudge(Reward):
         return comparisons
 
     def report(self) -> dict[str, float]:
-        """Return ``tally_metrics`` of all comparisons so far, and the client's own report."""
-        return tally_metrics(self.counts) | self.client.report()
+        """Return ``measure_tally`` of all comparisons so far, and the client's own report."""
+        return measure_tally(self.counts) | self.client.report()
 
     def _orders(self, pair: Pair) -> tuple[bool, ...]:
         """Return, for each question about the pair, whether the second answer is shown first."""
@@ -193,7 +193,7 @@ def read_verdict(reply: str | None) -> float | None:
 
     The last line that is a verdict and nothing else counts.
     """
-    found = last_match(VERDICT, reply)
+    found = find_last_match(VERDICT, reply)
     return None if found is None else FIRST_WINS[found.lower()]
 
 
@@ -202,11 +202,11 @@ def read_score(reply: str | None) -> float | None:
 
     The last line that is a score and nothing else counts.
     """
-    found = last_match(SCORE, reply)
+    found = find_last_match(SCORE, reply)
     return None if found is None else (int(found) - 1) / 9
 
 
-def last_match(pattern: re.Pattern[str], reply: str | None) -> str | None:
+def find_last_match(pattern: re.Pattern[str], reply: str | None) -> str | None:
     """Return group 1 of the last line that matches as a whole. The judge's own reasoning does not count."""
     matches = [pattern.fullmatch(line) for line in cut_final_text(reply or "").splitlines()]
     return next((match[1] for match in reversed(matches) if match), None)
@@ -231,7 +231,7 @@ def judged(verdicts: tuple[float | None, ...], orders: tuple[bool, ...]) -> Judg
 
 
 def tally(comparisons: Sequence[JudgedPair]) -> Counter[str]:
-    """Count what ``tally_metrics`` needs; the counts add up over batches and ranks."""
+    """Count what ``measure_tally`` needs; the counts add up over batches and ranks."""
     counts: Counter[str] = Counter()
     for comparison in comparisons:
         valid = [verdict for verdict in comparison.verdicts if verdict is not None]
@@ -246,7 +246,7 @@ def tally(comparisons: Sequence[JudgedPair]) -> Counter[str]:
     return counts
 
 
-def tally_metrics(counts: Counter[str]) -> dict[str, float]:
+def measure_tally(counts: Counter[str]) -> dict[str, float]:
     """Compute ``comparisons``, ``invalid``, ``ties`` and, where something was counted, ``position_bias`` and
     ``consistency``.
 

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from modules.rewards.answers import cut_final_text
-from modules.rewards.chat.judge import check_fields, last_match
+from modules.rewards.chat.judge import check_fields, find_last_match
 from modules.rewards.chat.protocol import ChatClient
 from modules.types import REFUSAL_LABELS
 
@@ -72,5 +72,5 @@ class RefusalJudge:
 
 def read_label(reply: str | None) -> str | None:
     """Return the label on the last line that is a label and nothing else; None without one."""
-    found = last_match(LABEL, reply)
+    found = find_last_match(LABEL, reply)
     return None if found is None else found.lower()
