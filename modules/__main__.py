@@ -28,12 +28,12 @@ QUIET = (
 
 
 def is_news(record: logging.LogRecord) -> bool:
-    """Whether a message of Lightning says something about this run."""
+    """Return whether a message of Lightning tells something about this run."""
     return not record.getMessage().startswith(BANNERS)
 
 
 def main(args: list[str] | None = None) -> None:
-    """Run the command line; what the user can mend ends in one sentence and exit status 1."""
+    """Run the command line. An error that the user can correct ends it with one sentence and exit status 1."""
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(is_news)
     for message in QUIET:
         warnings.filterwarnings("ignore", message=message)

@@ -1,6 +1,4 @@
-"""What every method that learns from its own samples shares: sampling, scoring a phase, the frozen start policy,
-evaluation by sampling.
-"""
+"""The base of methods that learn from their own samples: sampling, scoring, the frozen start policy, evaluation."""
 
 import time
 from abc import abstractmethod
@@ -28,10 +26,9 @@ from modules.trainer.ranks import from_all_ranks, log_equal, mean_and_error, wei
 from modules.trainer.seeds import derive_seed, run_seed
 from modules.types import Completion, InstructionBatch, PolicyBatch, PromptBatch, Reward, Rollout, as_reward
 
-NEGATIVE_KL = (
-    4.0  # standard errors; a right run is below by chance in 9 of 100000 phases of 64 completions, in 3 of 256
-)
-ENOUGH = 64  # completions of a phase, below which a standard error is too uncertain
+# Standard errors. By chance a right run is below in 9 of 100000 phases of 64 completions, and in 3 of 256 completions.
+NEGATIVE_KL = 4.0
+ENOUGH = 64  # completions of a phase; with fewer, a standard error is too uncertain
 
 
 @dataclass(frozen=True)
@@ -50,18 +47,17 @@ class Validation:
 
 
 class OnPolicyModule(AlignmentModule):
-    """A method whose phases are sampled from the policy itself; a subclass says what a phase teaches (``prepare``) and
-    the loss.
+    """A method that samples its phases from the policy itself.
+
+    A subclass says what a phase teaches, in ``prepare``, and the loss.
 
     Args:
-        policy: ``tiny``, a Hugging Face folder, a GGUF file or a hub id. Dropout is off, so that the ratio is 1 at the
-            start.
+        policy: ``tiny``, a Hugging Face folder, a GGUF file or a hub id. Dropout is off, so that the ratio starts at 1.
         reward: scores completions.
         num_generations: completions per prompt.
         sampling: how to sample in training.
-        engine: what samples; default the policy itself, in this process.
-        reference: keep the frozen start policy, for a loss or for the KL to it; a folder or hub id keeps that model
-            instead.
+        engine: samples completions; default the policy itself, in this process.
+        reference: keep the frozen start policy, for a loss or to measure the KL; a folder or hub id keeps that model.
         validation: what decides right or wrong there, and how many completions of a prompt are sampled.
         lora: train low-rank adapters instead of all weights.
         optimizer: parameters -> optimizer.
@@ -112,7 +108,7 @@ class OnPolicyModule(AlignmentModule):
         self.record.held_out = []
 
     def share_backbone(self) -> None:
-        """Reward models that are adapters of the policy's backbone are computed on it."""
+        """Compute reward models that are adapters of the policy's backbone on that backbone."""
         learned = [
             part
             for part in (*walk_rewards(self.reward), *walk_rewards(self.accuracy))
@@ -129,17 +125,18 @@ class OnPolicyModule(AlignmentModule):
 
     @abstractmethod
     def prepare(self, batch: PolicyBatch) -> None:
-        """Put what the loss needs into a phase's batch: advantages or ranks, ``row_count`` and ``active``; numbers
-        of the phase go to ``log_phase``.
+        """Add to a phase's batch what the loss needs: advantages or ranks, ``row_count`` and ``active``.
+
+        Numbers of the phase go to ``log_phase``.
         """
 
     def on_fit_start(self) -> None:
-        """The frozen start policy goes where the trained one is."""
+        """Move the frozen start policy to the device of the trained one."""
         if self.reference is not None:
             self.reference.to(self.device)
 
     def collect(self, prompts: PromptBatch) -> PolicyBatch:
-        """One phase of this rank: sample, score, and the log-probs that its updates start from."""
+        """Make one phase of this rank: sample, score, and compute the log-probs that the updates start from."""
         start = time.perf_counter()
         completions = self.sample(prompts, self.num_generations, self.sampling, str(self.current_epoch))
         sampled = time.perf_counter()
@@ -167,11 +164,11 @@ class OnPolicyModule(AlignmentModule):
         return batch
 
     def log_phase(self, metrics: Mapping[str, float]) -> None:
-        """Log numbers of this rank as ``train/<name>`` at the end of the phase, as means over the ranks."""
+        """Log numbers of this rank as ``train/<name>`` at the end of the phase, averaged over the ranks."""
         self.record.metrics |= metrics
 
     def on_train_epoch_end(self) -> None:
-        """Log the phase."""
+        """Log the metrics of the phase."""
         metrics = self.phase_metrics()
         log_equal(self, {f"train/{name}": value for name, value in metrics.items()})
         short = {
@@ -182,9 +179,7 @@ class OnPolicyModule(AlignmentModule):
         log_equal(self, short, prog_bar=True, logger=False)
 
     def phase_metrics(self) -> dict[str, float]:
-        """Rewards, lengths, entropy, KL, where the time went, and what ``log_phase`` collected, over all ranks
-        (collective).
-        """
+        """Measure rewards, lengths, entropy, KL and times, and join what ``log_phase`` collected (collective)."""
         found = from_all_ranks(make_outcomes(self.record.rollouts))
         mine = {**self.record.metrics, "time/training": time.perf_counter() - self._training_start}
         logged = weighted_means({name: (value, 1.0) for name, value in mine.items()})
@@ -192,23 +187,21 @@ class OnPolicyModule(AlignmentModule):
         return measure_rollouts(found) | logged | {"completions_per_second": len(found) / seconds}
 
     def validation_step(self, prompts: PromptBatch, batch_idx: int) -> None:
-        """Sampled and greedy completions of held-out prompts; the same seeds every time, so that two evaluations
-        compare.
-        """
+        """Sample and score completions of held-out prompts, with the same seeds in every evaluation."""
         self.evaluate(prompts, "val")
 
     def test_step(self, prompts: PromptBatch, batch_idx: int) -> None:
-        """The same for ``test``."""
+        """Do the same for ``test``."""
         self.evaluate(prompts, "test")
 
     def predict_step(self, prompts: PromptBatch, batch_idx: int) -> None:
-        """Leave ``num_generations`` scored completions per prompt in ``record.rollouts``, for callbacks to write."""
+        """Leave ``num_generations`` scored completions per prompt in ``record.rollouts``."""
         self.record.rollouts = make_rollouts(
             prompts, self.sample(prompts, self.num_generations, self.sampling, "predict"), self.reward
         )
 
     def evaluate(self, prompts: PromptBatch, stage: str) -> None:
-        """Keep what the policy does with a batch of held-out prompts."""
+        """Answer a batch of held-out prompts, sampled and greedily, and keep the scored completions in ``record``."""
         rollouts = make_rollouts(prompts, self.sample(prompts, self.val_generations, self.sampling, stage), self.reward)
         batch = make_batch(rollouts, self.device)
         mask = batch["completion_mask"]
@@ -225,7 +218,7 @@ class OnPolicyModule(AlignmentModule):
         self.record.greedy += make_outcomes(greedy, self.accuracy)
 
     def evaluation_metrics(self) -> dict[str, float]:
-        """As for every module, and pass@1, pass@k, greedy accuracy and the numbers of the sampled completions."""
+        """Join the base's metrics; add pass@1, pass@k, greedy accuracy and the numbers of the sampled completions."""
         sampled, greedy = from_all_ranks(self.record.sampled), from_all_ranks(self.record.greedy)
         solved = {f"pass@{k}": share_solved(sampled, k) for k in {1, self.val_generations}}
         solved |= {"greedy_accuracy": share_solved(greedy, 1), **measure_rollouts(sampled)}
@@ -234,42 +227,49 @@ class OnPolicyModule(AlignmentModule):
     def sample(
         self, prompts: PromptBatch, num_generations: int, sampling: Sampling, phase: str
     ) -> list[list[Completion]]:
-        """``num_generations`` completions for each prompt from the current weights."""
+        """Sample ``num_generations`` completions of each prompt from the current weights."""
         self.engine.sync_weights(self.policy, self.global_step)
         seeds = [derive_seed(self.seed, phase, uid) for uid in prompts["uid"]]
         return self.engine.generate(prompts["prompt_ids"], num_generations, sampling, seeds)
 
     def policy_scores(self, batch: PolicyBatch) -> tuple[Tensor, ...]:
-        """Log-probs and entropies [N, Tc] under the current policy."""
+        """Compute log-probs and entropies [N, Tc] under the current policy."""
         scores = self.policy.completion_scores(batch, self.sampling.temperature, details=True)
         assert scores.entropies is not None
         return scores.logprobs, scores.entropies
 
     def collected_scores(self, batch: PolicyBatch) -> tuple[Tensor, ...]:
-        """What a phase starts from: the same, and values [N, Tc] where the method has a critic."""
+        """Compute what a phase starts from: ``policy_scores``, and values [N, Tc] where the method has a critic."""
         return self.policy_scores(batch)
 
     def reference_scores(self, batch: PolicyBatch) -> tuple[Tensor]:
-        """Log-probs [N, Tc] under the frozen start policy."""
+        """Compute log-probs [N, Tc] under the frozen start policy."""
         assert self.reference is not None
         return (self.reference.completion_logprobs(batch, self.sampling.temperature),)
 
     def scores(self, batch: InstructionBatch) -> TokenScores:
-        """Scores [N, T] of the supervised tokens of texts that the policy must not forget."""
+        """Compute scores [N, T] of the supervised tokens of texts that the policy must not forget."""
         return self.policy.token_scores(batch["input_ids"], batch["loss_mask"], batch.get("position_ids"))
 
     def check_scored(self, rollouts: list[Rollout]) -> None:
-        """ValueError where a run's first phase has neither an answer nor a score: nothing would ever be learned."""
+        """Refuse a first phase that has neither an answer nor a score, because nothing would be learned.
+
+        Raises:
+            ValueError: no completion of any rank has one.
+        """
         judged = [rollout.answer is not None or rollout.reward is not None for rollout in rollouts]
         if self.global_step == 0 and not any(from_all_ranks([any(judged)])):
             raise ValueError(
                 f"{self.reward.name} scored none of the first {len(rollouts)} completions, whose rows have no answer "
-                "to compare with: name its "
-                "column with data.columns, or use a reward that needs none"
+                "to compare with: name its column with data.columns, or use a reward that needs no answer"
             )
 
     def check_start(self, log_ratio: Tensor) -> None:
-        """At step 0 policy and reference are the same model; anything else is a wrong reference. ValueError then."""
+        """Refuse a reference that differs from the policy at step 0, where the two are the same model.
+
+        Raises:
+            ValueError: their log-probs differ.
+        """
         gap = float(log_ratio.abs().max())
         if self.global_step == 0 and self.own_reference and not gap <= 1e-3:
             raise ValueError(
@@ -278,9 +278,7 @@ class OnPolicyModule(AlignmentModule):
             )
 
     def check_kl(self) -> None:
-        """Warn, once, where the KL of a phase with enough completions is below 0 by more than chance and rounding
-        explain.
-        """
+        """Warn once if the KL of a phase is below 0 by more than chance and rounding explain."""
         sums = [rollout.kl for rollout in self.record.rollouts if rollout.kl is not None]
         mean, error = mean_and_error(sums)
         enough = sum(from_all_ranks([len(sums)])) >= ENOUGH
@@ -288,8 +286,6 @@ class OnPolicyModule(AlignmentModule):
             self._kl_warned = True
             rank_zero_warn(
                 f"the KL to the start is {mean:.3g} +- {error:.2g} nats a completion, and a KL is never below 0: the "
-                "completions do not come from "
-                "the distribution that is scored. Causes: top_p below 1, top_k, an engine with another temperature or "
-                "with stop tokens suppressed, "
-                "dropout, weights that were not synced"
+                "completions do not come from the distribution that is scored. Causes: top_p below 1, top_k, an engine "
+                "with another temperature or with stop tokens suppressed, dropout, weights that were not synced"
             )

@@ -61,7 +61,7 @@ class KL:
         if self.adaptive is not None and self.coef == 0:
             raise ValueError("kl: adaptive multiplies coef, and 0 stays 0: start above it")
         if self.loss is kl.k1:
-            raise ValueError("kl: k1 as a loss has no gradient on average: use modules.functional.kl.weighted_k3 or k2")
+            raise ValueError("kl: k1 as a loss has no gradient on average; use weighted_k3 or k2")
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,14 @@
-"""The seed of the run, and the seeds that are derived from it."""
+"""The seed of the run, and seeds that are derived from it."""
 
 import hashlib
 import os
 
 
 def run_seed(seed: int | None = None) -> int:
-    """The seed, or the run's where it is None: what ``seed_everything`` was last given, 0 where it was not called.
+    """Return the seed, or the seed of the run where it is None.
 
-    Lightning keeps the run's seed, whether from ``--seed_everything`` or from Python, in the environment variable
-    ``PL_GLOBAL_SEED``, which the processes that it starts inherit.
+    The run's seed is what ``seed_everything`` was last given, and 0 without a call. Lightning keeps it in the
+    environment variable ``PL_GLOBAL_SEED``, which the processes that it starts inherit.
     """
     return int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
 

@@ -7,10 +7,10 @@ from lightning.pytorch import Trainer
 
 
 def count_updates(trainer: Trainer) -> float:
-    """Count the optimiser updates of the whole run, from its start; infinite where nothing bounds them.
+    """Count the optimiser updates of the whole run, from its start. The count is infinite if nothing bounds them.
 
-    ``trainer.estimated_stepping_batches`` would say the same, but asking for it makes Lightning forget the state of the
-    loaders on resume.
+    ``trainer.estimated_stepping_batches`` says the same, but reading it makes Lightning forget the loaders' state on
+    resume.
     """
     limit = math.inf if trainer.max_steps == -1 else float(trainer.max_steps)
     if trainer.max_epochs in (None, -1) or not math.isfinite(trainer.num_training_batches):
@@ -19,14 +19,20 @@ def count_updates(trainer: Trainer) -> float:
 
 
 def rewind_to_whole_step(loop: dict[str, Any], accumulate: int, validates: bool, by_steps: bool) -> None:
-    """Make the Trainer's saved loop state, in place, one from which it resumes exactly.
+    """Change the Trainer's saved loop state, in place, so that the run resumes exactly.
 
-    Inside an accumulation it goes back to the last optimiser step, since no checkpoint holds gradients (the DataModules
-    do the same). Saved behind the last micro-batch of an epoch, Lightning 2.6 would skip that epoch's validation and
-    end, and with them its
-    metrics: so the micro-batch is marked as completed, and the validation, if the epoch ``validates``, as begun. Saved
-    at the end of an epoch, a run limited ``by_steps`` would end that epoch once more: so the next one is put at its
-    start.
+    * Saved inside an accumulation, it goes back to the last optimiser step, since no checkpoint holds gradients. The
+      DataModules do the same.
+    * Saved after the last micro-batch of an epoch, Lightning 2.6 would skip the validation and the end of that epoch,
+      and so its metrics. The micro-batch is therefore marked as completed, and the validation as begun.
+    * Saved at the end of an epoch, a run that is limited by steps would end that epoch a second time. The next epoch is
+      therefore put at its start.
+
+    Args:
+        loop: the checkpoint's ``fit_loop``.
+        accumulate: micro-batches of an optimiser step.
+        validates: whether a validation follows the saved epoch.
+        by_steps: whether the run is limited by steps and not by epochs.
     """
     progress, steps, restarts_epoch = loop["epoch_loop.batch_progress"], loop["epoch_loop.state_dict"], False
     current, total = progress["current"], progress["total"]

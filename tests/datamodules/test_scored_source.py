@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from callbacks.writers.prediction_writer import write_line
 from datamodules.preference import PreferenceDataModule
 from datamodules.sources.scored import Sampled, Scored
 from datamodules.tokens.chat import encode_example, encode_prompt, encode_rendered
