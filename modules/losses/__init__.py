@@ -1,4 +1,4 @@
-"""What a method minimises: the losses that a YAML names by class, and the settings of PPO's."""
+"""Losses, which a YAML names by class, and the settings of PPO's loss."""
 
 from modules.losses.policy import (
     CISPO,

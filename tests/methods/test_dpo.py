@@ -459,7 +459,7 @@ def test_the_kl_of_two_ranks_is_the_mean_over_the_rows_of_both(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "batch_size", "source", "message"),
     [
-        ({}, 4, Labels(), "Sigmoid compares completions and these rows hold one labelled completion each: use KTO"),
+        ({}, 4, Labels(), "Sigmoid compares completions, but these rows hold one labelled completion each: use KTO"),
         ({"objective": KTO()}, 1, None, "batch_size must be at least 2"),
         ({"beta": 0.0}, 4, None, "DPOModule: beta must be > 0"),
         ({"beta": math.nan}, 4, None, "DPOModule: beta must be finite and > 0"),
