@@ -1,4 +1,4 @@
-"""What a configuration may name by its short name, and which data each method reads."""
+"""Short names of classes and functions in a configuration, and the data that each method reads."""
 
 import inspect
 import sys
@@ -20,7 +20,7 @@ from modules.functional import advantages, kl
 
 
 def import_own(name: str) -> ModuleType:
-    """Import the package that stands beside ``modules``, also where the current folder holds another of that name."""
+    """Import a package that stands beside ``modules``, even if the current folder holds another one of that name."""
     if name not in sys.modules:
         spec = PathFinder.find_spec(name, [str(Path(__file__).resolve().parents[2])])
         assert spec is not None and spec.loader is not None
@@ -37,7 +37,7 @@ PACKAGES = (
     import_own("datamodules"),
     import_own("callbacks"),
 )
-# Options that take a function, and ours that they may name by its short name.
+# Options that take a function, and our functions that they may name by short name.
 FUNCTIONS: dict[str, list[Callable[..., Tensor]]] = {
     "advantage": [advantages.group_center, advantages.group_zscore, advantages.leave_one_out],
     **dict.fromkeys(("kl_loss", "loss"), [kl.k1, kl.k2, kl.k3, kl.weighted_k3]),
@@ -48,7 +48,7 @@ NAMES = sorted({choice.__name__ for choice in (*CLASSES, *sum(FUNCTIONS.values()
 
 
 def spell_out(option: str, value: Any) -> Any:
-    """Write the dotted path of a function of ours that ``option`` names by its short name; leave other values alone.
+    """Write out the dotted path of a function of ours that ``option`` names by short name; keep other values.
 
     >>> spell_out("model.advantage", "group_center"), spell_out("model.advantage", "my_package.center")
     ('modules.functional.advantages.group_center', 'my_package.center')
@@ -62,7 +62,7 @@ def spell_out(option: str, value: Any) -> Any:
 
 
 def spell_out_arguments(arguments: list[str]) -> list[str]:
-    """Do the same for ``--option=value`` and ``--option value`` of a command line."""
+    """Write out short names in ``--option=value`` and ``--option value`` of a command line."""
     spelled = []
     for before, argument in zip(["", *arguments], arguments, strict=False):
         option, equals, value = argument.partition("=")
@@ -74,8 +74,10 @@ def spell_out_arguments(arguments: list[str]) -> list[str]:
 
 
 def find_batch_type(method: type[LightningModule]) -> type | None:
-    """What the method reads: the prompts of ``collect`` where it samples, else the batch of ``training_step``; None
-    where it does not say.
+    """Find the type of batch that a method reads, from the annotation of ``collect`` or ``training_step``.
+
+    Returns:
+        the type; None without an annotation.
     """
     reader = getattr(method, "collect", method.training_step)
     batch = list(inspect.signature(reader).parameters.values())[1].annotation
@@ -83,13 +85,15 @@ def find_batch_type(method: type[LightningModule]) -> type | None:
 
 
 def find_givers(batch_type: type) -> list[str]:
-    """The DataModules that give batches of this type."""
+    """Find the DataModules that give batches of this type."""
     return [choice.__name__ for choice in CHOICES if getattr(choice, "batch_type", None) is batch_type]
 
 
 def choose_data(method: type[LightningModule]) -> str | None:
-    """The DataModule of a method where none is named: the first that can train it; None for a method that only
-    predicts.
+    """Choose the DataModule of a method for which none is named: the first one that can train it.
+
+    Returns:
+        its name; None for a method that only predicts.
     """
     wanted = find_batch_type(method)
     named = [vars(sys.modules["datamodules"])[name] for name in find_givers(wanted)] if wanted is not None else []

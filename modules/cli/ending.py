@@ -1,4 +1,4 @@
-"""What a fit says at its end: its numbers, where the model is, how to ask it, how to see the curves."""
+"""The last lines of a fit: its numbers, where the model is, how to ask it, how to see the curves."""
 
 import os
 import shlex
@@ -22,12 +22,12 @@ HEADLINES = (
 
 
 def write_ending(trainer: Trainer, export: Path | None, form: str | None = None) -> list[str]:
-    """Three lines: results and export, how to ask the model, how to see the curves.
+    """Write three lines: results and export, how to ask the model, how to see the curves.
 
     Args:
         trainer: of the fit that has ended.
-        export: the folder of the exported model, None where nothing was exported.
-        form: of the prompts, see ``chat``; None = as by default.
+        export: the folder of the exported model; None = nothing was exported.
+        form: how prompts were written, see ``chat``; None = ``chat``'s default.
     """
     logged = {name: value for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
     logged = logged or {name: value for name, value in trainer.logged_metrics.items() if name.startswith("train/")}
@@ -46,7 +46,7 @@ def write_ending(trainer: Trainer, export: Path | None, form: str | None = None)
 
 
 def find_form(text: str, tokenizer: Any) -> str | None:
-    """How the prompt in a rendered row was written, as ``chat`` must write it too; None where that is its default."""
+    """Find the form of the prompt in a rendered row, for ``chat`` to write it alike; None = its default."""
     if "### Instruction:" in text:
         return "alpaca"
     if tokenizer.chat_template is None:
@@ -58,14 +58,14 @@ def find_form(text: str, tokenizer: Any) -> str | None:
 
 
 class TellsHowToGoOn(Callback):
-    """Remembers how prompts look, for the end, and prints the command that goes on with a run that was told to stop."""
+    """Remembers the form of prompts for the last lines, and prints how to resume a run that was stopped."""
 
     def __init__(self) -> None:
         self.form: str | None = None  # see ``chat``
 
     @rank_zero_only
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Look at a row."""
+        """Look at the first row."""
         if trainer.global_step == 0 and batch_idx == 0 and isinstance(batch, dict):
             ids = next((batch[name] for name in ("prompt_ids", "input_ids") if name in batch), None)
             if ids is not None:
@@ -74,7 +74,7 @@ class TellsHowToGoOn(Callback):
 
     @rank_zero_only
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Where the stop has left a checkpoint."""
+        """Print the command that resumes the run, if the stop left a checkpoint."""
         stops = [callback for callback in trainer.callbacks if isinstance(callback, StopTogether)]  # type: ignore[attr-defined]
         saved = next((stop.saved for stop in stops if stop.saved), None)
         if saved is None:
@@ -87,13 +87,13 @@ class TellsHowToGoOn(Callback):
 
 
 def rank_number(name: str) -> tuple[int, str]:
-    """Which numbers come first."""
+    """Return the sort key of a number on the first line: headlines first, in their order."""
     short = name.partition("/")[2]
     return (HEADLINES.index(short) if short in HEADLINES else len(HEADLINES)), name
 
 
 def name_python() -> str:
-    """This interpreter: ``python`` where that is it, else its path, from here where it lies below.
+    """Return how to call this interpreter: ``python`` if that is it, else its path.
 
     >>> name_python().endswith(("python", "python3", Path(sys.executable).name))
     True
@@ -105,12 +105,12 @@ def name_python() -> str:
 
 
 def write_path(path: Path) -> str:
-    """A path, from the current folder where it lies below."""
+    """Write a path; one below the current folder as a relative path."""
     path = path.absolute()
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
 def write_command(*arguments: object, module: str = "modules") -> str:
-    """A line that runs a module with these arguments; paths are written from here."""
+    """Write the command line that runs a module with these arguments."""
     shown = (write_path(argument) if isinstance(argument, Path) else str(argument) for argument in arguments)
     return shlex.join([name_python(), "-m", module, *shown])

@@ -1,4 +1,4 @@
-"""What is wrong in one sentence, from the parser's errors, which list every type that a value is not."""
+"""Makes one sentence of a parser's error, which lists every type that a value is not."""
 
 import difflib
 import importlib
@@ -26,7 +26,7 @@ CLASS = re.compile(r"Expected a dot import path string: (\S+)")
 
 
 def write_sentence(message: str, names: Sequence[str]) -> str:
-    """The reasons of ``message`` on one line; ``names`` are the class names that a value may be meant to be."""
+    """Write the reasons of ``message`` on one line; ``names`` are the names that a misspelt value may mean."""
     lines = [line.strip().removeprefix("- ") for line in message.splitlines()]
     reasons = [line for line in dict.fromkeys(lines) if line and not line.startswith(NOISE) and line not in OTHER_TYPES]
     if any(PLAIN_TYPE.match(line) for line in reasons):
@@ -46,7 +46,7 @@ def write_sentence(message: str, names: Sequence[str]) -> str:
 
 
 def quote_value(message: str, joined: str) -> str:
-    """The value that is of the wrong type, where the reasons end without it."""
+    """Quote the value of the wrong type, if the reasons end without it."""
     value = re.search(r"Given value: (.*?)(?:\. Got value: .*)?$", message, flags=re.MULTILINE)
     return (
         f", got {value[1]!r}"
@@ -63,7 +63,7 @@ EXAMPLES = {
 
 
 def explain_missing_arguments(message: str) -> str:
-    """What to add to the command where a class did not get what it needs; empty for other errors."""
+    """Say what to add to the command if a class did not get an argument that it needs; empty for other errors."""
     found = re.search(r"class_path '(?:[\w.]+\.)?(\w+)'.*?arguments are required: ([\w, ]+)", message, flags=re.DOTALL)
     if found is None:
         return ""
@@ -73,7 +73,7 @@ def explain_missing_arguments(message: str) -> str:
 
 
 def name_tiny_config(kind: str) -> str:
-    """The stem of the configuration in ``configs/tiny`` that runs a class, ``<method>`` where it is no method.
+    """Return the stem of the configuration in ``configs/tiny`` that runs a class; ``<method>`` if it is no method.
 
     >>> tiny_config("OnlineDPOModule"), tiny_config("PreferenceDataModule")
     ('online_dpo', '<method>')
@@ -83,7 +83,7 @@ def name_tiny_config(kind: str) -> str:
 
 
 def suggest_argument(message: str) -> str:
-    """The arguments of a class that are nearest to a misspelt one, as the end of a sentence."""
+    """Suggest the arguments of a class that are nearest to a misspelt one, as the end of a sentence."""
     found = re.search(r"class_path '([\w.]+)':[\s-]*Option '([\w.]+)' is not accepted(.*)", message, flags=re.DOTALL)
     if found is None or "did you mean" in found[3]:
         return ""
@@ -93,7 +93,7 @@ def suggest_argument(message: str) -> str:
 
 
 def explain_taken_name(message: str) -> str:
-    """Why a class of the user's is not found, as the end of a sentence: their folder is called as a package of ours."""
+    """Say, as the end of a sentence, that a folder of the user's has the name of a package of ours."""
     for name in re.findall(r"class_path '(callbacks|datamodules|modules)\.", message):
         here = Path(name).resolve()
         if here.is_dir() and here != Path(__file__).parents[2] / name:
@@ -102,8 +102,12 @@ def explain_taken_name(message: str) -> str:
 
 
 def suggest_names(name: str, known: Sequence[str], before: str = "") -> str:
-    """The known names that are nearest to a misspelt one, each with ``before`` in front, as the end of a sentence;
-    empty when none is near.
+    """Suggest the known names that are nearest to a misspelt one, as the end of a sentence; empty if none is near.
+
+    Args:
+        name: the misspelt name.
+        known: the right names.
+        before: text in front of each suggestion.
     """
     near = {other: difflib.SequenceMatcher(None, name, other).ratio() for other in sorted(set(known))}
     best = max(near.values(), default=0.0)

@@ -1,4 +1,4 @@
-"""The parser of the command line: errors in one sentence, and what may be named by class path."""
+"""The parser of the command line: errors in one sentence, plain functions as rewards, the usual DataModule."""
 
 import inspect
 import re
@@ -29,16 +29,18 @@ set_parsing_settings(import_path_denylist=[])  # enforces the parser's own list:
 
 
 def refuse(error: Exception) -> NoReturn:
-    """End the run with exit status 1 and the error in one line, written at once so that the lines of several ranks stay
-    whole.
+    """End the run with exit status 1 and the error on one line.
+
+    The line is written in one call, so that those of several ranks stay whole.
     """
     sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
     sys.exit(1)
 
 
 def build(kind: type, /, *args: Any, **kwargs: Any) -> Any:
-    """Make an object that the configuration names, plain functions as the rewards that it asks for. What its
-    constructor refuses ends the run here, or the parser would bury it.
+    """Make an object that the configuration names, with plain functions turned into the rewards that it asks for.
+
+    An error of its constructor ends the run here, since the parser would bury it.
     """
     try:
         for name, value in kwargs.items():
@@ -50,7 +52,7 @@ def build(kind: type, /, *args: Any, **kwargs: Any) -> Any:
 
 
 def walk(value: Any) -> Iterator[Any]:
-    """The value, or what a list or dict holds."""
+    """Walk over the value, or over what a list or dict holds."""
     if isinstance(value, list | dict):
         for part in value.values() if isinstance(value, dict) else value:
             yield from walk(part)
@@ -59,20 +61,20 @@ def walk(value: Any) -> Iterator[Any]:
 
 
 def takes_reward(kind: Callable[..., Any], name: str) -> bool:
-    """Whether an argument of a class is annotated with ``Reward``, as a part or as a whole."""
+    """Return whether the annotation of a class's argument names ``Reward``."""
     parameter = inspect.signature(kind).parameters.get(name)
     return parameter is not None and names_reward(parameter.annotation)
 
 
 def names_reward(annotation: Any) -> bool:
-    """Whether ``Reward`` is in an annotation, which may be written as text."""
+    """Return whether ``Reward`` is in an annotation, which may be written as text."""
     if isinstance(annotation, str):
         return re.search(r"\bReward\b", annotation) is not None
     return annotation is Reward or any(names_reward(part) for part in get_args(annotation))
 
 
 class Parser(LightningArgumentParser):
-    """Errors in one sentence, without the page of usage that would bury it."""
+    """A parser that reports an error in one sentence, without a page of usage."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """End with the sentence and exit status 2."""
@@ -85,14 +87,14 @@ class Parser(LightningArgumentParser):
         super().error(told, ex)
 
     def options(self) -> list[str]:
-        """Every option of this parser and of its commands, without the dashes."""
+        """Return every option of this parser and of its commands, without the dashes."""
         commands = [
             parser for action in self._actions if isinstance(action.choices, dict) for parser in action.choices.values()
         ]
         return [name.lstrip("-") for parser in (self, *commands) for name in parser._option_string_actions]
 
     def instantiate_classes(self, cfg: Namespace, **kwargs: Any) -> Namespace:
-        """Every object is made by ``build``."""
+        """Make every object by ``build``."""
         return self.instantiate(cfg, instantiators=[(build, object, True)], **kwargs)
 
     def print_usage(self, file: Any = None) -> None:
@@ -100,7 +102,7 @@ class Parser(LightningArgumentParser):
 
 
 def read_old_names() -> None:
-    """Let configurations use class paths of an earlier layout, and short names of our functions."""
+    """Let configurations use names of an earlier layout, and short names of our functions."""
     load = get_loader("yaml")
     if getattr(load, "renews", False):
         return
@@ -113,8 +115,10 @@ def read_old_names() -> None:
 
 
 def add_data_module(args: list[str]) -> list[str]:
-    """The arguments, with the usual DataModule of the method where they set ``--data.train`` or the like and no
-    DataModule is named, in them or in their configurations.
+    """Add the usual DataModule of the method to arguments that set ``--data.train`` or the like but name none.
+
+    Raises:
+        ValueError: the method has no usual DataModule.
     """
     named = find_class("data", args)
     asked = [place for place, argument in enumerate(args) if argument.startswith("--data.")]
@@ -131,7 +135,7 @@ def add_data_module(args: list[str]) -> list[str]:
 
 
 def find_class(key: str, args: list[str]) -> str | None:
-    """The class that arguments, or a configuration that they name, set for ``model`` or ``data``; the last one wins."""
+    """Find the class that arguments, or their configurations, name last for ``model`` or ``data``."""
     found = None
     for place, argument in enumerate(args):
         name, equals, value = argument.partition("=")
@@ -148,12 +152,12 @@ def find_class(key: str, args: list[str]) -> str | None:
 
 
 def walk_subclasses(kind: type[Any]) -> Iterator[type[Any]]:
-    """The class and all that derive from it."""
+    """Walk over a class and all classes that derive from it."""
     yield kind
     for derived in kind.__subclasses__():
         yield from walk_subclasses(derived)
 
 
 def write_class_path(kind: type) -> str:
-    """The shortest path that a configuration may name a class of ours by."""
+    """Write the shortest path by which a configuration may name a class of ours."""
     return f"{kind.__module__.split('.')[0]}.{kind.__name__}"

@@ -1,4 +1,4 @@
-"""Names of an earlier layout, so that a ``config.yaml`` that an earlier version saved still runs."""
+"""Names of an earlier layout: with them a ``config.yaml`` that an earlier version saved still runs."""
 
 import re
 from typing import Any
@@ -34,13 +34,13 @@ MODULES = {  # where classes lay -> where they lie
     "modules.rewards.weighted_sum": "modules.rewards.combined",
     "modules.self_instruct": "modules.predict.self_instruct",
 }
-FUNCTIONS = {  # classes that became functions, and the settings that they had: those of today's functions
+FUNCTIONS = {  # classes that became functions, and the settings of those functions
     "GroupCenter": ("modules.functional.advantages.group_center", {}),
     "GroupZScore": ("modules.functional.advantages.group_zscore", {"eps": 1e-4}),
     "LeaveOneOut": ("modules.functional.advantages.leave_one_out", {}),
 }
 VALIDATION = {"accuracy": "validation.accuracy", "val_generations": "validation.generations"}
-OPTIONS = {  # of a class, that moved into a group; "" = that had no effect and is gone
+OPTIONS = {  # by class: options that moved into a group; "" = the option had no effect and is gone
     "GRPOModule": VALIDATION,
     "LabelModule": {"policy": ""},
     "MixtureDataModule": {"decay_start": "decay.start", "ramp_steps": "decay.ramp_steps"},
@@ -66,13 +66,13 @@ OPTIONS = {  # of a class, that moved into a group; "" = that had no effect and 
     },
     "SelfInstructModule": {"policy": ""},
 }
-# An option without whose value its group was off: then the other options of the group had no effect either.
+# Options that switched their group on: without a value, the other options of the group had no effect.
 SWITCHES = {"missing_eos_penalty": "incentives.missing_eos.", "decay_start": "decay."}
 OLD = re.compile(rf"\b({'|'.join(sorted(map(re.escape, MODULES), key=len, reverse=True))})\.(?=[A-Za-z_]\w*$)")
 
 
 def renew(value: Any) -> Any:
-    """A loaded configuration, or a part of it, with today's names.
+    """Put today's names into a loaded configuration, or into a part of it.
 
     >>> renew({"class_path": "modules.objectives.policy.Clipped", "init_args": {"clip_low": 0.2}})
     {'class_path': 'modules.losses.policy.Clipped', 'init_args': {'clip_low': 0.2}}
@@ -92,23 +92,23 @@ def renew(value: Any) -> Any:
 
 
 def find_function(name: str, arguments: dict[str, Any]) -> str:
-    """Find the function that a class became, for settings that the function has too.
+    """Return the path of the function that a class became.
 
     Raises:
-        ValueError: other settings, which the function cannot be given.
+        ValueError: the class had other settings than the function.
     """
     path, settings = FUNCTIONS[name]
     other = {option: value for option, value in arguments.items() if settings.get(option) != value}
     if other:
         raise ValueError(
-            f"{name} with {other}: {path} has {settings}; write a function of your own that calls it with "
-            f"{', '.join(f'{option}={value}' for option, value in other.items())}, and name that"
+            f"{name} had {other} and {path} has {settings}: name a function of your own that calls it with "
+            f"{', '.join(f'{option}={value}' for option, value in other.items())}"
         )
     return path
 
 
 def move(arguments: dict[str, Any], places: dict[str, str]) -> dict[str, Any]:
-    """Move the arguments that ``places`` names into the groups that hold them now.
+    """Move arguments into the groups that hold them now, as ``places`` says.
 
     >>> move({"lam": 0.9, "seed": 0}, {"lam": "gae.lam"})
     {'seed': 0, 'gae': {'lam': 0.9}}

@@ -87,7 +87,7 @@ def test_a_setting_that_todays_function_has_not_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["fit", f"--config={tmp_path / 'old.yaml'}"])
     said = capsys.readouterr().err.splitlines()[-1]
-    assert "GroupZScore with {'eps': 0.5}: modules.functional.advantages.group_zscore has {'eps': 0.0001}" in said
+    assert "GroupZScore had {'eps': 0.5} and modules.functional.advantages.group_zscore has {'eps': 0.0001}" in said
 
 
 def test_functions_of_ours_have_short_names(tmp_path, capsys):
