@@ -266,6 +266,15 @@ def test_reference_is_computed_once_and_kept_on_disk(tmp_path):
     assert len(list((tmp_path / "reference").iterdir())) == 4  # another model, other log-probs
 
 
+def test_a_trainer_without_a_folder_leaves_none_behind(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    module = dpo(tmp_path, cache_dir=None)
+    fit(module, max_epochs=1, logger=False)
+    assert list(tmp_path.iterdir()) == [] and len(module.tables) == 2
+    fit(dpo(tmp_path, cache_dir=None), max_epochs=1, logger=False, default_root_dir="run")
+    assert len(list(Path("run/reference").iterdir())) == 2
+
+
 def test_a_wrong_reference_is_refused(tmp_path):
     module = dpo(tmp_path)
     module.policy.model.lm_head.weight.data.mul_(1.1)
