@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from callbacks.measures.documents import Document, concerns, leaked, split_report, split_row
+from callbacks.measures.documents import Document, find_concerns, find_leaks, report_split, split_row
 from callbacks.phase import new_figure, tensorboards
-from callbacks.writers.resumable_jsonl import write_json
+from callbacks.writers.output_files import write_json
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -50,7 +50,7 @@ class ReportedData(Protocol):
 class DataReport(Callback):
     """Reports what the training and held-out rows contain, at the start of ``fit`` and ``validate``.
 
-    Rank zero measures the numbers of ``split_report``. It prints them as a table, writes them to a JSON file under
+    Rank zero measures the numbers of ``report_split``. It prints them as a table, writes them to a JSON file under
     ``train`` and ``val``, and logs ``data/report`` and ``data/lengths`` to TensorBoard. A ``fast_dev_run`` writes no
     file.
 
@@ -94,14 +94,14 @@ class DataReport(Callback):
             rank_zero_info("data report: these data are not rows with learned tokens, so there is nothing to report")
             return
         documents = {
-            stage: [document for row in rows for document in documents_of(row)] for stage, rows in stages.items()
+            stage: [document for row in rows for document in find_documents(row)] for stage, rows in stages.items()
         }
-        reports = {stage: report(data, stage, len(rows), documents[stage]) for stage, rows in stages.items()}
+        reports = {stage: report_documents(data, stage, len(rows), documents[stage]) for stage, rows in stages.items()}
         if len(stages) == 2:
-            reports["train"]["leaked"] = leaked(documents["train"], documents["val"])
+            reports["train"]["leaked"] = find_leaks(documents["train"], documents["val"])
         self._publish(trainer, reports, documents)
         for stage, numbers in reports.items():
-            for sentence in concerns(stage, numbers):
+            for sentence in find_concerns(stage, numbers):
                 rank_zero_warn(sentence)
 
     def _publish(
@@ -110,13 +110,13 @@ class DataReport(Callback):
         from rich.console import Console
         from rich.table import Table
 
-        lines = table(reports)
+        lines = write_table(reports)
         loggers = tensorboards(trainer)
         for logger in loggers:
             figure = new_figure()
-            draw(figure, documents)
+            draw_lengths(figure, documents)
             logger.experiment.add_figure("data/lengths", figure, global_step=trainer.global_step)
-            logger.experiment.add_text("data/report", markdown(lines), global_step=trainer.global_step)
+            logger.experiment.add_text("data/report", write_markdown_table(lines), global_step=trainer.global_step)
         shown = Table(*lines[0], title="data report")
         for line in lines[1:]:
             shown.add_row(*(cell.replace("[", "\\[") for cell in line))  # rich reads brackets as styles
@@ -127,27 +127,27 @@ class DataReport(Callback):
             rank_zero_info(f"data report: {path}")
 
 
-def documents_of(row: TokenRow | ComparedRow) -> list[Document]:
+def find_documents(row: TokenRow | ComparedRow) -> list[Document]:
     """Split a row into its documents."""
     if isinstance(row, TokenRow):
         return split_row(row.ids, row.supervised, row.documents)
     return [Document(row.prompt + ids, [False] * len(row.prompt) + [True] * len(ids)) for ids in row.completions]
 
 
-def report(data: ReportedData, stage: str, rows: int, documents: list[Document]) -> dict[str, Any]:
-    """Measure one stage: the numbers of ``split_report``, the rows that the DataModule left out, and the languages."""
+def report_documents(data: ReportedData, stage: str, rows: int, documents: list[Document]) -> dict[str, Any]:
+    """Measure one stage: the numbers of ``report_split``, the rows that the DataModule left out, and the languages."""
     tokenizer = data.tokenizer
 
     def decode(ids: Sequence[int]) -> str:
         return str(tokenizer.decode(ids, skip_special_tokens=True))
 
-    numbers = split_report(rows, documents, set(tokenizer.all_special_ids), decode, data.max_length)
+    numbers = report_split(rows, documents, set(tokenizer.all_special_ids), decode, data.max_length)
     drawn = documents[:: -(-len(documents) // MAX_IDENTIFIED)]
     texts = ("\n".join(map(decode, document.answers)) for document in drawn)
-    return {**numbers, "dropped": data.dropped[stage], "bad": data.bad[stage], "languages": languages(texts)}
+    return {**numbers, "dropped": data.dropped[stage], "bad": data.bad[stage], "languages": guess_languages(texts)}
 
 
-def languages(texts: Iterable[str]) -> dict[str, float] | None:
+def guess_languages(texts: Iterable[str]) -> dict[str, float] | None:
     """Return the share of each language code among the texts that have letters, the most frequent first.
 
     Returns None when py3langid is not installed.
@@ -162,7 +162,7 @@ def languages(texts: Iterable[str]) -> dict[str, float] | None:
     }
 
 
-def table(reports: dict[str, dict[str, Any]]) -> list[list[str]]:
+def write_table(reports: dict[str, dict[str, Any]]) -> list[list[str]]:
     """Return the reports as rows of text: one row of headings, then one row per measure."""
     rows = {
         "rows": "{rows}",
@@ -205,13 +205,13 @@ def _cell(key: str, values: dict[str, float] | None) -> str:
     return ", ".join(f"{name} {share:.1%}" for name, share in values.items()) or "-"
 
 
-def markdown(lines: list[list[str]]) -> str:
+def write_markdown_table(lines: list[list[str]]) -> str:
     """Return the table as Markdown."""
     rows = ["| " + " | ".join(cell.replace("|", "&#124;") for cell in line) + " |" for line in lines]
     return "\n".join([rows[0], "|---" * len(lines[0]) + "|", *rows[1:]])
 
 
-def draw(figure: "Figure", documents: dict[str, list[Document]]) -> None:
+def draw_lengths(figure: "Figure", documents: dict[str, list[Document]]) -> None:
     """Draw histograms of the lengths: prompts on the left, answers on the right.
 
     The bars show shares, so that a small set can be compared with a large one.

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from callbacks.phase import MAX_PHASES, Mean, new_figure, tensorboards
-from modules.distributed import log_equal, weighted_means
-from modules.modes import evaluating
+from modules.trainer.modes import evaluating
+from modules.trainer.ranks import log_equal, weighted_means
 from modules.types import InstructionBatch
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ class Forgetting(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the start, unless the sanity check or a checkpoint gave it."""
-        if not set(domains(trainer)) <= set(self.start):
+        if not set(find_domains(trainer)) <= set(self.start):
             self._log(trainer, self._measure(trainer, pl_module))
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -102,7 +102,7 @@ class Forgetting(Callback):
             self._log(trainer, self._measure(trainer, pl_module))
         for logger in tensorboards(trainer):
             figure = new_figure()
-            draw(figure, self.history, self.start)
+            draw_forgetting(figure, self.history, self.start)
             logger.experiment.add_figure("val/forgetting", figure, global_step=trainer.global_step)
 
     def state_dict(self) -> dict[str, Any]:
@@ -117,14 +117,14 @@ class Forgetting(Callback):
         """Return the metrics of the current weights (collective). In a fit, the first loss of a domain becomes its
         start.
         """
-        means = {name: self._domain(trainer, pl_module, name) for name in domains(trainer)}
+        means = {name: self._domain(trainer, pl_module, name) for name in find_domains(trainer)}
         losses = weighted_means(means)
         if trainer.state.fn == "fit":
             self.start = losses | self.start
             self.history.append({"step": float(trainer.global_step), **losses})
             if len(self.history) > MAX_PHASES:
                 self.history = self.history[::2]
-        return metrics(losses, self.start)
+        return measure_forgetting(losses, self.start)
 
     def _domain(self, trainer: Trainer, pl_module: LightningModule, name: str) -> Mean:
         """Return this rank's part of a domain's loss."""
@@ -144,12 +144,12 @@ class Forgetting(Callback):
             logger.log_metrics(values, step=trainer.global_step)
 
 
-def domains(trainer: Trainer) -> list[str]:
+def find_domains(trainer: Trainer) -> list[str]:
     """Return the names of the domains."""
     return list(cast(HasDomains, trainer.datamodule).domains)  # type: ignore[attr-defined]
 
 
-def metrics(losses: dict[str, float], start: dict[str, float]) -> dict[str, float]:
+def measure_forgetting(losses: dict[str, float], start: dict[str, float]) -> dict[str, float]:
     """Return the metrics to log, from each domain's loss now and at the start (nats per token).
 
     A domain without a start gets no forgetting.
@@ -162,7 +162,7 @@ def metrics(losses: dict[str, float], start: dict[str, float]) -> dict[str, floa
     return found | ({"val/forgetting": sum(max(0.0, value) for value in worse.values()) / len(worse)} if worse else {})
 
 
-def draw(figure: "Figure", history: Sequence[dict[str, float]], start: dict[str, float]) -> None:
+def draw_forgetting(figure: "Figure", history: Sequence[dict[str, float]], start: dict[str, float]) -> None:
     """Plot each domain's loss above its start, in nats per token, over the steps."""
     axes = figure.subplots()
     for name, before in start.items():

@@ -7,7 +7,7 @@ import torch
 
 from callbacks.phase import Mean, PhaseCallback, draw_series
 from modules.functional.diagnostics import overoptimization_fit
-from modules.types import Reward, Rollout
+from modules.types import Reward, Rollout, as_reward
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -35,7 +35,7 @@ class Overoptimization(PhaseCallback):
 
     def __init__(self, gold: Reward, every_n_phases: int = 10) -> None:
         super().__init__(every_n_phases)
-        self.gold = gold
+        self.gold = as_reward(gold)
 
     def measure(self, rollouts: Sequence[Rollout]) -> dict[str, Mean]:
         """Measure this rank's rollouts; the class docstring explains the measures."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from modules.distributed import log_equal, weighted_means
+from modules.trainer.ranks import log_equal, weighted_means
 from modules.types import HasRecord, Record, Rollout
 
 if TYPE_CHECKING:

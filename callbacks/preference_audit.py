@@ -12,9 +12,9 @@ from torch.utils.data import DataLoader
 
 from callbacks.measures.scored_pairs import audit_report
 from callbacks.phase import new_figure, record_of, tensorboards
-from callbacks.writers.resumable_jsonl import write_json
-from modules.distributed import from_all_ranks, log_equal
-from modules.modes import evaluating
+from callbacks.writers.output_files import write_json
+from modules.trainer.modes import evaluating
+from modules.trainer.ranks import from_all_ranks, log_equal
 from modules.types import HasRowsInOrder, PreferenceBatch, Record, ScoredPair
 
 if TYPE_CHECKING:
@@ -141,9 +141,9 @@ class PreferenceAudit(Callback):
         loggers = tensorboards(trainer)
         for logger in loggers:
             figure = new_figure()
-            draw(figure, self.pairs, report)
+            draw_audit(figure, self.pairs, report)
             logger.experiment.add_figure("audit", figure, global_step=trainer.global_step)
-            logger.experiment.add_text("audit", table(report), global_step=trainer.global_step)
+            logger.experiment.add_text("audit", write_audit_table(report), global_step=trainer.global_step)
         path = self.path or next((Path(logger.log_dir) / "audit.json" for logger in loggers), None)
         if path is not None:
             write_json(path, {"split": split, "step": trainer.global_step, "report": report})
@@ -175,14 +175,14 @@ def smells_of_length(report: dict[str, float]) -> bool:
     )
 
 
-def table(report: dict[str, float]) -> str:
+def write_audit_table(report: dict[str, float]) -> str:
     """Return the report as Markdown."""
     return "\n".join(
         ["| measure | value |", "|---|---|", *(f"| {key} | {value:.3f} |" for key, value in report.items())]
     )
 
 
-def reliability(delta: Tensor) -> tuple[Tensor, Tensor]:
+def measure_reliability(delta: Tensor) -> tuple[Tensor, Tensor]:
     """Return (mean confidence, accuracy) of each bin that holds pairs, both [<= NUM_BINS], by rising confidence.
 
     The confidence of a pair is sigma(abs(delta)): the probability that the completion with the higher score is better.
@@ -198,7 +198,7 @@ def reliability(delta: Tensor) -> tuple[Tensor, Tensor]:
     return means[0], means[1]
 
 
-def draw(figure: "Figure", pairs: Sequence[ScoredPair], report: dict[str, float]) -> None:
+def draw_audit(figure: "Figure", pairs: Sequence[ScoredPair], report: dict[str, float]) -> None:
     """Plot score differences over length differences on the left, and the reliability diagram on the right."""
     left, right = figure.subplots(1, 2)
     delta = torch.tensor([pair.chosen_score - pair.rejected_score for pair in pairs], dtype=torch.float64)  # [N]
@@ -213,7 +213,7 @@ def draw(figure: "Figure", pairs: Sequence[ScoredPair], report: dict[str, float]
             f"chosen {case} {report[key]:.2f}" for case in cases if (key := f"accuracy_chosen_{case}") in report
         )
     )
-    confidence, accuracy = reliability(delta)
+    confidence, accuracy = measure_reliability(delta)
     right.plot([0.5, 1.0], [0.5, 1.0], linestyle="--", color="gray", label="calibrated")
     right.plot(confidence.tolist(), accuracy.tolist(), marker="o", label="score")
     right.set(

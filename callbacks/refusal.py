@@ -12,8 +12,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from callbacks.measures.refusals import is_refusal, refusal_rates
 from callbacks.phase import require_period, tensorboards
-from callbacks.samples import block, cell
-from modules.distributed import from_all_ranks, log_equal
+from callbacks.samples import escape_cell, indent_block
+from modules.trainer.ranks import from_all_ranks, log_equal
 from modules.types import FULL_COMPLIANCE, FULL_REFUSAL, REFUSAL_LABELS
 
 NUM_MISJUDGED = 3  # answers shown of each kind
@@ -129,7 +129,7 @@ class Refusal(Callback):
             if {prompt.safe for prompt in self.prompts} != {True, False}:
                 only = "safe" if self.prompts[0].safe else "unsafe"
                 raise ValueError(
-                    f"{name_of(self.source)}: all {count} prompts are {only}; add prompts of the other kind, or a model "
+                    f"{read_name(self.source)}: all {count} prompts are {only}; add prompts of the other kind, or a model "
                     "that treats all prompts alike looks perfect"
                 )
 
@@ -155,7 +155,9 @@ class Refusal(Callback):
         for logger in tensorboards(trainer):
             if trainer.sanity_checking:  # Lightning logs nothing then
                 logger.log_metrics(metrics, step=trainer.global_step)
-            logger.experiment.add_text("val/refusal", report(self.prompts, answers), global_step=trainer.global_step)
+            logger.experiment.add_text(
+                "val/refusal", report_rates(self.prompts, answers), global_step=trainer.global_step
+            )
 
     def _ask(self, pl_module: LightningModule, indices: Sequence[int]) -> list[GivenAnswer]:
         """Ask some of the prompts and label the answers."""
@@ -164,16 +166,16 @@ class Refusal(Callback):
         texts = pl_module.respond(
             [[{"role": "user", "content": prompt}] for prompt in prompts], self.max_completion_length
         )
-        labels = by_matching(texts) if self.judge is None else self.judge.classify(prompts, texts)
+        labels = classify_by_matching(texts) if self.judge is None else self.judge.classify(prompts, texts)
         return [GivenAnswer(*answer) for answer in zip(indices, texts, labels, strict=True)]
 
 
-def by_matching(texts: Sequence[str]) -> list[str | None]:
+def classify_by_matching(texts: Sequence[str]) -> list[str | None]:
     """Label answers by their first words after the reasoning: full refusal or full compliance."""
     return [FULL_REFUSAL if is_refusal(text.rpartition("</think>")[2]) else FULL_COMPLIANCE for text in texts]
 
 
-def report(prompts: Sequence[AskedPrompt], answers: Sequence[GivenAnswer]) -> str:
+def report_rates(prompts: Sequence[AskedPrompt], answers: Sequence[GivenAnswer]) -> str:
     """Return Markdown: a table of labels by type, and a few refused safe prompts and answered unsafe prompts.
 
     ``answers`` are in the order of ``prompts``.
@@ -184,7 +186,7 @@ def report(prompts: Sequence[AskedPrompt], answers: Sequence[GivenAnswer]) -> st
     table = ["| type | label | prompts | complied | refused | in part | invalid |", "|---|---|---|---|---|---|---|"]
     for (unsafe, kind), labels in sorted(counts.items()):
         cells = [
-            cell(kind),
+            escape_cell(kind),
             "unsafe" if unsafe else "safe",
             labels.total(),
             *(labels[label] for label in (*REFUSAL_LABELS, None)),
@@ -197,11 +199,11 @@ def report(prompts: Sequence[AskedPrompt], answers: Sequence[GivenAnswer]) -> st
     ):
         found = [answer for answer in answers if prompts[answer.row].safe == safe and answer.label == wrong]
         for answer in found[:: max(1, len(found) // NUM_MISJUDGED)][:NUM_MISJUDGED]:
-            sections += [f"**{title}**", block(prompts[answer.row].text), "Answer", block(answer.text)]
+            sections += [f"**{title}**", indent_block(prompts[answer.row].text), "Answer", indent_block(answer.text)]
     return "\n\n".join(sections)
 
 
-def name_of(source: str | RowSource) -> str:
+def read_name(source: str | RowSource) -> str:
     """Return the name of a source for messages."""
     return source if isinstance(source, str) else type(source).__name__
 
@@ -209,15 +211,15 @@ def name_of(source: str | RowSource) -> str:
 def read_prompts(source: str | RowSource) -> list[AskedPrompt]:
     """Read the prompts of a file or source, at least one. Raises ValueError with file and line when a row is bad."""
     located = (
-        located_rows(Path(source)) if isinstance(source, str) else ((row.origin, row.columns) for row in source.rows())
+        locate_rows(Path(source)) if isinstance(source, str) else ((row.origin, row.columns) for row in source.rows())
     )
-    prompts = [as_prompt(origin, row) for origin, row in located]
+    prompts = [make_prompt(origin, row) for origin, row in located]
     if not prompts:
-        raise ValueError(f"{name_of(source)}: no prompts")
+        raise ValueError(f"{read_name(source)}: no prompts")
     return prompts
 
 
-def as_prompt(origin: str, row: Any) -> AskedPrompt:
+def make_prompt(origin: str, row: Any) -> AskedPrompt:
     """Read one row. Raises ValueError with its origin when a column is missing or holds something else."""
     missing = sorted({"prompt", "label"} - set(row)) if isinstance(row, dict) else ["prompt", "label"]
     if missing:
@@ -231,7 +233,7 @@ def as_prompt(origin: str, row: Any) -> AskedPrompt:
     return AskedPrompt(row["prompt"], row["label"] == "safe", str(row.get("type") or ""))
 
 
-def located_rows(path: Path) -> Iterator[tuple[str, Any]]:
+def locate_rows(path: Path) -> Iterator[tuple[str, Any]]:
     """Yield (file:line, row) of a JSONL file, known by its name, or of a CSV file with a header line."""
     if not path.is_file():
         raise ValueError(f"{path}: no such file of prompts")

@@ -37,7 +37,7 @@ class Samples(Callback):
         rollouts = record_of(pl_module).rollouts
         if not rollouts or not tensorboards(trainer):
             return
-        self.unwritten = markdown(spread(rollouts, self.num_samples))
+        self.unwritten = write_sections(pick_spread(rollouts, self.num_samples))
         if (trainer.current_epoch + 1) % self.every_n_phases == 0:
             self._write(trainer)
 
@@ -55,7 +55,9 @@ class Samples(Callback):
         if batch_idx == 0 and rollouts:
             for logger in tensorboards(trainer):
                 logger.experiment.add_text(
-                    "val/samples", markdown(spread(rollouts, self.num_samples)), global_step=trainer.global_step
+                    "val/samples",
+                    write_sections(pick_spread(rollouts, self.num_samples)),
+                    global_step=trainer.global_step,
                 )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -69,13 +71,13 @@ class Samples(Callback):
         self.unwritten = ""
 
 
-def spread(rollouts: Sequence[Rollout], count: int) -> list[Rollout]:
+def pick_spread(rollouts: Sequence[Rollout], count: int) -> list[Rollout]:
     """Take ``count`` rollouts at even distances, in order; all of them where there are no more."""
     count = min(count, len(rollouts))
     return [rollouts[i * len(rollouts) // count] for i in range(count)]
 
 
-def markdown(rollouts: Sequence[Rollout]) -> str:
+def write_sections(rollouts: Sequence[Rollout]) -> str:
     """Return one section per rollout.
 
     The model's text stands in indented code blocks. It shows as written, and no text can close such a block.
@@ -86,16 +88,16 @@ def markdown(rollouts: Sequence[Rollout]) -> str:
 def _section(rollout: Rollout) -> str:
     completion = rollout.completion
     rows = ["| reward | score |", "|---|---|", f"| **trained on** | {_score(rollout.reward)} |"]
-    rows += [f"| {cell(name)} | {_score(score)} |" for name, score in rollout.rewards.items()]
+    rows += [f"| {escape_cell(name)} | {_score(score)} |" for name, score in rollout.rewards.items()]
     return "\n\n".join(
         [
-            f"**{cell(rollout.uid)}**: {len(completion.token_ids)} tokens, finish {completion.finish}",
+            f"**{escape_cell(rollout.uid)}**: {len(completion.token_ids)} tokens, finish {completion.finish}",
             "Prompt",
-            block(rollout.prompt),
+            indent_block(rollout.prompt),
             "Completion",
-            block(completion.text),
+            indent_block(completion.text),
             "Expected answer",
-            block("(none)" if rollout.answer is None else rollout.answer),
+            indent_block("(none)" if rollout.answer is None else rollout.answer),
             "\n".join(rows),
         ]
     )
@@ -105,12 +107,12 @@ def _score(value: float | None) -> str:
     return "unscorable" if value is None else f"{value:.3f}"
 
 
-def block(text: str) -> str:
+def indent_block(text: str) -> str:
     """Return ``text`` as an indented code block. Every kind of line break starts a new indented line."""
     return "\n".join(f"    {line}" for line in text.splitlines()) or "    (empty)"
 
 
-def cell(text: str) -> str:
+def escape_cell(text: str) -> str:
     """Return ``text`` on one line, with the special characters of Markdown, tables and HTML as character references."""
     line = escape(" ".join(text.split()))
     return "".join(f"&#{ord(character)};" if character in "|`*_[]\\" else character for character in line)

@@ -89,7 +89,7 @@ class TokenPicture(Callback):
         if self.shown or not trainer.is_global_zero:
             return
         self.shown = True
-        rows = rows_of(batch)
+        rows = find_rows(batch)
         if not rows:
             rank_zero_info(
                 "token picture: the batch holds neither rows of tokens nor completions, so there is nothing to show"
@@ -99,18 +99,18 @@ class TokenPicture(Callback):
         pieces: list[Piece] = []
         for number, row in enumerate(rows[: self.num_rows]):
             title = f"row {number + 1} of {len(rows)}: {len(row.ids)} tokens, {sum(row.learned)} learned"
-            pieces += [Piece(f"{title}\n", "mark"), *pieces_of(tokenizer, row), Piece("\n\n", "mark")]
+            pieces += [Piece(f"{title}\n", "mark"), *cut_pieces(tokenizer, row), Piece("\n\n", "mark")]
         console = Console()
-        console.print(as_text(pieces, marked=console.color_system is None))
+        console.print(style_pieces(pieces, marked=console.color_system is None))
         for logger in tensorboards(trainer):
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # drawn as boxes
                 logger.experiment.add_figure(
-                    "data/token_picture", draw(lines_of(pieces)), global_step=trainer.global_step
+                    "data/token_picture", draw_tokens(wrap_pieces(pieces)), global_step=trainer.global_step
                 )
 
 
-def rows_of(batch: Any) -> list[PictureRow]:
+def find_rows(batch: Any) -> list[PictureRow]:
     """Return the rows of a batch without padding; none for a batch of another kind.
 
     They are the rows of an ``InstructionBatch``, or the completions of a ``PreferenceBatch`` or ``PolicyBatch``, each
@@ -138,7 +138,7 @@ def rows_of(batch: Any) -> list[PictureRow]:
     return [PictureRow(prompt + ids, [False] * len(prompt) + [True] * len(ids), [0]) for prompt, ids in both]
 
 
-def pieces_of(tokenizer: Any, row: PictureRow) -> list[Piece]:
+def cut_pieces(tokenizer: Any, row: PictureRow) -> list[Piece]:
     """Return a row as text, at most MAX_TOKENS tokens of it.
 
     Each token makes one piece; several tokens that form one character make one piece together.
@@ -151,11 +151,11 @@ def pieces_of(tokenizer: Any, row: PictureRow) -> list[Piece]:
     for document, (left, right) in enumerate(zip(borders, borders[1:], strict=False)):
         if document:
             pieces.append(Piece("\n---- next document ----\n", "mark"))
-        pieces += _document(tokenizer, row.ids[left:right], row.learned[left:right])
+        pieces += _cut_document(tokenizer, row.ids[left:right], row.learned[left:right])
     return pieces + ([Piece(f"\n({len(row.ids) - end} tokens behind)", "mark")] if end < len(row.ids) else [])
 
 
-def _document(tokenizer: Any, ids: Sequence[int], learned: Sequence[bool]) -> Iterator[Piece]:
+def _cut_document(tokenizer: Any, ids: Sequence[int], learned: Sequence[bool]) -> Iterator[Piece]:
     """Yield the text that each token adds to the text before it.
 
     A token that ends inside a character waits for the next token, unless that is of the other kind.
@@ -169,7 +169,7 @@ def _document(tokenizer: Any, ids: Sequence[int], learned: Sequence[bool]) -> It
             done = text
 
 
-def as_text(pieces: Sequence[Piece], marked: bool) -> Text:
+def style_pieces(pieces: Sequence[Piece], marked: bool) -> Text:
     """Return the text for the console. ``marked`` puts double brackets around runs of learned pieces."""
     text = Text()
     for kind, run in groupby(pieces, key=lambda piece: piece.kind):
@@ -178,7 +178,7 @@ def as_text(pieces: Sequence[Piece], marked: bool) -> Text:
     return text
 
 
-def lines_of(pieces: Sequence[Piece]) -> list[list[Piece]]:
+def wrap_pieces(pieces: Sequence[Piece]) -> list[list[Piece]]:
     """Break the pieces into lines of at most WIDTH columns."""
     lines: list[list[Piece]] = [[]]
     column = 0
@@ -198,7 +198,7 @@ def lines_of(pieces: Sequence[Piece]) -> list[list[Piece]]:
     return lines
 
 
-def draw(lines: Sequence[Sequence[Piece]]) -> "Figure":
+def draw_tokens(lines: Sequence[Sequence[Piece]]) -> "Figure":
     """Draw a figure as high as the lines need, each piece on its background.
 
     A column is 8 whole pixels wide, because text is placed on whole pixels.

@@ -8,8 +8,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from callbacks.measures.preferences import length_controlled_win_rate, win_rate, win_rate_standard_error
 from callbacks.phase import record_of
-from modules.distributed import from_all_ranks, log_equal, weighted_means
-from modules.types import Reward, Rollout
+from modules.trainer.ranks import from_all_ranks, log_equal, weighted_means
+from modules.types import Reward, Rollout, as_reward
 
 
 @runtime_checkable
@@ -53,7 +53,7 @@ class WinRate(Callback):
     """
 
     def __init__(self, judge: Reward, baseline: str = "answer") -> None:
-        self.judge, self.baseline = judge, baseline
+        self.judge, self.baseline = as_reward(judge), baseline
         self.duels: list[Duel] = []  # this rank's comparisons in the current validation
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -99,7 +99,7 @@ class WinRate(Callback):
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the rates over all batches and ranks."""
-        metrics = rates(from_all_ranks(self.duels))
+        metrics = measure_rates(from_all_ranks(self.duels))
         if isinstance(self.judge, Reports):
             own = {key: (value, 1.0) for key, value in self.judge.report().items()}
             metrics |= {f"judge/{key}": value for key, value in weighted_means(own).items()}
@@ -107,7 +107,7 @@ class WinRate(Callback):
         self.duels = []
 
 
-def rates(duels: list[Duel]) -> dict[str, float]:
+def measure_rates(duels: list[Duel]) -> dict[str, float]:
     """Return metric name -> percent. Without a scorable comparison, only the share of unscorable ones."""
     scored = [(preference, mine, other) for preference, mine, other in duels if preference is not None]
     unscorable = {"win_rate_unscorable": 100.0 * (len(duels) - len(scored)) / max(1, len(duels))}

@@ -1,7 +1,7 @@
 """Where examples come from and how they are batched."""
 
 from datamodules.instruction import InstructionDataModule
-from datamodules.loaders.mixture_streams import Stream
+from datamodules.loaders.mixture_streams import DecayPhase, Stream
 from datamodules.loaders.ptx import PtxStream
 from datamodules.mixture import MixtureDataModule
 from datamodules.predict.candidates import CandidatesDataModule
@@ -33,6 +33,7 @@ __all__ = [
     "Addition",
     "AdditionPairs",
     "CandidatesDataModule",
+    "DecayPhase",
     "FactDocuments",
     "Facts",
     "FactsDataModule",

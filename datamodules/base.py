@@ -16,7 +16,7 @@ from datamodules.loaders.step_sampler import MicroBatch, StepSampler
 from datamodules.sources import Row, Source
 from datamodules.sources.files import maybe_headerless, read_rows
 from datamodules.sources.held_out import Part, hold_out, share_of
-from modules.seeds import run_seed
+from modules.trainer.seeds import run_seed
 
 Example = TypeVar("Example")
 

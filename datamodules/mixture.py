@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from datamodules.instruction import InstructionDataModule, sizes
-from datamodules.loaders.mixture_streams import Stream, check_streams
+from datamodules.loaders.mixture_streams import DecayPhase, Stream, check_streams
 from datamodules.loaders.step_sampler import MicroBatch, StepSampler
 from datamodules.pretraining import load_documents
 from datamodules.sources import Source
@@ -71,9 +71,7 @@ class MixtureDataModule(InstructionDataModule):
         weigh_by: what weights are shares of: ``tokens`` or ``examples``. Shares of tokens divided by the mean length
             make probabilities.
         cap: see ``streams``.
-        decay_start: optimiser step from which ``decay_weight`` holds.
-        ramp_steps: steps over which the shares go there linearly before they are reached: the step ``decay_start + k``
-            is (k + 1) / (ramp_steps + 1) of the way.
+        decay: when the streams' ``decay_weight`` begins to hold; None = never.
         loss_on: what is learned of a conversation: ``all`` tokens, every ``assistant`` turn with its end of turn, or
             the ``last`` of them only.
         max_length: tokens of a row.
@@ -94,8 +92,7 @@ class MixtureDataModule(InstructionDataModule):
         num_steps: int | None = None,
         weigh_by: Literal["tokens", "examples"] = "tokens",
         cap: int | None = None,
-        decay_start: int | None = None,
-        ramp_steps: int = 0,
+        decay: DecayPhase | None = None,
         loss_on: LossOn = "all",
         max_length: int = 1024,
         drop_long: bool = True,
@@ -108,7 +105,7 @@ class MixtureDataModule(InstructionDataModule):
     ) -> None:
         self.check_needs({"streams": streams, "num_steps": num_steps})
         assert streams is not None and num_steps is not None
-        check_streams(streams, num_steps, cap, decay_start, ramp_steps)
+        check_streams(streams, num_steps, cap, decay)
         held_out = {name: stream.val for name, stream in streams.items() if stream.val is not None}
         super().__init__(
             tokenizer,
@@ -124,8 +121,7 @@ class MixtureDataModule(InstructionDataModule):
             system=system,
             seed=seed,
         )
-        self.streams, self.num_steps, self.weigh_by, self.cap = streams, num_steps, weigh_by, cap
-        self.decay_start, self.ramp_steps = decay_start, ramp_steps
+        self.streams, self.num_steps, self.weigh_by, self.cap, self.decay = streams, num_steps, weigh_by, cap, decay
         self.stream_rows: dict[str, range] = {}  # the places of each stream's rows in ``train_rows``
         self._row_sizes: list[float] = []  # mean tokens or examples of a row of each stream
         self._shares: list[tuple[float, float]] = []  # of each stream before and after the switch
@@ -138,10 +134,10 @@ class MixtureDataModule(InstructionDataModule):
             rows += self.load(stream.train, "train", name)
             self.stream_rows[name] = range(start, len(rows))
         self._weigh(rows)
-        first, end = self.probabilities(0), (self.decay_start or 0) + self.ramp_steps
+        first, decay = self.probabilities(0), self.decay
         for name, places in self.stream_rows.items():
             tokens = sum(len(rows[place].ids) for place in places)
-            later = f", {self.probabilities(end)[name]:.4f} from step {end} on" if self.decay_start is not None else ""
+            later = f", {self.probabilities(decay.end)[name]:.4f} from step {decay.end} on" if decay is not None else ""
             drawn = f"a row is drawn from it with probability {first[name]:.4f}{later}"
             rank_zero_info(
                 f"stream {name}: {len(places)} rows, {tokens} tokens, {tokens / len(places):.1f} a row; {drawn}"
@@ -156,9 +152,7 @@ class MixtureDataModule(InstructionDataModule):
 
     def probabilities(self, step: int) -> dict[str, float]:
         """With which probability a row of the optimiser step ``step`` is drawn from each stream."""
-        way = 0.0
-        if self.decay_start is not None and step >= self.decay_start:
-            way = min(1.0, (step - self.decay_start + 1) / (self.ramp_steps + 1))
+        way = 0.0 if self.decay is None else self.decay.progress(step)
         drawn = [
             ((1 - way) * before + way * after) / size
             for (before, after), size in zip(self._shares, self._row_sizes, strict=True)

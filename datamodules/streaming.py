@@ -19,7 +19,7 @@ from datamodules.sources.readers import file_format, parse_json
 from datamodules.tokens.chat import LossOn
 from datamodules.tokens.encoding import Tokens
 from datamodules.tokens.packing import split_long
-from modules.distributed import from_all_ranks
+from modules.trainer.ranks import from_all_ranks
 
 BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".jsonl": ("text", {}),  # a line is parsed here, since the builder for JSON guesses types and fills in columns

@@ -1,4 +1,4 @@
-"""Post-training methods as LightningModules; the names here are the short names of the command line."""
+"""Post-training methods as LightningModules. The command line knows them by these names."""
 
 from modules.dpo import DPOModule
 from modules.grpo import GRPOModule

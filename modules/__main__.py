@@ -8,7 +8,8 @@ from pathlib import Path
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from modules.cli.chat import run_chat
+from modules.cli.chat_command import run_chat
+from modules.cli.choices import spell_out_arguments
 from modules.cli.command import AlignmentCLI
 from modules.cli.parser import Parser, read_old_names, refuse
 from modules.cli.renamed import renew
@@ -27,17 +28,17 @@ QUIET = (
 
 
 def is_news(record: logging.LogRecord) -> bool:
-    """Whether a message of Lightning says something about this run."""
+    """Return whether a message of Lightning tells something about this run."""
     return not record.getMessage().startswith(BANNERS)
 
 
 def main(args: list[str] | None = None) -> None:
-    """Run the command line; what the user can mend ends in one sentence and exit status 1."""
+    """Run the command line. An error that the user can correct ends it with one sentence and exit status 1."""
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(is_news)
     for message in QUIET:
         warnings.filterwarnings("ignore", message=message)
     read_old_names()
-    given = [renew(argument) for argument in (sys.argv[1:] if args is None else args)]
+    given = spell_out_arguments([renew(argument) for argument in (sys.argv[1:] if args is None else args)])
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))  # for the classes and functions of whoever runs this
     try:

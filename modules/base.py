@@ -1,34 +1,32 @@
-"""What every method shares: the policy, optimizer and scheduler from YAML, exact loss scaling, step metrics, checkpoint
-identity.
-"""
+"""The base of every method: policy, optimizer, exact loss scaling, metrics, checkpoints, export."""
 
-import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from modules.distributed import Join, Tally, log_equal
 from modules.networks.frozen import Frozen
 from modules.networks.loading import lacks_output_head
 from modules.networks.lora import Lora
-from modules.networks.memory import memory_line, training_memory
+from modules.networks.memory import estimate_memory, write_memory_line
 from modules.networks.policy import MAX_LOGITS, Policy
 from modules.rollout.engine import Sampling
 from modules.rollout.in_process import InProcessEngine
 from modules.schedulers import RunSchedule
-from modules.stopping import StopTogether
+from modules.trainer.ranks import Join, Tally, log_equal
+from modules.trainer.steps import count_updates, rewind_to_whole_step
+from modules.trainer.stopping import StopTogether
 from modules.types import Record
 
 
 class AlignmentModule(LightningModule):
-    """A method of aligning a causal language model.
+    """A method that trains a causal language model.
 
     Args:
         policy: ``tiny``, a Hugging Face folder, a GGUF file or a hub id.
@@ -66,24 +64,23 @@ class AlignmentModule(LightningModule):
 
     @property
     def tokenizer(self) -> Any:
-        """The policy's tokenizer, which the DataModule is given."""
+        """The policy's tokenizer, which the DataModule takes."""
         return self.policy.tokenizer
 
     def configure_callbacks(self) -> list[Callback]:
-        """What every run has: an end that all ranks reach."""
+        """Return the callback that ends a run on all ranks together."""
         return [StopTogether()]
 
     def setup(self, stage: str) -> None:
-        """Refuse precisions under which Lightning would cast the batch's log-probs and denominators to 16 bits."""
+        """Refuse a precision under which Lightning casts the batch's log-probs and denominators to 16 bits."""
         if self.trainer.precision in ("16-true", "bf16-true", "transformer-engine", "transformer-engine-float16"):
             raise ValueError(
                 f"precision '{self.trainer.precision}' rounds the batch's log-probabilities and denominators to 16 "
-                "bits; "
-                "use '32-true', 'bf16-mixed' or '16-mixed'"
+                "bits; use '32-true', 'bf16-mixed' or '16-mixed'"
             )
 
     def configure_optimizers(self) -> Any:
-        """The optimizer, and the scheduler, stepped per update; one that waits for a plateau steps per epoch."""
+        """Return the optimizer and the scheduler, which steps per update, or per epoch if it waits for a plateau."""
         optimizer = self.optimizer(self.parameter_groups())
         if self.scheduler is None:
             return optimizer
@@ -98,52 +95,51 @@ class AlignmentModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_train_start(self) -> None:
-        """Tell a schedule over the whole run how long the run is."""
+        """Tell the schedule how long the run is."""
         for config in self.trainer.lr_scheduler_configs:
             if isinstance(config.scheduler, RunSchedule):
-                before, total = config.scheduler.total_steps, updates_of(self.trainer)
+                before, total = config.scheduler.total_steps, count_updates(self.trainer)
                 if self.global_step > 0 and before != total:
                     rank_zero_info(f"schedule: now over {total:.0f} updates instead of {before:.0f}")
                 config.scheduler.plan(total)
 
     def parameter_groups(self) -> list[Any]:
-        """What the optimizer trains: parameters, or groups of them with settings of their own."""
+        """Return what the optimizer trains: parameters, or groups of parameters with settings of their own."""
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
     def step_loss(self, loss: Tensor) -> Tensor:
-        """Undo Lightning's division by the accumulation and by the ranks: ``denominator`` already counts the whole
-        step.
-        """
+        """Undo Lightning's division by accumulation and ranks, since ``denominator`` counts the whole step."""
         return loss * self.trainer.accumulate_grad_batches * self.trainer.world_size
 
     def log_step(self, metrics: Mapping[str, Tensor | float], weight: float | None = None, join: Join = sum) -> None:
-        """Log numbers of a micro-batch as ``train/<name>``, once per optimiser step over its micro-batches and all ranks.
+        """Log numbers of a micro-batch as ``train/<name>``.
 
-        With ``weight`` they are averaged with it; without, they are shares of the step and summed, or its ``min`` or
-        ``max``.
+        They are joined once per optimiser step, over its micro-batches and all ranks. With ``weight`` they are averaged;
+        without, ``join`` sums them or takes their ``min`` or ``max``.
         """
         self._step.add(metrics, weight, join)
 
     def log_evaluation(
         self, metrics: Mapping[str, Tensor | float], weight: float | None = None, join: Join = sum
     ) -> None:
-        """Log numbers of a held-out batch as ``val/<name>`` or ``test/<name>``, once per evaluation over its batches and
-        all ranks; ``weight`` and ``join`` as for ``log_step``.
+        """Log numbers of a held-out batch as ``val/<name>`` or ``test/<name>``.
+
+        They are joined once per evaluation, over its batches and all ranks; see ``log_step``.
         """
         self._evaluation.add(metrics, weight, join)
 
     def respond(self, conversations: Sequence[list[dict[str, str]]], max_completion_length: int = 256) -> list[str]:
-        """Greedy answers of the current weights, on this rank alone; the policy's modes and the random state stay as
-        they are.
+        """Answer conversations greedily with the current weights, on this rank alone.
+
+        The policy's modes and the random state stay as they are.
 
         Args:
-            conversations: messages, each with ``role`` and ``content``; without a chat template one user message, put
-                into Alpaca's prompt.
-            max_completion_length: tokens of an answer, fewer where the longest prompt leaves the model fewer positions.
+            conversations: messages, each with ``role`` and ``content``. Without a chat template a conversation is one
+                user message, which is put into Alpaca's prompt.
+            max_completion_length: tokens of an answer; fewer if the longest prompt leaves the model fewer positions.
 
         Raises:
-            ValueError: several messages without a chat template, or a prompt that leaves no position of the model for
-                an answer.
+            ValueError: several messages without a chat template, or a prompt that leaves no position for an answer.
         """
         prompts = [self.policy.prompt_ids(messages) for messages in conversations]
         positions = self.policy.max_positions
@@ -152,8 +148,8 @@ class AlignmentModule(LightningModule):
             max_completion_length = min(max_completion_length, positions - longest)
         if max_completion_length < 1:
             raise ValueError(
-                f"a prompt of {longest} tokens leaves the model, with {positions} positions, no room for an answer; "
-                "leave it out"
+                f"a prompt of {longest} tokens leaves no room for an answer, since the model has {positions} positions; "
+                "leave the prompt out"
             )
         engine = InProcessEngine()
         engine.sync_weights(self.policy, self.global_step)
@@ -161,40 +157,38 @@ class AlignmentModule(LightningModule):
         return [group[0].text for group in engine.generate(prompts, 1, sampling, [0] * len(prompts))]
 
     def on_validation_start(self) -> None:
-        """Forget what an earlier evaluation, or an interrupted one, left."""
+        """Forget what an earlier or interrupted evaluation left."""
         self._evaluation = Tally(self.device)
         self.record.sampled, self.record.greedy = [], []
 
     def on_test_start(self) -> None:
-        """As for validation."""
+        """Do the same for ``test``."""
         self.on_validation_start()
 
     def on_validation_epoch_end(self) -> None:
-        """Log the validation, over all batches and ranks."""
+        """Log the metrics of the validation, over all batches and ranks."""
         log_equal(self, {f"val/{name}": value for name, value in self.evaluation_metrics().items()})
 
     def on_test_epoch_end(self) -> None:
-        """The same under ``test/``."""
+        """Log the same under ``test/``."""
         log_equal(self, {f"test/{name}": value for name, value in self.evaluation_metrics().items()})
 
     def evaluation_metrics(self) -> dict[str, float]:
-        """What ``log_evaluation`` collected, over all batches and ranks (collective)."""
+        """Join what ``log_evaluation`` collected, over all batches and ranks (collective)."""
         return self._evaluation.join()
 
     def say_memory(self, batch: Any) -> None:
-        """Say how much memory training needs, as far as it is known, with micro-batches like the first."""
+        """Print how much memory training needs with micro-batches like this one, as far as it is known."""
         frozen = (
             weight for part in vars(self).values() if isinstance(part, Frozen) for weight in part.weights.values()
         )
         tokens = max(batch[name].numel() for name in ("input_ids", "completion_ids") if name in batch)
         logits = min(MAX_LOGITS, tokens * self.policy.model.config.vocab_size) if self.forms_logits else 0
-        memory = training_memory([*self.parameters(), *self.buffers(), *frozen], self.trainer.optimizers[0], logits)
-        rank_zero_info(memory_line(memory))
+        memory = estimate_memory([*self.parameters(), *self.buffers(), *frozen], self.trainer.optimizers[0], logits)
+        rank_zero_info(write_memory_line(memory))
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Start the clock and the metrics of a step at its first micro-batch; before the first, say how much memory the
-        run needs.
-        """
+        """Start the clock and the metrics of a step at its first micro-batch, and print the memory at the first step."""
         if not self._memory_said:
             self._memory_said = True
             self.say_memory(batch)
@@ -202,7 +196,7 @@ class AlignmentModule(LightningModule):
             self._step, self._step_start = Tally(self.device), time.perf_counter()
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Log the step: what ``log_step`` collected, gradient norm before clipping, learning rate, tokens."""
+        """Log the step: the collected numbers, the gradient norm before clipping, the learning rate, the tokens."""
         gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
         metrics = self.step_metrics()
         tokens = metrics.pop("tokens")
@@ -218,23 +212,28 @@ class AlignmentModule(LightningModule):
             log_equal(self, {"loss": metrics["loss"]}, prog_bar=True, logger=False)
 
     def step_metrics(self) -> dict[str, float]:
-        """What ``log_step`` collected, over the micro-batches of the step and all ranks (collective)."""
+        """Join what ``log_step`` collected, over the micro-batches of the step and all ranks (collective)."""
         return self._step.join()
 
     def prepare_export(self) -> None:
-        """Do what all ranks must do together before one of them calls ``save_pretrained`` (collective): here nothing."""
+        """Do what all ranks must do together before one of them calls ``save_pretrained`` (collective).
+
+        The base does nothing.
+        """
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write what was trained, with its tokenizer, as a Hugging Face folder."""
+        """Write the trained model and its tokenizer as a Hugging Face folder."""
         self.policy.save_pretrained(folder)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Say what the checkpoint is of, so that another model refuses it in one sentence."""
+        """Note the method and the model in the checkpoint, so that another model refuses it."""
         checkpoint["alignment"] = {**self.identity(), "num_tokens": self.num_tokens}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """ValueError for the checkpoint of another method or of a model of another shape. Then mend the position, see
-        ``at_whole_step``.
+        """Refuse the checkpoint of another method or model, then correct the position; see ``rewind_to_whole_step``.
+
+        Raises:
+            ValueError: the checkpoint's method, kind of model or number of parameters is another.
         """
         saved = dict(checkpoint.get("alignment", {}))
         self.num_tokens = saved.pop("num_tokens", 0)
@@ -250,67 +249,17 @@ class AlignmentModule(LightningModule):
             loop, every = checkpoint["loops"]["fit_loop"], self.trainer.check_val_every_n_epoch
             epoch = loop["epoch_progress"]["current"]["processed"]
             validates = self.trainer.enable_validation and every is not None and (epoch + 1) % every == 0
-            at_whole_step(loop, self.trainer.accumulate_grad_batches, validates, by_steps=self.trainer.max_epochs == -1)
+            rewind_to_whole_step(
+                loop, self.trainer.accumulate_grad_batches, validates, by_steps=self.trainer.max_epochs == -1
+            )
 
     def identity(self) -> dict[str, str | int]:
-        """What must agree between a checkpoint and the run that loads it."""
-        config, kept = (
-            self.policy.model.config,
-            self.policy.state_dict().keys(),
-        )  # without adapters that are not the run's own
+        """Return what must agree between a checkpoint and the run that loads it."""
+        config = self.policy.model.config
+        kept = self.policy.state_dict().keys()  # without adapters that are not the run's own
         return {
             "method": type(self).__name__,
             "model_type": config.model_type,
             "parameters": sum(parameter.numel() for name, parameter in self.policy.named_parameters() if name in kept),
             "vocab_size": config.vocab_size,
         }
-
-
-def updates_of(trainer: Trainer) -> float:
-    """Optimiser updates of the whole run, from its start; infinite where nothing bounds them.
-
-    ``trainer.estimated_stepping_batches`` would say the same, but asking for it makes Lightning forget the state of the
-    loaders on resume.
-    """
-    per_epoch = -(-trainer.num_training_batches // trainer.accumulate_grad_batches)
-    by_epochs = math.inf if trainer.max_epochs in (None, -1) else per_epoch * trainer.max_epochs
-    return min(by_epochs, math.inf if trainer.max_steps == -1 else trainer.max_steps)
-
-
-def at_whole_step(loop: dict[str, Any], accumulate: int, validates: bool, by_steps: bool) -> None:
-    """Make the Trainer's saved loop state, in place, one from which it resumes exactly.
-
-    Inside an accumulation it goes back to the last optimiser step, since no checkpoint holds gradients (the DataModules
-    do the same). Saved behind the last micro-batch of an epoch, Lightning 2.6 would skip that epoch's validation and
-    end, and with them its
-    metrics: so the micro-batch is marked as completed, and the validation, if the epoch ``validates``, as begun. Saved
-    at the end of an epoch, a run limited ``by_steps`` would end that epoch once more: so the next one is put at its
-    start.
-    """
-    progress, steps, restarts_epoch = loop["epoch_loop.batch_progress"], loop["epoch_loop.state_dict"], False
-    current, total = progress["current"], progress["total"]
-    extra = 0 if progress["is_last_batch"] else current["ready"] % accumulate
-    if extra:
-        whole = current["ready"] - extra
-        for name in current:
-            total[name] -= current[name] - whole
-            current[name] = whole
-        restarts_epoch = whole == 0
-    elif progress["is_last_batch"] and current["completed"] == current["processed"] - 1:
-        current["completed"] += 1
-        total["completed"] += 1
-        if validates:
-            validation = loop["epoch_loop.val_loop.batch_progress"]
-            validation["current"] = {"ready": 0, "started": 0, "processed": 0, "completed": 0}
-            validation["total"] = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
-        else:
-            steps["_batches_that_stepped"] += 1  # what follows a validation would have counted the step
-    epoch = loop["epoch_progress"]
-    if epoch["current"]["completed"] == epoch["current"]["processed"] - 1:  # saved at the very end of an epoch
-        for part in ("current", "total"):
-            epoch[part]["completed"] += 1
-        progress["current"] = dict.fromkeys(current, 0)
-        progress["is_last_batch"] = False
-        restarts_epoch = by_steps
-    if restarts_epoch and validates:
-        steps["_batches_that_stepped"] -= 1  # the loop will count a step before the first micro-batch

@@ -1,4 +1,4 @@
-"""Direct Preference Optimization (arXiv 2305.18290), and the losses on preferences that came after it."""
+"""Direct Preference Optimization (arXiv 2305.18290) and later losses on preferences."""
 
 from pathlib import Path
 from typing import Any, cast
@@ -9,46 +9,44 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from modules.base import AlignmentModule
-from modules.checks import check_numbers
 from modules.functional.masked import masked_mean
+from modules.functional.ranges import check_numbers
 from modules.losses.pairs import Pairs, find_pairs, make_scored_pairs, measure_logits, measure_preferences
 from modules.losses.preference import PairObjective, PreferenceObjective, Sequences, Sigmoid
-from modules.networks.companion import companion
 from modules.networks.frozen import Frozen
 from modules.networks.lora import Lora
-from modules.networks.policy import TokenScores
+from modules.networks.policy import TokenScores, load_companion
 from modules.networks.reference import ReferenceLogprobs, reference_logprobs
 from modules.types import PreferenceBatch, ScoredPair
 
 
 class DPOModule(AlignmentModule):
-    """loss = mean over examples of -log sigma(beta h), h = log pi/pi_ref of the chosen completion minus that of the
-    rejected.
+    """Minimises the mean over examples of -log sigma(beta h).
 
-    Log-probs are sums over the completion and its end token. A prompt is computed once for all its completions. The
-    reference is the policy as it starts, or another model; its log-probs of all rows are computed once before the first
-    step and kept on disk, and it is then let go. With ``lora`` it is the policy with its initial adapters and takes no
-    memory of its own. Margins of the data are for the audit; no loss here reads them.
+    h is log(pi / pi_ref) of the chosen completion minus that of the rejected one. Log-probs are sums over the
+    completion and its end token, and a prompt is computed once for all its completions. The reference is the policy as
+    it starts, or another model. Its log-probs of all rows are computed before the first step and kept on disk; then its
+    weights are dropped. With ``lora`` the reference is the policy with its initial adapters and takes no memory of its
+    own. Margins of the data are for the audit; no loss here reads them.
 
     Args:
-        policy: ``tiny``, a Hugging Face folder, a GGUF file or a hub id; as a rule one that was fine-tuned on such data
-            first.
+        policy: ``tiny``, a Hugging Face folder, a GGUF file or a hub id; usually a model that was fine-tuned before.
         beta: strength of the tie to the reference, > 0; default the objective's own (0.1 for most).
         objective: the loss; default ``Sigmoid``, DPO's own. ``KTO`` takes labelled completions, the others pairs.
         reference: another model as the reference (TRL's ``ref_model``), such as that of an earlier round; default the
             policy as it starts.
-        reference_free: take the reference as uniform: h is the difference of log-probs.
-        nll_weight: >= 0; adds the negative log-likelihood per token of the chosen completion (RPO, arXiv 2404.19733),
-            which keeps it from falling.
+        reference_free: use a uniform reference, so that h is the difference of log-probs.
+        nll_weight: >= 0, weight of the negative log-likelihood per token of the chosen completion, which keeps its
+            likelihood from falling (RPO, arXiv 2404.19733).
         lora: train low-rank adapters instead of all weights.
-        cache_dir: folder of the reference log-probs, named by model, rows and precision; None = ``reference`` in the
-            run's folder.
+        cache_dir: folder of files with the reference's log-probs, named by model, rows and precision; None =
+            ``reference`` in the run's folder. A Trainer without ``default_root_dir`` writes no file.
         optimizer: parameters -> optimizer; default AdamW, learning rate 1e-6.
         scheduler: optimizer -> scheduler, stepped per update.
 
     Raises:
-        ValueError: values out of range; a reference that nothing is compared with, or with another vocabulary; in
-            ``setup``, rows that the objective cannot learn from.
+        ValueError: values out of range; a reference for a loss without one, or with another vocabulary; in ``setup``,
+            rows that the objective cannot learn from.
     """
 
     def __init__(
@@ -77,14 +75,11 @@ class DPOModule(AlignmentModule):
                 f"reference is '{reference}' and {type(self.objective).__name__} is computed without one: leave it out"
             )
         self.own_reference = reference is None  # the policy as it starts
-        other = companion(self.policy, reference, "reference") if reference else None
+        other = load_companion(self.policy, reference, "reference") if reference else None
         self.reference = Frozen(other or self.policy, own=other is not None) if self.needs_reference else None
         self.tables: dict[str, ReferenceLogprobs] = {}  # by stage of the data
-        self._tables_of: Any = None  # the DataModule that they are of
-        self._fallen = {
-            "rewards/chosen": 0.0,
-            "rewards/rejected": 0.0,
-        }  # sum of each side's over the epoch, on this rank
+        self._tables_of: Any = None  # the DataModule that they belong to
+        self._fallen = {"rewards/chosen": 0.0, "rewards/rejected": 0.0}  # sum of each over the epoch, on this rank
         self._warned = False
 
     def setup(self, stage: str) -> None:
@@ -92,30 +87,30 @@ class DPOModule(AlignmentModule):
         super().setup(stage)
         if not self.paired and isinstance(self.objective, PairObjective):
             raise ValueError(
-                f"{type(self.objective).__name__} compares completions and these rows hold one labelled completion "
+                f"{type(self.objective).__name__} compares completions, but these rows hold one labelled completion "
                 "each: use KTO"
             )
         if self.nll_weight > 0 and not self.paired:
-            raise ValueError("nll_weight raises chosen completions, and these rows hold labelled ones: set it to 0")
+            raise ValueError("nll_weight raises chosen completions, but these rows hold labelled ones: set it to 0")
         if self._tables_of is not self.data:
             self.tables, self._tables_of = {}, self.data
         if self.objective.compares_mismatched and getattr(self.data, "batch_size", 2) < 2:
             raise ValueError(
-                "KTO puts completions behind the other prompts of a micro-batch: data.batch_size must be at least 2"
+                "KTO puts completions after other prompts of the micro-batch: data.batch_size must be at least 2"
             )
 
     @property
     def paired(self) -> bool:
-        """Whether the data are comparisons, not labelled completions."""
+        """Whether the rows are comparisons and not labelled completions."""
         return bool(getattr(self.data, "kind", "pairs") == "pairs")
 
     @property
     def data(self) -> Any:
-        """The DataModule: ``in_order`` gives its rows, ``val`` says whether some are held out."""
+        """The DataModule; ``in_order`` gives its rows, and ``val`` is None if it holds out no rows."""
         return self.trainer.datamodule  # type: ignore[attr-defined]
 
     def on_fit_start(self) -> None:
-        """Compute the reference's log-probs of all rows, or read them, and let the reference go where it costs memory."""
+        """Compute or read the reference's log-probs of all rows, then drop a reference that costs memory."""
         self.precompute("train", "val")
         if (
             self.reference is not None
@@ -125,47 +120,49 @@ class DPOModule(AlignmentModule):
             self.reference = None
 
     def on_validation_start(self) -> None:
-        """The same of the held-out rows, for ``validate`` and ``test``."""
+        """Compute or read the reference's log-probs of the held-out rows, for ``validate`` and ``test``."""
         super().on_validation_start()
         self.precompute("val")
 
     @property
-    def cache(self) -> Path:
-        """Where the reference's log-probs are kept."""
-        return Path(self.cache_dir or Path(self.trainer.default_root_dir) / "reference")
+    def cache(self) -> Path | None:
+        """Folder of the reference's log-probs; None = none is written, for a Trainer without a folder of its own."""
+        root = Path(self.trainer.default_root_dir).absolute()
+        if self.trainer.fast_dev_run or (self.cache_dir is None and root == Path.cwd()):  # type: ignore[attr-defined]
+            return None
+        return Path(self.cache_dir or root / "reference")
 
     def precompute(self, *stages: str) -> None:
-        """Fill ``tables`` for the stages that are not there yet."""
+        """Fill ``tables`` for stages that are missing in it."""
         for stage in stages:
             if not self.needs_reference or stage in self.tables or (stage == "val" and self.data.val is None):
                 continue
             if self.reference is None:
                 raise ValueError(
-                    "the reference was let go when the first fit began: make a new DPOModule for other data"
+                    "the reference was dropped when the first fit began: make a new DPOModule for other data"
                 )
             self.reference.to(self.device)
-            folder = None if self.trainer.fast_dev_run else self.cache  # type: ignore[attr-defined]
             with self.trainer.precision_plugin.forward_context():
                 batches, place = self.data.in_order(stage), self.trainer.strategy.batch_to_device
                 self.tables[stage] = reference_logprobs(
-                    self.reference, batches, place, folder, str(self.trainer.precision)
+                    self.reference, batches, place, self.cache, str(self.trainer.precision)
                 )
 
     def sequences(self, batch: PreferenceBatch, stage: str) -> tuple[Sequences, TokenScores]:
-        """The batch's completions under policy and reference, and the policy's token scores."""
+        """Sum each completion's log-probs under policy and reference; return them and the policy's token scores."""
         scores = self.policy.completion_scores(batch, details=True)
         reference = self.tables[stage].of(batch) if stage in self.tables else None
         return self.objective.sum_tokens(scores.logprobs, reference, batch), scores
 
     def loss(self, sequences: Sequences, batch: PreferenceBatch, pairs: Pairs, kl: Tensor) -> Tensor:
-        """Sum [] over the examples of the batch; ``kl`` [] is that of ``mismatched_kl``."""
+        """Compute the sum [] of the loss over the examples of the batch; ``kl`` [] comes from ``mismatched_kl``."""
         loss = self.objective.total(sequences, batch, pairs, self.beta, kl)
         if self.nll_weight > 0:
             loss = loss - self.nll_weight * (sequences.plain / sequences.lengths)[pairs.better] @ pairs.weight
-        return loss + 0 * sequences.logps.sum()  # a filler has a gradient too, of zero
+        return loss + 0 * sequences.logps.sum()  # so that a batch of fillers has a gradient, of zero
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
-        """The loss [] of a micro-batch: its share of the mean over the step's examples."""
+        """Compute the loss [] of a micro-batch: its share of the mean over the step's examples."""
         sequences, scores = self.sequences(batch, "train")
         self.check_start(sequences)
         pairs, kl = find_pairs(batch), self.mismatched_kl(batch)
@@ -183,32 +180,29 @@ class DPOModule(AlignmentModule):
         return self.step_loss(loss)
 
     def on_train_epoch_start(self) -> None:
-        """Begin to add up what the epoch does to both sides of the pairs."""
+        """Start the sums of both sides' implicit rewards over the epoch."""
         self._fallen = dict.fromkeys(self._fallen, 0.0)
 
     def on_train_epoch_end(self) -> None:
-        """Warn once when the policy gave up likelihood of both sides over the epoch (likelihood displacement)."""
+        """Warn once if both sides of the pairs lost likelihood over the epoch (likelihood displacement)."""
         if self.tables and max(self._fallen.values()) < 0 and not self._warned:
             self._warned = True
             rank_zero_warn(
                 "chosen and rejected completions have both become less likely than under the reference (likelihood "
-                "displacement): "
-                "the probability goes to answers that nobody compared; raise model.nll_weight or model.beta, or lower "
-                "the learning rate"
+                "displacement): the probability goes to answers that nobody compared; raise model.nll_weight or "
+                "model.beta, or lower the learning rate"
             )
 
     def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
-        """Means over the held-out examples; the pairs with their implicit rewards stay in ``record.pairs`` for
-        callbacks.
-        """
+        """Log means over the held-out examples, and leave the scored pairs in ``record.pairs``."""
         self.evaluate(batch)
 
     def test_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
-        """The same under ``test/``."""
+        """Log the same under ``test/``."""
         self.evaluate(batch)
 
     def evaluate(self, batch: PreferenceBatch) -> None:
-        """Log what the policy makes of held-out examples."""
+        """Log loss and metrics of a held-out batch, and leave its pairs in ``record.pairs``."""
         sequences, scores = self.sequences(batch, "val")
         examples = float(batch["prompt_index"][batch["rank"] >= 0].unique().numel())
         pairs, kl = find_pairs(batch), self.mismatched_kl(batch)
@@ -221,8 +215,9 @@ class DPOModule(AlignmentModule):
 
     @torch.no_grad()
     def score_pairs(self, batch: PreferenceBatch) -> list[ScoredPair]:
-        """Every pair of a batch of held-out rows, or of training rows where none are held out, with its implicit
-        rewards and texts.
+        """Return every pair of a batch with its implicit rewards and texts.
+
+        The rows are held-out ones, or training rows if none are held out.
         """
         sequences, _ = self.sequences(batch, "train" if self.data.val is None else "val")
         rewards = self.objective.implicit_rewards(sequences, self.beta)
@@ -231,7 +226,7 @@ class DPOModule(AlignmentModule):
     def metrics(
         self, sequences: Sequences, scores: TokenScores, batch: PreferenceBatch, pairs: Pairs, kl: Tensor
     ) -> dict[str, tuple[Tensor, float]]:
-        """Means [] with their weights, under TRL's names."""
+        """Compute means [] with their weights, under TRL's names."""
         assert scores.entropies is not None and scores.hits is not None and scores.mean_logits is not None
         rewards = self.objective.implicit_rewards(sequences, self.beta)
         counted = batch["completion_mask"] & (batch["rank"] >= 0)[:, None]
@@ -245,8 +240,10 @@ class DPOModule(AlignmentModule):
 
     @torch.no_grad()
     def mismatched_kl(self, batch: PreferenceBatch) -> Tensor:
-        """KTO's z0 []: mean log-ratio of completions behind the next prompt of the micro-batch, over all ranks, at
-        least 0; 0 for other losses.
+        """Compute KTO's z0 []; 0 for other losses.
+
+        That is the mean log-ratio of completions put after the next prompt of their micro-batch, over all ranks and at
+        least 0.
         """
         if not self.objective.compares_mismatched:
             return torch.zeros((), device=self.device)
@@ -254,9 +251,8 @@ class DPOModule(AlignmentModule):
         mask, index, width = batch["completion_mask"], batch["prompt_index"], batch["prompt_mask"].sum(1)
         behind = (index + 1) % len(width)
         differ = (batch["prompt_ids"][behind] != batch["prompt_ids"][index]).any(1) & (batch["rank"] >= 0)
-        fits = (
-            width[behind] + mask.sum(1) <= (width[index] + mask.sum(1)).max()
-        )  # no longer than the longest row that there really is
+        # A mismatched row may be no longer than the longest row of the batch.
+        fits = width[behind] + mask.sum(1) <= (width[index] + mask.sum(1)).max()
         rows = (differ & fits).nonzero()[:, 0]
         ratio = batch["completion_mask"].new_zeros(0).float()
         if len(rows):
@@ -276,16 +272,19 @@ class DPOModule(AlignmentModule):
         return (total / count.clamp(min=1)).clamp(min=0)
 
     def check_start(self, sequences: Sequences) -> None:
-        """ValueError where the reference is the start policy and yet differs from it at step 0."""
+        """Refuse a reference that differs from the policy at step 0, where the two are the same model.
+
+        Raises:
+            ValueError: the log-probs of a completion differ by more than rounding.
+        """
         if self.global_step == 0 and self.tables and self.own_reference:
             gap = (sequences.logps - sequences.ref_logps).detach().abs()
             whole = self.trainer.precision.startswith(("32", "64"))
-            allowed = (
-                (1e-6 * sequences.lengths).clamp(min=5e-4) if whole else 0.1 * sequences.lengths.sqrt()
-            )  # 5e-4: then h < 1e-3
+            # A gap of 5e-4 leaves h below 1e-3.
+            allowed = (1e-6 * sequences.lengths).clamp(min=5e-4) if whole else 0.1 * sequences.lengths.sqrt()
             if not bool((gap <= allowed).all()):
                 raise ValueError(
                     "policy and reference differ before the first update (log-probs of a completion by up to "
                     f"{float(gap.max()):.3g}): "
-                    f"empty {self.cache} or name the right policy"
+                    + (f"empty {self.cache}, or name the right policy" if self.cache else "name the right policy")
                 )

@@ -1,6 +1,4 @@
-"""Group Relative Policy Optimization (DeepSeekMath, arXiv 2402.03300, section 4.1), with the choices that came after
-it.
-"""
+"""Group Relative Policy Optimization (DeepSeekMath, arXiv 2402.03300, section 4.1), and later choices of its parts."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,42 +7,39 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
-from modules.checks import check_numbers
 from modules.functional import kl
 from modules.functional.masked import aggregate
+from modules.functional.ranges import check_numbers
 from modules.losses import Clipped, PolicyObjective
 from modules.losses.policy import leave_out_unscored
 from modules.networks.lora import Lora
-from modules.on_policy import OnPolicyModule
+from modules.on_policy import OnPolicyModule, Validation
 from modules.rollout.engine import RolloutEngine, Sampling
 from modules.types import PolicyBatch, Reward
 
 
 class GRPOModule(OnPolicyModule):
-    """Sample a group of completions per prompt, compare each reward with its group, and move towards the better ones.
+    """Samples a group of completions per prompt, compares each reward with its group, and moves towards the better ones.
 
-    Each phase: ``collect`` samples, scores and freezes log-probs and advantages; ``training_step`` is only the loss
-    ``-min(ratio A, clip(ratio) A)`` (+ ``beta`` x KL). What differs from the paper: the loss is a mean over the tokens
-    of the whole step instead of per completion, the upper clip is higher (both DAPO, arXiv 2503.14476), and there is no
-    KL term unless ``beta`` asks for it. The published form is ``SequenceMean`` with clips 0.2/0.2 and ``beta`` 0.04;
-    Dr. GRPO is ``group_center`` with ``ConstantNorm``; RLOO's advantage is ``leave_one_out``.
+    In each phase ``collect`` samples, scores, and freezes log-probs and advantages. ``training_step`` is only the loss
+    ``-min(ratio A, clip(ratio) A)`` (+ ``beta`` x KL). It differs from the paper in three ways: the loss is a mean over
+    the tokens of the whole step instead of per completion, the upper clip is higher (both DAPO, arXiv 2503.14476), and
+    there is no KL term unless ``beta`` asks for one. The published form is ``SequenceMean`` with clips 0.2/0.2 and
+    ``beta`` 0.04. Dr. GRPO is ``group_center`` with ``ConstantNorm``; RLOO's advantage is ``leave_one_out``.
 
     Args:
-        policy: ``tiny``, a Hugging Face folder, a GGUF file or a hub id. Dropout is off, so that the ratio is 1 at the
-            start.
+        policy: ``tiny``, a Hugging Face folder, a GGUF file or a hub id. Dropout is off, so that the ratio starts at 1.
         reward: scores completions; ``WeightedSum`` adds several.
         num_generations: completions per prompt, at least 2.
         sampling: how to sample in training.
         engine: what samples; default the policy itself, in this process.
-        advantage: rewards [N], group [N] -> advantages [N], by dotted path: ``modules.functional.advantages.group_zscore``,
-            ``.group_center``, ``.leave_one_out`` or your own; default the objective's (``group_zscore`` for most).
+        advantage: rewards [N], group [N] -> advantages [N]: ``group_zscore``, ``group_center``, ``leave_one_out``, or
+            the dotted path of your own function; default the objective's (``group_zscore`` for most).
         objective: the policy loss; default ``Clipped``. Others are ``GSPO``, ``CISPO`` and ``MirrorDescent``.
         beta: weight of the KL to the frozen start policy in the loss, nats; 0 = none.
-        kl_loss: estimator of that term whose gradient is the reverse KL's: ``modules.functional.kl.weighted_k3`` or
-            ``.k2``.
+        kl_loss: estimator of that term, whose gradient is the reverse KL's: ``weighted_k3`` or ``k2``.
         measure_kl: keep the frozen start policy and log the KL to it even with ``beta`` 0.
-        accuracy: decides right (score > 0.5) or wrong in validation; default ``reward``.
-        val_generations: sampled completions per validation prompt, for pass@1 and pass@k.
+        validation: what decides right or wrong there, and how many completions of a prompt are sampled.
         lora: train low-rank adapters instead of all weights.
         optimizer: parameters -> optimizer; default AdamW, learning rate 1e-6.
         scheduler: optimizer -> scheduler, stepped per update.
@@ -63,8 +58,7 @@ class GRPOModule(OnPolicyModule):
         beta: float = 0.0,
         kl_loss: Callable[[Tensor, Tensor], Any] = kl.weighted_k3,
         measure_kl: bool = False,
-        accuracy: Reward | None = None,
-        val_generations: int = 1,
+        validation: Validation = Validation(),  # noqa: B008
         lora: Lora | None = None,
         optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=1e-6),
         scheduler: LRSchedulerCallable | None = None,
@@ -77,8 +71,7 @@ class GRPOModule(OnPolicyModule):
             sampling=sampling,
             engine=engine,
             reference=beta > 0 or measure_kl,
-            accuracy=accuracy,
-            val_generations=val_generations,
+            validation=validation,
             lora=lora,
             optimizer=optimizer,
             scheduler=scheduler,
@@ -86,13 +79,13 @@ class GRPOModule(OnPolicyModule):
         )
         check_numbers("GRPOModule", beta=(beta, "[0, inf)"))
         if kl_loss is kl.k1:
-            raise ValueError("kl_loss: k1 has no gradient on average: use modules.functional.kl.weighted_k3 or k2")
+            raise ValueError("kl_loss: k1 has no gradient on average; use weighted_k3 or k2")
         self.objective = objective or Clipped()
         self.advantage = advantage or self.objective.make_advantages
         self.beta, self.kl_loss = beta, kl_loss
 
     def prepare(self, batch: PolicyBatch) -> None:
-        """Make the advantages of the phase, and say which completions have a gradient: those without a score have none."""
+        """Make the advantages of the phase, and mark the completions that have a gradient."""
         mask = leave_out_unscored(batch)["completion_mask"]
         advantages = self.advantage(batch["rewards"], batch["group"])  # [N]
         batch["advantages"] = advantages[:, None] * mask
@@ -100,7 +93,7 @@ class GRPOModule(OnPolicyModule):
         batch["active"] = mask.any(1) & ((advantages != 0) | (self.beta > 0 or not self.objective.needs_advantage))
 
     def training_step(self, batch: PolicyBatch, batch_idx: int) -> Tensor:
-        """The loss [] of a micro-batch: its share of the step's objective."""
+        """Compute the loss [] of a micro-batch: its share of the step's objective."""
         logprobs = self.policy.completion_scores(batch, self.sampling.temperature).logprobs
         scored = leave_out_unscored(batch)
         mask = scored["completion_mask"]

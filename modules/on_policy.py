@@ -1,11 +1,9 @@
-"""What every method that learns from its own samples shares: sampling, scoring a phase, the frozen start policy,
-evaluation by sampling.
-"""
+"""The base of methods that learn from their own samples: sampling, scoring, the frozen start policy, evaluation."""
 
 import time
 from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -13,43 +11,54 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from modules.base import AlignmentModule
-from modules.distributed import from_all_ranks, log_equal, mean_and_error, weighted_means
 from modules.functional import kl
-from modules.networks.companion import companion
+from modules.functional.ranges import check_numbers
 from modules.networks.frozen import Frozen
 from modules.networks.lora import Lora
-from modules.networks.policy import TokenScores
-from modules.rewards.function import as_reward
+from modules.networks.policy import TokenScores, load_companion
+from modules.rewards.combined import walk_rewards
 from modules.rewards.learned import LearnedReward
-from modules.rewards.weighted_sum import every_reward
 from modules.rollout.engine import RolloutEngine, Sampling
 from modules.rollout.in_process import InProcessEngine
-from modules.rollout.metrics import gap_metrics, outcomes, rollout_metrics, share_solved
-from modules.rollout.scoring import in_chunks, make_rollouts, sampling_seed, to_batch, with_sums
-from modules.seeds import run_seed
-from modules.types import Completion, InstructionBatch, PolicyBatch, PromptBatch, Reward, Rollout
+from modules.rollout.metrics import make_outcomes, measure_gaps, measure_rollouts, share_solved
+from modules.rollout.scoring import add_sums, make_batch, make_rollouts, score_in_chunks
+from modules.trainer.ranks import from_all_ranks, log_equal, mean_and_error, weighted_means
+from modules.trainer.seeds import derive_seed, run_seed
+from modules.types import Completion, InstructionBatch, PolicyBatch, PromptBatch, Reward, Rollout, as_reward
 
-NEGATIVE_KL = (
-    4.0  # standard errors; a right run is below by chance in 9 of 100000 phases of 64 completions, in 3 of 256
-)
-ENOUGH = 64  # completions of a phase, below which a standard error is too uncertain
+# Standard errors. By chance a right run is below in 9 of 100000 phases of 64 completions, and in 3 of 256 completions.
+NEGATIVE_KL = 4.0
+ENOUGH = 64  # completions of a phase; with fewer, a standard error is too uncertain
+
+
+@dataclass(frozen=True)
+class Validation:
+    """How held-out prompts are answered and judged.
+
+    Raises:
+        ValueError: values out of range.
+    """
+
+    accuracy: Reward | None = None  # decides right (score > 0.5) or wrong; None = the reward that trains
+    generations: int = 1  # >= 1, sampled completions of a prompt, for pass@1 and pass@k
+
+    def __post_init__(self) -> None:
+        check_numbers("validation", generations=(self.generations, "[1, inf)"))
 
 
 class OnPolicyModule(AlignmentModule):
-    """A method whose phases are sampled from the policy itself; a subclass says what a phase teaches (``prepare``) and
-    the loss.
+    """A method that samples its phases from the policy itself.
+
+    A subclass says what a phase teaches, in ``prepare``, and the loss.
 
     Args:
-        policy: ``tiny``, a Hugging Face folder, a GGUF file or a hub id. Dropout is off, so that the ratio is 1 at the
-            start.
+        policy: ``tiny``, a Hugging Face folder, a GGUF file or a hub id. Dropout is off, so that the ratio starts at 1.
         reward: scores completions.
         num_generations: completions per prompt.
         sampling: how to sample in training.
-        engine: what samples; default the policy itself, in this process.
-        reference: keep the frozen start policy, for a loss or for the KL to it; a folder or hub id keeps that model
-            instead.
-        accuracy: decides right (score > 0.5) or wrong in validation; default ``reward``.
-        val_generations: sampled completions per validation prompt, for pass@1 and pass@k.
+        engine: samples completions; default the policy itself, in this process.
+        reference: keep the frozen start policy, for a loss or to measure the KL; a folder or hub id keeps that model.
+        validation: what decides right or wrong there, and how many completions of a prompt are sampled.
         lora: train low-rank adapters instead of all weights.
         optimizer: parameters -> optimizer.
         scheduler: optimizer -> scheduler, stepped per update.
@@ -67,8 +76,7 @@ class OnPolicyModule(AlignmentModule):
         sampling: Sampling,
         engine: RolloutEngine | None,
         reference: bool | str,
-        accuracy: Reward | None,
-        val_generations: int,
+        validation: Validation,
         lora: Lora | None,
         optimizer: OptimizerCallable,
         scheduler: LRSchedulerCallable | None,
@@ -86,19 +94,13 @@ class OnPolicyModule(AlignmentModule):
             raise ValueError(
                 f"sampling.temperature is {sampling.temperature}: greedy completions of a prompt are all the same"
             )
-        if val_generations < 1:
-            raise ValueError(f"val_generations must be at least 1, got {val_generations}")
-        self.reward, self.accuracy = as_reward(reward), as_reward(accuracy or reward)
+        self.reward, self.accuracy = as_reward(reward), as_reward(validation.accuracy or reward)
         if lora is not None:
             self.share_backbone()
-        self.num_generations, self.val_generations, self.sampling, self.seed = (
-            num_generations,
-            val_generations,
-            sampling,
-            run_seed(seed),
-        )
+        self.num_generations, self.val_generations = num_generations, validation.generations
+        self.sampling, self.seed = sampling, run_seed(seed)
         self.engine = engine or InProcessEngine()
-        other = companion(self.policy, reference, "reference") if isinstance(reference, str) else None
+        other = load_companion(self.policy, reference, "reference") if isinstance(reference, str) else None
         self.own_reference = other is None  # the policy as it starts
         self.reference = Frozen(other or self.policy, own=other is not None) if reference else None
         self._training_start = time.perf_counter()
@@ -106,10 +108,10 @@ class OnPolicyModule(AlignmentModule):
         self.record.held_out = []
 
     def share_backbone(self) -> None:
-        """Reward models that are adapters of the policy's backbone are computed on it."""
+        """Compute reward models that are adapters of the policy's backbone on that backbone."""
         learned = [
             part
-            for part in (*every_reward(self.reward), *every_reward(self.accuracy))
+            for part in (*walk_rewards(self.reward), *walk_rewards(self.accuracy))
             if isinstance(part, LearnedReward)
         ]
         shared = {path for part in learned for path in part.share_backbone(self.policy)}
@@ -123,37 +125,38 @@ class OnPolicyModule(AlignmentModule):
 
     @abstractmethod
     def prepare(self, batch: PolicyBatch) -> None:
-        """Put what the loss needs into a phase's batch: advantages or ranks, ``row_count`` and ``active``; numbers
-        of the phase go to ``log_phase``.
+        """Add to a phase's batch what the loss needs: advantages or ranks, ``row_count`` and ``active``.
+
+        Numbers of the phase go to ``log_phase``.
         """
 
     def on_fit_start(self) -> None:
-        """The frozen start policy goes where the trained one is."""
+        """Move the frozen start policy to the device of the trained one."""
         if self.reference is not None:
             self.reference.to(self.device)
 
     def collect(self, prompts: PromptBatch) -> PolicyBatch:
-        """One phase of this rank: sample, score, and the log-probs that its updates start from."""
+        """Make one phase of this rank: sample, score, and compute the log-probs that the updates start from."""
         start = time.perf_counter()
         completions = self.sample(prompts, self.num_generations, self.sampling, str(self.current_epoch))
         sampled = time.perf_counter()
         rollouts = make_rollouts(prompts, completions, self.reward)
         self.check_scored(rollouts)
-        batch = to_batch(rollouts, self.device)
+        batch = make_batch(rollouts, self.device)
         mask = batch["completion_mask"]
         if "update" in prompts:
             batch["update"] = torch.tensor(prompts["update"], device=self.device)[batch["prompt_index"]]
-        batch["old_logprobs"], entropies, *values = in_chunks(self.collected_scores, batch)
+        batch["old_logprobs"], entropies, *values = score_in_chunks(self.collected_scores, batch)
         if values:
             (batch["values"],) = values
         log_ratio = k3 = None
         if self.reference is not None:
-            (batch["ref_logprobs"],) = in_chunks(self.reference_scores, batch)
+            (batch["ref_logprobs"],) = score_in_chunks(self.reference_scores, batch)
             log_ratio = kl.k1(batch["old_logprobs"], batch["ref_logprobs"])
             self.check_start(log_ratio)
             k3 = kl.k3(batch["old_logprobs"], batch["ref_logprobs"])
-        self.record.rollouts, self.record.metrics = with_sums(rollouts, entropies, log_ratio, mask), {}
-        self.log_phase(gap_metrics(mask, batch["old_logprobs"], batch["sampler_logprobs"], k3))
+        self.record.rollouts, self.record.metrics = add_sums(rollouts, entropies, log_ratio, mask), {}
+        self.log_phase(measure_gaps(mask, batch["old_logprobs"], batch["sampler_logprobs"], k3))
         self.check_kl()
         self.prepare(batch)
         self.log_phase({"time/sampling": sampled - start, "time/scoring": time.perf_counter() - sampled})
@@ -161,11 +164,11 @@ class OnPolicyModule(AlignmentModule):
         return batch
 
     def log_phase(self, metrics: Mapping[str, float]) -> None:
-        """Log numbers of this rank as ``train/<name>`` at the end of the phase, as means over the ranks."""
+        """Log numbers of this rank as ``train/<name>`` at the end of the phase, averaged over the ranks."""
         self.record.metrics |= metrics
 
     def on_train_epoch_end(self) -> None:
-        """Log the phase."""
+        """Log the metrics of the phase."""
         metrics = self.phase_metrics()
         log_equal(self, {f"train/{name}": value for name, value in metrics.items()})
         short = {
@@ -176,94 +179,97 @@ class OnPolicyModule(AlignmentModule):
         log_equal(self, short, prog_bar=True, logger=False)
 
     def phase_metrics(self) -> dict[str, float]:
-        """Rewards, lengths, entropy, KL, where the time went, and what ``log_phase`` collected, over all ranks
-        (collective).
-        """
-        found = from_all_ranks(outcomes(self.record.rollouts))
+        """Measure rewards, lengths, entropy, KL and times, and join what ``log_phase`` collected (collective)."""
+        found = from_all_ranks(make_outcomes(self.record.rollouts))
         mine = {**self.record.metrics, "time/training": time.perf_counter() - self._training_start}
         logged = weighted_means({name: (value, 1.0) for name, value in mine.items()})
         seconds = sum(value for name, value in logged.items() if name.startswith("time/"))
-        return rollout_metrics(found) | logged | {"completions_per_second": len(found) / seconds}
+        return measure_rollouts(found) | logged | {"completions_per_second": len(found) / seconds}
 
     def validation_step(self, prompts: PromptBatch, batch_idx: int) -> None:
-        """Sampled and greedy completions of held-out prompts; the same seeds every time, so that two evaluations
-        compare.
-        """
+        """Sample and score completions of held-out prompts, with the same seeds in every evaluation."""
         self.evaluate(prompts, "val")
 
     def test_step(self, prompts: PromptBatch, batch_idx: int) -> None:
-        """The same for ``test``."""
+        """Do the same for ``test``."""
         self.evaluate(prompts, "test")
 
     def predict_step(self, prompts: PromptBatch, batch_idx: int) -> None:
-        """Leave ``num_generations`` scored completions per prompt in ``record.rollouts``, for callbacks to write."""
+        """Leave ``num_generations`` scored completions per prompt in ``record.rollouts``."""
         self.record.rollouts = make_rollouts(
             prompts, self.sample(prompts, self.num_generations, self.sampling, "predict"), self.reward
         )
 
     def evaluate(self, prompts: PromptBatch, stage: str) -> None:
-        """Keep what the policy does with a batch of held-out prompts."""
+        """Answer a batch of held-out prompts, sampled and greedily, and keep the scored completions in ``record``."""
         rollouts = make_rollouts(prompts, self.sample(prompts, self.val_generations, self.sampling, stage), self.reward)
-        batch = to_batch(rollouts, self.device)
+        batch = make_batch(rollouts, self.device)
         mask = batch["completion_mask"]
-        logprobs, entropies = in_chunks(self.policy_scores, batch)
+        logprobs, entropies = score_in_chunks(self.policy_scores, batch)
         log_ratio = None
         if self.reference is not None:
             self.reference.to(self.device)
-            log_ratio = logprobs - in_chunks(self.reference_scores, batch)[0]
-        self.record.held_out = rollouts = with_sums(rollouts, entropies, log_ratio, mask)
+            log_ratio = logprobs - score_in_chunks(self.reference_scores, batch)[0]
+        self.record.held_out = rollouts = add_sums(rollouts, entropies, log_ratio, mask)
         greedy = make_rollouts(
             prompts, self.sample(prompts, 1, replace(self.sampling, temperature=0.0), stage), self.reward
         )
-        self.record.sampled += outcomes(rollouts, self.accuracy)
-        self.record.greedy += outcomes(greedy, self.accuracy)
+        self.record.sampled += make_outcomes(rollouts, self.accuracy)
+        self.record.greedy += make_outcomes(greedy, self.accuracy)
 
     def evaluation_metrics(self) -> dict[str, float]:
-        """As for every module, and pass@1, pass@k, greedy accuracy and the numbers of the sampled completions."""
+        """Join the base's metrics; add pass@1, pass@k, greedy accuracy and the numbers of the sampled completions."""
         sampled, greedy = from_all_ranks(self.record.sampled), from_all_ranks(self.record.greedy)
         solved = {f"pass@{k}": share_solved(sampled, k) for k in {1, self.val_generations}}
-        solved |= {"greedy_accuracy": share_solved(greedy, 1), **rollout_metrics(sampled)}
+        solved |= {"greedy_accuracy": share_solved(greedy, 1), **measure_rollouts(sampled)}
         return super().evaluation_metrics() | solved
 
     def sample(
         self, prompts: PromptBatch, num_generations: int, sampling: Sampling, phase: str
     ) -> list[list[Completion]]:
-        """``num_generations`` completions for each prompt from the current weights."""
+        """Sample ``num_generations`` completions of each prompt from the current weights."""
         self.engine.sync_weights(self.policy, self.global_step)
-        seeds = [sampling_seed(self.seed, phase, uid) for uid in prompts["uid"]]
+        seeds = [derive_seed(self.seed, phase, uid) for uid in prompts["uid"]]
         return self.engine.generate(prompts["prompt_ids"], num_generations, sampling, seeds)
 
     def policy_scores(self, batch: PolicyBatch) -> tuple[Tensor, ...]:
-        """Log-probs and entropies [N, Tc] under the current policy."""
+        """Compute log-probs and entropies [N, Tc] under the current policy."""
         scores = self.policy.completion_scores(batch, self.sampling.temperature, details=True)
         assert scores.entropies is not None
         return scores.logprobs, scores.entropies
 
     def collected_scores(self, batch: PolicyBatch) -> tuple[Tensor, ...]:
-        """What a phase starts from: the same, and values [N, Tc] where the method has a critic."""
+        """Compute what a phase starts from: ``policy_scores``, and values [N, Tc] where the method has a critic."""
         return self.policy_scores(batch)
 
     def reference_scores(self, batch: PolicyBatch) -> tuple[Tensor]:
-        """Log-probs [N, Tc] under the frozen start policy."""
+        """Compute log-probs [N, Tc] under the frozen start policy."""
         assert self.reference is not None
         return (self.reference.completion_logprobs(batch, self.sampling.temperature),)
 
     def scores(self, batch: InstructionBatch) -> TokenScores:
-        """Scores [N, T] of the supervised tokens of texts that the policy must not forget."""
+        """Compute scores [N, T] of the supervised tokens of texts that the policy must not forget."""
         return self.policy.token_scores(batch["input_ids"], batch["loss_mask"], batch.get("position_ids"))
 
     def check_scored(self, rollouts: list[Rollout]) -> None:
-        """ValueError where a run's first phase has neither an answer nor a score: nothing would ever be learned."""
+        """Refuse a first phase that has neither an answer nor a score, because nothing would be learned.
+
+        Raises:
+            ValueError: no completion of any rank has one.
+        """
         judged = [rollout.answer is not None or rollout.reward is not None for rollout in rollouts]
         if self.global_step == 0 and not any(from_all_ranks([any(judged)])):
             raise ValueError(
                 f"{self.reward.name} scored none of the first {len(rollouts)} completions, whose rows have no answer "
-                "to compare with: name its "
-                "column with data.columns, or use a reward that needs none"
+                "to compare with: name its column with data.columns, or use a reward that needs no answer"
             )
 
     def check_start(self, log_ratio: Tensor) -> None:
-        """At step 0 policy and reference are the same model; anything else is a wrong reference. ValueError then."""
+        """Refuse a reference that differs from the policy at step 0, where the two are the same model.
+
+        Raises:
+            ValueError: their log-probs differ.
+        """
         gap = float(log_ratio.abs().max())
         if self.global_step == 0 and self.own_reference and not gap <= 1e-3:
             raise ValueError(
@@ -272,9 +278,7 @@ class OnPolicyModule(AlignmentModule):
             )
 
     def check_kl(self) -> None:
-        """Warn, once, where the KL of a phase with enough completions is below 0 by more than chance and rounding
-        explain.
-        """
+        """Warn once if the KL of a phase is below 0 by more than chance and rounding explain."""
         sums = [rollout.kl for rollout in self.record.rollouts if rollout.kl is not None]
         mean, error = mean_and_error(sums)
         enough = sum(from_all_ranks([len(sums)])) >= ENOUGH
@@ -282,8 +286,6 @@ class OnPolicyModule(AlignmentModule):
             self._kl_warned = True
             rank_zero_warn(
                 f"the KL to the start is {mean:.3g} +- {error:.2g} nats a completion, and a KL is never below 0: the "
-                "completions do not come from "
-                "the distribution that is scored. Causes: top_p below 1, top_k, an engine with another temperature or "
-                "with stop tokens suppressed, "
-                "dropout, weights that were not synced"
+                "completions do not come from the distribution that is scored. Causes: top_p below 1, top_k, an engine "
+                "with another temperature or with stop tokens suppressed, dropout, weights that were not synced"
             )

@@ -1,6 +1,4 @@
-"""Online DPO: preferences between the policy's own samples (arXiv 2402.04792; 2404.19733), on fresh pairs in every
-phase.
-"""
+"""Online DPO: preferences between the policy's own samples, fresh in every phase (arXiv 2402.04792; 2404.19733)."""
 
 from typing import Any, Literal
 
@@ -8,21 +6,20 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
-from modules.checks import check_numbers
+from modules.functional.ranges import check_numbers
 from modules.losses.pairs import find_pairs, measure_preferences
 from modules.losses.preference import PairObjective, Sigmoid
 from modules.networks.lora import Lora
-from modules.on_policy import OnPolicyModule
+from modules.on_policy import OnPolicyModule, Validation
 from modules.rollout.engine import RolloutEngine, Sampling
 from modules.types import PolicyBatch, Reward
 
 
 class OnlineDPOModule(OnPolicyModule):
-    """Sample completions of a prompt, let the reward pick the best and the worst, and take a preference loss on that
-    pair.
+    """Samples completions of a prompt and takes a preference loss on the best and the worst by the reward.
 
-    A prompt whose completions all score within ``min_gap`` teaches nothing and is left out of the mean. Rounds on
-    files, with ``predict`` and ``DPOModule``, are the recipe ``iterative-dpo``.
+    A prompt whose completions all score within ``min_gap`` teaches nothing and is left out of the mean. The recipe
+    ``iterative-dpo`` does the same in rounds on files, with ``predict`` and ``DPOModule``.
 
     Args:
         policy: ``tiny``, a Hugging Face folder, a GGUF file or a hub id.
@@ -31,13 +28,13 @@ class OnlineDPOModule(OnPolicyModule):
         objective: the loss on pairs; default ``Sigmoid``.
         num_generations: completions per prompt, at least 2.
         min_gap: >= 0, by how much the best must beat the worst.
-        refresh: what the reference does at the end of a phase: ``fixed`` stays the start policy, ``phase`` becomes the
-            policy (iterative DPO), ``soft`` moves 0.6 of the way to it (TR-DPO, arXiv 2404.09656). ``kl`` is then
-            measured to the moved reference.
+        refresh: what becomes of the reference at the end of a phase: ``fixed`` keeps the start policy, ``phase`` takes
+            the current policy (iterative DPO), ``soft`` moves 0.6 of the way to it (TR-DPO, arXiv 2404.09656). ``kl``
+            is measured to the moved reference.
         refresh_every: phases between refreshes.
         sampling: how to sample in training.
-        engine: what samples; default the policy itself, in this process.
-        accuracy: decides right (score > 0.5) or wrong in validation; default ``reward``.
+        engine: samples completions; default the policy itself, in this process.
+        validation: what decides right or wrong there, and how many completions of a prompt are sampled.
         lora: train low-rank adapters instead of all weights.
         optimizer: parameters -> optimizer; default AdamW, learning rate 5e-7.
         scheduler: optimizer -> scheduler, stepped per update.
@@ -58,7 +55,7 @@ class OnlineDPOModule(OnPolicyModule):
         refresh_every: int = 1,
         sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
         engine: RolloutEngine | None = None,
-        accuracy: Reward | None = None,
+        validation: Validation = Validation(),  # noqa: B008
         lora: Lora | None = None,
         optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=5e-7),
         scheduler: LRSchedulerCallable | None = None,
@@ -71,8 +68,7 @@ class OnlineDPOModule(OnPolicyModule):
             sampling=sampling,
             engine=engine,
             reference=True,
-            accuracy=accuracy,
-            val_generations=1,
+            validation=validation,
             lora=lora,
             optimizer=optimizer,
             scheduler=scheduler,
@@ -88,21 +84,19 @@ class OnlineDPOModule(OnPolicyModule):
         )
         if refresh == "soft" and lora is not None:
             raise ValueError(
-                "refresh: soft averages weights, and the average of adapters is not the adapter of the average: use "
+                "refresh: soft averages weights, and averaged adapters are not the adapters of the averaged model: use "
                 "phase"
             )
         self.min_gap, self.refresh, self.refresh_every = min_gap, refresh, refresh_every
 
     def prepare(self, batch: PolicyBatch) -> None:
-        """Rank the completions: 0 for the best of a prompt, 1 for the worst, -1 for the others and where the scores do
-        not tell.
-        """
+        """Rank the completions: 0 for the best of a prompt, 1 for the worst, -1 for those that are not compared."""
         batch["rank"] = rank_best_and_worst(batch["rewards"], batch["group"], self.min_gap)
         batch["active"] = batch["rank"] >= 0
         batch["row_count"] = batch["active"] / 2  # a pair counts one
 
     def training_step(self, batch: PolicyBatch, batch_idx: int) -> Tensor:
-        """The loss [] of a micro-batch: its share of the mean over the step's pairs."""
+        """Compute the loss [] of a micro-batch: its share of the mean over the step's pairs."""
         logprobs = self.policy.completion_scores(batch, self.sampling.temperature).logprobs
         referenced, pairs = self.objective.uses_reference, find_pairs(batch)
         sequences = self.objective.sum_tokens(logprobs, batch.get("ref_logprobs") if referenced else None, batch)
@@ -119,20 +113,20 @@ class OnlineDPOModule(OnPolicyModule):
         return self.step_loss(loss)
 
     def on_train_epoch_end(self) -> None:
-        """Log the phase; move the reference."""
+        """Log the phase and move the reference."""
         super().on_train_epoch_end()
         assert self.reference is not None
         if self.refresh != "fixed" and (self.current_epoch + 1) % self.refresh_every == 0:
             self.reference.mix(self.policy, 1.0 if self.refresh == "phase" else self.SOFT_SHARE)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """As for every method, and a reference that moves."""
+        """Save what every method saves, and a reference that moves."""
         super().on_save_checkpoint(checkpoint)
         if self.refresh != "fixed" and self.reference is not None:
             checkpoint["reference"] = {name: weight.detach().cpu() for name, weight in self.reference.weights.items()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """As for every method, and a reference that moved."""
+        """Load what every method loads, and a reference that moved."""
         super().on_load_checkpoint(checkpoint)
         if self.reference is not None:
             for name, weight in checkpoint.get("reference", {}).items():
@@ -140,10 +134,10 @@ class OnlineDPOModule(OnPolicyModule):
 
 
 def rank_best_and_worst(rewards: Tensor, group: Tensor, min_gap: float = 0.0) -> Tensor:
-    """Rank int [N] from rewards [N] (NaN = unscorable) and group int [N]: 0 for the first best row of a group, 1 for
-    its first worst, else -1.
+    """Rank the best row of each group 0, the worst 1 and all others -1; the first one counts where several are equal.
 
-    Groups whose best is not more than ``min_gap`` above their worst have no ranks.
+    rewards: [N], NaN = unscorable. group: int [N]. Returns int [N]. A group whose best is at most ``min_gap`` above its
+    worst has no ranks.
     """
     rank = torch.full_like(group, -1)
     for label in group.unique():

@@ -1,6 +1,4 @@
-"""Proximal Policy Optimization with a learned critic (arXiv 1707.06347), as language models are aligned with it
-(1909.08593, 2203.02155).
-"""
+"""Proximal Policy Optimization with a learned critic (arXiv 1707.06347), for language models (1909.08593, 2203.02155)."""
 
 from typing import Any
 
@@ -9,53 +7,47 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from modules.checks import check_numbers
-from modules.distributed import explained_variance, from_all_ranks, mean_and_error, whiten_over_ranks
 from modules.functional.advantages import gae
 from modules.functional.kl import k1
 from modules.functional.masked import aggregate
-from modules.losses import GAE, KL, Clip, Clipped, MissingEos
+from modules.losses import GAE, KL, Clip, Clipped, Incentives
 from modules.losses.policy import leave_out_unscored, measure_ratio
 from modules.losses.shaping import make_token_rewards
 from modules.losses.value import ClippedValue
 from modules.networks.critic import Critic, Value
 from modules.networks.lora import Lora
-from modules.on_policy import OnPolicyModule
+from modules.on_policy import OnPolicyModule, Validation
 from modules.rollout.engine import RolloutEngine, Sampling
+from modules.trainer.ranks import explained_variance, from_all_ranks, mean_and_error, whiten_over_ranks
 from modules.types import InstructionBatch, PolicyBatch, Reward
 
 
 class PPOModule(OnPolicyModule):
-    """Sample completions, score them, and move towards tokens that turned out better than a learned critic expected.
+    """Samples completions, scores them, and moves towards tokens that turned out better than a learned critic expected.
 
-    Each phase: ``collect`` samples and scores; ``prepare`` puts the score on the last token and -kl.coef log(pi /
-    reference) on every token, and makes advantages by GAE; ``training_step`` is only the loss
+    In each phase ``collect`` samples and scores. ``prepare`` puts the score on the last token and -kl.coef log(pi /
+    reference) on every token, and makes advantages by GAE. ``training_step`` is only the loss
 
-        -min(ratio A, clip(ratio) A) + value.coef 1/2 max((V - R)^2, (clip(V) - R)^2) [+ kl.coef KL] [- entropy_coef H]
-        [- ptx_coef log pi(text)],
+        -min(ratio A, clip(ratio) A) + value.coef 1/2 max((V - R)^2, (clip(V) - R)^2) [+ kl.coef KL]
+        [- incentives.entropy H] [- incentives.ptx log pi(text)],
 
-    each a mean over the tokens of the whole optimiser step, on all ranks. InstructGPT's setting is kl.coef 0.02, one
-    inner epoch in eight updates, ``value.model`` the reward model, ptx, and ``AveragedWeights`` among the callbacks.
+    Each term is a mean over the tokens of the whole optimiser step, on all ranks. InstructGPT sets kl.coef 0.02, one
+    inner epoch in eight updates, the reward model as ``value.model``, ptx, and ``AveragedWeights`` among the callbacks.
 
     Args:
-        policy: ``tiny``, a Hugging Face folder, a GGUF file or a hub id. Dropout is off, so that the ratio is 1 at the
-            start.
+        policy: ``tiny``, a Hugging Face folder, a GGUF file or a hub id. Dropout is off, so that the ratio starts at 1.
         reward: scores completions. With ``lora``, reward models that are adapters of the policy's backbone are computed
-            on it.
+            on that backbone.
         num_generations: completions per prompt.
         sampling: how to sample in training.
-        engine: what samples; default the policy itself, in this process.
-        gae: discount, lambda, and whether token rewards are whitened.
-        clip: how far the ratio and a value may move.
-        kl: weight of the KL to the reference, what moves it, whether it is part of the reward or of the loss, and which
-            model is the reference.
-        value: where the critic comes from, its learning rate and warm-up, and the weight of its loss.
-        missing_eos: what a completion that did not end by itself loses of its score; None = nothing.
-        entropy_coef: weight of the entropy bonus, per nat.
-        ptx_coef: >= 0, weight of the log-likelihood of ``data.ptx`` per token (PPO-ptx; InstructGPT's 27.8 is for a sum
-            that it does not define).
-        accuracy: decides right (score > 0.5) or wrong in validation; default ``reward``.
-        val_generations: sampled completions per validation prompt, for pass@1 and pass@k.
+        engine: samples completions; default the policy itself, in this process.
+        gae: discount, lambda, and whether to whiten token rewards.
+        clip: how far the ratio and a value may move in an update.
+        kl: the KL to the reference: its weight, a target for it, whether it is part of the reward or of the loss, and
+            the reference model.
+        value: the critic: its start, its learning rate and warm-up, and the weight of its loss.
+        incentives: what is asked of the policy beside the reward: to end, to stay various, not to forget.
+        validation: what decides right or wrong there, and how many completions of a prompt are sampled.
         lora: train low-rank adapters of policy and critic instead of all weights; then policy, reference and critic
             share one frozen backbone.
         optimizer: parameters -> optimizer; default AdamW, learning rate 3e-6.
@@ -63,7 +55,7 @@ class PPOModule(OnPolicyModule):
         seed: of the sampling; None = the run's.
 
     Raises:
-        ValueError: values out of range; in ``setup``, ``ptx_coef`` without ``data.ptx``.
+        ValueError: values out of range; in ``setup``, ``incentives.ptx`` without ``data.ptx``.
     """
 
     least_generations = 1
@@ -73,23 +65,19 @@ class PPOModule(OnPolicyModule):
         policy: str,
         reward: Reward,
         num_generations: int = 1,
-        sampling: Sampling = Sampling(),  # noqa: B008 (frozen, as are the four below)
+        sampling: Sampling = Sampling(),  # noqa: B008 (frozen, as are the six below)
         engine: RolloutEngine | None = None,
         gae: GAE = GAE(),  # noqa: B008
         clip: Clip = Clip(),  # noqa: B008
         kl: KL = KL(),  # noqa: B008
         value: Value = Value(),  # noqa: B008
-        missing_eos: MissingEos | None = None,
-        entropy_coef: float = 0.0,
-        ptx_coef: float = 0.0,
-        accuracy: Reward | None = None,
-        val_generations: int = 1,
+        incentives: Incentives = Incentives(),  # noqa: B008
+        validation: Validation = Validation(),  # noqa: B008
         lora: Lora | None = None,
         optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=3e-6),
         scheduler: LRSchedulerCallable | None = None,
         seed: int | None = None,
     ) -> None:
-        check_numbers("PPOModule", entropy_coef=(entropy_coef, "(-inf, inf)"), ptx_coef=(ptx_coef, "[0, inf)"))
         super().__init__(
             policy,
             reward,
@@ -97,22 +85,20 @@ class PPOModule(OnPolicyModule):
             sampling=sampling,
             engine=engine,
             reference=True if kl.reference in (None, policy) else str(kl.reference),
-            accuracy=accuracy,
-            val_generations=val_generations,
+            validation=validation,
             lora=lora,
             optimizer=optimizer,
             scheduler=scheduler,
             seed=seed,
         )
-        self.gae, self.kl, self.value, self.missing_eos = gae, kl, value, missing_eos
-        self.entropy_coef, self.ptx_coef = entropy_coef, ptx_coef
+        self.gae, self.kl, self.value, self.incentives = gae, kl, value, incentives
         self.policy_objective = Clipped(clip.ratio, clip.ratio, clip.dual)
         self.value_objective = ClippedValue(clip.value)
         self.kl_coef = kl.coef  # moved by ``kl.adaptive``
         self.critic = Critic(self.policy, value.model, lora)
 
     def setup(self, stage: str) -> None:
-        """Refuse a weight for texts that are not there, and a warm-up as long as the run."""
+        """Refuse a weight for texts without texts, and a warm-up as long as the run."""
         super().setup(stage)
         if stage == "fit" and 0 < (self.trainer.max_epochs or 0) <= self.value.warmup_phases:
             raise ValueError(
@@ -121,16 +107,16 @@ class PPOModule(OnPolicyModule):
             )
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         texts = stage == "fit" and getattr(data, "ptx", None) is not None
-        if texts and self.ptx_coef == 0:
-            rank_zero_info("the texts of data.ptx are measured and teach nothing, since ptx_coef is 0")
-        if stage == "fit" and self.ptx_coef > 0 and not texts:
+        if texts and self.incentives.ptx == 0:
+            rank_zero_info("the texts of data.ptx are measured but teach nothing, since incentives.ptx is 0")
+        if stage == "fit" and self.incentives.ptx > 0 and not texts:
             raise ValueError(
-                f"ptx_coef is {self.ptx_coef} and there are no texts to keep likely: name them with data.ptx or set it "
+                f"incentives.ptx is {self.incentives.ptx} and there are no texts to keep likely: name them with data.ptx or set it "
                 "to 0"
             )
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """The policy, and what the value loss alone trains."""
+        """Return two groups: the policy, and what the value loss alone trains."""
         critic = list(self.critic.learned(self.policy).values())
         theirs = set(map(id, critic))
         policy = [
@@ -141,18 +127,18 @@ class PPOModule(OnPolicyModule):
         return [{"params": policy}, {"params": critic} | ({} if self.value.lr is None else {"lr": self.value.lr})]
 
     def collected_scores(self, batch: PolicyBatch) -> tuple[Tensor, ...]:
-        """Log-probs, entropies and values [N, Tc]."""
+        """Compute log-probs, entropies and values [N, Tc]."""
         states = self.policy.token_states(batch)
         scores = self.policy.scores_of(states, batch, self.sampling.temperature, entropy=True)
         assert scores.entropies is not None
         return scores.logprobs, scores.entropies, self.critic(self.policy, batch, states)
 
     def prepare(self, batch: PolicyBatch) -> None:
-        """Make the token rewards, advantages and returns of the phase, of completions that have a score."""
+        """Make token rewards, advantages and returns of the completions that have a score."""
         mask = leave_out_unscored(batch)["completion_mask"]
         scores, log_ratio = batch["rewards"], k1(batch["old_logprobs"], batch["ref_logprobs"])
-        if self.missing_eos is not None:
-            scores = self.missing_eos(scores, batch["stopped"])
+        if self.incentives.missing_eos is not None:
+            scores = self.incentives.missing_eos(scores, batch["stopped"])
         penalties = self.kl_coef * log_ratio
         rewards = make_token_rewards(scores, penalties if self.kl.loss is None else 0 * penalties, mask)
         whole = torch.zeros_like(batch["prompt_index"])
@@ -172,9 +158,9 @@ class PPOModule(OnPolicyModule):
         )
 
     def training_step(self, batch: PolicyBatch, batch_idx: int) -> Tensor:
-        """The loss [] of a micro-batch: its share of the step's objective."""
+        """Compute the loss [] of a micro-batch: its share of the step's objective."""
         states, learns = self.policy.token_states(batch), self.policy_learns
-        scores = self.policy.scores_of(states, batch, self.sampling.temperature, entropy=self.entropy_coef != 0)
+        scores = self.policy.scores_of(states, batch, self.sampling.temperature, entropy=self.incentives.entropy != 0)
         values = self.critic(self.policy, batch, states if learns else states.detach())
         scored, logprobs = leave_out_unscored(batch), scores.logprobs
         mask, denominator = scored["completion_mask"], scored["denominator"]
@@ -187,13 +173,13 @@ class PPOModule(OnPolicyModule):
         if self.kl.loss is not None:
             loss = loss + self.kl_coef * aggregate(self.kl.loss(logprobs, batch["ref_logprobs"]), mask, denominator)
         if scores.entropies is not None:
-            loss = loss - self.entropy_coef * aggregate(scores.entropies, mask, denominator)
-        if self.ptx_coef > 0:
-            loss = loss + self.ptx_coef * self.ptx_loss(batch["ptx"])
+            loss = loss - self.incentives.entropy * aggregate(scores.entropies, mask, denominator)
+        if self.incentives.ptx > 0:
+            loss = loss + self.incentives.ptx * self.ptx_loss(batch["ptx"])
         return self.step_loss(loss * learns + self.value.coef * value_loss)
 
     def ptx_loss(self, texts: InstructionBatch) -> Tensor:
-        """The micro-batch's share [] of the texts' mean -log p per token."""
+        """Compute the micro-batch's share [] of the texts' mean -log p per token."""
         loss = aggregate(-self.scores(texts).logprobs, texts["loss_mask"], texts["denominator"])
         self.log_step({"ptx_loss": loss, "tokens": float(texts["attention_mask"].sum())})
         return loss
@@ -204,8 +190,9 @@ class PPOModule(OnPolicyModule):
         return self.current_epoch >= self.value.warmup_phases
 
     def step_metrics(self) -> dict[str, float]:
-        """As for every module, with the gradient norms of policy and critic, and the variance of the ratio over the
-        whole step, unless it has no completion with a score.
+        """Join the base's metrics; add the gradient norms of policy and critic and the variance of the ratio.
+
+        A step without a scored completion has no variance.
         """
         metrics = super().step_metrics()
         for name, group in zip(("policy", "value"), self.trainer.optimizers[0].param_groups, strict=True):
@@ -216,32 +203,32 @@ class PPOModule(OnPolicyModule):
         return metrics
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Log the step; in the warm-up the policy stays exactly as it is."""
+        """Log the step, and keep the policy exactly as it is during the critic's warm-up."""
         super().on_before_optimizer_step(optimizer)
         if not self.policy_learns:
             for parameter in optimizer.param_groups[0]["params"]:
                 parameter.grad = None
 
     def on_train_epoch_end(self) -> None:
-        """Log the phase; move ``kl_coef``."""
+        """Log the phase and adapt ``kl_coef``."""
         super().on_train_epoch_end()
         if self.kl.adaptive is not None and self.policy_learns:
             sums = from_all_ranks([rollout.kl for rollout in self.record.rollouts])
             self.kl_coef = self.kl.adaptive(self.kl_coef, sum(sums) / len(sums), len(sums))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """As for every method, and ``kl_coef`` as it is now."""
+        """Save what every method saves, and the current ``kl_coef``."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["kl_coef"] = self.kl_coef
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """As for every method; a ``kl_coef`` that is not adapted is that of this run."""
+        """Load what every method loads, and ``kl_coef`` if it adapts; a fixed one is that of this run."""
         super().on_load_checkpoint(checkpoint)
         if self.kl.adaptive is not None:
             self.kl_coef = checkpoint["kl_coef"]
 
     def identity(self) -> dict[str, str | int]:
-        """As for every module, and the size of the critic."""
+        """Return the base's identity and the size of the critic."""
         return {
             **super().identity(),
             "value_parameters": sum(parameter.numel() for parameter in self.critic.parameters()),

@@ -1,6 +1,4 @@
-"""Reward model: learns from ranked completions what a better completion is (InstructGPT, arXiv 2203.02155, section
-3.5).
-"""
+"""Reward model: learns from ranked completions which one is better (InstructGPT, arXiv 2203.02155, section 3.5)."""
 
 import json
 from pathlib import Path
@@ -13,15 +11,15 @@ from torch import Tensor
 from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
 from modules.base import AlignmentModule
-from modules.checks import check_numbers
-from modules.distributed import from_all_ranks
+from modules.functional.ranges import check_numbers
 from modules.losses.pairs import Pairs, find_pairs, make_scored_pairs
 from modules.losses.preference import BradleyTerry
-from modules.networks.lora import ADAPTERS, HEAD_FILE, POLICY, Lora, merged, save_adapters
-from modules.networks.scalar_head import HEADS_FILE, ScalarHead, sequence_classifier, with_scoring_pad
+from modules.networks.lora import ADAPTERS, HEAD_FILE, POLICY, Lora, merge_adapters, save_adapters
+from modules.networks.scalar_head import HEADS_FILE, ScalarHead, add_scoring_pad, make_sequence_classifier
+from modules.trainer.ranks import from_all_ranks
 from modules.types import HasRowsInOrder, PreferenceBatch, ScoredPair
 
-MAX_CALIBRATION = 4096  # completions that mean and standard deviation are taken of where none are named
+MAX_CALIBRATION = 4096  # completions to normalise on, if data.calibration names none
 
 
 @runtime_checkable
@@ -32,12 +30,11 @@ class HasCalibration(HasRowsInOrder, Protocol):
 
 
 class RewardModule(AlignmentModule):
-    """loss = - sum over examples of mean over their pairs of log sigma(r_better - r_worse - margin) / examples in the
-    whole optimiser step.
+    """Minimises the mean over examples of -log sigma(r_better - r_worse - margin), averaged over an example's pairs.
 
-    The score r is a linear function of the backbone's state at the last kept token of a completion, the end token; each
-    completion is computed once for all its pairs. Margins are those of the data (Llama 2, arXiv 2307.09288, eq. 2).
-    Scores of different prompts cannot be compared as trained, since the loss knows only differences; ``centering`` and
+    The score r is a linear function of the backbone's state at the last kept token of a completion, the end token. Each
+    completion is computed once for all its pairs. Margins are those of the data (Llama 2, arXiv 2307.09288, eq. 2). The
+    loss knows only differences, so scores of different prompts cannot be compared as trained; ``centering`` and
     ``normalize`` both help.
 
     The metrics have the names of TRL's RewardTrainer, ``accuracy``, ``margin`` (the score difference) and
@@ -45,31 +42,31 @@ class RewardModule(AlignmentModule):
     over an example's pairs. ``min_reward`` and ``max_reward`` are those of an optimiser step, or of all held-out
     completions.
 
-    Exported is what ``AutoModelForSequenceClassification`` loads, in TRL and elsewhere: it scores with one label, raw,
-    at the last token that is not the pad token, here the end token. TRL's rows of text end there too; its rows of
-    messages go on to the end of the chat template, in ChatML a line break, where no score was learned.
-    ``LearnedReward`` reads the export with the normalisation. As the ``policy`` of a new module it gives its backbone
-    only.
+    The export is a model that ``AutoModelForSequenceClassification`` loads, in TRL and elsewhere. It gives the raw
+    score as one label, at the last token that is not the pad token, here the end token. TRL's rows of text end there
+    too. Its rows of messages end with the chat template, in ChatML with a line break, where no score was learned.
+    ``LearnedReward`` reads the export with the normalisation. A module that takes the export as its ``policy`` uses the
+    backbone only.
 
     Args:
-        policy: the backbone, whose output head is not used: ``tiny``, a Hugging Face folder, a GGUF file or a hub id.
-            Dropout is off.
+        policy: the backbone: ``tiny``, a Hugging Face folder, a GGUF file or a hub id. Its output head is not used, and
+            dropout is off.
         centering: weight of (r_better + r_worse)^2, which pulls scores to 0; 0 = none, 0.01 is advised (arXiv
             2312.09244).
-        use_margins: put the data's margins into the loss; False leaves them to the audit, which tells the accuracy at
-            each.
-        num_heads: heads that differ by their start, an ensemble whose mean is the score. Their common backbone makes
-            their errors alike, so they disagree less than separately trained models do.
+        use_margins: use the data's margins in the loss; False leaves them to the audit, which gives the accuracy at
+            each margin.
+        num_heads: heads with different starts, an ensemble whose mean is the score. They share a backbone, so their
+            errors are alike, and they disagree less than separately trained models.
         lora: train adapters and the head; None trains all weights.
-        normalize: at export, measure mean and standard deviation of the scores and store them: on ``data.calibration``,
-            samples of the reference policy (Ziegler et al., arXiv 1909.08593), else on the held-out completions, else
-            on training ones.
+        normalize: measure mean and standard deviation of the scores at export, and store them. The completions are
+            ``data.calibration``, samples of the reference policy (Ziegler et al., arXiv 1909.08593), else the held-out
+            ones, else training ones.
         optimizer: parameters -> optimizer; default AdamW, learning rate 1e-5.
         scheduler: optimizer -> scheduler, stepped per update.
 
     Raises:
-        ValueError: values out of range; an architecture without sequence classification; in ``setup``, data that hold
-            no pairs.
+        ValueError: values out of range; an architecture without sequence classification; in ``setup``, data without
+            pairs.
     """
 
     forms_logits = False
@@ -100,9 +97,7 @@ class RewardModule(AlignmentModule):
         if output.weight is not self.policy.model.get_input_embeddings().weight:
             output.requires_grad_(False)  # never used, and DDP waits for the gradient of every parameter
         self.objective, self.use_margins, self.normalize = BradleyTerry(centering), use_margins, normalize
-        self.moments: Tensor | None = (
-            None  # [1 + heads, 2], mean and standard deviation of the score and of each head's
-        )
+        self.moments: Tensor | None = None  # [1 + heads, 2], mean and standard deviation of the score and of each head
 
     def setup(self, stage: str) -> None:
         """Refuse data without pairs, and without rows to normalise on."""
@@ -110,7 +105,7 @@ class RewardModule(AlignmentModule):
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         if getattr(data, "kind", None) == "labels":
             raise ValueError(
-                "a reward model learns from pairs and these rows hold one labelled completion each: use rows with "
+                "a reward model learns from pairs, but these rows hold one labelled completion each: use rows with "
                 "chosen and rejected"
             )
         if stage == "fit" and self.normalize and not isinstance(data, HasCalibration):
@@ -120,12 +115,12 @@ class RewardModule(AlignmentModule):
             )
 
     def head_scores(self, batch: PreferenceBatch) -> Tensor:
-        """Raw scores [N, heads] of the completions."""
+        """Compute raw scores [N, heads] of the completions."""
         scores: Tensor = self.head(self.policy.completion_states(batch))
         return scores
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
-        """The loss [] of a micro-batch: its share of the step's mean over examples."""
+        """Compute the loss [] of a micro-batch: its share of the step's mean over examples."""
         scores, pairs = self.head_scores(batch), find_pairs(batch)
         sums = self.sums(scores, pairs)
         counted = batch["rank"] >= 0
@@ -141,15 +136,15 @@ class RewardModule(AlignmentModule):
         return self.step_loss(sums["loss"] / batch["denominator"])
 
     def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
-        """Means over the held-out examples; the scored pairs stay in ``record.pairs`` for callbacks."""
+        """Log means over the held-out examples, and leave the scored pairs in ``record.pairs``."""
         self.evaluate(batch)
 
     def test_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
-        """The same under ``test/``."""
+        """Log the same under ``test/``."""
         self.evaluate(batch)
 
     def evaluate(self, batch: PreferenceBatch) -> None:
-        """Log how the held-out pairs of a batch are scored, and keep them."""
+        """Log loss and metrics of a held-out batch, and leave its pairs in ``record.pairs``."""
         scores, pairs = self.head_scores(batch), find_pairs(batch)
         examples = float(pairs.weight.sum())
         means = {name: total / max(examples, 1.0) for name, total in self.sums(scores, pairs).items()}
@@ -161,8 +156,9 @@ class RewardModule(AlignmentModule):
         self.record.pairs = make_scored_pairs(self.tokenizer, batch, scores.mean(1), pairs)
 
     def sums(self, scores: Tensor, pairs: Pairs) -> dict[str, Tensor]:
-        """Loss and metrics of raw scores [N, heads], each a weighted sum [] over the pairs. Each head has its own loss;
-        they are averaged.
+        """Sum loss and metrics of raw scores [N, heads] over the pairs, each weighted, to [].
+
+        Each head has a loss of its own, and the losses of the heads are averaged.
         """
         margin = pairs.margin[:, None] if self.use_margins and pairs.margin is not None else None
         losses = self.objective.losses(scores[pairs.better], scores[pairs.worse], margin).mean(1)  # [M]
@@ -172,22 +168,20 @@ class RewardModule(AlignmentModule):
             "loss": losses,
             "accuracy": (chosen > rejected).float(),
             "margin": chosen - rejected,
-            "mean_reward": (chosen + rejected)
-            / 2,  # without ties, the mean over completions: each is in equally many pairs
+            # Without ties this is the mean over completions, since each is in equally many pairs.
+            "mean_reward": (chosen + rejected) / 2,
             "rewards/chosen": chosen,
             "rewards/rejected": rejected,
         }
         return {name: (value * pairs.weight).sum() for name, value in values.items()}
 
     def score_pairs(self, batch: PreferenceBatch) -> list[ScoredPair]:
-        """Every pair of a batch with its scores and texts."""
+        """Return every pair of a batch with its scores and texts."""
         return make_scored_pairs(self.tokenizer, batch, self.head_scores(batch).mean(1), find_pairs(batch))
 
     @torch.no_grad()
     def prepare_export(self) -> None:
-        """Measure the scores that ``normalize`` asks for with the weights as they are, on all ranks together
-        (collective).
-        """
+        """Measure mean and deviation of the scores with the current weights, if ``normalize`` asks (collective)."""
         if not self.normalize:
             return
         data = self.trainer.datamodule  # type: ignore[attr-defined]
@@ -199,21 +193,20 @@ class RewardModule(AlignmentModule):
                 scores += from_all_ranks(self.head_scores(batch)[batch["rank"] >= 0].tolist())
                 if stage != "calibration" and len(scores) >= MAX_CALIBRATION:
                     break  # on all ranks together
-        self.moments = moments(torch.tensor(scores, dtype=torch.float64))
+        self.moments = measure_moments(torch.tensor(scores, dtype=torch.float64))
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write a sequence classifier with one label and its tokenizer; ``reward_mean`` and ``reward_std`` in its
-        config.
+        """Write a sequence classifier with one label, and its tokenizer.
 
-        With several heads the label is their mean; they themselves are in ``reward_heads.safetensors``, their means and
-        deviations in the config. With ``lora`` the folder ``adapters`` has the adapters and the heads alone, for who
-        has the backbone already.
+        Its config holds ``reward_mean`` and ``reward_std``. With several heads the label is their mean; the heads are in
+        ``reward_heads.safetensors``, and their means and deviations in the config. With ``lora`` the folder
+        ``adapters`` holds adapters and heads alone, for users who have the backbone.
         """
         folder = Path(folder)
-        tokenizer = with_scoring_pad(self.tokenizer, self.policy.stop_token_ids)
-        model = merged(self.policy.model) if self.policy.has_adapters else self.policy.model
+        tokenizer = add_scoring_pad(self.tokenizer, self.policy.stop_token_ids)
+        model = merge_adapters(self.policy.model) if self.policy.has_adapters else self.policy.model
         weight = self.head.weight.detach().cpu()
-        sequence_classifier(model, weight.mean(0), tokenizer).save_pretrained(folder)
+        make_sequence_classifier(model, weight.mean(0), tokenizer).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         if len(weight) > 1:
             save_file({"weight": weight.contiguous()}, folder / HEADS_FILE)
@@ -223,15 +216,15 @@ class RewardModule(AlignmentModule):
             save_file({"weight": weight.contiguous()}, folder / ADAPTERS / HEAD_FILE)
 
     def identity(self) -> dict[str, str | int]:
-        """As for every module, and the number of heads."""
+        """Return the base's identity and the number of heads."""
         return {**super().identity(), "num_heads": len(self.head.weight)}
 
 
-def moments(scores: Tensor) -> Tensor:
-    """Mean and population standard deviation [1 + heads, 2] of ``scores`` [S, heads]: of the mean over heads, then of
-    each head.
+def measure_moments(scores: Tensor) -> Tensor:
+    """Compute mean and population standard deviation [1 + heads, 2] of ``scores`` [S, heads].
 
-    A deviation of 0 becomes 1, so that everything can be divided by it.
+    The first row is of the mean over heads, the others of each head. A deviation of 0 becomes 1, so that one can divide
+    by it.
     """
     columns = torch.cat([scores.mean(1, keepdim=True), scores], 1)
     deviation = columns.std(0, correction=0)
@@ -239,9 +232,7 @@ def moments(scores: Tensor) -> Tensor:
 
 
 def write_moments(file: Path, found: Tensor | None) -> None:
-    """Put the moments [1 + heads, 2] into a ``config.json``, and take out those of an earlier export that the backbone
-    came from.
-    """
+    """Write the moments [1 + heads, 2] into a ``config.json``, in place of those that the backbone came with."""
     config = {
         key: value
         for key, value in json.loads(file.read_text(encoding="utf-8")).items()

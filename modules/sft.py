@@ -2,40 +2,41 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from modules.base import AlignmentModule
-from modules.distributed import from_all_ranks
 from modules.functional.masked import aggregate
 from modules.networks.lora import Lora
-from modules.networks.noise import embedding_noise
 from modules.networks.policy import TokenScores
-from modules.rewards.function import as_reward
 from modules.rollout.engine import Sampling
-from modules.rollout.held_out import last_answers
 from modules.rollout.in_process import InProcessEngine
-from modules.rollout.metrics import outcomes, rollout_metrics
-from modules.rollout.scoring import make_rollouts, sampling_seed
-from modules.types import InstructionBatch, Reward
+from modules.rollout.last_answers import find_last_answers
+from modules.rollout.metrics import make_outcomes, measure_rollouts
+from modules.rollout.scoring import make_rollouts
+from modules.trainer.ranks import from_all_ranks
+from modules.trainer.seeds import derive_seed
+from modules.types import InstructionBatch, Reward, as_reward
 
 
 class SFTModule(AlignmentModule):
-    """loss = - sum of log pi(token) over the supervised tokens / their number in the whole optimiser step.
+    """Minimises the mean of -log pi(token) over the supervised tokens of the whole optimiser step.
 
-    Every supervised token counts the same, however the step is cut into micro-batches and ranks.
+    Every supervised token counts the same, whatever micro-batches and ranks the step is split into.
 
     Args:
         policy: ``tiny``, a Hugging Face folder, a GGUF file or a hub id.
-        label_smoothing: share e of each target that goes to the whole vocabulary: - (1 - e) log pi(token) - e mean over
-            v of log pi(v).
+        label_smoothing: share e of each target that is spread over the vocabulary: - (1 - e) log pi(token) - e mean
+            over v of log pi(v).
         neftune_noise_alpha: noise on the embeddings in training, uniform in +- alpha / sqrt(tokens x width) (NEFTune,
             arXiv 2310.05914).
-        reward: scores sampled answers to the held-out rows, whose last answer is the ``answer`` that it may look at:
-            ``val/reward``, by which InstructGPT chose its checkpoint (arXiv 2203.02155 section 3.5).
-        sampling: how held-out answers are sampled; default with a reward: greedy, up to 256 tokens; without: none are.
+        reward: scores sampled answers to the held-out rows, for ``val/reward``, by which InstructGPT chose its
+            checkpoint (arXiv 2203.02155 section 3.5). The row's own answer is the ``answer`` that it compares with.
+        sampling: how to sample held-out answers. Default: greedy, up to 256 tokens, with a reward; none without one.
         lora: train low-rank adapters instead of all weights.
         optimizer: parameters -> optimizer; default AdamW, learning rate 2e-5.
         scheduler: optimizer -> scheduler, stepped per update.
@@ -70,17 +71,17 @@ class SFTModule(AlignmentModule):
         self.record.held_out = None if self.sampling is None else []
 
     def scores(self, batch: InstructionBatch, means: bool = False) -> TokenScores:
-        """Log-probs, entropies and hits [N, T] of the supervised tokens."""
+        """Compute log-probs, entropies and hits [N, T] of the supervised tokens."""
         return self.policy.token_scores(
             batch["input_ids"], batch["loss_mask"], batch.get("position_ids"), details=True, means=means
         )
 
     def training_step(self, batch: InstructionBatch, batch_idx: int) -> Tensor:
-        """The loss [] of a micro-batch: its share of the step's token mean."""
+        """Compute the loss [] of a micro-batch: its share of the step's token mean."""
         with self.noise(batch, batch_idx):
             scores = self.scores(batch, means=self.label_smoothing > 0)
         trained = batch["attention_mask"][batch["loss_mask"].any(1)]
-        self.log_step(token_means(scores, batch["denominator"]) | {"tokens": float(trained.sum())})
+        self.log_step(average_tokens(scores, batch["denominator"]) | {"tokens": float(trained.sum())})
         self.log_step(
             {"supervised_fraction": batch["loss_mask"].sum() / trained.sum().clamp(min=1)}, weight=float(trained.sum())
         )
@@ -91,57 +92,96 @@ class SFTModule(AlignmentModule):
 
     @contextmanager
     def noise(self, batch: InstructionBatch, batch_idx: int) -> Iterator[None]:
-        """NEFTune inside, if asked; a function of seed, step, micro-batch and rank, so that a resumed run draws the
-        same.
+        """Add NEFTune's noise inside the ``with`` block, if asked.
+
+        It depends on seed, step, micro-batch and rank alone, so that a resumed run draws the same noise.
         """
         if not self.neftune_noise_alpha:
             yield
             return
         if "position_ids" in batch:
-            self.policy.check_packing()  # on rows of its own, which are to get no noise
+            self.policy.check_packing()  # its own rows must get no noise
         place = f"{self.global_rank}/{self.global_step}/{batch_idx}"
-        generator = torch.Generator().manual_seed(sampling_seed(torch.initial_seed(), place, "neftune"))
-        with embedding_noise(self.policy.model, batch, self.neftune_noise_alpha, generator):
+        generator = torch.Generator().manual_seed(derive_seed(torch.initial_seed(), place, "neftune"))
+        with noisy_embeddings(self.policy.model, batch, self.neftune_noise_alpha, generator):
             yield
 
     def validation_step(self, batch: InstructionBatch, batch_idx: int) -> None:
-        """Token means over the whole validation set, and what the policy answers."""
+        """Log token means over the held-out rows, and the numbers of the policy's own answers."""
         self.evaluate(batch, "val")
 
     def test_step(self, batch: InstructionBatch, batch_idx: int) -> None:
-        """The same under ``test/``."""
+        """Log the same under ``test/``."""
         self.evaluate(batch, "test")
 
     def evaluate(self, batch: InstructionBatch, stage: str) -> None:
-        """Log what the policy makes of held-out rows, and keep its own answers to them."""
+        """Log token means of a held-out batch, and keep the policy's own answers to it."""
         tokens = batch["loss_mask"].sum()
-        self.log_evaluation(token_means(self.scores(batch), tokens.clamp(min=1)), weight=float(tokens))
+        self.log_evaluation(average_tokens(self.scores(batch), tokens.clamp(min=1)), weight=float(tokens))
         if self.sampling is not None:
-            prompts = last_answers(batch, self.tokenizer)
+            prompts = find_last_answers(batch, self.tokenizer)
             self.engine.sync_weights(self.policy, self.global_step)
-            seeds = [sampling_seed(0, stage, uid) for uid in prompts["uid"]]
+            seeds = [derive_seed(0, stage, uid) for uid in prompts["uid"]]
             answers = self.engine.generate(prompts["prompt_ids"], 1, self.sampling, seeds)
             self.record.held_out = make_rollouts(prompts, answers, self.reward)
-            self.record.sampled += outcomes(self.record.held_out)
+            self.record.sampled += make_outcomes(self.record.held_out)
 
     def evaluation_metrics(self) -> dict[str, float]:
-        """As for every module, and the rewards and lengths of the answers."""
+        """Join the base's metrics; add rewards and lengths of the answers."""
         metrics, answered = super().evaluation_metrics(), from_all_ranks(self.record.sampled)
         if not answered:
             return metrics
-        of_answers = rollout_metrics(answered)
+        of_answers = measure_rollouts(answered)
         if self.reward is None:
             of_answers = {name: value for name, value in of_answers.items() if name.startswith("completions/")}
         return metrics | of_answers
 
 
-def token_means(scores: TokenScores, count: Tensor) -> dict[str, Tensor | float]:
-    """Sums over the supervised tokens of a micro-batch, divided by ``count`` []: its own tokens, or those of the whole
-    step.
-    """
+def average_tokens(scores: TokenScores, count: Tensor) -> dict[str, Tensor | float]:
+    """Sum loss, entropy and hits over a micro-batch, divided by ``count`` []: its own tokens, or those of the step."""
     assert scores.entropies is not None and scores.hits is not None
     return {
         "loss": -scores.logprobs.detach().sum() / count,
         "entropy": scores.entropies.sum() / count,
         "mean_token_accuracy": scores.hits.sum() / count,
     }
+
+
+@contextmanager
+def noisy_embeddings(
+    model: PreTrainedModel, batch: InstructionBatch, alpha: float, generator: torch.Generator
+) -> Iterator[None]:
+    """Add noise to the embeddings of the batch's tokens inside the ``with`` block.
+
+    The noise is uniform in +- alpha / sqrt(L x width), where L is the number of tokens of the token's document.
+
+    Args:
+        model: the language model.
+        batch: the rows that the model computes inside the block.
+        alpha: size of the noise, >= 0.
+        generator: random numbers on the CPU, so that every device draws the same.
+    """
+    scale = (
+        alpha * (batch["attention_mask"] * count_document_tokens(batch).clamp(min=1).rsqrt())[..., None]
+    )  # [N, T, 1]
+
+    def add(module: Any, inputs: Any, embeddings: Tensor) -> Tensor:
+        noise = torch.rand(embeddings.shape, generator=generator).to(embeddings) * 2 - 1
+        size = (scale * embeddings.shape[-1] ** -0.5).to(embeddings)
+        return embeddings + noise * size.reshape(*embeddings.shape[:-1], 1)  # the rows may come as one long row
+
+    hook = model.get_input_embeddings().register_forward_hook(add)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def count_document_tokens(batch: InstructionBatch) -> Tensor:
+    """Return, for each token, the number of tokens of its document: float [N, T], 0 on padding."""
+    mask = batch["attention_mask"]
+    if "position_ids" not in batch:
+        return mask * mask.sum(1, keepdim=True).float()
+    document = (batch["position_ids"] == 0).cumsum(1) - 1  # [N, T], number of the document in its row
+    counts = torch.zeros(mask.shape, device=mask.device).scatter_add(1, document, mask.float())
+    return mask * counts.gather(1, document)

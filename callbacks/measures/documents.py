@@ -75,7 +75,7 @@ def fingerprint(ids: Sequence[int]) -> bytes:
     return blake2b(array("q", ids).tobytes(), digest_size=16).digest()
 
 
-def repeats(documents: Sequence[Document]) -> tuple[int, int]:
+def count_repeats(documents: Sequence[Document]) -> tuple[int, int]:
     """Count (duplicates, prompts with another answer) among documents [N].
 
     A duplicate has the tokens of an earlier document, so n equal documents count n - 1. A prompt with m different
@@ -89,13 +89,13 @@ def repeats(documents: Sequence[Document]) -> tuple[int, int]:
     return len(documents) - len(whole), sum(count - 1 for count in continuations.values())
 
 
-def leaked(train: Sequence[Document], val: Sequence[Document]) -> int:
+def find_leaks(train: Sequence[Document], val: Sequence[Document]) -> int:
     """Count the training documents [N] that are among the held-out documents [M], token by token."""
     held_out = {fingerprint(document.ids) for document in val}
     return sum(fingerprint(document.ids) in held_out for document in train)
 
 
-def length_summary(lengths: Sequence[int]) -> dict[str, float]:
+def summarise_lengths(lengths: Sequence[int]) -> dict[str, float]:
     """Return ``min``, ``median``, ``mean``, ``p95`` and ``max`` of ``lengths`` [N]; nothing for N = 0.
 
     Quantiles are interpolated between neighbours.
@@ -121,7 +121,7 @@ def first_word(text: str) -> str:
     )
 
 
-def text_report(texts: Sequence[str]) -> dict[str, Any]:
+def report_texts(texts: Sequence[str]) -> dict[str, Any]:
     """Measure answers [A] as text. Shares are of the A answers, 0 for A = 0.
 
     - ``list_share``: answers with at least one line that begins with ``-``, ``*``, ``+``, ``1.`` or ``1)`` and a space.
@@ -139,21 +139,21 @@ def text_report(texts: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def split_report(
+def report_split(
     rows: int,
     documents: Sequence[Document],
     special: Collection[int],
     decode: Callable[[Sequence[int]], str],
     limit: int | None,
 ) -> dict[str, Any]:
-    """Measure one set of documents: the numbers of ``text_report`` and those below.
+    """Measure one set of documents: the numbers of ``report_texts`` and those below.
 
     - ``rows``, ``documents`` (N; more than rows where rows are packed), ``tokens`` and ``answers`` (A): counts.
     - ``supervised_share``: supervised tokens over all tokens.
-    - ``duplicates`` and ``same_prompt``: see ``repeats``. ``duplicate_share``: duplicates over documents.
+    - ``duplicates`` and ``same_prompt``: see ``count_repeats``. ``duplicate_share``: duplicates over documents.
     - ``empty_outputs``: answers of nothing but special tokens or white space. ``one_token_outputs``: answers with one
       token that is not special.
-    - ``prompt_length`` and ``output_length``: see ``length_summary``. The end token of an answer counts.
+    - ``prompt_length`` and ``output_length``: see ``summarise_lengths``. The end token of an answer counts.
     - ``at_limit``: documents of exactly ``limit`` tokens, as truncation would leave them.
 
     Args:
@@ -169,7 +169,7 @@ def split_report(
         sum(token not in special for token in answer) if text.strip() else 0
         for answer, text in zip(answers, texts, strict=True)
     ]
-    duplicates, same_prompt = repeats(documents)
+    duplicates, same_prompt = count_repeats(documents)
     tokens = sum(len(document.ids) for document in documents)
     prompts = [len(prompt) for document in documents if (prompt := document.prompt)]
     return {
@@ -184,13 +184,13 @@ def split_report(
         "empty_outputs": bodies.count(0),
         "one_token_outputs": bodies.count(1),
         "at_limit": sum(len(document.ids) == limit for document in documents),
-        "prompt_length": length_summary(prompts),
-        "output_length": length_summary([len(answer) for answer in answers]),
-        **text_report(texts),
+        "prompt_length": summarise_lengths(prompts),
+        "output_length": summarise_lengths([len(answer) for answer in answers]),
+        **report_texts(texts),
     }
 
 
-def left_out_share(report: dict[str, Any]) -> float:
+def share_left_out(report: dict[str, Any]) -> float:
     """Return the share, in [0, 1], that ``dropped`` and ``bad`` rows have of themselves and the documents that are
     used.
     """
@@ -198,7 +198,7 @@ def left_out_share(report: dict[str, Any]) -> float:
     return left_out / max(left_out + report["documents"], 1)
 
 
-def concerns(stage: str, report: dict[str, Any]) -> list[str]:
+def find_concerns(stage: str, report: dict[str, Any]) -> list[str]:
     """Return one sentence for each thing to look at before training.
 
     ``report`` also holds ``dropped``, ``bad`` and possibly ``leaked``.
@@ -215,9 +215,9 @@ def concerns(stage: str, report: dict[str, Any]) -> list[str]:
         found.append(
             f"{report['empty_outputs']} of {report['answers']} answers are empty, so the model learns to say nothing"
         )
-    if left_out_share(report) > MAX_LEFT_OUT:
+    if share_left_out(report) > MAX_LEFT_OUT:
         found.append(
-            f"{left_out_share(report):.1%} of the rows are left out: {report['dropped']} too long, {report['bad']} "
+            f"{share_left_out(report):.1%} of the rows are left out: {report['dropped']} too long, {report['bad']} "
             "unreadable"
         )
     return [f"{stage} data: {sentence}" for sentence in found]

@@ -21,7 +21,7 @@ def win_rate(preference: Tensor) -> float:
     Raises:
         ValueError: ``preference`` is empty, has another shape or is outside [0, 1].
     """
-    return 100.0 * _checked(preference).mean().item()
+    return 100.0 * _check_preferences(preference).mean().item()
 
 
 def win_rate_standard_error(preference: Tensor) -> float:
@@ -35,7 +35,7 @@ def win_rate_standard_error(preference: Tensor) -> float:
     Raises:
         ValueError: ``preference`` is empty, has another shape or is outside [0, 1].
     """
-    values = _checked(preference)
+    values = _check_preferences(preference)
     return 100.0 * (values.std() / len(values) ** 0.5).item() if len(values) > 1 else 50.0
 
 
@@ -57,7 +57,7 @@ def length_controlled_win_rate(preference: Tensor, model_lengths: Tensor, baseli
     Raises:
         ValueError: the shapes differ, or ``preference`` is empty or outside [0, 1].
     """
-    outcome = _checked(preference)
+    outcome = _check_preferences(preference)
     if model_lengths.shape != outcome.shape or baseline_lengths.shape != outcome.shape:
         shapes = [tuple(x.shape) for x in (preference, model_lengths, baseline_lengths)]
         raise ValueError(
@@ -71,7 +71,7 @@ def length_controlled_win_rate(preference: Tensor, model_lengths: Tensor, baseli
     return 100.0 * theta.sigmoid().item()
 
 
-def _checked(preference: Tensor) -> Tensor:
+def _check_preferences(preference: Tensor) -> Tensor:
     """Return the preferences in float64 [N]. Raises ValueError when there are none or one is outside [0, 1]."""
     if preference.dim() != 1 or len(preference) == 0 or not bool(((preference >= 0) & (preference <= 1)).all()):
         raise ValueError(

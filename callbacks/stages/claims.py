@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from callbacks.stages.comparison import Comparison
-from callbacks.stages.summary import Summary
-from callbacks.stages.table import PROMPTS
+from callbacks.stages.summary import PROMPTS, Summary
 
 HERE = "this run"  # name of the model that is measured now
 
@@ -56,7 +55,7 @@ class Claim:
         said = f"{values[0]:.4g} {word} {limit:.4g}"
         margin = 0.0
         if self.standard_errors:
-            error = math.hypot(*(standard_error(models[name], self.metric, self.words) for name in judged))
+            error = math.hypot(*(find_standard_error(models[name], self.metric, self.words) for name in judged))
             margin = self.standard_errors * error
             counts = {int(models[name][PROMPTS]) for name in judged if PROMPTS in models[name]}
             said += f" {'+' if sign > 0 else '-'} {self.standard_errors:g} x {error:.3f}"
@@ -74,7 +73,7 @@ class Claim:
         return models[name][self.metric]
 
 
-def standard_error(found: Mapping[str, float], metric: str, words: str) -> float:
+def find_standard_error(found: Mapping[str, float], metric: str, words: str) -> float:
     """Return the standard error of a metric: the logged one, else sqrt(p (1 - p) / n) for a share p of n prompts.
 
     n counts prompts and not completions, because completions of one prompt are not independent. With several
@@ -130,7 +129,7 @@ class Claims(Callback):
         """Check every claim and print it as held or not."""
         if trainer.fast_dev_run:  # type: ignore[attr-defined]  # Trainer sets it without declaring it
             return
-        models = earlier(trainer) | {HERE: self.found}
+        models = find_earlier(trainer) | {HERE: self.found}
         self.failed = []
         for claim in self.claims:
             holds, figures = claim.check(models)
@@ -140,7 +139,7 @@ class Claims(Callback):
                 self.failed.append(f"{claim.words} ({figures})")
 
 
-def earlier(trainer: Trainer) -> dict[str, dict[str, float]]:
+def find_earlier(trainer: Trainer) -> dict[str, dict[str, float]]:
     """Return the metrics by model that the callbacks beside ``Claims`` know."""
     models: dict[str, dict[str, float]] = {}
     for callback in trainer.callbacks:  # type: ignore[attr-defined]

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from callbacks.stages.table import logged, print_table
-from callbacks.writers.resumable_jsonl import write_json
+from callbacks.stages.summary import print_table, read_logged
+from callbacks.writers.output_files import write_json
 
 
 class Comparison(Callback):
@@ -37,16 +37,16 @@ class Comparison(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse a file of another kind before anything is measured."""
         if stage == "validate":
-            read(self.file)
+            read_models(self.file)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the metrics."""
         if trainer.state.fn == "validate":
-            self.found = logged(trainer, [*self.metrics.values(), *self.forgetting.values()], "Comparison")
+            self.found = read_logged(trainer, [*self.metrics.values(), *self.forgetting.values()], "Comparison")
 
     def models(self) -> dict[str, dict[str, float]]:
         """Return the logged metrics by model, with this model's once it is measured."""
-        return read(self.file) | ({self.name: self.found} if self.found else {})
+        return read_models(self.file) | ({self.name: self.found} if self.found else {})
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write the file and print the table, after Lightning's own results."""
@@ -55,10 +55,10 @@ class Comparison(Callback):
         models = self.models()
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]  # Trainer sets it without declaring it
             write_json(self.file, models)
-        print_table([*self.metrics, *self.forgetting], shown(models, self.metrics, self.forgetting))
+        print_table([*self.metrics, *self.forgetting], choose_shown(models, self.metrics, self.forgetting))
 
 
-def read(file: Path) -> dict[str, dict[str, float]]:
+def read_models(file: Path) -> dict[str, dict[str, float]]:
     """Read the logged metrics by model, in the order in which the models came; none without a file.
 
     Raises ValueError when the file holds something else.
@@ -75,7 +75,7 @@ def read(file: Path) -> dict[str, dict[str, float]]:
     return models
 
 
-def shown(
+def choose_shown(
     models: dict[str, dict[str, float]], metrics: dict[str, str], forgetting: dict[str, str]
 ) -> dict[str, dict[str, float]]:
     """Return the columns of the table, each as name of a row -> value.

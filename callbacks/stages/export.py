@@ -8,7 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
 
 from callbacks.phase import require_period
-from callbacks.run_folder import in_run_folder, require_writable
+from callbacks.writers.output_files import in_run_folder, require_writable
 
 
 @runtime_checkable

@@ -1,14 +1,16 @@
 """What did training change? Prints one table and one line at the end of ``validate``."""
 
 import shlex
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from callbacks.stages.table import logged, print_table, rounded
-from callbacks.writers.resumable_jsonl import write_whole
+from callbacks.writers.output_files import write_whole
+
+PROMPTS = "val/num_prompts"  # of which shares and means were taken
 
 
 class Summary(Callback):
@@ -39,9 +41,9 @@ class Summary(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the metrics: "before" from the sanity check, "after" from ``validate``."""
         if trainer.state.fn == "validate":
-            self.after = logged(trainer, self.metrics, "Summary")
+            self.after = read_logged(trainer, self.metrics, "Summary")
         elif trainer.sanity_checking and trainer.num_sanity_val_steps == float("inf") and not self.before:
-            self.before = logged(trainer, self.metrics, "Summary")
+            self.before = read_logged(trainer, self.metrics, "Summary")
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Print at the end of ``validate``."""
@@ -60,7 +62,7 @@ class Summary(Callback):
     def _print(self, trainer: Trainer) -> None:
         if self.result is not None:
             Path(self.result).parent.mkdir(parents=True, exist_ok=True)
-            write_whole(Path(self.result), f"{rounded(self.after[self.headline])}\n")
+            write_whole(Path(self.result), f"{show_rounded(self.after[self.headline])}\n")
         print_table(self.metrics, ({"before": self.before} if self.before else {}) | {"after": self.after})
         if not self.before and trainer.ckpt_path:
             print(
@@ -70,9 +72,41 @@ class Summary(Callback):
         print(f"tensorboard --logdir {shlex.quote(_log_folder(trainer))}")
         values = [state[self.headline] for state in (self.before, self.after) if self.headline in state]
         print(
-            f"{self.title}: {self.headline.removeprefix('val/')} {' -> '.join(rounded(value) for value in values)}",
+            f"{self.title}: {self.headline.removeprefix('val/')} {' -> '.join(show_rounded(value) for value in values)}",
             flush=True,
         )
+
+
+def read_logged(trainer: Trainer, names: Sequence[str], owner: str) -> dict[str, float]:
+    """Return metrics of the last validation, with the number of prompts and the standard errors that it logged.
+
+    Raises ValueError, which begins with ``owner``, when one of the names was not logged.
+    """
+    missing = [name for name in names if name not in trainer.callback_metrics]
+    if missing:
+        raise ValueError(
+            f"{owner} is asked for {missing}, which validation did not log; it logged "
+            f"{sorted(trainer.callback_metrics)}."
+        )
+    extras = [PROMPTS, *(f"{name}_standard_error" for name in names)]
+    kept = dict.fromkeys([*names, *(name for name in extras if name in trainer.callback_metrics)])
+    return {name: float(trainer.callback_metrics[name]) for name in kept}
+
+
+def print_table(rows: Sequence[str], columns: Mapping[str, Mapping[str, float]]) -> None:
+    """Print one row per metric and one column per model. A cell without a value stays empty."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("metric", *columns)
+    for name in rows:
+        table.add_row(name, *(show_rounded(values[name]) if name in values else "" for values in columns.values()))
+    Console().print(table)
+
+
+def show_rounded(value: float) -> str:
+    """Format a value with two decimals."""
+    return f"{value:.2f}"
 
 
 def _log_folder(trainer: Trainer) -> str:

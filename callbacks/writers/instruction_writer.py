@@ -7,8 +7,7 @@ from typing import Any, BinaryIO, Protocol, runtime_checkable
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
-from callbacks.run_folder import in_run_folder, require_writable
-from callbacks.writers.resumable_jsonl import append_lines, open_whole_lines, write_whole
+from callbacks.writers.output_files import append_lines, in_run_folder, open_whole_lines, require_writable, write_whole
 
 
 @runtime_checkable
@@ -116,7 +115,7 @@ class InstructionWriter(Callback):
         if not pl_module.num_accepted:
             self.part.unlink()
             raise ValueError(
-                f"InstructionWriter: {sentence(report)}, so {self.path} is not written; use a model that follows the "
+                f"InstructionWriter: {write_counts(report)}, so {self.path} is not written; use a model that follows the "
                 "format of the list, with room for 3000 tokens"
             )
         tasks = [task for one in pl_module.rounds for task in one["accepted"]]
@@ -128,7 +127,7 @@ class InstructionWriter(Callback):
         else:
             why = ""
             self.part.unlink()
-        rank_zero_info(f"instructions: {self.path}: {sentence(report)}{why}")
+        rank_zero_info(f"instructions: {self.path}: {write_counts(report)}{why}")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Keep the part file: the next run continues from it."""
@@ -141,7 +140,7 @@ class InstructionWriter(Callback):
         self._file = None
 
 
-def sentence(report: dict[str, float]) -> str:
+def write_counts(report: dict[str, float]) -> str:
     """Return the report in one line."""
     counts = {
         name.rpartition("/")[2]: count

@@ -12,7 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from callbacks.phase import record_of
-from callbacks.run_folder import in_run_folder, require_writable
+from callbacks.writers.output_files import in_run_folder, require_writable
 from modules.types import Rollout
 
 
@@ -66,7 +66,7 @@ class PredictionWriter(Callback):
     ) -> None:
         """Write the rollouts of the batch."""
         if self._file is not None:
-            self._file.writelines(line(rollout) for rollout in record_of(pl_module).rollouts)
+            self._file.writelines(write_line(rollout) for rollout in record_of(pl_module).rollouts)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Join the part files."""
@@ -102,7 +102,7 @@ class PredictionWriter(Callback):
         return self.path.with_name(f".{self.path.name}.rank{rank}")
 
 
-def line(rollout: Rollout) -> str:
+def write_line(rollout: Rollout) -> str:
     """Return one rollout as a line of JSON."""
     completion = rollout.completion
     record = {

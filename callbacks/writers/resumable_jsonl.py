@@ -1,7 +1,6 @@
 """Writes the labels of ``predict`` as rows of JSON. A killed run continues where it stopped."""
 
 import json
-import os
 from collections import Counter
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, runtime_checkable
@@ -9,7 +8,13 @@ from typing import Any, BinaryIO, Protocol, runtime_checkable
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
-from callbacks.run_folder import in_run_folder, require_writable
+from callbacks.writers.output_files import (
+    append_lines,
+    in_run_folder,
+    open_whole_lines,
+    require_writable,
+    write_whole,
+)
 from modules.types import Record
 
 
@@ -179,35 +184,3 @@ class ResumableJsonl(Callback):
         if not self.path.parent.is_dir():
             return []
         return sorted(path for path in self.path.parent.iterdir() if path.name.startswith(f".{self.path.name}.rank"))
-
-
-def open_whole_lines(path: Path) -> BinaryIO:
-    """Open a file to append, and remove the half line that a killed run may have left."""
-    file = path.open("a+b")
-    file.seek(0)
-    file.truncate(file.read().rfind(b"\n") + 1)
-    file.seek(0, os.SEEK_END)
-    return file
-
-
-def append_lines(file: BinaryIO, records: list[Any]) -> None:
-    """Append records, all or nothing, and flush them to disk."""
-    file.write("".join(json.dumps(record) + "\n" for record in records).encode())
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file beside ``path`` and rename it, so that ``path`` is never half a file."""
-    part = path.with_name(f".{path.name}.whole")
-    with part.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file that is renamed into place when it is complete; parent folders are made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, json.dumps(content, indent=2) + "\n")

@@ -16,7 +16,7 @@ class Stream:
     Args:
         train: training rows: a source, or a file, a folder or a hub id.
         weight: share of the mixture, relative to the other streams' weights; 0 = not drawn.
-        decay_weight: the same from ``decay_start`` on; None = ``weight``.
+        decay_weight: the same from ``decay.start`` on; None = ``weight``.
         val: held-out rows, a domain of the stream's name.
         loss_on: what is learned of its conversations; None = as the mixture says.
         columns: our column name -> the data's.
@@ -30,14 +30,31 @@ class Stream:
     columns: dict[str, str] | None = None
 
 
-def check_streams(
-    streams: dict[str, Stream], num_steps: int, cap: int | None, decay_start: int | None, ramp_steps: int
-) -> None:
+@dataclass(frozen=True)
+class DecayPhase:
+    """The end of training, in which the streams' ``decay_weight`` holds."""
+
+    start: int  # >= 0, optimiser step from which it holds
+    # >= 0, steps over which the shares change linearly: the step start + k is (k + 1) / (ramp_steps + 1) of the way
+    ramp_steps: int = 0
+
+    def progress(self, step: int) -> float:
+        """How far the shares have changed at an optimiser step, in [0, 1]."""
+        return 0.0 if step < self.start else min(1.0, (step - self.start + 1) / (self.ramp_steps + 1))
+
+    @property
+    def end(self) -> int:
+        """The first step at which they have changed."""
+        return self.start + self.ramp_steps
+
+
+def check_streams(streams: dict[str, Stream], num_steps: int, cap: int | None, decay: DecayPhase | None) -> None:
     """ValueError, naming the stream, for weights that make no mixture."""
     if not streams:
         raise ValueError("streams is empty; name at least one, such as {text: {train: text.jsonl, weight: 1.0}}")
-    if num_steps < 1 or ramp_steps < 0 or (decay_start or 0) < 0 or (cap is not None and cap < 1):
-        raise ValueError("num_steps and cap must be at least 1, decay_start and ramp_steps at least 0")
+    below = decay is not None and min(decay.start, decay.ramp_steps) < 0
+    if num_steps < 1 or below or (cap is not None and cap < 1):
+        raise ValueError("num_steps and cap must be at least 1, decay.start and decay.ramp_steps at least 0")
     weighted = [name for name, stream in streams.items() if stream.weight is not None]
     for name, stream in streams.items():
         check_mapping(stream.columns or {}, "instruction")
@@ -66,7 +83,7 @@ def check_streams(
     if weighted and not all(any(weights) for weights in phases):
         raise ValueError("all weights of a phase are 0, so nothing would be drawn")
     changes = any(stream.decay_weight is not None for stream in streams.values())
-    if changes != (decay_start is not None):
+    if changes != (decay is not None):
         raise ValueError(
-            "decay_start and decay_weight belong together: the one says when, the other what the shares become"
+            "decay.start and decay_weight belong together: the one says when, the other what the shares become"
         )

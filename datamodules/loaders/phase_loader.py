@@ -17,8 +17,8 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from modules.distributed import from_all_ranks
-from modules.modes import evaluating
+from modules.trainer.modes import evaluating
+from modules.trainer.ranks import from_all_ranks
 from modules.types import Completion, HasRecord, InstructionBatch, PolicyBatch, PromptBatch, Rollout
 
 PROMPT_FIELDS = ("prompt_ids", "prompt_mask")

@@ -16,7 +16,7 @@ from datamodules.loaders.step_sampler import MicroBatch
 from datamodules.sources import Row
 from datamodules.tokens.encoding import Tokens
 from datamodules.tokens.packing import pack
-from modules.distributed import from_all_ranks
+from modules.trainer.ranks import from_all_ranks
 from modules.types import InstructionBatch
 
 

@@ -16,7 +16,7 @@ from datamodules.formats.reading import Reading
 from datamodules.formats.values import plain, unpack
 from datamodules.sources import Row, Source
 from datamodules.tokens.chat import encode_prompt
-from modules.seeds import run_seed
+from modules.trainer.seeds import run_seed
 from modules.types import PromptBatch
 
 TEMPLATE = "Q: {question}\nA: {answer}\n\n"

@@ -10,7 +10,7 @@ from typing import Any
 
 from datamodules.sources.files import read_rows
 from datamodules.sources.source import Row, Source
-from modules.seeds import run_seed
+from modules.trainer.seeds import run_seed
 
 ANSWER, NEXT = "\n\n", "\n\n\n"  # in few-shot prompts: before an answer, before the next example
 

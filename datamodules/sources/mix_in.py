@@ -7,7 +7,7 @@ import random
 
 from datamodules.sources.files import read_rows
 from datamodules.sources.source import Row, Source
-from modules.seeds import run_seed
+from modules.trainer.seeds import run_seed
 
 
 class MixIn(Source):

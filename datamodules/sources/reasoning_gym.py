@@ -5,7 +5,7 @@ from typing import Any
 from zlib import crc32
 
 from datamodules.sources.source import Row, Source, optional_import
-from modules.seeds import run_seed
+from modules.trainer.seeds import run_seed
 
 HELD_OUT_ONE_IN = 10
 

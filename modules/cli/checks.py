@@ -1,4 +1,4 @@
-"""What cannot run, said in one sentence before anything is loaded or trained."""
+"""Refuses in one sentence what cannot run, before anything is loaded or trained."""
 
 import math
 import zipfile
@@ -11,10 +11,10 @@ from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from modules.cli.choices import batch_read_by, givers
-from modules.cli.explain import tiny_config
+from modules.cli.choices import find_batch_type, find_givers
+from modules.cli.explain import name_tiny_config
 from modules.cli.run_folder import CHECKPOINTS, find_last_checkpoint
-from modules.predict.base import PredictModule
+from modules.predict.predict_module import PredictModule
 
 NEEDED = {
     "fit": ("training_step", "train_dataloader"),
@@ -24,8 +24,8 @@ NEEDED = {
 }
 
 
-def checkpoint_in(path: str | None) -> str | None:
-    """The path, or the last checkpoint of the run whose folder it is. Raises ValueError for a run without one."""
+def resolve_checkpoint(path: str | None) -> str | None:
+    """Return the path, or the last checkpoint if it is the folder of a run. Raises ValueError if the run has none."""
     if path is None or not (Path(path) / CHECKPOINTS).is_dir():
         return path
     found = find_last_checkpoint(Path(path))
@@ -35,8 +35,12 @@ def checkpoint_in(path: str | None) -> str | None:
 
 
 def check_checkpoint(path: str | None, resumes: bool) -> None:
-    """ValueError for a ``ckpt_path`` that is no checkpoint; names that Lightning resolves and files that are not there
-    are left to it.
+    """Refuse a ``ckpt_path`` that is no checkpoint.
+
+    Names such as ``last`` and files that do not exist are left to Lightning.
+
+    Raises:
+        ValueError: the file is damaged, or no checkpoint of a training run.
     """
     if path is None or not Path(path).exists():
         return
@@ -48,13 +52,7 @@ def check_checkpoint(path: str | None, resumes: bool) -> None:
         raise ValueError(f"ckpt_path: '{path}' is cut off or no checkpoint")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (
-        RuntimeError,
-        UnpicklingError,
-        ValueError,
-        LookupError,
-        EOFError,
-    ) as error:  # whatever the damage makes of the pickle
+    except (RuntimeError, UnpicklingError, ValueError, LookupError, EOFError) as error:  # whatever damage causes
         raise ValueError(f"ckpt_path: '{path}' is damaged, or no checkpoint of this program") from error
     missing = {"state_dict", "pytorch-lightning_version", *(["optimizer_states", "loops"] if resumes else [])} - set(
         checkpoint
@@ -66,7 +64,7 @@ def check_checkpoint(path: str | None, resumes: bool) -> None:
 
 
 def check_trainer(settings: Namespace) -> None:
-    """ValueError for settings of the Trainer that no run here can keep, or that Lightning would fail on."""
+    """Refuse settings of the Trainer that our runs cannot obey, or on which Lightning would fail. Raises ValueError."""
     wrong = {
         f"accumulate_grad_batches must be at least 1, got {settings.accumulate_grad_batches}": (
             settings.accumulate_grad_batches < 1
@@ -83,22 +81,25 @@ def check_trainer(settings: Namespace) -> None:
 
 
 def check_needs(settings: Namespace, method: str) -> None:
-    """ValueError, before anything is loaded, where the DataModule lacks what it reads.
+    """Refuse a DataModule that is not told what to read, before anything is loaded.
 
     Args:
         settings: of the command.
-        method: the class path of the module, whose tiny configuration the error names.
+        method: class path of the module; the error names its tiny configuration.
+
+    Raises:
+        ValueError: an argument that the DataModule needs is missing.
     """
     data = settings.get("data")
     if data is not None and data.get("class_path"):
         module, _, name = data["class_path"].rpartition(".")
         kind = getattr(import_module(module), name)
         if hasattr(kind, "check_needs"):
-            kind.check_needs(vars(data.get("init_args") or Namespace()), tiny_config(method.rpartition(".")[2]))
+            kind.check_needs(vars(data.get("init_args") or Namespace()), name_tiny_config(method.rpartition(".")[2]))
 
 
 def check_run(command: str, model: LightningModule, data: LightningDataModule) -> None:
-    """ValueError for a module and a DataModule that do not fit each other or the command."""
+    """Refuse a module and a DataModule that do not fit each other or the command. Raises ValueError."""
     method, source = type(model).__name__, type(data).__name__
     for owner, needed in zip((model, data), NEEDED[command], strict=True):
         if not is_overridden(needed, owner):
@@ -106,9 +107,9 @@ def check_run(command: str, model: LightningModule, data: LightningDataModule) -
     if not hasattr(model, "tokenizer") and getattr(data, "tokenizer", method) is None:
         other = f"set data to {model.reads}" if isinstance(model, PredictModule) else "set data.tokenizer"
         raise ValueError(f"{source} needs a tokenizer and {method} has none; {other}")
-    wanted, given = batch_read_by(type(model)), getattr(data, "batch_type", None)
+    wanted, given = find_batch_type(type(model)), getattr(data, "batch_type", None)
     if wanted is not None and given is not None and wanted is not given:
         raise ValueError(
             f"{method} reads {wanted.__name__} and {source} gives {given.__name__}; set data to "
-            f"{' or '.join(givers(wanted))}"
+            f"{' or '.join(find_givers(wanted))}"
         )

@@ -1,6 +1,4 @@
-"""The command line itself: LightningCLI with a folder for each run, one tokenizer, and refusals before anything is
-loaded.
-"""
+"""The command line: LightningCLI with a folder for each run, one tokenizer, and early refusals."""
 
 import os
 from pathlib import Path
@@ -13,10 +11,10 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
-from modules.cli.checks import check_checkpoint, check_needs, check_run, check_trainer, checkpoint_in
+from modules.cli.checks import check_checkpoint, check_needs, check_run, check_trainer, resolve_checkpoint
 from modules.cli.choices import import_own
 from modules.cli.ending import TellsHowToGoOn, write_ending
-from modules.cli.parser import with_data_module
+from modules.cli.parser import add_data_module
 from modules.cli.progress import StepLines
 from modules.cli.run_folder import (
     CHECKPOINTS,
@@ -33,11 +31,12 @@ Dashboard: Any = vars(import_own("callbacks"))["Dashboard"]
 
 
 class AlignmentCLI(LightningCLI):
-    """LightningCLI in which a run has a folder and the DataModule gets the policy's tokenizer."""
+    """A LightningCLI that gives each run a folder, and the DataModule the policy's tokenizer."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """The run's folder and logger; one tokenizer for model and data; a file that is named as data stays a path
-        instead of being read as configuration.
+        """Add ``--out`` and ``--logger``, and link the tokenizer of model and data.
+
+        A file that is named as data stays a path and is not read as a configuration.
         """
         parser.add_argument(
             "--out",
@@ -60,21 +59,21 @@ class AlignmentCLI(LightningCLI):
                 action.sub_add_kwargs["sub_configs"] = False  # type: ignore[attr-defined]
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse, and look at the checkpoint and at the Trainer's settings."""
-        self.config = parser.parse_args(with_data_module(args))
+        """Parse the arguments, and check the checkpoint and the Trainer's settings."""
+        self.config = parser.parse_args(add_data_module(args))
         config = self.config[self.config["subcommand"]]
-        config["ckpt_path"] = checkpoint_in(config.get("ckpt_path"))
+        config["ckpt_path"] = resolve_checkpoint(config.get("ckpt_path"))
         check_checkpoint(config["ckpt_path"], resumes=self.config["subcommand"] == "fit")
         check_trainer(config["trainer"])
         check_needs(config, config["model"]["class_path"])
 
     @property
     def settings(self) -> Any:
-        """The configuration of the command."""
+        """The settings of the command that runs."""
         return self.config[str(self.subcommand)]
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """The Trainer, behind the last checks, with the run's folder."""
+        """Make the Trainer, with the run's folder, after the last checks."""
         check_run(str(self.subcommand), self.model, self.datamodule)
         folder = self.run_folder()
         try:
@@ -85,8 +84,9 @@ class AlignmentCLI(LightningCLI):
             raise ValueError(f"trainer: {error}") from error
 
     def run_folder(self) -> RunFolder | Path | None:
-        """The folder: claimed by a fit, shared by the other commands; None where the configuration names none and says
-        itself where its parts write.
+        """Return the run's folder: a fit claims it, other commands share it.
+
+        None = the configuration names no folder, but says itself where to write.
         """
         trainer, out = self.settings["trainer"], self.settings["out"]
         if out is not None and trainer["default_root_dir"] not in (None, out):
@@ -100,7 +100,7 @@ class AlignmentCLI(LightningCLI):
         return same or path
 
     def in_folder(self, folder: RunFolder | Path | None) -> dict[str, Any]:
-        """Arguments of the Trainer that put a run into its folder."""
+        """Return the arguments of the Trainer that put a run into its folder."""
         trainer, kind = self.config_init[str(self.subcommand)]["trainer"], self.settings["logger"]
         if kind is not None and trainer["logger"] is False:
             raise ValueError(f"logger: {kind} and trainer.logger: false: leave one out")
@@ -115,7 +115,7 @@ class AlignmentCLI(LightningCLI):
         return changes
 
     def callbacks(self, folder: RunFolder | Path | None, path: Path | None) -> list[Callback]:
-        """The configuration's callbacks, with the run's folder, and those that every run has."""
+        """Return the configuration's callbacks, with the run's folder, and those that every run has."""
         trainer = self.config_init[str(self.subcommand)]["trainer"]
         given = trainer["callbacks"] or []
         callbacks: list[Callback] = [*(given if isinstance(given, list) else [given]), Dashboard(), TellsHowToGoOn()]
@@ -126,7 +126,7 @@ class AlignmentCLI(LightningCLI):
         for callback in callbacks:
             if path is not None and isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
                 callback.dirpath = str(path.absolute() / CHECKPOINTS)
-        if trainer["fast_dev_run"]:  # ModelCheckpoint would write last.ckpt even so
+        if trainer["fast_dev_run"]:  # ModelCheckpoint would still write last.ckpt
             callbacks = [callback for callback in callbacks if not isinstance(callback, ModelCheckpoint)]
         bar = any(isinstance(callback, ProgressBar) for callback in callbacks)
         if not bar and not os.isatty(1) and trainer["enable_progress_bar"] is not False:
@@ -134,19 +134,19 @@ class AlignmentCLI(LightningCLI):
         return callbacks
 
     def before_validate(self) -> None:
-        """Say which weights."""
+        """Print which weights are evaluated."""
         self.say_weights()
 
     def before_test(self) -> None:
-        """Say which weights."""
+        """Print which weights are evaluated."""
         self.say_weights()
 
     def before_predict(self) -> None:
-        """Say which weights."""
+        """Print which weights are evaluated."""
         self.say_weights()
 
     def say_weights(self) -> None:
-        """Whose numbers these will be."""
+        """Print whose weights give the numbers that follow."""
         checkpoint = self.settings["ckpt_path"]
         if checkpoint is not None:
             step = ""
@@ -161,7 +161,7 @@ class AlignmentCLI(LightningCLI):
 
     @rank_zero_only
     def after_fit(self) -> None:
-        """Say what to do next."""
+        """Print what to do next."""
         exports = [callback for callback in self.trainer.callbacks if isinstance(callback, Export)]  # type: ignore[attr-defined]
         if not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             looks = [callback for callback in self.trainer.callbacks if isinstance(callback, TellsHowToGoOn)]  # type: ignore[attr-defined]
@@ -170,7 +170,7 @@ class AlignmentCLI(LightningCLI):
 
 
 def make_logger(kind: Kind, folder: Path, name: str) -> Logger:
-    """A logger that writes into the folder, or into a folder ``name`` in it. ValueError without its package."""
+    """Make a logger that writes into the folder, or into ``name`` in it. Raises ValueError without its package."""
     if kind == "wandb":
         try:
             return WandbLogger(name=f"{folder.name} {name}".strip(), save_dir=folder, project="lightning-align")

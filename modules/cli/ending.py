@@ -1,5 +1,9 @@
-"""What a fit says at its end: its numbers, where the model is, how to ask it, how to see the curves."""
+"""The last lines of a fit: its numbers, where the model is, how to ask it, how to see the curves."""
 
+import os
+import shlex
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +12,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from modules.cli.progress import show_numbers
 from modules.cli.run_folder import CHECKPOINTS
-from modules.cli.words import command, from_here
-from modules.stopping import StopTogether
+from modules.trainer.stopping import StopTogether
 
 SHOWN = 6  # numbers on the first line, in this order
 HEADLINES = (
@@ -19,31 +22,31 @@ HEADLINES = (
 
 
 def write_ending(trainer: Trainer, export: Path | None, form: str | None = None) -> list[str]:
-    """Three lines: results and export, how to ask the model, how to see the curves.
+    """Write three lines: results and export, how to ask the model, how to see the curves.
 
     Args:
         trainer: of the fit that has ended.
-        export: the folder of the exported model, None where nothing was exported.
-        form: of the prompts, see ``chat``; None = as by default.
+        export: the folder of the exported model; None = nothing was exported.
+        form: how prompts were written, see ``chat``; None = ``chat``'s default.
     """
     logged = {name: value for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
     logged = logged or {name: value for name, value in trainer.logged_metrics.items() if name.startswith("train/")}
     known = {name: value for name, value in logged.items() if name.partition("/")[2] in HEADLINES} or logged
-    shown: dict[str, Any] = dict(sorted(known.items(), key=lambda item: rank(item[0]))[:SHOWN])
-    where = f"model: {from_here(export)}" if export else "no model exported: list Export in trainer.callbacks"
+    shown: dict[str, Any] = dict(sorted(known.items(), key=lambda item: rank_number(item[0]))[:SHOWN])
+    where = f"model: {write_path(export)}" if export else "no model exported: list Export in trainer.callbacks"
     lines = [f"step {trainer.global_step}: {show_numbers(shown) or 'nothing logged'}; {where}"]
     if export:
-        lines.append(f"ask it: {command('chat', '--policy', export, *(['--form', form] if form else []))}")
+        lines.append(f"ask it: {write_command('chat', '--policy', export, *(['--form', form] if form else []))}")
     folder = next((logger.save_dir for logger in trainer.loggers if logger.save_dir), None)
     if folder and any(type(logger).__name__ == "TensorBoardLogger" for logger in trainer.loggers):
-        lines.append(f"curves: {command('--logdir', Path(folder), module='tensorboard.main')}")
+        lines.append(f"curves: {write_command('--logdir', Path(folder), module='tensorboard.main')}")
     elif folder:
-        lines.append(f"curves: {from_here(Path(folder))}")
+        lines.append(f"curves: {write_path(Path(folder))}")
     return lines
 
 
 def find_form(text: str, tokenizer: Any) -> str | None:
-    """How the prompt in a rendered row was written, as ``chat`` must write it too; None where that is its default."""
+    """Find the form of the prompt in a rendered row, for ``chat`` to write it alike; None = its default."""
     if "### Instruction:" in text:
         return "alpaca"
     if tokenizer.chat_template is None:
@@ -55,14 +58,14 @@ def find_form(text: str, tokenizer: Any) -> str | None:
 
 
 class TellsHowToGoOn(Callback):
-    """Remembers how prompts look, for the end, and prints the command that goes on with a run that was told to stop."""
+    """Remembers the form of prompts for the last lines, and prints how to resume a run that was stopped."""
 
     def __init__(self) -> None:
         self.form: str | None = None  # see ``chat``
 
     @rank_zero_only
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Look at a row."""
+        """Look at the first row."""
         if trainer.global_step == 0 and batch_idx == 0 and isinstance(batch, dict):
             ids = next((batch[name] for name in ("prompt_ids", "input_ids") if name in batch), None)
             if ids is not None:
@@ -71,19 +74,43 @@ class TellsHowToGoOn(Callback):
 
     @rank_zero_only
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Where the stop has left a checkpoint."""
+        """Print the command that resumes the run, if the stop left a checkpoint."""
         stops = [callback for callback in trainer.callbacks if isinstance(callback, StopTogether)]  # type: ignore[attr-defined]
         saved = next((stop.saved for stop in stops if stop.saved), None)
         if saved is None:
             return
         run = saved.parent.parent
         if saved.parent.name == CHECKPOINTS and (run / "config.yaml").is_file():
-            print(f"go on: {command('fit', '--config', run / 'config.yaml', '--ckpt_path', run)}", flush=True)
+            print(f"go on: {write_command('fit', '--config', run / 'config.yaml', '--ckpt_path', run)}", flush=True)
         else:
-            print(f"go on: the same command with --ckpt_path {from_here(saved)}", flush=True)
+            print(f"go on: the same command with --ckpt_path {write_path(saved)}", flush=True)
 
 
-def rank(name: str) -> tuple[int, str]:
-    """Which numbers come first."""
+def rank_number(name: str) -> tuple[int, str]:
+    """Return the sort key of a number on the first line: headlines first, in their order."""
     short = name.partition("/")[2]
     return (HEADLINES.index(short) if short in HEADLINES else len(HEADLINES)), name
+
+
+def name_python() -> str:
+    """Return how to call this interpreter: ``python`` if that is it, else its path.
+
+    >>> name_python().endswith(("python", "python3", Path(sys.executable).name))
+    True
+    """
+    found = shutil.which("python")
+    if found and os.path.samefile(found, sys.executable) and Path(found).parent == Path(sys.executable).parent:
+        return "python"
+    return write_path(Path(sys.executable))
+
+
+def write_path(path: Path) -> str:
+    """Write a path; one below the current folder as a relative path."""
+    path = path.absolute()
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+
+
+def write_command(*arguments: object, module: str = "modules") -> str:
+    """Write the command line that runs a module with these arguments."""
+    shown = (write_path(argument) if isinstance(argument, Path) else str(argument) for argument in arguments)
+    return shlex.join([name_python(), "-m", module, *shown])

@@ -1,4 +1,4 @@
-"""What is wrong in one sentence, from the parser's errors, which list every type that a value is not."""
+"""Makes one sentence of a parser's error, which lists every type that a value is not."""
 
 import difflib
 import importlib
@@ -25,8 +25,8 @@ PLAIN_TYPE = re.compile(r"Expected a <class '(int|float|bool|dict)'>")
 CLASS = re.compile(r"Expected a dot import path string: (\S+)")
 
 
-def sentence(message: str, names: Sequence[str]) -> str:
-    """The reasons of ``message`` on one line; ``names`` are the class names that a value may be meant to be."""
+def write_sentence(message: str, names: Sequence[str]) -> str:
+    """Write the reasons of ``message`` on one line; ``names`` are the names that a misspelt value may mean."""
     lines = [line.strip().removeprefix("- ") for line in message.splitlines()]
     reasons = [line for line in dict.fromkeys(lines) if line and not line.startswith(NOISE) and line not in OTHER_TYPES]
     if any(PLAIN_TYPE.match(line) for line in reasons):
@@ -36,17 +36,17 @@ def sentence(message: str, names: Sequence[str]) -> str:
         r"Type typing\.Callable.* expects a function or a callable class: |\. Got value: Namespace\(.*", "", joined
     )
     joined = PLAIN_TYPE.sub(r"expected type \1", joined)
-    joined += given(message, joined)
+    joined += quote_value(message, joined)
     return CLASS.sub(
         lambda match: (
-            f"there is no class {match[1]!r}" + (did_you_mean(match[1], names) or f"; known are {', '.join(names)}")
+            f"there is no class {match[1]!r}" + (suggest_names(match[1], names) or f"; known are {', '.join(names)}")
         ),
         joined,
     )
 
 
-def given(message: str, joined: str) -> str:
-    """The value that is of the wrong type, where the reasons end without it."""
+def quote_value(message: str, joined: str) -> str:
+    """Quote the value of the wrong type, if the reasons end without it."""
     value = re.search(r"Given value: (.*?)(?:\. Got value: .*)?$", message, flags=re.MULTILINE)
     return (
         f", got {value[1]!r}"
@@ -62,18 +62,18 @@ EXAMPLES = {
 }
 
 
-def missing_arguments(message: str) -> str:
-    """What to add to the command where a class did not get what it needs; empty for other errors."""
+def explain_missing_arguments(message: str) -> str:
+    """Say what to add to the command if a class did not get an argument that it needs; empty for other errors."""
     found = re.search(r"class_path '(?:[\w.]+\.)?(\w+)'.*?arguments are required: ([\w, ]+)", message, flags=re.DOTALL)
     if found is None:
         return ""
     wanted = "; ".join(f"add {EXAMPLES.get(name, f'the argument {name}')}" for name in found[2].split(", "))
-    own = f"with nothing of your own, configs/tiny/{tiny_config(found[1])}.yaml runs offline"
+    own = f"with nothing of your own, configs/tiny/{name_tiny_config(found[1])}.yaml runs offline"
     return f"{found[1]} needs {found[2]}: {wanted}; {own}"
 
 
-def tiny_config(kind: str) -> str:
-    """The stem of the configuration in ``configs/tiny`` that runs a class, ``<method>`` where it is no method.
+def name_tiny_config(kind: str) -> str:
+    """Return the stem of the configuration in ``configs/tiny`` that runs a class; ``<method>`` if it is no method.
 
     >>> tiny_config("OnlineDPOModule"), tiny_config("PreferenceDataModule")
     ('online_dpo', '<method>')
@@ -82,18 +82,18 @@ def tiny_config(kind: str) -> str:
     return method if kind.endswith("Module") and not kind.endswith("DataModule") else "<method>"
 
 
-def nearest_argument(message: str) -> str:
-    """The arguments of a class that are nearest to a misspelt one, as the end of a sentence."""
+def suggest_argument(message: str) -> str:
+    """Suggest the arguments of a class that are nearest to a misspelt one, as the end of a sentence."""
     found = re.search(r"class_path '([\w.]+)':[\s-]*Option '([\w.]+)' is not accepted(.*)", message, flags=re.DOTALL)
     if found is None or "did you mean" in found[3]:
         return ""
     module, _, name = found[1].rpartition(".")
     kind = getattr(importlib.import_module(module), name)
-    return did_you_mean(found[2], list(inspect.signature(kind).parameters))
+    return suggest_names(found[2], list(inspect.signature(kind).parameters))
 
 
-def taken_name(message: str) -> str:
-    """Why a class of the user's is not found, as the end of a sentence: their folder is called as a package of ours."""
+def explain_taken_name(message: str) -> str:
+    """Say, as the end of a sentence, that a folder of the user's has the name of a package of ours."""
     for name in re.findall(r"class_path '(callbacks|datamodules|modules)\.", message):
         here = Path(name).resolve()
         if here.is_dir() and here != Path(__file__).parents[2] / name:
@@ -101,9 +101,13 @@ def taken_name(message: str) -> str:
     return ""
 
 
-def did_you_mean(name: str, known: Sequence[str], before: str = "") -> str:
-    """The known names that are nearest to a misspelt one, each with ``before`` in front, as the end of a sentence;
-    empty when none is near.
+def suggest_names(name: str, known: Sequence[str], before: str = "") -> str:
+    """Suggest the known names that are nearest to a misspelt one, as the end of a sentence; empty if none is near.
+
+    Args:
+        name: the misspelt name.
+        known: the right names.
+        before: text in front of each suggestion.
     """
     near = {other: difflib.SequenceMatcher(None, name, other).ratio() for other in sorted(set(known))}
     best = max(near.values(), default=0.0)

@@ -1,4 +1,4 @@
-"""The parser of the command line: errors in one sentence, and what may be named by class path."""
+"""The parser of the command line: errors in one sentence, plain functions as rewards, the usual DataModule."""
 
 import inspect
 import re
@@ -14,26 +14,33 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from modules.cli.choices import NAMES, choose_data
-from modules.cli.explain import did_you_mean, missing_arguments, nearest_argument, sentence, taken_name
+from modules.cli.choices import NAMES, choose_data, spell_out
+from modules.cli.explain import (
+    explain_missing_arguments,
+    explain_taken_name,
+    suggest_argument,
+    suggest_names,
+    write_sentence,
+)
 from modules.cli.renamed import renew
-from modules.rewards.function import as_reward
-from modules.types import Reward
+from modules.types import Reward, as_reward
 
 set_parsing_settings(import_path_denylist=[])  # enforces the parser's own list: os, subprocess, pickle, ...
 
 
 def refuse(error: Exception) -> NoReturn:
-    """End the run with exit status 1 and the error in one line, written at once so that the lines of several ranks stay
-    whole.
+    """End the run with exit status 1 and the error on one line.
+
+    The line is written in one call, so that those of several ranks stay whole.
     """
     sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
     sys.exit(1)
 
 
 def build(kind: type, /, *args: Any, **kwargs: Any) -> Any:
-    """Make an object that the configuration names, plain functions as the rewards that it asks for. What its
-    constructor refuses ends the run here, or the parser would bury it.
+    """Make an object that the configuration names, with plain functions turned into the rewards that it asks for.
+
+    An error of its constructor ends the run here, since the parser would bury it.
     """
     try:
         for name, value in kwargs.items():
@@ -45,7 +52,7 @@ def build(kind: type, /, *args: Any, **kwargs: Any) -> Any:
 
 
 def walk(value: Any) -> Iterator[Any]:
-    """The value, or what a list or dict holds."""
+    """Walk over the value, or over what a list or dict holds."""
     if isinstance(value, list | dict):
         for part in value.values() if isinstance(value, dict) else value:
             yield from walk(part)
@@ -54,38 +61,40 @@ def walk(value: Any) -> Iterator[Any]:
 
 
 def takes_reward(kind: Callable[..., Any], name: str) -> bool:
-    """Whether an argument of a class is annotated with ``Reward``, as a part or as a whole."""
+    """Return whether the annotation of a class's argument names ``Reward``."""
     parameter = inspect.signature(kind).parameters.get(name)
     return parameter is not None and names_reward(parameter.annotation)
 
 
 def names_reward(annotation: Any) -> bool:
-    """Whether ``Reward`` is in an annotation, which may be written as text."""
+    """Return whether ``Reward`` is in an annotation, which may be written as text."""
     if isinstance(annotation, str):
         return re.search(r"\bReward\b", annotation) is not None
     return annotation is Reward or any(names_reward(part) for part in get_args(annotation))
 
 
 class Parser(LightningArgumentParser):
-    """Errors in one sentence, without the page of usage that would bury it."""
+    """A parser that reports an error in one sentence, without a page of usage."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """End with the sentence and exit status 2."""
-        told = missing_arguments(message) or sentence(message, NAMES) + nearest_argument(message) + taken_name(message)
+        told = explain_missing_arguments(message) or write_sentence(message, NAMES) + suggest_argument(
+            message
+        ) + explain_taken_name(message)
         unknown = re.search(r"^unrecognized arguments: --([^\s=;]+)|accept option '([\w.]+)'", message)
         if unknown and "did you mean" not in message:
-            told += did_you_mean(unknown[1] or unknown[2], self.options(), "--" if unknown[1] else "")
+            told += suggest_names(unknown[1] or unknown[2], self.options(), "--" if unknown[1] else "")
         super().error(told, ex)
 
     def options(self) -> list[str]:
-        """Every option of this parser and of its commands, without the dashes."""
+        """Return every option of this parser and of its commands, without the dashes."""
         commands = [
             parser for action in self._actions if isinstance(action.choices, dict) for parser in action.choices.values()
         ]
         return [name.lstrip("-") for parser in (self, *commands) for name in parser._option_string_actions]
 
     def instantiate_classes(self, cfg: Namespace, **kwargs: Any) -> Namespace:
-        """Every object is made by ``build``."""
+        """Make every object by ``build``."""
         return self.instantiate(cfg, instantiators=[(build, object, True)], **kwargs)
 
     def print_usage(self, file: Any = None) -> None:
@@ -93,29 +102,31 @@ class Parser(LightningArgumentParser):
 
 
 def read_old_names() -> None:
-    """Let configurations use class paths of an earlier layout."""
+    """Let configurations use names of an earlier layout, and short names of our functions."""
     load = get_loader("yaml")
     if getattr(load, "renews", False):
         return
 
     def load_renewed(stream: str) -> Any:
-        return renew(load(stream))
+        return spell_out("", renew(load(stream)))
 
     load_renewed.renews = True  # type: ignore[attr-defined]
     set_loader("yaml", load_renewed, (yaml.YAMLError,))
 
 
-def with_data_module(args: list[str]) -> list[str]:
-    """The arguments, with the usual DataModule of the method where they set ``--data.train`` or the like and no
-    DataModule is named, in them or in their configurations.
+def add_data_module(args: list[str]) -> list[str]:
+    """Add the usual DataModule of the method to arguments that set ``--data.train`` or the like but name none.
+
+    Raises:
+        ValueError: the method has no usual DataModule.
     """
-    named = class_named("data", args)
+    named = find_class("data", args)
     asked = [place for place, argument in enumerate(args) if argument.startswith("--data.")]
-    method = class_named("model", args)
+    method = find_class("model", args)
     if named is not None or not asked or method is None:
         return args
     kind = next(
-        (kind for kind in subclasses(LightningModule) if method in (kind.__name__, write_class_path(kind))), None
+        (kind for kind in walk_subclasses(LightningModule) if method in (kind.__name__, write_class_path(kind))), None
     )
     data = kind and choose_data(kind)
     if data is None:
@@ -123,8 +134,8 @@ def with_data_module(args: list[str]) -> list[str]:
     return [*args[: asked[0]], f"--data={data}", *args[asked[0] :]]
 
 
-def class_named(key: str, args: list[str]) -> str | None:
-    """The class that arguments, or a configuration that they name, set for ``model`` or ``data``; the last one wins."""
+def find_class(key: str, args: list[str]) -> str | None:
+    """Find the class that arguments, or their configurations, name last for ``model`` or ``data``."""
     found = None
     for place, argument in enumerate(args):
         name, equals, value = argument.partition("=")
@@ -140,13 +151,13 @@ def class_named(key: str, args: list[str]) -> str | None:
     return found
 
 
-def subclasses(kind: type[Any]) -> Iterator[type[Any]]:
-    """The class and all that derive from it."""
+def walk_subclasses(kind: type[Any]) -> Iterator[type[Any]]:
+    """Walk over a class and all classes that derive from it."""
     yield kind
     for derived in kind.__subclasses__():
-        yield from subclasses(derived)
+        yield from walk_subclasses(derived)
 
 
 def write_class_path(kind: type) -> str:
-    """The shortest path that a configuration may name a class of ours by."""
+    """Write the shortest path by which a configuration may name a class of ours."""
     return f"{kind.__module__.split('.')[0]}.{kind.__name__}"

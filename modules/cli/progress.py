@@ -1,4 +1,4 @@
-"""Progress where there is no terminal: a line now and then, instead of a bar that redraws itself."""
+"""Shows progress without a terminal: a line now and then, instead of a bar that redraws itself."""
 
 import math
 import time
@@ -7,10 +7,13 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 
+from modules.trainer.steps import count_updates
+
 
 class StepLines(ProgressBar):
-    """Prints a line with the step's numbers and the time left, at the first step, then every ``seconds``, and at the
-    last one; and a line with the numbers of each validation.
+    """Prints a line with the step's numbers and the time left, and one with the numbers of each validation.
+
+    The first and the last step have a line, and those between every ``seconds``.
 
     Args:
         seconds: between two lines.
@@ -24,15 +27,15 @@ class StepLines(ProgressBar):
         self._first_step = 0
 
     def disable(self) -> None:
-        """On the other ranks."""
+        """Print nothing, as on ranks other than zero."""
         self._enabled = False
 
     def enable(self) -> None:
-        """As at the start."""
+        """Print again."""
         self._enabled = True
 
     def print(self, *args: Any, **kwargs: Any) -> None:
-        """A line of somebody else."""
+        """Print a line of somebody else."""
         if self._enabled:
             print(*args, **kwargs, flush=True)
 
@@ -43,8 +46,8 @@ class StepLines(ProgressBar):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """A line, if it is time."""
-        now, step, total = time.monotonic(), trainer.global_step, count_steps(trainer)
+        """Print a line, if it is time."""
+        now, step, total = time.monotonic(), trainer.global_step, count_updates(trainer)
         if (batch_idx + 1) % trainer.accumulate_grad_batches and not trainer.is_last_batch:
             return
         if self._enabled and (now - self._said >= self.seconds or step == total):
@@ -56,7 +59,7 @@ class StepLines(ProgressBar):
             self.print(f"step {step}{of}: {show_numbers(self.get_metrics(trainer, pl_module))}{left}")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The validation's numbers, within a fit; Lightning prints those of ``validate``."""
+        """Print the numbers of a validation within a fit; Lightning prints those of ``validate``."""
         values = {name: value for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
         if self._enabled and trainer.state.fn == "fit" and not trainer.sanity_checking and values:
             self.print(f"validation at step {trainer.global_step}: {show_numbers(values)}")
@@ -70,7 +73,7 @@ class StepLines(ProgressBar):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """A line, if it is time."""
+        """Print a line, if it is time."""
         self._batches("predict", batch_idx, trainer.num_predict_batches[dataloader_idx])
 
     def on_validation_batch_end(
@@ -82,7 +85,7 @@ class StepLines(ProgressBar):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """A line, if it is time."""
+        """Print a line, if it is time."""
         if not trainer.sanity_checking:
             self._batches("validation", batch_idx, trainer.num_val_batches[dataloader_idx])
 
@@ -93,23 +96,13 @@ class StepLines(ProgressBar):
             self.print(f"{what}: batch {batch_idx + 1}" + (f" of {total:.0f}" if math.isfinite(total) else ""))
 
 
-def count_steps(trainer: Trainer) -> float:
-    """Optimiser steps of the whole fit, infinite where nothing limits it."""
-    epochs = math.inf if trainer.max_epochs in (None, -1) else float(trainer.max_epochs or 0)
-    limit = math.inf if trainer.max_steps == -1 else float(trainer.max_steps)
-    if not math.isfinite(trainer.num_training_batches):
-        return limit
-    in_epoch = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
-    return min(limit, epochs * in_epoch)
-
-
 def show_numbers(metrics: dict[str, Any]) -> str:
-    """``loss 0.512, reward 0.25``."""
+    """Write numbers on one line, such as ``loss 0.512, reward 0.25``."""
     return ", ".join(f"{name} {float(value):.4g}" for name, value in metrics.items() if name != "v_num")
 
 
 def show_duration(seconds: float) -> str:
-    """``40 s``, ``12 min`` or ``3.5 h``."""
+    """Write a duration, such as ``40 s``, ``12 min`` or ``3.5 h``."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

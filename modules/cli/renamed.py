@@ -1,4 +1,4 @@
-"""Names of an earlier layout, so that a ``config.yaml`` that an earlier version saved still runs."""
+"""Names of an earlier layout: with them a ``config.yaml`` that an earlier version saved still runs."""
 
 import re
 from typing import Any
@@ -24,21 +24,29 @@ MODULES = {  # where classes lay -> where they lie
     "modules.objectives.pairs": "modules.losses.pairs",
     "modules.objectives.policy": "modules.losses.policy",
     "modules.objectives.preference": "modules.losses.preference",
-    "modules.rewards.base": "modules.rewards.weighted_sum",
+    "modules.rewards.base": "modules.rewards.combined",
     "modules.rewards.chat_client": "modules.rewards.chat.clients",
+    "modules.rewards.function": "modules.types",
     "modules.rewards.judge": "modules.rewards.chat.judge",
+    "modules.rewards.length": "modules.rewards.combined",
     "modules.rewards.refusal_judge": "modules.rewards.chat.refusal_judge",
+    "modules.rewards.versus": "modules.rewards.combined",
+    "modules.rewards.weighted_sum": "modules.rewards.combined",
     "modules.self_instruct": "modules.predict.self_instruct",
 }
-FUNCTIONS = {  # classes that became functions
-    "GroupCenter": "modules.functional.advantages.group_center",
-    "GroupZScore": "modules.functional.advantages.group_zscore",
-    "LeaveOneOut": "modules.functional.advantages.leave_one_out",
+FUNCTIONS = {  # classes that became functions, and the settings of those functions
+    "GroupCenter": ("modules.functional.advantages.group_center", {}),
+    "GroupZScore": ("modules.functional.advantages.group_zscore", {"eps": 1e-4}),
+    "LeaveOneOut": ("modules.functional.advantages.leave_one_out", {}),
 }
-OPTIONS = {  # of a class, that moved into a group; "" = that had no effect and is gone
+VALIDATION = {"accuracy": "validation.accuracy", "val_generations": "validation.generations"}
+OPTIONS = {  # by class: options that moved into a group; "" = the option had no effect and is gone
+    "GRPOModule": VALIDATION,
     "LabelModule": {"policy": ""},
-    "SelfInstructModule": {"policy": ""},
+    "MixtureDataModule": {"decay_start": "decay.start", "ramp_steps": "decay.ramp_steps"},
+    "OnlineDPOModule": VALIDATION,
     "PPOModule": {
+        **VALIDATION,
         "gamma": "gae.gamma",
         "lam": "gae.lam",
         "whiten_rewards": "gae.whiten_rewards",
@@ -50,15 +58,21 @@ OPTIONS = {  # of a class, that moved into a group; "" = that had no effect and 
         "adaptive_kl": "kl.adaptive",
         "kl_loss": "kl.loss",
         "reference": "kl.reference",
-        "missing_eos_penalty": "missing_eos.penalty",
-        "replace_missing_eos": "missing_eos.replace",
+        "missing_eos": "incentives.missing_eos",
+        "missing_eos_penalty": "incentives.missing_eos.penalty",
+        "replace_missing_eos": "incentives.missing_eos.replace",
+        "entropy_coef": "incentives.entropy",
+        "ptx_coef": "incentives.ptx",
     },
+    "SelfInstructModule": {"policy": ""},
 }
+# Options that switched their group on: without a value, the other options of the group had no effect.
+SWITCHES = {"missing_eos_penalty": "incentives.missing_eos.", "decay_start": "decay."}
 OLD = re.compile(rf"\b({'|'.join(sorted(map(re.escape, MODULES), key=len, reverse=True))})\.(?=[A-Za-z_]\w*$)")
 
 
 def renew(value: Any) -> Any:
-    """A loaded configuration, or a part of it, with today's names.
+    """Put today's names into a loaded configuration, or into a part of it.
 
     >>> renew({"class_path": "modules.objectives.policy.Clipped", "init_args": {"clip_low": 0.2}})
     {'class_path': 'modules.losses.policy.Clipped', 'init_args': {'clip_low': 0.2}}
@@ -70,24 +84,43 @@ def renew(value: Any) -> Any:
     if isinstance(value, dict):
         name = str(value.get("class_path")).rpartition(".")[2]
         if name in FUNCTIONS:
-            return FUNCTIONS[name]
+            return find_function(name, value.get("init_args") or {})
         if name in OPTIONS and isinstance(value.get("init_args"), dict):
             value = value | {"init_args": move(value["init_args"], OPTIONS[name])}
         return {key: renew(part) for key, part in value.items()}
     return value
 
 
+def find_function(name: str, arguments: dict[str, Any]) -> str:
+    """Return the path of the function that a class became.
+
+    Raises:
+        ValueError: the class had other settings than the function.
+    """
+    path, settings = FUNCTIONS[name]
+    other = {option: value for option, value in arguments.items() if settings.get(option) != value}
+    if other:
+        raise ValueError(
+            f"{name} had {other} and {path} has {settings}: name a function of your own that calls it with "
+            f"{', '.join(f'{option}={value}' for option, value in other.items())}"
+        )
+    return path
+
+
 def move(arguments: dict[str, Any], places: dict[str, str]) -> dict[str, Any]:
-    """The arguments, those that ``places`` names in the groups that hold them now.
+    """Move arguments into the groups that hold them now, as ``places`` says.
 
     >>> move({"lam": 0.9, "seed": 0}, {"lam": "gae.lam"})
     {'seed': 0, 'gae': {'lam': 0.9}}
     """
     kept = {name: value for name, value in arguments.items() if name not in places}
-    if arguments.get("missing_eos_penalty") is None:  # the group is there only with a penalty
-        places = {name: place for name, place in places.items() if not place.startswith("missing_eos.")}
+    off = [group for switch, group in SWITCHES.items() if switch in places and arguments.get(switch) is None]
     for name, place in places.items():
-        if name in arguments and place:
-            group, _, option = place.partition(".")
-            kept[group] = {**(kept.get(group) or {}), option: arguments[name]}
+        if name in arguments and place and not place.startswith(tuple(off)):
+            *groups, option = place.split(".")
+            inner = kept
+            for group in groups:
+                inner[group] = dict(inner.get(group) or {})
+                inner = inner[group]
+            inner[option] = arguments[name]
     return kept

@@ -1,4 +1,4 @@
-"""The folder of a run: one setting, ``out``, names it, no two runs share one, and a new run leaves old ones alone."""
+"""The folder of a run, which the setting ``out`` names. No two runs share one, and a new run leaves old ones alone."""
 
 import fcntl
 import os
@@ -13,12 +13,12 @@ from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 CHECKPOINTS = "checkpoints"
-HELD = ("config.yaml", CHECKPOINTS, "export")  # one of these says that a folder holds a run
-SHARED = "LIGHTNING_ALIGN_OUT"  # environment variable: the folder, for the processes that this one starts
+HELD = ("config.yaml", CHECKPOINTS, "export")  # a folder with one of these holds a run
+SHARED = "LIGHTNING_ALIGN_OUT"  # environment variable that tells the folder to processes that this one starts
 
 
 def choose_folder(method: str) -> Path:
-    """Where a run goes that names no folder.
+    """Choose the folder of a run that names none.
 
     >>> choose_folder("OnlineDPOModule").as_posix()
     'runs/online_dpo'
@@ -28,15 +28,17 @@ def choose_folder(method: str) -> Path:
 
 
 def find_last_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint of a run's folder, ``last.ckpt`` before all others."""
+    """Find the newest checkpoint in a run's folder; ``last.ckpt`` comes before all others."""
     found = sorted((folder / CHECKPOINTS).glob("*.ckpt"), key=lambda path: (path.stat().st_mtime, path.name))
     last = folder / CHECKPOINTS / "last.ckpt"
     return last if last in found else next(reversed(found), None)
 
 
 def find_own_run(out: Path, checkpoint: str | None) -> Path | None:
-    """The folder of the run that a checkpoint is of, if that run was named ``out``; None for a checkpoint of another
-    run, from which a new one branches off.
+    """Find the folder of the run that wrote a checkpoint, if that run was named ``out``.
+
+    Returns:
+        the folder; None for a checkpoint of another run, from which a new run branches off.
     """
     if checkpoint is None:
         return None
@@ -48,17 +50,17 @@ def find_own_run(out: Path, checkpoint: str | None) -> Path | None:
 
 
 class RunFolder:
-    """A folder that is this run's own until ``close``.
+    """A folder that belongs to this run until ``close``.
 
     A lock that ends with the process keeps other runs out. Processes that this one starts use the same folder.
 
     Args:
-        out: the folder. One that holds a run, or that a run is using, is left alone: ``<out>-2`` is taken, and so on.
-        resumes: take ``out`` itself, whose run goes on.
+        out: the folder. If it holds a run or a run is using it, ``<out>-2`` is taken instead, and so on.
+        resumes: take ``out`` itself and continue its run.
 
     Raises:
-        ValueError: the folder cannot be made, or, to be resumed or shared with processes that another program started,
-            is taken.
+        ValueError: the folder cannot be made; or it is taken, and cannot be exchanged because the run resumes or shares
+            it with processes that another program started.
     """
 
     def __init__(self, out: Path, resumes: bool = False) -> None:
@@ -87,7 +89,7 @@ class RunFolder:
             lock.close()
             free = False
         else:
-            if not is_there(lock):  # the run that had it has just removed it
+            if not is_there(lock):  # the run before has just removed the folder
                 lock.close()
                 return self._take(folder, resumes, fixed)
             self._lock, self._made, free = lock, made, True
@@ -101,7 +103,7 @@ class RunFolder:
         return False
 
     def close(self, keep: bool = True) -> None:
-        """Let the folder go; without ``keep`` it is removed if this run made it."""
+        """Release the folder; without ``keep``, remove it if this run made it."""
         if self._lock is None:
             return
         os.environ.pop(SHARED, None)
@@ -117,13 +119,13 @@ class RunFolder:
 
 
 def is_there(file: TextIO) -> bool:
-    """Whether an open file is still the one under its name."""
+    """Return whether an open file is still the one under its name."""
     path = Path(file.name)
     return path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())
 
 
 def count_up(out: Path) -> Iterator[Path]:
-    """``out``, ``out-2``, ``out-3`` and so on."""
+    """Count up ``out``, ``out-2``, ``out-3`` and so on."""
     yield out
     number = 2
     while True:
@@ -132,38 +134,37 @@ def count_up(out: Path) -> Iterator[Path]:
 
 
 class KeepsFolder(Callback):
-    """Lets a run's folder go at the end of the run; that of one which was refused before its first step is removed."""
+    """Releases a run's folder at the end, and removes it if the run failed before its first step."""
 
     def __init__(self, folder: RunFolder) -> None:
         self.folder = folder
         self._began = False
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        """From here on there is something to keep."""
+        """Note that there is something to keep."""
         self._began = True
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """The end of a run that failed."""
+        """Release the folder of a run that failed."""
         self.folder.close(keep=self._began)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """The end."""
+        """Release the folder."""
         self.folder.close()
 
 
 class SaveConfig(SaveConfigCallback):
-    """Writes ``config.yaml`` into the run's folder, else beside the logs, with the first batch, so that a refused run
-    leaves the one of the last good run alone.
+    """Writes ``config.yaml`` into the run's folder, or beside the logs, at the first batch.
 
-    Nothing is written without a folder and a logger. ``ckpt_path`` is left out: the file describes the run, not where
-    it was resumed.
+    A run that is refused before leaves the file of the last good run alone. Without a folder and a logger nothing is
+    written. ``ckpt_path`` is left out, because the file describes the run and not where it was resumed.
     """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Nothing yet: the run may still be refused."""
+        """Write nothing yet, since the run may still be refused."""
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Write the file, once."""
+        """Write the file once."""
         if self.already_saved or not (self.config.get("out") or trainer.loggers):
             return
         self.config = self.config.clone()

@@ -1,9 +1,8 @@
 """Advantages: generalised advantage estimation per token, and baselines from a group of completions of one prompt.
 
-In the group functions ``group`` holds any integers; rows with the same one form a group, in any order. A reward of NaN
-is
-unscorable: it enters no statistic of its group and its own advantage is 0. A group with fewer than two scorable rows,
-or whose scorable rewards are all equal, gives exactly 0.
+In the group functions ``group`` holds any integers; rows with the same integer form a group, in any order. A reward of
+NaN is unscorable: it enters no statistic of its group, and its own advantage is 0. A group gives exactly 0 if it has
+fewer than two scorable rows or if its scorable rewards are all equal.
 """
 
 import torch
@@ -11,15 +10,14 @@ from torch import Tensor
 
 
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, lam: float = 0.95) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimation (1506.02438, eq. 16) over the kept columns of each row.
+    """Compute generalised advantages (1506.02438, eq. 16) over the kept columns of each row.
 
-    delta_t = R_t + gamma V_next - V_t,  A_t = delta_t + gamma lam A_next,  return_t = A_t + V_t, where "next" is the
-    next kept column, however many dropped ones (tool output, padding) lie between, and both V and A are 0 after the
-    last.
+    delta_t = R_t + gamma V_next - V_t,  A_t = delta_t + gamma lam A_next,  return_t = A_t + V_t. "Next" is the next
+    kept column, however many dropped ones (tool output, padding) lie between. After the last one V and A are 0.
 
     rewards, values: [N, T]. mask: bool [N, T]. gamma, lam: in 0..1; lam=1 is the Monte Carlo return minus the value,
-    lam=0 the one-step temporal difference. Returns (advantages [N, T], returns [N, T]), both 0 at dropped columns, not
-    whitened.
+    lam=0 the one-step temporal difference. Returns (advantages [N, T], returns [N, T]), not whitened, 0 at dropped
+    columns.
 
     >>> rewards, values = torch.tensor([[0.0, 1.0]]), torch.tensor([[0.5, 0.25]])
     >>> gae(rewards, values, torch.tensor([[True, True]]), lam=0.0)  # .25 - .5 and 1 - .25
@@ -39,15 +37,14 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, lam: 
 
 
 def _extremes(rewards: Tensor, group: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Each row's group as an index in 0..K-1 [N], and the lowest and highest scorable reward of each group [K].
+    """Return each row's group as an index in 0..K-1 [N], and each group's lowest and highest scorable reward [K].
 
     A group without a scorable row has lowest +inf and highest -inf.
     """
     if rewards.dim() != 1 or rewards.shape != group.shape:
         shapes = f"{tuple(rewards.shape)} and {tuple(group.shape)}"
         raise ValueError(
-            f"advantages: rewards and group have shapes {shapes}, expected [N] and [N]; give one of each per "
-            "completion."
+            f"advantages: rewards and group have shapes {shapes}, expected [N] and [N]; give one of each per completion"
         )
     labels, index = torch.unique(group, return_inverse=True)
     unscorable = rewards.isnan()
@@ -61,19 +58,21 @@ def _extremes(rewards: Tensor, group: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _sum_of_own_group(x: Tensor, index: Tensor) -> Tensor:
-    """For each row, the sum of ``x`` [N] over the rows with the same ``index`` (ints in 0..N-1). Returns [N]."""
+    """Sum ``x`` [N] over the rows with the same ``index`` (ints in 0..N-1). Returns [N], each row's own sum."""
     return torch.zeros_like(x).index_add(0, index, x)[index]
 
 
-def _center(rewards: Tensor, group: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Rewards minus the mean of their group, 0 where unscorable [N]; scorable rows in each row's group [N]; group index
-    [N].
+def _center_rewards(rewards: Tensor, group: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Subtract the group's mean from the rewards.
+
+    Returns the centred rewards [N], 0 where unscorable; the number of scorable rows of each row's group [N]; and the
+    group index [N].
     """
     rewards = rewards.to(torch.promote_types(rewards.dtype, torch.float32))
     index, lowest, _ = _extremes(rewards, group)
     unscorable = rewards.isnan()
-    # Measured from the group's lowest reward, equal rewards are exact zeros and so is their mean: no rounding is left
-    # to scale up.
+    # Counted from the group's lowest reward, equal rewards are exact zeros, and so is their mean. No rounding error is
+    # left that a small deviation would magnify.
     height = (rewards - lowest[index]).masked_fill(unscorable, 0.0)
     count = _sum_of_own_group((~unscorable).to(rewards.dtype), index)
     centered = height - _sum_of_own_group(height, index) / count.clamp(min=1)
@@ -81,51 +80,51 @@ def _center(rewards: Tensor, group: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def group_center(rewards: Tensor, group: Tensor) -> Tensor:
-    """Reward minus the mean of its group (Dr. GRPO, 2503.20783).
+    """Subtract from each reward the mean of its group (Dr. GRPO, 2503.20783).
 
     rewards: [N], NaN = unscorable. group: int [N]. Returns [N], float32 or wider; every group sums to 0.
-    Raises ValueError when the two are not of one shape [N].
+    Raises ValueError if the shapes differ.
 
     >>> group_center(torch.tensor([1.0, 0.0, 0.0, 0.0]), torch.tensor([7, 7, 7, 7]))
     tensor([ 0.7500, -0.2500, -0.2500, -0.2500])
     """
-    return _center(rewards, group)[0]
+    return _center_rewards(rewards, group)[0]
 
 
 def group_zscore(rewards: Tensor, group: Tensor, eps: float = 1e-4) -> Tensor:
-    """(reward - mean) / (std + eps) within its group (GRPO, 2402.03300, section 4.1.2), with the sample std (ddof=1).
+    """Compute (reward - mean) / (std + eps) within each group (GRPO, 2402.03300, section 4.1.2).
 
-    rewards: [N], NaN = unscorable. group: int [N]. eps: >= 0, in units of reward. Returns [N], float32 or wider; every
-    group sums to 0. Raises ValueError when rewards and group are not of one shape [N]. The paper leaves ddof and eps
-    open.
+    std is that of the sample (ddof=1); the paper leaves ddof and eps open. rewards: [N], NaN = unscorable. group: int
+    [N]. eps: >= 0, in units of reward. Returns [N], float32 or wider; every group sums to 0. Raises ValueError if the
+    shapes differ.
 
     >>> group_zscore(torch.tensor([1.0, 0.0, 0.0, 0.0]), torch.tensor([7, 7, 7, 7]))  # std .5
     tensor([ 1.4997, -0.4999, -0.4999, -0.4999])
     """
-    centered, count, index = _center(rewards, group)
+    centered, count, index = _center_rewards(rewards, group)
     std = (_sum_of_own_group(centered.square(), index) / (count - 1).clamp(min=1)).sqrt()
     return centered / (std + eps).masked_fill(std == 0, 1.0)
 
 
 def leave_one_out(rewards: Tensor, group: Tensor) -> Tensor:
-    """Reward minus the mean of the *other* rewards of its group (RLOO, 2402.14740): an unbiased baseline.
+    """Subtract from each reward the mean of the *other* rewards of its group, an unbiased baseline (RLOO, 2402.14740).
 
     rewards: [N], NaN = unscorable. group: int [N]. Returns [N], float32 or wider: the centred reward times n / (n - 1)
-    for n scorable rows. Raises ValueError when rewards and group are not of one shape [N].
+    for n scorable rows. Raises ValueError if the shapes differ.
 
     >>> leave_one_out(torch.tensor([1.0, 0.0, 0.0, 0.0]), torch.tensor([7, 7, 7, 7]))
     tensor([ 1.0000, -0.3333, -0.3333, -0.3333])
     """
-    centered, count, _ = _center(rewards, group)
+    centered, count, _ = _center_rewards(rewards, group)
     return centered * count / (count - 1).clamp(min=1)
 
 
 def zero_std_fraction(rewards: Tensor, group: Tensor) -> Tensor:
-    """Share of groups that teach nothing: all their scorable rewards are equal, compared exactly (no floor on the std).
+    """Compute the share of groups that teach nothing, because all their scorable rewards are exactly equal.
 
-    rewards: [N], NaN = unscorable. group: int [N]. Returns [] in 0..1 among the groups with at least one scorable row;
-    a group with exactly one counts as all equal; 0 when no group has any. Raises ValueError when rewards and group are
-    not of one shape [N].
+    rewards: [N], NaN = unscorable. group: int [N]. Returns [] in 0..1, a share of the groups with a scorable row. A
+    group with one scorable row counts as all equal. Without any scorable row the share is 0. Raises ValueError if the
+    shapes differ.
 
     >>> zero_std_fraction(torch.tensor([1.0, 0.0, 1.0, 1.0]), torch.tensor([0, 0, 1, 1]))
     tensor(0.5000)

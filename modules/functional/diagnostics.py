@@ -1,4 +1,4 @@
-"""Measures of a run's health, and the laws of reward over-optimisation. Pure functions; arithmetic in float64."""
+"""Measures of a run's health, and the laws of reward over-optimisation. Arithmetic is in float64."""
 
 from collections.abc import Sequence
 from math import comb, log
@@ -8,10 +8,10 @@ from torch import Tensor
 
 
 def distinct_n(sequences: Sequence[Sequence[int]], n: int) -> float:
-    """Different n-grams over all n-grams of the whole set, in [0, 1]; 0 where no sequence has ``n`` tokens.
+    """Compute the share of different n-grams among all n-grams of a set, in [0, 1]; 0 if there are no n-grams.
 
-    Long sequences lower it by themselves: compare only sets that were cut to equal token counts.
-    Tokens 1 2 1 2 and 1 2 3 hold the bigrams 12 21 12 12 23, of which 3 differ: 3/5.
+    Long sequences have a lower share, so compare only sets that were cut to equal numbers of tokens. Tokens 1 2 1 2 and
+    1 2 3 hold the bigrams 12 21 12 12 23, of which 3 differ: 3/5.
 
     Raises:
         ValueError: ``n`` below 1.
@@ -26,10 +26,10 @@ def distinct_n(sequences: Sequence[Sequence[int]], n: int) -> float:
 
 
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
-    """Probability, in [0, 1], that k of ``num_samples`` drawn without replacement hold a correct one: 1 - C(n-c, k) /
-    C(n, k).
+    """Estimate the probability, in [0, 1], that k samples hold a correct one: 1 - C(n-c, k) / C(n, k).
 
-    The unbiased estimator (Chen et al. 2107.03374, eq. 1).
+    k of the n = ``num_samples`` are drawn without replacement. The estimator is unbiased (Chen et al. 2107.03374, eq.
+    1).
 
     Raises:
         ValueError: unless 0 <= num_correct <= num_samples and 1 <= k <= num_samples.
@@ -40,17 +40,16 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
     if not 0 <= num_correct <= num_samples or not 1 <= k <= num_samples:
         raise ValueError(
             f"pass_at_k needs 0 <= correct <= samples and 1 <= k <= samples, got samples={num_samples}, "
-            f"correct={num_correct}, k={k}: "
-            "draw more samples per prompt or ask for a smaller k."
+            f"correct={num_correct}, k={k}: draw more samples per prompt or ask for a smaller k."
         )
     return 1.0 - comb(num_samples - num_correct, k) / comb(num_samples, k)
 
 
 def ece(confidence: Tensor, correct: Tensor, num_bins: int = 10) -> float:
-    """Expected calibration error, sum over bins of (n_b / N) * abs(accuracy_b - mean confidence_b), in [0, 1]; 0 for N
-    = 0.
+    """Compute the expected calibration error, sum over bins of (n_b / N) * abs(accuracy_b - mean confidence_b).
 
-    Bins are of equal width and closed on the right, ((b-1)/B, b/B]; a confidence of 0 is in the first.
+    It lies in [0, 1], and is 0 for N = 0. Bins have equal width and are closed on the right, ((b-1)/B, b/B]; a
+    confidence of 0 is in the first.
 
     Args:
         confidence: [N], in [0, 1].
@@ -72,16 +71,15 @@ def ece(confidence: Tensor, correct: Tensor, num_bins: int = 10) -> float:
     if not bool(((confidence >= 0) & (confidence <= 1)).all()):
         raise ValueError("ece needs confidences in [0, 1]: give probabilities, not logits or log-probabilities.")
     bins = ((confidence * num_bins).ceil().long() - 1).clamp(min=0)  # [N]
-    gaps = confidence.new_zeros(num_bins).index_add(
-        0, bins, correct - confidence
-    )  # [B], n_b * (accuracy_b - confidence_b)
+    # [B], n_b * (accuracy_b - confidence_b)
+    gaps = confidence.new_zeros(num_bins).index_add(0, bins, correct - confidence)
     return gaps.abs().sum().item() / max(len(confidence), 1)
 
 
 def pearson(x: Tensor, y: Tensor) -> float:
-    """Correlation of ``x`` and ``y``, both [N] and finite, in [-1, 1]; 0 where either is constant or N < 2.
+    """Compute the correlation of ``x`` and ``y``, both [N] and finite, in [-1, 1]; 0 if either is constant or N < 2.
 
-    0 and not NaN, because a constant says nothing about a trend and a curve with holes is unreadable.
+    It is then 0 and not NaN, because a constant shows no trend, and a curve with holes is hard to read.
 
     Raises:
         ValueError: not two vectors of one length.
@@ -93,10 +91,10 @@ def pearson(x: Tensor, y: Tensor) -> float:
 
 
 def within_group_correlation(x: Tensor, y: Tensor, group: Tensor) -> float:
-    """Correlation of ``x`` and ``y`` after each group's own mean is taken off both, in [-1, 1]; 0 where either is
-    constant in every group.
+    """Compute the correlation of ``x`` and ``y`` after each group's mean is subtracted from both, in [-1, 1].
 
-    What is left is the trend inside groups: that hard prompts have both long answers and low rewards does not count.
+    It shows the trend inside groups: it does not count that hard prompts have both long answers and low rewards. It is
+    0 if ``x`` or ``y`` is constant in every group.
 
     Args:
         x: [N], finite.
@@ -116,29 +114,27 @@ def within_group_correlation(x: Tensor, y: Tensor, group: Tensor) -> float:
             f"{tuple(group.shape)}."
         )
     _, index = torch.unique(group, return_inverse=True)  # [N]
-    x, y = _center(x.double(), index), _center(y.double(), index)
+    x, y = _subtract_group_means(x.double(), index), _subtract_group_means(y.double(), index)
     scale = x.square().sum().sqrt() * y.square().sum().sqrt()
     return ((x * y).sum() / scale).clamp(-1.0, 1.0).item() if scale > 0 else 0.0
 
 
-def _center(x: Tensor, index: Tensor) -> Tensor:
-    """``x [N]`` minus its group's mean. The minimum goes first, so that a constant group leaves exact zeros and no
-    rounding noise.
-    """
+def _subtract_group_means(x: Tensor, index: Tensor) -> Tensor:
+    """Subtract from ``x`` [N] the mean of its group; a constant group gives exact zeros."""
     num_groups = int(index.max()) + 1 if len(index) else 0
     lowest = x.new_zeros(num_groups).scatter_reduce(0, index, x, "amin", include_self=False)  # [groups]
-    x = x - lowest[index]
+    x = x - lowest[index]  # first, so that no rounding error is left in a constant group
     sums = x.new_zeros(num_groups).index_add(0, index, x)
     return x - (sums / torch.bincount(index, minlength=num_groups))[index]
 
 
 def overoptimization_fit(distance: Tensor, gold: Tensor) -> tuple[float, float]:
-    """(alpha, beta) of R_RL(d) = d (alpha - beta log d), by least squares of R/d on (1, -log d) (Gao et al. 2210.10760,
-    eq. 2).
+    """Fit (alpha, beta) of R_RL(d) = d (alpha - beta log d) (Gao et al. 2210.10760, eq. 2).
+
+    The fit is least squares of R/d on (1, -log d).
 
     Args:
-        distance: [N], d = sqrt(KL(policy || start)) in sqrt(nats), >= 0. Points at d = 0 carry no information and are
-            left out.
+        distance: [N], d = sqrt(KL(policy || start)) in sqrt(nats), >= 0. Points at d = 0 tell nothing and are left out.
         gold: [N], gold reward, shifted so that the start has 0.
 
     Raises:
@@ -154,10 +150,10 @@ def overoptimization_fit(distance: Tensor, gold: Tensor) -> tuple[float, float]:
 
 
 def best_of_n_fit(distance: Tensor, gold: Tensor) -> tuple[float, float]:
-    """(alpha, beta) of R_bon(d) = d (alpha - beta d), by least squares of R/d on (1, -d) (Gao et al. 2210.10760, eq.
-    1).
+    """Fit (alpha, beta) of R_bon(d) = d (alpha - beta d) (Gao et al. 2210.10760, eq. 1).
 
-    distance, gold [N] and errors as in ``overoptimization_fit``; d = sqrt(best_of_n_kl(n)).
+    The fit is least squares of R/d on (1, -d), with d = sqrt(best_of_n_kl(n)). ``distance``, ``gold`` and errors are as
+    in ``overoptimization_fit``.
 
     >>> d = torch.tensor([1.0, 2.0, 4.0])
     >>> alpha, beta = best_of_n_fit(d, d * (1.0 - 0.1 * d))
@@ -169,7 +165,7 @@ def best_of_n_fit(distance: Tensor, gold: Tensor) -> tuple[float, float]:
 
 
 def _fit_points(distance: Tensor, gold: Tensor) -> tuple[Tensor, Tensor]:
-    """The positive distances d and their R/d, both [<= N]."""
+    """Return the positive distances d and their R/d, both [<= N]."""
     if distance.dim() != 1 or distance.shape != gold.shape or bool((distance < 0).any()):
         raise ValueError(
             f"A fit needs one gold reward per non-negative distance, got {tuple(distance.shape)} and "
@@ -186,21 +182,21 @@ def _fit_points(distance: Tensor, gold: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _fit_line(x: Tensor, y: Tensor) -> tuple[float, float]:
-    """Least squares (alpha, beta) of y = alpha - beta x; ``x`` is not constant."""
+    """Fit (alpha, beta) of y = alpha - beta x by least squares; ``x`` is not constant."""
     centered = x - x.mean()
     beta = -((centered * y).sum() / centered.square().sum())
     return (y.mean() + beta * x.mean()).item(), beta.item()
 
 
 def best_of_n_curve(proxy: Tensor, gold: Tensor, n: int) -> float:
-    """Expected gold reward of the best of n by proxy, estimated without bias from N samples.
+    """Estimate, without bias, the expected gold reward of the best of n by proxy, from N samples.
 
-    Sum over i = 1..N of C(i-1, n-1) / C(N, n) * gold_(i), samples numbered by rising proxy.
-    Samples that the proxy cannot tell apart are drawn at random, so the order of the samples does not matter.
+    It is the sum over i = 1..N of C(i-1, n-1) / C(N, n) * gold_(i), with samples numbered by rising proxy. Samples with
+    equal proxy are drawn at random, so the order of the samples does not matter.
 
     Args:
-        proxy: [N], what picks the best.
-        gold: [N], what it is worth.
+        proxy: [N], the reward that picks the best.
+        gold: [N], the reward that measures it.
         n: 1 <= n <= N.
 
     Raises:
@@ -215,9 +211,8 @@ def best_of_n_curve(proxy: Tensor, gold: Tensor, n: int) -> float:
             f"Best of n needs one gold reward per proxy reward and 1 <= n <= {proxy.numel()}, got {tuple(gold.shape)}, "
             f"n={n}."
         )
-    _, rank, counts = torch.unique(
-        proxy, return_inverse=True, return_counts=True
-    )  # rank rises with proxy; ties share one
+    # The rank rises with the proxy; equal proxies share one.
+    _, rank, counts = torch.unique(proxy, return_inverse=True, return_counts=True)
     tied_means = gold.new_zeros(len(counts), dtype=torch.float64).index_add(0, rank, gold.double()) / counts
     ordered = tied_means.repeat_interleave(counts).tolist()  # [N], by rising proxy
     total = comb(len(ordered), n)
@@ -225,8 +220,9 @@ def best_of_n_curve(proxy: Tensor, gold: Tensor, n: int) -> float:
 
 
 def best_of_n_kl(n: int) -> float:
-    """KL(best of n || start) [] in nats: log n - (n - 1)/n; exact where outputs are distinct, else an upper bound (Gao
-    et al. 2210.10760).
+    """Compute KL(best of n || start) [] in nats: log n - (n - 1)/n (Gao et al. 2210.10760).
+
+    It is exact if all outputs are distinct, else an upper bound.
 
     Raises:
         ValueError: ``n`` below 1.

@@ -1,8 +1,7 @@
-"""Per-token estimators of KL(policy || reference) from one sampled token (J. Schulman, "Approximating KL Divergence",
-2020).
+"""Estimators of KL(policy || reference) from one sampled token (J. Schulman, "Approximating KL Divergence", 2020).
 
-With d = logprobs - ref_logprobs for a token drawn from the policy, in nats. As a value and as a loss they differ,
-because differentiating on samples does not differentiate the sampling distribution:
+d = logprobs - ref_logprobs for a token drawn from the policy, in nats. An estimator is not the same as a value and as a
+loss, because a gradient through samples does not differentiate the sampling distribution:
 
 ============ =================== ============================= ================================
 function     formula             expected value                expected gradient
@@ -13,9 +12,9 @@ k3           exp(-d) - 1 + d     KL(policy || reference)       that of KL(refere
 weighted_k3  w * k3, w == 1      KL(policy || reference)       that of KL(policy || reference)
 ============ =================== ============================= ================================
 
-So: k1 detached as a penalty inside a reward, k2 or weighted_k3 as a loss. The estimators are elementwise and know no
-mask: a caller whose padded columns may hold NaN or inf fills both log-probs there first, or the NaN comes back through
-the gradient. Nothing is clamped.
+So use k1, detached, as a penalty inside a reward, and k2 or weighted_k3 as a loss. The estimators are elementwise and
+know no mask. A caller whose padded columns may hold NaN or inf fills both log-probs there first, or the NaN comes back
+through the gradient. Nothing is clamped.
 """
 
 import torch
@@ -23,9 +22,9 @@ from torch import Tensor
 
 
 def k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """The log-ratio d. logprobs, ref_logprobs: [...], in nats. Returns [...]; unbiased value, either sign.
+    """Compute the log-ratio d, an unbiased value of either sign. logprobs, ref_logprobs: [...], in nats. Returns [...].
 
-    As a loss it does nothing: its expected gradient is 0.
+    As a loss it does nothing, because its expected gradient is 0.
 
     >>> k1(torch.tensor([-1.0]), torch.tensor([-1.5]))
     tensor([0.5000])
@@ -34,9 +33,9 @@ def k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 
 
 def k2(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """Half the squared log-ratio. logprobs, ref_logprobs: [...], in nats. Returns [...], >= 0.
+    """Compute half the squared log-ratio. logprobs, ref_logprobs: [...], in nats. Returns [...], >= 0.
 
-    Biased as a value; as a loss its expected gradient is exactly that of the reverse KL(policy || reference).
+    It is biased as a value. As a loss its expected gradient is exactly that of the reverse KL(policy || reference).
 
     >>> k2(torch.tensor([-1.0]), torch.tensor([-1.5]))
     tensor([0.1250])
@@ -45,10 +44,10 @@ def k2(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 
 
 def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """exp(-d) - 1 + d. logprobs, ref_logprobs: [...], in nats. Returns [...], >= 0.
+    """Compute exp(-d) - 1 + d. logprobs, ref_logprobs: [...], in nats. Returns [...], >= 0.
 
-    Unbiased as a value with little variance; as a loss its expected gradient is that of the forward KL(reference ||
-    policy).
+    It is unbiased as a value, with little variance. As a loss its expected gradient is that of the forward
+    KL(reference || policy).
 
     >>> k3(torch.tensor([-1.0]), torch.tensor([-1.5]))  # exp(-.5) - 1 + .5
     tensor([0.1065])
@@ -58,11 +57,11 @@ def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 
 
 def weighted_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """k3 times exp(x - stop_gradient(x)), x = logprobs: a weight of value 1 that carries the gradient of the sampling.
+    """Compute k3 times exp(x - stop_gradient(x)), x = logprobs: a weight of 1 with the gradient of the sampling.
 
-    logprobs, ref_logprobs: [...], in nats. Returns [...], >= 0, equal to k3 in value; as a loss its expected
-    gradient is that of the reverse KL(policy || reference). Source: the bias correction of DeepSeek-V3.2 (2512.02556),
-    on policy.
+    logprobs, ref_logprobs: [...], in nats. Returns [...], >= 0, equal to k3 in value. As a loss its expected gradient
+    is that of the reverse KL(policy || reference). Source: the bias correction of DeepSeek-V3.2 (2512.02556), on
+    policy.
 
     >>> weighted_k3(torch.tensor([-1.0]), torch.tensor([-1.5]))
     tensor([0.1065])

@@ -11,26 +11,26 @@ def _at_least_float32(x: Tensor) -> Tensor:
 
 
 def token_logprobs(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
-    """Log-probability of each target token under the distribution sampled at ``temperature``.
+    """Compute the log-probability of each target token under the distribution sampled at ``temperature``.
 
-    logits: [N, T, V], aligned to the targets: ``logits[:, t]`` scores ``targets[:, t]``, nothing is shifted here.
+    logits: [N, T, V], aligned to the targets: ``logits[:, t]`` scores ``targets[:, t]``; nothing is shifted here.
     targets: int [N, T], each in 0..V-1. temperature: > 0; logits are divided by it before the softmax, so that ratios
-    and KL describe the distribution that was sampled from.
-    Returns [N, T] in nats, <= 0, in float32 or wider. Raises ValueError for a temperature that is not positive.
+    and KL describe the distribution that was sampled from. Returns [N, T] in nats, <= 0, in float32 or wider. Raises
+    ValueError for a temperature that is not positive.
 
     >>> token_logprobs(torch.tensor([[[2.0, 0.0]]]), torch.tensor([[0]]), temperature=2.0)  # log sigma(1)
     tensor([[-0.3133]])
     """
     if temperature <= 0:
         raise ValueError(
-            f"token_logprobs: temperature is {temperature}, expected > 0; score greedy samples with temperature=1.0."
+            f"token_logprobs: temperature is {temperature}, expected > 0; score greedy samples with temperature=1.0"
         )
     logprobs = (_at_least_float32(logits) / temperature).log_softmax(-1)  # [N, T, V]
     return logprobs.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
 
 
 def token_entropies(logits: Tensor) -> Tensor:
-    """Entropy of the next-token distribution at each position.
+    """Compute the entropy of the next-token distribution at each position.
 
     logits: [N, T, V]; -inf (a forbidden token) is allowed. Returns [N, T] in nats, 0..log V, in float32 or wider.
 
@@ -39,12 +39,12 @@ def token_entropies(logits: Tensor) -> Tensor:
     """
     logprobs = _at_least_float32(logits).log_softmax(-1)  # [N, T, V]
     probabilities = logprobs.exp()
-    # A token of probability 0 adds 0, where the product would be 0 * -inf.
+    # A token of probability 0 adds 0, but the product would be 0 * -inf.
     return -(probabilities * logprobs.masked_fill(probabilities == 0, 0.0)).sum(-1)
 
 
 def mean_logprobs(logits: Tensor) -> Tensor:
-    """Mean log-probability over the whole vocabulary, what label smoothing pulls up.
+    """Compute the mean log-probability over the whole vocabulary, which label smoothing raises.
 
     logits: [N, T, V]. Returns [N, T] in nats, <= -log V, in float32 or wider.
 
@@ -56,10 +56,10 @@ def mean_logprobs(logits: Tensor) -> Tensor:
 
 
 def sequence_logprobs(logprobs: Tensor, mask: Tensor) -> Tensor:
-    """Log-probability of each whole completion: the sum of its kept tokens' log-probabilities.
+    """Sum the log-probabilities of the kept tokens of each completion.
 
-    logprobs: [N, T] in nats. mask: [N, T], bool keep-mask, or float weights >= 0 for a weighted sum. Returns [N]; a row
-    with nothing kept gives 0.
+    logprobs: [N, T] in nats. mask: [N, T], bool keep-mask, or float weights >= 0 for a weighted sum. Returns [N]; an
+    empty row gives 0.
 
     >>> sequence_logprobs(torch.tensor([[-1.0, -2.0, -4.0]]), torch.tensor([[True, True, False]]))
     tensor([-3.])

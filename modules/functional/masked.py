@@ -1,7 +1,7 @@
 """Sums, means and whitening over the kept entries of a padded tensor.
 
-A mask is True (or a non-zero weight) where an entry counts. Dropped entries are filled before any arithmetic, so that
-not even a NaN or an inf in a padded column reaches a result or a gradient.
+A mask is True, or a weight above 0, where an entry counts. Dropped entries are filled before any arithmetic, so that no
+NaN or inf in a padded column reaches a result or a gradient.
 """
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def masked_sum(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
-    """Sum of ``x * mask`` over ``dim`` (None: over everything).
+    """Sum ``x * mask`` over ``dim``, or over everything.
 
     x: any shape, for example [N, T]. mask: the same shape (or broadcasting to it), bool keep-mask or float weights >=
     0. An empty selection gives 0.
@@ -21,8 +21,7 @@ def masked_sum(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
 
 
 def masked_mean(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
-    """Mean of ``x`` weighted by ``mask``: sum of ``x * mask`` over sum of ``mask``, over ``dim`` (None: over
-    everything).
+    """Average ``x`` with the weights ``mask`` over ``dim``, or over everything.
 
     x: any shape, for example [N, T]. mask: the same shape (or broadcasting to it), bool keep-mask or float weights >=
     0. An empty selection gives 0, also per slice of ``dim``.
@@ -35,12 +34,12 @@ def masked_mean(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
 
 
 def masked_whiten(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
-    """Scale the kept entries to unit variance: ``(x - mean) / sqrt(variance + 1e-8)``, population variance.
+    """Scale the kept entries to unit variance: (x - mean) / sqrt(variance + 1e-8), with the population variance.
 
     x: [N, T]. mask: [N, T], bool keep-mask or float weights >= 0. shift_mean: True centres the result at 0; False adds
-    the mean back, so that only the scale changes. Returns [N, T] with 0 at dropped entries; the moments are those of
-    the tensor given, so a caller on several ranks gathers first. Source: Ziegler et al. 2019 (1909.08593), the
-    whitening of its released code.
+    the mean back, so that only the scale changes. Returns [N, T] with 0 at dropped entries. The moments are those of
+    this tensor, so a caller on several ranks gathers first. Source: Ziegler et al. 2019 (1909.08593), the whitening of
+    its released code.
 
     >>> masked_whiten(torch.tensor([[1.0, 3.0, 9.0]]), torch.tensor([[True, True, False]]))
     tensor([[-1.,  1.,  0.]])
@@ -53,12 +52,12 @@ def masked_whiten(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
 
 
 def aggregate(loss: Tensor, mask: Tensor, denominator: Tensor | float) -> Tensor:
-    """One number from a table of losses: sum of ``loss * mask``, divided once by ``denominator``.
+    """Make one number of losses: the sum of ``loss * mask``, divided once by ``denominator``.
 
-    loss: [N, T] or [N]. mask: the same shape, bool keep-mask, or float weights >= 0 such as 1/length in every kept
+    loss: [N, T] or [N]. mask: the same shape, bool keep-mask, or float weights >= 0, such as 1/length in every kept
     column of a row for a mean of per-sequence means. denominator: [] or a number > 0, counted over the whole optimiser
-    step and all ranks, which makes any split of the rows into micro-batches add up to the same loss. Returns []. An
-    empty selection gives 0 whatever the denominator, with a zero gradient instead of 0/0.
+    step and all ranks, so that any split of the rows into micro-batches adds up to the same loss. Returns []. An empty
+    selection gives 0 and a zero gradient, whatever the denominator.
 
     >>> aggregate(torch.tensor([[1.0, 2.0, 9.0]]), torch.tensor([[True, True, False]]), denominator=6)
     tensor(0.5000)

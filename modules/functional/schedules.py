@@ -1,4 +1,4 @@
-"""Learning-rate schedules as factors of the peak, by optimiser step."""
+"""Learning-rate schedules: the factor of the peak at an optimiser step."""
 
 import math
 from typing import Literal
@@ -15,13 +15,16 @@ def wsd(
     half_life: float = 1.0,
     final: float = 0.1,
 ) -> float:
-    """Warm-up, stable, decay (MiniCPM, arXiv 2404.06395 eq. 1): the factor [] in [0, 1] of the peak learning rate.
+    """Warm up, stay, decay (MiniCPM, arXiv 2404.06395 eq. 1): the factor [] in [0, 1] of the peak learning rate.
 
-    step s >= 0, W = warmup_steps, T = decay_start, S = total_steps, 0 <= W <= T < S: s / W before W; 1 up to T; behind
-    it
-    exponential: 0.5 ** ((s - T) / half_life), whatever S (the paper prints (s - S) / T, which would rise);
-    linear: 1 - (1 - final) (s - T) / (S - T); cosine: final + (1 - final) (1 + cos(pi (s - T) / (S - T))) / 2; both
-    stay at ``final`` behind S.
+    With s = step >= 0, W = warmup_steps, T = decay_start, S = total_steps, 0 <= W <= T < S, the factor is s / W before
+    W, and 1 up to T. After T it is
+
+    * exponential: 0.5 ** ((s - T) / half_life), whatever S (the paper prints (s - S) / T, which would rise);
+    * linear: 1 - (1 - final) (s - T) / (S - T);
+    * cosine: final + (1 - final) (1 + cos(pi (s - T) / (S - T))) / 2.
+
+    Linear and cosine decay stay at ``final`` after S.
 
     >>> [wsd(s, warmup_steps=2, decay_start=4, total_steps=8, decay="linear", final=0.0) for s in (1, 3, 6, 8)]
     [0.5, 1.0, 0.5, 0.0]
@@ -40,9 +43,9 @@ def wsd(
 def warmup_decay(step: float, warmup_steps: int, total_steps: float, decay: Decay | None, final: float = 0.0) -> float:
     """Warm up linearly, then decay over the rest of the run: the factor [] in [0, 1] of the peak learning rate.
 
-    With s = step >= 0, W = warmup_steps, S = total_steps > W: (s + 1) / (W + 1) before W, so that already the first
-    update moves the weights. Behind W, with d = min(1, (s - W) / (S - W)): linear 1 - (1 - final) d; cosine
-    final + (1 - final) (1 + cos(pi d)) / 2; None stays at 1. An infinite S has no decay.
+    With s = step >= 0, W = warmup_steps, S = total_steps > W, the factor is (s + 1) / (W + 1) before W, so that even
+    the first update moves the weights. After W, with d = min(1, (s - W) / (S - W)), it is 1 - (1 - final) d for linear
+    and final + (1 - final) (1 + cos(pi d)) / 2 for cosine decay, and 1 for None or an infinite S.
 
     >>> [round(warmup_decay(step, 1, 5, "linear"), 2) for step in range(6)]
     [0.5, 1.0, 0.75, 0.5, 0.25, 0.0]

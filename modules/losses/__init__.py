@@ -1,4 +1,4 @@
-"""What a method minimises: the losses that a YAML names by class, and the settings of PPO's."""
+"""Losses, which a YAML names by class, and the settings of PPO's loss."""
 
 from modules.losses.policy import (
     CISPO,
@@ -26,7 +26,7 @@ from modules.losses.preference import (
     Sigmoid,
     SimPO,
 )
-from modules.losses.shaping import GAE, KL, AdaptiveKL, MissingEos
+from modules.losses.shaping import GAE, KL, AdaptiveKL, Incentives, MissingEos
 
 __all__ = [
     "CISPO",
@@ -42,6 +42,7 @@ __all__ = [
     "Clipped",
     "ConstantNorm",
     "Hinge",
+    "Incentives",
     "LengthDesensitized",
     "LengthMargin",
     "LengthNormalized",

@@ -1,4 +1,4 @@
-"""The pairs of a batch, and what a model makes of them: as metrics, and as records for callbacks."""
+"""The pairs of a batch, their metrics, and their records for callbacks."""
 
 from typing import Any, NamedTuple
 
@@ -9,20 +9,20 @@ from modules.types import PolicyBatch, PreferenceBatch, ScoredPair
 
 
 class Pairs(NamedTuple):
-    """M times a better and a worse completion of one prompt."""
+    """M pairs, each of a better and a worse completion of one prompt."""
 
     better: Tensor  # int [M], row of the completion
     worse: Tensor  # int [M]
     weight: Tensor  # [M], 1 / pairs of the prompt, so that each prompt with any pair weighs 1
-    margin: Tensor | None  # [M], by how much the better one should lead; None where the data do not say
+    margin: Tensor | None  # [M], by how much the better one should lead; None if the data have no margins
 
 
 def find_pairs(batch: PreferenceBatch | PolicyBatch) -> Pairs:
-    """All pairs of completions of one prompt of which one ranks before the other.
+    """Find all pairs of completions of one prompt with different ranks.
 
-    Rank 0 is best, equal ranks make no pair, a negative rank (a filler, or not compared) pairs with nothing. The pairs
-    are ordered by the better one's row and then by the other's. Example: ranks 0 1 1 of one prompt give (0, 1) and
-    (0, 2), 1/2 each.
+    Rank 0 is best. Equal ranks make no pair, and a negative rank (a filler, or not compared) is in no pair. Pairs are
+    ordered by the row of the better completion, then by that of the worse. Example: ranks 0 1 1 of one prompt give
+    (0, 1) and (0, 2), with weight 1/2 each.
     """
     prompt_index, rank = batch["prompt_index"], batch["rank"]
     same_prompt = prompt_index[:, None] == prompt_index  # [N, N]
@@ -34,9 +34,9 @@ def find_pairs(batch: PreferenceBatch | PolicyBatch) -> Pairs:
 
 
 def make_scored_pairs(tokenizer: Any, batch: PreferenceBatch, scores: Tensor, pairs: Pairs) -> list[ScoredPair]:
-    """The pairs of a batch whose completions have ``scores`` [N], with their texts."""
-    prompts, prompt_lengths = _decode(tokenizer, batch["prompt_ids"], batch["prompt_mask"])
-    texts, lengths = _decode(tokenizer, batch["completion_ids"], batch["completion_mask"])
+    """Return the pairs of a batch with their texts and their scores, from ``scores`` [N] of the completions."""
+    prompts, prompt_lengths = _decode_rows(tokenizer, batch["prompt_ids"], batch["prompt_mask"])
+    texts, lengths = _decode_rows(tokenizer, batch["completion_ids"], batch["completion_mask"])
     index, score = batch["prompt_index"].tolist(), scores.tolist()
     margins = [None] * len(pairs.better) if pairs.margin is None else pairs.margin.tolist()
     return [
@@ -55,8 +55,8 @@ def make_scored_pairs(tokenizer: Any, batch: PreferenceBatch, scores: Tensor, pa
     ]
 
 
-def _decode(tokenizer: Any, ids: Tensor, mask: Tensor) -> tuple[list[str], list[int]]:
-    """The kept tokens of rows [R, T] as texts without special tokens, and their numbers."""
+def _decode_rows(tokenizer: Any, ids: Tensor, mask: Tensor) -> tuple[list[str], list[int]]:
+    """Decode the kept tokens of rows [R, T] without special tokens; return the texts and the numbers of tokens."""
     rows = [row[kept].tolist() for row, kept in zip(ids, mask, strict=True)]
     return tokenizer.batch_decode(rows, skip_special_tokens=True), [len(row) for row in rows]
 
@@ -64,7 +64,7 @@ def _decode(tokenizer: Any, ids: Tensor, mask: Tensor) -> tuple[list[str], list[
 def measure_preferences(
     rewards: Tensor, logps: Tensor, rank: Tensor, pairs: Pairs | None, referenced: bool
 ) -> dict[str, tuple[Tensor, float]]:
-    """TRL's names, each a mean [] and its weight (0 where there is nothing to average).
+    """Compute TRL's metrics of preferences, each a mean [] and its weight, which is 0 for an empty mean.
 
     Labelled completions have no accuracy and no margin.
 
@@ -72,8 +72,8 @@ def measure_preferences(
         rewards: [N], implicit rewards.
         logps: [N], log-probs of the completions.
         rank: int [N].
-        pairs: None = labelled completions, one a prompt.
-        referenced: whether the rewards are measured against a reference, below which both sides may fall.
+        pairs: None = labelled completions, one per prompt.
+        referenced: whether the rewards are log-ratios to a reference, so that both sides can fall below it.
     """
     sides = _find_sides(rank, pairs)
     kinds = {"rewards": rewards, "logps": logps}
@@ -96,10 +96,10 @@ def measure_preferences(
 def measure_logits(
     mean_logits: Tensor, mask: Tensor, rank: Tensor, pairs: Pairs | None
 ) -> dict[str, tuple[Tensor, float]]:
-    """TRL's ``logits/chosen`` and ``logits/rejected``: means [] over the tokens of a side, with their numbers.
+    """Compute TRL's ``logits/chosen`` and ``logits/rejected``: means [] over the tokens of a side, with their weights.
 
-    mean_logits [N, Tc]: mean over the vocabulary of the logits that a token was predicted from. mask bool [N, Tc]. rank
-    int [N]. pairs: None = labelled completions.
+    mean_logits [N, Tc]: mean over the vocabulary of the logits that predict a token. mask: bool [N, Tc]. rank: int [N].
+    pairs: None = labelled completions.
     """
     sums, lengths = (mean_logits * mask).sum(1), mask.sum(1)  # [N]
     return {
@@ -109,7 +109,7 @@ def measure_logits(
 
 
 def _find_sides(rank: Tensor, pairs: Pairs | None) -> dict[str, tuple[Tensor, Tensor]]:
-    """Rows int [M] and weights [M] of each side: the two of every pair, or the desirable and the undesirable."""
+    """Find rows int [M] and weights [M] of both sides: of each pair, or the desirable and the undesirable ones."""
     if pairs is not None:
         return {"chosen": (pairs.better, pairs.weight), "rejected": (pairs.worse, pairs.weight)}
     sides = {"chosen": (rank == 0).nonzero()[:, 0], "rejected": (rank > 0).nonzero()[:, 0]}
@@ -117,5 +117,5 @@ def _find_sides(rank: Tensor, pairs: Pairs | None) -> dict[str, tuple[Tensor, Te
 
 
 def _weighted_mean(values: Tensor, weights: Tensor) -> tuple[Tensor, float]:
-    """Weighted mean [] of values [M], and the sum of the weights [M]."""
+    """Compute the weighted mean [] of values [M], and the sum of the weights [M]."""
     return (values.detach() * weights).sum() / weights.sum().clamp(min=1e-9), float(weights.sum())

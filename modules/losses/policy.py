@@ -1,10 +1,10 @@
-"""Losses on sampled completions: what their advantages ask of the policy.
+"""Losses on sampled completions with advantages.
 
-A loss is called with ``logprobs`` [N, Tc], the log-probs of the sampled tokens now, with gradient, in nats, and with a
-micro-batch. It returns the micro-batch's share [] of the loss of the whole optimiser step, and metrics: detached means
-[] over kept tokens. In the formulas A is the advantage and ratio = exp(logprobs - old_logprobs), which is never clamped
-before the exponential. The metric ``approx_kl`` is the mean of ratio - 1 - log ratio, the k3 estimate of
-KL(old || now). Nothing that stands in a dropped column reaches the loss, a metric or a gradient.
+A loss is called with ``logprobs`` [N, Tc], the current log-probs of the sampled tokens, in nats and with gradient, and
+with a micro-batch. It returns the micro-batch's share [] of the loss of the whole optimiser step, and metrics, which
+are detached means [] over kept tokens. In the formulas A is the advantage and ratio = exp(logprobs - old_logprobs),
+which is never clamped before the exponential. The metric ``approx_kl`` is the mean of ratio - 1 - log ratio, the k3
+estimate of KL(old || now). Values in dropped columns never reach the loss, a metric or a gradient.
 """
 
 from abc import ABC, abstractmethod
@@ -14,25 +14,23 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from modules.checks import check_numbers
 from modules.functional.advantages import group_center, group_zscore
 from modules.functional.masked import aggregate, masked_mean
+from modules.functional.ranges import check_numbers
 from modules.types import PolicyBatch
 
 Metrics = dict[str, Tensor]
 
 
 class Aggregation(ABC):
-    """How token losses become one number: their weighted sum over all rows of an optimiser step, divided by the sum of
-    ``row_count``.
-    """
+    """Makes one number of token losses: their weighted sum over all rows of an optimiser step / sum of ``row_count``."""
 
     @abstractmethod
     def row_count(self, mask: Tensor) -> Tensor:
-        """What each row adds to the denominator, [N], from the keep-mask [N, Tc]; 0 for a row that keeps nothing."""
+        """Return what each row adds to the denominator, [N], from the keep-mask [N, Tc]; 0 for an empty row."""
 
     def weights(self, mask: Tensor) -> Tensor:
-        """Weight of each token loss, [N, Tc], zero where the mask is False."""
+        """Return the weight of each token loss, [N, Tc], zero where the mask is False."""
         return mask.float()
 
 
@@ -54,7 +52,7 @@ class SequenceMean(Aggregation):
 
 
 class ConstantNorm(Aggregation):
-    """Sum over tokens divided by (completions x max_length), a constant: no length bias (Dr. GRPO, arXiv 2503.20783).
+    """Sum over tokens / (completions x max_length), a constant, so that length has no bias (Dr. GRPO, arXiv 2503.20783).
 
     Args:
         max_length: the completion budget in tokens.
@@ -72,20 +70,20 @@ class PolicyObjective(ABC):
     """A policy loss on a micro-batch of completions.
 
     Attributes:
-        aggregation: how its token losses, and those of a KL beside it, become one number.
-        needs_advantage: whether a completion of advantage 0 has no gradient, so that it may be left out of compute.
+        aggregation: makes one number of its token losses, and of those of a KL beside it.
+        needs_advantage: whether a completion with advantage 0 has no gradient, so that it need not be computed.
     """
 
     aggregation: Aggregation
     needs_advantage = True
 
     def make_advantages(self, rewards: Tensor, group: Tensor) -> Tensor:
-        """Advantages [N] of a phase where the method is told no others, from rewards [N] and group int [N]."""
+        """Compute the default advantages [N] of a phase from rewards [N] and group int [N]."""
         return group_zscore(rewards, group)
 
     @abstractmethod
     def __call__(self, logprobs: Tensor, batch: PolicyBatch) -> tuple[Tensor, Metrics]:
-        """The loss [] and its metrics from ``logprobs`` [N, Tc] (with gradient) and the batch."""
+        """Compute the loss [] and its metrics from ``logprobs`` [N, Tc], which have a gradient, and the batch."""
 
 
 class Clipped(PolicyObjective):
@@ -133,9 +131,9 @@ class Clipped(PolicyObjective):
 class GSPO(PolicyObjective):
     """-min(s A, clip(s, 1 - clip_low, 1 + clip_high) A) per completion, s = exp(mean over its tokens of log ratio).
 
-    The mean over completions is taken, as published (arXiv 2507.18071). s is a geometric mean, so the bounds are some
-    hundred times narrower than those of a token's ratio; 0.2 would hardly ever clip. Metrics as for ``Clipped``, with
-    ``clip_ratio/*`` over completions.
+    The loss is the mean over completions, as published (arXiv 2507.18071). s is a geometric mean, so the bounds are
+    some hundred times narrower than those of a token's ratio; 0.2 would hardly ever clip. The metrics are those of
+    ``Clipped``, with ``clip_ratio/*`` over completions.
 
     Args:
         clip_low: >= 0.
@@ -158,11 +156,11 @@ class GSPO(PolicyObjective):
 
 
 class CISPO(PolicyObjective):
-    """-min(ratio, 1 + clip_high) A logprob per token, the capped ratio without gradient: no token loses its gradient.
+    """-min(ratio, 1 + clip_high) A logprob per token, the capped ratio without gradient, so every token has a gradient.
 
-    Source: MiniMax-M1, arXiv 2506.13585 eqs. 4-5; there is no lower bound, as the paper tunes only the upper one and
-    names no number. Metrics: ``cispo_clip_ratio``, the share of tokens whose ratio is capped, whatever the sign of A;
-    ``approx_kl``.
+    Source: MiniMax-M1, arXiv 2506.13585 eqs. 4-5. There is no lower bound, because the paper tunes only the upper one;
+    it names no number. Metrics: ``cispo_clip_ratio``, the share of tokens whose ratio is capped, whatever the sign of
+    A; ``approx_kl``.
 
     Args:
         clip_high: >= 0, on top of 1; the default caps the ratio at 5 (ScaleRL, arXiv 2510.13786; TRL's
@@ -186,9 +184,9 @@ class CISPO(PolicyObjective):
 class MirrorDescent(PolicyObjective):
     """-(r - mean of the group's r) l + tau/2 (l - l_old)^2 per completion, l the sum of its log-probs; then the mean.
 
-    Source: Kimi k1.5, arXiv 2501.12599, section 2.3.2, eq. 3, the mean reward standing for tau log Z. The policy that
-    sampled the phase is the reference of the square, which is 0 at a phase's first update. Unlike there, the
-    optimizer's moments are kept from phase to phase. Metrics: ``approx_kl``.
+    Source: Kimi k1.5, arXiv 2501.12599, section 2.3.2, eq. 3, with the mean reward in place of tau log Z. The reference
+    of the square is the policy that sampled the phase, so the square is 0 at a phase's first update. Unlike the paper,
+    we keep the optimizer's moments from phase to phase. Metrics: ``approx_kl``.
 
     Args:
         tau: >= 0, strength of the tie to the sampling policy; the square grows like the length squared, so keep it
@@ -215,7 +213,7 @@ class MirrorDescent(PolicyObjective):
 
 @dataclass(frozen=True)
 class Clip:
-    """How far PPO lets an update go; None = as far as it likes. TRL: ``cliprange``, ``cliprange_value``.
+    """Bounds of PPO's update; None = no bound. TRL: ``cliprange``, ``cliprange_value``.
 
     Raises:
         ValueError: values out of range.
@@ -232,16 +230,16 @@ class Clip:
 
 
 def leave_out_unscored(batch: PolicyBatch) -> PolicyBatch:
-    """The batch with no tokens to learn from in completions that have no score."""
+    """Drop all tokens of completions without a score from the batch's ``completion_mask``."""
     mask = batch["completion_mask"] & ~batch["rewards"].isnan()[:, None]
     return cast(PolicyBatch, {**batch, "completion_mask": mask})
 
 
 def take_log_ratio(logprobs: Tensor, batch: PolicyBatch) -> Tensor:
-    """log(now / old) [N, Tc] of ``logprobs`` [N, Tc] and the batch, 0 at dropped columns.
+    """Compute log(now / old) [N, Tc] from ``logprobs`` [N, Tc] and the batch, 0 at dropped columns.
 
-    Raises ValueError for shapes that differ. Dropped columns are filled before the subtraction and before any
-    exponential, for the gradient's sake.
+    Dropped columns are filled before the subtraction and any exponential, or NaN would come back through the gradient.
+    Raises ValueError for shapes that differ.
     """
     old, dropped = batch["old_logprobs"], ~batch["completion_mask"]
     if logprobs.shape != old.shape or logprobs.shape != dropped.shape:
@@ -251,9 +249,9 @@ def take_log_ratio(logprobs: Tensor, batch: PolicyBatch) -> Tensor:
 
 
 def take_advantages(logprobs: Tensor, batch: PolicyBatch) -> Tensor:
-    """The batch's advantages as [N, Tc], the shape of ``logprobs``, 0 at dropped columns.
+    """Return the batch's advantages in the shape of ``logprobs`` [N, Tc], 0 at dropped columns.
 
-    Raises ValueError for advantages [N], which would spread along the wrong axis where N == Tc.
+    Raises ValueError for advantages [N], which would broadcast along the wrong axis if N == Tc.
     """
     advantages = batch["advantages"]
     if advantages.dim() != 2:
@@ -264,12 +262,12 @@ def take_advantages(logprobs: Tensor, batch: PolicyBatch) -> Tensor:
 
 
 def clip_losses(ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float) -> Tensor:
-    """-min(ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A), elementwise."""
+    """Compute -min(ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A), elementwise."""
     return -torch.minimum(ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages)
 
 
 def measure_clips(ratio: Tensor, advantages: Tensor, keep: Tensor, clip_low: float, clip_high: float) -> Metrics:
-    """Shares of the kept entries whose gradient the clip cuts: below, above, and either."""
+    """Measure the shares of kept entries whose gradient the clip cuts: below, above, and either."""
     low = (ratio < 1 - clip_low) & (advantages < 0)
     high = (ratio > 1 + clip_high) & (advantages > 0)
     flags = {"clip_ratio/low_mean": low, "clip_ratio/high_mean": high, "clip_ratio/region_mean": low | high}
@@ -277,18 +275,18 @@ def measure_clips(ratio: Tensor, advantages: Tensor, keep: Tensor, clip_low: flo
 
 
 def measure_kl(log_ratio: Tensor, mask: Tensor) -> Tensor:
-    """Mean [] over kept tokens of ratio - 1 - log ratio, from log ratios [N, Tc]."""
+    """Compute the mean [] over kept tokens of ratio - 1 - log ratio, from log ratios [N, Tc]."""
     log_ratio = log_ratio.detach()
     return masked_mean(torch.expm1(log_ratio) - log_ratio, mask)
 
 
 def measure_ratio(logprobs: Tensor, batch: PolicyBatch) -> Metrics:
-    """How far the ratio is from 1 over kept tokens: ratio/mean, ratio/square (mean of (ratio - 1)^2), ratio/deviation
-    (of |ratio - 1|).
+    """Measure how far the ratio is from 1 over kept tokens.
 
-    logprobs [N, Tc]. Each metric is [], detached; without kept tokens they are 1, 0, 0. Weighted by kept tokens they
-    average over micro-batches; then ratio/square - (ratio/mean - 1)^2 is the variance of the ratio over all of them.
-    Raises ValueError for shapes that differ.
+    The metrics are ratio/mean, ratio/square (mean of (ratio - 1)^2) and ratio/deviation (mean of |ratio - 1|), each [],
+    detached. Without kept tokens they are 1, 0, 0. Averaged over micro-batches, with the kept tokens as weights,
+    ratio/square - (ratio/mean - 1)^2 is the variance of the ratio. logprobs: [N, Tc]. Raises ValueError for shapes that
+    differ.
     """
     mask = batch["completion_mask"]
     excess = torch.expm1(take_log_ratio(logprobs.detach(), batch))

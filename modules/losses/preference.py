@@ -1,8 +1,8 @@
-"""Losses on preferences: what a comparison of two completions, or a label on one, asks of the policy.
+"""Losses on preferences: on pairs of completions, or on labelled ones.
 
-Log-probs are in nats and sums over the completion with its end token. In the formulas delta is the log-ratio policy /
-reference of a completion, h = delta of the chosen one - delta of the rejected one, and beta > 0 turns nats into logits;
-beta delta is the implicit reward. All losses and their gradients are finite however large h is.
+Log-probs are in nats and sums over the completion with its end token. In the formulas delta is a completion's log-ratio
+of policy to reference, h = delta of the chosen completion - delta of the rejected one, and beta > 0 turns nats into
+logits; beta delta is the implicit reward. All losses and their gradients are finite, however large h is.
 """
 
 from abc import ABC, abstractmethod
@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from modules.checks import check_numbers
 from modules.functional.logprobs import sequence_logprobs
+from modules.functional.ranges import check_numbers
 from modules.losses.pairs import Pairs
 from modules.types import PolicyBatch, PreferenceBatch
 
 
 class Sequences(NamedTuple):
-    """Completions, one number each."""
+    """The log-probs and lengths of N completions."""
 
     logps: Tensor  # [N], sum of the token log-probs (each times its weight), with gradient
     ref_logps: Tensor  # [N], the same under the reference; zeros without one
@@ -27,16 +27,16 @@ class Sequences(NamedTuple):
     plain: Tensor  # [N], logps without the weights
 
     def at(self, rows: Tensor) -> "Sequences":
-        """Those of ``rows`` [M]."""
+        """Return the completions of ``rows`` [M]."""
         return Sequences(*(part[rows] for part in self))
 
     def per_token(self) -> "Sequences":
-        """With means over tokens in place of sums, of policy and reference."""
+        """Return means over tokens in place of the sums, of policy and reference."""
         return self._replace(logps=self.logps / self.lengths, ref_logps=self.ref_logps / self.lengths)
 
     @property
     def log_ratio(self) -> Tensor:
-        """delta [N], exactly 0 where policy and reference agree."""
+        """delta [N]; exactly 0 where policy and reference agree."""
         return self.logps - self.ref_logps
 
 
@@ -48,13 +48,13 @@ class PreferenceObjective(ABC):
     beta = 0.1  # the default
 
     def token_weights(self, batch: PreferenceBatch | PolicyBatch) -> Tensor:
-        """What each token's log-prob counts in its sequence's sum, [N, Tc]."""
+        """Return the weight [N, Tc] of each token's log-prob in its completion's sum."""
         return batch["completion_mask"].float()
 
     def sum_tokens(
         self, logprobs: Tensor, ref_logprobs: Tensor | None, batch: PreferenceBatch | PolicyBatch
     ) -> Sequences:
-        """Token log-probs [N, Tc] (the reference's may be missing), weighted and summed per completion."""
+        """Weight and sum token log-probs [N, Tc] per completion; those of the reference may be None."""
         weights, mask = self.token_weights(batch), batch["completion_mask"]
         if ref_logprobs is None:
             reference = torch.zeros(len(weights), device=weights.device)
@@ -65,7 +65,7 @@ class PreferenceObjective(ABC):
         )
 
     def implicit_rewards(self, sequences: Sequences, beta: float) -> Tensor:
-        """The reward [N] that the policy stands for, up to a constant per prompt: beta delta."""
+        """Compute the reward [N] that the policy implies, up to a constant per prompt: beta delta."""
         return beta * sequences.log_ratio
 
     @abstractmethod
@@ -77,14 +77,14 @@ class PreferenceObjective(ABC):
         beta: float,
         kl: Tensor | None = None,
     ) -> Tensor:
-        """Sum [] of the loss over the examples of a batch.
+        """Compute the sum [] of the loss over the examples of a batch.
 
         Args:
             sequences: the batch's completions.
             batch: has the prompt and the rank of each.
-            pairs: the batch's pairs; none where completions are labelled.
+            pairs: the batch's pairs; empty for labelled completions.
             beta: strength of the tie to the reference.
-            kl: [], that on mismatched completions; only for losses that ask for it.
+            kl: [], KL on mismatched completions, for losses with ``compares_mismatched``.
         """
 
 
@@ -93,7 +93,7 @@ class PairObjective(PreferenceObjective):
 
     @abstractmethod
     def losses(self, chosen: Sequences, rejected: Sequences, beta: float) -> Tensor:
-        """[M], one per pair."""
+        """Compute the losses [M], one per pair."""
 
     def total(
         self,
@@ -103,7 +103,7 @@ class PairObjective(PreferenceObjective):
         beta: float,
         kl: Tensor | None = None,
     ) -> Tensor:
-        """Mean over the pairs of each example, summed over examples."""
+        """Average over the pairs of each example, and sum over examples."""
         return (self.losses(sequences.at(pairs.better), sequences.at(pairs.worse), beta) * pairs.weight).sum()
 
 
@@ -111,8 +111,8 @@ class Sigmoid(PairObjective):
     """DPO: -(1 - e) log sigma(beta h) - e log sigma(-beta h), e = label_smoothing (arXiv 2305.18290 eq. 7, with e 0).
 
     Args:
-        label_smoothing: [0, 0.5), the share of labels that are taken to be wrong (conservative DPO); the loss is then
-            least at sigma(beta h) = 1 - e instead of at infinity.
+        label_smoothing: [0, 0.5), the assumed share of wrong labels (conservative DPO). The loss then has its minimum
+            at sigma(beta h) = 1 - e instead of at infinity.
     """
 
     def __init__(self, label_smoothing: float = 0.0) -> None:
@@ -127,8 +127,8 @@ class Sigmoid(PairObjective):
 class Robust(PairObjective):
     """(-(1 - e) log sigma(beta h) + e log sigma(-beta h)) / (1 - 2 e), e = label_smoothing (arXiv 2403.00409).
 
-    In the mean over labels that are wrong at the rate e, this is DPO's loss on right ones. It is unbounded below as h
-    grows, unlike conservative DPO.
+    If labels are wrong at the rate e, its mean is DPO's loss on right labels. Unlike conservative DPO it is unbounded
+    below as h grows.
 
     Args:
         label_smoothing: [0, 0.5), that rate.
@@ -145,11 +145,11 @@ class Robust(PairObjective):
 
 
 class IPO(PairObjective):
-    """(h - 1 / (2 beta))^2: a margin to meet and not to exceed (arXiv 2310.12036 eq. 17; beta is the paper's tau).
+    """(h - 1 / (2 beta))^2: h is to meet a margin, not to exceed it (arXiv 2310.12036 eq. 17; beta is the paper's tau).
 
     Args:
-        average: take h of means per token (as TRL does) instead of sums (as the paper does); beta does not carry over
-            between them.
+        average: use means per token in h (as TRL does) instead of sums (as the paper does). The two need different
+            values of beta.
     """
 
     def __init__(self, average: bool = False) -> None:
@@ -165,8 +165,9 @@ class IPO(PairObjective):
 
 
 class Hinge(PairObjective):
-    """max(0, 1 - beta h): SLiC-HF (arXiv 2305.10425); its own form is reference-free with a likelihood term
-    (``nll_weight``).
+    """max(0, 1 - beta h), the loss of SLiC-HF (arXiv 2305.10425).
+
+    The paper's form is reference-free, with a likelihood term (``nll_weight``).
     """
 
     def losses(self, chosen: Sequences, rejected: Sequences, beta: float) -> Tensor:
@@ -174,8 +175,9 @@ class Hinge(PairObjective):
 
 
 class LengthNormalized(PairObjective):
-    """-log sigma(beta (delta / length of the chosen - delta / length of the rejected)): Tulu 3, arXiv 2411.15124; beta
-    is larger accordingly, 5 by default.
+    """-log sigma(beta (delta / length of the chosen - delta / length of the rejected)) (Tulu 3, arXiv 2411.15124).
+
+    beta is larger than DPO's, 5 by default, because log-ratios per token are small.
     """
 
     beta = 5.0
@@ -192,8 +194,8 @@ class LengthMargin(PairObjective):
     """R-DPO: -log sigma(beta h + alpha (chosen tokens - rejected tokens)) (arXiv 2403.19159).
 
     The optimum of r - alpha length under a KL penalty has r = beta log(policy / ref) + alpha length + constant, hence
-    the plus: length explains part of the preference for a longer answer, so its pair pulls less. A minus would reward
-    length.
+    the plus sign: length explains part of the preference for a longer answer, so that pair pulls less. A minus sign
+    would reward length.
 
     Args:
         alpha: >= 0, logits per token.
@@ -209,10 +211,9 @@ class LengthMargin(PairObjective):
 
 
 class LengthDesensitized(Sigmoid):
-    """LD-DPO: DPO in which tokens behind the length that all completions of the prompt reach count ``alpha`` (arXiv
-    2409.06411).
+    """LD-DPO: DPO in which tokens beyond the length of the prompt's shortest completion count ``alpha`` (2409.06411).
 
-    With more than two completions the shortest of all is the measure, so that a completion has one sum in all its
+    The shortest of all completions is the measure, also for more than two, so that a completion has one sum in all its
     pairs.
 
     Args:
@@ -237,7 +238,7 @@ class SimPO(PairObjective):
     """-log sigma(beta (mean log-prob of chosen - of rejected) - gamma), without a reference (arXiv 2405.14734 eq. 6).
 
     Args:
-        gamma: >= 0, the target margin itself, in logits (the paper's code names gamma / beta, 0.25 to 0.5).
+        gamma: >= 0, the target margin in logits (the paper's code sets gamma / beta, 0.25 to 0.5).
     """
 
     uses_reference = False
@@ -257,7 +258,7 @@ class SimPO(PairObjective):
 class ORPO(PairObjective):
     """-mean log-prob of chosen - beta log sigma(log odds of chosen - log odds of rejected), without a reference.
 
-    odds = p / (1 - p), p = exp(mean log-prob), log p kept at or below -1e-6. beta is the paper's lambda (arXiv
+    odds = p / (1 - p), p = exp(mean log-prob), log p clamped to at most -1e-6. beta is the paper's lambda (arXiv
     2403.07691).
     """
 
@@ -272,18 +273,17 @@ class ORPO(PairObjective):
 
 
 def _log_odds(mean_logps: Tensor) -> Tensor:
-    """log(p / (1 - p)) of p = exp(mean_logps) [N], with log p kept at or below -1e-6."""
+    """Compute log(p / (1 - p)) of p = exp(mean_logps) [N], with log p clamped to at most -1e-6."""
     logps = mean_logps.clamp(max=-1e-6)
     return logps - torch.log(-torch.expm1(logps))
 
 
 class KTO(PreferenceObjective):
-    """lambda (1 - sigma(beta (delta - kl))) for a desirable completion, lambda (1 - sigma(beta (kl - delta))) for
-    another (arXiv 2402.01306).
+    """lambda (1 - sigma(beta (delta - kl))), with the sign in sigma flipped for undesirable ones (arXiv 2402.01306).
 
-    For labelled completions; of ranked ones the best counts as desirable and the others as undesirable.
-    The KL is the mean log-ratio of completions put behind the next prompt of the micro-batch, over ranks, at least 0
-    and without gradient.
+    It takes labelled completions. Of ranked ones, the best counts as desirable and the others as undesirable. The KL is
+    the mean log-ratio of completions put after the next prompt of the micro-batch, over ranks, at least 0 and without
+    gradient.
 
     Args:
         desirable_weight: >= 0, lambda of desirable completions; with n of each, the paper wants
@@ -302,7 +302,7 @@ class KTO(PreferenceObjective):
         self.desirable_weight, self.undesirable_weight = desirable_weight, undesirable_weight
 
     def losses(self, sequences: Sequences, desirable: Tensor, beta: float, kl: Tensor) -> Tensor:
-        """[N], one per completion, between 0 and its weight; ``desirable`` bool [N]; ``kl`` [] or [N]."""
+        """Compute the losses [N], each between 0 and its weight; ``desirable`` is bool [N], ``kl`` [] or [N]."""
         lead = beta * (sequences.log_ratio - kl.detach().clamp(min=0))
         good, bad = self.desirable_weight * torch.sigmoid(-lead), self.undesirable_weight * torch.sigmoid(lead)
         return torch.where(desirable, good, bad)
@@ -315,7 +315,7 @@ class KTO(PreferenceObjective):
         beta: float,
         kl: Tensor | None = None,
     ) -> Tensor:
-        """Mean over the completions of each example, summed over examples."""
+        """Average over the completions of each example, and sum over examples."""
         assert kl is not None
         prompt_index, rank = batch["prompt_index"], batch["rank"]
         counts = prompt_index.bincount()[prompt_index]
@@ -328,7 +328,7 @@ class BradleyTerry:
     Source: InstructGPT, arXiv 2203.02155, eq. 1; the margin is Llama 2's, arXiv 2307.09288, eq. 2.
 
     Args:
-        centering: >= 0; without it nothing ties the rewards of a prompt to 0 (arXiv 2312.09244, where it is 0.01).
+        centering: >= 0; at 0 nothing ties the scores of a prompt to 0 (arXiv 2312.09244 sets 0.01).
     """
 
     def __init__(self, centering: float = 0.0) -> None:
@@ -336,8 +336,6 @@ class BradleyTerry:
         self.centering = centering
 
     def losses(self, chosen: Tensor, rejected: Tensor, margin: Tensor | None = None) -> Tensor:
-        """[M], one per pair, from the scores ``chosen`` and ``rejected`` [M]; ``margin`` [M], by how much the better
-        one should lead.
-        """
+        """Compute the losses [M], one per pair, from the scores ``chosen`` and ``rejected`` [M] and ``margin`` [M]."""
         lead = chosen - rejected if margin is None else chosen - rejected - margin
         return -logsigmoid(lead) + self.centering * (chosen + rejected).square()

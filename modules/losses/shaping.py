@@ -1,4 +1,4 @@
-"""From one score per completion to one reward per token, and the settings by which PPO does it."""
+"""Makes one reward per token from one score per completion; the settings with which PPO does that."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,16 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modules.checks import check_numbers
 from modules.functional import kl
+from modules.functional.ranges import check_numbers
 
 
 @dataclass(frozen=True)
 class AdaptiveKL:
-    """Moves the KL's weight after each phase so that the KL per completion stays at ``target``.
+    """Changes the KL's weight after each phase so that the KL per completion stays at ``target``.
 
-    weight <- weight (1 + gain clip(KL / target - 1, -0.2, 0.2)), the KL the mean over completions of the summed ``k1``
-    (Ziegler et al., arXiv 1909.08593, section 2.2). The gain is 0.1 in the paper, completions / 10000 in its code.
+    weight <- weight (1 + gain clip(KL / target - 1, -0.2, 0.2)), where the KL is the mean over completions of the summed
+    ``k1`` (Ziegler et al., arXiv 1909.08593, section 2.2). The gain is 0.1 in the paper, completions / 10000 in its
+    code.
 
     Raises:
         ValueError: values out of range.
@@ -35,8 +36,9 @@ class AdaptiveKL:
         )
 
     def __call__(self, coef: float, kl: float, completions: int) -> float:
-        """The next weight, from this one, the ``kl`` of a phase (nats per completion) and its number of
-        ``completions``; a NaN kl makes it NaN.
+        """Compute the next weight from the current one, the phase's ``kl`` (nats per completion) and its completions.
+
+        A NaN ``kl`` gives NaN.
         """
         gain = completions / self.horizon if self.gain is None else self.gain
         return coef * (1 + gain * min(max(kl / self.target - 1, -0.2), 0.2))
@@ -44,15 +46,15 @@ class AdaptiveKL:
 
 @dataclass(frozen=True)
 class KL:
-    """PPO's tie to a frozen reference. TRL: ``kl_coef``, ``kl_estimator``, ``ref_model``.
+    """The KL that ties PPO's policy to a frozen reference. TRL: ``kl_coef``, ``kl_estimator``, ``ref_model``.
 
     Raises:
         ValueError: values out of range or that do not go together.
     """
 
-    coef: float = 0.05  # >= 0, weight per nat; the first one where ``adaptive`` moves it
+    coef: float = 0.05  # >= 0, weight per nat; the first weight if it is adaptive
     adaptive: AdaptiveKL | None = None  # holds the KL at a target
-    # None = the KL is part of the reward, as k1 without gradient; kl.weighted_k3 or kl.k2, by dotted path = of the loss
+    # None = the KL is part of the reward, as k1 without gradient; weighted_k3 or k2 = it is part of the loss
     loss: Callable[[Tensor, Tensor], Any] | None = None  # Any: a function need not be annotated
     reference: str | None = None  # None = the policy as it starts; a folder or hub id = another model
 
@@ -61,18 +63,18 @@ class KL:
         if self.adaptive is not None and self.coef == 0:
             raise ValueError("kl: adaptive multiplies coef, and 0 stays 0: start above it")
         if self.loss is kl.k1:
-            raise ValueError("kl: k1 as a loss has no gradient on average: use modules.functional.kl.weighted_k3 or k2")
+            raise ValueError("kl: k1 as a loss has no gradient on average; use weighted_k3 or k2")
 
 
 @dataclass(frozen=True)
 class MissingEos:
     """Lowers the score of completions that did not end by themselves. TRL: ``missing_eos_penalty``.
 
-    Replacing improves a score below -penalty, so it needs a penalty below nearly all scores; subtracting never improves
-    one. Source: Ziegler et al., arXiv 1909.08593, whose code replaces by -1.
+    Replacing raises a score below -penalty, so choose a -penalty below nearly all scores. Subtracting never raises one.
+    Source: Ziegler et al., arXiv 1909.08593, whose code replaces by -1.
 
     Raises:
-        ValueError: a penalty below 0, which is taken off the score and so is given without its sign.
+        ValueError: a penalty below 0; it is subtracted, so it has no sign.
     """
 
     penalty: float = 1.0  # >= 0, in units of the score
@@ -82,8 +84,9 @@ class MissingEos:
         check_numbers("missing_eos", penalty=(self.penalty, "[0, inf)"))
 
     def __call__(self, scores: Tensor, stopped: Tensor) -> Tensor:
-        """The lowered scores [N], from ``scores`` [N], of which NaN (unscorable) stays NaN, and ``stopped`` bool [N],
-        True where the completion ended by itself.
+        """Lower the scores [N] of completions that did not end.
+
+        scores: [N]; NaN (unscorable) stays NaN. stopped: bool [N], True = the completion ended by itself.
         """
         if self.replace:
             lowered = torch.full_like(scores, -self.penalty).masked_fill(scores.isnan(), float("nan"))
@@ -93,9 +96,26 @@ class MissingEos:
 
 
 @dataclass(frozen=True)
+class Incentives:
+    """What PPO asks of the policy beside the reward; nothing by default. TRL: ``missing_eos_penalty``.
+
+    Raises:
+        ValueError: values out of range.
+    """
+
+    missing_eos: MissingEos | None = None  # to end: what a completion that did not loses of its score
+    entropy: float = 0.0  # to stay various: weight of the entropy in the objective, per nat
+    # >= 0, not to forget: weight of the log-likelihood per token of the texts in data.ptx (PPO-ptx; InstructGPT's 27.8
+    # is for a sum that it does not define)
+    ptx: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_numbers("incentives", entropy=(self.entropy, "(-inf, inf)"), ptx=(self.ptx, "[0, inf)"))
+
+
+@dataclass(frozen=True)
 class GAE:
-    """How PPO makes advantages of a phase's token rewards, see ``modules.functional.advantages.gae``. TRL: ``gamma``,
-    ``lam``, ``whiten_rewards``.
+    """How PPO makes advantages from token rewards; see ``gae``. TRL: ``gamma``, ``lam``, ``whiten_rewards``.
 
     Raises:
         ValueError: values out of range.
@@ -111,11 +131,11 @@ class GAE:
 
 
 def make_token_rewards(scores: Tensor, penalties: Tensor, mask: Tensor) -> Tensor:
-    """-penalty at every kept token, plus the score at the last kept token of each row; 0 at dropped columns.
+    """Put -penalty on every kept token, and the score on the last kept token of each row.
 
     scores: [N]; NaN stays NaN at that one token. penalties: [N, Tc], the KL's weight times the log-ratio to the
-    reference (``k1``), in units of the score. mask: bool [N, Tc], gaps and padding on either side allowed; a row that
-    keeps nothing gets zeros, whatever its score. Returns [N, Tc]. Source: Ziegler et al. 2019 (1909.08593, section
+    reference (``k1``), in units of the score. mask: bool [N, Tc], with gaps and padding anywhere; an empty row gets
+    zeros, whatever its score. Returns [N, Tc], 0 at dropped columns. Source: Ziegler et al. 2019 (1909.08593, section
     2.1); InstructGPT (2203.02155, eq. 2).
     """
     kept_from_here = mask.flip(-1).cumsum(-1).flip(-1)

@@ -3,17 +3,17 @@
 import torch
 from torch import Tensor
 
-from modules.checks import check_numbers
 from modules.functional.masked import aggregate, masked_mean
+from modules.functional.ranges import check_numbers
 from modules.types import PolicyBatch
 
 
 class ClippedValue:
     """1/2 max((V - return)^2, (V clipped to V_old +- clip - return)^2) per token, V_old the value at collection.
 
-    Only a value that has moved towards its return by more than clip loses its gradient. Nothing that stands in a
-    dropped column reaches the loss, the metric or a gradient. Metric: ``value_clip_ratio``, the share of tokens without
-    gradient, where the clipped term is the larger one. Source: Ziegler et al., arXiv 1909.08593, the released code.
+    Only a value that has moved towards its return by more than clip loses its gradient. Values in dropped columns never
+    reach the loss, the metric or a gradient. Metric: ``value_clip_ratio``, the share of tokens without gradient, where
+    the clipped term is larger. Source: Ziegler et al., arXiv 1909.08593, the released code.
 
     Args:
         clip: > 0, in units of the reward; None = the plain squared error.
@@ -24,10 +24,9 @@ class ClippedValue:
         self.clip = clip
 
     def __call__(self, values: Tensor, batch: PolicyBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The micro-batch's share [] of the mean over the step's tokens, and the metric, from ``values`` [N, Tc] (V,
-        with gradient).
+        """Compute the micro-batch's share [] of the mean over the step's tokens, and the metric.
 
-        Raises ValueError for shapes that differ.
+        values: [N, Tc], V with gradient. Raises ValueError for shapes that differ.
         """
         mask, tensors = batch["completion_mask"], (values, batch["values"], batch["returns"])
         shapes = [tuple(x.shape) for x in (*tensors, mask)]

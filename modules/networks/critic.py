@@ -8,19 +8,18 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from modules.checks import check_numbers
-from modules.networks.companion import companion
+from modules.functional.ranges import check_numbers
 from modules.networks.lora import (
     ADAPTERS,
     Lora,
     OtherBackbone,
-    adapter_parameters,
     add_adapters,
+    find_adapter_parameters,
     load_adapters,
-    saved_digest,
+    read_digest,
     using,
 )
-from modules.networks.policy import Policy
+from modules.networks.policy import Policy, load_companion
 from modules.networks.scalar_head import ScalarHead, load_head
 from modules.types import PolicyBatch
 
@@ -94,7 +93,7 @@ class Critic(nn.Module):
         own.
         """
         adapters = Path(model) / ADAPTERS
-        if policy.has_adapters and saved_digest(adapters) is not None:
+        if policy.has_adapters and read_digest(adapters) is not None:
             with suppress(OtherBackbone):
                 load_adapters(policy.model, adapters, VALUE, trainable=True)
                 self.adapted = True
@@ -107,7 +106,7 @@ class Critic(nn.Module):
             rank_zero_info(
                 f"value.model {model}: loaded as a model of its own, since it has no adapters of the policy's backbone"
             )
-        self.backbone = own = companion(policy, model, "value.model", lora, may_know_more=True)
+        self.backbone = own = load_companion(policy, model, "value.model", lora, may_know_more=True)
         output = own.model.get_output_embeddings()
         if output.weight is not own.model.get_input_embeddings().weight:
             output.requires_grad_(False)  # the critic never calls it
@@ -132,4 +131,4 @@ class Critic(nn.Module):
     def learned(self, policy: Policy) -> dict[str, nn.Parameter]:
         """Return the parameters that only the value loss trains, by name."""
         own = {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
-        return own | (adapter_parameters(policy.model, VALUE) if self.adapted else {})
+        return own | (find_adapter_parameters(policy.model, VALUE) if self.adapted else {})

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modules.networks.lora import POLICY, adapter_parameters, using
+from modules.networks.lora import POLICY, find_adapter_parameters, using
 from modules.networks.policy import Policy
 from modules.types import PolicyBatch, PreferenceBatch
 
@@ -33,7 +33,7 @@ class Frozen:
         self.weights = (
             {
                 f"model.{name}": weight.detach().clone()
-                for name, weight in adapter_parameters(policy.model, POLICY).items()
+                for name, weight in find_adapter_parameters(policy.model, POLICY).items()
             }
             if policy.has_adapters
             else dict(self.policy.named_parameters())

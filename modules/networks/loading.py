@@ -3,13 +3,13 @@
 A model is a built-in tiny one, a Hugging Face folder, a hub id, or a GGUF file.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
 from jinja2 import TemplateSyntaxError
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -21,10 +21,16 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar, get_verbosity, set_verbosity, set_verbosity_error
 
 from modules.networks.tiny import BUILT_IN, tiny_model, tiny_tokenizer
+from modules.trainer.modes import evaluating
 
 disable_progress_bar()  # the bar of weight loading would stand above the Trainer's
 
 SCALED_LOGITS = ("final_logit_softcapping", "logits_soft_cap", "logit_scale", "logits_scaling", "lm_head_multiplier")
+PACKED_PROBE = (
+    (3, 1, 4, 1, 5),
+    (10, 8, 11, 8, 12),
+    (9, 2, 6),
+)  # two alternative first documents, and the second document
 MOVING_ROPE = ("dynamic", "longrope")  # rotary frequencies that change with the length of the padded batch
 
 
@@ -121,7 +127,7 @@ def remove_dropout(model: PreTrainedModel) -> None:
                 setattr(module, name, 0.0)
 
 
-def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+def find_stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """Return the tokens that end a completion.
 
     They are the eos tokens of tokenizer and generation config, and the end-of-turn token of the chat template. Ids
@@ -129,18 +135,18 @@ def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
     """
     configured = model.generation_config.eos_token_id if model.generation_config is not None else None
     listed: Iterable[int | None] = configured if isinstance(configured, list) else [configured]
-    found = (*listed, tokenizer.eos_token_id, end_of_turn_id(tokenizer))
+    found = (*listed, tokenizer.eos_token_id, find_end_of_turn(tokenizer))
     return frozenset(int(i) for i in found if i is not None and i < model.config.vocab_size)
 
 
-def max_positions(config: PreTrainedConfig) -> int | None:
+def read_max_positions(config: PreTrainedConfig) -> int | None:
     """Return how many tokens the model has positions for; None when its config sets no such limit."""
     name = config.attribute_map.get("max_position_embeddings", "max_position_embeddings")
     positions: int | None = config.to_dict().get(name)
     return positions
 
 
-def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
+def find_end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """Return the first special token after the assistant's words in the chat template.
 
     Returns:
@@ -200,3 +206,47 @@ def check_supported(path: str, model: PreTrainedModel, tokenizer: PreTrainedToke
             f"policy: '{path}' ({config['model_type']}) has {moving[0]} rotary positions, which depend on padding and "
             "are not supported; use another model"
         )
+
+
+def flattens(model: PreTrainedModel) -> bool:
+    """Return whether packed rows must be joined into one long row.
+
+    Flash attention kernels keep documents apart in a single row only.
+    """
+    return "flash" in (model.config._attn_implementation or "")
+
+
+@torch.no_grad()
+def check_packing(path: str, model: PreTrainedModel, logprobs: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """Refuse a model that mixes the documents of a packed row.
+
+    State-space and convolution layers mix them, and so do positions that are counted by column. The log-probabilities
+    of a document may move by at most 1e-5 nats when another document of the same length stands before it. They may move
+    by at most 1e-3 when it stands alone (0.1 with a flash attention kernel, which computes in 16 bits).
+
+    Args:
+        path: names the model in messages.
+        model: the model.
+        logprobs: ids and position ids, int [1, T] -> log-probabilities [1, T] of all tokens.
+
+    Raises:
+        ValueError: the log-probabilities move by more.
+    """
+    first, other, second = PACKED_PROBE
+    with evaluating(model), torch.autocast(model.device.type, enabled=flattens(model)):
+        found = [
+            logprobs(*_pack_row(documents, model))[0, -len(second) :]
+            for documents in ((first, second), (other, second), (second,))
+        ]
+    leak, shift = (float((found[0] - moved).abs().max()) for moved in found[1:])
+    if not (leak <= 1e-5 and shift <= (0.1 if flattens(model) else 1e-3)):
+        raise ValueError(
+            f"policy: '{path}' ({model.config.model_type}) mixes the documents of a packed row: their "
+            f"log-probabilities are off by {max(leak, shift):.2g} nats; turn packing off or use another model"
+        )
+
+
+def _pack_row(documents: Sequence[Sequence[int]], model: PreTrainedModel) -> tuple[Tensor, Tensor]:
+    ids = [token % model.config.vocab_size for document in documents for token in document]
+    positions = [place for document in documents for place in range(len(document))]
+    return torch.tensor([ids], device=model.device), torch.tensor([positions], device=model.device)

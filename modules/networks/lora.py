@@ -93,9 +93,9 @@ def using(model: PreTrainedModel, name: str) -> Iterator[None]:
     Raises:
         ValueError: the model has no set of this name.
     """
-    if name not in adapter_names(model):
+    if name not in list_adapters(model):
         raise ValueError(
-            f"the model has no adapters named '{name}'; it has {', '.join(sorted(adapter_names(model))) or 'none'}"
+            f"the model has no adapters named '{name}'; it has {', '.join(sorted(list_adapters(model))) or 'none'}"
         )
     layers = [layer for _, layer in _layers(model)]
     before = [layer._active_adapter for layer in layers]
@@ -108,12 +108,12 @@ def using(model: PreTrainedModel, name: str) -> Iterator[None]:
             layer._active_adapter = active
 
 
-def adapter_names(model: PreTrainedModel) -> set[str]:
+def list_adapters(model: PreTrainedModel) -> set[str]:
     """Return the names of the sets that ``model`` has."""
     return set(getattr(model, "peft_config", ()))
 
 
-def adapter_parameters(model: PreTrainedModel, name: str) -> dict[str, nn.Parameter]:
+def find_adapter_parameters(model: PreTrainedModel, name: str) -> dict[str, nn.Parameter]:
     """Return the weights of the set ``name``, by their names in ``model``."""
     places = {
         f"{layer_name}.{kind}.{name}" for layer_name, layer in _layers(model) for kind in layer.adapter_layer_names
@@ -131,9 +131,10 @@ def save_adapters(model: PreTrainedModel, name: str, folder: str | Path) -> None
     folder = Path(folder)
     model.peft_config[name].save_pretrained(str(folder))
     weights = {
-        _saved(key, name): weight.detach().cpu().contiguous() for key, weight in adapter_parameters(model, name).items()
+        _saved(key, name): weight.detach().cpu().contiguous()
+        for key, weight in find_adapter_parameters(model, name).items()
     }
-    save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt", "backbone": backbone_digest(model)})
+    save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt", "backbone": digest_backbone(model)})
 
 
 @torch.no_grad()
@@ -155,7 +156,7 @@ def load_adapters(model: PreTrainedModel, folder: str | Path, name: str, trainab
     """
     from peft import LoraConfig
 
-    if saved_digest(folder) != backbone_digest(model):
+    if read_digest(folder) != digest_backbone(model):
         raise OtherBackbone(
             f"'{folder}' holds adapters of another backbone than this model's; load the model that they were trained on"
         )
@@ -163,7 +164,7 @@ def load_adapters(model: PreTrainedModel, folder: str | Path, name: str, trainab
     config.lora_dropout, config.inference_mode = 0.0, False
     with torch.random.fork_rng(devices=[]):
         _inject(model, config, name)  # type: ignore[arg-type]
-    saved, own = load_file(Path(folder) / WEIGHTS_FILE), adapter_parameters(model, name)
+    saved, own = load_file(Path(folder) / WEIGHTS_FILE), find_adapter_parameters(model, name)
     for key, weight in own.items():
         weight.copy_(saved[_saved(key, name)])
         weight.requires_grad_(trainable)
@@ -172,7 +173,7 @@ def load_adapters(model: PreTrainedModel, folder: str | Path, name: str, trainab
         model.register_load_state_dict_post_hook(partial(_not_missed, tuple(own)))
 
 
-def saved_digest(folder: str | Path) -> str | None:
+def read_digest(folder: str | Path) -> str | None:
     """Return the digest of the backbone that the adapters in ``folder`` were trained on; None without adapters."""
     file = Path(folder) / WEIGHTS_FILE
     if not file.is_file():
@@ -181,7 +182,7 @@ def saved_digest(folder: str | Path) -> str | None:
         return (opened.metadata() or {}).get("backbone")
 
 
-def backbone_digest(model: PreTrainedModel) -> str:
+def digest_backbone(model: PreTrainedModel) -> str:
     """Hash the weights of the backbone, without adapters and without output head.
 
     Reward models and critics do not read the output head, so it may differ.
@@ -195,7 +196,7 @@ def backbone_digest(model: PreTrainedModel) -> str:
     return found.hexdigest()
 
 
-def merged(model: PreTrainedModel) -> PreTrainedModel:
+def merge_adapters(model: PreTrainedModel) -> PreTrainedModel:
     """Return a copy of ``model`` as a plain model: the policy's adapters are added into its weights, others are
     dropped.
     """
@@ -214,19 +215,19 @@ def _inject(model: PreTrainedModel, config: "LoraConfig", name: str) -> None:
     """
     from peft import inject_adapter_in_model
 
-    if name in adapter_names(model):
+    if name in list_adapters(model):
         raise ValueError(f"the model already has adapters named '{name}'; choose another name")
     before = [
         (weight, weight.requires_grad)
-        for other in adapter_names(model)
-        for weight in adapter_parameters(model, other).values()
+        for other in list_adapters(model)
+        for weight in find_adapter_parameters(model, other).values()
     ]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")  # several sets are intended
         inject_adapter_in_model(config, model, name)
     for _, layer in _layers(model):
         layer._active_adapter = [POLICY]
-    for weight, learns in [*before, *((weight, True) for weight in adapter_parameters(model, name).values())]:
+    for weight, learns in [*before, *((weight, True) for weight in find_adapter_parameters(model, name).values())]:
         weight.requires_grad_(learns)
 
 

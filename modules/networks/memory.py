@@ -11,7 +11,7 @@ MB = 1e6
 LOGIT_TENSORS = 7
 
 
-def training_memory(weights: Iterable[Tensor], optimizer: Optimizer, max_logits: int) -> dict[str, float]:
+def estimate_memory(weights: Iterable[Tensor], optimizer: Optimizer, max_logits: int) -> dict[str, float]:
     """Estimate the memory that training needs on each device, in MB (10^6 bytes).
 
     Not counted are activations, which grow with micro-batch x length; the second copy of the gradients that
@@ -26,14 +26,14 @@ def training_memory(weights: Iterable[Tensor], optimizer: Optimizer, max_logits:
         MB by purpose: ``weights``, ``gradients``, ``optimizer``, ``logits``.
     """
     return {
-        "weights": _bytes({id(weight): weight for weight in weights}.values()) / MB,
-        "gradients": sum(_bytes(group["params"]) for group in optimizer.param_groups) / MB,
-        "optimizer": sum(_bytes(group["params"]) * states(group) for group in optimizer.param_groups) / MB,
+        "weights": _count_bytes({id(weight): weight for weight in weights}.values()) / MB,
+        "gradients": sum(_count_bytes(group["params"]) for group in optimizer.param_groups) / MB,
+        "optimizer": sum(_count_bytes(group["params"]) * count_states(group) for group in optimizer.param_groups) / MB,
         "logits": LOGIT_TENSORS * max_logits * 4 / MB,
     }
 
 
-def states(group: dict[str, Any]) -> int:
+def count_states(group: dict[str, Any]) -> int:
     """Return how many tensors of a parameter's size a PyTorch optimizer keeps for it, judged by the options of
     ``group``.
 
@@ -48,8 +48,8 @@ def states(group: dict[str, Any]) -> int:
     return squares + bool(group.get("centered")) + (group.get("momentum", 0) > 0)
 
 
-def memory_line(memory: dict[str, float]) -> str:
-    """Write what ``training_memory`` returned as one line."""
+def write_memory_line(memory: dict[str, float]) -> str:
+    """Write what ``estimate_memory`` returned as one line."""
     parts = {
         "weights": "weights",
         "gradients": "gradients",
@@ -60,5 +60,5 @@ def memory_line(memory: dict[str, float]) -> str:
     return f"memory: {sum(memory.values()):,.0f} MB before activations ({listed}); activations come on top, with micro-batch x length"
 
 
-def _bytes(tensors: Iterable[Tensor]) -> int:
+def _count_bytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

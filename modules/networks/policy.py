@@ -13,10 +13,17 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from modules.functional.logprobs import mean_logprobs, token_entropies, token_logprobs
-from modules.modes import evaluating
-from modules.networks.loading import check_supported, load, max_positions, remove_dropout, stop_token_ids
-from modules.networks.lora import Lora, add_adapters, merged
-from modules.networks.packed_rows import check_packing, flattens
+from modules.networks.loading import (
+    check_packing,
+    check_supported,
+    find_stop_tokens,
+    flattens,
+    load,
+    read_max_positions,
+    remove_dropout,
+)
+from modules.networks.lora import Lora, add_adapters, merge_adapters
+from modules.trainer.modes import evaluating
 from modules.types import ALPACA_PROMPT, PolicyBatch, PreferenceBatch
 
 MAX_LOGITS = 2**24  # entries of one chunk of logits: 64 MB in fp32
@@ -72,8 +79,8 @@ class Policy(nn.Module):
             remove_dropout(self.model)
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
-        self.stop_token_ids = stop_token_ids(self.model, self.tokenizer)
-        self.max_positions = max_positions(self.model.config)
+        self.stop_token_ids = find_stop_tokens(self.model, self.tokenizer)
+        self.max_positions = read_max_positions(self.model.config)
         check_supported(path, self.model, self.tokenizer)
         self.check_scores()
         self.packing_checked = False  # True after the first packed rows
@@ -136,7 +143,7 @@ class Policy(nn.Module):
         wanted = mask[:, 1:] if position_ids is None else mask[:, 1:] & (position_ids[:, 1:] > 0)
         hidden = self.hidden_states(input_ids, position_ids)[:, :-1]
         scores = self.score(hidden[wanted], input_ids[:, 1:][wanted], details=details, means=means)
-        return spread(scores, nn.functional.pad(wanted, (1, 0)))
+        return spread_scores(scores, nn.functional.pad(wanted, (1, 0)))
 
     def completion_scores(
         self, batch: PolicyBatch | PreferenceBatch, temperature: float = 1.0, details: bool = False
@@ -184,7 +191,7 @@ class Policy(nn.Module):
             entropy: also return entropies, with gradient.
         """
         mask = batch["completion_mask"]
-        return spread(
+        return spread_scores(
             self.score(states[mask], batch["completion_ids"][mask], temperature, details, entropy=entropy), mask
         )
 
@@ -279,7 +286,7 @@ class Policy(nn.Module):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write model and tokenizer as a Hugging Face folder, with adapters merged into the weights."""
-        (merged(self.model) if self.has_adapters else self.model).save_pretrained(folder)
+        (merge_adapters(self.model) if self.has_adapters else self.model).save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 
     def _score_chunk(
@@ -352,9 +359,37 @@ class Policy(nn.Module):
         return torch.cat([last, hidden], 1)
 
 
-def spread(scores: TokenScores, mask: Tensor) -> TokenScores:
+def spread_scores(scores: TokenScores, mask: Tensor) -> TokenScores:
     """Put the scores [K] of kept positions back into the shape of ``mask`` [N, T] (K True entries), zero elsewhere."""
     zeros = torch.zeros(mask.shape, device=mask.device)
     logprobs, *details = (None if part is None else zeros.masked_scatter(mask, part) for part in scores)
     assert logprobs is not None
     return TokenScores(logprobs, *details)
+
+
+def load_companion(
+    policy: Policy, path: str, role: str, lora: Lora | None = None, may_know_more: bool = False
+) -> Policy:
+    """Load the model at ``path``, without dropout, as a partner of the policy.
+
+    Args:
+        policy: the partner must read its tokens.
+        path: see ``Policy``.
+        role: name of the option that asks for the model, for error messages.
+        lora: adapters to train on the model; None = none.
+        may_know_more: accept a model with more tokens than the policy. Log-probs would then not compare, but values do.
+
+    Raises:
+        ValueError: the model cannot be loaded, or it reads other tokens than the policy.
+    """
+    other = Policy(path, dropout=False, lora=lora, role=role)
+    mine, theirs = policy.tokenizer.get_vocab(), other.tokenizer.get_vocab()
+    if (
+        not may_know_more
+        and len(theirs) > len(mine)
+        or any(theirs.get(token) != number for token, number in mine.items())
+    ):
+        raise ValueError(
+            f"{role}: the tokens of '{path}' are not those of '{policy.path}'; name a model with the same tokenizer"
+        )
+    return other

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from modules.distributed import from_all_ranks
 from modules.networks.frozen import Frozen
+from modules.trainer.ranks import from_all_ranks
 from modules.types import PreferenceBatch
 
 

@@ -38,11 +38,13 @@ class ScalarHead(nn.Module):
             return nn.functional.linear(states.float(), self.weight)
 
 
-def sequence_classifier(model: PreTrainedModel, weight: Tensor, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+def make_sequence_classifier(
+    model: PreTrainedModel, weight: Tensor, tokenizer: PreTrainedTokenizerBase
+) -> PreTrainedModel:
     """Return a copy of the model's backbone with a scalar head, as ``AutoModelForSequenceClassification`` loads it.
 
     Transformers reads the score at the last token that is not the pad token, so ``tokenizer`` must come from
-    ``with_scoring_pad``.
+    ``add_scoring_pad``.
 
     Args:
         model: the causal language model; its output head is left out.
@@ -61,7 +63,7 @@ def sequence_classifier(model: PreTrainedModel, weight: Tensor, tokenizer: PreTr
     return classifier.eval()
 
 
-def with_scoring_pad(tokenizer: PreTrainedTokenizerBase, stop_token_ids: Set[int]) -> PreTrainedTokenizerBase:
+def add_scoring_pad(tokenizer: PreTrainedTokenizerBase, stop_token_ids: Set[int]) -> PreTrainedTokenizerBase:
     """Return a copy of the tokenizer that pads on the right with a token that ends no completion.
 
     It takes the first of pad, unk, bos and the other special tokens that is not in ``stop_token_ids``. If all of them

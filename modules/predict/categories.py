@@ -12,7 +12,7 @@ _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
-def knowledge_category(greedy: Tensor, sampled: Tensor) -> Knowledge:
+def categorise(greedy: Tensor, sampled: Tensor) -> Knowledge:
     """Return how well a model knows a fact that it was asked for with several prompts.
 
     HighlyKnown: every greedy answer is right. MaybeKnown: some greedy answers are right. WeaklyKnown: no greedy answer
@@ -44,11 +44,11 @@ def matches(text: str, answers: Sequence[str]) -> bool:
     Example:
         "The Eiffel Tower.\\nQ: Who" matches ["eiffel tower", "la tour Eiffel"].
     """
-    found = normalized(text.partition("\n")[0])
-    return any(found == normalized(answer) for answer in answers)
+    found = normalise(text.partition("\n")[0])
+    return any(found == normalise(answer) for answer in answers)
 
 
-def normalized(answer: str) -> str:
+def normalise(answer: str) -> str:
     """Normalise an answer as SQuAD does (arXiv 1606.05250): lower case, no ASCII punctuation, no articles, single
     spaces.
 

@@ -8,12 +8,11 @@ from typing import Any
 import torch
 
 from modules.networks.policy import Policy
-from modules.predict.base import PredictModule
-from modules.predict.categories import knowledge_category, matches
+from modules.predict.categories import categorise, matches
+from modules.predict.predict_module import PredictModule
 from modules.rollout.engine import RolloutEngine, Sampling
 from modules.rollout.in_process import InProcessEngine
-from modules.rollout.scoring import sampling_seed
-from modules.seeds import run_seed
+from modules.trainer.seeds import derive_seed, run_seed
 from modules.types import KNOWLEDGE_CATEGORIES, PromptBatch
 
 
@@ -102,7 +101,7 @@ class KnowledgeModule(PredictModule):
                 {
                     "row": info["row"],
                     "uid": uid,
-                    "label": {**info["columns"], "knowledge": knowledge_category(*mine), **shares},
+                    "label": {**info["columns"], "knowledge": categorise(*mine), **shares},
                 }
             )
 
@@ -110,7 +109,7 @@ class KnowledgeModule(PredictModule):
         """Sample answers to the wanted prompts in one call, and return which are right: bool [len(wanted),
         num_generations].
         """
-        seeds = [sampling_seed(self.seed, "knowledge", prompts["uid"][index]) for index in wanted]
+        seeds = [derive_seed(self.seed, "knowledge", prompts["uid"][index]) for index in wanted]
         groups = self.engine.generate(
             [prompts["prompt_ids"][index] for index in wanted], num_generations, sampling, seeds
         )

@@ -5,11 +5,11 @@ from collections import Counter
 from itertools import combinations
 from typing import Any, Protocol, cast, runtime_checkable
 
-from modules.predict.base import PredictModule
-from modules.rewards.chat.judge import JudgedPair, PairwiseJudge, tally, tally_metrics
+from modules.predict.predict_module import PredictModule
+from modules.rewards.chat.judge import JudgedPair, PairwiseJudge, measure_tally, tally
 from modules.rewards.chat.protocol import ChatClient
 from modules.rollout.scoring import make_rollouts
-from modules.types import Completion, PromptBatch, Reward
+from modules.types import Completion, PromptBatch, Reward, as_reward
 
 
 @runtime_checkable
@@ -43,7 +43,7 @@ class LabelModule(PredictModule):
 
     def __init__(self, judge: Reward) -> None:
         super().__init__()
-        self.judge = judge
+        self.judge = as_reward(judge)
         self.done: set[str] = set()
 
     def predict_step(self, prompts: PromptBatch, batch_idx: int) -> None:
@@ -66,7 +66,7 @@ class LabelModule(PredictModule):
             asked["uid"], asked["prompt"], asked["info"], judged, strict=True
         ):
             columns = info.get("columns") or {"prompt": prompt, "completions": info["candidates"]}
-            label = preference_row(uid, columns, scores)
+            label = make_preference_row(uid, columns, scores)
             self.record.labels.append(
                 {"row": info["row"], "uid": uid, "given": info["given"], "counts": counts, "label": label}
             )
@@ -85,8 +85,7 @@ class LabelModule(PredictModule):
         comparisons = iter(judge.compare(pairs))
         judged = [[next(comparisons) for _ in combinations(answers, 2)] for answers in texts]
         return [
-            (shares_of_wins(len(answers), found), dict(tally(found)))
-            for answers, found in zip(texts, judged, strict=True)
+            (share_wins(len(answers), found), dict(tally(found))) for answers, found in zip(texts, judged, strict=True)
         ]
 
     def scored(self, prompts: PromptBatch) -> list[tuple[list[float] | None, dict[str, int]]]:
@@ -115,7 +114,7 @@ class LabelModule(PredictModule):
         return {"judge": describe_judge(self.judge)}
 
 
-def shares_of_wins(num_candidates: int, comparisons: list[JudgedPair]) -> list[float] | None:
+def share_wins(num_candidates: int, comparisons: list[JudgedPair]) -> list[float] | None:
     """Return the mean share of wins of each of K candidates, in [0, 1]; None if one comparison is invalid.
 
     Args:
@@ -134,7 +133,7 @@ def shares_of_wins(num_candidates: int, comparisons: list[JudgedPair]) -> list[f
     return [won / (num_candidates - 1) for won in wins]
 
 
-def preference_row(uid: str, columns: dict[str, Any], scores: list[float] | None) -> dict[str, Any] | None:
+def make_preference_row(uid: str, columns: dict[str, Any], scores: list[float] | None) -> dict[str, Any] | None:
     """Make a row with ranks, 0 = best, from a prompt, its K completions and their scores; None without scores.
 
     Example:
@@ -172,7 +171,7 @@ def summarise_labels(records: list[dict[str, Any]]) -> dict[str, float]:
         one, and ``agreement``, the share of these in which the judge gave the same label; a tie is a label too.
     """
     labels = [record["label"] for record in records if record["label"] is not None]
-    metrics = tally_metrics(sum((Counter(record["counts"]) for record in records), Counter()))
+    metrics = measure_tally(sum((Counter(record["counts"]) for record in records), Counter()))
     metrics |= {
         "rows": float(len(labels)),
         "ties": float(sum(not any(label["ranks"]) for label in labels)),

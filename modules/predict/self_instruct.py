@@ -9,10 +9,10 @@ from collections import Counter
 from random import Random
 from typing import TypedDict
 
-from modules.predict.base import PredictModule
 from modules.predict.instruction_filter import REASONS, InstructionPool
+from modules.predict.predict_module import PredictModule
 from modules.rewards.chat.protocol import ChatClient, Conversation
-from modules.seeds import run_seed
+from modules.trainer.seeds import run_seed
 from modules.types import PromptBatch
 
 LIST_LENGTH = 20  # tasks in a whole list, the examples included

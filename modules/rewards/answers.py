@@ -3,7 +3,7 @@
 import re
 
 
-def final_text(text: str) -> str:
+def cut_final_text(text: str) -> str:
     """Return the part of a completion that may hold the answer: the text after the last ``</think>``.
 
     A completion without these tags is returned whole. One that opens ``<think>`` and never closes it gives "". An
@@ -15,7 +15,7 @@ def final_text(text: str) -> str:
     return "" if "<think>" in text else text
 
 
-def final_answer(answer: str) -> str:
+def cut_final_answer(answer: str) -> str:
     """Return the gold answer without its worked solution, stripped: the text after the last ``####`` (GSM8K's mark), or
     all.
     """

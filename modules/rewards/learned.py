@@ -6,9 +6,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from modules.networks.loading import max_positions
+from modules.networks.loading import read_max_positions
 from modules.networks.policy import Policy
-from modules.rewards.scorers import Scorer, last_states, load_scorer, read_config, row_of, shared_scorer
+from modules.rewards.scorers import Scorer, compute_last_states, load_scorer, load_shared_scorer, make_row, read_config
 from modules.types import Reward, Rollout
 
 Ensemble = Literal["mean", "worst", "uncertainty"]
@@ -80,7 +80,7 @@ class LearnedReward(Reward):
                 self._scorers[path] = load_scorer(path)
         scorers = [self._scorers[path] for path in self.paths]
         return torch.cat(
-            [self._score(scorer, [row_of(scorer, rollout) for rollout in rollouts]) for scorer in scorers], 1
+            [self._score(scorer, [make_row(scorer, rollout) for rollout in rollouts]) for scorer in scorers], 1
         )
 
     def share_backbone(self, policy: Policy) -> list[str]:
@@ -95,7 +95,7 @@ class LearnedReward(Reward):
         check_members(self.paths)
         for path in dict.fromkeys(self.paths):
             if path not in self._scorers or self._scorers[path].model is not policy.model:
-                scorer = shared_scorer(path, policy)
+                scorer = load_shared_scorer(path, policy)
                 if scorer is not None:
                     self._scorers[path] = scorer
         return [path for path, scorer in self._scorers.items() if scorer.model is policy.model]
@@ -104,14 +104,16 @@ class LearnedReward(Reward):
     def _score(self, scorer: Scorer, rows: list[tuple[int, ...]]) -> Tensor:
         """Return the normalised scores [N, heads] of rows of tokens, each distinct row computed once."""
         distinct = sorted(dict.fromkeys(rows), key=len)
-        positions = max_positions(scorer.model.config)
+        positions = read_max_positions(scorer.model.config)
         if positions is not None and len(distinct[-1]) > positions:
             raise ValueError(
                 f"LearnedReward: prompt and completion have {len(distinct[-1])} tokens, but the reward model only "
                 f"{positions} positions; sample shorter completions"
             )
         with torch.autocast(scorer.model.device.type, enabled=False):
-            states = torch.cat([last_states(scorer, chunk) for chunk in chunked(distinct, self.batch_tokens)])
+            states = torch.cat(
+                [compute_last_states(scorer, chunk) for chunk in split_rows(distinct, self.batch_tokens)]
+            )
             raw = nn.functional.linear(states, scorer.weight.to(states.device)).double().cpu()  # [distinct rows, heads]
         place = {row: i for i, row in enumerate(distinct)}
         return ((raw - scorer.mean) / scorer.std)[[place[row] for row in rows]]
@@ -128,7 +130,7 @@ def combine(scores: Tensor, ensemble: Ensemble, uncertainty_weight: float) -> Te
     return mean if ensemble == "mean" else mean - uncertainty_weight * scores.var(1, correction=0)
 
 
-def chunked(rows: Iterable[tuple[int, ...]], batch_tokens: int) -> Iterator[list[tuple[int, ...]]]:
+def split_rows(rows: Iterable[tuple[int, ...]], batch_tokens: int) -> Iterator[list[tuple[int, ...]]]:
     """Yield consecutive rows, sorted by length, of at most ``batch_tokens`` when padded, but at least one row."""
     chunk: list[tuple[int, ...]] = []
     for row in rows:

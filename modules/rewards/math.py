@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 
-from modules.rewards.answers import compile_extractor, final_answer, final_text
+from modules.rewards.answers import compile_extractor, cut_final_answer, cut_final_text
 from modules.rewards.workers.line_worker import LineWorker
 from modules.types import Reward, Rollout
 
@@ -97,7 +97,7 @@ class NumericMatch(Reward):
     Args:
         pattern: regular expression with exactly one group, which must be one number and nothing else. It must match the
             whole completion. None = the last number of the completion, after ``</think>`` if there is one (see
-            ``final_text``).
+            ``cut_final_text``).
         tolerance: >= 0, largest absolute difference that still counts as equal.
         name: label of the metric.
 
@@ -118,7 +118,7 @@ class NumericMatch(Reward):
         return [self._score(rollout.completion.text, rollout.answer) for rollout in rollouts]
 
     def _score(self, text: str, answer: str | None) -> float | None:
-        gold = None if answer is None else _whole_number(final_answer(answer))
+        gold = None if answer is None else _whole_number(cut_final_answer(answer))
         if gold is None:
             return None
         found = self._read(text)
@@ -126,7 +126,7 @@ class NumericMatch(Reward):
 
     def _read(self, text: str) -> Fraction | None:
         if self.pattern is None:
-            return _last_number(final_text(text))
+            return _last_number(cut_final_text(text))
         match = self.pattern.fullmatch(text)
         return _whole_number(match[1]) if match and match[1] else None
 
@@ -134,7 +134,7 @@ class NumericMatch(Reward):
 class MathVerify(Reward):
     """Gives 1.0 when math-verify finds the completion's answer mathematically equal to the gold answer, else 0.0.
 
-    The library searches the text after ``</think>`` (see ``final_text``) by its own rules, boxed answers first. If it
+    The library searches the text after ``</think>`` (see ``cut_final_text``) by its own rules, boxed answers first. If it
     finds nothing to parse, the score is 0.0. The gold answer is the text after its last ``####``, read as LaTeX. Words
     would be read as products of letters, so use ``ExactMatch`` for them. The score is None without a gold answer, when
     the gold answer cannot be parsed, or when there is no verdict in time.
@@ -177,5 +177,5 @@ class MathVerify(Reward):
     def _score(self, text: str, answer: str | None) -> float | None:
         if answer is None:
             return None
-        verdict: float | None = self._worker.ask({"gold": final_answer(answer), "completion": final_text(text)})
+        verdict: float | None = self._worker.ask({"gold": cut_final_answer(answer), "completion": cut_final_text(text)})
         return verdict

@@ -17,8 +17,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from modules.networks.loading import end_of_turn_id
-from modules.networks.lora import ADAPTERS, HEAD_FILE, OtherBackbone, adapter_names, load_adapters, saved_digest, using
+from modules.networks.loading import find_end_of_turn
+from modules.networks.lora import ADAPTERS, HEAD_FILE, OtherBackbone, list_adapters, load_adapters, read_digest, using
 from modules.networks.policy import Policy
 from modules.networks.scalar_head import HEADS_FILE
 from modules.types import Rollout
@@ -72,30 +72,30 @@ def load_scorer(path: str) -> Scorer:
         )
     weight = load_file(heads)["weight"] if heads.is_file() else head.weight.clone()
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    mean, std = moments(model.config, len(weight))
+    mean, std = read_moments(model.config, len(weight))
     return Scorer(model, AutoTokenizer.from_pretrained(path), weight, mean, std)
 
 
-def shared_scorer(path: str, policy: Policy) -> Scorer | None:
+def load_shared_scorer(path: str, policy: Policy) -> Scorer | None:
     """Load the export at ``path`` as adapters beside the policy's own; None if it has no adapters of the policy's
     backbone.
 
     The policy may be in training mode: its dropout is off in reinforcement learning, and loaded adapters have none.
     """
     folder = Path(path) / ADAPTERS
-    if not policy.has_adapters or saved_digest(folder) is None:
+    if not policy.has_adapters or read_digest(folder) is None:
         return None
-    name = next(name for i in count() if (name := f"reward{i}") not in adapter_names(policy.model))
+    name = next(name for i in count() if (name := f"reward{i}") not in list_adapters(policy.model))
     try:
         load_adapters(policy.model, folder, name, trainable=False)
     except OtherBackbone:
         return None
     weight = load_file(folder / HEAD_FILE)["weight"]
-    mean, std = moments(read_config(path), len(weight))
+    mean, std = read_moments(read_config(path), len(weight))
     return Scorer(policy.model, AutoTokenizer.from_pretrained(path), weight, mean, std, name)
 
 
-def moments(config: PreTrainedConfig, heads: int) -> Tensor:
+def read_moments(config: PreTrainedConfig, heads: int) -> Tensor:
     """Return mean and standard deviation [2, heads] of each head's scores, float64; 0 and 1 if a single head has none
     stored.
     """
@@ -106,7 +106,7 @@ def moments(config: PreTrainedConfig, heads: int) -> Tensor:
     )
 
 
-def last_states(scorer: Scorer, rows: list[tuple[int, ...]]) -> Tensor:
+def compute_last_states(scorer: Scorer, rows: list[tuple[int, ...]]) -> Tensor:
     """Return the hidden state [N, H] at the last token of each row.
 
     Transformers' own pooling would take a closing eos for padding if the pad token is eos.
@@ -120,7 +120,7 @@ def last_states(scorer: Scorer, rows: list[tuple[int, ...]]) -> Tensor:
     return hidden[torch.arange(len(rows), device=device), lengths - 1]
 
 
-def row_of(scorer: Scorer, rollout: Rollout) -> tuple[int, ...]:
+def make_row(scorer: Scorer, rollout: Rollout) -> tuple[int, ...]:
     """Return the tokens of prompt and completion in the reward model's vocabulary."""
     tokenizer, completion = scorer.tokenizer, rollout.completion
     if reads(scorer, rollout.prompt_ids, rollout.prompt, special=True):
@@ -130,9 +130,9 @@ def row_of(scorer: Scorer, rollout: Rollout) -> tuple[int, ...]:
             return (*rollout.prompt_ids, *completion.token_ids)
         prompt = rollout.prompt_ids
     else:
-        prompt = with_bos(tokenizer, rollout.prompt)
+        prompt = add_bos(tokenizer, rollout.prompt)
     ids = tokenizer(completion.text, add_special_tokens=False, verbose=False).input_ids
-    return (*prompt, *ids, *([end_id(tokenizer, prompt)] if completion.finish == "stop" else []))
+    return (*prompt, *ids, *([find_end_id(tokenizer, prompt)] if completion.finish == "stop" else []))
 
 
 def reads(scorer: Scorer, ids: list[int], text: str, special: bool = False, cut: bool = False) -> bool:
@@ -154,14 +154,14 @@ def reads(scorer: Scorer, ids: list[int], text: str, special: bool = False, cut:
     return found == text or (cut and found.startswith(text))
 
 
-def with_bos(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+def add_bos(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     """Return the tokens of a prompt, with one BOS in front if the tokenizer itself adds one."""
     ids, bos = list(tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids), tokenizer.bos_token_id
     adds_bos = bos is not None and tokenizer("").input_ids[:1] == [bos]
     return [bos, *ids] if adds_bos and ids[:1] != [bos] else ids
 
 
-def end_id(tokenizer: PreTrainedTokenizerBase, prompt: list[int]) -> int:
+def find_end_id(tokenizer: PreTrainedTokenizerBase, prompt: list[int]) -> int:
     """Return the token that ends a completion of this prompt: the end-of-turn token of a chat, else eos."""
-    turn = end_of_turn_id(tokenizer)
+    turn = find_end_of_turn(tokenizer)
     return turn if turn is not None and turn in prompt else int(tokenizer.eos_token_id)  # type: ignore[arg-type]

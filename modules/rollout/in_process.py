@@ -9,12 +9,12 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from modules.modes import evaluating
 from modules.rollout.continuous import ContinuousBatch
 from modules.rollout.decode import supports
 from modules.rollout.engine import RolloutEngine, SampledPolicy, Sampling, check_request
 from modules.rollout.ledger import Ledger
 from modules.rollout.static import run_static
+from modules.trainer.modes import evaluating
 from modules.types import Completion
 
 PARITY = 1e-3  # nats; the log-probs of our decode step and of the Hugging Face forward may differ by less than this

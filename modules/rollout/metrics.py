@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modules.distributed import from_all_ranks
 from modules.functional.advantages import zero_std_fraction
 from modules.functional.diagnostics import pass_at_k
+from modules.trainer.ranks import from_all_ranks
 from modules.types import Outcome, Reward, Rollout
 
 
-def outcomes(rollouts: Sequence[Rollout], accuracy: Reward | None = None) -> list[Outcome]:
+def make_outcomes(rollouts: Sequence[Rollout], accuracy: Reward | None = None) -> list[Outcome]:
     """Return one outcome per rollout, in order.
 
     Args:
@@ -39,7 +39,7 @@ def outcomes(rollouts: Sequence[Rollout], accuracy: Reward | None = None) -> lis
     ]
 
 
-def rollout_metrics(found: Sequence[Outcome]) -> dict[str, float]:
+def measure_rollouts(found: Sequence[Outcome]) -> dict[str, float]:
     """Compute the metrics of rewards, lengths (tokens), entropy (nats per token) and KL (nats per completion).
 
     Completions without a score are counted as ``unscorable`` and left out of the reward metrics.
@@ -107,7 +107,7 @@ def std(values: Tensor) -> float:
     return float(kept.std()) if len(kept) > 1 else 0.0
 
 
-def gap_metrics(mask: Tensor, old_logprobs: Tensor, sampler_logprobs: Tensor, kl: Tensor | None) -> dict[str, float]:
+def measure_gaps(mask: Tensor, old_logprobs: Tensor, sampler_logprobs: Tensor, kl: Tensor | None) -> dict[str, float]:
     """Measure how far the sampler's log-probs are from the trainer's, over the tokens of all ranks (collective).
 
     Args:

@@ -1,6 +1,5 @@
 """Turns sampled completions into what a policy loss needs: records, rewards and padded tensors."""
 
-import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import cast
@@ -8,19 +7,10 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from modules.rewards.weighted_sum import breakdown
+from modules.rewards.combined import breakdown
 from modules.types import Completion, PolicyBatch, PromptBatch, Reward, Rollout
 
 SCORING_TOKENS = 16384  # padded tokens of one forward without gradients
-
-
-def sampling_seed(seed: int, phase: str, uid: str) -> int:
-    """Return the seed of a prompt's first completion, in [0, 2**62).
-
-    It depends on the run's seed, the phase and the prompt, and on no rank or batch.
-    """
-    digest = hashlib.blake2b(f"{seed}/{phase}/{uid}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 2
 
 
 def make_rollouts(prompts: PromptBatch, completions: list[list[Completion]], reward: Reward | None) -> list[Rollout]:
@@ -58,7 +48,7 @@ def make_rollouts(prompts: PromptBatch, completions: list[list[Completion]], rew
     ]
 
 
-def to_batch(rollouts: list[Rollout], device: torch.device) -> PolicyBatch:
+def make_batch(rollouts: list[Rollout], device: torch.device) -> PolicyBatch:
     """Make the tensors of a phase that rollouts alone determine, each prompt once.
 
     Log-probs and advantages are added later.
@@ -96,7 +86,7 @@ def pad_rows(rows: list[list[int]], device: torch.device) -> tuple[Tensor, Tenso
     return ids.to(device), mask.to(device)
 
 
-def in_chunks(score: Callable[[PolicyBatch], tuple[Tensor, ...]], batch: PolicyBatch) -> tuple[Tensor, ...]:
+def score_in_chunks(score: Callable[[PolicyBatch], tuple[Tensor, ...]], batch: PolicyBatch) -> tuple[Tensor, ...]:
     """Apply ``score`` to whole groups of at most ``SCORING_TOKENS`` padded tokens at a time; each result is [N, Tc].
 
     A group that is larger is scored alone. Equal completions of a prompt are scored once, because late in training most
@@ -107,11 +97,11 @@ def in_chunks(score: Callable[[PolicyBatch], tuple[Tensor, ...]], batch: PolicyB
     distinct, copies = rows.unique(dim=0, return_inverse=True)  # sorted, so still by prompt
     mask = torch.arange(batch["completion_ids"].shape[1], device=rows.device) < distinct[:, 1:2]
     once = {**batch, "prompt_index": distinct[:, 0], "completion_ids": distinct[:, 2:], "completion_mask": mask}
-    parts = [score(part) for part in prompt_chunks(cast(PolicyBatch, once))]
+    parts = [score(part) for part in split_prompts(cast(PolicyBatch, once))]
     return tuple(torch.cat(column)[copies] for column in zip(*parts, strict=True))
 
 
-def prompt_chunks(batch: PolicyBatch) -> Iterable[PolicyBatch]:
+def split_prompts(batch: PolicyBatch) -> Iterable[PolicyBatch]:
     """Yield consecutive prompts with their completions; rows must be ordered by prompt."""
     index, width = batch["prompt_index"], batch["prompt_ids"].shape[1] + batch["completion_ids"].shape[1]
     rows_per_prompt = index.bincount(minlength=len(batch["prompt_ids"]))
@@ -123,7 +113,7 @@ def prompt_chunks(batch: PolicyBatch) -> Iterable[PolicyBatch]:
         yield cast(PolicyBatch, part | {"prompt_index": index[rows] - start})
 
 
-def with_sums(rollouts: list[Rollout], entropies: Tensor, kl: Tensor | None, mask: Tensor) -> list[Rollout]:
+def add_sums(rollouts: list[Rollout], entropies: Tensor, kl: Tensor | None, mask: Tensor) -> list[Rollout]:
     """Add each rollout's mean token entropy and its summed log-ratio to the start policy.
 
     Args:

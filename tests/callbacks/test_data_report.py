@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from callbacks.data_report import DataReport, documents_of, languages, markdown, table
+from callbacks.data_report import DataReport, find_documents, guess_languages, write_markdown_table, write_table
 from datamodules import InstructionDataModule, PreferenceDataModule
 from datamodules.loaders.preference_rows import PreferenceTokens
 from datamodules.sources import Row, Source
@@ -126,12 +126,12 @@ def test_validate_reports_too(tmp_path: Path) -> None:
 
 def test_packed_rows_and_preferences_become_documents() -> None:
     packed = Tokens([5, 6, 7, 8, 9], [False, True, False, False, True], (2, 3))
-    assert [(document.ids, document.prompt, document.answers) for document in documents_of(packed)] == [
+    assert [(document.ids, document.prompt, document.answers) for document in find_documents(packed)] == [
         ([5, 6], (), [[6]]),  # one token before what is learned: a text
         ([7, 8, 9], [7, 8], [[9]]),
     ]
     compared = PreferenceTokens([5, 6], [[7, 2], [8, 9, 2]], [0, 1], None, "here:1")
-    assert [(document.prompt, document.answers) for document in documents_of(compared)] == [
+    assert [(document.prompt, document.answers) for document in find_documents(compared)] == [
         ([5, 6], [[7, 2]]),
         ([5, 6], [[8, 9, 2]]),
     ]
@@ -169,13 +169,13 @@ def test_a_fast_dev_run_writes_no_file(tmp_path: Path, capsys: pytest.CaptureFix
 
 def test_languages_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "py3langid", None)
-    assert languages(["some text"]) is None
+    assert guess_languages(["some text"]) is None
 
 
 def test_languages_are_shares_of_texts_with_letters() -> None:
     pytest.importorskip("py3langid", reason="the extra language is not installed")
-    assert languages([GERMAN, ENGLISH, ENGLISH, "1 + 1", ""]) == {"en": 2 / 3, "de": 1 / 3}
-    assert languages(["12"]) == {}
+    assert guess_languages([GERMAN, ENGLISH, ENGLISH, "1 + 1", ""]) == {"en": 2 / 3, "de": 1 / 3}
+    assert guess_languages(["12"]) == {}
 
 
 def test_cells_are_safe_in_both_tables() -> None:
@@ -204,10 +204,10 @@ def test_cells_are_safe_in_both_tables() -> None:
         "output_length": {"min": 1.0},
         "languages": None,
     }
-    lines = table({"train": {**report, "first_words": {"a|b": 1.0}}})
+    lines = write_table({"train": {**report, "first_words": {"a|b": 1.0}}})
     assert ["languages of answers", "unknown: pip install 'lightning-align[language]'"] in lines
     assert ["also held out", "-"] in lines
-    assert "| first words of answers | a&#124;b 100.0% |" in markdown(lines)
+    assert "| first words of answers | a&#124;b 100.0% |" in write_markdown_table(lines)
 
 
 def test_a_folder_is_refused(tmp_path: Path) -> None:

@@ -4,16 +4,16 @@ import pytest
 
 from callbacks.measures.documents import (
     Document,
-    concerns,
+    count_repeats,
+    find_concerns,
+    find_leaks,
     fingerprint,
     first_word,
-    leaked,
-    left_out_share,
-    length_summary,
-    repeats,
-    split_report,
+    report_split,
+    report_texts,
+    share_left_out,
     split_row,
-    text_report,
+    summarise_lengths,
 )
 
 
@@ -49,11 +49,11 @@ def test_repeats_by_hand() -> None:
     group = [document(a, [7]), document(a, [7]), document(a, [7]), document(a, [8]), document(a, [9]), document(b, [7])]
     # Three equal ones: two are repeats. Prompt a has the answers 7, 8 and 9: two more than one. Not 4, which counts the
     # repeats again.
-    assert repeats(group) == (2, 2) != (2, 4)
-    assert repeats(group[::-1]) == (2, 2)
-    assert repeats([document([1], [2, 3]), document([1], [4, 5])]) == (0, 0)  # texts
-    assert repeats([]) == (0, 0)
-    assert repeats([document([1, 2], [3, 4]), document([1, 2, 3], [4])]) == (
+    assert count_repeats(group) == (2, 2) != (2, 4)
+    assert count_repeats(group[::-1]) == (2, 2)
+    assert count_repeats([document([1], [2, 3]), document([1], [4, 5])]) == (0, 0)  # texts
+    assert count_repeats([]) == (0, 0)
+    assert count_repeats([document([1, 2], [3, 4]), document([1, 2, 3], [4])]) == (
         1,
         0,
     )  # tokens, not what is learned of them
@@ -67,16 +67,16 @@ def test_ids_are_known_by_their_order_and_size() -> None:
 def test_leakage_counts_training_documents() -> None:
     train = [document([1, 2], [3]), document([1, 2], [3]), document([1, 2], [4])]
     val = [document([1, 2], [3]), document([9, 2], [3])]
-    assert leaked(train, val) == 2 != leaked(val, train) == 1
+    assert find_leaks(train, val) == 2 != find_leaks(val, train) == 1
 
 
 def test_lengths_by_hand() -> None:
     # Sorted 1 2 3 10: median halfway between 2 and 3; p95 at place 0.95 * 3 = 2.85: 3 + 0.85 * 7 = 8.95.
-    assert length_summary([3, 1, 10, 2]) == pytest.approx(
+    assert summarise_lengths([3, 1, 10, 2]) == pytest.approx(
         {"min": 1, "median": 2.5, "mean": 4, "p95": 8.95, "max": 10}, abs=1e-9
     )
-    assert length_summary([7]) == {"min": 7, "median": 7, "mean": 7, "p95": 7, "max": 7}
-    assert length_summary([]) == {}
+    assert summarise_lengths([7]) == {"min": 7, "median": 7, "mean": 7, "p95": 7, "max": 7}
+    assert summarise_lengths([]) == {}
 
 
 def test_texts_by_hand() -> None:
@@ -88,12 +88,12 @@ def test_texts_by_hand() -> None:
         "3.5 percent - or so",
         "",
     ]
-    found = text_report(texts)
+    found = report_texts(texts)
     assert found["list_share"] == 2 / 6
     assert found["refusal_share"] == 1 / 6
     assert found["opener_share"] == 2 / 6
     assert found["first_words"] == {"sure": 2 / 6, "i\N{RIGHT SINGLE QUOTATION MARK}m": 1 / 6, "1": 1 / 6, "3.5": 1 / 6}
-    assert text_report([])["list_share"] == 0.0
+    assert report_texts([])["list_share"] == 0.0
     assert first_word("  **Sure**, I can") == "sure"
     assert first_word(" - \n") == ""
 
@@ -111,7 +111,7 @@ def test_a_report_by_hand() -> None:
         document([8, 8, 8, 8], [end]),  # nothing
         document([8, 8, 8], [2, 2, end]),  # white space
     ]
-    report = split_report(3, documents, {end}, decode, limit=5)
+    report = report_split(3, documents, {end}, decode, limit=5)
     assert (report["rows"], report["documents"], report["tokens"], report["answers"]) == (3, 5, 5 + 5 + 4 + 5 + 6, 5)
     assert report["supervised_share"] == 12 / 25
     assert (report["duplicates"], report["duplicate_share"], report["same_prompt"]) == (1, 1 / 5, 1)
@@ -135,11 +135,11 @@ def test_concerns_begin_at_their_limits() -> None:
         "bad": 2,
         "leaked": 0,
     }
-    assert left_out_share(fine) == 5 / 100
-    assert concerns("train", fine) == []
-    assert concerns("train", {key: value for key, value in fine.items() if key != "leaked"}) == []
-    (one,) = concerns("train", fine | {"duplicates": 1, "duplicate_share": 0.0101})
+    assert share_left_out(fine) == 5 / 100
+    assert find_concerns("train", fine) == []
+    assert find_concerns("train", {key: value for key, value in fine.items() if key != "leaked"}) == []
+    (one,) = find_concerns("train", fine | {"duplicates": 1, "duplicate_share": 0.0101})
     assert one == "train data: 1 of 95 documents repeat an earlier one, token by token"
-    (one,) = concerns("val", fine | {"dropped": 4})
+    (one,) = find_concerns("val", fine | {"dropped": 4})
     assert one.startswith("val data: 5.9% of the rows are left out: 4 too long, 2 unreadable")  # 6 / 101
-    assert len(concerns("train", fine | {"leaked": 1, "empty_outputs": 1, "bad": 3, "duplicate_share": 1.0})) == 4
+    assert len(find_concerns("train", fine | {"leaked": 1, "empty_outputs": 1, "bad": 3, "duplicate_share": 1.0})) == 4

@@ -15,7 +15,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from callbacks.forgetting import Forgetting, metrics
+from callbacks.forgetting import Forgetting, measure_forgetting
 from datamodules import AdditionPairs, InstructionDataModule, PreferenceDataModule
 from datamodules.sources import Row, Source
 from datamodules.tokens.chat import Tokens
@@ -83,7 +83,7 @@ def events(request: pytest.FixtureRequest) -> Any:
 
 
 def test_metrics_by_hand() -> None:
-    found = metrics({"a": 1.5, "b": 0.5, "c": 2.0, "d": 1.0}, {"a": 1.0, "b": 1.0, "c": 2.0})
+    found = measure_forgetting({"a": 1.5, "b": 0.5, "c": 2.0, "d": 1.0}, {"a": 1.0, "b": 1.0, "c": 2.0})
     # Forgetting 0.5, -0.5 and 0: what b gained does not make up for what a lost, so the mean is 0.5 / 3 and not 0.
     assert found == pytest.approx(
         {
@@ -95,8 +95,8 @@ def test_metrics_by_hand() -> None:
         },
         abs=1e-12,
     )
-    assert metrics({"a": 1.0}, {}) == {"val/perplexity/a": pytest.approx(math.e)}
-    assert metrics({"a": 1000.0}, {})["val/perplexity/a"] == math.inf
+    assert measure_forgetting({"a": 1.0}, {}) == {"val/perplexity/a": pytest.approx(math.e)}
+    assert measure_forgetting({"a": 1000.0}, {})["val/perplexity/a"] == math.inf
 
 
 def test_learning_one_domain_costs_the_other(tmp_path: Path, events: Any) -> None:

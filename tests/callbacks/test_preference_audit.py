@@ -16,7 +16,13 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
-from callbacks.preference_audit import PreferenceAudit, reliability, smells_of_length, summarise, table
+from callbacks.preference_audit import (
+    PreferenceAudit,
+    measure_reliability,
+    smells_of_length,
+    summarise,
+    write_audit_table,
+)
 from modules.types import Record, ScoredPair
 
 pytestmark = pytest.mark.filterwarnings("ignore:audit")
@@ -257,10 +263,10 @@ def test_reliability_by_hand() -> None:
     # sigma(log 3) = 3/4 is in (0.7, 0.8]: 1 of 2 right. sigma(log 19) = 19/20 is in (0.9, 1.0]: 1 of 1. A tie is half
     # right, at confidence 1/2.
     delta = torch.tensor([3.0, 1 / 3, 19.0, 1.0], dtype=torch.float64).log()
-    confidence, accuracy = reliability(delta)
+    confidence, accuracy = measure_reliability(delta)
     assert confidence.tolist() == pytest.approx([1 / 2, 3 / 4, 19 / 20], abs=1e-9)
     assert accuracy.tolist() == [1 / 2, 1 / 2, 1.0]
-    assert table({"ece": 0.25}) == "| measure | value |\n|---|---|\n| ece | 0.250 |"
+    assert write_audit_table({"ece": 0.25}) == "| measure | value |\n|---|---|\n| ece | 0.250 |"
 
 
 def test_what_cannot_be_audited_is_refused_before_training(tmp_path: Path) -> None:

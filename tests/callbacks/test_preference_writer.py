@@ -21,7 +21,7 @@ from datamodules.predict.candidates import CandidatesDataModule
 from datamodules.sources import Files
 from modules import SFTModule
 from modules.__main__ import main
-from modules.predict.label import LabelModule, shares_of_wins, summarise_labels
+from modules.predict.label import LabelModule, share_wins, summarise_labels
 from modules.rewards.chat.clients import HttpChat, LocalChat
 from modules.rewards.chat.judge import JudgedPair, PairwiseJudge
 
@@ -106,7 +106,7 @@ def test_more_than_two_candidates_are_all_compared(tmp_path: Path, chat_server: 
     # wins: bbb 3 of 3; aa and cc one tie and one win, 1.5 of 3; the empty one none
     assert (row["scores"], row["ranks"]) == ([0.5, 1.0, 0.5, 0.0], [1, 0, 1, 3])
     assert len(server.requests) == 2 * 6  # C(4, 2) pairs in both orders
-    assert shares_of_wins(3, [JudgedPair(1.0), JudgedPair(None), JudgedPair(0.0)]) is None
+    assert share_wins(3, [JudgedPair(1.0), JudgedPair(None), JudgedPair(0.0)]) is None
 
 
 def test_a_run_that_stopped_goes_on_and_asks_nothing_twice(

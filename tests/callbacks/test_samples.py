@@ -8,7 +8,7 @@ import pytest
 from tensorboard.plugin_util import markdown_to_safe_html
 
 from callbacks import Samples
-from callbacks.samples import markdown, spread
+from callbacks.samples import pick_spread, write_sections
 
 HOSTILE = "a | b\n\n```\n<script>alert(1)</script> <img src=x onerror=alert(2)>\n`tick` **bold** [link](javascript:alert(3))\n---\r\n# title\x0b| x"
 
@@ -41,12 +41,12 @@ def test_texts_appear_every_n_phases_and_at_the_end(make: Any, fit: Any) -> None
 
 def test_samples_show_different_prompts(make: Any) -> None:
     rollouts = [make(group=i // 4) for i in range(16)]
-    assert [rollout.group for rollout in spread(rollouts, 4)] == [0, 1, 2, 3]
-    assert spread(rollouts[:3], 4) == rollouts[:3]
+    assert [rollout.group for rollout in pick_spread(rollouts, 4)] == [0, 1, 2, 3]
+    assert pick_spread(rollouts[:3], 4) == rollouts[:3]
 
 
 def test_hostile_text_is_shown_and_not_obeyed(make: Any) -> None:
-    html = markdown_to_safe_html(markdown([make(text=HOSTILE)]))
+    html = markdown_to_safe_html(write_sections([make(text=HOSTILE)]))
     assert "<script" not in html
     assert "<img" not in html
     assert "<h1" not in html
@@ -67,7 +67,7 @@ def test_hostile_text_is_shown_and_not_obeyed(make: Any) -> None:
 
 def test_names_cannot_break_the_table(make: Any) -> None:
     rollout = dataclasses.replace(make(), uid="<b>row</b>\n# 1", rewards={"a|b`c`<i>*d*\n_e_": 0.5})
-    text = markdown([rollout])
+    text = write_sections([rollout])
     assert "<" not in text  # not left to the reader of the text to clean up
     html = markdown_to_safe_html(text)
     assert html.count("<tr>") == 3

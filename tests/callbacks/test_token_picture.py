@@ -17,11 +17,11 @@ from callbacks.token_picture import (
     PictureRow,
     Piece,
     TokenPicture,
-    as_text,
-    draw,
-    lines_of,
-    pieces_of,
-    rows_of,
+    cut_pieces,
+    draw_tokens,
+    find_rows,
+    style_pieces,
+    wrap_pieces,
 )
 from datamodules import InstructionDataModule
 from datamodules.sources import Row as SourceRow
@@ -96,10 +96,10 @@ def test_rows_come_from_the_masks() -> None:
         "attention_mask": torch.tensor([[1, 1, 1, 1, 1, 0], [1, 1, 1, 0, 0, 0]]),
         "loss_mask": torch.tensor([[0, 1, 0, 0, 1, 0], [0, 0, 0, 0, 0, 0]]).bool(),
     }
-    first, second = rows_of(batch)
+    first, second = find_rows(batch)
     assert first == PictureRow([5, 6, 7, 8, 9], [False, True, False, False, True], [0])
     assert second == PictureRow([5, 0, 6], [False] * 3, [0])
-    packed, _ = rows_of({**batch, "position_ids": torch.tensor([[0, 1, 0, 1, 2, 0], [0, 1, 2, 0, 0, 0]])})
+    packed, _ = find_rows({**batch, "position_ids": torch.tensor([[0, 1, 0, 1, 2, 0], [0, 1, 2, 0, 0, 0]])})
     assert packed.starts == [0, 2]  # not 5, which is padding
 
 
@@ -111,24 +111,24 @@ def test_completions_stand_behind_their_prompts() -> None:
         "completion_mask": torch.tensor([[True, True], [True, False], [True, True]]),
         "prompt_index": torch.tensor([1, 0, 0]),
     }
-    assert [found.ids for found in rows_of(batch)] == [[7, 8, 9], [5, 6, 10], [5, 6, 11, 12]]
-    assert rows_of(batch)[1].learned == [False, False, True]
-    assert rows_of({"prompt_ids": batch["prompt_ids"]}) == []
+    assert [found.ids for found in find_rows(batch)] == [[7, 8, 9], [5, 6, 10], [5, 6, 11, 12]]
+    assert find_rows(batch)[1].learned == [False, False, True]
+    assert find_rows({"prompt_ids": batch["prompt_ids"]}) == []
 
 
 def test_characters_of_several_tokens_and_white_space() -> None:
-    pieces = pieces_of(TOKENIZER, row("a b\tc", "ü\n日"))
+    pieces = cut_pieces(TOKENIZER, row("a b\tc", "ü\n日"))
     assert text(pieces, "context") == "a\N{MIDDLE DOT}b\N{RIGHTWARDS ARROW}c"
     assert [piece.text for piece in pieces if piece.kind == "learned"] == ["ü", RETURN, "日"]
     half = PictureRow(TOKENIZER("日", add_special_tokens=False).input_ids, [False, True, True], [0])
-    assert [piece.kind for piece in pieces_of(TOKENIZER, half)] == [
+    assert [piece.kind for piece in cut_pieces(TOKENIZER, half)] == [
         "context",
         "learned",
     ]  # nothing is coloured that is not learned
 
 
 def test_documents_are_parted() -> None:
-    pieces = pieces_of(TOKENIZER, row("ab", "cd", (0, 3)))
+    pieces = cut_pieces(TOKENIZER, row("ab", "cd", (0, 3)))
     assert [(piece.text, piece.kind) for piece in pieces if piece.kind != "mark"] == [
         ("a", "context"),
         ("b", "context"),
@@ -140,24 +140,24 @@ def test_documents_are_parted() -> None:
 
 
 def test_long_rows_show_what_is_learned() -> None:
-    first, *shown, last = pieces_of(TOKENIZER, row("p" * 900, "x" * 250))
+    first, *shown, last = cut_pieces(TOKENIZER, row("p" * 900, "x" * 250))
     assert (first.text, last.text) == (
         "(700 tokens before)\n",
         "\n(50 tokens behind)",
     )  # 200 of context before token 900, 400 in all
     assert (text(shown, "context"), text(shown, "learned")) == ("p" * 200, "x" * 200)
-    first, *shown = pieces_of(TOKENIZER, row("p" * 500, "x" * 10))
+    first, *shown = cut_pieces(TOKENIZER, row("p" * 500, "x" * 10))
     assert (first.text, len(shown)) == ("(110 tokens before)\n", MAX_TOKENS)  # to the end
-    assert pieces_of(TOKENIZER, row("p", "x"))[0].kind == "context"
+    assert cut_pieces(TOKENIZER, row("p", "x"))[0].kind == "context"
 
 
 def test_colours_and_brackets() -> None:
     pieces = [Piece("row\n", "mark"), Piece("[bold]", "context"), Piece("y", "learned"), Piece("es", "learned")]
-    plain = as_text(pieces, marked=False)
+    plain = style_pieces(pieces, marked=False)
     assert plain.plain == "row\n[bold]yes"
     assert {plain.plain[span.start : span.end]: str(span.style) for span in plain.spans}["yes"] == "black on green"
     brackets = "\N{MATHEMATICAL LEFT WHITE SQUARE BRACKET}yes\N{MATHEMATICAL RIGHT WHITE SQUARE BRACKET}"
-    assert as_text(pieces, marked=True).plain == f"row\n[bold]{brackets}"
+    assert style_pieces(pieces, marked=True).plain == f"row\n[bold]{brackets}"
 
 
 def test_lines_wrap_and_join() -> None:
@@ -167,7 +167,7 @@ def test_lines_wrap_and_join() -> None:
         Piece("b", "learned"),
         Piece(f"c{RETURN}d", "learned"),
     ]
-    assert lines_of(pieces) == [
+    assert wrap_pieces(pieces) == [
         [Piece("a" * (WIDTH - 1), "context")],  # the wide character does not fit in the last column
         [Piece("日", "context"), Piece("bc\N{RETURN SYMBOL}", "learned")],
         [Piece("d", "learned")],
@@ -175,7 +175,7 @@ def test_lines_wrap_and_join() -> None:
 
 
 def test_the_figure_draws_text_as_it_is() -> None:
-    figure = draw([[Piece("$x$ ", "context"), Piece("a_b", "learned")], [Piece("c", "learned")]])
+    figure = draw_tokens([[Piece("$x$ ", "context"), Piece("a_b", "learned")], [Piece("c", "learned")]])
     (axes,) = figure.axes
     drawn = [found for found in axes.texts if isinstance(found, Drawn)]
     assert [found.get_text() for found in drawn] == ["$x$ ", "a_b", "c"]

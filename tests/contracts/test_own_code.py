@@ -1,28 +1,30 @@
 """A user's own classes and functions, from the folder that they work in."""
 
+import inspect
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from modules import GRPOModule
 from modules.__main__ import main
-from modules.rewards.function import FunctionReward
-from modules.types import Completion, Reward, Rollout
+from modules.cli.choices import CLASSES
+from modules.cli.parser import takes_reward
+from modules.on_policy import Validation
+from modules.types import Completion, FunctionReward, Reward, Rollout
 
 ROOT = Path(__file__).parents[2]
 MINE = '''
-from collections.abc import Sequence
-
 from lightning.pytorch import Callback
 
 from datamodules import InstructionDataModule
 from modules import SFTModule
-from modules.losses import Sigmoid
-from modules.types import Reward, Rollout
 
 
 def few_letters(prompts, completions, answers, **columns):
@@ -32,13 +34,6 @@ def few_letters(prompts, completions, answers, **columns):
 
 def as_in_trl(completions, ground_truth, level, **kwargs):
     return [float(truth in text) + int(number) for text, truth, number in zip(completions, ground_truth, level)]
-
-
-class MyReward(Reward):
-    name = "mine"
-
-    def __call__(self, rollouts: Sequence[Rollout]) -> list[float | None]:
-        return [1.0 for _ in rollouts]
 
 
 class MyCallback(Callback):
@@ -54,10 +49,6 @@ class MyDataModule(InstructionDataModule):
 
 
 class MySFT(SFTModule):
-    """Theirs."""
-
-
-class MyLoss(Sigmoid):
     """Theirs."""
 '''
 SHORT = [
@@ -95,9 +86,6 @@ def test_classes_are_named_by_path(tmp_path):
         f"--trainer.callbacks={json.dumps(callback)}",
     )
     assert Path("said").read_text() == "MySFT MyDataModule"
-    fit("dpo", "--model.objective=my_package.MyLoss", "--data.val=null")
-    few = ["--data.prompts_per_phase=2", "--model.num_generations=2"]
-    fit("grpo", "--model.reward=my_package.MyReward", *few)
 
 
 def test_a_function_is_a_reward_wherever_one_is_asked_for():
@@ -142,11 +130,31 @@ def forgets(completions):
     """Return nothing."""
 
 
-def test_a_function_is_a_reward_from_python():
+def take_reward(kind: Callable[..., Any]) -> list[str]:
+    """Return the names of the arguments that take a reward."""
+    return [name for name in inspect.signature(kind).parameters if takes_reward(kind, name)]
+
+
+TAKERS = [kind for kind in CLASSES if take_reward(kind) and kind is not FunctionReward]
+
+
+@pytest.mark.parametrize("kind", TAKERS, ids=lambda kind: kind.__name__)
+def test_a_function_is_a_reward_from_python(kind):
     from my_package import few_letters
 
-    module = GRPOModule("tiny", reward=few_letters)
-    assert isinstance(module.reward, FunctionReward)
+    (argument,) = take_reward(kind)
+    needed = {"policy": "tiny"} if "policy" in inspect.signature(kind).parameters else {}
+    given = [few_letters] if argument == "rewards" else few_letters
+    made = kind(**needed, **({"per_token": 0.1} if kind.__name__ == "LengthPenalty" else {}), **{argument: given})
+    (found,) = made.rewards if argument == "rewards" else [getattr(made, argument)]
+    assert isinstance(found, FunctionReward) and found([rollout("a 3", "3")]) == [-3.0]
+
+
+def test_a_function_decides_right_or_wrong_and_need_not_be_a_plain_one():
+    from my_package import few_letters
+
+    module = GRPOModule("tiny", reward=partial(few_letters), validation=Validation(accuracy=few_letters))
+    assert isinstance(module.reward, FunctionReward) and isinstance(module.accuracy, FunctionReward)
     assert isinstance(few_letters, Reward)
 
 

@@ -11,7 +11,7 @@ from modules.__main__ import main
 TINY = Path(__file__).parents[2] / "configs" / "tiny"
 FILE = """
 from modules.functional.masked import aggregate
-from modules.losses import PairObjective, PolicyObjective, TokenMean
+from modules.losses import PolicyObjective, TokenMean
 
 
 class Reinforce(PolicyObjective):
@@ -21,11 +21,6 @@ class Reinforce(PolicyObjective):
     def __call__(self, logprobs, batch):
         losses = -self.scale * batch["advantages"] * logprobs
         return aggregate(losses, batch["completion_mask"], batch["denominator"]), {"scale": logprobs.new_tensor(self.scale)}
-
-
-class Square(PairObjective):
-    def losses(self, chosen, rejected, beta):
-        return (1 - beta * (chosen.log_ratio - rejected.log_ratio)).square()
 
 
 def centered(rewards, group):
@@ -73,16 +68,3 @@ def test_a_policy_loss_and_an_advantage(run):
         "--data.prompts_per_phase=4",
     )
     assert logged["train/scale"] == 2 and math.isfinite(logged["train/policy_loss"])
-
-
-def test_a_loss_on_pairs(run):
-    logged = run(
-        "own_pair_loss",
-        f"--config={TINY / 'dpo.yaml'}",
-        "--model.objective=own_pair_loss.Square",
-        "--model.nll_weight=0",
-        "--model.cache_dir=null",
-        "--data.train.num_examples=40",
-        "--data.batch_size=8",
-    )
-    assert logged["train/loss"] == pytest.approx(1.0, abs=1e-4)  # h is 0 at the first step

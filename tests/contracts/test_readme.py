@@ -48,7 +48,7 @@ LIMITS = {
             "--trainer.max_epochs=1",
             "--trainer.check_val_every_n_epoch=1",
             "--trainer.limit_val_batches=1",
-            "--model.ptx_coef=1",
+            "--model.incentives.ptx=1",
         ),
         *(
             "--data.ptx.train=NumberTexts",

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 import datamodules
 import modules
 from modules.__main__ import main
-from modules.seeds import run_seed
+from modules.trainer.seeds import run_seed
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 FEW = ["--data.prompts_per_phase=4", "--model.num_generations=4", "--data.train.num_examples=40"]

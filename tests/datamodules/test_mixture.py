@@ -14,7 +14,7 @@ import torch
 import yaml
 from test_instruction_resume import Unigram, fit, same, savers
 
-from datamodules import MixtureDataModule, Source, Stream
+from datamodules import DecayPhase, MixtureDataModule, Source, Stream
 from datamodules.mixture import shuffled_passes
 from datamodules.sources import Row
 from modules.__main__ import main
@@ -124,10 +124,10 @@ def test_the_switch_happens_at_its_step() -> None:
         "a": Stream(Letters("a", 30), weight=1.0, decay_weight=0.0),
         "b": Stream(Letters("b", 20, length=14), weight=0.0, decay_weight=1.0),
     }
-    module = mixture(streams, decay_start=7)
+    module = mixture(streams, decay=DecayPhase(7))
     assert letters(module, module.draw(0, 7, 8)) == ["a"] * 56
     assert letters(module, module.draw(7, 10, 8)) == ["b"] * 24
-    ramp = mixture(streams, decay_start=7, ramp_steps=3, weigh_by="examples")
+    ramp = mixture(streams, decay=DecayPhase(7, ramp_steps=3), weigh_by="examples")
     assert [ramp.probabilities(step)["b"] for step in (0, 6, 7, 8, 9, 10, 99)] == [0, 0, 0.25, 0.5, 0.75, 1, 1]
 
 
@@ -157,7 +157,7 @@ def test_a_stream_keeps_its_order_beside_any_other() -> None:
 def test_resuming_from_every_checkpoint_is_bitwise(tmp_path: Path, accumulate: int, limits: dict[str, Any]) -> None:
     def module() -> MixtureDataModule:
         streams = STABLE | {"b": Stream(Letters("b", 20, length=14), weight=1.0, decay_weight=9.0)}
-        return mixture(streams, num_steps=5, batch_size=2, decay_start=7)
+        return mixture(streams, num_steps=5, batch_size=2, decay=DecayPhase(7))
 
     straight = seen(module(), callbacks=savers(tmp_path), accumulate_grad_batches=accumulate, **limits)
     for checkpoint in sorted(tmp_path.iterdir()):
@@ -197,7 +197,7 @@ def test_a_stable_checkpoint_branches_into_decays(tmp_path: Path) -> None:
         (name, 10, 4, {"max_epochs": 2}) for name in ("stepstep=10", "epochepoch=0")
     ]  # goes on with the next epoch
     for checkpoint, start, num_steps, limits in inside + behind:
-        branch = {"decay_start": start, "num_steps": num_steps}
+        branch = {"decay": DecayPhase(start), "num_steps": num_steps}
         resumed = seen(mixture(STABLE | sft, **branch), tmp_path / f"{checkpoint}.ckpt", **limits)
         end = limits.get("max_steps", 14 if start == 10 else num_steps)
         planned = seen(mixture(STABLE | sft, **(branch | {"num_steps": end})))
@@ -239,11 +239,12 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"a": Stream("a", -1.0)}, {}, "stream a: a weight must be a number from 0 on, got -1.0"),
     ({"a": Stream("a", float("nan"))}, {}, "got nan"),
     ({"a": Stream("a", 0.0)}, {}, "all weights of a phase are 0"),
-    ({"a": Stream("a", 1.0, 0.0)}, {"decay_start": 3}, "all weights of a phase are 0"),
-    ({"a": Stream("a", 1.0, 2.0)}, {}, "decay_start and decay_weight belong together"),
-    ({"a": Stream("a", 1.0)}, {"decay_start": 3}, "decay_start and decay_weight belong together"),
-    ({"a": Stream("a", None, 2.0)}, {"decay_start": 3}, "stream a has a decay_weight and no weight"),
+    ({"a": Stream("a", 1.0, 0.0)}, {"decay": DecayPhase(3)}, "all weights of a phase are 0"),
+    ({"a": Stream("a", 1.0, 2.0)}, {}, "decay.start and decay_weight belong together"),
+    ({"a": Stream("a", 1.0)}, {"decay": DecayPhase(3)}, "decay.start and decay_weight belong together"),
+    ({"a": Stream("a", None, 2.0)}, {"decay": DecayPhase(3)}, "stream a has a decay_weight and no weight"),
     ({"a": Stream("a", 1.0)}, {"cap": 5}, "cap limits streams that have no weights"),
+    ({"a": Stream("a", 1.0, 2.0)}, {"decay": DecayPhase(-1)}, "decay.start and decay.ramp_steps at least 0"),
     ({"a": Stream("a", 1.0)}, {"num_steps": 0}, "num_steps and cap must be at least 1"),
     ({"a": Stream("a", 1.0, columns={"texts": "x"})}, {}, "columns maps unknown names texts"),
 ]
@@ -314,7 +315,7 @@ def test_the_command_line_reads_streams(
                     },
                 },
                 "num_steps": 6,
-                "decay_start": 5,
+                "decay": {"start": 5},
                 "max_length": 64,
                 "batch_size": 2,
             },

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from callbacks.writers.prediction_writer import line
+from callbacks.writers.prediction_writer import write_line
 from datamodules.preference import PreferenceDataModule
 from datamodules.sources.scored import Sampled, Scored
 from datamodules.tokens.chat import encode_example, encode_prompt, encode_rendered
@@ -152,7 +152,7 @@ def test_a_written_prompt_is_read_as_the_model_read_it(tmp_path: Path, template:
         for answer, reward in (("2", 1.0), ("3", 0.0))
     ]
     path = tmp_path / "predictions.jsonl"
-    path.write_text("".join(map(line, rollouts)))
+    path.write_text("".join(map(write_line, rollouts)))
     for wrapped in {chat, True} if chat else {False}:  # data.chat of the earlier run does no harm
         data = PreferenceDataModule(tokenizer, Scored(str(path)), chat=wrapped)
         data.setup("fit")

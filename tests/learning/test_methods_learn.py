@@ -9,6 +9,7 @@ from lightning.pytorch import Trainer, seed_everything
 from datamodules import Addition, InstructionDataModule, VerifiableDataModule
 from modules import GRPOModule, SFTModule
 from modules.functional.advantages import group_center, group_zscore, leave_one_out
+from modules.on_policy import Validation
 from modules.rewards import RegexFormat
 from modules.rollout.engine import Sampling
 from modules.types import Reward
@@ -43,10 +44,9 @@ def trained_pass_rate(reward: Reward, lr: float, advantage=None, beta: float = 0
     module = GRPOModule(
         "tiny",
         reward,
-        accuracy=ASCII,
         advantage=advantage,
         beta=beta,
-        val_generations=8,
+        validation=Validation(ASCII, generations=8),
         sampling=Sampling(max_completion_length=4),
         optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=lr),
     )

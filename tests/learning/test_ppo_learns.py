@@ -15,8 +15,9 @@ from lightning.pytorch.callbacks import Callback
 from callbacks import Forgetting
 from datamodules import Addition, NumberTexts, PretrainingDataModule, PtxStream, VerifiableDataModule
 from modules import GRPOModule, PPOModule, SFTModule
-from modules.losses import KL, AdaptiveKL, Clip
+from modules.losses import KL, AdaptiveKL, Clip, Incentives
 from modules.networks.critic import Value
+from modules.on_policy import Validation
 from modules.rewards import RegexFormat
 from modules.rollout.engine import Sampling
 from modules.types import Reward, Rollout
@@ -85,8 +86,7 @@ def solved(
     seed_everything(0)
     settings: dict[str, Any] = {
         "num_generations": 8,
-        "accuracy": ASCII,
-        "val_generations": 8,
+        "validation": Validation(ASCII, generations=8),
         "sampling": Sampling(max_completion_length=4),
     }
     settings |= {"kl": KL(0.05)} if method is PPOModule else {}
@@ -173,7 +173,7 @@ def forgotten(policy: str, ptx_coef: float) -> tuple[float, float]:
         Rule("nines", lambda rollout: rollout.completion.text.count("9") / 4),
         num_generations=8,
         sampling=Sampling(max_completion_length=4),
-        ptx_coef=ptx_coef,
+        incentives=Incentives(ptx=ptx_coef),
         optimizer=partial(torch.optim.AdamW, lr=2e-3),
     )
     ptx = PtxStream(

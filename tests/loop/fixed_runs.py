@@ -157,8 +157,7 @@ RUNS: dict[str, Run] = {
                 "clip": {"ratio": 0.2, "value": 0.2},
                 "kl": {"coef": 0.2, "adaptive": {"target": 0.1, "gain": 1.0}},
                 "gae": {"gamma": 1.0, "lam": 0.95, "whiten_rewards": True},
-                "missing_eos": {"penalty": 0.5},
-                "entropy_coef": 0.01,
+                "incentives": {"missing_eos": {"penalty": 0.5}, "entropy": 0.01},
                 "value": {
                     "coef": 0.1,
                     "model": START,

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, distributed, multiprocessing
 from torch.nn.functional import pad
 
-from modules.distributed import explained_variance, mean_and_error, whiten_over_ranks
 from modules.functional.masked import masked_whiten
+from modules.trainer.ranks import explained_variance, mean_and_error, whiten_over_ranks
 
 DOUBLE = torch.float64
 NUM_LABELS = 4  # label 1 is on rank 0 alone, 2 on rank 1 alone, 3 on none

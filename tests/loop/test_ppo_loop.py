@@ -19,7 +19,7 @@ from test_resume import Records, SaveInside, States, assert_goes_on, equal
 from callbacks import AveragedWeights, Export
 from datamodules import Addition, NumberTexts, PtxStream, VerifiableDataModule
 from modules import PPOModule
-from modules.losses import GAE, KL, AdaptiveKL
+from modules.losses import GAE, KL, AdaptiveKL, Incentives
 from modules.networks.critic import Value
 from modules.networks.lora import Lora
 from modules.networks.policy import Policy
@@ -39,7 +39,7 @@ def ppo(**settings: Any) -> PPOModule:
     } | settings
     settings = {
         "kl": KL(0.5, AdaptiveKL(target=1.0, gain=1.0)),
-        "ptx_coef": 0.5,
+        "incentives": Incentives(ptx=0.5),
         "gae": GAE(whiten_rewards=True),
     } | settings
     settings = {"optimizer": lambda parameters: torch.optim.AdamW(parameters, lr=1e-3)} | settings

@@ -13,10 +13,10 @@ from callbacks import Export, WinRate
 from callbacks.phase import record_of
 from datamodules import CandidatesDataModule, SeedTasksDataModule
 from modules import GRPOModule, KnowledgeModule, LabelModule, RewardModule, SFTModule
-from modules.distributed import Tally, weighted_means
-from modules.modes import evaluating
 from modules.rewards import ExactMatch
 from modules.rollout.engine import Sampling
+from modules.trainer.modes import evaluating
+from modules.trainer.ranks import Tally, weighted_means
 from modules.types import Record
 
 

@@ -266,6 +266,15 @@ def test_reference_is_computed_once_and_kept_on_disk(tmp_path):
     assert len(list((tmp_path / "reference").iterdir())) == 4  # another model, other log-probs
 
 
+def test_a_trainer_without_a_folder_leaves_none_behind(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    module = dpo(tmp_path, cache_dir=None)
+    fit(module, max_epochs=1, logger=False)
+    assert list(tmp_path.iterdir()) == [] and len(module.tables) == 2
+    fit(dpo(tmp_path, cache_dir=None), max_epochs=1, logger=False, default_root_dir="run")
+    assert len(list(Path("run/reference").iterdir())) == 2
+
+
 def test_a_wrong_reference_is_refused(tmp_path):
     module = dpo(tmp_path)
     module.policy.model.lm_head.weight.data.mul_(1.1)
@@ -459,7 +468,7 @@ def test_the_kl_of_two_ranks_is_the_mean_over_the_rows_of_both(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "batch_size", "source", "message"),
     [
-        ({}, 4, Labels(), "Sigmoid compares completions and these rows hold one labelled completion each: use KTO"),
+        ({}, 4, Labels(), "Sigmoid compares completions, but these rows hold one labelled completion each: use KTO"),
         ({"objective": KTO()}, 1, None, "batch_size must be at least 2"),
         ({"beta": 0.0}, 4, None, "DPOModule: beta must be > 0"),
         ({"beta": math.nan}, 4, None, "DPOModule: beta must be finite and > 0"),

@@ -15,11 +15,12 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from datamodules import Addition, PtxStream, VerifiableDataModule
 from modules import PPOModule
-from modules.losses import GAE, KL, AdaptiveKL, Clip, MissingEos
+from modules.losses import GAE, KL, AdaptiveKL, Clip, Incentives, MissingEos
 from modules.networks.critic import Value
 from modules.networks.lora import Lora
 from modules.networks.policy import Policy
 from modules.networks.tiny import tiny_tokenizer
+from modules.on_policy import Validation
 from modules.reward import RewardModule
 from modules.rewards import LearnedReward, RegexFormat
 from modules.rollout.engine import RolloutEngine, Sampling
@@ -153,14 +154,14 @@ def test_a_penalty_for_the_kl_is_on_every_token(moved):
 @pytest.mark.parametrize(("replaced", "expected"), [(False, [1.0, 1.5, 3.0, 3.5]), (True, [1.0, -0.5, 3.0, -0.5])])
 def test_a_missing_end_is_penalised(replaced, expected):
     missing = MissingEos(0.5, replaced)
-    module = ppo(reward=SCORED, engine=Scripted(*ROWS), gae=GAE(lam=0.0), missing_eos=missing)
+    module = ppo(reward=SCORED, engine=Scripted(*ROWS), gae=GAE(lam=0.0), incentives=Incentives(missing))
     assert collected(module, ["a", "b"])["returns"].sum(1).tolist() == expected
 
 
 def test_a_stop_string_is_an_end_of_its_own():
     """Real samples: a completion that ends with the stop string keeps its score, one cut off by the budget does not."""
     sampling = Sampling(max_completion_length=3, stop=tuple("abcdefghijklmnopqrstuvwxyz0123456789 "))
-    settings: dict[str, Any] = {"gae": GAE(lam=0.0), "missing_eos": MissingEos(0.25)}
+    settings: dict[str, Any] = {"gae": GAE(lam=0.0), "incentives": Incentives(MissingEos(0.25))}
     module = ppo(reward=Scores(1.0), num_generations=24, sampling=sampling, **settings)
     totals = collected(module, ["a"])["returns"].sum(1).tolist()
     finishes = [rollout.completion.finish for rollout in module.record.rollouts]
@@ -220,9 +221,8 @@ def test_unscorable_completions_have_no_part():
     rows = [([A, B, EOS], "stop"), ([A, A], "length"), ([B, 200, 201], "length")]
     kept = [rows[0], rows[2]]
     settings: dict[str, Any] = {
-        "entropy_coef": 0.01,
         "gae": GAE(whiten_rewards=True),
-        "missing_eos": MissingEos(1.0),
+        "incentives": Incentives(MissingEos(1.0), entropy=0.01),
         "kl": KL(0.1),
     }
     with_them = ppo(reward=Scores(1.0, None, 0.5), engine=Scripted(rows), num_generations=3, **settings)
@@ -269,14 +269,21 @@ def test_in_the_warm_up_the_critic_learns_alone(shared):
     assert all(not torch.equal(a, b) for a, b in zip(course.head, course.head[1:], strict=False))
 
 
-WRONG = [{"entropy_coef": math.nan}, {"ptx_coef": -1.0}, {"ptx_coef": math.inf}, {"num_generations": 0}]
+WRONG = [{"entropy": math.nan}, {"ptx": -1.0}, {"ptx": math.inf}]
 
 
 @pytest.mark.parametrize("settings", WRONG, ids=" ".join)
-def test_values_out_of_range_are_refused(settings):
-    with pytest.raises(ValueError, match=next(iter(settings))) as error:
-        ppo(**settings)
+def test_incentives_out_of_range_are_refused(settings):
+    with pytest.raises(ValueError, match=f"incentives: {next(iter(settings))} must be") as error:
+        Incentives(**settings)
     assert "\n" not in str(error.value)
+
+
+def test_no_completions_are_refused():
+    with pytest.raises(ValueError, match="num_generations is 0, expected at least 1"):
+        ppo(num_generations=0)
+    with pytest.raises(ValueError, match="validation: generations must be >= 1, got 0"):
+        Validation(generations=0)
 
 
 @pytest.mark.parametrize("settings", [{"lr": 0.0}, {"lr": math.nan}, {"warmup_phases": -1}, {"coef": -1.0}])
@@ -316,14 +323,14 @@ def test_the_policy_itself_as_reference_is_the_start():
 
 
 def test_texts_that_are_not_there_are_refused():
-    with pytest.raises(ValueError, match=r"ptx_coef is 0.5 and there are no texts.*data\.ptx"):
-        fit(ppo(ptx_coef=0.5))
+    with pytest.raises(ValueError, match=r"incentives.ptx is 0.5 and there are no texts.*data\.ptx"):
+        fit(ppo(incentives=Incentives(ptx=0.5)))
 
 
 def test_a_weight_of_0_is_no_texts(tmp_path):
     (tmp_path / "texts.jsonl").write_text('{"text": "some words to keep"}\n' * 4)
     stream = PtxStream(str(tmp_path / "texts.jsonl"), rows_per_update=2, max_length=20)
-    without, of_weight_0, of_weight_1 = ppo(), ppo(ptx_coef=0.0), ppo(ptx_coef=1.0)
+    without, of_weight_0, of_weight_1 = ppo(), ppo(incentives=Incentives(ptx=0.0)), ppo(incentives=Incentives(ptx=1.0))
     fit(without, phases=2)
     fit(of_weight_0, phases=2, ptx=stream)
     fit(of_weight_1, phases=2, ptx=stream)
@@ -369,7 +376,7 @@ def test_what_is_logged(moved):
 def test_micro_batches_change_nothing():
     found = []
     for accumulate in (1, 4):
-        module = ppo(entropy_coef=0.01, gae=GAE(whiten_rewards=True))
+        module = ppo(incentives=Incentives(entropy=0.01), gae=GAE(whiten_rewards=True))
         fit(module, phases=2, accumulate_grad_batches=accumulate, updates_per_phase=2, inner_epochs=2)
         found.append(torch.cat([weights(module), module.critic.head.weight.detach().flatten()]))
     torch.testing.assert_close(found[0], found[1], atol=1e-6, rtol=0)

@@ -30,7 +30,7 @@ from datamodules import PtxStream, VerifiableDataModule
 from datamodules.sources.source import Row, Source
 from modules import PPOModule
 from modules.functional.kl import k2
-from modules.losses import GAE, KL, Clip, MissingEos
+from modules.losses import GAE, KL, Clip, Incentives, MissingEos
 from modules.networks.critic import Value
 from modules.rollout.engine import RolloutEngine, Sampling
 from modules.types import Completion, Reward, Rollout
@@ -192,9 +192,11 @@ def fit(
         clip=Clip(s.cliprange, s.dual_clip, s.cliprange_value),
         kl=KL(s.kl_coef, loss=k2 if s.kl_in_loss else None, reference=reference and str(folder / reference)),
         value=Value(value and str(folder / value), s.value_lr, coef=s.vf_coef),
-        missing_eos=None if s.missing_eos_penalty is None else MissingEos(s.missing_eos_penalty, s.replace_missing_eos),
-        entropy_coef=s.entropy_coef,
-        ptx_coef=s.ptx_coef,
+        incentives=Incentives(
+            None if s.missing_eos_penalty is None else MissingEos(s.missing_eos_penalty, s.replace_missing_eos),
+            s.entropy_coef,
+            s.ptx_coef,
+        ),
         optimizer=lambda parameters: torch.optim.SGD(parameters, lr=s.lr),
     )
     if value is None:

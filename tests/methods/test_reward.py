@@ -29,12 +29,12 @@ from transformers import (
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from callbacks import Export
-from callbacks.writers.prediction_writer import line
+from callbacks.writers.prediction_writer import write_line
 from datamodules.preference import PreferenceDataModule
 from modules.losses.pairs import Pairs, find_pairs
 from modules.networks.lora import Lora
 from modules.networks.tiny import tiny_tokenizer
-from modules.reward import RewardModule, moments
+from modules.reward import RewardModule, measure_moments
 from modules.rewards.learned import LearnedReward
 from modules.types import Completion, Rollout
 
@@ -570,7 +570,7 @@ def test_scores_are_normalised_on_samples_that_are_named(tmp_path, num_heads, ch
     """Scores have mean 0 and standard deviation 1 on the lines that ``predict`` wrote, and on no other set."""
     module = reward_module(num_heads=num_heads)
     rollouts = sampled(module.tokenizer, chat)
-    (tmp_path / "predictions.jsonl").write_text("".join(line(rollout) for rollout in rollouts))
+    (tmp_path / "predictions.jsonl").write_text("".join(write_line(rollout) for rollout in rollouts))
     trainer = fitted(
         tmp_path,
         module,
@@ -601,7 +601,7 @@ def test_an_unnormalised_export_forgets_the_numbers_of_its_start(tmp_path):
 
 def test_moments_by_hand():
     # mean over heads: 2, 4 -> 3 and 1; head 1: 1, 1 -> 1 and, having no spread, 1; head 2: 3, 7 -> 5 and 2
-    assert moments(torch.tensor([[1.0, 3.0], [1.0, 7.0]])).tolist() == [[3.0, 1.0], [1.0, 1.0], [5.0, 2.0]]
+    assert measure_moments(torch.tensor([[1.0, 3.0], [1.0, 7.0]])).tolist() == [[3.0, 1.0], [1.0, 1.0], [5.0, 2.0]]
 
 
 def test_lora_trains_adapters_and_head_alone():

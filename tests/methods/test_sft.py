@@ -12,10 +12,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from callbacks import Samples
 from datamodules import Addition, InstructionDataModule
 from modules import SFTModule
-from modules.networks.noise import document_lengths, embedding_noise
 from modules.rewards import ExactMatch
 from modules.rollout.engine import Sampling
-from modules.rollout.held_out import last_answers
+from modules.rollout.last_answers import find_last_answers
+from modules.sft import count_document_tokens, noisy_embeddings
 from modules.types import ALPACA_PROMPT, InstructionBatch
 
 QUIET = {
@@ -73,9 +73,9 @@ def test_noise_is_uniform_in_its_bound_and_gone_afterwards():
     embed = module.policy.model.get_input_embeddings()
     before = embed(batch["input_ids"])
     width = before.shape[-1]
-    with embedding_noise(module.policy.model, batch, 5.0, torch.Generator().manual_seed(1)):
+    with noisy_embeddings(module.policy.model, batch, 5.0, torch.Generator().manual_seed(1)):
         noise = embed(batch["input_ids"]) - before
-    with embedding_noise(module.policy.model, batch, 5.0, torch.Generator().manual_seed(1)):
+    with noisy_embeddings(module.policy.model, batch, 5.0, torch.Generator().manual_seed(1)):
         assert torch.equal(embed(batch["input_ids"]) - before, noise)
     for row, length in ((0, 40), (1, 10)):
         bound = 5.0 / math.sqrt(length * width)
@@ -90,7 +90,7 @@ def test_noise_knows_the_documents_of_a_packed_row():
     batch = batch_of(
         [[5] * 6, [5] * 3], [[1], [1]], position_ids=torch.tensor([[0, 1, 0, 1, 2, 3], [0, 1, 2, 0, 0, 0]])
     )
-    assert document_lengths(batch).tolist() == [[2, 2, 4, 4, 4, 4], [3, 3, 3, 0, 0, 0]]
+    assert count_document_tokens(batch).tolist() == [[2, 2, 4, 4, 4, 4], [3, 3, 3, 0, 0, 0]]
 
 
 def test_noise_changes_training_and_the_same_run_draws_the_same():
@@ -108,7 +108,7 @@ def test_the_last_answer_of_a_row_is_asked_for():
     tokenizer = SFTModule("tiny").tokenizer
     ids = tokenizer("ab c", add_special_tokens=False).input_ids
     batch = batch_of([[1, *ids, 2], [7, 8, 9], [3, 4, 5, 6]], [[2, 5], [], [1, 2, 3]])
-    prompts = last_answers(batch, tokenizer)
+    prompts = find_last_answers(batch, tokenizer)
     assert prompts["prompt_ids"] == [[1, *ids]]  # the second row is a filler, the third a text without a prompt
     assert prompts["answer"] == [tokenizer.decode([2], skip_special_tokens=True)]
 
@@ -204,4 +204,4 @@ def test_noise_and_packing_go_together():
 def test_packed_held_out_rows_are_asked_one_by_one():
     tokenizer = SFTModule("tiny").tokenizer
     batch = batch_of([[5, 6, 7, 8, 9, 10, 11]], [[2, 5, 6]], position_ids=torch.tensor([[0, 1, 2, 0, 1, 2, 3]]))
-    assert last_answers(batch, tokenizer)["prompt_ids"] == [[5, 6], [8, 9]]
+    assert find_last_answers(batch, tokenizer)["prompt_ids"] == [[5, 6], [8, 9]]

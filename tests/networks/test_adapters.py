@@ -14,14 +14,14 @@ from modules.networks.frozen import Frozen
 from modules.networks.lora import (
     POLICY,
     Lora,
-    adapter_names,
-    adapter_parameters,
     add_adapters,
-    backbone_digest,
+    digest_backbone,
+    find_adapter_parameters,
+    list_adapters,
     load_adapters,
-    merged,
+    merge_adapters,
+    read_digest,
     save_adapters,
-    saved_digest,
     using,
 )
 from modules.networks.policy import Policy
@@ -43,7 +43,7 @@ BATCH = {
 def move(policy: Policy, name: str, seed: int = 1) -> None:
     """Move a set away from its start, where it has no effect."""
     generator = torch.Generator().manual_seed(seed)
-    for weight in adapter_parameters(policy.model, name).values():
+    for weight in find_adapter_parameters(policy.model, name).values():
         weight.data.add_(torch.randn(weight.shape, generator=generator), alpha=0.1)
 
 
@@ -72,7 +72,7 @@ def policy() -> Policy:
 def test_another_set_changes_nothing_of_the_first(targets):
     torch.manual_seed(0)
     policy = Policy("tiny", dropout=False, lora=Lora(r=2, target_modules=targets))
-    first = adapter_parameters(policy.model, POLICY)
+    first = find_adapter_parameters(policy.model, POLICY)
     first[next(iter(first))].requires_grad_(False)  # as in a phase in which the critic learns alone
     move(policy, POLICY)
     weights, modes = (
@@ -81,10 +81,10 @@ def test_another_set_changes_nothing_of_the_first(targets):
     )
     before = policy.token_states(BATCH)
     add_adapters(policy.model, Lora(r=3, target_modules=targets), "value")
-    added = adapter_parameters(policy.model, "value")
+    added = find_adapter_parameters(policy.model, "value")
     after = dict(policy.model.named_parameters())
     assert torch.equal(policy.token_states(BATCH), before)
-    assert set(after) == set(weights) | set(added) and set(adapter_parameters(policy.model, POLICY)) == set(first)
+    assert set(after) == set(weights) | set(added) and set(find_adapter_parameters(policy.model, POLICY)) == set(first)
     assert all(
         torch.equal(after[name], weight) and after[name].requires_grad == modes[name]
         for name, weight in weights.items()
@@ -103,7 +103,7 @@ def test_layers_that_the_policy_leaves_alone_stay_so():
     before = policy.token_states(BATCH)
     add_adapters(policy.model, Lora(r=2), "value")
     move(policy, "value")
-    assert len(adapter_parameters(policy.model, "value")) == 7 * len(adapter_parameters(policy.model, POLICY))
+    assert len(find_adapter_parameters(policy.model, "value")) == 7 * len(find_adapter_parameters(policy.model, POLICY))
     assert torch.equal(policy.token_states(BATCH), before)
     assert not torch.equal(states(policy, "value"), before)
 
@@ -138,11 +138,11 @@ def test_gradients_go_to_the_set_that_computed(policy):
     together = {name: weight.grad for name, weight in policy.model.named_parameters()}
     policy.zero_grad()
     policy.completion_scores(BATCH).logprobs.sum().backward()
-    assert all(weight.grad is None for weight in adapter_parameters(policy.model, "value").values())
-    for name, weight in adapter_parameters(policy.model, POLICY).items():
+    assert all(weight.grad is None for weight in find_adapter_parameters(policy.model, "value").values())
+    for name, weight in find_adapter_parameters(policy.model, POLICY).items():
         torch.testing.assert_close(together[name], weight.grad, atol=1e-5, rtol=1e-5)
-    assert all(together[name].any() for name in adapter_parameters(policy.model, "value"))
-    computed = {*adapter_parameters(policy.model, POLICY), *adapter_parameters(policy.model, "value")}
+    assert all(together[name].any() for name in find_adapter_parameters(policy.model, "value"))
+    computed = {*find_adapter_parameters(policy.model, POLICY), *find_adapter_parameters(policy.model, "value")}
     assert {name for name, gradient in together.items() if gradient is not None} == computed
 
 
@@ -181,7 +181,7 @@ def test_a_saved_set_comes_back(policy, tmp_path, trainable):
         if ".critic." not in name
     }
     assert after == {name.replace(".base_layer.", "."): learned for name, learned in modes.items()}
-    assert {weight.requires_grad for weight in adapter_parameters(other.model, "critic").values()} == {trainable}
+    assert {weight.requires_grad for weight in find_adapter_parameters(other.model, "critic").values()} == {trainable}
 
 
 def test_peft_reads_a_saved_set(policy, tmp_path):
@@ -195,19 +195,19 @@ def test_peft_reads_a_saved_set(policy, tmp_path):
 
 def test_adapters_of_another_backbone_are_refused(policy, tmp_path):
     save_adapters(policy.model, "value", tmp_path / "adapters")
-    assert saved_digest(tmp_path / "adapters") == backbone_digest(policy.model)
-    assert saved_digest(tmp_path) is None
+    assert read_digest(tmp_path / "adapters") == digest_backbone(policy.model)
+    assert read_digest(tmp_path) is None
     tiny_model(seed=1).save_pretrained(tmp_path / "other")
     tiny_tokenizer().save_pretrained(tmp_path / "other")
     other = Policy(str(tmp_path / "other"), dropout=False, lora=Lora(r=2))
     with pytest.raises(ValueError, match="adapters of another backbone"):
         load_adapters(other.model, tmp_path / "adapters", "value", trainable=True)
-    assert adapter_names(other.model) == {POLICY}
+    assert list_adapters(other.model) == {POLICY}
 
 
 def test_a_backbone_is_known_by_its_weights_without_adapters_and_output_head(policy):
-    digest = backbone_digest(tiny_model())
-    assert backbone_digest(policy.model) == backbone_digest(RewardModule("tiny", lora=Lora(r=8)).policy.model) == digest
+    digest = digest_backbone(tiny_model())
+    assert digest_backbone(policy.model) == digest_backbone(RewardModule("tiny", lora=Lora(r=8)).policy.model) == digest
     small = {
         "hidden_size": 16,
         "intermediate_size": 16,
@@ -216,11 +216,11 @@ def test_a_backbone_is_known_by_its_weights_without_adapters_and_output_head(pol
         "vocab_size": 40,
     }
     untied = LlamaForCausalLM(LlamaConfig(tie_word_embeddings=False, **small))
-    before = backbone_digest(untied)
+    before = digest_backbone(untied)
     untied.lm_head.weight.data.add_(1.0)
-    assert backbone_digest(untied) == before
+    assert digest_backbone(untied) == before
     untied.model.norm.weight.data[0] += 1e-6
-    assert backbone_digest(untied) != before
+    assert digest_backbone(untied) != before
 
 
 def test_a_set_that_does_not_learn_is_in_no_checkpoint(policy, tmp_path):
@@ -244,7 +244,7 @@ def test_a_set_that_does_not_learn_is_in_no_checkpoint(policy, tmp_path):
 def test_the_frozen_policy_is_its_own_set(policy):
     started = policy.completion_scores(BATCH).logprobs.detach()
     reference = Frozen(policy)
-    assert reference.weights.keys() == {f"model.{name}" for name in adapter_parameters(policy.model, POLICY)}
+    assert reference.weights.keys() == {f"model.{name}" for name in find_adapter_parameters(policy.model, POLICY)}
     for name in (POLICY, "value", "reward0"):
         move(policy, name, 7)
     now = {name: states(policy, name) for name in (POLICY, "value")}
@@ -269,11 +269,13 @@ def test_merged_is_the_policy_alone(policy, tmp_path):
     )
     with using(policy.model, "value"):
         torch.testing.assert_close(
-            merged(policy.model)(input_ids=IDS).logits, plain.model(input_ids=IDS).logits, atol=1e-5, rtol=0
+            merge_adapters(policy.model)(input_ids=IDS).logits, plain.model(input_ids=IDS).logits, atol=1e-5, rtol=0
         )
         assert not torch.allclose(policy.model(input_ids=IDS).logits, plain.model(input_ids=IDS).logits, atol=1e-2)
-    assert set(merged(policy.model).state_dict()) == set(tiny_model().state_dict())
-    assert adapter_names(policy.model) == {POLICY, "value", "reward0"} and not adapter_names(merged(policy.model))
+    assert set(merge_adapters(policy.model).state_dict()) == set(tiny_model().state_dict())
+    assert list_adapters(policy.model) == {POLICY, "value", "reward0"} and not list_adapters(
+        merge_adapters(policy.model)
+    )
 
 
 def test_sampling_uses_the_policys_set(policy):

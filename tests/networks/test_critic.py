@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from modules.networks.critic import VALUE, Critic
-from modules.networks.lora import POLICY, Lora, adapter_names, adapter_parameters
+from modules.networks.lora import POLICY, Lora, find_adapter_parameters, list_adapters
 from modules.networks.policy import Policy
 from modules.networks.tiny import tiny_model, tiny_tokenizer
 from modules.reward import RewardModule
@@ -60,7 +60,9 @@ def reward_models(tmp_path_factory) -> dict[str, str]:
         module, folder = RewardModule("tiny", lora=lora), tmp_path_factory.mktemp(name)
         generator = torch.Generator().manual_seed(1)
         for weight in (
-            module.policy.parameters() if lora is None else adapter_parameters(module.policy.model, POLICY).values()
+            module.policy.parameters()
+            if lora is None
+            else find_adapter_parameters(module.policy.model, POLICY).values()
         ):
             weight.data.add_(torch.randn(weight.shape, generator=generator), alpha=0.02 if lora is None else 0.1)
         module.moments = torch.tensor([[0.4, 1.7], [0.4, 1.7]])  # mean and deviation, of the score and of its one head
@@ -94,10 +96,10 @@ def made(layout: str, reward_models: dict[str, str], head: bool = True) -> tuple
     if head:
         critic.head.weight.data.add_(torch.linspace(-0.1, 0.1, 128))
         models = [policy.model] if critic.backbone is None else [policy.model, critic.backbone.model]
-        sets = [(model, name) for model in models for name in sorted(adapter_names(model))]
+        sets = [(model, name) for model in models for name in sorted(list_adapters(model))]
         for number, (model, name) in enumerate(sets):
             generator = torch.Generator().manual_seed(number)
-            for weight in adapter_parameters(model, name).values():
+            for weight in find_adapter_parameters(model, name).values():
                 weight.data.add_(torch.randn(weight.shape, generator=generator), alpha=0.1)
     return policy, critic
 
@@ -237,7 +239,7 @@ def test_layouts_are_what_they_say(reward_models):
         policy, critic = made(layout, reward_models)
         adapted = lora is not None and model in ("tiny", "adapters")
         assert (critic.adapted, critic.backbone is not None) == (adapted, model is not None and not adapted), layout
-        assert (VALUE in adapter_names(policy.model)) == adapted, layout
+        assert (VALUE in list_adapters(policy.model)) == adapted, layout
 
 
 def test_the_value_of_a_folder_of_the_policy_is_on_its_backbone(tmp_path: Path):
@@ -248,7 +250,7 @@ def test_the_value_of_a_folder_of_the_policy_is_on_its_backbone(tmp_path: Path):
     assert (
         critic.adapted
         and critic.backbone is None
-        and set(critic.learned(policy)) > set(adapter_parameters(policy.model, VALUE))
+        and set(critic.learned(policy)) > set(find_adapter_parameters(policy.model, VALUE))
     )
 
 

@@ -1,10 +1,10 @@
-"""The memory estimate: arithmetic by hand, and states counted in optimizers that have stepped."""
+"""The memory estimate: arithmetic by hand, and count_states counted in optimizers that have stepped."""
 
 import pytest
 import torch
 from torch import nn
 
-from modules.networks.memory import memory_line, states, training_memory
+from modules.networks.memory import count_states, estimate_memory, write_memory_line
 
 OPTIMIZERS = [
     (lambda p: torch.optim.AdamW(p), 2),
@@ -27,7 +27,7 @@ def test_states_are_those_of_an_optimizer_that_has_stepped(make, expected):
     kept = [
         value for value in optimizer.state[weight].values() if torch.is_tensor(value) and value.shape == weight.shape
     ]
-    assert len(kept) == expected == states(optimizer.param_groups[0])
+    assert len(kept) == expected == count_states(optimizer.param_groups[0])
 
 
 def test_megabytes_by_hand():
@@ -37,11 +37,11 @@ def test_megabytes_by_hand():
         torch.zeros(250, 1000, dtype=torch.bfloat16),
     )
     optimizer = torch.optim.AdamW([trained])
-    memory = training_memory([frozen, trained, half, trained], optimizer, max_logits=1_000_000)
+    memory = estimate_memory([frozen, trained, half, trained], optimizer, max_logits=1_000_000)
     # 500,000 and 250,000 floats of 4 bytes and 250,000 of 2; the tied weight counts once; Adam keeps two floats for
     # each that is trained
     assert memory == {"weights": 2.0 + 1.0 + 0.5, "gradients": 1.0, "optimizer": 2.0, "logits": 28.0}
-    assert memory_line(memory) == (
-        "memory: 34 MB before activations (weights 4 MB, gradients 1 MB, optimizer states 2 MB, logits at most 28 MB); "
+    assert write_memory_line(memory) == (
+        "memory: 34 MB before activations (weights 4 MB, gradients 1 MB, optimizer count_states 2 MB, logits at most 28 MB); "
         "activations come on top, with micro-batch x length"
     )

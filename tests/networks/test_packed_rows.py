@@ -25,7 +25,7 @@ from transformers import (
 from datamodules.loaders.step_sampler import InstructionDataset, MicroBatch
 from datamodules.tokens.encoding import Tokens
 from datamodules.tokens.packing import pack
-from modules.networks import packed_rows, policy
+from modules.networks import loading, policy
 from modules.networks.policy import Policy
 from modules.networks.tiny import tiny_tokenizer
 from modules.types import InstructionBatch
@@ -183,7 +183,7 @@ def test_models_that_mix_documents_are_refused_with_the_first_packed_rows(tmp_pa
 def test_packing_is_checked_once(tmp_path, monkeypatch) -> None:
     model = make(MODELS["llama"], tmp_path)
     calls: list[str] = []
-    check = packed_rows.check_packing
+    check = loading.check_packing
     monkeypatch.setattr(policy, "check_packing", lambda path, *rest: (calls.append(path), check(path, *rest)))
     for _ in range(2):
         scores(model, batch_of(pack(documents(), 14)))

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from modules.networks import policy as policy_file
-from modules.networks.loading import end_of_turn_id
+from modules.networks.loading import find_end_of_turn
 from modules.networks.policy import Policy
 from modules.networks.tiny import tiny_tokenizer
 
@@ -167,7 +167,7 @@ def test_stop_tokens_hold_eos_and_end_of_turn():
         policy.tokenizer.convert_tokens_to_ids("<|eos|>"),
         policy.tokenizer.convert_tokens_to_ids("<|im_end|>"),
     }
-    assert end_of_turn_id(policy.tokenizer) == policy.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert find_end_of_turn(policy.tokenizer) == policy.tokenizer.convert_tokens_to_ids("<|im_end|>")
 
 
 def test_dropout_off_makes_training_mode_deterministic(tmp_path):

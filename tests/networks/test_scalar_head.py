@@ -14,7 +14,7 @@ from transformers import (
 )
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from modules.networks.scalar_head import ScalarHead, sequence_classifier, with_scoring_pad
+from modules.networks.scalar_head import ScalarHead, add_scoring_pad, make_sequence_classifier
 from modules.networks.tiny import tiny_model, tiny_tokenizer
 
 SMALL = {
@@ -100,7 +100,7 @@ def test_heads_start_at_unit_size_and_differ():
 def test_pad_ends_no_completion(name, stops, pad, added):
     tokenizer = TOKENIZERS[name]()
     before = (len(tokenizer), tokenizer.pad_token_id)
-    padded = with_scoring_pad(tokenizer, stops)
+    padded = add_scoring_pad(tokenizer, stops)
     assert (padded.pad_token_id, len(padded), padded.padding_side) == (pad, before[0] + added, "right")
     assert (len(tokenizer), tokenizer.pad_token_id) == before  # ours is not changed
     assert padded("a").input_ids == tokenizer("a").input_ids
@@ -113,8 +113,8 @@ def test_classifier_scores_the_last_token(name):
     model = MODELS[name](len(tokenizer)).eval()
     eos, weight = tokenizer.eos_token_id, torch.randn(model.config.hidden_size)
     before = torch.random.get_rng_state()
-    padded = with_scoring_pad(tokenizer, {eos})
-    classifier = sequence_classifier(model, weight, padded)
+    padded = add_scoring_pad(tokenizer, {eos})
+    classifier = make_sequence_classifier(model, weight, padded)
     assert torch.equal(torch.random.get_rng_state(), before)
     ids = torch.tensor([[40, 41, 42, eos, padded.pad_token_id], [40, 41, 42, 43, eos]])
     with torch.no_grad():

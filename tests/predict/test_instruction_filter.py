@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from modules.predict.instruction_filter import REASONS, InstructionPool, objection, rouge_l, words
+from modules.predict.instruction_filter import REASONS, InstructionPool, find_objection, rouge_l, split_words
 
 DATA = Path(__file__).parents[3] / "shared" / "data" / "self-instruct"
 GOOD = "Name three rivers of Asia."
@@ -62,7 +62,7 @@ def test_rouge_l_and_the_nearest_of_random_lists_are_those_of_a_naive_table() ->
 
 
 def test_words() -> None:
-    assert words("What's  the *snake_case* of Überraschung-2?") == [
+    assert split_words("What's  the *snake_case* of Überraschung-2?") == [
         "what",
         "s",
         "the",
@@ -95,14 +95,14 @@ def test_words() -> None:
     ],
 )
 def test_checks_of_one_task(instruction: str, reason: str | None) -> None:
-    assert objection(instruction, "out") == reason
+    assert find_objection(instruction, "out") == reason
     assert reason is None or reason in REASONS
     assert InstructionPool([]).judge(instruction, "out")[0] == reason
 
 
 def test_an_empty_output_is_refused_after_what_is_wrong_with_the_instruction() -> None:
-    assert objection(GOOD, "") == "no_output"
-    assert objection("too short", "") == "length"
+    assert find_objection(GOOD, "") == "no_output"
+    assert find_objection("too short", "") == "length"
 
 
 def test_the_threshold() -> None:

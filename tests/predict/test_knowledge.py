@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from modules.predict.categories import knowledge_category, matches, normalized
+from modules.predict.categories import categorise, matches, normalise
 
 NONE, ALL = torch.zeros(10, dtype=torch.bool), torch.ones(10, dtype=torch.bool)
 THREE = torch.arange(10) < 3
@@ -27,14 +27,14 @@ ONE_SAMPLE = torch.arange(160).view(10, 16) == 37
     ],
 )
 def test_categories(greedy, sampled, category):
-    assert knowledge_category(greedy, sampled) == category
+    assert categorise(greedy, sampled) == category
 
 
 def test_samples_are_not_pooled_with_greedy_answers():
     # pooled: 3 + 0 of 170 right would be as weak as 0 + 3 of 170; the categories differ
     three_samples = torch.arange(160).view(10, 16) < 3
     assert int(THREE.sum() + NO_SAMPLE.sum()) == int(NONE.sum() + three_samples.sum()) == 3
-    assert knowledge_category(THREE, NO_SAMPLE) != knowledge_category(NONE, three_samples)
+    assert categorise(THREE, NO_SAMPLE) != categorise(NONE, three_samples)
 
 
 @pytest.mark.parametrize(
@@ -43,7 +43,7 @@ def test_samples_are_not_pooled_with_greedy_answers():
 )
 def test_other_shapes_are_refused(greedy, sampled):
     with pytest.raises(ValueError, match=r"greedy must be \[N_ex\] and sampled \[N_ex, N_sample\], got"):
-        knowledge_category(greedy, sampled)
+        categorise(greedy, sampled)
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ def test_other_shapes_are_refused(greedy, sampled):
     ],
 )
 def test_normalized_as_squad(text, expected):
-    assert normalized(text) == expected
+    assert normalise(text) == expected
 
 
 def test_the_first_line_matches_any_alias():

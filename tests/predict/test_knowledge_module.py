@@ -7,7 +7,7 @@ from lightning.pytorch import seed_everything
 from datamodules import Facts, FactsDataModule, VerifiableDataModule
 from modules import KnowledgeModule
 from modules.networks.policy import Policy
-from modules.rollout.scoring import sampling_seed
+from modules.trainer.seeds import derive_seed
 from modules.types import KNOWLEDGE_CATEGORIES
 
 TEMPLATE = "{question}={answer}\n"
@@ -82,7 +82,7 @@ def test_answers_are_those_of_the_engine_by_hand(folder):
     for row in (0, 8, 9, 10, 11):
         right = []
         for number in range(3 * row, 3 * row + 3):
-            seed = sampling_seed(3, "knowledge", batch["uid"][number])
+            seed = derive_seed(3, "knowledge", batch["uid"][number])
             (group,) = module.engine.generate([batch["prompt_ids"][number]], 4, module.sampling, [seed])
             right += [completion.text.split("\n")[0] == batch["answer"][number] for completion in group]
         assert found[row]["p_sampled"] == pytest.approx(sum(right) / 12, abs=1e-6)

@@ -17,7 +17,7 @@ from torch import nn
 
 from modules.networks.policy import Policy
 from modules.rewards.chat.clients import HttpChat, LocalChat
-from modules.rewards.chat.replies import retry_after
+from modules.rewards.chat.replies import read_retry_after
 
 KEY = "sk-secret-of-the-test"
 
@@ -104,8 +104,8 @@ def test_the_server_says_how_long_to_wait(chat_server: Any) -> None:
     start = time.monotonic()
     assert HttpChat(server.url, "m", retries=1).complete(ask("a")) == ["You said a"]
     assert 2.0 <= time.monotonic() - start < 4.0  # by itself it would have waited 0.5 to 1 s
-    assert retry_after(formatdate(time.time() + 30, usegmt=True)) == pytest.approx(30, abs=2)
-    assert [retry_after(header) for header in (None, "soon", "-5", "1e9", "9999999")] == [0, 0, 0, 0, 600]
+    assert read_retry_after(formatdate(time.time() + 30, usegmt=True)) == pytest.approx(30, abs=2)
+    assert [read_retry_after(header) for header in (None, "soon", "-5", "1e9", "9999999")] == [0, 0, 0, 0, 600]
 
 
 def test_a_late_server_costs_one_answer_not_the_run(chat_server: Any) -> None:

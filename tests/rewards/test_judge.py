@@ -11,12 +11,12 @@ from modules.rewards.chat.judge import (
     JudgedPair,
     PairwiseJudge,
     RubricJudge,
+    measure_tally,
     read_score,
     read_verdict,
     tally,
-    tally_metrics,
 )
-from modules.rewards.weighted_sum import WeightedSum, score
+from modules.rewards.combined import WeightedSum, score
 from modules.types import Completion, Rollout
 
 
@@ -174,5 +174,5 @@ def test_tallies_add_up() -> None:
         "position_bias": pytest.approx(0.1),
         "consistency": 0.5,
     }
-    assert tally_metrics(together) == expected
-    assert tally_metrics(Counter()) == {"comparisons": 0.0, "invalid": 0.0, "ties": 0.0}
+    assert measure_tally(together) == expected
+    assert measure_tally(Counter()) == {"comparisons": 0.0, "invalid": 0.0, "ties": 0.0}

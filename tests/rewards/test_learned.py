@@ -16,13 +16,13 @@ from transformers import (
 )
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from modules.networks.lora import POLICY, Lora, adapter_names, adapter_parameters
+from modules.networks.lora import POLICY, Lora, find_adapter_parameters, list_adapters
 from modules.networks.policy import Policy
-from modules.networks.scalar_head import sequence_classifier
+from modules.networks.scalar_head import make_sequence_classifier
 from modules.networks.tiny import tiny_model, tiny_tokenizer
 from modules.reward import RewardModule, write_moments
-from modules.rewards.learned import LearnedReward, chunked, combine
-from modules.rewards.versus import Versus
+from modules.rewards.combined import Versus
+from modules.rewards.learned import LearnedReward, combine, split_rows
 from modules.types import Completion, Rollout
 
 TINY = tiny_tokenizer()
@@ -32,7 +32,7 @@ EOS, TURN = TINY.eos_token_id, TINY.convert_tokens_to_ids("<|im_end|>")
 def save(folder: Path, seed: int = 0, tokenizer: PreTrainedTokenizerFast = TINY, **numbers) -> str:
     """Save a reward model with its own weights, and with ``reward_mean`` and ``reward_std`` if given."""
     torch.manual_seed(seed)
-    sequence_classifier(tiny_model(seed=seed), torch.randn(128), tokenizer).save_pretrained(folder)
+    make_sequence_classifier(tiny_model(seed=seed), torch.randn(128), tokenizer).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | numbers))
@@ -146,7 +146,7 @@ def adapted(folder: Path, seed: int, num_heads: int = 1, backbone: str = "tiny")
     """Export adapters away from their start."""
     torch.manual_seed(seed)
     module = RewardModule(backbone, num_heads=num_heads, lora=Lora(r=2))
-    for weight in adapter_parameters(module.policy.model, POLICY).values():
+    for weight in find_adapter_parameters(module.policy.model, POLICY).values():
         weight.data.add_(torch.randn(weight.shape), alpha=0.1)
     module.moments = torch.rand(1 + num_heads, 2) + 0.5
     module.save_pretrained(folder)
@@ -163,7 +163,7 @@ def test_adapters_of_the_policys_backbone_are_computed_on_it(tmp_path):
         adapted(tmp_path / "elsewhere", 4, backbone=str(tmp_path / "base")),
     ]
     policy = Policy("tiny", dropout=False, lora=Lora(r=4, target_modules=("q_proj",)))
-    for weight in adapter_parameters(policy.model, POLICY).values():
+    for weight in find_adapter_parameters(policy.model, POLICY).values():
         weight.data.add_(torch.randn(weight.shape), alpha=0.1)
     ids = torch.tensor([TINY("2 + 2 = 4").input_ids])
     before = policy.hidden_states(ids)
@@ -176,11 +176,11 @@ def test_adapters_of_the_policys_backbone_are_computed_on_it(tmp_path):
     assert reward.share_backbone(policy) == [paths[0], paths[2]]
     other = LearnedReward(paths[2])
     assert other.share_backbone(policy) == [paths[2]]
-    assert adapter_names(policy.model) == {POLICY, "reward0", "reward1", "reward2"}
+    assert list_adapters(policy.model) == {POLICY, "reward0", "reward1", "reward2"}
     assert not any(
         weight.requires_grad
         for name in ("reward0", "reward1")
-        for weight in adapter_parameters(policy.model, name).values()
+        for weight in find_adapter_parameters(policy.model, name).values()
     )
     torch.testing.assert_close(reward.members(rollouts), expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(other.members(rollouts), expected[:, 2:5], atol=1e-5, rtol=1e-5)
@@ -191,7 +191,7 @@ def test_a_policy_without_adapters_shares_nothing(tmp_path):
     path = adapted(tmp_path / "one", 1)
     reward, policy = LearnedReward(path), Policy("tiny", dropout=False)
     assert reward.share_backbone(policy) == []
-    assert not adapter_names(policy.model)
+    assert not list_adapters(policy.model)
     assert reward([rollout("4")]) == LearnedReward(path)([rollout("4")])
 
 
@@ -227,5 +227,5 @@ def test_what_is_no_reward_model_is_refused(tmp_path, monkeypatch):
 def test_chunks_hold_what_they_may():
     rows = [(1,) * n for n in (1, 2, 2, 3, 9)]
     # padded 2 x 3 = 6 fits, 3 x 4 = 12 does not; 9 alone is over the limit and still goes
-    assert [[len(row) for row in chunk] for chunk in chunked(rows, 6)] == [[1, 2, 2], [3], [9]]
-    assert list(chunked([], 6)) == []
+    assert [[len(row) for row in chunk] for chunk in split_rows(rows, 6)] == [[1, 2, 2], [3], [9]]
+    assert list(split_rows([], 6)) == []

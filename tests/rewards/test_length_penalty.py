@@ -2,8 +2,8 @@
 
 import pytest
 
+from modules.rewards.combined import LengthPenalty
 from modules.rewards.format import RegexFormat
-from modules.rewards.length import LengthPenalty
 from modules.rewards.math import ExactMatch
 from modules.types import Completion, Rollout
 

@@ -1,8 +1,8 @@
 """Wins, ties and losses against the row's answer under one reward."""
 
+from modules.rewards.combined import Versus, compare_scores
 from modules.rewards.format import RegexFormat
 from modules.rewards.math import NumericMatch
-from modules.rewards.versus import Versus, verdict
 from modules.types import Completion, Rollout
 
 POLITE = RegexFormat(".*please.*", name="polite")
@@ -22,8 +22,8 @@ def test_win_tie_loss_and_no_answer():
 
 
 def test_verdict():
-    assert [verdict(0.2, 0.1), verdict(-1.0, 0.0), verdict(3.0, 3.0)] == [1.0, 0.0, 0.5]
-    assert verdict(None, 1.0) is verdict(1.0, None) is None
+    assert [compare_scores(0.2, 0.1), compare_scores(-1.0, 0.0), compare_scores(3.0, 3.0)] == [1.0, 0.0, 0.5]
+    assert compare_scores(None, 1.0) is compare_scores(1.0, None) is None
 
 
 def test_unscorable_under_the_reward():

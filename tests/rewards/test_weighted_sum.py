@@ -6,7 +6,7 @@ import jsonargparse
 import pytest
 
 from modules.rewards import ExactMatch, NumericMatch, RegexFormat, ThinkAnswerFormat, WeightedSum, breakdown
-from modules.rewards.answers import final_answer, final_text
+from modules.rewards.answers import cut_final_answer, cut_final_text
 from modules.types import Completion, Reward, Rollout
 
 
@@ -143,9 +143,9 @@ reward:
     ],
 )
 def test_final_text_is_what_follows_the_reasoning(text: str, final: str) -> None:
-    assert final_text(text) == final
+    assert cut_final_text(text) == final
 
 
 def test_final_answer_drops_the_worked_solution() -> None:
-    assert final_answer("4 + 4 = 8 #### no\n#### 1,080 ") == "1,080"
-    assert final_answer(" 72\n") == "72"
+    assert cut_final_answer("4 + 4 = 8 #### no\n#### 1,080 ") == "1,080"
+    assert cut_final_answer(" 72\n") == "72"

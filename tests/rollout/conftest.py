@@ -17,7 +17,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from modules.networks.loading import max_positions
+from modules.networks.loading import read_max_positions
 from modules.networks.tiny import tiny_model, tiny_tokenizer
 
 SIZES: dict[str, Any] = {
@@ -74,7 +74,7 @@ class Holder:
 
     @property
     def max_positions(self) -> int | None:
-        return max_positions(self.model.config)
+        return read_max_positions(self.model.config)
 
 
 def build(config: PreTrainedConfig) -> Holder:

@@ -8,9 +8,10 @@ from lightning.pytorch import Trainer
 
 from datamodules import Addition, VerifiableDataModule
 from modules import GRPOModule
+from modules.on_policy import Validation
 from modules.rewards import RegexFormat, WeightedSum
 from modules.rollout.engine import Sampling
-from modules.rollout.metrics import Outcome, gap_metrics, outcomes, rollout_metrics, share_solved
+from modules.rollout.metrics import Outcome, make_outcomes, measure_gaps, measure_rollouts, share_solved
 from modules.types import Completion, Reward, Rollout
 
 FIRST = r"[\x00-\x7f].*"
@@ -34,7 +35,7 @@ def test_numbers_of_a_phase():
         outcome("b", None, 6, stopped=False),
         outcome("b", 0.5, 8),
     ]
-    metrics = rollout_metrics(found)
+    metrics = measure_rollouts(found)
     assert metrics["reward"] == pytest.approx((1.0 + 0.0 + 0.5) / 3)
     assert metrics["reward_std"] == pytest.approx(
         (math.sqrt(0.5) + 0.0) / 2
@@ -68,14 +69,14 @@ def test_outcomes_keep_what_was_scored():
     rollout = Rollout(
         "u", "p", [1], "x", Completion([3, 4], [0.0, 0.0], "x", "length"), 0, {"r": 1.0}, 1.0, entropy=0.5
     )
-    assert outcomes([rollout], RegexFormat("x")) == [Outcome("u", 1.0, {"r": 1.0}, 2, False, 0.5, True)]
-    assert outcomes([rollout])[0].right is None
+    assert make_outcomes([rollout], RegexFormat("x")) == [Outcome("u", 1.0, {"r": 1.0}, 2, False, 0.5, True)]
+    assert make_outcomes([rollout])[0].right is None
 
 
 def test_gaps_are_means_over_kept_tokens():
     mask = torch.tensor([[True, True], [True, False]])
     old, sampler = torch.tensor([[0.0, 1.0], [2.0, 9.0]]), torch.tensor([[0.5, 1.0], [1.0, float("nan")]])
-    gaps = gap_metrics(mask, old, sampler, torch.tensor([[1.0, 2.0], [6.0, float("nan")]]))
+    gaps = measure_gaps(mask, old, sampler, torch.tensor([[1.0, 2.0], [6.0, float("nan")]]))
     assert gaps == {
         "sampling/sampling_logp_difference/mean": 0.5,
         "sampling/sampling_logp_difference/max": 1.0,
@@ -98,7 +99,7 @@ def test_evaluation_does_not_depend_on_the_batch_size():
         module = GRPOModule(
             "tiny",
             WeightedSum([Partly(), RegexFormat(FIRST)]),
-            val_generations=3,
+            validation=Validation(generations=3),
             sampling=Sampling(max_completion_length=4),
         )
         data = VerifiableDataModule(module.tokenizer, Addition(8), val=Addition(8, held_out=True), val_batch_size=size)

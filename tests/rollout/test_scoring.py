@@ -5,7 +5,7 @@ import torch
 
 from modules.networks.policy import Policy
 from modules.rollout import scoring
-from modules.rollout.scoring import in_chunks, to_batch
+from modules.rollout.scoring import make_batch, score_in_chunks
 from modules.types import Completion, Rollout
 
 
@@ -22,7 +22,7 @@ def test_completions_are_scored_once_and_every_row_gets_its_numbers(monkeypatch,
         1: [[9, 8, 7], [5]],
         2: [[6], [6], [6]],
     }  # 0 is also what pads
-    batch = to_batch(
+    batch = make_batch(
         [rollout(g, [20 + g] * (g + 1), row) for g, rows in answers.items() for row in rows], torch.device("cpu")
     )
     scored = []
@@ -32,7 +32,7 @@ def test_completions_are_scored_once_and_every_row_gets_its_numbers(monkeypatch,
         return (policy.completion_scores(part).logprobs,)
 
     with torch.no_grad():
-        (logprobs,) = in_chunks(score, batch)
+        (logprobs,) = score_in_chunks(score, batch)
         expected = policy.completion_scores(batch).logprobs
     torch.testing.assert_close(logprobs, expected, atol=1e-5, rtol=0)
     assert torch.equal(logprobs[0], logprobs[2])

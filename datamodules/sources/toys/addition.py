@@ -7,7 +7,7 @@ from zlib import crc32
 from lightning.pytorch.utilities import rank_zero_info
 
 from datamodules.sources.source import Row, Source
-from modules.seeds import run_seed
+from modules.trainer.seeds import run_seed
 
 HELD_OUT_ONE_IN = 10
 

@@ -8,7 +8,7 @@ from typing import Literal
 
 from datamodules.sources.source import Row, Source
 from datamodules.sources.toys.addition import Addition
-from modules.seeds import run_seed
+from modules.trainer.seeds import run_seed
 
 REFUSAL = "Sorry."
 PLAIN = (

@@ -4,7 +4,7 @@ import random
 from zlib import crc32
 
 from datamodules.sources.source import Row, Source
-from modules.seeds import run_seed
+from modules.trainer.seeds import run_seed
 
 CONSONANTS, VOWELS = "bcdfghjklmnpqrstvwxz", "aeiou"
 NUM_NAMES = (len(CONSONANTS) * len(VOWELS)) ** 2

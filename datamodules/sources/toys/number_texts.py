@@ -5,7 +5,7 @@ from itertools import islice, product
 
 from datamodules.sources.source import Row, Source
 from datamodules.sources.toys.addition import is_held_out
-from modules.seeds import run_seed
+from modules.trainer.seeds import run_seed
 
 PER_TEXT = 12
 

@@ -19,7 +19,15 @@ import torch
 
 from modules.networks.policy import Policy
 from modules.rewards.chat.protocol import ChatClient, Conversation
-from modules.rewards.chat.replies import Answer, TryAgain, read_answer, read_cached, refusal, retry_after, write_cached
+from modules.rewards.chat.replies import (
+    Answer,
+    TryAgain,
+    read_answer,
+    read_cached,
+    read_refusal,
+    read_retry_after,
+    write_cached,
+)
 from modules.rollout.engine import Sampling
 from modules.rollout.in_process import InProcessEngine
 
@@ -68,7 +76,7 @@ class HttpChat(ChatClient):
         prices: tuple[float, float] | None = None,
     ) -> None:
         super().__init__()
-        self._httpx, self._tenacity = (optional_import(name) for name in ("httpx", "tenacity"))
+        self._httpx, self._tenacity = (require_package(name) for name in ("httpx", "tenacity"))
         self.url = f"{base_url.rstrip('/')}/chat/completions"
         checks = {
             f"base_url '{base_url}' must be a URL such as http://127.0.0.1:8000/v1": self._is_url(),
@@ -181,10 +189,10 @@ class HttpChat(ChatClient):
             lost = isinstance(error, self._httpx.ConnectError | self._httpx.ConnectTimeout | self._httpx.ProxyError)
             raise TryAgain(str(error) or type(error).__name__, unreachable=lost) from error
         if response.status_code == 429 or response.status_code >= 500:
-            raise TryAgain(f"status {response.status_code}", wait=retry_after(response.headers.get("Retry-After")))
+            raise TryAgain(f"status {response.status_code}", wait=read_retry_after(response.headers.get("Retry-After")))
         if response.status_code != 200:
             key = self._key()
-            said = refusal(content).replace(key, "***") if key else refusal(content)
+            said = read_refusal(content).replace(key, "***") if key else read_refusal(content)
             raise ValueError(f"HttpChat: {self.url} refused the request with status {response.status_code}: {said}")
         return read_answer(content)
 
@@ -258,7 +266,7 @@ class LocalChat(ChatClient):
         return answers
 
 
-def optional_import(module: str) -> ModuleType:
+def require_package(module: str) -> ModuleType:
     """Import an optional library only when it is needed.
 
     Raises:

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from modules.rewards.answers import final_text
+from modules.rewards.answers import cut_final_text
 from modules.rewards.chat.protocol import ChatClient, Conversation
 from modules.types import Reward, Rollout
 
@@ -73,7 +73,7 @@ class PairwiseJudge(Reward):
     Judges favour a place, so each pair is asked about twice, the second time with the answers swapped. An answer wins
     when it wins both times; anything else is a tie. A reply without a verdict makes the comparison invalid (None),
     never a tie. Equal texts are a tie without a question. A completion is shown without its reasoning, see
-    ``final_text``.
+    ``cut_final_text``.
 
     Args:
         client: the chat model that judges.
@@ -95,7 +95,7 @@ class PairwiseJudge(Reward):
 
     def __call__(self, rollouts: Sequence[Rollout]) -> list[float | None]:
         """Return 1.0, 0.5, 0.0 or None per rollout; None also without an answer to compare with."""
-        pairs = [(rollout.prompt, final_text(rollout.completion.text), rollout.answer) for rollout in rollouts]
+        pairs = [(rollout.prompt, cut_final_text(rollout.completion.text), rollout.answer) for rollout in rollouts]
         comparisons = iter(
             self.compare([(prompt, text, answer) for prompt, text, answer in pairs if answer is not None])
         )
@@ -117,8 +117,8 @@ class PairwiseJudge(Reward):
         return comparisons
 
     def report(self) -> dict[str, float]:
-        """Return ``tally_metrics`` of all comparisons so far, and the client's own report."""
-        return tally_metrics(self.counts) | self.client.report()
+        """Return ``measure_tally`` of all comparisons so far, and the client's own report."""
+        return measure_tally(self.counts) | self.client.report()
 
     def _orders(self, pair: Pair) -> tuple[bool, ...]:
         """Return, for each question about the pair, whether the second answer is shown first."""
@@ -133,7 +133,7 @@ class PairwiseJudge(Reward):
 class RubricJudge(Reward):
     """Asks a chat model for a mark from 1 to 10 by a rubric, scaled to [0, 1]; None if the reply holds no mark.
 
-    A completion is shown without its reasoning, see ``final_text``.
+    A completion is shown without its reasoning, see ``cut_final_text``.
 
     Args:
         client: the chat model that marks.
@@ -155,7 +155,7 @@ class RubricJudge(Reward):
 
     def __call__(self, rollouts: Sequence[Rollout]) -> list[float | None]:
         """Return (mark - 1) / 9 per rollout, or None."""
-        texts = [(rollout.prompt, final_text(rollout.completion.text)) for rollout in rollouts]
+        texts = [(rollout.prompt, cut_final_text(rollout.completion.text)) for rollout in rollouts]
         questions = [self.template.format(rubric=self.rubric, prompt=prompt, answer=text) for prompt, text in texts]
         scores = [
             read_score(reply)
@@ -193,7 +193,7 @@ def read_verdict(reply: str | None) -> float | None:
 
     The last line that is a verdict and nothing else counts.
     """
-    found = last_match(VERDICT, reply)
+    found = find_last_match(VERDICT, reply)
     return None if found is None else FIRST_WINS[found.lower()]
 
 
@@ -202,13 +202,13 @@ def read_score(reply: str | None) -> float | None:
 
     The last line that is a score and nothing else counts.
     """
-    found = last_match(SCORE, reply)
+    found = find_last_match(SCORE, reply)
     return None if found is None else (int(found) - 1) / 9
 
 
-def last_match(pattern: re.Pattern[str], reply: str | None) -> str | None:
+def find_last_match(pattern: re.Pattern[str], reply: str | None) -> str | None:
     """Return group 1 of the last line that matches as a whole. The judge's own reasoning does not count."""
-    matches = [pattern.fullmatch(line) for line in final_text(reply or "").splitlines()]
+    matches = [pattern.fullmatch(line) for line in cut_final_text(reply or "").splitlines()]
     return next((match[1] for match in reversed(matches) if match), None)
 
 
@@ -231,7 +231,7 @@ def judged(verdicts: tuple[float | None, ...], orders: tuple[bool, ...]) -> Judg
 
 
 def tally(comparisons: Sequence[JudgedPair]) -> Counter[str]:
-    """Count what ``tally_metrics`` needs; the counts add up over batches and ranks."""
+    """Count what ``measure_tally`` needs; the counts add up over batches and ranks."""
     counts: Counter[str] = Counter()
     for comparison in comparisons:
         valid = [verdict for verdict in comparison.verdicts if verdict is not None]
@@ -246,7 +246,7 @@ def tally(comparisons: Sequence[JudgedPair]) -> Counter[str]:
     return counts
 
 
-def tally_metrics(counts: Counter[str]) -> dict[str, float]:
+def measure_tally(counts: Counter[str]) -> dict[str, float]:
     """Compute ``comparisons``, ``invalid``, ``ties`` and, where something was counted, ``position_bias`` and
     ``consistency``.
 

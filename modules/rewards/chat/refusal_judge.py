@@ -7,8 +7,8 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
-from modules.rewards.answers import final_text
-from modules.rewards.chat.judge import check_fields, last_match
+from modules.rewards.answers import cut_final_text
+from modules.rewards.chat.judge import check_fields, find_last_match
 from modules.rewards.chat.protocol import ChatClient
 from modules.types import REFUSAL_LABELS
 
@@ -57,7 +57,7 @@ class RefusalJudge:
     def classify(self, prompts: Sequence[str], answers: Sequence[str]) -> list[str | None]:
         """Return one label per answer, in order; None if the reply holds none. All questions are asked at once."""
         questions = [
-            self.template.format(prompt=prompt, answer=final_text(answer).strip() or "(empty)")
+            self.template.format(prompt=prompt, answer=cut_final_text(answer).strip() or "(empty)")
             for prompt, answer in zip(prompts, answers, strict=True)
         ]
         replies = self.client.complete([[{"role": "user", "content": question}] for question in questions])
@@ -72,5 +72,5 @@ class RefusalJudge:
 
 def read_label(reply: str | None) -> str | None:
     """Return the label on the last line that is a label and nothing else; None without one."""
-    found = last_match(LABEL, reply)
+    found = find_last_match(LABEL, reply)
     return None if found is None else found.lower()

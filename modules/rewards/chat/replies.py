@@ -49,7 +49,7 @@ def read_answer(content: bytes) -> Answer:
     return Answer(text, *tokens)
 
 
-def refusal(content: bytes) -> str:
+def read_refusal(content: bytes) -> str:
     """Return what the body of an error says, in one line of at most 300 characters."""
     said: Any = content.decode("utf-8", errors="replace")
     try:
@@ -62,7 +62,7 @@ def refusal(content: bytes) -> str:
     return " ".join(str(said).split())[:300] or "no reason given"
 
 
-def retry_after(header: str | None) -> float:
+def read_retry_after(header: str | None) -> float:
     """Return the seconds that a Retry-After header asks for, as a number or as a date; 0 if it cannot be read."""
     if header is None:
         return 0.0

@@ -26,7 +26,7 @@ def parse_gold(gold: str) -> tuple[Any, ...]:
     return tuple(parse(f"${gold.strip('$')}$", fallback_mode="no_fallback", parsing_timeout=None))
 
 
-def verdict(gold: str, completion: str) -> float | None:
+def judge_answer(gold: str, completion: str) -> float | None:
     """Return 1.0 if the answers are equal, 0.0 if not or if none is found, None if the gold answer cannot be parsed."""
     from math_verify import parse, verify
 
@@ -37,7 +37,7 @@ def verdict(gold: str, completion: str) -> float | None:
     return float(verify(expected, found, timeout_seconds=None))
 
 
-def main() -> None:
+def serve() -> None:
     """Answer requests until the input ends."""
     # What libraries print must not be read as a verdict, so it goes to standard error.
     replies = os.fdopen(os.dup(1), "w")
@@ -46,7 +46,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends this process
     limit = float(sys.argv[1]) + 1.0
-    verdict("1", "1")  # load the library before the first request is timed
+    judge_answer("1", "1")  # load the library before the first request is timed
     print("ready", file=replies, flush=True)
     for line in sys.stdin:
         # The parent kills this process at the timeout. If the parent is gone, the system's alarm ends a hang that no
@@ -54,10 +54,10 @@ def main() -> None:
         if os.name == "posix":
             signal.setitimer(signal.ITIMER_REAL, limit)
         request = json.loads(line)
-        print(json.dumps(verdict(request["gold"], request["completion"])), file=replies, flush=True)
+        print(json.dumps(judge_answer(request["gold"], request["completion"])), file=replies, flush=True)
         if os.name == "posix":
             signal.setitimer(signal.ITIMER_REAL, 0.0)
 
 
 if __name__ == "__main__":
-    main()
+    serve()

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from modules.checks import check_numbers
+from modules.functional.ranges import check_numbers
 
 
 @pytest.mark.parametrize(

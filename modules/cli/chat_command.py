@@ -1,4 +1,4 @@
-"""``python -m modules chat --policy FOLDER``: ask a model in the terminal, or line by line from a pipe."""
+"""The command ``python -m modules chat --policy FOLDER``: asks a model from the terminal or from a pipe."""
 
 import sys
 from collections.abc import Iterator
@@ -17,23 +17,23 @@ Form = Literal["chat", "alpaca", "text"]
 SAID: dict[Form, str] = {
     "chat": "a conversation, by the chat template",
     "alpaca": "each line is an instruction in Alpaca's prompt",
-    "text": "goes on with your line as it stands",
+    "text": "it continues each line",
 }
 
 
 def chat(policy: str, form: Form | None = None, max_completion_length: int = 256, temperature: float = 0.0) -> None:
-    """Answer each line that is typed; an empty line begins a new conversation, Ctrl-D ends.
+    """Answer each line that is typed. An empty line begins a new conversation, and Ctrl-D ends.
 
-    A reward model is asked for a prompt and an answer, and gives its score.
+    With a reward model one types a prompt and an answer, and gets the score.
 
     Args:
-        policy: ``tiny``, a Hugging Face folder, a GGUF file or a hub id; such as the export of a run.
-        form: what becomes of a line: a turn of a ``chat`` by the chat template, the instruction in ``alpaca``'s prompt,
-            or ``text`` that the model goes on with. None = chat where there is a template, else text.
+        policy: ``tiny``, a Hugging Face folder such as the export of a run, a GGUF file or a hub id.
+        form: how the model reads a line: as a turn of a ``chat`` in the chat template, as the instruction in
+            ``alpaca``'s prompt, or as a ``text`` to continue. None = chat if there is a template, else text.
         max_completion_length: tokens of an answer.
         temperature: of the sampling; 0 = greedy.
     """
-    if is_classifier(policy):
+    if holds_classifier(policy):
         score_lines(policy)
         return
     model, engine = Policy(policy, dropout=False), InProcessEngine()
@@ -43,18 +43,18 @@ def chat(policy: str, form: Form | None = None, max_completion_length: int = 256
         raise ValueError(f"'{policy}' has no chat template: --form text or --form alpaca")
     say(f"{policy}: {SAID[form]}; Ctrl-D ends")
     messages: list[dict[str, str]] = []
-    for number, line in enumerate(lines("> ")):
+    for number, line in enumerate(read_lines("> ")):
         if not line:
             messages = []
             continue
         messages.append({"role": "user", "content": line})
         text = ALPACA_PROMPT.format(instruction=line) if form == "alpaca" else line
-        prompt = model.prompt_ids(messages) if form == "chat" else text_ids(model, text)
+        prompt = model.prompt_ids(messages) if form == "chat" else encode_line(model, text)
         config = model.model.config
         positions = config.to_dict().get(config.attribute_map.get("max_position_embeddings", "max_position_embeddings"))
         room = max_completion_length if positions is None else min(max_completion_length, positions - len(prompt))
         if room < 1:
-            say("the conversation is longer than the model's positions; an empty line begins a new one")
+            say("the conversation is too long for the model; type an empty line to begin a new one")
             continue
         sampling = Sampling(temperature=temperature, max_completion_length=room)
         answer = engine.generate([prompt], 1, sampling, [number])[0][0].text
@@ -63,11 +63,11 @@ def chat(policy: str, form: Form | None = None, max_completion_length: int = 256
 
 
 def score_lines(path: str) -> None:
-    """The score of each pair of lines: a prompt and an answer."""
+    """Print the score of each pair of lines, a prompt and an answer."""
     reward, tokenizer = LearnedReward(path), AutoTokenizer.from_pretrained(path)
     say(f"{path}: a reward model; type a prompt, then an answer; Ctrl-D ends")
-    for prompt in lines("prompt> "):
-        answer = next(lines("answer> "), None)
+    for prompt in read_lines("prompt> "):
+        answer = next(read_lines("answer> "), None)
         if answer is None:
             return
         if tokenizer.chat_template is not None:
@@ -77,23 +77,23 @@ def score_lines(path: str) -> None:
         print(reward([rollout])[0], flush=True)
 
 
-def is_classifier(policy: str) -> bool:
-    """Whether this is a reward model's folder."""
+def holds_classifier(policy: str) -> bool:
+    """Return whether a folder or hub id holds a reward model."""
     try:
         architectures = AutoConfig.from_pretrained(policy).architectures or []
     except (OSError, ValueError):
-        return False  # tiny, GGUF, or what ``Policy`` will refuse
+        return False  # a built-in model, a GGUF file, or something that ``Policy`` refuses
     return any("SequenceClassification" in name for name in architectures)
 
 
-def text_ids(model: Policy, text: str) -> list[int]:
-    """Tokens of a text that the model goes on with."""
+def encode_line(model: Policy, text: str) -> list[int]:
+    """Encode a text that the model continues."""
     ids = list(model.tokenizer(text, verbose=False).input_ids)
     return ids[:-1] if ids and ids[-1] == model.tokenizer.eos_token_id else ids
 
 
-def lines(prompt: str) -> Iterator[str]:
-    """What is typed, line by line; ``prompt`` is shown in a terminal alone."""
+def read_lines(prompt: str) -> Iterator[str]:
+    """Read lines from standard input; ``prompt`` is shown in a terminal only."""
     while True:
         if sys.stdin.isatty():
             print(prompt, end="", flush=True)
@@ -104,12 +104,12 @@ def lines(prompt: str) -> Iterator[str]:
 
 
 def say(text: str) -> None:
-    """A word to whoever sits there; the answers alone go to stdout."""
+    """Print a message to standard error; standard output gets the answers only."""
     print(text, file=sys.stderr, flush=True)
 
 
 def run_chat(args: list[str]) -> None:
-    """The command, with its arguments."""
+    """Run the command with its arguments."""
     parser = ArgumentParser(prog="python -m modules chat", description="Ask a model.")
     parser.add_function_arguments(chat, as_positional=False)
     chat(**parser.parse_args(args).as_dict())

@@ -4,7 +4,7 @@ from abc import abstractmethod
 
 from lightning.pytorch import Callback, LightningModule
 
-from modules.stopping import StopTogether
+from modules.trainer.stopping import StopTogether
 from modules.types import Record
 
 

@@ -10,7 +10,7 @@ import torch
 from modules.types import InstructionBatch, PromptBatch
 
 
-def last_answers(batch: InstructionBatch, tokenizer: Any) -> PromptBatch:
+def find_last_answers(batch: InstructionBatch, tokenizer: Any) -> PromptBatch:
     """Turn each row, or each document of a packed row, into a prompt and its last answer.
 
     ``answer`` is the last run of supervised tokens as text, without special tokens. The prompt is everything before it.
@@ -18,7 +18,7 @@ def last_answers(batch: InstructionBatch, tokenizer: Any) -> PromptBatch:
     the same on every rank.
     """
     prompts = PromptBatch(uid=[], prompt=[], prompt_ids=[], answer=[], source=[], info=[])
-    for ids, supervised in documents(batch):
+    for ids, supervised in split_documents(batch):
         if True not in supervised:
             continue
         end = len(supervised) - supervised[::-1].index(True)
@@ -34,7 +34,7 @@ def last_answers(batch: InstructionBatch, tokenizer: Any) -> PromptBatch:
     return prompts
 
 
-def documents(batch: InstructionBatch) -> Iterator[tuple[list[int], list[bool]]]:
+def split_documents(batch: InstructionBatch) -> Iterator[tuple[list[int], list[bool]]]:
     """Yield the tokens and the loss mask of each row, or of each document of a packed row, without padding."""
     lengths = batch["attention_mask"].sum(1).tolist()
     positions = batch["position_ids"].tolist() if "position_ids" in batch else [range(length) for length in lengths]

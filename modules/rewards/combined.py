@@ -2,9 +2,9 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
-from modules.rewards.function import as_reward
-from modules.types import Reward, Rollout
+from modules.types import Completion, Reward, Rollout, as_reward
 
 
 def score(reward: Reward, rollouts: Sequence[Rollout]) -> list[float | None]:
@@ -82,6 +82,80 @@ class WeightedSum(Reward):
         return total
 
 
+class LengthPenalty(Reward):
+    """Subtracts ``per_token`` for each token of the completion from another reward.
+
+    The end token counts. The score is None where the other reward gives None. In arXiv 2310.03716 length alone explains
+    70 to 90 % of what PPO gains on reward models.
+
+    Args:
+        reward: the reward to correct.
+        per_token: price of a token, in units of ``reward``; finite and >= 0.
+
+    Raises:
+        ValueError: ``per_token`` is out of range.
+    """
+
+    def __init__(self, reward: Reward, per_token: float) -> None:
+        if not 0 <= per_token < math.inf:
+            raise ValueError(f"LengthPenalty per_token must be a finite number >= 0, got {per_token}")
+        self.reward, self.per_token = as_reward(reward), per_token
+        self.name = f"{self.reward.name}_length_penalty"
+
+    def __call__(self, rollouts: Sequence[Rollout]) -> list[float | None]:
+        """Return the penalised score per rollout, or None.
+
+        Raises:
+            ValueError: a completion has text but no tokens, so that its length is unknown.
+        """
+        bare = [rollout.uid for rollout in rollouts if rollout.completion.text and not rollout.completion.token_ids]
+        if bare:
+            raise ValueError(
+                f"{bare[0]}: LengthPenalty counts tokens, and this completion is text without tokens (a baseline of "
+                "Versus?); use the reward without LengthPenalty"
+            )
+        scores = self.reward(rollouts)
+        return [
+            None if score is None else score - self.per_token * len(rollout.completion.token_ids)
+            for score, rollout in zip(scores, rollouts, strict=True)
+        ]
+
+
+class Versus(Reward):
+    """Gives 1 when ``reward`` scores the completion above the row's ``answer``, 0.5 when equal, 0 below.
+
+    With a learned reward this measures win rates. The answer is scored as a completion that ended by itself, with text
+    and without tokens. So ``reward`` must read text, as ``LearnedReward`` does for a completion without tokens. The
+    score is None without an answer, or if either side cannot be scored.
+
+    Args:
+        reward: scores the completion and the answer.
+    """
+
+    def __init__(self, reward: Reward) -> None:
+        self.reward = as_reward(reward)
+        self.name = f"versus_{self.reward.name}"
+
+    def __call__(self, rollouts: Sequence[Rollout]) -> list[float | None]:
+        """Return 1.0, 0.5, 0.0 or None per rollout."""
+        against = [
+            replace(rollout, completion=Completion([], [], rollout.answer, "stop"))
+            for rollout in rollouts
+            if rollout.answer is not None
+        ]
+        mine = [rollout for rollout in rollouts if rollout.answer is not None]
+        scores = self.reward([*mine, *against]) if mine else []
+        verdicts = iter([compare_scores(a, b) for a, b in zip(scores[: len(mine)], scores[len(mine) :], strict=True)])
+        return [None if rollout.answer is None else next(verdicts) for rollout in rollouts]
+
+
+def compare_scores(score: float | None, other: float | None) -> float | None:
+    """Return 1.0 if ``score`` is above ``other``, 0.5 if they are equal, 0.0 below; None if either is None."""
+    if score is None or other is None:
+        return None
+    return 0.5 if score == other else float(score > other)
+
+
 def breakdown(reward: Reward, rollouts: Sequence[Rollout]) -> tuple[list[dict[str, float | None]], list[float | None]]:
     """Score the rollouts once and keep the parts.
 
@@ -99,10 +173,10 @@ def breakdown(reward: Reward, rollouts: Sequence[Rollout]) -> tuple[list[dict[st
     return [{reward.name: value} for value in totals], totals
 
 
-def every_reward(reward: Reward) -> Iterator[Reward]:
+def walk_rewards(reward: Reward) -> Iterator[Reward]:
     """Yield the reward and all rewards inside it, at any depth."""
     yield reward
     for part in vars(reward).values():
         for inner in part if isinstance(part, list | tuple) else [part]:
             if isinstance(inner, Reward):
-                yield from every_reward(inner)
+                yield from walk_rewards(inner)

@@ -1,6 +1,4 @@
-"""What all ranks hold together: their lists joined, and moments over all of their rows. Every function but
-``log_equal``, which ends all logging, is collective.
-"""
+"""Numbers over all ranks: gathered lists, means, moments. All functions are collective, but ``log_equal``."""
 
 import math
 from collections import Counter, defaultdict
@@ -12,8 +10,9 @@ from torch import Tensor, distributed
 
 
 def from_all_ranks(items: list[Any]) -> list[Any]:
-    """The items [n] of all ranks, in the order of the ranks, as many as they are on each (collective); pickled, so keep
-    them small.
+    """Gather the items [n] of all ranks, in the order of the ranks (collective).
+
+    Ranks may have different numbers of items. The items are pickled, so keep them small.
     """
     if not distributed.is_initialized():
         return items
@@ -23,7 +22,7 @@ def from_all_ranks(items: list[Any]) -> list[Any]:
 
 
 class Logs(Protocol):
-    """What is called of a LightningModule."""
+    """The part of a LightningModule that ``log_equal`` calls."""
 
     def log(
         self,
@@ -40,22 +39,21 @@ class Logs(Protocol):
 
 
 def log_equal(module: Logs, metrics: Mapping[str, float], prog_bar: bool = False, logger: bool | None = None) -> None:
-    """Log numbers [] that are equal on all ranks, and leave no collective for whoever reads them.
+    """Log numbers [] that are equal on all ranks, so that reading them waits for no other rank.
 
-    Every rank must call it. Lightning averages what is logged with ``sync_dist`` alone only when somebody first reads
-    it: a progress bar, on one rank, would wait for ever. ``prog_bar``, ``logger``: as in ``LightningModule.log``.
+    Every rank must call it. With ``sync_dist`` alone Lightning averages a number when it is first read: a progress bar,
+    which reads on one rank, would wait for ever. ``prog_bar`` and ``logger`` are those of ``LightningModule.log``.
     """
     for name, value in metrics.items():
-        # rank_zero_only takes the average out, sync_dist the advice to ask for it; a batch size of 1 keeps
+        # rank_zero_only switches the average off, and sync_dist the warning that it is off. A batch size of 1 keeps
         # Lightning from guessing one.
         module.log(name, value, prog_bar=prog_bar, logger=logger, sync_dist=True, rank_zero_only=True, batch_size=1)
 
 
 def weighted_means(parts: Mapping[str, Sequence[float]]) -> dict[str, float]:
-    """Mean of each metric over all ranks, from this rank's (total, weight) [2] (collective); a mean of nothing is left
-    out.
+    """Average each metric over all ranks, from this rank's (total, weight) [2] (collective).
 
-    Example: (6.0, 2) on one rank and (2.0, 2) on another make 2.0.
+    A metric whose weights sum to 0 is left out. Example: (6.0, 2) on one rank and (2.0, 2) on another make 2.0.
     """
     totals, weights = Counter[str](), Counter[str]()
     for found in from_all_ranks([{name: tuple(part) for name, part in parts.items()}]):
@@ -70,21 +68,21 @@ JOINS: dict[Join, Callable[[Tensor, Tensor], Tensor]] = {sum: torch.add, min: to
 
 
 class Tally:
-    """Numbers that each rank collects over its batches, joined over all batches of all ranks at the end.
+    """Collects numbers over the batches of a rank, and joins them over all batches of all ranks.
 
     Example: ``add({"loss": 2.0}, weight=3)`` and ``add({"loss": 4.0}, weight=1)`` join to ``{"loss": 2.5}``.
 
     Args:
-        device: where the numbers are, so that collecting them waits for nothing.
+        device: of the numbers. They stay there, so that ``add`` does not wait for the device.
     """
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self.device = device
         self._parts: dict[str, Tensor] = {}  # (joined numbers, weight) [2] of this rank
-        self._joins: dict[str, tuple[Join, bool]] = {}  # and whether a number is divided by its weight
+        self._joins: dict[str, tuple[Join, bool]] = {}  # how to join a number, and whether to divide it by its weight
 
     def add(self, metrics: Mapping[str, Tensor | float], weight: float | None = None, join: Join = sum) -> None:
-        """Collect numbers [] of a batch: averaged with ``weight``, or without it joined by ``sum``, ``min`` or ``max``."""
+        """Collect numbers [] of a batch. With ``weight`` they are averaged; without, ``join`` joins them."""
         for name, value in metrics.items():
             number = torch.as_tensor(value, dtype=torch.float32, device=self.device).detach()
             factor = 1.0 if weight is None else weight
@@ -93,7 +91,7 @@ class Tally:
             self._joins[name] = join, weight is not None
 
     def join(self) -> dict[str, float]:
-        """The numbers over all ranks (collective), which need not have the same names; a mean of nothing is left out."""
+        """Join the numbers of all ranks (collective). Ranks may have different names; an empty mean is left out."""
         parts = torch.stack(list(self._parts.values())).tolist() if self._parts else []
         mine = {name: (part, self._joins[name]) for name, part in zip(self._parts, parts, strict=True)}
         gathered: dict[str, list[tuple[list[float], tuple[Join, bool]]]] = defaultdict(list)
@@ -110,14 +108,14 @@ class Tally:
 
 
 def _moments_over_ranks(x: Tensor, mask: Tensor, label: Tensor, num_labels: int) -> tuple[Tensor, Tensor]:
-    """Mean and population variance [num_labels] of the kept entries of each label's rows on all ranks; 0 for a label
-    without any.
+    """Compute mean and population variance [num_labels] of the kept entries of each label, over all ranks.
 
-    x [N, T]: float64 on the CPU, 0 where mask (bool [N, T]) drops. label: int [N]. Two passes, so two gathers.
+    x [N, T]: float64 on the CPU, 0 at dropped entries. mask: bool [N, T]. label: int [N]. A label without kept entries
+    has mean and variance 0. It gathers twice, once for each moment.
     """
 
     def total(rows: Tensor) -> Tensor:
-        """[N, k] -> [num_labels, k], the sums over the rows of all ranks."""
+        """Sum the rows [N, k] of all ranks by label, to [num_labels, k]."""
         here = torch.zeros(num_labels, rows.shape[1], dtype=torch.float64).index_add(0, label, rows)
         return torch.tensor(from_all_ranks([here.tolist()]), dtype=torch.float64).sum(0)
 
@@ -129,19 +127,17 @@ def _moments_over_ranks(x: Tensor, mask: Tensor, label: Tensor, num_labels: int)
 
 
 def _exact(x: Tensor, mask: Tensor) -> Tensor:
-    """x in float64 on the CPU (some accelerators have none), 0 where mask, there too, drops."""
+    """Move x to the CPU in float64, which some accelerators lack, and set it to 0 where ``mask`` drops."""
     return x.detach().cpu().double().masked_fill(~mask, 0.0)
 
 
 def whiten_over_ranks(x: Tensor, mask: Tensor, label: Tensor, num_labels: int, shift_mean: bool = True) -> Tensor:
-    """``masked_whiten`` with the moments of the rows of one label on all ranks (collective): ``(x - mean) /
-    sqrt(variance + 1e-8)``.
+    """Whiten the rows of each label with their moments over all ranks: (x - mean) / sqrt(variance + 1e-8) (collective).
 
-    x: [N, T]; N and T may differ between ranks. mask: bool [N, T]. label: int [N] in 0..num_labels-1, numbered alike on
-    all ranks, which
-    need not have rows of each. shift_mean: False adds the mean back, so that only the scale changes. Returns [N, T]
-    without gradient, 0 at dropped entries. Population variance, computed in float64. Source: Ziegler et al. 2019
-    (1909.08593), its released code.
+    x: [N, T]; N and T may differ between ranks. mask: bool [N, T]. label: int [N] in 0..num_labels-1, with the same
+    meaning on all ranks; a rank may lack some labels. shift_mean: False adds the mean back, so that only the scale
+    changes. Returns [N, T] without gradient, 0 at dropped entries. The variance is that of the population, in float64.
+    Source: Ziegler et al. 2019 (1909.08593), its released code; see ``masked_whiten``.
     """
     keep, rows = mask.cpu(), label.cpu()
     exact = _exact(x, keep)
@@ -151,12 +147,11 @@ def whiten_over_ranks(x: Tensor, mask: Tensor, label: Tensor, num_labels: int, s
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
-    """1 - Var(returns - values) / Var(returns) over the kept tokens of all ranks (collective): 1 is perfect, a constant
-    gives 0.
+    """Compute 1 - Var(returns - values) / Var(returns) over the kept tokens of all ranks (collective).
 
-    values, returns: [N, T]; N and T may differ between ranks. mask: bool [N, T]. Population variances, computed in
-    float64. 0.0 where
-    the returns do not vary: a deviation of at most 1e-6 of the size of returns and errors is the rounding of float32.
+    1 is perfect, and a constant gives 0. values, returns: [N, T]; N and T may differ between ranks. mask: bool [N, T].
+    Variances are those of the population, in float64. Returns that do not vary give 0.0; a deviation of at most 1e-6 of
+    the size of returns and errors counts as rounding of float32.
     """
     keep = mask.cpu()
     exact = _exact(returns, keep)
@@ -170,9 +165,9 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
 
 
 def mean_and_error(values: list[float]) -> tuple[float, float]:
-    """Mean of the values [n] of all ranks and its standard error, the sample deviation over sqrt(n) (collective).
+    """Compute the mean of the values [n] of all ranks, and its standard error (collective).
 
-    The error is 0.0 for fewer than two values, and so is the mean of none.
+    The error is the sample deviation over sqrt(n), and 0.0 for fewer than two values. The mean of no value is 0.0.
     """
     everything = torch.tensor(from_all_ranks(values), dtype=torch.float64)
     count = len(everything)

@@ -1,4 +1,4 @@
-"""Evaluation mode for a while."""
+"""Puts a model into evaluation mode for a while."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +8,10 @@ from torch import nn
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; every part of the module goes back to the mode it had, also after an exception."""
+    """Put a module into evaluation mode inside the ``with`` block, and each part back into its own mode behind it.
+
+    The modes come back after an exception too.
+    """
     training = [part for part in module.modules() if part.training]
     module.eval()
     try:

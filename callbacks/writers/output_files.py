@@ -1,0 +1,62 @@
+"""Files that callbacks write: where they go, whole, or line by line."""
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from lightning.pytorch import Trainer
+
+
+def in_run_folder(trainer: Trainer, path: Path | None, name: str) -> Path:
+    """Return ``path``, or ``name`` in the run's folder when ``path`` is None. The run's folder is ``default_root_dir``."""
+    return Path(trainer.default_root_dir) / name if path is None else path
+
+
+def require_writable(path: Path, who: str) -> None:
+    """Check that ``path`` can be written, and leave nothing behind.
+
+    Raises ValueError, which begins with ``who``, when it cannot.
+    """
+    folder = path.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    if path.is_file():
+        folder = path.absolute().parent
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ValueError(f"{who}: {path} cannot be written ({folder}: {error.strerror}); name another place") from error
+
+
+def open_whole_lines(path: Path) -> BinaryIO:
+    """Open a file to append, and remove the half line that a killed run may have left."""
+    file = path.open("a+b")
+    file.seek(0)
+    file.truncate(file.read().rfind(b"\n") + 1)
+    file.seek(0, os.SEEK_END)
+    return file
+
+
+def append_lines(file: BinaryIO, records: list[Any]) -> None:
+    """Append records, all or nothing, and flush them to disk."""
+    file.write("".join(json.dumps(record) + "\n" for record in records).encode())
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file beside ``path`` and rename it, so that ``path`` is never half a file."""
+    part = path.with_name(f".{path.name}.whole")
+    with part.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON file that is renamed into place when it is complete; parent folders are made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, json.dumps(content, indent=2) + "\n")

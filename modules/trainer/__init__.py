@@ -1,0 +1,1 @@
+"""How the methods sit inside Lightning's Trainer: ranks, seeds, modes, stopping and resuming."""
