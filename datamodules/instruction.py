@@ -14,7 +14,8 @@ from datamodules.formats.instruction_shapes import (
     encode_instruction,
     instruction_example,
 )
-from datamodules.loaders.step_sampler import InstructionDataset, MicroBatch
+from datamodules.loaders.batches import InstructionDataset
+from datamodules.loaders.step_sampler import MicroBatch
 from datamodules.sources import Row, Source
 from datamodules.tokens.chat import LossOn, Message
 from datamodules.tokens.encoding import Tokens

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from datamodules.base import AlignDataModule
 from datamodules.formats.preference_shapes import PreferenceExample, preference_example, settle_verdicts
 from datamodules.formats.verdicts import Ours
-from datamodules.loaders.preference_rows import PreferenceDataset, PreferenceTokens
+from datamodules.loaders.batches import PreferenceDataset, PreferenceTokens
 from datamodules.loaders.step_sampler import MicroBatch
 from datamodules.sources import Row, Source
 from datamodules.tokens.chat import encode_example

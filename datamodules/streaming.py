@@ -13,9 +13,9 @@ from datamodules.formats.reading import Reading
 from datamodules.instruction import InstructionDataModule
 from datamodules.loaders.stream_loader import Pieces, StreamLoader
 from datamodules.sources import Row, Source
-from datamodules.sources.files import files_of_split, hub_id, hub_trouble, looks_local
+from datamodules.sources.files import looks_local, parse_json
 from datamodules.sources.held_out import share_of
-from datamodules.sources.readers import file_format, parse_json
+from datamodules.sources.locations import file_format, files_of_split, hub_id, hub_trouble
 from datamodules.tokens.chat import LossOn
 from datamodules.tokens.encoding import Tokens
 from datamodules.tokens.packing import split_long

@@ -15,11 +15,11 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from modules.distributed import Join, Tally, log_equal
-from modules.networks.frozen import Frozen
 from modules.networks.loading import lacks_output_head
 from modules.networks.lora import Lora
 from modules.networks.memory import memory_line, training_memory
 from modules.networks.policy import MAX_LOGITS, Policy
+from modules.networks.reference import Frozen
 from modules.rollout.engine import Sampling
 from modules.rollout.in_process import InProcessEngine
 from modules.schedulers import RunSchedule

@@ -14,10 +14,9 @@ from modules.functional.masked import masked_mean
 from modules.losses.pairs import Pairs, find_pairs, make_scored_pairs, measure_logits, measure_preferences
 from modules.losses.preference import PairObjective, PreferenceObjective, Sequences, Sigmoid
 from modules.networks.companion import companion
-from modules.networks.frozen import Frozen
 from modules.networks.lora import Lora
 from modules.networks.policy import TokenScores
-from modules.networks.reference import ReferenceLogprobs, reference_logprobs
+from modules.networks.reference import Frozen, ReferenceLogprobs, reference_logprobs
 from modules.types import PreferenceBatch, ScoredPair
 
 

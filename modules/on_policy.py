@@ -16,9 +16,9 @@ from modules.base import AlignmentModule
 from modules.distributed import from_all_ranks, log_equal, mean_and_error, weighted_means
 from modules.functional import kl
 from modules.networks.companion import companion
-from modules.networks.frozen import Frozen
 from modules.networks.lora import Lora
 from modules.networks.policy import TokenScores
+from modules.networks.reference import Frozen
 from modules.rewards.function import as_reward
 from modules.rewards.learned import LearnedReward
 from modules.rewards.weighted_sum import every_reward

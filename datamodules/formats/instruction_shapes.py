@@ -5,10 +5,15 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from datamodules.formats.context import Asked, note_unread, read_prompt, surrounded
-from datamodules.formats.messages import looks_like_messages, read_messages
-from datamodules.formats.reading import Cells, Reading
-from datamodules.formats.values import unpack
+from datamodules.formats.conversation import (
+    Asked,
+    looks_like_messages,
+    note_unread,
+    read_messages,
+    read_prompt,
+    surrounded,
+)
+from datamodules.formats.reading import Cells, Reading, unpack
 from datamodules.sources.source import Row
 from datamodules.tokens.chat import Dialogue, LossOn, Message, Tools, encode_example
 from datamodules.tokens.encoding import Tokens, encode_document

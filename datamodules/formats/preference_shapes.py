@@ -6,10 +6,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from datamodules.formats.context import BESIDE, PROMPTS, Asked, note_unread, read_bare_prompt, surrounded
-from datamodules.formats.messages import looks_like_messages, read_messages
-from datamodules.formats.reading import Cells, Reading
-from datamodules.formats.values import as_number, unpack
+from datamodules.formats.conversation import (
+    BESIDE,
+    PROMPTS,
+    Asked,
+    looks_like_messages,
+    note_unread,
+    read_bare_prompt,
+    read_messages,
+    surrounded,
+)
+from datamodules.formats.reading import Cells, Reading, as_number, unpack
 from datamodules.formats.verdicts import Ours, Scale, check_labels, settle_scale
 from datamodules.sources.source import Row
 from datamodules.tokens.chat import Dialogue, Message, Tools

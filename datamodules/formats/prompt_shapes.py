@@ -5,10 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from datamodules.formats.context import PROMPTS, Asked, read_options, read_prompt
-from datamodules.formats.reading import Cells, Reading
+from datamodules.formats.conversation import PROMPTS, Asked, read_options, read_prompt
+from datamodules.formats.reading import Cells, Reading, as_number, is_empty, plain, unpack
 from datamodules.formats.table import normal
-from datamodules.formats.values import as_number, is_empty, plain, unpack
 from datamodules.sources.source import Row
 from datamodules.tokens.chat import Dialogue, Tools
 

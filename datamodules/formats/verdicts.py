@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from datamodules.formats.reading import as_number, is_empty
 from datamodules.formats.table import normal
-from datamodules.formats.values import as_number, is_empty
 
 Ours = Literal[-1, 0, 1]
 SIGNED = ("overall_preference", "preference_strength")  # HelpSteer's: below 0, the first answer is better

@@ -10,10 +10,9 @@ from lightning.pytorch.utilities.types import EVAL_DATALOADERS
 from transformers import PreTrainedTokenizerBase
 
 from datamodules.base import RowsDataModule, load_tokenizer
-from datamodules.formats.context import read_prompt
+from datamodules.formats.conversation import read_prompt
 from datamodules.formats.prompt_shapes import question_text
-from datamodules.formats.reading import Reading
-from datamodules.formats.values import plain, unpack
+from datamodules.formats.reading import Reading, plain, unpack
 from datamodules.sources import Row, Source
 from datamodules.tokens.chat import encode_prompt
 from modules.seeds import run_seed

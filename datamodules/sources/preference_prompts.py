@@ -8,7 +8,7 @@ from typing import Literal
 
 from lightning.pytorch.utilities import rank_zero_info
 
-from datamodules.formats.context import Asked
+from datamodules.formats.conversation import Asked
 from datamodules.formats.preference_shapes import read_answers, read_compared
 from datamodules.formats.reading import Reading
 from datamodules.formats.table import check_mapping

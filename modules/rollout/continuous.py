@@ -1,18 +1,204 @@
-"""Continuous batching: each prompt computed once, a request admitted whenever a slot is free, long prompts first."""
+"""The fast path of the Llama family: continuous batching over a cache of slots, with the live parameters of the model."""
 
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedModel
+from transformers import LlamaForCausalLM, MistralForCausalLM, PreTrainedModel, Qwen2ForCausalLM, Qwen3ForCausalLM
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaRMSNorm
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
-from modules.rollout.decode import DecodeStep, SlotCache
 from modules.rollout.ledger import Ledger
 
+FAMILY = {
+    "llama": LlamaForCausalLM,
+    "mistral": MistralForCausalLM,
+    "qwen2": Qwen2ForCausalLM,
+    "qwen3": Qwen3ForCausalLM,
+}
+STATIC_ROPE = ("default", "llama3")  # frequencies that do not depend on the length
+TRANSPOSED_ROWS = range(16, 256)  # batch sizes where W @ x beats x @ W.T on CPU
 PREFILL_TOKENS = 2048  # padded prompt tokens of one forward
 DRAW_ROWS = 256  # rows of logits turned into first tokens at a time
 ROW_STEP = 16  # batches shrink in steps of this: on CPU 2 rows cost as much as 12
+
+
+def supports(model: PreTrainedModel) -> bool:
+    """Whether ``DecodeStep`` knows this architecture: full attention in every layer, static rotary positions, plain
+    logits.
+    """
+    config = model.config.to_dict()
+    return (
+        isinstance(model, FAMILY.get(config["model_type"], ()))
+        and config.get("sliding_window") is None
+        and set(config.get("layer_types") or ["full_attention"]) == {"full_attention"}
+        and config["rope_parameters"]["rope_type"] in STATIC_ROPE
+    )
+
+
+@dataclass
+class SlotCache:
+    """Keys and values of S slots: per layer [S, kv heads, columns, head dim]. Column c of a slot belongs to its
+    position c.
+    """
+
+    keys: list[Tensor]
+    values: list[Tensor]
+
+    @staticmethod
+    def allocate(model: PreTrainedModel, slots: int, columns: int) -> "SlotCache":
+        """Zeros, not garbage: a NaN in a masked column would still spoil the attention sum."""
+        attention = model.model.layers[0].self_attn
+        shape = (slots, model.config.num_key_value_heads, columns, attention.head_dim)
+        keys, values = (
+            [torch.zeros(shape, dtype=model.dtype, device=model.device) for _ in model.model.layers]
+            for _ in ("keys", "values")
+        )
+        return SlotCache(keys, values)
+
+    def put(self, slots: Tensor, source: "SlotCache", rows: Tensor) -> None:
+        """Copy ``rows`` [K] of another cache into the first columns of ``slots`` [K]."""
+        columns = min(source.keys[0].shape[2], self.keys[0].shape[2])
+        for mine, theirs in zip(self.keys + self.values, source.keys + source.values, strict=True):
+            mine[slots, :, :columns] = theirs[rows, :, :columns]
+
+    def shrink(self, slots: int) -> None:
+        """Keep the first ``slots`` slots."""
+        self.keys = [keys[:slots] for keys in self.keys]
+        self.values = [values[:slots] for values in self.values]
+
+
+class Rows:
+    """Activations [N, features]: every module is called as it is."""
+
+    @staticmethod
+    def turn(x: Tensor) -> Tensor:
+        """From and to [N, features]."""
+        return x
+
+    @staticmethod
+    def norm(module: LlamaRMSNorm, x: Tensor) -> Tensor:
+        return module(x)
+
+    @staticmethod
+    def linear(module: nn.Linear, x: Tensor) -> Tensor:
+        return module(x)
+
+
+class Columns:
+    """Activations [features, N]: on CPU ``W @ x`` is faster for mid-sized batches. Needs plain linear layers."""
+
+    @staticmethod
+    def turn(x: Tensor) -> Tensor:
+        """From and to [N, features]."""
+        return x.t().contiguous()
+
+    @staticmethod
+    def norm(module: LlamaRMSNorm, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.square().mean(0) + module.variance_epsilon) * module.weight[:, None]
+
+    @staticmethod
+    def linear(module: nn.Linear, x: Tensor) -> Tensor:
+        return module.weight @ x if module.bias is None else torch.addmm(module.bias[:, None], module.weight, x)
+
+
+class DecodeStep:
+    """Next-token logits of N rows, each at its own position.
+
+    Args:
+        model: one that ``supports`` accepts.
+        columns: positions to prepare the rotary table for.
+    """
+
+    def __init__(self, model: PreTrainedModel, columns: int) -> None:
+        self.model = model
+        positions = torch.arange(columns, device=model.device)[None]
+        cos, sin = model.model.rotary_emb(model.get_input_embeddings().weight, positions)
+        half = cos.shape[-1] // 2
+        self._cos, self._sin = cos[0], torch.cat([-sin[0, :, :half], sin[0, :, half:]], -1)  # [columns, head dim]
+        # Adapters replace linear layers by modules of their own, which only the row layout calls.
+        linears = [model.lm_head, *(part for layer in model.model.layers for part in linear_layers(layer))]
+        self._transposable = model.device.type == "cpu" and all(type(linear) is nn.Linear for linear in linears)
+
+    def __call__(self, tokens: Tensor, positions: Tensor, cache: SlotCache, horizon: int) -> Tensor:
+        """Append one token per slot and return the logits that follow it.
+
+        Args:
+            tokens: int [N], one per slot of the cache.
+            positions: int [N], the column that each token goes to; columns up to it are attended.
+            cache: N slots; written to.
+            horizon: more than every position; columns from here on are not read.
+
+        Returns:
+            logits [N, V].
+        """
+        layout = Columns if self._transposable and len(tokens) in TRANSPOSED_ROWS else Rows
+        slots = torch.arange(len(tokens), device=tokens.device)
+        x = layout.turn(self.model.model.embed_tokens(tokens))
+        rope = self._cos[positions][:, None], self._sin[positions][:, None]  # [N, 1, D]
+        hidden = torch.arange(horizon, device=tokens.device) > positions[:, None]
+        mask = torch.zeros(hidden.shape, dtype=self.model.dtype, device=tokens.device).masked_fill(hidden, -torch.inf)[
+            :, None, None
+        ]
+        for layer, keys, values in zip(self.model.model.layers, cache.keys, cache.values, strict=True):
+            attention, mlp = layer.self_attn, layer.mlp
+            states = layout.norm(layer.input_layernorm, x)
+            q, k, v = (
+                layout.turn(layout.linear(part, states))
+                for part in (attention.q_proj, attention.k_proj, attention.v_proj)
+            )
+            q, k, v = split_heads(attention, q, k, v)
+            keys[slots, :, positions] = rotate(k, *rope)
+            values[slots, :, positions] = v
+            attended = attend(rotate(q, *rope), keys[:, :, :horizon], values[:, :, :horizon], mask)
+            x = x + layout.linear(attention.o_proj, layout.turn(attended))
+            states = layout.norm(layer.post_attention_layernorm, x)
+            gated = mlp.act_fn(layout.linear(mlp.gate_proj, states)) * layout.linear(mlp.up_proj, states)
+            x = x + layout.linear(mlp.down_proj, gated)
+        return layout.turn(layout.linear(self.model.lm_head, layout.norm(self.model.model.norm, x)))
+
+
+def linear_layers(layer: LlamaDecoderLayer) -> list[nn.Module]:
+    """The seven matrices of a decoder layer."""
+    attention, mlp = layer.self_attn, layer.mlp
+    return [
+        attention.q_proj,
+        attention.k_proj,
+        attention.v_proj,
+        attention.o_proj,
+        mlp.gate_proj,
+        mlp.up_proj,
+        mlp.down_proj,
+    ]
+
+
+def split_heads(
+    attention: LlamaAttention | Qwen3Attention, q: Tensor, k: Tensor, v: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """[N, heads * D] each to [N, heads, D]; Qwen3 normalises queries and keys per head."""
+    q, k, v = (x.unflatten(1, (-1, attention.head_dim)) for x in (q, k, v))
+    if isinstance(attention, Qwen3Attention):
+        q, k = attention.q_norm(q), attention.k_norm(k)
+    return q, k, v
+
+
+def rotate(x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
+    """Rotary positions for x [N, heads, D], cos and sin [N, 1, D]: x cos + (-second half, first half) sin, the sign
+    kept in sin.
+    """
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), signed_sin)
+
+
+def attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+    """Attention of one query position: q [N, heads, D], keys and values [N, kv heads, T, D], mask [N, 1, 1, T] -> [N,
+    heads * D].
+
+    The query heads that share a key head take the place of query positions, so nothing is repeated.
+    """
+    grouped = q.unflatten(1, (keys.shape[1], -1))  # [N, kv heads, group, D]
+    return F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask).flatten(1)
 
 
 @dataclass(frozen=True)
@@ -37,7 +223,7 @@ class ContinuousBatch:
     """Slots over one cache, filled from a queue of prompts until every request is finished.
 
     Args:
-        model: a model that ``decode.supports``.
+        model: one that ``supports`` accepts.
         prompts: token ids of each prompt, at least one prompt.
         num_generations: G; request r is generation r % G of prompt r // G.
         ledger: draws and records tokens.

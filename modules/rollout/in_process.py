@@ -10,8 +10,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from modules.modes import evaluating
-from modules.rollout.continuous import ContinuousBatch
-from modules.rollout.decode import supports
+from modules.rollout.continuous import ContinuousBatch, supports
 from modules.rollout.engine import RolloutEngine, SampledPolicy, Sampling, check_request
 from modules.rollout.ledger import Ledger
 from modules.rollout.static import run_static

@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
-from datamodules.loaders.preference_rows import PreferenceDataset, PreferenceTokens
+from datamodules.loaders.batches import PreferenceDataset, PreferenceTokens
 from datamodules.loaders.step_sampler import MicroBatch, StepSampler
 from datamodules.preference import PreferenceDataModule, chosen_longer_by
 from datamodules.sources import Row, Source

@@ -11,7 +11,7 @@ import pytest
 from datamodules import Files, InstructionDataModule
 from datamodules.formats.prompt_shapes import verifiable_example
 from datamodules.formats.reading import Reading
-from datamodules.sources.files import hub_trouble
+from datamodules.sources.locations import hub_trouble
 from datamodules.tokens.chat import encode_prompt
 from modules.networks.tiny import tiny_tokenizer
 

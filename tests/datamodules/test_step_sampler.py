@@ -6,7 +6,8 @@ from itertools import pairwise
 import pytest
 import torch
 
-from datamodules.loaders.step_sampler import InstructionDataset, MicroBatch, StepSampler, pad_right
+from datamodules.loaders.batches import InstructionDataset, pad_right
+from datamodules.loaders.step_sampler import MicroBatch, StepSampler
 from datamodules.tokens.encoding import Tokens
 
 LENGTHS = random.Random(0).choices(range(2, 60), k=29)

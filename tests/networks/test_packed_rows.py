@@ -21,7 +21,8 @@ from transformers import (
     OPTForCausalLM,
 )
 
-from datamodules.loaders.step_sampler import InstructionDataset, MicroBatch
+from datamodules.loaders.batches import InstructionDataset
+from datamodules.loaders.step_sampler import MicroBatch
 from datamodules.tokens.encoding import Tokens
 from datamodules.tokens.packing import pack
 from modules.networks import packed_rows, policy

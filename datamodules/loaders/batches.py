@@ -1,14 +1,49 @@
-"""Ranked and labelled completions as padded batches."""
+"""Tokenised rows as padded batches of tensors: what a micro-batch of a plan becomes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 
-from datamodules.loaders.step_sampler import MicroBatch, pad_right
-from modules.types import PreferenceBatch
+from datamodules.loaders.step_sampler import MicroBatch
+from datamodules.tokens.encoding import Tokens
+from modules.types import InstructionBatch, PreferenceBatch
+
+
+class InstructionDataset(Dataset[InstructionBatch]):
+    """Tokenised rows; indexed by a MicroBatch it gives the padded batch.
+
+    Packed rows come with ``position_ids``, which start at 0 in every document; each padding token is a document of its
+    own.
+    """
+
+    def __init__(self, rows: list[Tokens], pad_id: int) -> None:
+        self.rows = rows
+        self.pad_id = pad_id
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, batch: MicroBatch) -> InstructionBatch:
+        rows = [self.rows[index] for index in batch.indices]
+        ids, attention_mask = pad_right([row.ids for row in rows], self.pad_id)
+        loss_mask, _ = pad_right([row.supervised for row in rows], False)
+        padded = InstructionBatch(
+            input_ids=ids,
+            attention_mask=attention_mask,
+            loss_mask=loss_mask.bool() & batch.counts,
+            denominator=torch.tensor(float(batch.denominator)),
+        )
+        if any(row.documents for row in rows):
+            positions = [
+                [place for length in row.documents or [len(row.ids)] for place in range(length)] for row in rows
+            ]
+            padded["position_ids"], _ = pad_right(positions, 0)
+        return padded
 
 
 @dataclass(frozen=True)
@@ -71,3 +106,11 @@ class PreferenceDataset(Dataset[PreferenceBatch]):
         if self.has_margin:
             made["margin"] = torch.tensor([row.margin or 0.0 for row in rows])
         return made
+
+
+def pad_right(rows: Sequence[Sequence[Any]], fill: int) -> tuple[Tensor, Tensor]:
+    """Int [N, T] and its keep-mask bool [N, T], built from the lengths; T is the longest row."""
+    lengths = torch.tensor([len(row) for row in rows])
+    width = int(lengths.max())
+    padded = torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows], dtype=torch.long)
+    return padded, torch.arange(width) < lengths[:, None]
