@@ -17,7 +17,7 @@ FIELDS = {  # our name -> the names that data sets give it; nothing else may sta
     "name": ("name",),
     "loss_weight": ("loss_weight", "weight", "train", "training", "trainable", "loss_mask", "loss"),
 }
-METADATA = frozenset(  # says nothing that a model could learn: not read, and named so
+METADATA = frozenset(  # fields that say nothing a model could learn: they are not read, and named so
     [
         "id",
         "message_id",
@@ -61,6 +61,10 @@ ROLES = {
 }
 CALLS = ("function_call", "tool_call")  # ShareGPT's roles of turns whose value is a call
 PARTS = {"text": "text", "reasoning": "reasoning", "thinking": "reasoning", "tool_call": "tool_call"}
+PROMPTS = ("prompt", "instruction", "messages", "input", "context")  # columns that may hold the prompt, in this order
+BESIDE = ("input", "context", "documents", "options")  # columns whose text is written below a text prompt
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+TEXT_OR_MESSAGES = "text or a list of messages"
 
 
 @dataclass(frozen=True)
@@ -69,11 +73,99 @@ class Conversation:
 
     turns: list[Message]
     unlearned: frozenset[int]  # numbers of the turns that a weight of 0 excludes from the loss
-    unread: frozenset[str]  # metadata that stood beside them
+    unread: frozenset[str]  # names of the metadata beside them
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A prompt as a model is to read it."""
+
+    prompt: Dialogue
+    tools: Tools | None = None
+    instruction: str | None = None  # of a text prompt in Alpaca's form: the instruction alone
+    given: str = ""  # the texts below the prompt
+
+    @property
+    def ends_in_answer(self) -> bool:
+        """Whether the last of its messages is the assistant's."""
+        return not isinstance(self.prompt, str) and self.prompt[-1:] != [] and self.prompt[-1]["role"] == "assistant"
+
+
+def read_prompt(cells: Cells, names: tuple[str, ...] = PROMPTS) -> Asked | None:
+    """Reads the prompt in one of our columns ``names``; None where none of them holds one.
+
+    Texts of ``BESIDE`` are written below a text prompt, each behind an empty line. System message, history and tools
+    come with :func:`add_context`.
+    """
+    name = next((name for name in names if cells.holds(name)), None)
+    if name is None:
+        return None
+    value = cells.take(name)
+    if looks_like_messages(value):
+        return Asked(read_turns(cells, value, cells.name(name)).turns)
+    if not isinstance(value, str):
+        raise cells.wrong_type(name, value, TEXT_OR_MESSAGES)
+    parts = [text for text in (_text_beside(cells, other, value) for other in BESIDE if other != name) if text]
+    instruction = value if name == "instruction" else None
+    return Asked("\n\n".join([value, *parts]), None, instruction, "\n\n".join(parts))
+
+
+def add_context(cells: Cells, asked: Asked, chat: bool) -> Asked:
+    """Puts the row's system message and earlier turns in front of a prompt, and its tools beside it.
+
+    Args:
+        cells: the row.
+        asked: its prompt.
+        chat: a text prompt becomes a user message where the row has any of them.
+
+    Raises:
+        ValueError: with the row's origin, for text below messages, a second system message, and any of them beside a
+            text prompt without ``chat``.
+    """
+    prompt = asked.prompt
+    if not isinstance(prompt, str):
+        for name in BESIDE:
+            if (
+                cells.holds(name)
+                and cells.name(name) not in cells.used
+                and not repeats(cells.values[cells.name(name)], list(prompt))
+            ):
+                raise ValueError(
+                    f"{cells.origin}: column {cells.name(name)!r} stands beside messages, which have no place for it; write "
+                    f"it into the user's message, or leave it out with --data.columns '{{{name}: \"\"}}'"
+                )
+    names = [cells.name(name) for name in ("system", "history", "tools") if cells.holds(name)]
+    system, history, tools = cells.take_text("system"), _read_history(cells), _read_tools(cells)
+    if isinstance(prompt, str):
+        if not (system or history or tools):
+            return asked
+        if not chat:
+            raise ValueError(
+                f"{cells.origin}: column {' and '.join(map(repr, names))} cannot be written into a plain text prompt; set "
+                f"data.chat: true (or --data.chat true) to render prompts as chats, or leave it out with --data.columns "
+                f"'{{{cells.roles[names[0]]}: \"\"}}'"
+            )
+        prompt = [Message(role="user", content=prompt)]
+    own = prompt[:1] if prompt and prompt[0]["role"] in ("system", "developer") else []
+    if own and system and own[0]["content"].strip() not in ("", system.strip()):
+        raise ValueError(
+            f"{cells.origin}: column {names[0]!r} and the system message of the row's own messages differ; keep one of "
+            "them, or leave the column out with --data.columns '{system: \"\"}'"
+        )
+    front = own if own and own[0]["content"].strip() else [Message(role="system", content=system)] if system else own
+    return Asked([*front, *history, *prompt[len(own) :]], tools)
+
+
+def read_turns(cells: Cells, value: Any, name: str) -> Conversation:
+    """Reads the messages in the cell, or the part of one, that is called ``name``; names what of them is not read."""
+    conversation = read_messages(value, f"{cells.origin}: {name}")
+    for field in sorted(conversation.unread):
+        cells.unread[f"{name}.{field}"] = "beside what messages say"
+    return conversation
 
 
 def read_messages(value: Any, where: str) -> Conversation:
-    """A list of messages, a single one, or the JSON text of either.
+    """Reads a list of messages, a single one, or the JSON text of either.
 
     Names of fields are those of ``FIELDS``. Content is text, or a list of typed parts with their text under ``text``,
     ``value`` or the type's name: ``text``, ``reasoning`` (or ``thinking``), ``tool_call`` (JSON). A ``function_call`` is
@@ -84,23 +176,22 @@ def read_messages(value: Any, where: str) -> Conversation:
             other than 0 and 1, a weight of 1 on a turn that is not the assistant's, and content that is no text.
     """
     value = unpack(value)
-    given = value if isinstance(value, list) else [value]
     turns: list[Message] = []
     unlearned, unread = set(), set()
-    for index, message in enumerate(given):
+    for index, message in enumerate(value if isinstance(value, list) else [value]):
         place = f"{where}, message {index},"
         if not isinstance(message, Mapping):
-            raise ValueError(f"{place} must have a role and a content (or from and value), both text")
-        fields, metadata = _sorted_out(message, place)
+            raise _no_text(place)
+        fields, metadata = _split_fields(message, place)
         unread |= metadata
-        turns.append(_turn(fields, place))
+        turns.append(_make_message(fields, place))
         if _is_unlearned(fields.get("loss_weight"), turns[-1], place):
             unlearned.add(index)
     return Conversation(turns, frozenset(unlearned), frozenset(unread))
 
 
 def looks_like_messages(value: Any) -> bool:
-    """Whether a cell is a list of messages, or a single one, with role and content; also as JSON text."""
+    """Tells whether a cell is a list of messages, or a single one, with role and content; also as JSON text."""
     value = unpack(value)
     given = value if isinstance(value, list) else [value]
     return bool(given) and all(
@@ -108,24 +199,35 @@ def looks_like_messages(value: Any) -> bool:
     )
 
 
-def read_tools(value: Any, where: str) -> Tools | None:
-    """JSON schemas from a list or its JSON text, each as ``{"type": "function", "function": ...}``; None when there is
-    none. Keys that hold null are left out."""
-    if isinstance(value, str):
-        value = parse_json(value, where) if value.strip() else None
-    if is_empty(value):
-        return None
-    given = (
-        [parse_json(tool, where) if isinstance(tool, str) else tool for tool in value] if type(value) is list else []
-    )
-    if not given or not all(isinstance(tool, dict) for tool in given):
-        raise ValueError(f"{where} must hold a list of tools, each an object, or the JSON text of such a list")
-    tools = [without_nulls(tool) for tool in given]
-    return [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
+def read_options(cells: Cells) -> list[tuple[str, str, str]]:
+    """Reads the options of a row: of each, the line that is written, its letter and its text.
+
+    ``["red", "blue"]`` and ``{"A": "red", "B": "blue"}`` are written ``A) red`` and ``B) blue``; ``["A) red"]`` as it is.
+    """
+    given = unpack(cells.take("options"))
+    if given is None:
+        return []
+    if isinstance(given, Mapping) and set(given) == {"text", "label"}:  # ARC's and CommonsenseQA's
+        given = dict(zip(given["label"], given["text"], strict=True))
+    if isinstance(given, list) and all(isinstance(text, str | int | float) for text in given):
+        texts = [str(text) for text in given]
+        lettered = all(text.lstrip("(")[:1] == letter for text, letter in zip(texts, LETTERS, strict=False))
+        if lettered and all(text.lstrip("(")[1:2] in tuple(").:") for text in texts):
+            return [(text, letter, text.lstrip("(")[2:].strip()) for text, letter in zip(texts, LETTERS, strict=False)]
+        given = dict(zip(LETTERS, texts, strict=False)) if len(texts) <= len(LETTERS) else None
+    if not isinstance(given, Mapping) or not all(isinstance(text, str) for text in given.values()):
+        raise ValueError(
+            f"{cells.origin}: column {cells.name('options')!r} must hold a list of texts or an object of letters and texts"
+        )
+    return [(f"{letter}) {text}", str(letter), text) for letter, text in given.items() if not is_empty(text)]
 
 
-def _sorted_out(message: Mapping[str, Any], where: str) -> tuple[dict[str, Any], set[str]]:
-    """The fields by our names and the metadata. Raises ValueError for unknown fields and for one said twice."""
+def _no_text(where: str) -> ValueError:
+    return ValueError(f"{where} must have a role and a content (or from and value), both text")
+
+
+def _split_fields(message: Mapping[str, Any], where: str) -> tuple[dict[str, Any], set[str]]:
+    """The fields by our names, and the metadata. Raises ValueError for unknown fields and for one said twice."""
     given = {str(key): part for key, part in message.items() if part is not None}
     fields: dict[str, Any] = {}
     for ours, names in FIELDS.items():
@@ -150,18 +252,17 @@ def _sorted_out(message: Mapping[str, Any], where: str) -> tuple[dict[str, Any],
     return fields, metadata
 
 
-def _turn(fields: Mapping[str, Any], where: str) -> Message:
-    role, content = fields.get("role"), fields.get("content")
+def _make_message(fields: Mapping[str, Any], where: str) -> Message:
+    role, content, reasoning = fields.get("role"), fields.get("content"), fields.get("reasoning_content", "")
     if not isinstance(role, str):
-        raise ValueError(f"{where} must have a role and a content (or from and value), both text")
+        raise _no_text(where)
     if role not in ROLES and role not in CALLS:
         raise ValueError(f"{where} has the role {role!r}; known are {', '.join(dict.fromkeys([*ROLES, *CALLS]))}")
-    parts = _parts(content, role in CALLS, where)
+    parts = _split_content(content, role in CALLS, where)
     made = unpack(fields.get("tool_calls", []))
-    calls = [_call(call, where) for call in [*(made if isinstance(made, list) else [made]), *parts["tool_call"]]]
-    reasoning = fields.get("reasoning_content", "")
+    calls = [_read_call(call, where) for call in [*(made if isinstance(made, list) else [made]), *parts["tool_call"]]]
     if not isinstance(reasoning, str) or (content is None and not calls):
-        raise ValueError(f"{where} must have a role and a content (or from and value), both text")
+        raise _no_text(where)
     others = {
         "reasoning_content": reasoning or "".join(parts["reasoning"]),
         "tool_calls": calls,
@@ -180,7 +281,7 @@ def _is_unlearned(weight: Any, turn: Message, where: str) -> bool:
     return number == 0
 
 
-def _parts(content: Any, is_call: bool, where: str) -> dict[str, list[Any]]:
+def _split_content(content: Any, is_call: bool, where: str) -> dict[str, list[Any]]:
     """The texts, the reasonings and the parsed tool calls of a message's content."""
     parts: dict[str, list[Any]] = {"text": [], "reasoning": [], "tool_call": []}
     if is_call:
@@ -197,11 +298,11 @@ def _parts(content: Any, is_call: bool, where: str) -> dict[str, list[Any]]:
                 raise ValueError(f"{where} has a content part that is not text: {str(part)[:60]!r}")
             parts[PARTS[kind]].append(parse_json(text, where) if kind == "tool_call" else text)
     elif content is not None:
-        raise ValueError(f"{where} must have a role and a content (or from and value), both text")
+        raise _no_text(where)
     return parts
 
 
-def _call(call: Any, where: str) -> dict[str, Any]:
+def _read_call(call: Any, where: str) -> dict[str, Any]:
     """``{"type": "function", "function": {"name", "arguments"}}``, the arguments an object as templates expect."""
     call = unpack(call)
     outer = {key: part for key, part in call.items() if part is not None} if isinstance(call, Mapping) else {}
@@ -215,141 +316,51 @@ def _call(call: Any, where: str) -> dict[str, Any]:
         arguments = without_nulls(arguments)
     if not isinstance(function.get("name"), str) or not isinstance(arguments, Mapping):
         raise ValueError(f"{where} has a tool call without a name and arguments: {str(call)[:60]!r}")
-    strange = [
-        key for key in {**outer, **function} if key not in ("id", "type", "index", "function", "name", *names[:1])
-    ]
-    if strange:
+    known = ("id", "type", "index", "function", "name", *names[:1])
+    if strange := [key for key in {**outer, **function} if key not in known]:
         raise ValueError(f"{where} has a tool call with {', '.join(map(repr, strange))}, which nothing here reads")
     marked = {"id": outer["id"]} if isinstance(outer.get("id"), str) else {}
     return {**marked, "type": "function", "function": {"name": function["name"], "arguments": dict(arguments)}}
 
 
-PROMPTS = ("prompt", "instruction", "messages", "input", "context")  # what may hold it, in this order
-BESIDE = ("input", "context", "documents", "options")  # text that is written below it
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-
-
-@dataclass(frozen=True)
-class Asked:
-    """A prompt as it is to be read."""
-
-    prompt: Dialogue  # with all context
-    tools: Tools | None = None
-    instruction: str | None = None  # of a text prompt in Alpaca's form: the instruction alone
-    given: str = ""  # and what it is about
-
-
-def read_prompt(cells: Cells, chat: bool, names: tuple[str, ...] = PROMPTS) -> Asked | None:
-    """The prompt of a row with its context; None where no column of ``names`` holds one.
-
-    Args:
-        cells: the row.
-        chat: text prompts become user messages, so that they may have a system message, a history and tools.
-        names: our columns that may hold the prompt, in this order.
-
-    Raises:
-        ValueError: with the row's origin, for context that cannot be rendered.
-    """
-    found = read_bare_prompt(cells, names)
-    if found is None:
-        return None
-    asked = surrounded(cells, found.prompt, chat)
-    return found if isinstance(asked.prompt, str) else asked
-
-
-def read_bare_prompt(cells: Cells, names: tuple[str, ...]) -> Asked | None:
-    """The prompt in one of our columns ``names``, without system message, history and tools.
-
-    Texts of ``BESIDE`` are written below a text prompt, each behind an empty line.
-    """
-    name = next((name for name in names if cells.holds(name)), None)
-    if name is None:
-        return None
-    value, theirs = cells.take(name), cells.name(name)
-    if looks_like_messages(value):
-        conversation = read_messages(value, f"{cells.origin}: {theirs}")
-        note_unread(cells, conversation, theirs)
-        return Asked(conversation.turns)
-    if not isinstance(value, str):
-        raise ValueError(
-            f"{cells.origin}: column {theirs!r} holds a {type(value).__name__}, text or a list of messages was expected"
-        )
-    parts = [text for text in (_beside(cells, other, value) for other in BESIDE if other != name) if text]
-    prompt = "\n\n".join([value, *parts])
-    return Asked(prompt, None, value, "\n\n".join(parts)) if name == "instruction" else Asked(prompt)
-
-
-def surrounded(cells: Cells, prompt: Dialogue, chat: bool) -> Asked:
-    """The prompt behind the system message and the earlier turns of the row, and its tools.
-
-    Raises ValueError for text below messages, for a second system message, and, without ``chat``, for a text prompt
-    that has any of them.
-    """
-    if not isinstance(prompt, str):
-        for name in BESIDE:
-            if (
-                cells.holds(name)
-                and cells.name(name) not in cells.used
-                and not repeats(cells.values[cells.name(name)], list(prompt))
-            ):
-                raise ValueError(
-                    f"{cells.origin}: column {cells.name(name)!r} stands beside messages, which have no place for it; write "
-                    f"it into the user's message, or leave it out with --data.columns '{{{name}: \"\"}}'"
-                )
-    names = [cells.name(name) for name in ("system", "history", "tools") if cells.holds(name)]
-    system, history, tools = cells.take_text("system"), _history(cells), _tools(cells)
-    if isinstance(prompt, str) and not (system or history or tools):
-        return Asked(prompt)
-    if isinstance(prompt, str) and not chat:
-        raise ValueError(
-            f"{cells.origin}: column {' and '.join(map(repr, names))} cannot be written into a plain text prompt; set "
-            f"data.chat: true (or --data.chat true) to render prompts as chats, or leave it out with --data.columns "
-            f"'{{{cells.roles[names[0]]}: \"\"}}'"
-        )
-    turns = [Message(role="user", content=prompt)] if isinstance(prompt, str) else prompt
-    own = turns[:1] if turns and turns[0]["role"] in ("system", "developer") else []
-    if own and system and own[0]["content"].strip() not in ("", system.strip()):
-        raise ValueError(
-            f"{cells.origin}: column {names[0]!r} and the system message of the row's own messages differ; keep one of "
-            "them, or leave the column out with --data.columns '{system: \"\"}'"
-        )
-    front = own if own and own[0]["content"].strip() else [Message(role="system", content=system)] if system else own
-    return Asked([*front, *history, *turns[len(own) :]], tools)
-
-
-def note_unread(cells: Cells, conversation: Conversation, column: str) -> None:
-    """Names what of its messages is not read."""
-    for name in sorted(conversation.unread):
-        cells.unread[f"{column}.{name}"] = "beside what messages say"
-
-
-def _history(cells: Cells) -> list[Message]:
+def _read_history(cells: Cells) -> list[Message]:
     """Earlier turns: pairs of a question and its answer, or messages."""
     given = unpack(cells.take("history"))
     if given is None:
         return []
+    name = cells.name("history")
     if looks_like_messages(given):
-        return read_messages(given, f"{cells.origin}: {cells.name('history')}").turns
+        return read_messages(given, f"{cells.origin}: {name}").turns
     if not isinstance(given, list) or not all(
         isinstance(pair, list | tuple) and [type(text) for text in pair] == [str, str] for pair in given
     ):
         raise ValueError(
-            f"{cells.origin}: column {cells.name('history')!r} must be a list of pairs of a question and its answer, both "
-            "text, or of messages"
+            f"{cells.origin}: column {name!r} must be a list of pairs of a question and its answer, both text, or of messages"
         )
-    return [
-        Message(role=role, content=text)
-        for pair in given
-        for role, text in zip(("user", "assistant"), pair, strict=True)
-    ]
+    roles = ("user", "assistant")
+    return [Message(role=role, content=text) for pair in given for role, text in zip(roles, pair, strict=True)]
 
 
-def _tools(cells: Cells) -> Tools | None:
-    given = cells.take("tools")
-    return None if given is None else read_tools(given, f"{cells.origin}: column {cells.name('tools')!r}")
+def _read_tools(cells: Cells) -> Tools | None:
+    """JSON schemas from a list or its JSON text, each as ``{"type": "function", "function": ...}``; None when there is
+    none. Keys that hold null are left out."""
+    value = cells.take("tools")
+    if value is None:
+        return None
+    where = f"{cells.origin}: column {cells.name('tools')!r}"
+    value = parse_json(value, where) if isinstance(value, str) else value
+    if is_empty(value):
+        return None
+    given = (
+        [parse_json(tool, where) if isinstance(tool, str) else tool for tool in value] if type(value) is list else []
+    )
+    if not given or not all(isinstance(tool, dict) for tool in given):
+        raise ValueError(f"{where} must hold a list of tools, each an object, or the JSON text of such a list")
+    tools = [without_nulls(tool) for tool in given]
+    return [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
 
 
-def _beside(cells: Cells, name: str, prompt: str) -> str:
+def _text_beside(cells: Cells, name: str, prompt: str) -> str:
     """The text of a column that belongs below the prompt, "" where there is none or the prompt holds it already."""
     if name == "options":
         options = read_options(cells)
@@ -359,41 +370,16 @@ def _beside(cells: Cells, name: str, prompt: str) -> str:
     if given is None or repeats(given, prompt):
         return ""
     parts = given if isinstance(given, list) else [given]
-    texts = [part if isinstance(part, str) else _document(part) for part in parts]
+    texts = [part if isinstance(part, str) else _text_of_document(part) for part in parts]
     if any(text is None for text in texts):
-        raise ValueError(
-            f"{cells.origin}: column {cells.name(name)!r} holds a {type(given).__name__}, text was expected, or a list of "
-            "texts or of objects with title and text"
-        )
+        others = "or a list of texts or of objects with title and text"
+        raise ValueError(f"{cells.wrong_type(name, given, 'text')}, {others}")
     return "\n\n".join(str(text) for text in texts)
 
 
-def _document(part: Any) -> str | None:
+def _text_of_document(part: Any) -> str | None:
     """Title and text of a document; None where it is something else."""
     if not isinstance(part, Mapping) or not set(part) <= {"title", "text", "content", "contents", "id", "doc_id"}:
         return None
     lines = [part.get(name) for name in ("title", "text", "content", "contents")]
     return "\n".join(line for line in lines if isinstance(line, str)) or None
-
-
-def read_options(cells: Cells) -> list[tuple[str, str, str]]:
-    """Of each option the line that is written, its letter and its text.
-
-    ``["red", "blue"]`` and ``{"A": "red", "B": "blue"}`` are written ``A) red`` and ``B) blue``; ``["A) red"]`` as it is.
-    """
-    given = unpack(cells.take("options"))
-    if given is None:
-        return []
-    if isinstance(given, Mapping) and set(given) == {"text", "label"}:  # ARC's and CommonsenseQA's
-        given = dict(zip(given["label"], given["text"], strict=True))
-    if isinstance(given, list) and all(isinstance(text, str | int | float) for text in given):
-        texts = [str(text) for text in given]
-        lettered = all(text.lstrip("(")[:1] == letter for text, letter in zip(texts, LETTERS, strict=False))
-        if lettered and all(text.lstrip("(")[1:2] in tuple(").:") for text in texts):
-            return [(text, letter, text.lstrip("(")[2:].strip()) for text, letter in zip(texts, LETTERS, strict=False)]
-        given = dict(zip(LETTERS, texts, strict=False)) if len(texts) <= len(LETTERS) else None
-    if not isinstance(given, Mapping) or not all(isinstance(text, str) for text in given.values()):
-        raise ValueError(
-            f"{cells.origin}: column {cells.name('options')!r} must hold a list of texts or an object of letters and texts"
-        )
-    return [(f"{letter}) {text}", str(letter), text) for letter, text in given.items() if not is_empty(text)]

@@ -5,7 +5,7 @@ import datetime
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from datamodules.formats.table import COMPARED, MODULES, NAMED, Purpose, check_mapping, normal, our_names, suggest
@@ -41,17 +41,13 @@ class Reading:
         self._became: dict[str, Counter[str]] = {}  # the data's column -> what it was read as
         self._unread: dict[str, str] = {}  # the data's column -> why not
         self._notes: dict[str, None] = {}
-        self._mapped_seen: set[str] = set()
-
-    def open(self, row: "Row") -> "Cells":
-        """The row by our names."""
-        return Cells(row, self)
+        self.mapped_seen: set[str] = set()  # our names of the mapped columns that some row has
 
     def close(self, cells: "Cells", shape: str, chosen: bool = False) -> None:
-        """Accounts for a row that was read as ``shape``.
+        """Accounts for a row that was read as ``shape``; what is left of the row is named as not read.
 
-        What is left of it is named as not read. Raises ValueError for a column that would change what was read, and for
-        one that another DataModule reads, unless the user chose (``chosen``, or by a mapping) what to read.
+        Raises ValueError for a column that would change what was read, and for one that another DataModule reads,
+        unless the user chose (``chosen``, or by a mapping) what to read.
         """
         for ours, theirs in cells.left():
             column = NAMED[ours]
@@ -74,15 +70,11 @@ class Reading:
         """Something to say once about the data set."""
         self._notes.setdefault(sentence)
 
-    def see(self, ours: str) -> None:
-        """A mapped column was there."""
-        self._mapped_seen.add(ours)
-
     def finish(self, rows: Sequence["Row"]) -> None:
         """ValueError for a mapping that had no effect on any of the rows."""
         for ours, theirs in self.by_hand.items():
             if theirs and self.shapes and ours not in {role for roles in self._became.values() for role in roles}:
-                if ours not in self._mapped_seen:
+                if ours not in self.mapped_seen:
                     raise ValueError(
                         f"{rows[0].origin}: no row has the column {theirs!r} (for {ours}); found "
                         f"{', '.join(rows[0].columns)}"
@@ -158,7 +150,7 @@ class Cells:
             if theirs and (cell := _at_path(row.columns, theirs)):
                 self.names[ours] = [theirs]
                 self.values[theirs] = cell[0]
-                reading.see(ours)
+                reading.mapped_seen.add(ours)
             elif theirs:
                 self.missing[ours] = theirs
         known = dict(our_names(tuple(row.columns)))
@@ -219,13 +211,28 @@ class Cells:
         """The text in a column, "" where it is missing. Raises ValueError for anything else but an empty cell."""
         value = self.take(ours)
         if value is not None and not isinstance(value, str):
-            raise ValueError(
-                f"{self.origin}: column {self.name(ours)!r} holds a {type(value).__name__}, text was expected"
-            )
+            raise self.wrong_type(ours, value, "text")
         return value or ""
 
+    def accept_empty(self, ours: str) -> Any:
+        """The value of a column that is there, empty or not; it counts as used."""
+        name = self.name(ours)
+        self.used[name], self.roles[name] = self.values[name], ours
+        return self.values[name]
+
+    def find_shape(self, shapes: Sequence[tuple[str, ...]], has: Callable[[str], bool]) -> tuple[str, ...] | None:
+        """The first of some shapes whose columns the row ``has``; those with more columns mapped by hand come first."""
+        by_hand = set(self.reading.by_hand)
+        ordered = sorted(shapes, key=lambda shape: -len(by_hand & set(shape)))
+        return next((shape for shape in ordered if all(map(has, shape))), None)
+
+    def wrong_type(self, ours: str, value: Any, expected: str) -> ValueError:
+        """The error for a column that holds something else than expected."""
+        held = f"column {self.name(ours)!r} holds a {type(value).__name__}"
+        return ValueError(f"{self.origin}: {held}, {expected} was expected")
+
     def add(self, ours: str, theirs: str, value: Any) -> None:
-        """A column that a nested one of the row brings."""
+        """Adds a column that a nested one of the row brings."""
         self.values[theirs] = value
         self.names.setdefault(ours, []).insert(0, theirs)
 

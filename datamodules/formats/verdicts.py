@@ -1,13 +1,15 @@
-"""Which of two answers is better: what only the whole column of verdicts tells."""
+"""Which of two answers is better: how a verdict is read, and what only the whole column of verdicts tells."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from datamodules.formats.reading import as_number, is_empty
+from datamodules.formats.reading import Cells, as_number, is_empty
 from datamodules.formats.table import normal
 
 Ours = Literal[-1, 0, 1]
+VERDICTS = ("preference", "label", "labels", "annotator1")  # our columns that judge two answers
 SIGNED = ("overall_preference", "preference_strength")  # HelpSteer's: below 0, the first answer is better
 WORDS = {
     **dict.fromkeys(("a", "first", "left", "model_a", "response_a", "output_1", "response1", "chatbot_a"), 1.0),
@@ -111,3 +113,31 @@ def check_labels(name: str, values: Mapping[str, Any], first: Ours | None) -> No
             raise ValueError(
                 f"{origin}: column {name!r} holds {value!r}, expected true (desirable) or false, or 1 and 0"
             )
+
+
+def verdict_columns(cells: Cells) -> list[str]:
+    """Our names of the columns that judge the two answers of a row, those mapped by hand before others."""
+    by_hand = cells.reading.by_hand
+    found = [name for name in sorted(VERDICTS, key=lambda name: name not in by_hand) if cells.has(name)]
+    if found[:1] == ["annotator1"]:
+        return [name for name in ("annotator1", "annotator2", "annotator3") if cells.has(name)]
+    return found[:1]
+
+
+def read_verdict(cells: Cells) -> float:
+    """Reads which of a row's two answers is better, as ``Scale.read`` says it; of several verdicts the majority counts.
+
+    Raises ValueError with the row's origin for a verdict that the column's scale does not know.
+    """
+    choices = []
+    for name in verdict_columns(cells):
+        cells.take(name)
+        value, theirs = cells.accept_empty(name), cells.name(name)
+        scale: Scale = cells.reading.settled.get(theirs, Scale("one_two"))
+        if (choice := scale.read(value)) is None:
+            known = "1, 2 or between (which output is better), or 0, null or Tie"
+            expected = known if scale == Scale("one_two") else str(scale)
+            raise ValueError(f"{cells.origin}: column {theirs!r} holds {value!r}, expected {expected}")
+        choices.append(choice)
+    choice, votes = Counter(choices).most_common(1)[0]
+    return choice if 2 * votes > len(choices) else 1.5

@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from datamodules.formats.conversation import Asked
 from datamodules.formats.preference_shapes import read_answers, read_compared
-from datamodules.formats.reading import Reading
+from datamodules.formats.reading import Cells, Reading
 from datamodules.formats.table import check_mapping
 from datamodules.sources.files import read_rows
 from datamodules.sources.source import Row, Source
@@ -79,8 +79,8 @@ class PreferencePrompts(Source):
 def preference_prompt(row: Row, reading: Reading, template: bool) -> Asked:
     """The prompt of a row with its context, as ``preference_example`` reads it, of a tie too. Raises ValueError with the
     row's origin."""
-    cells = reading.open(row)
-    compared = read_compared(cells, judged=False, decided=False)
+    cells = Cells(row, reading)
+    compared = read_compared(cells, needs_verdict=False, decided=False)
     asked, _ = read_answers(cells, compared.answers, template, chat=template)
     for name in ("margin", "strength"):
         cells.take(name)
