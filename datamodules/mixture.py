@@ -187,7 +187,7 @@ class MixtureDataModule(InstructionDataModule):
             draw=self.draw,
             global_step=lambda: trainer.global_step if trainer else 0,
         )
-        return self.step_loader(self._dataset(self.train_rows), *sizes(self.train_rows), self.batch_size, sampler)
+        return self.step_loader(self.make_dataset(self.train_rows), *sizes(self.train_rows), self.batch_size, sampler)
 
     def state_dict(self) -> dict[str, Any]:
         """As for every DataModule, and how the steps were cut."""

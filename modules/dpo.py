@@ -11,8 +11,8 @@ from torch import Tensor
 from modules.base import AlignmentModule
 from modules.checks import check_numbers
 from modules.functional.masked import masked_mean
-from modules.losses.pairs import Pairs, find_pairs, make_scored_pairs, measure_logits, measure_preferences
-from modules.losses.preference import PairObjective, PreferenceObjective, Sequences, Sigmoid
+from modules.losses.pairs import make_scored_pairs, measure_logits, measure_preferences
+from modules.losses.preference import PairObjective, Pairs, PreferenceObjective, Sequences, Sigmoid, find_pairs
 from modules.networks.companion import companion
 from modules.networks.lora import Lora
 from modules.networks.policy import TokenScores

@@ -9,8 +9,8 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
 from modules.checks import check_numbers
-from modules.losses.pairs import find_pairs, measure_preferences
-from modules.losses.preference import PairObjective, Sigmoid
+from modules.losses.pairs import measure_preferences
+from modules.losses.preference import PairObjective, Sigmoid, find_pairs
 from modules.networks.lora import Lora
 from modules.on_policy import OnPolicyModule
 from modules.rollout.engine import RolloutEngine, Sampling

@@ -15,8 +15,8 @@ from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 from modules.base import AlignmentModule
 from modules.checks import check_numbers
 from modules.distributed import from_all_ranks
-from modules.losses.pairs import Pairs, find_pairs, make_scored_pairs
-from modules.losses.preference import BradleyTerry
+from modules.losses.pairs import make_scored_pairs
+from modules.losses.preference import BradleyTerry, Pairs, find_pairs
 from modules.networks.lora import ADAPTERS, HEAD_FILE, POLICY, Lora, merged, save_adapters
 from modules.networks.scalar_head import HEADS_FILE, ScalarHead, sequence_classifier, with_scoring_pad
 from modules.types import HasRowsInOrder, PreferenceBatch, ScoredPair

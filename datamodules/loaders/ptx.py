@@ -87,7 +87,7 @@ class PtxStream:
         places = range(update * self.rows_per_update, (update + 1) * self.rows_per_update)
         rows = [row for row, _ in from_stream(places, len(self.rows), self.texts.seed)]
         supervised = sum(sum(self.rows[row].supervised) for row in rows)
-        return self.texts._dataset(self.rows)[MicroBatch(tuple(rows[share::shares]), supervised)]
+        return self.texts.make_dataset(self.rows)[MicroBatch(tuple(rows[share::shares]), supervised)]
 
     @property
     def domains(self) -> Mapping[str, list[Tokens]]:

@@ -57,7 +57,7 @@ class Pieces(IterableDataset[Any]):
         for rows, place in self.batches(
             self.places.get(worker, Place()), self.rank * workers + worker, self.world_size * workers
         ):
-            dataset = self.data._dataset(rows)
+            dataset = self.data.make_dataset(rows)
             yield dataset[MicroBatch(tuple(range(len(rows))), 0)], worker, place
 
     def batches(self, place: Place, share: int, shares: int) -> Iterator[tuple[list[Tokens], Place]]:

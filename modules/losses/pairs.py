@@ -1,36 +1,12 @@
-"""The pairs of a batch, and what a model makes of them: as metrics, and as records for callbacks."""
+"""What a model makes of the pairs of a batch: as metrics, and as records for callbacks."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from modules.types import PolicyBatch, PreferenceBatch, ScoredPair
-
-
-class Pairs(NamedTuple):
-    """M times a better and a worse completion of one prompt."""
-
-    better: Tensor  # int [M], row of the completion
-    worse: Tensor  # int [M]
-    weight: Tensor  # [M], 1 / pairs of the prompt, so that each prompt with any pair weighs 1
-    margin: Tensor | None  # [M], by how much the better one should lead; None where the data do not say
-
-
-def find_pairs(batch: PreferenceBatch | PolicyBatch) -> Pairs:
-    """All pairs of completions of one prompt of which one ranks before the other.
-
-    Rank 0 is best, equal ranks make no pair, a negative rank (a filler, or not compared) pairs with nothing. The pairs
-    are ordered by the better one's row and then by the other's. Example: ranks 0 1 1 of one prompt give (0, 1) and
-    (0, 2), 1/2 each.
-    """
-    prompt_index, rank = batch["prompt_index"], batch["rank"]
-    same_prompt = prompt_index[:, None] == prompt_index  # [N, N]
-    before = (rank[:, None] >= 0) & (rank[:, None] < rank)  # [N, N]
-    better, worse = (same_prompt & before).nonzero(as_tuple=True)
-    prompt = prompt_index[better]  # [M]
-    margin = batch["margin"][prompt] if "margin" in batch else None  # type: ignore[typeddict-item]
-    return Pairs(better, worse, 1.0 / torch.bincount(prompt)[prompt], margin)
+from modules.losses.preference import Pairs
+from modules.types import PreferenceBatch, ScoredPair
 
 
 def make_scored_pairs(tokenizer: Any, batch: PreferenceBatch, scores: Tensor, pairs: Pairs) -> list[ScoredPair]:

@@ -14,8 +14,32 @@ from torch.nn.functional import logsigmoid
 
 from modules.checks import check_numbers
 from modules.functional.logprobs import sequence_logprobs
-from modules.losses.pairs import Pairs
 from modules.types import PolicyBatch, PreferenceBatch
+
+
+class Pairs(NamedTuple):
+    """M times a better and a worse completion of one prompt."""
+
+    better: Tensor  # int [M], row of the completion
+    worse: Tensor  # int [M]
+    weight: Tensor  # [M], 1 / pairs of the prompt, so that each prompt with any pair weighs 1
+    margin: Tensor | None  # [M], by how much the better one should lead; None where the data do not say
+
+
+def find_pairs(batch: PreferenceBatch | PolicyBatch) -> Pairs:
+    """All pairs of completions of one prompt of which one ranks before the other.
+
+    Rank 0 is best, equal ranks make no pair, a negative rank (a filler, or not compared) pairs with nothing. The pairs
+    are ordered by the better one's row and then by the other's. Example: ranks 0 1 1 of one prompt give (0, 1) and
+    (0, 2), 1/2 each.
+    """
+    prompt_index, rank = batch["prompt_index"], batch["rank"]
+    same_prompt = prompt_index[:, None] == prompt_index  # [N, N]
+    before = (rank[:, None] >= 0) & (rank[:, None] < rank)  # [N, N]
+    better, worse = (same_prompt & before).nonzero(as_tuple=True)
+    prompt = prompt_index[better]  # [M]
+    margin = batch["margin"][prompt] if "margin" in batch else None  # type: ignore[typeddict-item]
+    return Pairs(better, worse, 1.0 / torch.bincount(prompt)[prompt], margin)
 
 
 class Sequences(NamedTuple):

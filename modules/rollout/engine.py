@@ -1,6 +1,4 @@
-"""What every rollout engine promises: the sampling settings, the contract, and the checks made before anything is
-sampled.
-"""
+"""What every rollout engine promises: the sampling settings and the contract."""
 
 import math
 import warnings
@@ -95,27 +93,6 @@ class RolloutEngine(ABC):
             (after temperature, top_k and top_p); for greedy, of the softmax at temperature 1.
 
         Raises:
-            ValueError: impossible request (see ``check_request``), no weights synced, or non-finite logits.
+            ValueError: a request that cannot be sampled (no tokens, too few seeds, more tokens than positions), no weights
+                synced, or non-finite logits.
         """
-
-
-def check_request(
-    policy: SampledPolicy, prompts: list[list[int]], num_generations: int, sampling: Sampling, seeds: list[int]
-) -> None:
-    """ValueError, with all problems in one message, for a request that cannot be sampled."""
-    problems = []
-    if num_generations < 1:
-        problems.append(f"num_generations {num_generations} must be >= 1")
-    if len(seeds) != len(prompts):
-        problems.append(f"{len(prompts)} prompts need as many seeds, not {len(seeds)}")
-    empty = [index for index, prompt in enumerate(prompts) if not prompt]
-    if empty:
-        problems.append(f"prompts {empty[:8]} have no tokens; start them with a token such as bos")
-    longest, limit = max(map(len, prompts), default=0), policy.max_positions
-    if limit is not None and longest + sampling.max_completion_length > limit:
-        problems.append(
-            f"the longest prompt ({longest} tokens) and max_completion_length ({sampling.max_completion_length}) make "
-            f"{longest + sampling.max_completion_length} tokens, the model has {limit} positions; shorten either"
-        )
-    if problems:
-        raise ValueError("generate: " + "; ".join(problems))

@@ -11,7 +11,7 @@ from transformers.cache_utils import DynamicLayer
 
 from modules.modes import evaluating
 from modules.rollout.continuous import ContinuousBatch, supports
-from modules.rollout.engine import RolloutEngine, SampledPolicy, Sampling, check_request
+from modules.rollout.engine import RolloutEngine, SampledPolicy, Sampling
 from modules.rollout.ledger import Ledger
 from modules.rollout.static import run_static
 from modules.types import Completion
@@ -83,6 +83,28 @@ class InProcessEngine(RolloutEngine):
             self.last_stats = self._run(self._policy.model, prompts, num_generations, ledger, self.max_batch_tokens)
             completions = ledger.completions(self._version)
         return [completions[start : start + num_generations] for start in range(0, len(completions), num_generations)]
+
+
+def check_request(
+    policy: SampledPolicy, prompts: list[list[int]], num_generations: int, sampling: Sampling, seeds: list[int]
+) -> None:
+    """ValueError, with all problems in one message, for a request that cannot be sampled."""
+    problems = []
+    if num_generations < 1:
+        problems.append(f"num_generations {num_generations} must be >= 1")
+    if len(seeds) != len(prompts):
+        problems.append(f"{len(prompts)} prompts need as many seeds, not {len(seeds)}")
+    empty = [index for index, prompt in enumerate(prompts) if not prompt]
+    if empty:
+        problems.append(f"prompts {empty[:8]} have no tokens; start them with a token such as bos")
+    longest, limit = max(map(len, prompts), default=0), policy.max_positions
+    if limit is not None and longest + sampling.max_completion_length > limit:
+        problems.append(
+            f"the longest prompt ({longest} tokens) and max_completion_length ({sampling.max_completion_length}) make "
+            f"{longest + sampling.max_completion_length} tokens, the model has {limit} positions; shorten either"
+        )
+    if problems:
+        raise ValueError("generate: " + "; ".join(problems))
 
 
 @torch.inference_mode()

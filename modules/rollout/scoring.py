@@ -8,6 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from modules.functional.masked import pad_rows
 from modules.rewards.weighted_sum import breakdown
 from modules.types import Completion, PolicyBatch, PromptBatch, Reward, Rollout
 
@@ -54,8 +55,9 @@ def to_batch(rollouts: list[Rollout], device: torch.device) -> PolicyBatch:
     """The tensors of a phase that rollouts alone determine; each prompt once. Log-probs and advantages come later."""
     prompt_rows = {rollout.group: rollout.prompt_ids for rollout in rollouts}
     position = {group: i for i, group in enumerate(prompt_rows)}
-    prompt_ids, prompt_mask = pad_rows(list(prompt_rows.values()), device)
-    completion_ids, completion_mask = pad_rows([rollout.completion.token_ids for rollout in rollouts], device)
+    prompt_ids, prompt_mask = (part.to(device) for part in pad_rows(list(prompt_rows.values())))
+    completions = [rollout.completion.token_ids for rollout in rollouts]
+    completion_ids, completion_mask = (part.to(device) for part in pad_rows(completions))
     sampler = torch.zeros(completion_mask.shape, device=device)
     sampler[completion_mask] = torch.tensor(
         [x for rollout in rollouts for x in rollout.completion.logprobs], device=device
@@ -74,15 +76,6 @@ def to_batch(rollouts: list[Rollout], device: torch.device) -> PolicyBatch:
         "stopped": torch.tensor([rollout.completion.finish == "stop" for rollout in rollouts], device=device),
     }
     return cast(PolicyBatch, batch)
-
-
-def pad_rows(rows: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token ids int [R, T], padded on the right with 0, and the bool mask [R, T] made from the lengths."""
-    lengths = torch.tensor([len(row) for row in rows])
-    mask = torch.arange(max(1, int(lengths.max())))[None] < lengths[:, None]
-    ids = torch.zeros(mask.shape, dtype=torch.long)
-    ids[mask] = torch.tensor([token for row in rows for token in row], dtype=torch.long)
-    return ids.to(device), mask.to(device)
 
 
 def in_chunks(score: Callable[[PolicyBatch], tuple[Tensor, ...]], batch: PolicyBatch) -> tuple[Tensor, ...]:

@@ -29,8 +29,8 @@ from modules.losses import (
     Sigmoid,
     SimPO,
 )
-from modules.losses.pairs import find_pairs, measure_logits
-from modules.losses.preference import Sequences
+from modules.losses.pairs import measure_logits
+from modules.losses.preference import Sequences, find_pairs
 from modules.networks.lora import Lora
 
 QUIET = {
@@ -395,7 +395,7 @@ KTO_RANKS = """
 import torch
 from lightning.pytorch import Callback
 from modules.losses import KTO
-from modules.losses.pairs import find_pairs
+from modules.losses.preference import find_pairs
 from pathlib import Path
 from tests.methods.test_dpo import Labels, dpo, fit
 

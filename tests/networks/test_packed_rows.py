@@ -21,7 +21,7 @@ from transformers import (
     OPTForCausalLM,
 )
 
-from datamodules.loaders.batches import InstructionDataset
+from datamodules.instruction import InstructionDataset
 from datamodules.loaders.step_sampler import MicroBatch
 from datamodules.tokens.encoding import Tokens
 from datamodules.tokens.packing import pack
