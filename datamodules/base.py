@@ -14,8 +14,8 @@ from datamodules.formats.reading import Reading
 from datamodules.formats.table import Purpose
 from datamodules.loaders.step_sampler import MicroBatch, StepSampler
 from datamodules.sources import Row, Source
-from datamodules.sources.files import maybe_headerless, read_rows
-from datamodules.sources.held_out import Part, hold_out, share_of
+from datamodules.sources.files import headerless_hint, read_rows
+from datamodules.sources.held_out import Part, hold_out, parse_share
 from modules.seeds import run_seed
 
 Example = TypeVar("Example")
@@ -146,7 +146,7 @@ class RowsDataModule(LightningDataModule):
             except ValueError as error:
                 if self.on_bad_row == "raise":
                     way_out = "; mend the row, or set data.on_bad_row: drop to leave such rows out"
-                    headerless = maybe_headerless(source, row) if row is rows[0] else ""
+                    headerless = headerless_hint(source, row) if row is rows[0] else ""
                     raise ValueError(f"{error}{headerless}{way_out if self.may_drop else ''}") from error
                 problem, bad = problem or error, bad + 1
                 continue
@@ -261,7 +261,7 @@ class AlignDataModule(RowsDataModule):
             raise ValueError(f"on_bad_row must be raise or drop, got {on_bad_row!r}")
         self.tokenizer = load_tokenizer(tokenizer)
         self.drop_long, self.on_bad_row, self.seed = drop_long, on_bad_row, run_seed(seed)
-        share = share_of(val)
+        share = parse_share(val)
         self.val: Any = val if share is None else share
         self._sampler: StepSampler | None = None
         self._resume: dict[str, int] | None = None

@@ -167,7 +167,7 @@ class InstructionDataModule(AlignDataModule):
         if unknown == "drop" and knowledge in UNKNOWN:
             return None
         if unknown == "idk" and knowledge == "Unknown":
-            example = disowned(example)
+            example = disown(example)
         return encode_instruction(self.tokenizer, example, chat, self.system, self.loss_on)
 
     def make_dataset(self, rows: list[Tokens]) -> "InstructionDataset":
@@ -208,7 +208,7 @@ class InstructionDataset(Dataset[InstructionBatch]):
         return padded
 
 
-def disowned(example: InstructionExample) -> InstructionExample:
+def disown(example: InstructionExample) -> InstructionExample:
     """The example with its last answer replaced. ValueError for a text, in which nothing is asked."""
     if example.whole:
         raise ValueError(f"{example.origin}: unknown: idk needs a question and its answer, and the row is a plain text")

@@ -13,9 +13,9 @@ from datamodules.formats.reading import Reading
 from datamodules.instruction import InstructionDataModule
 from datamodules.loaders.stream_loader import Pieces, StreamLoader
 from datamodules.sources import Row, Source
-from datamodules.sources.files import looks_local, parse_json
-from datamodules.sources.held_out import share_of
-from datamodules.sources.locations import file_format, files_of_split, hub_id, hub_trouble
+from datamodules.sources.files import looks_local, parse_record
+from datamodules.sources.held_out import parse_share
+from datamodules.sources.locations import explain_hub_error, file_format, find_files, split_hub_id
 from datamodules.tokens.chat import LossOn
 from datamodules.tokens.encoding import Tokens
 from datamodules.tokens.packing import split_long
@@ -87,7 +87,7 @@ class StreamingDataModule(InstructionDataModule):
     ) -> None:
         self.check_needs({"train": train, "steps_per_epoch": steps_per_epoch})
         assert steps_per_epoch is not None
-        if isinstance(val, int | float) or share_of(val) is not None:
+        if isinstance(val, int | float) or parse_share(val) is not None:
             raise ValueError(f"the rows of a stream cannot be held out (val {val}); name held-out rows, such as a file")
         if min(steps_per_epoch, shuffle_buffer) < 1 or num_workers < 0:
             raise ValueError(
@@ -158,7 +158,7 @@ class StreamingDataModule(InstructionDataModule):
 
         path = Path(str(self.train)).expanduser()
         if path.is_dir():
-            files = [str(file) for file in files_of_split(path, list(BUILDERS), None)]
+            files = [str(file) for file in find_files(path, list(BUILDERS), None)]
         else:
             named = [str(path)] if path.is_file() else sorted(glob(str(path)))
             files = [name for name in named if file_format(Path(name)) in BUILDERS]
@@ -184,15 +184,15 @@ class StreamingDataModule(InstructionDataModule):
                     builder, data_files=[escape(name) for name in files], split="train", streaming=True, **settings
                 )
                 return stream.filter(_has_text) if builder == "text" else stream
-            return load_dataset(*hub_id(str(self.train)), split="train", streaming=True)
+            return load_dataset(*split_hub_id(str(self.train)), split="train", streaming=True)
         except (OSError, ValueError, RuntimeError) as error:
-            raise ValueError(hub_trouble(str(self.train), "train", error)) from error
+            raise ValueError(explain_hub_error(str(self.train), "train", error)) from error
 
     def columns_of(self, record: dict[str, Any], origin: str) -> dict[str, Any]:
         """The columns of a record as :meth:`opened` gives it."""
         if not self._lines_are_json:
             return record
-        columns = parse_json(record["text"], origin)
+        columns = parse_record(record["text"], origin)
         return columns if isinstance(columns, dict) else {"text": columns}
 
     def teardown(self, stage: str) -> None:

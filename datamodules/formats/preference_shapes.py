@@ -16,7 +16,7 @@ from datamodules.formats.conversation import (
     read_turns,
 )
 from datamodules.formats.reading import Cells, Reading, as_number, unpack
-from datamodules.formats.verdicts import VERDICTS, Ours, check_labels, read_verdict, settle_scale, verdict_columns
+from datamodules.formats.verdicts import VERDICTS, Ours, check_labels, read_verdicts, settle_scale, verdict_columns
 from datamodules.sources.source import Row
 from datamodules.tokens.chat import Dialogue, Message, Tools
 
@@ -262,7 +262,7 @@ def _judge(cells: Cells, needs_verdict: bool, decided: bool) -> tuple[list[int] 
             cells.take(name)
     if not names or not decided or not (needs_verdict or any(map(cells.holds, names))):
         return None, None
-    choice = read_verdict(cells)
+    choice = read_verdicts(cells)
     return dense_ranks([choice, 3 - choice]), abs(2 * choice - 3)
 
 

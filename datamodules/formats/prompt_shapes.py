@@ -7,7 +7,7 @@ from typing import Any
 
 from datamodules.formats.conversation import PROMPTS, add_context, read_options, read_prompt
 from datamodules.formats.reading import Cells, Reading, as_number, is_empty, plain, unpack
-from datamodules.formats.table import normal
+from datamodules.formats.table import normalize
 from datamodules.sources.source import Row
 from datamodules.tokens.chat import Dialogue, Tools
 
@@ -96,8 +96,8 @@ def right_answer(cells: Cells, names: tuple[str, ...] = ANSWERS) -> tuple[str | 
     """
     for name in names:
         if name not in cells.reading.by_hand and name in cells.names:
-            cells.names[name].sort(key=lambda theirs: normal(theirs) in NO_GOLD or is_empty(cells.values[theirs]))
-            if normal(cells.name(name)) in NO_GOLD:
+            cells.names[name].sort(key=lambda theirs: normalize(theirs) in NO_GOLD or is_empty(cells.values[theirs]))
+            if normalize(cells.name(name)) in NO_GOLD:
                 continue
         if not cells.holds(name):
             continue

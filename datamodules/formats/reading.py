@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from datamodules.formats.table import COMPARED, MODULES, NAMED, Purpose, check_mapping, normal, our_names, suggest
+from datamodules.formats.table import COMPARED, MODULES, NAMED, Purpose, check_mapping, normalize, our_names, suggest
 
 if TYPE_CHECKING:  # sources read rows through this file
     from datamodules.sources.source import Row
@@ -195,7 +195,7 @@ class Cells:
         if is_empty(value):
             return None
         for other in others:
-            named = normal(first) == ours and ours != "answer"  # which may stand beside a worked solution
+            named = normalize(first) == ours and ours != "answer"  # which may stand beside a worked solution
             if named or one_of_several or is_empty(self.values[other]):
                 continue
             if value == self.values[other] or repeats(value, self.values[other]) or repeats(self.values[other], value):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from datamodules.formats.reading import Cells, as_number, is_empty
-from datamodules.formats.table import normal
+from datamodules.formats.table import normalize
 
 Ours = Literal[-1, 0, 1]
 VERDICTS = ("preference", "label", "labels", "annotator1")  # our columns that judge two answers
@@ -70,10 +70,10 @@ def settle_scale(name: str, values: Sequence[Any], first: Ours | None, origin: s
     """
     numbers = {number for value in values if (number := as_number(value)) is not None}
     said = f"{origin}: column {name!r}"
-    if numbers and (min(numbers) < 0 or normal(name) in SIGNED):
+    if numbers and (min(numbers) < 0 or normalize(name) in SIGNED):
         if first == 0:
             raise ValueError(f"{said} goes below 0, so data.first_is_better must be -1 or 1, the sign, not 0")
-        if first is None and normal(name) not in SIGNED:
+        if first is None and normalize(name) not in SIGNED:
             raise ValueError(
                 f"{said} goes below 0 and may mean that the first answer is better (-1) or the second; say the sign by "
                 "which the first is better, --data.first_is_better -1 or 1"
@@ -124,7 +124,7 @@ def verdict_columns(cells: Cells) -> list[str]:
     return found[:1]
 
 
-def read_verdict(cells: Cells) -> float:
+def read_verdicts(cells: Cells) -> float:
     """Reads which of a row's two answers is better, as ``Scale.read`` says it; of several verdicts the majority counts.
 
     Raises ValueError with the row's origin for a verdict that the column's scale does not know.

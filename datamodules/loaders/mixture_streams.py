@@ -5,7 +5,7 @@ from math import isfinite
 
 from datamodules.formats.table import check_mapping
 from datamodules.sources import Source
-from datamodules.sources.held_out import share_of
+from datamodules.sources.held_out import parse_share
 from datamodules.tokens.chat import LossOn
 
 
@@ -41,7 +41,7 @@ def check_streams(
     weighted = [name for name, stream in streams.items() if stream.weight is not None]
     for name, stream in streams.items():
         check_mapping(stream.columns or {}, "instruction")
-        if share_of(stream.val) is not None:
+        if parse_share(stream.val) is not None:
             raise ValueError(f"stream {name}: val {stream.val} is a share; name held-out rows, such as a file")
         for weight in (stream.weight, stream.decay_weight):
             if weight is not None and not (weight >= 0 and isfinite(weight)):

@@ -12,7 +12,7 @@ from datamodules.loaders.phase_loader import from_stream
 from datamodules.loaders.step_sampler import MicroBatch
 from datamodules.pretraining import PretrainingDataModule
 from datamodules.sources import Source
-from datamodules.sources.held_out import hold_out, share_of
+from datamodules.sources.held_out import hold_out, parse_share
 from datamodules.tokens.encoding import Tokens
 from modules.types import InstructionBatch
 
@@ -71,7 +71,7 @@ class PtxStream:
             )
         texts = self.texts = self.texts or Texts(data, self)
         texts.trainer = data.trainer
-        if (share := share_of(self.val)) is not None:
+        if (share := parse_share(self.val)) is not None:
             self.train, self.val = hold_out(texts.read(self.train), share, texts.seed, texts.columns)
         if stage == "fit" and not self.rows:
             self.rows = texts.load(self.train, "train", "ptx")

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from datamodules.sources.locations import file_format, files_of_split, hub_id, hub_trouble
+from datamodules.sources.locations import explain_hub_error, file_format, find_files, split_hub_id
 from datamodules.sources.source import Row, Source
 
 Located = tuple[str, Any]  # origin, record
@@ -62,7 +62,7 @@ class Files(Source):
             if (location / "dataset_dict.json").is_file() or (location / "state.json").is_file():
                 return self._read_saved(location)
             return self._read_folder(location)
-        path, name = hub_id(self.path)
+        path, name = split_hub_id(self.path)
         if looks_local(self.path) and not Path(path).expanduser().is_dir():
             raise ValueError(f"{self.path}: no such file or folder")
         if name is not None and self.name is not None:
@@ -76,7 +76,7 @@ class Files(Source):
             raise ValueError(f"{self.path}: {' and '.join(given)} has no effect on {kind}; leave it out")
 
     def _read_folder(self, folder: Path) -> list[Row]:
-        files = files_of_split(folder, list(READERS), self.split)
+        files = find_files(folder, list(READERS), self.split)
         return [row for path in files for row in read_file(path, self.header)]
 
     def _read_saved(self, folder: Path) -> list[Row]:
@@ -100,7 +100,7 @@ class Files(Source):
         try:
             loaded = load_dataset(str(Path(path).expanduser()) if looks_local(path) else path, name, split=split)
         except (OSError, ValueError, RuntimeError) as error:
-            raise ValueError(hub_trouble(self.path, split, error)) from error
+            raise ValueError(explain_hub_error(self.path, split, error)) from error
         return _named_rows(self.path, loaded)
 
 
@@ -109,7 +109,7 @@ def read_rows(source: str | Source) -> list[Row]:
     return (Files(source) if isinstance(source, str) else source).rows()
 
 
-def maybe_headerless(source: str | Source, row: Row) -> str:
+def headerless_hint(source: str | Source, row: Row) -> str:
     """The way out where a row cannot be read since its file's first line was taken for column names; else empty."""
     given = source.header if isinstance(source, Files) else None
     is_table = file_format(Path(row.origin.rpartition(":")[0])) in TABLES_OF_TEXT
@@ -149,7 +149,7 @@ def looks_local(path: str) -> bool:
     return path.startswith((".", "/", "~")) or path.count("/") > 1 or file_format(Path(path)) in READERS
 
 
-def _bytes(path: Path) -> bytes:
+def _read_bytes(path: Path) -> bytes:
     raw = path.read_bytes()
     if path.suffix.lower() != ".gz":
         return raw
@@ -159,7 +159,7 @@ def _bytes(path: Path) -> bytes:
         raise ValueError(f"{path}: not a complete gzip file ({error})") from error
 
 
-def _decode(raw: bytes, path: Path, first_line: int) -> str:
+def _decode_utf8(raw: bytes, path: Path, first_line: int) -> str:
     try:
         return raw.decode("utf-8-sig" if first_line == 1 else "utf-8")
     except UnicodeDecodeError as error:
@@ -169,15 +169,15 @@ def _decode(raw: bytes, path: Path, first_line: int) -> str:
         ) from error
 
 
-def parse_json(text: str, origin: str) -> Any:
+def parse_record(text: str, origin: str) -> Any:
     """The value of a row's JSON text. ValueError, which begins with ``origin``, when it is none, is nested more than
     MAX_DEPTH deep, or holds half of a character, which no tokenizer can encode.
     """
-    value = _parse(text, origin)
-    return _encodable(value, origin) if _has_surrogates(text) else value
+    value = _load_json(text, origin)
+    return _check_encodable(value, origin) if _has_surrogates(text) else value
 
 
-def _parse(text: str, origin: str, path: Path | None = None) -> Any:
+def _load_json(text: str, origin: str, path: Path | None = None) -> Any:
     """The value of a JSON text; errors name the line where it is that of a whole file ``path``."""
     try:
         value = json.loads(text)
@@ -195,7 +195,7 @@ def _has_surrogates(text: str) -> bool:
     return "\\ud" in text.lower()  # \ud800 to \udfff, which UTF-8 holds only as escapes
 
 
-def _encodable(record: Any, origin: str) -> Any:
+def _check_encodable(record: Any, origin: str) -> Any:
     """The record. ValueError when it holds half of a character."""
     try:
         json.dumps(record, ensure_ascii=False).encode()
@@ -214,26 +214,26 @@ def _check_depth(text: str, origin: str) -> None:
             raise ValueError(f"{origin}: lists and objects are nested more than {MAX_DEPTH} deep; flatten them")
 
 
-def _jsonl(path: Path, _: Header) -> Iterator[Located]:
-    for number, line in enumerate(_bytes(path).split(b"\n"), start=1):
-        text = _decode(line, path, number)
+def _read_jsonl(path: Path, _: Header) -> Iterator[Located]:
+    for number, line in enumerate(_read_bytes(path).split(b"\n"), start=1):
+        text = _decode_utf8(line, path, number)
         if text.strip(" \t\r\n"):
-            yield f"{path}:{number}", parse_json(text, f"{path}:{number}")
+            yield f"{path}:{number}", parse_record(text, f"{path}:{number}")
 
 
-def _json(path: Path, header: Header) -> Iterator[Located]:
-    text = _decode(_bytes(path), path, 1)
+def _read_json(path: Path, header: Header) -> Iterator[Located]:
+    text = _decode_utf8(_read_bytes(path), path, 1)
     if _is_jsonl(text):
-        yield from _jsonl(path, header)
+        yield from _read_jsonl(path, header)
         return
-    content = _parse(text, str(path), path) if text.strip() else []
+    content = _load_json(text, str(path), path) if text.strip() else []
     if isinstance(content, dict):
         content = _rows_in_object(content, path)
     if not isinstance(content, list):
         raise ValueError(f"{path}: expected an array of rows, found a {type(content).__name__}")
     check = _has_surrogates(text)
     for index, record in enumerate(content):
-        yield f"{path}#{index}", _encodable(record, f"{path}#{index}") if check else record
+        yield f"{path}#{index}", _check_encodable(record, f"{path}#{index}") if check else record
 
 
 def _is_jsonl(text: str) -> bool:
@@ -283,14 +283,17 @@ def _is_category(value: Any) -> bool:
     )
 
 
-def _tsv(path: Path, header: Header) -> Iterator[Located]:
-    for origin, cells in _csv(path, header, delimiter="\t", quoting=csv.QUOTE_NONE):
+def _read_tsv(path: Path, header: Header) -> Iterator[Located]:
+    for origin, cells in _read_csv(path, header, delimiter="\t", quoting=csv.QUOTE_NONE):
         yield origin, {name: cell.replace("\\n", "\n") for name, cell in cells.items()} if header else cells
 
 
-def _csv(path: Path, header: Header, delimiter: str = ",", quoting: Any = csv.QUOTE_MINIMAL) -> Iterator[Located]:
+def _read_csv(path: Path, header: Header, delimiter: str = ",", quoting: Any = csv.QUOTE_MINIMAL) -> Iterator[Located]:
     reader = csv.reader(
-        io.StringIO(_decode(_bytes(path), path, 1), newline=""), strict=True, delimiter=delimiter, quoting=quoting
+        io.StringIO(_decode_utf8(_read_bytes(path), path, 1), newline=""),
+        strict=True,
+        delimiter=delimiter,
+        quoting=quoting,
     )
     names = header
     line = 1
@@ -315,23 +318,23 @@ def _csv(path: Path, header: Header, delimiter: str = ",", quoting: Any = csv.QU
         raise ValueError(f"{path}:{line}: not valid CSV: {error}") from error
 
 
-def _parquet(path: Path, _: Header) -> Iterator[Located]:
+def _read_parquet(path: Path, _: Header) -> Iterator[Located]:
     from pyarrow import parquet
 
-    yield from _table(path, parquet.read_table)
+    yield from _read_table(path, parquet.read_table)
 
 
-def _arrow(path: Path, _: Header) -> Iterator[Located]:
+def _read_arrow(path: Path, _: Header) -> Iterator[Located]:
     from pyarrow import ipc
 
     with path.open(
         "rb"
     ) as file:  # the file format starts with a magic word, the stream format that save_to_disk writes does not
         read = ipc.open_file if file.read(6) == b"ARROW1" else ipc.open_stream
-    yield from _table(path, lambda name: read(name.read_bytes()).read_all())
+    yield from _read_table(path, lambda name: read(name.read_bytes()).read_all())
 
 
-def _table(path: Path, read: Callable[[Path], Any]) -> Iterator[Located]:
+def _read_table(path: Path, read: Callable[[Path], Any]) -> Iterator[Located]:
     try:
         records = read(path).to_pylist()
     except (OSError, ValueError) as error:  # pyarrow's own errors derive from these
@@ -343,11 +346,11 @@ def _table(path: Path, read: Callable[[Path], Any]) -> Iterator[Located]:
 
 READERS: dict[str, Callable[[Path, Header], Iterator[Located]]]
 READERS = {
-    ".jsonl": _jsonl,
-    ".ndjson": _jsonl,
-    ".json": _json,
-    ".csv": _csv,
-    ".tsv": _tsv,
-    ".parquet": _parquet,
-    ".arrow": _arrow,
+    ".jsonl": _read_jsonl,
+    ".ndjson": _read_jsonl,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".tsv": _read_tsv,
+    ".parquet": _read_parquet,
+    ".arrow": _read_arrow,
 }

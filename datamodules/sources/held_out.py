@@ -27,11 +27,11 @@ class Part(Source):
         return self._rows
 
 
-def share_of(val: object) -> float | None:
+def parse_share(val: object) -> float | None:
     """The share that ``val`` asks for, a number or its text; None where it names something else. Raises ValueError for a
     number outside (0, 1).
 
-    >>> share_of("0.05"), share_of("rows.jsonl")
+    >>> parse_share("0.05"), parse_share("rows.jsonl")
     (0.05, None)
     """
     try:

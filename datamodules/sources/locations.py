@@ -19,17 +19,17 @@ def file_format(path: Path) -> str:
     return Path(path.name.lower().removesuffix(".gz")).suffix
 
 
-def hub_id(path: str) -> tuple[str, str | None]:
+def split_hub_id(path: str) -> tuple[str, str | None]:
     """The id and the config that may stand behind its colon.
 
-    >>> hub_id("openai/gsm8k:main")
+    >>> split_hub_id("openai/gsm8k:main")
     ('openai/gsm8k', 'main')
     """
     before, colon, config = path.rpartition(":")
     return (before, config) if colon and re.fullmatch(r"[\w.-]+", config) else (path, None)
 
 
-def hub_trouble(path: str, split: str, error: Exception) -> str:
+def explain_hub_error(path: str, split: str, error: Exception) -> str:
     """Why the ``datasets`` library could not load a hub id, in one sentence."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     if lines[0].startswith("Config name is missing"):
@@ -39,7 +39,7 @@ def hub_trouble(path: str, split: str, error: Exception) -> str:
     return f"{path}: neither a file or folder here nor loadable from the hub ({split} split): {lines[0]}"
 
 
-def files_of_split(folder: Path, endings: Sequence[str], split: str | None) -> list[Path]:
+def find_files(folder: Path, endings: Sequence[str], split: str | None) -> list[Path]:
     """The files of a folder that hold a split, sorted, by the words of ``SPLITS`` in their names; what is left out is
     told in one line.
 
@@ -63,7 +63,7 @@ def files_of_split(folder: Path, endings: Sequence[str], split: str | None) -> l
         )
     by_split: dict[str, list[Path]] = defaultdict(list)
     for path in files:
-        by_split[split_of(path)].append(path)
+        by_split[read_split(path)].append(path)
     named = sorted(name for name in by_split if name)
     if not named and split is not None:
         raise ValueError(
@@ -88,10 +88,10 @@ def files_of_split(folder: Path, endings: Sequence[str], split: str | None) -> l
     return chosen
 
 
-def split_of(path: Path) -> str:
+def read_split(path: Path) -> str:
     """The split that a file's name tells, empty where it tells none.
 
-    >>> split_of(Path("data/test-00000-of-00001.parquet")), split_of(Path("contest.jsonl"))
+    >>> read_split(Path("data/test-00000-of-00001.parquet")), read_split(Path("contest.jsonl"))
     ('test', '')
     """
     words = re.split(r"[-._ 0-9]+", path.name.lower())

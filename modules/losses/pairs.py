@@ -11,8 +11,8 @@ from modules.types import PreferenceBatch, ScoredPair
 
 def make_scored_pairs(tokenizer: Any, batch: PreferenceBatch, scores: Tensor, pairs: Pairs) -> list[ScoredPair]:
     """The pairs of a batch whose completions have ``scores`` [N], with their texts."""
-    prompts, prompt_lengths = _decode(tokenizer, batch["prompt_ids"], batch["prompt_mask"])
-    texts, lengths = _decode(tokenizer, batch["completion_ids"], batch["completion_mask"])
+    prompts, prompt_lengths = _decode_rows(tokenizer, batch["prompt_ids"], batch["prompt_mask"])
+    texts, lengths = _decode_rows(tokenizer, batch["completion_ids"], batch["completion_mask"])
     index, score = batch["prompt_index"].tolist(), scores.tolist()
     margins = [None] * len(pairs.better) if pairs.margin is None else pairs.margin.tolist()
     return [
@@ -31,7 +31,7 @@ def make_scored_pairs(tokenizer: Any, batch: PreferenceBatch, scores: Tensor, pa
     ]
 
 
-def _decode(tokenizer: Any, ids: Tensor, mask: Tensor) -> tuple[list[str], list[int]]:
+def _decode_rows(tokenizer: Any, ids: Tensor, mask: Tensor) -> tuple[list[str], list[int]]:
     """The kept tokens of rows [R, T] as texts without special tokens, and their numbers."""
     rows = [row[kept].tolist() for row, kept in zip(ids, mask, strict=True)]
     return tokenizer.batch_decode(rows, skip_special_tokens=True), [len(row) for row in rows]
