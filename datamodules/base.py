@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from datamodules.formats.reading import Reading
+from datamodules.formats.reading import Reading, UnclearColumn
 from datamodules.formats.table import Purpose
 from datamodules.loaders.step_sampler import MicroBatch, StepSampler
 from datamodules.sources import Row, Source
@@ -143,6 +143,8 @@ class RowsDataModule(LightningDataModule):
         for row in rows:
             try:
                 example = encode(row)
+            except UnclearColumn:
+                raise
             except ValueError as error:
                 if self.on_bad_row == "raise":
                     way_out = "; mend the row, or set data.on_bad_row: drop to leave such rows out"

@@ -163,6 +163,9 @@ class InstructionDataModule(AlignDataModule):
         chat = self.is_chat(row)
         example = instruction_example(row, self.reading, self.format, chat)
         self.say_chat(row, isinstance(example.prompt, str) and not example.whole)
+        unused = {"data.system": self.system, "data.chat": self.chat} if example.whole else {}
+        for option in [option for option, value in unused.items() if value is not None]:
+            self.reading.note(f"{option}: not used, for a document is no chat")
         knowledge = row.columns.get("knowledge")
         if unknown == "drop" and knowledge in UNKNOWN:
             return None

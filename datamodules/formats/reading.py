@@ -17,6 +17,10 @@ CHANCE = 20  # characters of a text that stands in another one not by chance
 Columns = Mapping[str, str]
 
 
+class UnclearColumn(ValueError):
+    """Columns that can be read in two ways. It is about the data set, so no option drops the row that shows it."""
+
+
 class Reading:
     """What is known of a data set as a whole, and what its rows were read as.
 
@@ -200,7 +204,7 @@ class Cells:
                 continue
             if value == self.values[other] or repeats(value, self.values[other]) or repeats(self.values[other], value):
                 continue
-            raise ValueError(
+            raise UnclearColumn(
                 f"{self.origin}: columns {first!r} and {other!r} may both be the {ours} ({NAMED[ours].means}); name one, "
                 f"such as --data.columns '{{{ours}: {first}}}'"
             )

@@ -1,7 +1,7 @@
 """Which of two answers is better: how a verdict is read, and what only the whole column of verdicts tells."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -70,6 +70,10 @@ def settle_scale(name: str, values: Sequence[Any], first: Ours | None, origin: s
     """
     numbers = {number for value in values if (number := as_number(value)) is not None}
     said = f"{origin}: column {name!r}"
+    if words := _unknown_words(values, WORDS):
+        raise ValueError(
+            f"{said} holds {words}, no known name of an answer; write 1 and 2 (or between), A and B, left and right, or tie"
+        )
     if numbers and (min(numbers) < 0 or normalize(name) in SIGNED):
         if first == 0:
             raise ValueError(f"{said} goes below 0, so data.first_is_better must be -1 or 1, the sign, not 0")
@@ -108,11 +112,23 @@ def check_labels(name: str, values: Mapping[str, Any], first: Ours | None) -> No
     """
     if first is not None:
         raise ValueError(f"data.first_is_better is of two answers and column {name!r} labels one; leave it out")
+    if words := _unknown_words(list(values.values()), ()):
+        origin = next(iter(values))
+        raise ValueError(
+            f"{origin}: column {name!r} holds {words}, expected true (desirable) or false, or 1 and 0, in all rows"
+        )
     for origin, value in values.items():
         if as_number(value) not in (0, 1, None):
             raise ValueError(
                 f"{origin}: column {name!r} holds {value!r}, expected true (desirable) or false, or 1 and 0"
             )
+
+
+def _unknown_words(values: Sequence[Any], known: Collection[str]) -> str:
+    """The texts of a column that stand in several rows and are neither numbers nor known: labels, and no slip of a row."""
+    texts = Counter(value.strip().lower() for value in values if isinstance(value, str) and not is_empty(value))
+    labels = [text for text, rows in texts.items() if rows > 1 and text not in known and as_number(text) is None]
+    return " and ".join(repr(text) for text in labels[:3])
 
 
 def verdict_columns(cells: Cells) -> list[str]:

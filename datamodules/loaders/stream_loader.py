@@ -12,6 +12,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from datamodules.formats.reading import UnclearColumn
 from datamodules.loaders.step_sampler import MicroBatch
 from datamodules.sources import Row
 from datamodules.tokens.encoding import Tokens
@@ -89,12 +90,12 @@ class Pieces(IterableDataset[Any]):
                     "too long"
                 )
             try:
-                tokens = self.data.encode(Row(self.data.columns_of(row.columns, row.origin), row.origin, row.source))
+                tokens = self.data.encode_record(row)
             except ValueError as error:
-                if self.data.on_bad_row == "raise":
-                    raise
+                if self.data.on_bad_row == "raise" or isinstance(error, UnclearColumn):
+                    raise self.data.name_place(error, row) from error
                 if place.bad == share == 0:
-                    rank_zero_info(f"train: bad rows are left out, the first: {error}")
+                    rank_zero_info(f"train: bad rows are left out, the first: {self.data.name_place(error, row)}")
                 place = place._replace(bad=place.bad + 1)
                 continue
             cut = self.data.cut(tokens) if tokens else []

@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from datamodules.formats.conversation import Asked
 from datamodules.formats.preference_shapes import read_answers, read_compared
-from datamodules.formats.reading import Cells, Reading
+from datamodules.formats.reading import Cells, Reading, UnclearColumn
 from datamodules.formats.table import check_mapping
 from datamodules.sources.files import read_rows
 from datamodules.sources.source import Row, Source
@@ -52,6 +52,8 @@ class PreferencePrompts(Source):
         for row in given:
             try:
                 asked = preference_prompt(row, reading, bool(self.chat))
+            except UnclearColumn:
+                raise
             except ValueError as error:
                 if self.on_bad_row == "raise":
                     raise ValueError(
