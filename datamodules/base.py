@@ -1,6 +1,4 @@
-"""What every DataModule here shares: rows from sources, the tokenizer, dropped rows, and resuming in the middle of an
-epoch.
-"""
+"""The base of all DataModules: rows from sources, the tokenizer, dropped rows, loaders that resume inside an epoch."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, Protocol, TypeVar, runtime_checkable
@@ -36,8 +34,10 @@ class HasSampling(Protocol):
 
 
 class StepLoader(DataLoader[Any]):
-    """A DataLoader over micro-batches. Lightning asks for these two methods before it believes that a loader resumes;
-    the state itself is kept by the DataModule, since Lightning forgets loader state in epoch-end checkpoints."""
+    """A DataLoader over micro-batches, with the two methods by which Lightning recognises a loader that resumes.
+
+    The DataModule keeps the state, since Lightning forgets that of loaders in checkpoints from the end of an epoch.
+    """
 
     def state_dict(self) -> dict[str, Any]:
         """Empty."""
@@ -82,11 +82,14 @@ class RowsDataModule(LightningDataModule):
 
     @classmethod
     def check_needs(cls, given: Mapping[str, Any], method: str = "<method>") -> None:
-        """ValueError where an argument that is needed is missing or None among those ``given``.
+        """Refuses arguments among which one that is needed is None.
 
         Args:
             given: some arguments by name.
             method: the stem of the configuration that runs without any data of the user's.
+
+        Raises:
+            ValueError: naming what is missing and how to give it.
         """
         missing = [name for name in cls.needs if name in given and given[name] is None]
         if missing:
@@ -111,7 +114,7 @@ class RowsDataModule(LightningDataModule):
 
     @property
     def rank(self) -> int:
-        """This process, 0 without a Trainer."""
+        """Number of this process, 0 without a Trainer."""
         return self.trainer.global_rank if self.trainer else 0
 
     @property
@@ -127,12 +130,13 @@ class RowsDataModule(LightningDataModule):
         length: Callable[[Example], int],
         limit: int,
     ) -> list[Example]:
-        """Encodes the rows of a source, without those for which ``encode`` gives None, the ones longer than ``limit``
-        tokens, added to ``dropped[stage]``, and, if rows may be bad, those for which it raises ValueError, added to
-        ``bad[stage]``. ``reading`` is then that of this source.
+        """Encodes the rows of a source; ``reading`` is then that of this source.
 
-        Raises ValueError for bad rows unless ``on_bad_row`` is drop, for long rows unless ``drop_long``, and when
-        nothing is left.
+        Left out and counted are rows for which ``encode`` gives None, longer ones than ``limit`` tokens (in
+        ``dropped[stage]``), and, with ``on_bad_row`` drop, those for which it raises ValueError (in ``bad[stage]``).
+
+        Raises ValueError for bad rows unless ``on_bad_row`` is drop, for long rows unless ``drop_long``, for columns
+        that can be read in two ways, and when nothing is left.
         """
         kept: list[Example] = []
         problem: ValueError | None = None
@@ -177,7 +181,7 @@ class RowsDataModule(LightningDataModule):
             )
         held_out = isinstance(source, Part) and stage == "val"  # too few rows to have every column
         if stage != "calibration" and not held_out:  # the rows of calibration are what predict writes
-            self.reading.finish(rows)
+            self.reading.refuse_unused_mapping(rows)
         return kept
 
     def read(self, source: str | Source) -> list[Row]:
@@ -192,10 +196,15 @@ class RowsDataModule(LightningDataModule):
         rank_zero_info(f"{name or stage}: {self.reading.line()}; {detail}")
 
     def check_positions(self, stage: str, longest: int, setting: str) -> None:
-        """ValueError when the longest row (tokens), with a completion where the module samples, exceeds the positions
-        of the Trainer's model.
+        """Refuses rows that are longer than the model of the Trainer has positions.
 
-        ``setting`` is the name of the limit to lower.
+        Args:
+            stage: of the rows; where the module samples, a completion comes on top.
+            longest: tokens of the longest row.
+            setting: name of the limit to lower.
+
+        Raises:
+            ValueError: naming both lengths and the way out.
         """
         module: Any = self.trainer.lightning_module if self.trainer else None
         if not isinstance(module, HasPositions):
@@ -219,7 +228,10 @@ class RowsDataModule(LightningDataModule):
         )
 
     def ready_loader(self, batches: Sequence[Any]) -> DataLoader[Any]:
-        """This rank's finished batches, in order. A sampler of one replica keeps Lightning from sharing them out again."""
+        """Hands out this rank's finished batches in order.
+
+        A sampler of one replica keeps Lightning from sharing them out again.
+        """
         sampler = DistributedSampler(batches, num_replicas=1, rank=0, shuffle=False)  # type: ignore[arg-type, var-annotated]
         return DataLoader(batches, sampler=sampler, batch_size=None, collate_fn=_as_is)  # type: ignore[arg-type]
 

@@ -190,7 +190,7 @@ class MixtureDataModule(InstructionDataModule):
         return self.step_loader(self.make_dataset(self.train_rows), *sizes(self.train_rows), self.batch_size, sampler)
 
     def state_dict(self) -> dict[str, Any]:
-        """As for every DataModule, and how the steps were cut."""
+        """The place in the epoch, and how the steps were cut."""
         state = super().state_dict()
         return state | self._cut() if state else state
 

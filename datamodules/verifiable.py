@@ -115,7 +115,7 @@ class VerifiableDataModule(AlignDataModule):
             self.ptx.setup(self, stage)
 
     def draw(self, phase: int) -> PromptBatch:
-        """This rank's prompts of ``phase`` (>= 0).
+        """Draws this rank's prompts of ``phase`` (>= 0).
 
         The rows, shuffled anew for each pass by (seed, pass), form one endless stream; a phase is a stretch of it,
         dealt to the ranks in turn.
@@ -130,7 +130,7 @@ class VerifiableDataModule(AlignDataModule):
         )
 
     def draw_texts(self, update: int, micro_batch: int) -> InstructionBatch:
-        """This rank's texts of a micro-batch of an update, counted from the start of training."""
+        """Draws this rank's texts of a micro-batch of an update, counted from the start of training."""
         assert self.ptx is not None and self.trainer is not None
         return self.ptx.batch(
             update, micro_batch * self.world_size + self.rank, self.trainer.accumulate_grad_batches * self.world_size

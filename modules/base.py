@@ -1,6 +1,4 @@
-"""What every method shares: the policy, optimizer and scheduler from YAML, exact loss scaling, step metrics, checkpoint
-identity.
-"""
+"""The base of all methods: policy, optimizer and scheduler, exact loss scaling, metrics of a step, checkpoints."""
 
 import math
 import time
@@ -70,7 +68,7 @@ class AlignmentModule(LightningModule):
         return self.policy.tokenizer
 
     def configure_callbacks(self) -> list[Callback]:
-        """What every run has: an end that all ranks reach."""
+        """Add what every run has: an end that all ranks reach."""
         return [StopTogether()]
 
     def setup(self, stage: str) -> None:
@@ -107,7 +105,7 @@ class AlignmentModule(LightningModule):
                 config.scheduler.plan(total)
 
     def parameter_groups(self) -> list[Any]:
-        """What the optimizer trains: parameters, or groups of them with settings of their own."""
+        """Name what the optimizer trains: parameters, or groups of them with settings of their own."""
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
     def step_loss(self, loss: Tensor) -> Tensor:
@@ -166,7 +164,7 @@ class AlignmentModule(LightningModule):
         self.record.sampled, self.record.greedy = [], []
 
     def on_test_start(self) -> None:
-        """As for validation."""
+        """Forget what an earlier evaluation left."""
         self.on_validation_start()
 
     def on_validation_epoch_end(self) -> None:
@@ -174,11 +172,11 @@ class AlignmentModule(LightningModule):
         log_equal(self, {f"val/{name}": value for name, value in self.evaluation_metrics().items()})
 
     def on_test_epoch_end(self) -> None:
-        """The same under ``test/``."""
+        """Log the test, over all batches and ranks."""
         log_equal(self, {f"test/{name}": value for name, value in self.evaluation_metrics().items()})
 
     def evaluation_metrics(self) -> dict[str, float]:
-        """What ``log_evaluation`` collected, over all batches and ranks (collective)."""
+        """Join what ``log_evaluation`` collected, over all batches and ranks (collective)."""
         return self._evaluation.join()
 
     def say_memory(self, batch: Any) -> None:
@@ -218,7 +216,7 @@ class AlignmentModule(LightningModule):
             log_equal(self, {"loss": metrics["loss"]}, prog_bar=True, logger=False)
 
     def step_metrics(self) -> dict[str, float]:
-        """What ``log_step`` collected, over the micro-batches of the step and all ranks (collective)."""
+        """Join what ``log_step`` collected, over the micro-batches of the step and all ranks (collective)."""
         return self._step.join()
 
     def prepare_export(self) -> None:
@@ -229,12 +227,13 @@ class AlignmentModule(LightningModule):
         self.policy.save_pretrained(folder)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Say what the checkpoint is of, so that another model refuses it in one sentence."""
+        """Put the method and the shape of the model into the checkpoint, by which another model refuses it."""
         checkpoint["alignment"] = {**self.identity(), "num_tokens": self.num_tokens}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """ValueError for the checkpoint of another method or of a model of another shape. Then mend the position, see
-        ``at_whole_step``.
+        """Refuse the checkpoint of another method or of a model of another shape; mend its position otherwise.
+
+        Raises ValueError naming what differs. For the position see ``at_whole_step``.
         """
         saved = dict(checkpoint.get("alignment", {}))
         self.num_tokens = saved.pop("num_tokens", 0)
@@ -253,7 +252,7 @@ class AlignmentModule(LightningModule):
             at_whole_step(loop, self.trainer.accumulate_grad_batches, validates, by_steps=self.trainer.max_epochs == -1)
 
     def identity(self) -> dict[str, str | int]:
-        """What must agree between a checkpoint and the run that loads it."""
+        """Name what a checkpoint and the run that loads it must have in common."""
         config, kept = (
             self.policy.model.config,
             self.policy.state_dict().keys(),

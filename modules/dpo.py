@@ -203,7 +203,7 @@ class DPOModule(AlignmentModule):
         self.evaluate(batch)
 
     def test_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
-        """The same under ``test/``."""
+        """Means over the held-out examples, under ``test/``."""
         self.evaluate(batch)
 
     def evaluate(self, batch: PreferenceBatch) -> None:
@@ -220,8 +220,9 @@ class DPOModule(AlignmentModule):
 
     @torch.no_grad()
     def score_pairs(self, batch: PreferenceBatch) -> list[ScoredPair]:
-        """Every pair of a batch of held-out rows, or of training rows where none are held out, with its implicit
-        rewards and texts.
+        """Make the records of the pairs of a batch: their texts and implicit rewards.
+
+        The batch is of held-out rows, or of training rows where none are held out.
         """
         sequences, _ = self.sequences(batch, "train" if self.data.val is None else "val")
         rewards = self.objective.implicit_rewards(sequences, self.beta)
@@ -275,7 +276,7 @@ class DPOModule(AlignmentModule):
         return (total / count.clamp(min=1)).clamp(min=0)
 
     def check_start(self, sequences: Sequences) -> None:
-        """ValueError where the reference is the start policy and yet differs from it at step 0."""
+        """Refuse, with a ValueError, a reference that is the start policy and yet differs from it at step 0."""
         if self.global_step == 0 and self.tables and self.own_reference:
             gap = (sequences.logps - sequences.ref_logps).detach().abs()
             whole = self.trainer.precision.startswith(("32", "64"))

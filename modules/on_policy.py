@@ -1,6 +1,4 @@
-"""What every method that learns from its own samples shares: sampling, scoring a phase, the frozen start policy,
-evaluation by sampling.
-"""
+"""The base of methods that learn from their own samples: sampling and scoring a phase, the start policy, evaluation."""
 
 import time
 from abc import abstractmethod
@@ -192,7 +190,7 @@ class OnPolicyModule(AlignmentModule):
         self.evaluate(prompts, "val")
 
     def test_step(self, prompts: PromptBatch, batch_idx: int) -> None:
-        """The same for ``test``."""
+        """Sample and score held-out prompts under ``test/``."""
         self.evaluate(prompts, "test")
 
     def predict_step(self, prompts: PromptBatch, batch_idx: int) -> None:
@@ -219,7 +217,7 @@ class OnPolicyModule(AlignmentModule):
         self.record.greedy += outcomes(greedy, self.accuracy)
 
     def evaluation_metrics(self) -> dict[str, float]:
-        """As for every module, and pass@1, pass@k, greedy accuracy and the numbers of the sampled completions."""
+        """Join what was logged, and add pass@1, pass@k, greedy accuracy and the numbers of the samples."""
         sampled, greedy = from_all_ranks(self.record.sampled), from_all_ranks(self.record.greedy)
         solved = {f"pass@{k}": share_solved(sampled, k) for k in {1, self.val_generations}}
         solved |= {"greedy_accuracy": share_solved(greedy, 1), **rollout_metrics(sampled)}
@@ -240,7 +238,7 @@ class OnPolicyModule(AlignmentModule):
         return scores.logprobs, scores.entropies
 
     def collected_scores(self, batch: PolicyBatch) -> tuple[Tensor, ...]:
-        """What a phase starts from: the same, and values [N, Tc] where the method has a critic."""
+        """Log-probs and entropies that a phase starts from, and values [N, Tc] where the method has a critic."""
         return self.policy_scores(batch)
 
     def reference_scores(self, batch: PolicyBatch) -> tuple[Tensor]:
@@ -253,7 +251,7 @@ class OnPolicyModule(AlignmentModule):
         return self.policy.token_scores(batch["input_ids"], batch["loss_mask"], batch.get("position_ids"))
 
     def check_scored(self, rollouts: list[Rollout]) -> None:
-        """ValueError where a run's first phase has neither an answer nor a score: nothing would ever be learned."""
+        """Refuse, with a ValueError, a first phase without answers and scores: nothing would ever be learned."""
         judged = [rollout.answer is not None or rollout.reward is not None for rollout in rollouts]
         if self.global_step == 0 and not any(from_all_ranks([any(judged)])):
             raise ValueError(
@@ -263,7 +261,7 @@ class OnPolicyModule(AlignmentModule):
             )
 
     def check_start(self, log_ratio: Tensor) -> None:
-        """At step 0 policy and reference are the same model; anything else is a wrong reference. ValueError then."""
+        """Refuse, with a ValueError, a reference that differs at step 0 from the policy that it is a copy of."""
         gap = float(log_ratio.abs().max())
         if self.global_step == 0 and self.own_reference and not gap <= 1e-3:
             raise ValueError(
@@ -272,9 +270,7 @@ class OnPolicyModule(AlignmentModule):
             )
 
     def check_kl(self) -> None:
-        """Warn, once, where the KL of a phase with enough completions is below 0 by more than chance and rounding
-        explain.
-        """
+        """Warn once where the KL of a phase is further below 0 than chance and rounding explain."""
         sums = [rollout.kl for rollout in self.record.rollouts if rollout.kl is not None]
         mean, error = mean_and_error(sums)
         enough = sum(from_all_ranks([len(sums)])) >= ENOUGH

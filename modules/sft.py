@@ -109,7 +109,7 @@ class SFTModule(AlignmentModule):
         self.evaluate(batch, "val")
 
     def test_step(self, batch: InstructionBatch, batch_idx: int) -> None:
-        """The same under ``test/``."""
+        """Token means over the held-out set, under ``test/``."""
         self.evaluate(batch, "test")
 
     def evaluate(self, batch: InstructionBatch, stage: str) -> None:
@@ -125,7 +125,7 @@ class SFTModule(AlignmentModule):
             self.record.sampled += outcomes(self.record.held_out)
 
     def evaluation_metrics(self) -> dict[str, float]:
-        """As for every module, and the rewards and lengths of the answers."""
+        """Join what was logged, and add the rewards and lengths of the answers."""
         metrics, answered = super().evaluation_metrics(), from_all_ranks(self.record.sampled)
         if not answered:
             return metrics

@@ -1,4 +1,4 @@
-"""What is asked and said: the one table of message fields, and a prompt with all that stands beside it."""
+"""Conversations and prompts: the one table of message fields, and a prompt with all that stands beside it."""
 
 import re
 from collections.abc import Mapping
@@ -361,7 +361,7 @@ def _read_tools(cells: Cells) -> Tools | None:
 
 
 def _text_beside(cells: Cells, name: str, prompt: str) -> str:
-    """The text of a column that belongs below the prompt, "" where there is none or the prompt holds it already."""
+    """The text of a column below the prompt; "" where there is none or the prompt holds it already."""
     if name == "options":
         options = read_options(cells)
         written = all(re.search(rf"\b{letter}\W{{1,3}}{re.escape(text)}", prompt) for _, letter, text in options)

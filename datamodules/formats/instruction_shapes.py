@@ -1,4 +1,4 @@
-"""From a raw row to what is read and what is learned: the shapes of instruction data."""
+"""The shapes of instruction data: from a raw row to what is read and what is learned."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -32,7 +32,7 @@ FORMATS: dict[str, tuple[tuple[str, ...], ...]] = {  # name -> our columns; the 
 
 @dataclass(frozen=True)
 class InstructionExample:
-    """What to read and what to learn: both text, or both messages (then ``prompt`` may be empty)."""
+    """A prompt to read and a completion to learn, both text or both messages (then ``prompt`` may be empty)."""
 
     prompt: Dialogue
     completion: Dialogue
@@ -86,7 +86,7 @@ def instruction_example(
 
 
 def check_format(format: str | None) -> None:
-    """ValueError for a format that does not exist."""
+    """Refuses, with a ValueError, a format that does not exist."""
     if format is not None and format not in FORMATS:
         raise ValueError(
             f"format {format!r} is not known; set data.format to one of {', '.join(FORMATS)}, or leave it out to go by "

@@ -1,4 +1,4 @@
-"""From a raw row to ranked completions: which columns hold the prompt, the answers and the verdict."""
+"""The shapes of preference data: from a raw row to a prompt and its ranked or labelled completions."""
 
 import re
 from collections.abc import Mapping, Sequence

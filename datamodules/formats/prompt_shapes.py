@@ -1,4 +1,4 @@
-"""From a raw row to a prompt and the answer that a reward checks against."""
+"""The shapes of prompts with checkable answers: from a raw row to a prompt and the answer that a reward reads."""
 
 import re
 from collections.abc import Sequence
@@ -64,8 +64,10 @@ def verifiable_example(row: Row, reading: Reading, chat: bool = False) -> Verifi
 
 
 def settle_choices(rows: Sequence[Row], reading: Reading) -> None:
-    """Settles on the whole data set whether whole numbers that stand beside options are the options' numbers, from 0 or
-    from 1, or an option's text. Raises ValueError where that cannot be told."""
+    """Settles on the whole data set what a whole number beside options means: its number, from 0 or 1, or its text.
+
+    Raises ValueError where that cannot be told.
+    """
     numbers: list[tuple[int, list[str]]] = []
     for row in rows:
         cells = Cells(row, reading)

@@ -22,7 +22,7 @@ class UnclearColumn(ValueError):
 
 
 class Reading:
-    """What is known of a data set as a whole, and what its rows were read as.
+    """The account of one data set: what is known of it as a whole, and what its rows were read as.
 
     Args:
         purpose: who reads.
@@ -71,11 +71,11 @@ class Reading:
                 self._became.setdefault(theirs, Counter())[cells.roles[theirs]] += 1
 
     def note(self, sentence: str) -> None:
-        """Something to say once about the data set."""
+        """Adds a sentence to say once about the data set."""
         self._notes.setdefault(sentence)
 
-    def finish(self, rows: Sequence["Row"]) -> None:
-        """ValueError for a mapping that had no effect on any of the rows."""
+    def refuse_unused_mapping(self, rows: Sequence["Row"]) -> None:
+        """Refuses, with a ValueError, a mapping that had no effect on any of the rows."""
         for ours, theirs in self.by_hand.items():
             if theirs and self.shapes and ours not in {role for roles in self._became.values() for role in roles}:
                 if ours not in self.mapped_seen:
@@ -89,18 +89,18 @@ class Reading:
                 )
 
     def drop(self, reason: str, count: int) -> None:
-        """Some of the rows that counted as used are not."""
+        """Counts some of the used rows under another reason."""
         self.counts["used"] -= count
         self.counts[reason] += count
 
     def line(self) -> str:
-        """As :meth:`columns_line`, and what became of the rows."""
+        """Says how the columns were read, as :meth:`columns_line`, and what became of the rows."""
         others = [f"{count} {reason}" for reason, count in self.counts.items() if count and reason != "used"]
         rows = " + ".join([f"{self.counts['used']} used", *others])
         return f"{self.columns_line()}; {sum(self.counts.values())} rows in = {rows}"
 
     def columns_line(self) -> str:
-        """The shape, which column became what, and what was not read and why."""
+        """Says the shape, which column became what, and what was not read and why."""
         parts = [" or ".join(self.shapes)]
         became = [
             f"`{theirs}` -> {' or '.join(roles)}"
@@ -282,7 +282,7 @@ def _is_neutral(ours: str, value: Any) -> bool:
 
 
 def is_empty(value: Any) -> bool:
-    """Whether a cell says nothing: null, NaN, white space, or lists and objects of nothing else. 0 and False do."""
+    """Tells whether a cell says nothing: null, NaN, white space, or lists and objects of these. 0 says something."""
     if isinstance(value, Mapping):
         return all(is_empty(part) for part in value.values())
     if isinstance(value, list | tuple):
@@ -291,7 +291,7 @@ def is_empty(value: Any) -> bool:
 
 
 def without_nulls(value: Any) -> Any:
-    """The value without the keys that hold null: Parquet gives every object the keys of all the others."""
+    """Drops the keys that hold null, since Parquet gives every object the keys of all the others."""
     if isinstance(value, Mapping):
         return {str(key): without_nulls(part) for key, part in value.items() if part is not None}
     return [without_nulls(part) for part in value] if isinstance(value, list | tuple) else value
@@ -307,7 +307,7 @@ def parse_json(text: str, where: str) -> Any:
 
 
 def unpack(value: Any) -> Any:
-    """A list or object that a table holds as text, as JSON or as Python prints it; any other value as it is."""
+    """Reads a list or object that a table holds as text (JSON, or Python's); any other value stays as it is."""
     if not isinstance(value, str) or not (text := value.strip()).startswith(("[", "{")):
         return value
     for read in (json.loads, ast.literal_eval):
@@ -338,7 +338,7 @@ def texts_in(value: Any) -> list[str]:
 
 
 def repeats(value: Any, other: Any) -> bool:
-    """Whether all texts of a value stand in another one: equal ones, or ones too long to be there by chance."""
+    """Tells whether all texts of a value stand in another one: equal, or too long to be there by chance."""
     texts, others = texts_in(value), texts_in(other)
     return bool(texts) and all(
         any(text.strip() == given.strip() or (len(text) >= CHANCE and text.strip() in given) for given in others)
@@ -347,8 +347,10 @@ def repeats(value: Any, other: Any) -> bool:
 
 
 def plain(value: Any) -> Any:
-    """The value made of None, bool, int, float, str, list and dict alone, since it travels in checkpoints, which are
-    loaded with torch's safe loading. Dates become ISO text, anything else its own text."""
+    """Makes a value of None, bool, int, float, str, list and dict alone, which torch's safe loading reads.
+
+    Dates become ISO text, anything else its own text.
+    """
     if isinstance(value, dict):
         return {str(key): plain(part) for key, part in value.items()}
     if isinstance(value, list | tuple):

@@ -94,14 +94,15 @@ PAIRED = ("output_1", "output_2")
 
 
 def normalize(name: str) -> str:
-    """The name as the table has it: ``systemPrompt``, ``System Prompt`` and ``system-prompt`` are ``system_prompt``."""
+    """Spells a name as the table does: ``systemPrompt``, ``System Prompt`` and ``system-prompt`` are ``system_prompt``."""
     return re.sub(r"[\s\-]+", "_", re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name.strip())).lower()
 
 
 @cache
 def our_names(names: tuple[str, ...]) -> dict[str, str]:
-    """Our name of each of a row's columns that the table knows, those of a pair of answers included, in the order in
-    which the table looks for them.
+    """Finds our name of each column that the table knows, in the order in which the table looks for them.
+
+    Two columns may be a pair of answers, see ``PAIRS``.
 
     Example: ``("id", "question", "response_a", "response_b")`` gives ``prompt``, ``output_1``, ``output_2``.
     """
@@ -116,8 +117,11 @@ def our_names(names: tuple[str, ...]) -> dict[str, str]:
 
 
 def check_mapping(columns: Mapping[str, str], purpose: Purpose) -> dict[str, str]:
-    """The mapping by our names. Raises ValueError for a name of ours that does not exist or that the DataModule does
-    not read, and for two names that mean the same."""
+    """Translates the left side of a mapping to our names.
+
+    Raises ValueError for a name of ours that does not exist or that the DataModule does not read, and for two names
+    that mean the same.
+    """
     spellings = {name: ours for pair in reversed(PAIRS) for name, ours in zip(pair, PAIRED, strict=True)} | OURS
     known = [name for name, ours in spellings.items() if purpose in NAMED[ours].used_by]
     made: dict[str, str] = {}
@@ -144,7 +148,7 @@ def check_mapping(columns: Mapping[str, str], purpose: Purpose) -> dict[str, str
 
 
 def suggest(names: Iterable[str]) -> str:
-    """For an error about missing columns: names that may be misspelt ones of the table."""
+    """Names, for an error about missing columns, those of ours that may be misspelt."""
     near = {
         name: get_close_matches(normalize(name), OURS, n=1, cutoff=0.8) for name in names if normalize(name) not in OURS
     }

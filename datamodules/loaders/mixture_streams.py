@@ -33,7 +33,7 @@ class Stream:
 def check_streams(
     streams: dict[str, Stream], num_steps: int, cap: int | None, decay_start: int | None, ramp_steps: int
 ) -> None:
-    """ValueError, naming the stream, for weights that make no mixture."""
+    """Refuses weights that make no mixture, with a ValueError that names the stream."""
     if not streams:
         raise ValueError("streams is empty; name at least one, such as {text: {train: text.jsonl, weight: 1.0}}")
     if num_steps < 1 or ramp_steps < 0 or (decay_start or 0) < 0 or (cap is not None and cap < 1):

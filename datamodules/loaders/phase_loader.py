@@ -204,8 +204,9 @@ def update_of_prompts(num_prompts: int, updates: int) -> list[int]:
 
 
 def from_stream(places: Iterable[int], num_rows: int, seed: int) -> list[tuple[int, int]]:
-    """The row and the number of the pass at each place of an endless stream, in which pass after pass is shuffled anew
-    by (seed, pass).
+    """Finds the row and the number of the pass at each place of an endless stream.
+
+    Pass after pass is shuffled anew by (seed, pass).
     """
     return [(order_of_pass(num_rows, seed, place // num_rows)[place % num_rows], place // num_rows) for place in places]
 

@@ -109,7 +109,7 @@ class Texts(PretrainingDataModule):
         )
 
     def check_positions(self, stage: str, longest: int, setting: str) -> None:
-        """As in every DataModule, but nothing is sampled behind a text."""
+        """Refuses texts that are longer than the model has positions; nothing is sampled behind them."""
         module: Any = self.trainer.lightning_module if self.trainer else None
         if isinstance(module, HasPositions):
             positions = module.policy.max_positions

@@ -31,8 +31,9 @@ class Place(NamedTuple):
 
 
 class Pieces(IterableDataset[Any]):
-    """What one rank reads: each worker its own share of the rows, as micro-batches without denominator, with the worker
-    and its place behind.
+    """The micro-batches that one rank reads, without denominator, each with its worker and the place behind.
+
+    Each worker has its own share of the rows.
 
     Args:
         data: how rows are read and encoded.
@@ -79,7 +80,7 @@ class Pieces(IterableDataset[Any]):
             place = behind
 
     def pieces(self, place: Place, share: int, shares: int) -> Iterator[tuple[Tokens, Place]]:
-        """What the rows become, from a place on, and the place behind each."""
+        """Encodes the rows from a place on, and gives the pieces of each with the place behind them."""
         start, used = place.rows, place.pieces
         fruitful = None  # the last pass that gave something
         for number, epoch, row in self.numbered(share, shares, start):
@@ -107,8 +108,10 @@ class Pieces(IterableDataset[Any]):
                     yield piece, place
 
     def numbered(self, share: int, shares: int, start: int = 0) -> Iterator[tuple[int, int, Row]]:
-        """This share of the rows over and over, from number ``start`` on, each with its number and that of the pass:
-        whole files where there are enough, else every so many-th row."""
+        """Reads this share of the rows over and over, each with its number and that of the pass.
+
+        A share is whole files where there are enough, else every so many-th row; it begins at number ``start``.
+        """
         stream = self.data.opened()
         by_file = stream.num_shards >= shares
         stream = (stream.shard(shares, share, contiguous=False) if by_file else stream).shuffle(

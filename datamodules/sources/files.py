@@ -24,9 +24,9 @@ csv.field_size_limit(2**31 - 1)  # Python refuses cells above 128 KiB
 
 
 class Files(Source):
-    """A JSONL, JSON, CSV, TSV, Parquet or Arrow file, a folder of such files, a ``save_to_disk`` folder, else a hub id.
+    """A file, a folder of files, a ``save_to_disk`` folder, or a data set of the hub.
 
-    Text files may be gzipped (``.gz``). JSONL (also ``.ndjson``) ends its records at "\\n" only, since text may hold
+    Files end in .jsonl, .ndjson, .json, .csv, .tsv, .parquet or .arrow. Text files may be gzipped (``.gz``). JSONL (also ``.ndjson``) ends its records at "\\n" only, since text may hold
     other line separators. JSON is an array, an object with one list of rows, an object of parallel lists (columns;
     empty ones are left out), categories -> sub-categories -> texts, which become rows ``text``, ``category``,
     ``subcategory``, or JSONL under another name. A text in the place of a row is a row ``text``. Cells of CSV and TSV
@@ -71,7 +71,7 @@ class Files(Source):
         return self._read_hub(path, name or self.name)
 
     def _refuse(self, kind: str, *names: str) -> None:
-        """ValueError for arguments that have no effect on a kind of data."""
+        """Refuses, with a ValueError, arguments that have no effect on a kind of data."""
         if given := [f"{name} {getattr(self, name)!r}" for name in names if getattr(self, name) is not None]:
             raise ValueError(f"{self.path}: {' and '.join(given)} has no effect on {kind}; leave it out")
 

@@ -1,4 +1,4 @@
-"""What a path means: the files of a folder that hold a split, or a data set of the hub and its config."""
+"""Paths and hub ids: the files of a folder that hold a split, and the config behind an id."""
 
 import re
 from collections import defaultdict

@@ -67,7 +67,7 @@ class PreferencePrompts(Source):
             raise ValueError(
                 f"{given[0].origin}: none of {len(given)} rows from here on can be read; the first: {problems[0]}"
             )
-        reading.finish(given)
+        reading.refuse_unused_mapping(given)
         read = len(given) - len(problems)
         reading.counts.update(
             {"used": len(prompts), "with an earlier prompt": read - len(prompts), "bad": len(problems)}

@@ -1,4 +1,4 @@
-"""The one place that renders a conversation and turns it into tokens, and that knows which of them are learned."""
+"""Renders a conversation, turns it into tokens, and marks which of them are learned; no other file does."""
 
 from collections.abc import Collection
 from functools import lru_cache
@@ -60,10 +60,10 @@ def encode_example(
 ) -> Tokens:
     """Tokens of a supervised row; ``chat`` and ``system`` as in :func:`encode_prompt`.
 
-    Text: the prompt, then the supervised completion and one supervised end token; a prompt that the chat template has
-    rendered already, as ``predict`` writes it, is read as it stands, and the end is that of a turn. Messages: assistant turns are
-    supervised up to and including their end-of-turn token; what stands behind the last of them is left out. An end
-    token written as text behind an answer is cut.
+    Text: the prompt, then the supervised completion and one supervised end token. A prompt that the chat template has
+    rendered already, as ``predict`` writes it, is read as it stands, and the end is that of a turn. Messages: assistant
+    turns are supervised up to and including their end-of-turn token; what stands behind the last of them is left out.
+    An end token written as text behind an answer is cut.
 
     Args:
         loss_on: ``assistant`` = every assistant turn of ``completion``; ``last`` = the last of these alone, so that
@@ -187,11 +187,10 @@ def encode_messages(
 
 
 def encode_rendered(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str, origin: str) -> Tokens | None:
-    """Tokens of a prompt that the chat template has rendered already and of the assistant's text behind it, supervised
-    with its end of turn.
+    """Encodes a prompt that the chat template has rendered already, and the assistant's text behind it.
 
-    None when the prompt does not end the way the template opens an assistant turn behind a user message: it is plain
-    text.
+    The text is supervised with its end of turn. None where the prompt is plain text, since it does not end the way the
+    template opens an assistant turn behind a user message.
     """
     if not is_rendered(tokenizer, prompt):
         return None
@@ -212,8 +211,10 @@ def is_rendered(tokenizer: PreTrainedTokenizerBase, prompt: str) -> bool:
 
 @lru_cache(maxsize=8)
 def _frame(tokenizer: PreTrainedTokenizerBase, template: str) -> tuple[str, str]:
-    """What the template writes between a user's content and the assistant's, and behind that; empty where it refuses a
-    lone question."""
+    """What the template writes between a user's content and the assistant's, and behind the latter.
+
+    Both are empty where it refuses a lone question.
+    """
     user, assistant = (Message(role=role, content=MARK) for role in ("user", "assistant"))
     try:
         opened, closed = render(tokenizer, [user], "", True), render(tokenizer, [user, assistant], "", False)
@@ -261,9 +262,9 @@ def render(
 def check_written(
     tokenizer: PreTrainedTokenizerBase, messages: list[Message], origin: str, tools: Tools | None = None
 ) -> None:
-    """ValueError when the chat template leaves out the tools, or a name, a tool call or the reasoning of a turn.
+    """Refuses a chat template that leaves out the tools, or a name, a tool call or the reasoning of a turn.
 
-    Templates may drop the reasoning of earlier turns, so that each turn is looked at as the last one. A tool's name
+    Raises ValueError with ``origin``. Templates may drop the reasoning of earlier turns, so that each turn is looked at as the last one. A tool's name
     and the ids of calls only link turns.
     """
     if tools and render(tokenizer, messages, origin, False, tools) == render(tokenizer, messages, origin, False):

@@ -146,8 +146,9 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    """The tokens of a text with the BOS that the tokenizer itself adds, one even if the text brings its own, and
-    without an end token.
+    """The tokens of a text with the BOS that the tokenizer itself adds, and without an end token.
+
+    There is one BOS even if the text brings its own.
     """
     ids = list(tokenizer(prompt, verbose=False).input_ids)
     if ids and ids[-1] == tokenizer.eos_token_id:
@@ -160,7 +161,7 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
 
 
 def end_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The end token. ValueError when there is none."""
+    """The end token of the tokenizer. Raises ValueError when there is none."""
     if tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer has no end token (eos_token), so a model could never learn to stop; set one")
     return int(tokenizer.eos_token_id)

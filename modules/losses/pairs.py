@@ -1,4 +1,4 @@
-"""What a model makes of the pairs of a batch: as metrics, and as records for callbacks."""
+"""Metrics of the pairs of a batch, and their records for callbacks."""
 
 from typing import Any
 

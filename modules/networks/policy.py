@@ -32,7 +32,7 @@ PROBE = ((3, 1, 4, 1, 5), (9, 2, 6))  # two ragged rows
 
 
 class TokenScores(NamedTuple):
-    """What the next-token distributions say of given tokens: per token, zero where it was not asked."""
+    """Scores of given tokens by the next-token distributions: per token, zero where it was not asked."""
 
     logprobs: Tensor  # nats, with gradient
     entropies: Tensor | None = None  # nats, of the whole distribution, without gradient unless it was asked for
@@ -92,8 +92,9 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def check_scores(self) -> None:
-        """ValueError where our log-probabilities of two short rows differ from those of the model's own forward by over
-        1e-3 nats.
+        """Refuse, with a ValueError, a model whose own forward gives other log-probabilities than ours.
+
+        Two short rows are compared, to 1e-3 nats.
         """
         with evaluating(self.model):
             for tokens in PROBE:
@@ -184,7 +185,7 @@ class Policy(nn.Module):
         return hidden[torch.arange(len(hidden), device=hidden.device), batch["completion_mask"].sum(1)]
 
     def check_packing(self) -> None:
-        """Once: ValueError for a model in which the documents of a packed row see each other."""
+        """Refuse, with a ValueError, a model in which the documents of a packed row see each other; asked once."""
         if not self.packing_checked:
             self.packing_checked = True
             check_packing(

@@ -116,8 +116,9 @@ def reference_logprobs(
     folder: Path | None,
     precision: str,
 ) -> ReferenceLogprobs:
-    """The table of all rows, from ``folder`` if the same model, rows and precision were there before, else computed and
-    put there (collective).
+    """Make the table of all rows, or load it where it was made before (collective).
+
+    A table in ``folder`` is of the same model, rows and precision.
 
     Args:
         reference: the frozen model.
@@ -150,9 +151,7 @@ def reference_logprobs(
 
 
 def digest(reference: Frozen, batches: Iterable[PreferenceBatch], precision: str) -> str:
-    """Names the table: a hash of the reference's weights, the precision and the tokens of all ranks' rows, so of the
-    template too (collective).
-    """
+    """Name the table by a hash of the reference's weights, the precision and the tokens of all rows (collective)."""
     rows = hashlib.blake2b()
     for batch in batches:
         prompts = [ids[mask].tolist() for ids, mask in zip(batch["prompt_ids"], batch["prompt_mask"], strict=True)]

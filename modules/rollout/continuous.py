@@ -303,7 +303,7 @@ class ContinuousBatch:
         self.cache.shrink(size)
 
     def _prefill(self) -> Waiting:
-        """Compute the next prompts of the queue, draw the first token of all their requests, and keep those that go on."""
+        """Compute the next prompts of the queue and draw the first token of their requests; keep those that go on."""
         chosen = [self.queue.pop()]
         limit = self.prefill_tokens // len(self.prompts[chosen[0]])
         while self.queue and len(chosen) < limit:

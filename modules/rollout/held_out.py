@@ -11,10 +11,9 @@ from modules.types import InstructionBatch, PromptBatch
 
 
 def last_answers(batch: InstructionBatch, tokenizer: Any) -> PromptBatch:
-    """The last supervised stretch of each row, or document of a packed row, as ``answer`` (text without special
-    tokens), and as the prompt what stands before it.
+    """Split each row, or document of a packed row, into its last answer and the prompt that stands before it.
 
-    Rows without a prompt of two tokens (whole texts, fillers) are left out. ``uid`` is a digest of the prompt, the same
+    The answer is the last supervised stretch, as text without special tokens. Rows without a prompt of two tokens (whole texts, fillers) are left out. ``uid`` is a digest of the prompt, the same
     on every rank.
     """
     prompts = PromptBatch(uid=[], prompt=[], prompt_ids=[], answer=[], source=[], info=[])

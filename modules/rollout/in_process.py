@@ -88,7 +88,7 @@ class InProcessEngine(RolloutEngine):
 def check_request(
     policy: SampledPolicy, prompts: list[list[int]], num_generations: int, sampling: Sampling, seeds: list[int]
 ) -> None:
-    """ValueError, with all problems in one message, for a request that cannot be sampled."""
+    """Refuse a request that cannot be sampled, with all problems in one ValueError."""
     problems = []
     if num_generations < 1:
         problems.append(f"num_generations {num_generations} must be >= 1")
@@ -129,8 +129,9 @@ def sampling_mode(model: PreTrainedModel) -> Iterator[None]:
 
 
 def parity_gap(policy: SampledPolicy) -> float:
-    """Largest |difference| in nats between the log-probs of a few sampled tokens and those of a plain forward, in both
-    layouts.
+    """Compare the log-probs of a few sampled tokens with those of a plain forward: the largest difference in nats.
+
+    Both layouts of the decode step are asked.
     """
     prompts = [[token % policy.model.config.vocab_size for token in prompt] for prompt in PARITY_PROMPTS]
     gap = 0.0

@@ -188,8 +188,9 @@ def invert_cdf(probabilities: Tensor, uniforms: Tensor) -> Tensor:
 
 
 def _locate(weights: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
-    """The slice of cumulative ``weights`` float64 [N, K] that holds each of ``uniforms`` [N], and how far inside it, in
-    [0, 1].
+    """Find the slice of cumulative ``weights`` float64 [N, K] that holds each of ``uniforms`` [N].
+
+    The second result is how far inside its slice each number lies, in [0, 1].
     """
     cumulative = weights.cumsum(-1)
     total = cumulative[:, -1:]
