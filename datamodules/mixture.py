@@ -216,8 +216,7 @@ class MixtureDataModule(InstructionDataModule):
         if inside and resume["position"] >= len(self._sampler):
             raise ValueError(
                 f"the checkpoint was written after {resume['position'] // mine['accumulate']} steps of an epoch and "
-                f"num_steps is {self.num_steps}; "
-                "it counts from the start of the epoch, so raise it"
+                f"num_steps is {self.num_steps}; it counts from the start of the epoch, so raise it"
             )
         self._sampler.start_at(resume["epoch"], resume["position"])
 

@@ -104,8 +104,7 @@ class VerifiableDataModule(AlignDataModule):
         if self.world_size > 1 and self.prompts_per_phase % shares:
             raise ValueError(
                 f"prompts_per_phase ({self.prompts_per_phase}) must be a multiple of {shares}: {self.world_size} ranks "
-                "share each of the "
-                f"{shares // self.world_size} updates of a pass equally"
+                f"share each of the {shares // self.world_size} updates of a pass equally"
             )
         if not self.train_prompts:
             self.train_prompts = self._load(self.train, "train")

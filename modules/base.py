@@ -76,8 +76,7 @@ class AlignmentModule(LightningModule):
         if self.trainer.precision in ("16-true", "bf16-true", "transformer-engine", "transformer-engine-float16"):
             raise ValueError(
                 f"precision '{self.trainer.precision}' rounds the batch's log-probabilities and denominators to 16 "
-                "bits; "
-                "use '32-true', 'bf16-mixed' or '16-mixed'"
+                "bits; use '32-true', 'bf16-mixed' or '16-mixed'"
             )
 
     def configure_optimizers(self) -> Any:

@@ -286,6 +286,5 @@ class DPOModule(AlignmentModule):
             if not bool((gap <= allowed).all()):
                 raise ValueError(
                     "policy and reference differ before the first update (log-probs of a completion by up to "
-                    f"{float(gap.max()):.3g}): "
-                    f"empty {self.cache} or name the right policy"
+                    f"{float(gap.max()):.3g}): empty {self.cache} or name the right policy"
                 )

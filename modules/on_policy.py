@@ -256,8 +256,7 @@ class OnPolicyModule(AlignmentModule):
         if self.global_step == 0 and not any(from_all_ranks([any(judged)])):
             raise ValueError(
                 f"{self.reward.name} scored none of the first {len(rollouts)} completions, whose rows have no answer "
-                "to compare with: name its "
-                "column with data.columns, or use a reward that needs none"
+                "to compare with: name its column with data.columns, or use a reward that needs none"
             )
 
     def check_start(self, log_ratio: Tensor) -> None:
@@ -280,6 +279,5 @@ class OnPolicyModule(AlignmentModule):
                 f"the KL to the start is {mean:.3g} +- {error:.2g} nats a completion, and a KL is never below 0: the "
                 "completions do not come from "
                 "the distribution that is scored. Causes: top_p below 1, top_k, an engine with another temperature or "
-                "with stop tokens suppressed, "
-                "dropout, weights that were not synced"
+                "with stop tokens suppressed, dropout, weights that were not synced"
             )

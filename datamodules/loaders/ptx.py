@@ -66,8 +66,7 @@ class PtxStream:
         if stage == "fit" and self.rows_per_update < shares:
             raise ValueError(
                 f"data.ptx.rows_per_update ({self.rows_per_update}) must be at least {shares}: each of the "
-                f"{shares // data.world_size} "
-                f"micro-batches of an update gets a row on each of {data.world_size} ranks"
+                f"{shares // data.world_size} micro-batches of an update gets a row on each of {data.world_size} ranks"
             )
         texts = self.texts = self.texts or Texts(data, self)
         texts.trainer = data.trainer
@@ -116,6 +115,5 @@ class Texts(PretrainingDataModule):
             if positions is not None and longest > positions:
                 raise ValueError(
                     f"the longest packed row of {stage} texts has {longest} tokens, but the model has only {positions} "
-                    "positions: "
-                    "lower data.ptx.max_length (longer texts are split)"
+                    "positions: lower data.ptx.max_length (longer texts are split)"
                 )

@@ -114,8 +114,7 @@ class FactsDataModule(RowsDataModule):
             if len(others) - alike < self.num_shots:
                 raise ValueError(
                     f"{fact.row.origin}: relation {fact.relation!r} has {len(others) - alike} other questions and a "
-                    f"prompt needs {self.num_shots}: "
-                    "lower data.num_shots, or leave out the relation"
+                    f"prompt needs {self.num_shots}: lower data.num_shots, or leave out the relation"
                 )
             texts = [
                 self.prompt(fact, others, alike, f"{fact.row.origin}#{number}") for number in range(self.num_prompts)

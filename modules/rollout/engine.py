@@ -62,8 +62,7 @@ class Sampling:
         if self.temperature > 0 and (self.top_p < 1 or self.top_k > 0):
             warnings.warn(
                 f"sampling: top_p {self.top_p} and top_k {self.top_k} cut the distribution and renormalise it, so the "
-                "sampler's log-probs "
-                "differ from the trainer's; use top_p 1 and top_k 0 for reinforcement learning",
+                "sampler's log-probs differ from the trainer's; use top_p 1 and top_k 0 for reinforcement learning",
                 stacklevel=3,
             )
 

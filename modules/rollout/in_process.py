@@ -62,8 +62,7 @@ class InProcessEngine(RolloutEngine):
                 else:
                     warnings.warn(
                         f"InProcessEngine: log-probs of the fast decode step differ by {gap:.2g} from the Hugging Face "
-                        "forward of "
-                        f"{type(policy.model).__name__}; sampling through the latter, which is slower",
+                        f"forward of {type(policy.model).__name__}; sampling through the latter, which is slower",
                         stacklevel=2,
                     )
         self._policy, self._version = policy, version
