@@ -1,6 +1,4 @@
-"""What every DataModule here shares: rows from sources, the tokenizer, dropped rows, and resuming in the middle of an
-epoch.
-"""
+"""The base of all DataModules: rows from sources, the tokenizer, dropped rows, loaders that resume inside an epoch."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, Protocol, TypeVar, runtime_checkable
@@ -10,12 +8,12 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from datamodules.formats.reading import Reading
+from datamodules.formats.reading import Reading, UnclearColumn
 from datamodules.formats.table import Purpose
 from datamodules.loaders.step_sampler import MicroBatch, StepSampler
 from datamodules.sources import Row, Source
-from datamodules.sources.files import maybe_headerless, read_rows
-from datamodules.sources.held_out import Part, hold_out, share_of
+from datamodules.sources.files import headerless_hint, read_rows
+from datamodules.sources.held_out import Part, hold_out, parse_share
 from modules.trainer.seeds import run_seed
 
 Example = TypeVar("Example")
@@ -36,8 +34,10 @@ class HasSampling(Protocol):
 
 
 class StepLoader(DataLoader[Any]):
-    """A DataLoader over micro-batches. Lightning asks for these two methods before it believes that a loader resumes;
-    the state itself is kept by the DataModule, since Lightning forgets loader state in epoch-end checkpoints."""
+    """A DataLoader over micro-batches, with the two methods by which Lightning recognises a loader that resumes.
+
+    The DataModule keeps the state, since Lightning forgets that of loaders in checkpoints from the end of an epoch.
+    """
 
     def state_dict(self) -> dict[str, Any]:
         """Empty."""
@@ -82,11 +82,14 @@ class RowsDataModule(LightningDataModule):
 
     @classmethod
     def check_needs(cls, given: Mapping[str, Any], method: str = "<method>") -> None:
-        """ValueError where an argument that is needed is missing or None among those ``given``.
+        """Refuses arguments among which one that is needed is None.
 
         Args:
             given: some arguments by name.
             method: the stem of the configuration that runs without any data of the user's.
+
+        Raises:
+            ValueError: naming what is missing and how to give it.
         """
         missing = [name for name in cls.needs if name in given and given[name] is None]
         if missing:
@@ -111,7 +114,7 @@ class RowsDataModule(LightningDataModule):
 
     @property
     def rank(self) -> int:
-        """This process, 0 without a Trainer."""
+        """Number of this process, 0 without a Trainer."""
         return self.trainer.global_rank if self.trainer else 0
 
     @property
@@ -127,12 +130,13 @@ class RowsDataModule(LightningDataModule):
         length: Callable[[Example], int],
         limit: int,
     ) -> list[Example]:
-        """Encodes the rows of a source, without those for which ``encode`` gives None, the ones longer than ``limit``
-        tokens, added to ``dropped[stage]``, and, if rows may be bad, those for which it raises ValueError, added to
-        ``bad[stage]``. ``reading`` is then that of this source.
+        """Encodes the rows of a source; ``reading`` is then that of this source.
 
-        Raises ValueError for bad rows unless ``on_bad_row`` is drop, for long rows unless ``drop_long``, and when
-        nothing is left.
+        Left out and counted are rows for which ``encode`` gives None, longer ones than ``limit`` tokens (in
+        ``dropped[stage]``), and, with ``on_bad_row`` drop, those for which it raises ValueError (in ``bad[stage]``).
+
+        Raises ValueError for bad rows unless ``on_bad_row`` is drop, for long rows unless ``drop_long``, for columns
+        that can be read in two ways, and when nothing is left.
         """
         kept: list[Example] = []
         problem: ValueError | None = None
@@ -143,10 +147,12 @@ class RowsDataModule(LightningDataModule):
         for row in rows:
             try:
                 example = encode(row)
+            except UnclearColumn:
+                raise
             except ValueError as error:
                 if self.on_bad_row == "raise":
                     way_out = "; mend the row, or set data.on_bad_row: drop to leave such rows out"
-                    headerless = maybe_headerless(source, row) if row is rows[0] else ""
+                    headerless = headerless_hint(source, row) if row is rows[0] else ""
                     raise ValueError(f"{error}{headerless}{way_out if self.may_drop else ''}") from error
                 problem, bad = problem or error, bad + 1
                 continue
@@ -175,7 +181,7 @@ class RowsDataModule(LightningDataModule):
             )
         held_out = isinstance(source, Part) and stage == "val"  # too few rows to have every column
         if stage != "calibration" and not held_out:  # the rows of calibration are what predict writes
-            self.reading.finish(rows)
+            self.reading.refuse_unused_mapping(rows)
         return kept
 
     def read(self, source: str | Source) -> list[Row]:
@@ -190,10 +196,15 @@ class RowsDataModule(LightningDataModule):
         rank_zero_info(f"{name or stage}: {self.reading.line()}; {detail}")
 
     def check_positions(self, stage: str, longest: int, setting: str) -> None:
-        """ValueError when the longest row (tokens), with a completion where the module samples, exceeds the positions
-        of the Trainer's model.
+        """Refuses rows that are longer than the model of the Trainer has positions.
 
-        ``setting`` is the name of the limit to lower.
+        Args:
+            stage: of the rows; where the module samples, a completion comes on top.
+            longest: tokens of the longest row.
+            setting: name of the limit to lower.
+
+        Raises:
+            ValueError: naming both lengths and the way out.
         """
         module: Any = self.trainer.lightning_module if self.trainer else None
         if not isinstance(module, HasPositions):
@@ -217,7 +228,10 @@ class RowsDataModule(LightningDataModule):
         )
 
     def ready_loader(self, batches: Sequence[Any]) -> DataLoader[Any]:
-        """This rank's finished batches, in order. A sampler of one replica keeps Lightning from sharing them out again."""
+        """Hands out this rank's finished batches in order.
+
+        A sampler of one replica keeps Lightning from sharing them out again.
+        """
         sampler = DistributedSampler(batches, num_replicas=1, rank=0, shuffle=False)  # type: ignore[arg-type, var-annotated]
         return DataLoader(batches, sampler=sampler, batch_size=None, collate_fn=_as_is)  # type: ignore[arg-type]
 
@@ -261,7 +275,7 @@ class AlignDataModule(RowsDataModule):
             raise ValueError(f"on_bad_row must be raise or drop, got {on_bad_row!r}")
         self.tokenizer = load_tokenizer(tokenizer)
         self.drop_long, self.on_bad_row, self.seed = drop_long, on_bad_row, run_seed(seed)
-        share = share_of(val)
+        share = parse_share(val)
         self.val: Any = val if share is None else share
         self._sampler: StepSampler | None = None
         self._resume: dict[str, int] | None = None

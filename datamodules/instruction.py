@@ -3,8 +3,9 @@
 from dataclasses import replace
 from typing import Literal, get_args
 
+import torch
 from lightning.pytorch.utilities.types import EVAL_DATALOADERS
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
 from datamodules.base import AlignDataModule
@@ -14,11 +15,12 @@ from datamodules.formats.instruction_shapes import (
     encode_instruction,
     instruction_example,
 )
-from datamodules.loaders.step_sampler import InstructionDataset, MicroBatch
+from datamodules.loaders.step_sampler import MicroBatch
 from datamodules.sources import Row, Source
 from datamodules.tokens.chat import LossOn, Message
 from datamodules.tokens.encoding import Tokens
 from datamodules.tokens.packing import pack
+from modules.functional.masked import pad_rows
 from modules.types import InstructionBatch
 
 IDK = "I don't know."
@@ -31,7 +33,7 @@ class InstructionDataModule(AlignDataModule):
 
     Rows hold ``messages``; ShareGPT's ``conversations``; ``prompt`` (or ``question``) with ``completion``, both text or
     both messages; Alpaca's ``instruction``, ``input``, ``output``; or plain ``text``, which is learned whole.
-    ``datamodules/formats/instruction_columns.py`` lists them.
+    ``datamodules/formats/instruction_shapes.py`` lists them.
 
     Args:
         tokenizer: a tokenizer, or a path or hub id; None = the module's.
@@ -123,12 +125,12 @@ class InstructionDataModule(AlignDataModule):
 
     def train_dataloader(self) -> DataLoader[MicroBatch]:
         """Shuffled by (seed, epoch)."""
-        return self.step_loader(self._dataset(self.train_rows), *sizes(self.train_rows), self.batch_size)
+        return self.step_loader(self.make_dataset(self.train_rows), *sizes(self.train_rows), self.batch_size)
 
     def val_dataloader(self) -> EVAL_DATALOADERS:
         """Held-out rows in order; none without ``val``."""
         rows = self.val_rows
-        return self.held_out_loader(self._dataset(rows), *sizes(rows), self.batch_size) if rows else []
+        return self.held_out_loader(self.make_dataset(rows), *sizes(rows), self.batch_size) if rows else []
 
     def test_dataloader(self) -> EVAL_DATALOADERS:
         """The held-out rows."""
@@ -137,7 +139,7 @@ class InstructionDataModule(AlignDataModule):
     def domain_loader(self, name: str) -> DataLoader[MicroBatch]:
         """This rank's share of one domain's rows, in order; as many batches on every rank."""
         rows = self.domains[name]
-        return self.held_out_loader(self._dataset(rows), *sizes(rows), self.batch_size)
+        return self.held_out_loader(self.make_dataset(rows), *sizes(rows), self.batch_size)
 
     def load_training(self) -> list[Tokens]:
         """The training rows, packed if asked."""
@@ -158,21 +160,58 @@ class InstructionDataModule(AlignDataModule):
 
     def encode(self, row: Row, unknown: str = "keep") -> Tokens | None:
         """Tokens of one raw row; None = left out as not known. Raises ValueError with the row's origin."""
-        example = instruction_example(row, self.reading, self.format, self.is_chat(row))
+        chat = self.is_chat(row)
+        example = instruction_example(row, self.reading, self.format, chat)
         self.say_chat(row, isinstance(example.prompt, str) and not example.whole)
+        unused = {"data.system": self.system, "data.chat": self.chat} if example.whole else {}
+        for option in [option for option, value in unused.items() if value is not None]:
+            self.reading.note(f"{option}: not used, for a document is no chat")
         knowledge = row.columns.get("knowledge")
         if unknown == "drop" and knowledge in UNKNOWN:
             return None
         if unknown == "idk" and knowledge == "Unknown":
-            example = disowned(example)
-        return encode_instruction(self.tokenizer, example, self.is_chat(row), self.system, self.loss_on)
+            example = disown(example)
+        return encode_instruction(self.tokenizer, example, chat, self.system, self.loss_on)
 
-    def _dataset(self, rows: list[Tokens]) -> InstructionDataset:
+    def make_dataset(self, rows: list[Tokens]) -> "InstructionDataset":
+        """The rows, to be indexed by the micro-batches of a plan."""
         pad = self.tokenizer.pad_token_id
         return InstructionDataset(rows, self.tokenizer.eos_token_id if pad is None else pad)
 
 
-def disowned(example: InstructionExample) -> InstructionExample:
+class InstructionDataset(Dataset[InstructionBatch]):
+    """Tokenised rows; indexed by a MicroBatch it gives the padded batch.
+
+    Packed rows come with ``position_ids``, which start at 0 in every document; each padding token is a document of its
+    own.
+    """
+
+    def __init__(self, rows: list[Tokens], pad_id: int) -> None:
+        self.rows = rows
+        self.pad_id = pad_id
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, batch: MicroBatch) -> InstructionBatch:
+        rows = [self.rows[index] for index in batch.indices]
+        ids, attention_mask = pad_rows([row.ids for row in rows], self.pad_id)
+        loss_mask, _ = pad_rows([row.supervised for row in rows], False)
+        padded = InstructionBatch(
+            input_ids=ids,
+            attention_mask=attention_mask,
+            loss_mask=loss_mask.bool() & batch.counts,
+            denominator=torch.tensor(float(batch.denominator)),
+        )
+        if any(row.documents for row in rows):
+            positions = [
+                [place for length in row.documents or [len(row.ids)] for place in range(length)] for row in rows
+            ]
+            padded["position_ids"], _ = pad_rows(positions, 0)
+        return padded
+
+
+def disown(example: InstructionExample) -> InstructionExample:
     """The example with its last answer replaced. ValueError for a text, in which nothing is asked."""
     if example.whole:
         raise ValueError(f"{example.origin}: unknown: idk needs a question and its answer, and the row is a plain text")

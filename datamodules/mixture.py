@@ -181,10 +181,10 @@ class MixtureDataModule(InstructionDataModule):
             draw=self.draw,
             global_step=lambda: trainer.global_step if trainer else 0,
         )
-        return self.step_loader(self._dataset(self.train_rows), *sizes(self.train_rows), self.batch_size, sampler)
+        return self.step_loader(self.make_dataset(self.train_rows), *sizes(self.train_rows), self.batch_size, sampler)
 
     def state_dict(self) -> dict[str, Any]:
-        """As for every DataModule, and how the steps were cut."""
+        """The place in the epoch, and how the steps were cut."""
         state = super().state_dict()
         return state | self._cut() if state else state
 
@@ -210,8 +210,7 @@ class MixtureDataModule(InstructionDataModule):
         if inside and resume["position"] >= len(self._sampler):
             raise ValueError(
                 f"the checkpoint was written after {resume['position'] // mine['accumulate']} steps of an epoch and "
-                f"num_steps is {self.num_steps}; "
-                "it counts from the start of the epoch, so raise it"
+                f"num_steps is {self.num_steps}; it counts from the start of the epoch, so raise it"
             )
         self._sampler.start_at(resume["epoch"], resume["position"])
 

@@ -3,30 +3,53 @@
 import random
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import replace
-from itertools import compress
+from dataclasses import dataclass, replace
+from itertools import accumulate, compress
 from typing import Literal
 
+import torch
 from lightning.pytorch.utilities.types import EVAL_DATALOADERS
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
 from datamodules.base import AlignDataModule
 from datamodules.formats.preference_shapes import PreferenceExample, preference_example, settle_verdicts
 from datamodules.formats.verdicts import Ours
-from datamodules.loaders.preference_rows import PreferenceDataset, PreferenceTokens
 from datamodules.loaders.step_sampler import MicroBatch
 from datamodules.sources import Row, Source
 from datamodules.tokens.chat import encode_example
+from modules.functional.masked import pad_rows
 from modules.types import PreferenceBatch
 
 Stage = Literal["train", "val", "calibration"]
 Kind = Literal["pairs", "labels"]
+_KINDS = {"pairs": "ranked completions", "labels": "labelled completions"}
 LEVELS = ("significantly better", "better", "slightly better", "negligibly better / unsure")
 MARGINS = {
     "small": dict(zip(LEVELS, (1.0, 2 / 3, 1 / 3, 0.0), strict=True)),
     "large": dict(zip(LEVELS, (3.0, 2.0, 1.0, 0.0), strict=True)),
 }
+
+
+@dataclass(frozen=True)
+class PreferenceTokens:
+    """A tokenised example."""
+
+    prompt: list[int]
+    completions: list[list[int]]  # each up to and including its end token
+    ranks: list[int]  # 0 = best; of a single, labelled completion: 0 = desirable, 1 = undesirable
+    margin: float | None
+    origin: str
+
+    @property
+    def num_tokens(self) -> int:
+        """Of the prompt, once, and all completions."""
+        return len(self.prompt) + sum(len(ids) for ids in self.completions)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the prompt with its longest completion."""
+        return len(self.prompt) + max(len(ids) for ids in self.completions)
 
 
 class PreferenceDataModule(AlignDataModule):
@@ -123,7 +146,7 @@ class PreferenceDataModule(AlignDataModule):
 
     def train_dataloader(self) -> DataLoader[MicroBatch]:
         """Shuffled by (seed, epoch)."""
-        return self.step_loader(self._dataset(self.train_rows), *_sizes(self.train_rows), self.batch_size)
+        return self.step_loader(self.make_dataset(self.train_rows), *_sizes(self.train_rows), self.batch_size)
 
     def val_dataloader(self) -> EVAL_DATALOADERS:
         """Held-out examples in order; none without ``val``."""
@@ -143,16 +166,16 @@ class PreferenceDataModule(AlignDataModule):
                 f"there are no {stage} rows: "
                 + (f"set data.{stage}" if getattr(self, stage) is None else "call setup first")
             )
-        return self.held_out_loader(self._dataset(rows), *_sizes(rows), self.batch_size)
+        return self.held_out_loader(self.make_dataset(rows), *_sizes(rows), self.batch_size)
 
     def encode(self, row: Row) -> PreferenceTokens | None:
         """Tokens of one raw row; None = a tie. Raises ValueError with the row's origin."""
-        has_template = self.tokenizer.chat_template is not None
-        example = preference_example(row, self.reading, has_template, self.margins, self.is_chat(row))
+        has_template, chat = self.tokenizer.chat_template is not None, self.is_chat(row)
+        example = preference_example(row, self.reading, has_template, self.margins, chat)
         if example is None:
             return None
         self.say_chat(row, isinstance(example.prompt, str))
-        return self._tokens(example, self.is_chat(row))
+        return self._tokens(example, chat)
 
     def settle(self, rows: Sequence[Row], stage: str) -> None:
         """How columns of verdicts and labels are read."""
@@ -260,12 +283,51 @@ class PreferenceDataModule(AlignDataModule):
         longer = sum(chosen_longer_by(row) > 0 for row in pairs) / len(pairs)
         return f"the longer answer chosen in {longer:.1%} of pairs"
 
-    def _dataset(self, rows: list[PreferenceTokens]) -> PreferenceDataset:
+    def make_dataset(self, rows: list[PreferenceTokens]) -> "PreferenceDataset":
+        """The examples, to be indexed by the micro-batches of a plan."""
         pad = self.tokenizer.pad_token_id
         return PreferenceDataset(rows, self.tokenizer.eos_token_id if pad is None else pad)
 
 
-_KINDS = {"pairs": "ranked completions", "labels": "labelled completions"}
+class PreferenceDataset(Dataset[PreferenceBatch]):
+    """Tokenised examples; indexed by a MicroBatch it gives the padded batch, its completions in the order of their
+    examples.
+
+    ``margin`` is in every batch when any example has one, 0 for the others.
+    """
+
+    def __init__(self, rows: Sequence[PreferenceTokens], pad_id: int) -> None:
+        self.rows = rows
+        self.pad_id = pad_id
+        self.offsets = [
+            0,
+            *accumulate(len(row.completions) for row in rows),
+        ]  # number of each example's first completion
+        self.has_margin = any(row.margin is not None for row in rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, batch: MicroBatch) -> PreferenceBatch:
+        rows = [self.rows[index] for index in batch.indices]
+        counts = torch.tensor([len(row.completions) for row in rows])
+        prompt_ids, prompt_mask = pad_rows([row.prompt for row in rows], self.pad_id)
+        completion_ids, completion_mask = pad_rows([ids for row in rows for ids in row.completions], self.pad_id)
+        made = PreferenceBatch(
+            prompt_ids=prompt_ids,
+            prompt_mask=prompt_mask,
+            completion_ids=completion_ids,
+            completion_mask=completion_mask,
+            prompt_index=torch.arange(len(rows)).repeat_interleave(counts),
+            rank=torch.tensor([rank if batch.counts else -1 for row in rows for rank in row.ranks]),
+            row=torch.tensor(
+                [self.offsets[index] + k for index in batch.indices for k in range(len(self.rows[index].completions))]
+            ),
+            denominator=torch.tensor(float(batch.denominator)),
+        )
+        if self.has_margin:
+            made["margin"] = torch.tensor([row.margin or 0.0 for row in rows])
+        return made
 
 
 def chosen_longer_by(row: PreferenceTokens) -> int:

@@ -2,6 +2,7 @@
 
 import csv
 import gzip
+from dataclasses import replace
 from glob import escape, glob
 from pathlib import Path
 from typing import Any, Literal
@@ -13,9 +14,9 @@ from datamodules.formats.reading import Reading
 from datamodules.instruction import InstructionDataModule
 from datamodules.loaders.stream_loader import Pieces, StreamLoader
 from datamodules.sources import Row, Source
-from datamodules.sources.files import files_of_split, hub_id, hub_trouble, looks_local
-from datamodules.sources.held_out import share_of
-from datamodules.sources.readers import file_format, parse_json
+from datamodules.sources.files import looks_local, parse_record
+from datamodules.sources.held_out import parse_share
+from datamodules.sources.locations import explain_hub_error, file_format, find_files, split_hub_id
 from datamodules.tokens.chat import LossOn
 from datamodules.tokens.encoding import Tokens
 from datamodules.tokens.packing import split_long
@@ -31,6 +32,7 @@ BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".arrow": ("arrow", {}),
     ".txt": ("text", {}),
 }
+LINES = tuple(ending for ending, (builder, _) in BUILDERS.items() if builder == "text")
 
 
 class StreamingDataModule(InstructionDataModule):
@@ -87,7 +89,7 @@ class StreamingDataModule(InstructionDataModule):
     ) -> None:
         self.check_needs({"train": train, "steps_per_epoch": steps_per_epoch})
         assert steps_per_epoch is not None
-        if isinstance(val, int | float) or share_of(val) is not None:
+        if isinstance(val, int | float) or parse_share(val) is not None:
             raise ValueError(f"the rows of a stream cannot be held out (val {val}); name held-out rows, such as a file")
         if min(steps_per_epoch, shuffle_buffer) < 1 or num_workers < 0:
             raise ValueError(
@@ -121,13 +123,17 @@ class StreamingDataModule(InstructionDataModule):
         self._loader = self._saved = None
         self.reading = Reading(self.purpose, self.columns)
         reader = Pieces(self, self.rank, self.world_size)
-        _, _, raw = next(reader.numbered(0, 1))
-        first = Row(reader.data.columns_of(raw.columns, raw.origin), raw.origin, raw.source)
-        if self.on_bad_row == "raise":
-            self.encode(first)
-            rank_zero_info(f"train: rows are streamed from {self.train}, the first: {self.reading.columns_line()}")
-        else:
-            rank_zero_info(f"train: rows are streamed from {self.train}, the first holds {', '.join(first.columns)}")
+        _, _, record = next(reader.numbered(0, 1))
+        self._lines_are_json = reader.data._lines_are_json
+        said = f"train: rows are streamed from {self.train}, the first"
+        if self.on_bad_row == "drop":
+            rank_zero_info(f"{said} holds {', '.join(self.parse(record).columns)}")
+            return []
+        try:
+            self.encode_record(record)
+        except ValueError as error:
+            raise self.name_place(error, record) from error
+        rank_zero_info(f"{said}: {self.reading.columns_line()}")
         return []
 
     def train_dataloader(self) -> Any:
@@ -152,13 +158,11 @@ class StreamingDataModule(InstructionDataModule):
         self._saved = dict(state_dict)
         self._restore()
 
-    def opened(self) -> Any:
-        """The rows as a ``datasets`` stream. Raises ValueError when there is no such file or hub id."""
-        from datasets import Features, Value, load_dataset
-
+    def files(self) -> list[str]:
+        """The files to stream, sorted; none where ``train`` is a hub id. Raises ValueError for files of several kinds."""
         path = Path(str(self.train)).expanduser()
         if path.is_dir():
-            files = [str(file) for file in files_of_split(path, list(BUILDERS), None)]
+            files = [str(file) for file in find_files(path, list(BUILDERS), None)]
         else:
             named = [str(path)] if path.is_file() else sorted(glob(str(path)))
             files = [name for name in named if file_format(Path(name)) in BUILDERS]
@@ -170,30 +174,44 @@ class StreamingDataModule(InstructionDataModule):
                 f"{self.train}: files of several kinds ({', '.join(kinds)}) are no stream; name those of one, such as "
                 f"*{kinds[0]}"
             )
+        return files
+
+    def opened(self) -> Any:
+        """The rows as a ``datasets`` stream. Raises ValueError when there is no such file or hub id."""
+        from datasets import load_dataset
+
+        files = self.files()
+        self._lines_are_json = any(file_format(Path(name)) in (".jsonl", ".ndjson") for name in files)
         try:
             if files:
-                self._lines_are_json = kinds[0] in (".jsonl", ".ndjson")
-                builder, settings = BUILDERS[kinds[0]]
-                if builder == "csv":
-                    settings = settings | {
-                        "features": Features(
-                            {name: Value("string") for name in _header(files[0], settings.get("sep", ","))}
-                        )
-                    }
-                stream = load_dataset(
-                    builder, data_files=[escape(name) for name in files], split="train", streaming=True, **settings
-                )
-                return stream.filter(_has_text) if builder == "text" else stream
-            return load_dataset(*hub_id(str(self.train)), split="train", streaming=True)
+                stream = _open(files)
+                return stream.filter(_has_text) if file_format(Path(files[0])) in LINES else stream
+            return load_dataset(*split_hub_id(str(self.train)), split="train", streaming=True)
         except (OSError, ValueError, RuntimeError) as error:
-            raise ValueError(hub_trouble(str(self.train), "train", error)) from error
+            raise ValueError(explain_hub_error(str(self.train), "train", error)) from error
 
-    def columns_of(self, record: dict[str, Any], origin: str) -> dict[str, Any]:
-        """The columns of a record as :meth:`opened` gives it."""
+    def encode_record(self, record: Row) -> Tokens | None:
+        """Tokens of a record as :meth:`opened` gives it. Raises ValueError with its origin."""
+        return self.encode(self.parse(record))
+
+    def parse(self, record: Row) -> Row:
+        """The row that a record holds: of JSON lines, which are streamed as text, their columns."""
         if not self._lines_are_json:
             return record
-        columns = parse_json(record["text"], origin)
-        return columns if isinstance(columns, dict) else {"text": columns}
+        columns = parse_record(record.columns["text"], record.origin)
+        return replace(record, columns=columns if isinstance(columns, dict) else {"text": columns})
+
+    def name_place(self, error: ValueError, record: Row) -> ValueError:
+        """The error with file and row in the place of the record's number in its share, where ``train`` names files.
+
+        The files are read again up to the record, since a stream does not tell where its records stand.
+        """
+        for name in self.files():
+            for index, other in enumerate(_open([name])):
+                if other == record.columns:
+                    place = f"{name}:{index + 1}" if file_format(Path(name)) in LINES else f"{name}#{index}"
+                    return ValueError(str(error).replace(record.origin, place))
+        return error
 
     def teardown(self, stage: str) -> None:
         """Tell what has become of the rows."""
@@ -211,11 +229,23 @@ class StreamingDataModule(InstructionDataModule):
             self._loader.restore(self._saved["ranks"])
 
 
+def _open(files: list[str]) -> Any:
+    """The records of files of one kind, as a ``datasets`` stream; of lines, empty ones too."""
+    from datasets import Features, Value, load_dataset
+
+    builder, settings = BUILDERS[file_format(Path(files[0]))]
+    if builder == "csv":
+        names = _read_header(files[0], settings.get("sep", ","))
+        settings = settings | {"features": Features({name: Value("string") for name in names})}
+    paths = [escape(name) for name in files]
+    return load_dataset(builder, data_files=paths, split="train", streaming=True, **settings)
+
+
 def _has_text(record: dict[str, Any]) -> bool:
     return bool(str(record["text"]).strip())
 
 
-def _header(path: str, separator: str) -> list[str]:
+def _read_header(path: str, separator: str) -> list[str]:
     """The names of the columns of a CSV or TSV file, whose cells stay text."""
     opened = gzip.open if path.lower().endswith(".gz") else open
     with opened(path, "rt", encoding="utf-8-sig", newline="") as file:

@@ -104,8 +104,7 @@ class VerifiableDataModule(AlignDataModule):
         if self.world_size > 1 and self.prompts_per_phase % shares:
             raise ValueError(
                 f"prompts_per_phase ({self.prompts_per_phase}) must be a multiple of {shares}: {self.world_size} ranks "
-                "share each of the "
-                f"{shares // self.world_size} updates of a pass equally"
+                f"share each of the {shares // self.world_size} updates of a pass equally"
             )
         if not self.train_prompts:
             self.train_prompts = self._load(self.train, "train")
@@ -115,7 +114,7 @@ class VerifiableDataModule(AlignDataModule):
             self.ptx.setup(self, stage)
 
     def draw(self, phase: int) -> PromptBatch:
-        """This rank's prompts of ``phase`` (>= 0).
+        """Draws this rank's prompts of ``phase`` (>= 0).
 
         The rows, shuffled anew for each pass by (seed, pass), form one endless stream; a phase is a stretch of it,
         dealt to the ranks in turn.
@@ -130,7 +129,7 @@ class VerifiableDataModule(AlignDataModule):
         )
 
     def draw_texts(self, update: int, micro_batch: int) -> InstructionBatch:
-        """This rank's texts of a micro-batch of an update, counted from the start of training."""
+        """Draws this rank's texts of a micro-batch of an update, counted from the start of training."""
         assert self.ptx is not None and self.trainer is not None
         return self.ptx.batch(
             update, micro_batch * self.world_size + self.rank, self.trainer.accumulate_grad_batches * self.world_size

@@ -1,14 +1,19 @@
-"""From a raw row to what is read and what is learned: the formats of instruction data."""
+"""The shapes of instruction data: from a raw row to what is read and what is learned."""
 
 from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from datamodules.formats.context import Asked, note_unread, read_prompt, surrounded
-from datamodules.formats.messages import looks_like_messages, read_messages
-from datamodules.formats.reading import Cells, Reading
-from datamodules.formats.values import unpack
+from datamodules.formats.conversation import (
+    TEXT_OR_MESSAGES,
+    Asked,
+    add_context,
+    looks_like_messages,
+    read_prompt,
+    read_turns,
+)
+from datamodules.formats.reading import Cells, Reading, unpack
 from datamodules.sources.source import Row
 from datamodules.tokens.chat import Dialogue, LossOn, Message, Tools, encode_example
 from datamodules.tokens.encoding import Tokens, encode_document
@@ -27,7 +32,7 @@ FORMATS: dict[str, tuple[tuple[str, ...], ...]] = {  # name -> our columns; the 
 
 @dataclass(frozen=True)
 class InstructionExample:
-    """What to read and what to learn: both text, or both messages (then ``prompt`` may be empty)."""
+    """A prompt to read and a completion to learn, both text or both messages (then ``prompt`` may be empty)."""
 
     prompt: Dialogue
     completion: Dialogue
@@ -47,7 +52,7 @@ class InstructionExample:
 def instruction_example(
     row: Row, reading: Reading, format: str | None = None, chat: bool | None = None
 ) -> InstructionExample:
-    """The example of one row, in one of ``FORMATS``, with its context (``datamodules/formats/context.py``).
+    """Reads the example of one row, in one of ``FORMATS``, with its context (``datamodules/formats/conversation.py``).
 
     Args:
         row: as its source gives it.
@@ -60,21 +65,28 @@ def instruction_example(
             they change what is read.
     """
     check_format(format)
-    cells = reading.open(row)
-    shape = _find_shape(cells, format)
+    cells = Cells(row, reading)
+    shapes = [shape for name, shapes in FORMATS.items() if format in (None, name) for shape in shapes]
+    # what holds something before what is only there: a table gives every row the columns of all others
+    shape = cells.find_shape(shapes, cells.holds) or cells.find_shape(shapes, cells.has)
+    if shape is None:
+        if format is None and cells.has("chosen"):
+            raise ValueError(
+                f"{row.origin}: the row is a preference ({', '.join(row.columns)}); set data to PreferenceDataModule"
+            )
+        raise cells.not_found(", ".join(dict.fromkeys(" + ".join(shape) for shape in shapes)))
     if shape == ("messages",):
-        example = _conversation(cells)
+        example = _read_conversation(cells)
     elif shape == ("text",):
-        _check_is_no_message(cells)
-        example = InstructionExample("", _text(cells, "text"), row.origin, row.source, whole=True)
+        example = InstructionExample("", _read_document(cells), row.origin, row.source, whole=True)
     else:
-        example = _asked(cells, shape, chat)
+        example = _read_question(cells, shape[0], shape[1], chat)
     reading.close(cells, " + ".join(shape), chosen=format is not None)
     return example
 
 
 def check_format(format: str | None) -> None:
-    """ValueError for a format that does not exist."""
+    """Refuses, with a ValueError, a format that does not exist."""
     if format is not None and format not in FORMATS:
         raise ValueError(
             f"format {format!r} is not known; set data.format to one of {', '.join(FORMATS)}, or leave it out to go by "
@@ -110,58 +122,48 @@ def encode_instruction(
     )
 
 
-def _find_shape(cells: Cells, format: str | None) -> tuple[str, ...]:
-    by_hand = set(cells.reading.by_hand)
-    shapes = [shape for name, shapes in FORMATS.items() if format in (None, name) for shape in shapes]
-    shapes.sort(key=lambda shape: -len(by_hand & set(shape)))  # mapped by hand before found
-    for holds in (cells.holds, cells.has):  # a table gives every row the columns of all others
-        for shape in shapes:
-            if all(map(holds, shape)):
-                return shape
-    if format is None and cells.has("chosen"):
-        raise ValueError(
-            f"{cells.origin}: the row is a preference ({', '.join(cells.row.columns)}); set data to PreferenceDataModule"
-        )
-    raise cells.not_found(", ".join(dict.fromkeys(" + ".join(shape) for shape in shapes)))
-
-
-def _conversation(cells: Cells) -> InstructionExample:
+def _read_conversation(cells: Cells) -> InstructionExample:
     name = cells.name("messages")
     value = unpack(cells.take("messages"))
     if value is None and isinstance(value := unpack(cells.values[name]), list | str):
         raise ValueError(f"{cells.origin}: column {name!r} is empty")
     if not isinstance(value, list) and not looks_like_messages(value):
-        raise ValueError(
-            f"{cells.origin}: column {name!r} holds a {type(value).__name__}, a list of messages was expected"
-        )
-    conversation = read_messages(value, f"{cells.origin}: {name}")
-    note_unread(cells, conversation, name)
-    asked = surrounded(cells, conversation.turns, chat=True)
+        raise cells.wrong_type("messages", value, "a list of messages")
+    conversation = read_turns(cells, value, name)
+    asked = add_context(cells, Asked(conversation.turns), chat=True)
     marked = {id(conversation.turns[number]) for number in conversation.unlearned}
     assert not isinstance(asked.prompt, str)
     unlearned = frozenset(number for number, turn in enumerate(asked.prompt) if id(turn) in marked)
     return InstructionExample([], asked.prompt, cells.origin, cells.row.source, tools=asked.tools, unlearned=unlearned)
 
 
-def _asked(cells: Cells, shape: tuple[str, ...], chat: bool | None) -> InstructionExample:
-    """A prompt and its completion, each text or messages."""
-    completion = _completion(cells, shape[1])
-    is_instruction = shape[0] == "instruction"
-    asked = _prompt(cells, shape[0], is_instruction if chat is None else chat)
-    turns: Any = completion
-    unlearned: frozenset[int] = frozenset()
-    if looks_like_messages(completion) or isinstance(completion, list):
-        where = cells.name(shape[1])
-        conversation = read_messages(completion, f"{cells.origin}: {where}")
-        note_unread(cells, conversation, where)
-        turns, unlearned = conversation.turns, conversation.unlearned
-    answers = isinstance(turns, str) or (turns and turns[0]["role"] == "assistant")
-    if answers and not isinstance(asked.prompt, str) and asked.prompt and asked.prompt[-1]["role"] == "assistant":
+def _read_document(cells: Cells) -> str:
+    names = set(cells.row.columns)
+    if "role" in names or {"replies", "parent_id", "message_id"} & names:
         raise ValueError(
-            f"{cells.origin}: the prompt ends in an assistant turn and {cells.name(shape[1])!r} is another one; move the "
+            f"{cells.origin}: the row is one message of a conversation ({', '.join(cells.row.columns)}), no document; set "
+            "data.train to OasstTrees, which reads the threads of trees"
+        )
+    text = cells.accept_empty("text")
+    if not isinstance(text, str):
+        raise cells.wrong_type("text", text, "text")
+    return text
+
+
+def _read_question(cells: Cells, asks: str, answers: str, chat: bool | None) -> InstructionExample:
+    """Reads a prompt and its completion, each text or messages, from two of our columns."""
+    turns: Any = first_instance(cells) if answers == "instances" else _read_completion(cells, answers)
+    asked = add_context(cells, _read_asked(cells, asks), asks == "instruction" if chat is None else chat)
+    unlearned: frozenset[int] = frozenset()
+    if not isinstance(turns, str):
+        conversation = read_turns(cells, turns, cells.name(answers))
+        turns, unlearned = conversation.turns, conversation.unlearned
+    if asked.ends_in_answer and (isinstance(turns, str) or [turn["role"] for turn in turns[:1]] == ["assistant"]):
+        raise ValueError(
+            f"{cells.origin}: the prompt ends in an assistant turn and {cells.name(answers)!r} is another one; move the "
             "beginning of the answer into the completion"
         )
-    is_text = isinstance(cells.values[cells.name(shape[0])], str) and isinstance(turns, str)
+    is_text = isinstance(cells.values[cells.name(asks)], str) and isinstance(turns, str)
     if cells.holds("history") and is_text and not isinstance(asked.prompt, str):
         turns = [*asked.prompt, Message(role="assistant", content=turns)]  # answers in a history are learned too
         return InstructionExample([], turns, cells.origin, cells.row.source, tools=asked.tools)
@@ -174,49 +176,34 @@ def _asked(cells: Cells, shape: tuple[str, ...], chat: bool | None) -> Instructi
     )
 
 
-def _prompt(cells: Cells, name: str, chat: bool) -> Asked:
-    asked = read_prompt(cells, chat, (name,))
-    if asked is not None:
+def _read_asked(cells: Cells, name: str) -> Asked:
+    """Reads the prompt, which may be empty where it is no instruction."""
+    if (asked := read_prompt(cells, (name,))) is not None:
         return asked
-    held = cells.values[cells.name(name)]
+    held = cells.accept_empty(name)
     if name == "instruction" and isinstance(held, str):
         raise ValueError(f"{cells.origin}: the instruction is empty")
     if not isinstance(held, str | list):
-        raise ValueError(
-            f"{cells.origin}: column {cells.name(name)!r} holds a {type(held).__name__}, text or a list of messages was "
-            "expected"
-        )
-    cells.used[cells.name(name)], cells.roles[cells.name(name)] = held, name
-    return surrounded(cells, held, chat)
+        raise cells.wrong_type(name, held, TEXT_OR_MESSAGES)
+    return Asked(held)
 
 
-def _completion(cells: Cells, name: str) -> Any:
-    """Text or messages; of several references the first."""
-    if name == "instances":
-        return first_instance(cells)
-    value, theirs = cells.take(name), cells.name(name)
-    if value is None:
-        held = cells.values[theirs]
-        kind = type(held).__name__
-        if isinstance(held, str):
-            raise ValueError(f"{cells.origin}: the completion is empty (column {theirs!r})")
-        raise ValueError(f"{cells.origin}: column {theirs!r} holds a {kind}, text or a list of messages was expected")
-    if looks_like_messages(value):
-        return unpack(value)
-    several = unpack(value) if not isinstance(value, str) else value
-    if isinstance(several, list) and all(isinstance(text, str) for text in several):
-        if len(several) > 1:
-            cells.reading.note(f"`{theirs}`: the first of several references is learned")
-        return several[0]
-    if not isinstance(value, str):
-        raise ValueError(
-            f"{cells.origin}: column {theirs!r} holds a {type(value).__name__}, text or a list of messages was expected"
-        )
-    return value
+def _read_completion(cells: Cells, name: str) -> Any:
+    """Reads text or messages; of several references the first."""
+    value, held = cells.take(name), cells.values[cells.name(name)]
+    if value is None and isinstance(held, str):
+        raise ValueError(f"{cells.origin}: the completion is empty (column {cells.name(name)!r})")
+    if isinstance(value, str) or looks_like_messages(value):
+        return unpack(value) if looks_like_messages(value) else value
+    if value and isinstance(value, list) and all(isinstance(text, str) for text in value):
+        if len(value) > 1:
+            cells.reading.note(f"`{cells.name(name)}`: the first of several references is learned")
+        return value[0]
+    raise cells.wrong_type(name, held, TEXT_OR_MESSAGES)
 
 
 def first_instance(cells: Cells) -> str:
-    """The output of the first instance; its input becomes the row's."""
+    """Reads the output of the first instance; its input becomes the row's."""
     instances = unpack(cells.take("instances")) or []
     first = instances[0] if isinstance(instances, list) and instances else None
     if not isinstance(first, dict) or "output" not in first:
@@ -233,22 +220,3 @@ def first_instance(cells: Cells) -> str:
     if first.get("input"):
         cells.add("input", "instances.input", first["input"])
     return str(first["output"])
-
-
-def _text(cells: Cells, name: str) -> str:
-    held = cells.values[cells.name(name)]
-    if not isinstance(held, str):
-        raise ValueError(
-            f"{cells.origin}: column {cells.name(name)!r} holds a {type(held).__name__}, text was expected"
-        )
-    return cells.take_text(name) or held
-
-
-def _check_is_no_message(cells: Cells) -> None:
-    """ValueError for a message of a conversation tree, whose text alone is no document."""
-    names = set(cells.row.columns)
-    if "role" in names or {"replies", "parent_id", "message_id"} & names:
-        raise ValueError(
-            f"{cells.origin}: the row is one message of a conversation ({', '.join(cells.row.columns)}), no document; set "
-            "data.train to OasstTrees, which reads the threads of trees"
-        )

@@ -1,26 +1,33 @@
-"""From a raw row to ranked completions: which columns hold the prompt, the answers and the verdict."""
+"""The shapes of preference data: from a raw row to a prompt and its ranked or labelled completions."""
 
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from datamodules.formats.context import BESIDE, PROMPTS, Asked, note_unread, read_bare_prompt, surrounded
-from datamodules.formats.messages import looks_like_messages, read_messages
-from datamodules.formats.reading import Cells, Reading
-from datamodules.formats.values import as_number, unpack
-from datamodules.formats.verdicts import Ours, Scale, check_labels, settle_scale
+from datamodules.formats.conversation import (
+    BESIDE,
+    PROMPTS,
+    Asked,
+    add_context,
+    looks_like_messages,
+    read_messages,
+    read_prompt,
+    read_turns,
+)
+from datamodules.formats.reading import Cells, Reading, as_number, unpack
+from datamodules.formats.verdicts import VERDICTS, Ours, check_labels, read_verdicts, settle_scale, verdict_columns
 from datamodules.sources.source import Row
 from datamodules.tokens.chat import Dialogue, Message, Tools
 
 Answer = str | list[Message]  # text, or one assistant turn where it holds more than text
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"  # of Anthropic's transcripts
-VERDICTS = ("preference", "label", "labels", "annotator1")
-SHAPES = (  # our columns; of two answers without a verdict only a judge has a use
+TWO = ("output_1", "output_2")
+SHAPES = (  # our columns; the first whose columns are all there
     ("chosen", "rejected"),
     ("completions",),
-    *(("output_1", "output_2", verdict) for verdict in VERDICTS),
+    *((*TWO, verdict) for verdict in VERDICTS),
+    TWO,  # without a verdict: only a judge has a use for them
     ("completion", "label"),
     ("messages", "label"),
 )
@@ -57,7 +64,7 @@ def preference_example(
     margins: Mapping[str, float] | None = None,
     chat: bool = False,
 ) -> PreferenceExample | None:
-    """The example of one row, in any of ``SHAPES``; None = a tie.
+    """Reads the example of one row, in any of ``SHAPES``; None = a tie.
 
     The prompt is a column of its own, or the turns that all answers share, of messages or of transcripts.
 
@@ -72,15 +79,15 @@ def preference_example(
     Raises:
         ValueError: with the row's origin.
     """
-    cells = reading.open(row)
-    compared = read_compared(cells, judged=True)
+    cells = Cells(row, reading)
+    compared = read_compared(cells, needs_verdict=True)
     ranks = compared.ranks or list(range(len(compared.answers)))  # a list without a verdict is best first
     if len(ranks) > 1 and len(set(ranks)) == 1:
-        _ignore_rest(cells)
+        cells.used |= {theirs: None for _, theirs in cells.left()}  # of a tie nothing is learned, so nothing is lost
         reading.close(cells, compared.shape)
         return None
     asked, completions = read_answers(cells, compared.answers, template, chat)
-    margin = _margin(cells, compared.strength, margins)
+    margin = _read_margin(cells, compared.strength, margins)
     reading.close(cells, compared.shape)
     return PreferenceExample(asked.prompt, completions, ranks, margin, row.origin, asked.tools)
 
@@ -101,11 +108,11 @@ def settle_verdicts(rows: Sequence[Row], reading: Reading, first_is_better: Ours
     labels: dict[str, dict[str, Any]] = {}
     for row in rows:
         cells = Cells(row, reading)
-        shape = _shape(cells, judged=False)
-        if shape and "label" in shape and "output_1" not in shape:
+        shape = _find_preference_shape(cells, needs_verdict=False) or ("",)
+        if shape in (("completion", "label"), ("messages", "label")):
             labels.setdefault(cells.name("label"), {})[row.origin] = cells.values[cells.name("label")]
-        elif shape and (shape[0] == "output_1" or (shape[0] == "completions" and _is_pair(cells))):
-            names = [cells.name(name) for name in _verdict_columns(cells)]
+        elif shape[:2] == TWO or (shape == ("completions",) and len(_list_in(cells, "completions")) == 2):
+            names = [cells.name(name) for name in verdict_columns(cells)]
             verdicts.setdefault(tuple(names), []).extend(cells.values[name] for name in names)
     for name, values in labels.items():
         check_labels(name, values, first_is_better)
@@ -120,34 +127,33 @@ def settle_verdicts(rows: Sequence[Row], reading: Reading, first_is_better: Ours
         )
 
 
-def read_compared(cells: Cells, judged: bool, decided: bool = True) -> Compared:
-    """The answers of a row and what it says of them.
+def read_compared(cells: Cells, needs_verdict: bool, decided: bool = True) -> Compared:
+    """Reads the answers of a row and what it says of them.
 
     Args:
         cells: the row.
-        judged: two answers need a verdict.
+        needs_verdict: two answers come with a verdict, and an empty one is a tie; else it says nothing.
         decided: verdicts are read; without it, only the answers are wanted.
 
     Raises:
         ValueError: with the row's origin, for a row that has no shape of ours or cannot be read.
     """
-    shape = _shape(cells, judged)
+    shape = _find_preference_shape(cells, needs_verdict)
     if shape is None:
         raise _no_shape(cells)
-    if shape[0] == "chosen":
+    if shape == ("chosen", "rejected"):
         return Compared(_take_both(cells, shape), [0, 1], "chosen + rejected")
-    if shape[0] == "output_1":
-        ranks, strength = _judged(cells, judged, decided)
-        return Compared(
-            _take_both(cells, shape[:2]), ranks, "two answers" + (" with a verdict" if ranks else ""), strength
-        )
-    if shape[0] == "completions":
-        return _ranked(cells, judged, decided)
+    if shape[:2] == TWO:
+        ranks, strength = _judge(cells, needs_verdict, decided)
+        said = "two answers" + (" with a verdict" if ranks else "")
+        return Compared(_take_both(cells, TWO), ranks, said, strength)
+    if shape == ("completions",):
+        return _read_list(cells, needs_verdict, decided)
     number = as_number(cells.take("label"))
     if number not in (0, 1):
-        value = cells.values[cells.name("label")]
+        name = cells.name("label")
         raise ValueError(
-            f"{cells.origin}: column {cells.name('label')!r} holds {value!r}, expected true (desirable) or false"
+            f"{cells.origin}: column {name!r} holds {cells.values[name]!r}, expected true (desirable) or false"
         )
     answer = cells.name(shape[0])
     return Compared({answer: cells.take(shape[0])}, [0 if number else 1], f"{shape[0]} + label")
@@ -156,7 +162,7 @@ def read_compared(cells: Cells, judged: bool, decided: bool = True) -> Compared:
 def read_answers(
     cells: Cells, answers: dict[str, Any], template: bool, chat: bool, may_be_empty: bool = False
 ) -> tuple[Asked, list[Answer]]:
-    """The prompt with its context, and each answer: text, or one turn where it holds more than text.
+    """Reads the prompt with its context, and each answer: text, or one turn where it holds more than text.
 
     Args:
         cells: the row.
@@ -169,33 +175,33 @@ def read_answers(
         ValueError: with the row's origin, where an answer is not one assistant turn behind the prompt, or empty.
     """
     answers = {name: unpack(value) if looks_like_messages(value) else value for name, value in answers.items()}
-    kinds = {isinstance(value, str) for value in answers.values()}
     first = next(iter(answers.values()))
     for name, value in answers.items():
         if not isinstance(value, str | dict | list) or isinstance(value, str) != isinstance(first, str):
             raise ValueError(
                 f"{cells.origin}: {name} is a {type(value).__name__}; the answers must all be text or all be messages"
             )
-    labelled = "messages" in cells.roles.values()
+    labelled = "messages" in cells.roles.values()  # a conversation is its own prompt
     whole = looks_like_messages(first) and isinstance(first, list) and len(first) > 1
-    prompt = None if labelled else _prompt(cells, template, whole)
+    prompt = None if labelled else _read_own_prompt(cells, template, whole)
     if prompt is None and cells.missing:
         raise cells.not_found("a prompt")
-    empty = [cells.name(name) for name in PROMPTS if cells.has(name)] if prompt is None and not labelled else []
-    if empty and kinds == {True}:
-        raise ValueError(f"{cells.origin}: the prompt is empty (column {empty[0]!r})")
-    if kinds == {True}:
-        turns, made = (prompt, list(answers.values())) if prompt is not None else _transcripts(answers, cells, template)
+    made: list[Answer]
+    if isinstance(first, str):
+        empty = [cells.name(name) for name in PROMPTS if cells.has(name)]
+        if prompt is None and empty and not labelled:
+            raise ValueError(f"{cells.origin}: the prompt is empty (column {empty[0]!r})")
+        turns, made = (prompt, list(answers.values())) if prompt is not None else _split(answers, cells, template)
     else:
-        sides = {name: _side(cells, name, value) for name, value in answers.items()}
+        sides = {name: _read_side(cells, name, value) for name, value in answers.items()}
         turns = _shared(list(sides.values())) if prompt is None else _as_repeated(prompt, next(iter(sides.values())))
-        found = {name: _answer(side, turns, name, cells.origin) for name, side in sides.items()}
-        made = [turn["content"] if set(turn) == {"role", "content"} else [turn] for turn in found.values()]
+        found = [_answer_behind(side, turns, name, cells.origin) for name, side in sides.items()]
+        made = [turn["content"] if set(turn) == {"role", "content"} else [turn] for turn in found]
     for name, answer in zip(answers, made, strict=True):
         if isinstance(answer, str) and not answer.strip() and not may_be_empty:
             raise ValueError(f"{cells.origin}: {name} is empty")
-    asked = surrounded(cells, turns, chat)
-    if not isinstance(asked.prompt, str) and asked.prompt and asked.prompt[-1]["role"] == "assistant":
+    asked = add_context(cells, Asked(turns), chat)
+    if asked.ends_in_answer:
         raise ValueError(
             f"{cells.origin}: the prompt ends in an assistant turn and the answers are another one; let it end in a user's "
             "turn, with the whole answer in the answers"
@@ -209,13 +215,9 @@ def dense_ranks(values: list[float]) -> list[int]:
     return [order[value] for value in values]
 
 
-def _shape(cells: Cells, judged: bool) -> tuple[str, ...] | None:
-    by_hand = set(cells.reading.by_hand)
-    shapes = SHAPES if judged else (*SHAPES[:-2], ("output_1", "output_2"), *SHAPES[-2:])
-    for shape in sorted(shapes, key=lambda shape: -len(by_hand & set(shape))):  # mapped by hand before found
-        if all(cells.has(name) or (name == "completions" and _answer_objects(cells)) for name in shape):
-            return shape
-    return None
+def _find_preference_shape(cells: Cells, needs_verdict: bool) -> tuple[str, ...] | None:
+    shapes = [shape for shape in SHAPES if not (needs_verdict and shape == TWO)]
+    return cells.find_shape(shapes, lambda name: cells.has(name) or (name == "completions" and _has_objects(cells)))
 
 
 def _no_shape(cells: Cells) -> ValueError:
@@ -227,74 +229,44 @@ def _no_shape(cells: Cells) -> ValueError:
             f"({', '.join(sorted(scored))}) is no comparison; put the answers to one prompt into one row as completions and "
             "scores"
         )
-    wanted = ", ".join(" + ".join(shape) for shape in SHAPES)
+    wanted = ", ".join(" + ".join(shape) for shape in SHAPES if shape != TWO)
     return cells.not_found(
         f"a prompt or turns that the answers share, with one of: {wanted} (output_1 and output_2 in any spelling of "
         "datamodules/formats/table.py)"
     )
 
 
-def _answer_objects(cells: Cells) -> bool:
+def _list_in(cells: Cells, name: str) -> list[Any]:
+    given = unpack(cells.values[cells.name(name)]) if cells.has(name) else None
+    return given if isinstance(given, list) else []
+
+
+def _has_objects(cells: Cells) -> bool:
     """Nectar: the answers are objects with a rank."""
-    given = unpack(cells.values[cells.name("answer")]) if cells.holds("answer") else None
-    return isinstance(given, list) and len(given) > 1 and all(isinstance(item, Mapping) for item in given)
-
-
-def _is_pair(cells: Cells) -> bool:
-    given = unpack(cells.values[cells.name("completions")]) if cells.has("completions") else None
-    return isinstance(given, list) and len(given) == 2
-
-
-def _verdict_columns(cells: Cells) -> list[str]:
-    """Our names of the columns that judge the two answers of a row."""
-    by_hand = cells.reading.by_hand
-    found = [name for name in sorted(VERDICTS, key=lambda name: name not in by_hand) if cells.has(name)]
-    if found[:1] == ["annotator1"]:
-        return [name for name in ("annotator1", "annotator2", "annotator3") if cells.has(name)]
-    return found[:1]
+    given = _list_in(cells, "answer")
+    return len(given) > 1 and all(isinstance(item, Mapping) for item in given)
 
 
 def _take_both(cells: Cells, names: tuple[str, ...]) -> dict[str, Any]:
     """Two answers by their names, empty or not."""
     for name in names:
         cells.take(name)
-    return {cells.name(name): cells.values[cells.name(name)] for name in names}
+    return {cells.name(name): cells.accept_empty(name) for name in names}
 
 
-def _judged(cells: Cells, judged: bool, decided: bool) -> tuple[list[int] | None, float | None]:
-    """Ranks and strength of two answers; the majority of several verdicts counts. Nothing said is a tie where they must
-    be ``judged``, else None."""
-    names = _verdict_columns(cells)
+def _judge(cells: Cells, needs_verdict: bool, decided: bool) -> tuple[list[int] | None, float | None]:
+    """Ranks and strength of two answers; None where nothing is said of them."""
+    names = verdict_columns(cells)
     if not decided:
         for name in names:
             cells.take(name)
-    if not names or not decided or not (judged or any(map(cells.holds, names))):
+    if not names or not decided or not (needs_verdict or any(map(cells.holds, names))):
         return None, None
-    choices = []
-    for name in names:
-        theirs = cells.name(name)
-        cells.take(name)
-        value = cells.values[theirs]
-        cells.roles[theirs] = name
-        scale: Scale = cells.reading.settled.get(theirs, Scale("one_two"))
-        choice = scale.read(value)
-        if choice is None:
-            raise ValueError(
-                f"{cells.origin}: column {theirs!r} holds {value!r}, expected "
-                + (
-                    "1, 2 or between (which output is better), or 0, null or Tie"
-                    if scale == Scale("one_two")
-                    else str(scale)
-                )
-            )
-        choices.append(choice)
-    choice, votes = Counter(choices).most_common(1)[0]
-    if 2 * votes <= len(choices):
-        choice = 1.5  # no majority
+    choice = read_verdicts(cells)
     return dense_ranks([choice, 3 - choice]), abs(2 * choice - 3)
 
 
-def _ranked(cells: Cells, judged: bool, decided: bool) -> Compared:
+def _read_list(cells: Cells, needs_verdict: bool, decided: bool) -> Compared:
     """Best first, by ``ranks``, ``scores`` or a verdict of two, or objects with a rank or score of their own."""
     column = "completions" if cells.has("completions") else "answer"
     given = unpack(cells.take(column))
@@ -304,8 +276,7 @@ def _ranked(cells: Cells, judged: bool, decided: bool) -> Compared:
     strength = None
     if cells.holds("ranks"):
         places = _numbers(unpack(cells.take("ranks")), len(given), "ranks", cells.origin)
-        if cells.holds("scores"):
-            cells.take("scores")
+        if cells.take("scores") is not None:
             cells.reading.note(f"`{cells.name('scores')}`: not read, the ranks are")
     elif cells.holds("scores"):
         places = [-score for score in _numbers(unpack(cells.take("scores")), len(given), "scores", cells.origin)]
@@ -313,22 +284,18 @@ def _ranked(cells: Cells, judged: bool, decided: bool) -> Compared:
         raise ValueError(
             f"{cells.origin}: completions with labels are steps of one answer, not answers to compare; give ranks or scores"
         )
-    elif len(given) == 2 and _verdict_columns(cells):
-        ranks, strength = _judged(cells, judged, decided)
+    elif len(given) == 2 and verdict_columns(cells):
+        ranks, strength = _judge(cells, needs_verdict, decided)
         places = [float(rank) for rank in ranks] if ranks else None
     if all(isinstance(item, Mapping) and not looks_like_messages(item) for item in given):
-        given, own = _objects(cells, given, cells.name(column))
+        given, own = _read_objects(cells, given, cells.name(column))
         places = places or own
-    shape = "completions" + (" with ranks or scores" if places else "")
-    return Compared(
-        {f"completion {number}": item for number, item in enumerate(given)},
-        dense_ranks(places) if places else None,
-        shape,
-        strength,
-    )
+    answers = {f"completion {number}": item for number, item in enumerate(given)}
+    ranked = dense_ranks(places) if places else None
+    return Compared(answers, ranked, "completions" + (" with ranks or scores" if places else ""), strength)
 
 
-def _objects(cells: Cells, given: list[Any], name: str) -> tuple[list[Any], list[float] | None]:
+def _read_objects(cells: Cells, given: list[Any], name: str) -> tuple[list[Any], list[float] | None]:
     """The answers in a list of objects, and their places by rank or score."""
     found: dict[str, str] = {}
     for what, keys in (("text", TEXT_KEYS), ("rank", RANK_KEYS), ("score", SCORE_KEYS)):
@@ -357,7 +324,7 @@ def _numbers(values: Any, count: int, name: str, origin: str) -> list[float]:
     return found
 
 
-def _margin(cells: Cells, strength: float | None, margins: Mapping[str, float] | None) -> float | None:
+def _read_margin(cells: Cells, strength: float | None, margins: Mapping[str, float] | None) -> float | None:
     if (margin := cells.take("margin")) is not None:
         if (number := as_number(margin)) is None:
             raise ValueError(f"{cells.origin}: column {cells.name('margin')!r} holds {margin!r}, a number was expected")
@@ -372,15 +339,11 @@ def _margin(cells: Cells, strength: float | None, margins: Mapping[str, float] |
     )
 
 
-def _ignore_rest(cells: Cells) -> None:
-    """Of a tie nothing is learned, so nothing beside it can be lost."""
-    for _, theirs in cells.left():
-        cells.used[theirs] = None
+def _read_own_prompt(cells: Cells, template: bool, whole: bool) -> Dialogue | None:
+    """The prompt without its context; None where the answers share it.
 
-
-def _prompt(cells: Cells, template: bool, whole: bool) -> Dialogue | None:
-    """The prompt without its context; None where the answers share it. Answers that are whole conversations have theirs
-    where no column is meant for it."""
+    Answers that are ``whole`` conversations share theirs where no column is meant for it.
+    """
     turns = unpack(cells.values[cells.name("messages")]) if cells.holds("messages") else None
     asks = (
         looks_like_messages(turns)
@@ -388,24 +351,22 @@ def _prompt(cells: Cells, template: bool, whole: bool) -> Dialogue | None:
     )
     names = [name for name in PROMPTS if cells.holds(name) and (name != "messages" or asks)]
     names = [name for name in names if not (whole and name in BESIDE)]
-    asked = read_bare_prompt(cells, tuple(names))
+    asked = read_prompt(cells, tuple(names))
     if asked is None:
         return None
     if isinstance(asked.prompt, str) and template:
         if names[0] in ("instruction", "input"):
             return [Message(role="user", content=asked.prompt)]
         if asked.prompt.startswith(HUMAN) and asked.prompt.rstrip().endswith(ASSISTANT):
-            return _stripped(_transcript(asked.prompt)[:-1])
+            return _stripped(_turns_of_transcript(asked.prompt)[:-1])
     return asked.prompt
 
 
-def _side(cells: Cells, name: str, value: Any) -> list[Message]:
-    conversation = read_messages(value, f"{cells.origin}: {name}")
-    note_unread(cells, conversation, name)
-    if len(conversation.turns) - 1 in conversation.unlearned:
-        raise ValueError(
-            f"{cells.origin}: {name}, message {len(conversation.turns) - 1}, has loss_weight 0 and is what is compared"
-        )
+def _read_side(cells: Cells, name: str, value: Any) -> list[Message]:
+    conversation = read_turns(cells, value, name)
+    last = len(conversation.turns) - 1
+    if last in conversation.unlearned:
+        raise ValueError(f"{cells.origin}: {name}, message {last}, has loss_weight 0 and is what is compared")
     return conversation.turns
 
 
@@ -424,7 +385,7 @@ def _as_repeated(prompt: Dialogue, side: list[Message]) -> list[Message]:
     return with_system if len(side) > 1 and side[:-1] == with_system and side[0]["role"] == "system" else turns
 
 
-def _answer(side: list[Message], prompt: Dialogue, name: str, origin: str) -> Message:
+def _answer_behind(side: list[Message], prompt: Dialogue, name: str, origin: str) -> Message:
     behind = side[len(prompt) :] if side[: len(prompt)] == prompt else side
     if len(behind) != 1 or behind[0]["role"] != "assistant":
         roles = ", ".join(turn["role"] for turn in behind)
@@ -434,7 +395,7 @@ def _answer(side: list[Message], prompt: Dialogue, name: str, origin: str) -> Me
     return behind[0]
 
 
-def _transcript(text: str) -> list[Message]:
+def _turns_of_transcript(text: str) -> list[Message]:
     """The turns, split at the marks with their empty line only, since turns may hold the bare words."""
     start, *pieces = re.split(f"({HUMAN}|{ASSISTANT})", text)
     roles = ["user" if mark == HUMAN else "assistant" for mark in pieces[::2]]
@@ -446,9 +407,9 @@ def _stripped(turns: list[Message]) -> list[Message]:
     return [Message(role=turn["role"], content=turn["content"].strip()) for turn in turns]
 
 
-def _transcripts(answers: dict[str, str], cells: Cells, template: bool) -> tuple[Dialogue, list[Answer]]:
-    """Prompt and answers of transcripts without a prompt of their own."""
-    sides = {name: _transcript(text) for name, text in answers.items()}
+def _split(answers: dict[str, str], cells: Cells, template: bool) -> tuple[Dialogue, list[Answer]]:
+    """Prompt and answers of transcripts, which hold both."""
+    sides = {name: _turns_of_transcript(text) for name, text in answers.items()}
     for name, side in sides.items():
         if not side:
             raise ValueError(
@@ -456,7 +417,7 @@ def _transcripts(answers: dict[str, str], cells: Cells, template: bool) -> tuple
                 "name the column of the prompt with columns, such as --data.columns '{prompt: question}'"
             )
     shared = _shared(list(sides.values()))
-    texts = [_answer(side, shared, name, cells.origin)["content"] for name, side in sides.items()]
+    texts = [_answer_behind(side, shared, name, cells.origin)["content"] for name, side in sides.items()]
     if template:
         return _stripped(shared), [text.strip() for text in texts]
     return "".join(

@@ -1,14 +1,13 @@
-"""From a raw row to a prompt and the answer that a reward checks against."""
+"""The shapes of prompts with checkable answers: from a raw row to a prompt and the answer that a reward reads."""
 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from datamodules.formats.context import PROMPTS, Asked, read_options, read_prompt
-from datamodules.formats.reading import Cells, Reading
-from datamodules.formats.table import normal
-from datamodules.formats.values import as_number, is_empty, plain, unpack
+from datamodules.formats.conversation import PROMPTS, add_context, read_options, read_prompt
+from datamodules.formats.reading import Cells, Reading, as_number, is_empty, plain, unpack
+from datamodules.formats.table import normalize
 from datamodules.sources.source import Row
 from datamodules.tokens.chat import Dialogue, Tools
 
@@ -30,7 +29,7 @@ class VerifiableExample:
 
 
 def verifiable_example(row: Row, reading: Reading, chat: bool = False) -> VerifiableExample:
-    """The prompt of a row with its context, and its answer, None where there is none.
+    """Reads the prompt of a row with its context, and its answer, None where there is none.
 
     ``info`` holds every column but the prompt and one that is called ``answer``.
 
@@ -42,14 +41,15 @@ def verifiable_example(row: Row, reading: Reading, chat: bool = False) -> Verifi
     Raises:
         ValueError: with the row's origin, when there is no prompt, or a column holds the wrong type.
     """
-    cells = reading.open(row)
-    asked = read_prompt(cells, chat)
-    if asked is None:
+    cells = Cells(row, reading)
+    found = read_prompt(cells)
+    if found is None:
         empty = [cells.name(name) for name in PROMPTS if cells.has(name)]
         if empty:
             raise ValueError(f"{row.origin}: the prompt is empty (column {empty[0]!r})")
         raise cells.not_found("prompt, question, problem, query, instruction, input, inputs or messages")
-    if "messages" in cells.roles.values() and asked.prompt[-1]["role"] == "assistant":  # type: ignore[index]
+    asked = add_context(cells, found, chat)
+    if "messages" in cells.roles.values() and asked.ends_in_answer:
         raise ValueError(
             f"{row.origin}: column {cells.name('messages')!r} ends in an assistant turn, so nothing is asked; set data to "
             "InstructionDataModule, or remove that turn (in a column 'prompt', it would be continued)"
@@ -64,8 +64,10 @@ def verifiable_example(row: Row, reading: Reading, chat: bool = False) -> Verifi
 
 
 def settle_choices(rows: Sequence[Row], reading: Reading) -> None:
-    """Settles on the whole data set whether whole numbers that stand beside options are the options' numbers, from 0 or
-    from 1, or an option's text. Raises ValueError where that cannot be told."""
+    """Settles on the whole data set what a whole number beside options means: its number, from 0 or 1, or its text.
+
+    Raises ValueError where that cannot be told.
+    """
     numbers: list[tuple[int, list[str]]] = []
     for row in rows:
         cells = Cells(row, reading)
@@ -96,8 +98,8 @@ def right_answer(cells: Cells, names: tuple[str, ...] = ANSWERS) -> tuple[str | 
     """
     for name in names:
         if name not in cells.reading.by_hand and name in cells.names:
-            cells.names[name].sort(key=lambda theirs: normal(theirs) in NO_GOLD or is_empty(cells.values[theirs]))
-            if normal(cells.name(name)) in NO_GOLD:
+            cells.names[name].sort(key=lambda theirs: normalize(theirs) in NO_GOLD or is_empty(cells.values[theirs]))
+            if normalize(cells.name(name)) in NO_GOLD:
                 continue
         if not cells.holds(name):
             continue
@@ -119,11 +121,11 @@ def right_answer(cells: Cells, names: tuple[str, ...] = ANSWERS) -> tuple[str | 
         number = as_number(answer)
         if start is not None and options and number is not None and number == int(number):
             return options[int(number) - start][1], theirs
-        return final_answer(answer), theirs
+        return read_gold(answer), theirs
     return None, None
 
 
-def final_answer(answer: object) -> str | None:
+def read_gold(answer: object) -> str | None:
     """The final answer of a worked solution, ``#### 1,080`` (GSM8K) as ``1080``; anything else as text.
 
     None for null, NaN and what is empty.
@@ -137,14 +139,3 @@ def final_answer(answer: object) -> str | None:
     if mark and len(final) <= LONGEST_ANSWER and "\n" not in final:
         return re.sub(r"(?<=\d),(?=\d{3})", "", final) or None
     return str(answer)
-
-
-def question_text(asked: Asked, origin: str) -> str:
-    """The prompt as text, for data that are no chats: of messages that of a single user's. ValueError for others."""
-    if isinstance(asked.prompt, str):
-        return asked.prompt
-    if len(asked.prompt) == 1 and asked.prompt[0]["role"] == "user" and not asked.tools:
-        return asked.prompt[0]["content"]
-    raise ValueError(
-        f"{origin}: the prompt is a conversation, and one question was expected, as text or one user message"
-    )

@@ -1,20 +1,28 @@
 """How the rows of one data set are read: every column of a row is used, refused, or named as not read."""
 
+import ast
+import datetime
+import json
+import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from datamodules.formats.table import COMPARED, MODULES, NAMED, Purpose, check_mapping, normal, our_names, suggest
-from datamodules.formats.values import is_empty, repeats
+from datamodules.formats.table import COMPARED, MODULES, NAMED, Purpose, check_mapping, normalize, our_names, suggest
 
 if TYPE_CHECKING:  # sources read rows through this file
     from datamodules.sources.source import Row
 
+CHANCE = 20  # characters of a text that stands in another one not by chance
 Columns = Mapping[str, str]
 
 
+class UnclearColumn(ValueError):
+    """Columns that can be read in two ways. It is about the data set, so no option drops the row that shows it."""
+
+
 class Reading:
-    """What is known of a data set as a whole, and what its rows were read as.
+    """The account of one data set: what is known of it as a whole, and what its rows were read as.
 
     Args:
         purpose: who reads.
@@ -37,17 +45,13 @@ class Reading:
         self._became: dict[str, Counter[str]] = {}  # the data's column -> what it was read as
         self._unread: dict[str, str] = {}  # the data's column -> why not
         self._notes: dict[str, None] = {}
-        self._mapped_seen: set[str] = set()
-
-    def open(self, row: "Row") -> "Cells":
-        """The row by our names."""
-        return Cells(row, self)
+        self.mapped_seen: set[str] = set()  # our names of the mapped columns that some row has
 
     def close(self, cells: "Cells", shape: str, chosen: bool = False) -> None:
-        """Accounts for a row that was read as ``shape``.
+        """Accounts for a row that was read as ``shape``; what is left of the row is named as not read.
 
-        What is left of it is named as not read. Raises ValueError for a column that would change what was read, and for
-        one that another DataModule reads, unless the user chose (``chosen``, or by a mapping) what to read.
+        Raises ValueError for a column that would change what was read, and for one that another DataModule reads,
+        unless the user chose (``chosen``, or by a mapping) what to read.
         """
         for ours, theirs in cells.left():
             column = NAMED[ours]
@@ -67,18 +71,14 @@ class Reading:
                 self._became.setdefault(theirs, Counter())[cells.roles[theirs]] += 1
 
     def note(self, sentence: str) -> None:
-        """Something to say once about the data set."""
+        """Adds a sentence to say once about the data set."""
         self._notes.setdefault(sentence)
 
-    def see(self, ours: str) -> None:
-        """A mapped column was there."""
-        self._mapped_seen.add(ours)
-
-    def finish(self, rows: Sequence["Row"]) -> None:
-        """ValueError for a mapping that had no effect on any of the rows."""
+    def refuse_unused_mapping(self, rows: Sequence["Row"]) -> None:
+        """Refuses, with a ValueError, a mapping that had no effect on any of the rows."""
         for ours, theirs in self.by_hand.items():
             if theirs and self.shapes and ours not in {role for roles in self._became.values() for role in roles}:
-                if ours not in self._mapped_seen:
+                if ours not in self.mapped_seen:
                     raise ValueError(
                         f"{rows[0].origin}: no row has the column {theirs!r} (for {ours}); found "
                         f"{', '.join(rows[0].columns)}"
@@ -89,18 +89,18 @@ class Reading:
                 )
 
     def drop(self, reason: str, count: int) -> None:
-        """Some of the rows that counted as used are not."""
+        """Counts some of the used rows under another reason."""
         self.counts["used"] -= count
         self.counts[reason] += count
 
     def line(self) -> str:
-        """As :meth:`columns_line`, and what became of the rows."""
+        """Says how the columns were read, as :meth:`columns_line`, and what became of the rows."""
         others = [f"{count} {reason}" for reason, count in self.counts.items() if count and reason != "used"]
         rows = " + ".join([f"{self.counts['used']} used", *others])
         return f"{self.columns_line()}; {sum(self.counts.values())} rows in = {rows}"
 
     def columns_line(self) -> str:
-        """The shape, which column became what, and what was not read and why."""
+        """Says the shape, which column became what, and what was not read and why."""
         parts = [" or ".join(self.shapes)]
         became = [
             f"`{theirs}` -> {' or '.join(roles)}"
@@ -154,7 +154,7 @@ class Cells:
             if theirs and (cell := _at_path(row.columns, theirs)):
                 self.names[ours] = [theirs]
                 self.values[theirs] = cell[0]
-                reading.see(ours)
+                reading.mapped_seen.add(ours)
             elif theirs:
                 self.missing[ours] = theirs
         known = dict(our_names(tuple(row.columns)))
@@ -199,12 +199,12 @@ class Cells:
         if is_empty(value):
             return None
         for other in others:
-            named = normal(first) == ours and ours != "answer"  # which may stand beside a worked solution
+            named = normalize(first) == ours and ours != "answer"  # which may stand beside a worked solution
             if named or one_of_several or is_empty(self.values[other]):
                 continue
             if value == self.values[other] or repeats(value, self.values[other]) or repeats(self.values[other], value):
                 continue
-            raise ValueError(
+            raise UnclearColumn(
                 f"{self.origin}: columns {first!r} and {other!r} may both be the {ours} ({NAMED[ours].means}); name one, "
                 f"such as --data.columns '{{{ours}: {first}}}'"
             )
@@ -215,13 +215,28 @@ class Cells:
         """The text in a column, "" where it is missing. Raises ValueError for anything else but an empty cell."""
         value = self.take(ours)
         if value is not None and not isinstance(value, str):
-            raise ValueError(
-                f"{self.origin}: column {self.name(ours)!r} holds a {type(value).__name__}, text was expected"
-            )
+            raise self.wrong_type(ours, value, "text")
         return value or ""
 
+    def accept_empty(self, ours: str) -> Any:
+        """The value of a column that is there, empty or not; it counts as used."""
+        name = self.name(ours)
+        self.used[name], self.roles[name] = self.values[name], ours
+        return self.values[name]
+
+    def find_shape(self, shapes: Sequence[tuple[str, ...]], has: Callable[[str], bool]) -> tuple[str, ...] | None:
+        """The first of some shapes whose columns the row ``has``; those with more columns mapped by hand come first."""
+        by_hand = set(self.reading.by_hand)
+        ordered = sorted(shapes, key=lambda shape: -len(by_hand & set(shape)))
+        return next((shape for shape in ordered if all(map(has, shape))), None)
+
+    def wrong_type(self, ours: str, value: Any, expected: str) -> ValueError:
+        """The error for a column that holds something else than expected."""
+        held = f"column {self.name(ours)!r} holds a {type(value).__name__}"
+        return ValueError(f"{self.origin}: {held}, {expected} was expected")
+
     def add(self, ours: str, theirs: str, value: Any) -> None:
-        """A column that a nested one of the row brings."""
+        """Adds a column that a nested one of the row brings."""
         self.values[theirs] = value
         self.names.setdefault(ours, []).insert(0, theirs)
 
@@ -264,3 +279,82 @@ def _at_path(record: Mapping[str, Any], name: str) -> list[Any]:
 def _is_neutral(ours: str, value: Any) -> bool:
     """A weight of 1 is that of all rows."""
     return ours == "weight" and value in (1, 1.0, "1", "1.0")
+
+
+def is_empty(value: Any) -> bool:
+    """Tells whether a cell says nothing: null, NaN, white space, or lists and objects of these. 0 says something."""
+    if isinstance(value, Mapping):
+        return all(is_empty(part) for part in value.values())
+    if isinstance(value, list | tuple):
+        return all(is_empty(part) for part in value)
+    return value is None or value != value or (isinstance(value, str) and not value.strip())
+
+
+def without_nulls(value: Any) -> Any:
+    """Drops the keys that hold null, since Parquet gives every object the keys of all the others."""
+    if isinstance(value, Mapping):
+        return {str(key): without_nulls(part) for key, part in value.items() if part is not None}
+    return [without_nulls(part) for part in value] if isinstance(value, list | tuple) else value
+
+
+def parse_json(text: str, where: str) -> Any:
+    """The JSON in a text. Raises ValueError that begins with ``where``."""
+    try:
+        return json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        reason = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply"
+        raise ValueError(f"{where} holds text where JSON was expected ({reason}): {text[:60]!r}") from error
+
+
+def unpack(value: Any) -> Any:
+    """Reads a list or object that a table holds as text (JSON, or Python's); any other value stays as it is."""
+    if not isinstance(value, str) or not (text := value.strip()).startswith(("[", "{")):
+        return value
+    for read in (json.loads, ast.literal_eval):
+        try:
+            return read(text)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+    return value
+
+
+def as_number(value: Any) -> float | None:
+    """A finite number from a number, a boolean (True = 1) or a text such as ``0.5`` or ``True``; None for the rest."""
+    if isinstance(value, str):
+        value = {"true": 1.0, "false": 0.0}.get(value.strip().lower(), value)
+    try:
+        number = float(value) if isinstance(value, bool | int | float | str) else math.nan
+    except (ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) else None
+
+
+def texts_in(value: Any) -> list[str]:
+    """All texts inside a value."""
+    if isinstance(value, str):
+        return [value] if value.strip() else []
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    return [text for part in parts for text in texts_in(part)]
+
+
+def repeats(value: Any, other: Any) -> bool:
+    """Tells whether all texts of a value stand in another one: equal, or too long to be there by chance."""
+    texts, others = texts_in(value), texts_in(other)
+    return bool(texts) and all(
+        any(text.strip() == given.strip() or (len(text) >= CHANCE and text.strip() in given) for given in others)
+        for text in texts
+    )
+
+
+def plain(value: Any) -> Any:
+    """Makes a value of None, bool, int, float, str, list and dict alone, which torch's safe loading reads.
+
+    Dates become ISO text, anything else its own text.
+    """
+    if isinstance(value, dict):
+        return {str(key): plain(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(part) for part in value]
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    return value.isoformat() if isinstance(value, datetime.date | datetime.time) else str(value)

@@ -93,22 +93,23 @@ OURS = {name: column.name for column in COLUMNS for name in (column.name, *colum
 PAIRED = ("output_1", "output_2")
 
 
-def normal(name: str) -> str:
-    """The name as the table has it: ``systemPrompt``, ``System Prompt`` and ``system-prompt`` are ``system_prompt``."""
+def normalize(name: str) -> str:
+    """Spells a name as the table does: ``systemPrompt``, ``System Prompt`` and ``system-prompt`` are ``system_prompt``."""
     return re.sub(r"[\s\-]+", "_", re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name.strip())).lower()
 
 
 @cache
 def our_names(names: tuple[str, ...]) -> dict[str, str]:
-    """Our name of each of a row's columns that the table knows, those of a pair of answers included, in the order in
-    which the table looks for them.
+    """Finds our name of each column that the table knows, in the order in which the table looks for them.
+
+    Two columns may be a pair of answers, see ``PAIRS``.
 
     Example: ``("id", "question", "response_a", "response_b")`` gives ``prompt``, ``output_1``, ``output_2``.
     """
-    spelled = {normal(name): name for name in names}
+    spelled = {normalize(name): name for name in names}
     order = list(OURS)
-    mine = sorted((name for name in names if normal(name) in OURS), key=lambda name: order.index(normal(name)))
-    known = {name: OURS[normal(name)] for name in mine if OURS[normal(name)] not in PAIRED}
+    mine = sorted((name for name in names if normalize(name) in OURS), key=lambda name: order.index(normalize(name)))
+    known = {name: OURS[normalize(name)] for name in mine if OURS[normalize(name)] not in PAIRED}
     for first, second in PAIRS:
         if first in spelled and second in spelled:
             return known | {spelled[first]: PAIRED[0], spelled[second]: PAIRED[1]}
@@ -116,15 +117,18 @@ def our_names(names: tuple[str, ...]) -> dict[str, str]:
 
 
 def check_mapping(columns: Mapping[str, str], purpose: Purpose) -> dict[str, str]:
-    """The mapping by our names. Raises ValueError for a name of ours that does not exist or that the DataModule does
-    not read, and for two names that mean the same."""
+    """Translates the left side of a mapping to our names.
+
+    Raises ValueError for a name of ours that does not exist or that the DataModule does not read, and for two names
+    that mean the same.
+    """
     spellings = {name: ours for pair in reversed(PAIRS) for name, ours in zip(pair, PAIRED, strict=True)} | OURS
     known = [name for name, ours in spellings.items() if purpose in NAMED[ours].used_by]
     made: dict[str, str] = {}
     for name, theirs in columns.items():
-        ours = spellings.get(normal(name))
+        ours = spellings.get(normalize(name))
         if ours is None:
-            near = get_close_matches(normal(name), known, n=1)
+            near = get_close_matches(normalize(name), known, n=1)
             meant = f" (did you mean {near[0]}?)" if near else ""
             names = sorted(name for name in NAMED if purpose in NAMED[name].used_by)
             raise ValueError(
@@ -144,7 +148,9 @@ def check_mapping(columns: Mapping[str, str], purpose: Purpose) -> dict[str, str
 
 
 def suggest(names: Iterable[str]) -> str:
-    """For an error about missing columns: names that may be misspelt ones of the table."""
-    near = {name: get_close_matches(normal(name), OURS, n=1, cutoff=0.8) for name in names if normal(name) not in OURS}
+    """Names, for an error about missing columns, those of ours that may be misspelt."""
+    near = {
+        name: get_close_matches(normalize(name), OURS, n=1, cutoff=0.8) for name in names if normalize(name) not in OURS
+    }
     said = [f"{found[0]} for {name}" for name, found in near.items() if found]
     return f"; did you mean {', '.join(said)}?" if said else ""

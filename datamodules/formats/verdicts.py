@@ -1,13 +1,15 @@
-"""Which of two answers is better: what only the whole column of verdicts tells."""
+"""Which of two answers is better: how a verdict is read, and what only the whole column of verdicts tells."""
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from datamodules.formats.table import normal
-from datamodules.formats.values import as_number, is_empty
+from datamodules.formats.reading import Cells, as_number, is_empty
+from datamodules.formats.table import normalize
 
 Ours = Literal[-1, 0, 1]
+VERDICTS = ("preference", "label", "labels", "annotator1")  # our columns that judge two answers
 SIGNED = ("overall_preference", "preference_strength")  # HelpSteer's: below 0, the first answer is better
 WORDS = {
     **dict.fromkeys(("a", "first", "left", "model_a", "response_a", "output_1", "response1", "chatbot_a"), 1.0),
@@ -68,10 +70,14 @@ def settle_scale(name: str, values: Sequence[Any], first: Ours | None, origin: s
     """
     numbers = {number for value in values if (number := as_number(value)) is not None}
     said = f"{origin}: column {name!r}"
-    if numbers and (min(numbers) < 0 or normal(name) in SIGNED):
+    if words := _unknown_words(values, WORDS):
+        raise ValueError(
+            f"{said} holds {words}, no known name of an answer; write 1 and 2 (or between), A and B, left and right, or tie"
+        )
+    if numbers and (min(numbers) < 0 or normalize(name) in SIGNED):
         if first == 0:
             raise ValueError(f"{said} goes below 0, so data.first_is_better must be -1 or 1, the sign, not 0")
-        if first is None and normal(name) not in SIGNED:
+        if first is None and normalize(name) not in SIGNED:
             raise ValueError(
                 f"{said} goes below 0 and may mean that the first answer is better (-1) or the second; say the sign by "
                 "which the first is better, --data.first_is_better -1 or 1"
@@ -106,8 +112,48 @@ def check_labels(name: str, values: Mapping[str, Any], first: Ours | None) -> No
     """
     if first is not None:
         raise ValueError(f"data.first_is_better is of two answers and column {name!r} labels one; leave it out")
+    if words := _unknown_words(list(values.values()), ()):
+        origin = next(iter(values))
+        raise ValueError(
+            f"{origin}: column {name!r} holds {words}, expected true (desirable) or false, or 1 and 0, in all rows"
+        )
     for origin, value in values.items():
         if as_number(value) not in (0, 1, None):
             raise ValueError(
                 f"{origin}: column {name!r} holds {value!r}, expected true (desirable) or false, or 1 and 0"
             )
+
+
+def _unknown_words(values: Sequence[Any], known: Collection[str]) -> str:
+    """The texts of a column that stand in several rows and are neither numbers nor known: labels, and no slip of a row."""
+    texts = Counter(value.strip().lower() for value in values if isinstance(value, str) and not is_empty(value))
+    labels = [text for text, rows in texts.items() if rows > 1 and text not in known and as_number(text) is None]
+    return " and ".join(repr(text) for text in labels[:3])
+
+
+def verdict_columns(cells: Cells) -> list[str]:
+    """Our names of the columns that judge the two answers of a row, those mapped by hand before others."""
+    by_hand = cells.reading.by_hand
+    found = [name for name in sorted(VERDICTS, key=lambda name: name not in by_hand) if cells.has(name)]
+    if found[:1] == ["annotator1"]:
+        return [name for name in ("annotator1", "annotator2", "annotator3") if cells.has(name)]
+    return found[:1]
+
+
+def read_verdicts(cells: Cells) -> float:
+    """Reads which of a row's two answers is better, as ``Scale.read`` says it; of several verdicts the majority counts.
+
+    Raises ValueError with the row's origin for a verdict that the column's scale does not know.
+    """
+    choices = []
+    for name in verdict_columns(cells):
+        cells.take(name)
+        value, theirs = cells.accept_empty(name), cells.name(name)
+        scale: Scale = cells.reading.settled.get(theirs, Scale("one_two"))
+        if (choice := scale.read(value)) is None:
+            known = "1, 2 or between (which output is better), or 0, null or Tie"
+            expected = known if scale == Scale("one_two") else str(scale)
+            raise ValueError(f"{cells.origin}: column {theirs!r} holds {value!r}, expected {expected}")
+        choices.append(choice)
+    choice, votes = Counter(choices).most_common(1)[0]
+    return choice if 2 * votes > len(choices) else 1.5

@@ -5,7 +5,7 @@ from math import isfinite
 
 from datamodules.formats.table import check_mapping
 from datamodules.sources import Source
-from datamodules.sources.held_out import share_of
+from datamodules.sources.held_out import parse_share
 from datamodules.tokens.chat import LossOn
 
 
@@ -49,7 +49,7 @@ class DecayPhase:
 
 
 def check_streams(streams: dict[str, Stream], num_steps: int, cap: int | None, decay: DecayPhase | None) -> None:
-    """ValueError, naming the stream, for weights that make no mixture."""
+    """Refuse weights that make no mixture, with a ValueError that names the stream."""
     if not streams:
         raise ValueError("streams is empty; name at least one, such as {text: {train: text.jsonl, weight: 1.0}}")
     below = decay is not None and min(decay.start, decay.ramp_steps) < 0
@@ -58,7 +58,7 @@ def check_streams(streams: dict[str, Stream], num_steps: int, cap: int | None, d
     weighted = [name for name, stream in streams.items() if stream.weight is not None]
     for name, stream in streams.items():
         check_mapping(stream.columns or {}, "instruction")
-        if share_of(stream.val) is not None:
+        if parse_share(stream.val) is not None:
             raise ValueError(f"stream {name}: val {stream.val} is a share; name held-out rows, such as a file")
         for weight in (stream.weight, stream.decay_weight):
             if weight is not None and not (weight >= 0 and isfinite(weight)):

@@ -54,8 +54,7 @@ class PhaseLoader:
         if updates_per_phase < 1 or inner_epochs < 1 or updates_per_phase % inner_epochs:
             raise ValueError(
                 f"updates_per_phase ({updates_per_phase}) must be a positive multiple of inner_epochs "
-                f"({inner_epochs}): "
-                "each pass over the rollouts makes the same number of updates"
+                f"({inner_epochs}): each pass over the rollouts makes the same number of updates"
             )
         self.trainer, self.draw, self.seed, self.ptx = trainer, draw, seed, ptx
         self.updates, self.inner_epochs = updates_per_phase, inner_epochs
@@ -126,8 +125,7 @@ class PhaseLoader:
                 f"a phase of {num_prompts} prompts and {len(batch['prompt_index'])} completions on this rank cannot "
                 f"make {self.per_pass} updates "
                 f"of {micro} micro-batches (the smallest update has {smallest} {unit}): raise prompts_per_phase, or "
-                "lower "
-                "updates_per_phase or accumulate_grad_batches"
+                "lower updates_per_phase or accumulate_grad_batches"
             )
         counts = torch.stack([batch["row_count"][rows].sum() for rows in updates])
         counts = self.trainer.strategy.reduce(counts, reduce_op="sum")
@@ -204,8 +202,9 @@ def update_of_prompts(num_prompts: int, updates: int) -> list[int]:
 
 
 def from_stream(places: Iterable[int], num_rows: int, seed: int) -> list[tuple[int, int]]:
-    """The row and the number of the pass at each place of an endless stream, in which pass after pass is shuffled anew
-    by (seed, pass).
+    """Finds the row and the number of the pass at each place of an endless stream.
+
+    Pass after pass is shuffled anew by (seed, pass).
     """
     return [(order_of_pass(num_rows, seed, place // num_rows)[place % num_rows], place // num_rows) for place in places]
 

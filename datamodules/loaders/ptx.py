@@ -12,7 +12,7 @@ from datamodules.loaders.phase_loader import from_stream
 from datamodules.loaders.step_sampler import MicroBatch
 from datamodules.pretraining import PretrainingDataModule
 from datamodules.sources import Source
-from datamodules.sources.held_out import hold_out, share_of
+from datamodules.sources.held_out import hold_out, parse_share
 from datamodules.tokens.encoding import Tokens
 from modules.types import InstructionBatch
 
@@ -66,12 +66,11 @@ class PtxStream:
         if stage == "fit" and self.rows_per_update < shares:
             raise ValueError(
                 f"data.ptx.rows_per_update ({self.rows_per_update}) must be at least {shares}: each of the "
-                f"{shares // data.world_size} "
-                f"micro-batches of an update gets a row on each of {data.world_size} ranks"
+                f"{shares // data.world_size} micro-batches of an update gets a row on each of {data.world_size} ranks"
             )
         texts = self.texts = self.texts or Texts(data, self)
         texts.trainer = data.trainer
-        if (share := share_of(self.val)) is not None:
+        if (share := parse_share(self.val)) is not None:
             self.train, self.val = hold_out(texts.read(self.train), share, texts.seed, texts.columns)
         if stage == "fit" and not self.rows:
             self.rows = texts.load(self.train, "train", "ptx")
@@ -87,7 +86,7 @@ class PtxStream:
         places = range(update * self.rows_per_update, (update + 1) * self.rows_per_update)
         rows = [row for row, _ in from_stream(places, len(self.rows), self.texts.seed)]
         supervised = sum(sum(self.rows[row].supervised) for row in rows)
-        return self.texts._dataset(self.rows)[MicroBatch(tuple(rows[share::shares]), supervised)]
+        return self.texts.make_dataset(self.rows)[MicroBatch(tuple(rows[share::shares]), supervised)]
 
     @property
     def domains(self) -> Mapping[str, list[Tokens]]:
@@ -109,13 +108,12 @@ class Texts(PretrainingDataModule):
         )
 
     def check_positions(self, stage: str, longest: int, setting: str) -> None:
-        """As in every DataModule, but nothing is sampled behind a text."""
+        """Refuses texts that are longer than the model has positions; nothing is sampled behind them."""
         module: Any = self.trainer.lightning_module if self.trainer else None
         if isinstance(module, HasPositions):
             positions = module.policy.max_positions
             if positions is not None and longest > positions:
                 raise ValueError(
                     f"the longest packed row of {stage} texts has {longest} tokens, but the model has only {positions} "
-                    "positions: "
-                    "lower data.ptx.max_length (longer texts are split)"
+                    "positions: lower data.ptx.max_length (longer texts are split)"
                 )

@@ -1,17 +1,10 @@
-"""Padding, and the plan of an epoch: which rows make one optimiser step, and which micro-batch and rank computes
-each.
-"""
+"""The plan of an epoch: which rows make one optimiser step, and which micro-batch and rank computes each."""
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import torch
-from torch import Tensor
-from torch.utils.data import Dataset, DistributedSampler
-
-from datamodules.tokens.encoding import Tokens
-from modules.types import InstructionBatch
+from torch.utils.data import DistributedSampler
 
 
 class MicroBatch(NamedTuple):
@@ -124,43 +117,3 @@ class StepSampler(DistributedSampler[MicroBatch]):
         """Ranks take turns in the order 0 .. last, last .. 0, so that no rank always gets the longer row."""
         turn, seat = divmod(place, self.num_replicas)
         return seat if turn % 2 == 0 else self.num_replicas - 1 - seat
-
-
-class InstructionDataset(Dataset[InstructionBatch]):
-    """Tokenised rows; indexed by a MicroBatch it gives the padded batch.
-
-    Packed rows come with ``position_ids``, which start at 0 in every document; each padding token is a document of its
-    own.
-    """
-
-    def __init__(self, rows: list[Tokens], pad_id: int) -> None:
-        self.rows = rows
-        self.pad_id = pad_id
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, batch: MicroBatch) -> InstructionBatch:
-        rows = [self.rows[index] for index in batch.indices]
-        ids, attention_mask = pad_right([row.ids for row in rows], self.pad_id)
-        loss_mask, _ = pad_right([row.supervised for row in rows], False)
-        padded = InstructionBatch(
-            input_ids=ids,
-            attention_mask=attention_mask,
-            loss_mask=loss_mask.bool() & batch.counts,
-            denominator=torch.tensor(float(batch.denominator)),
-        )
-        if any(row.documents for row in rows):
-            positions = [
-                [place for length in row.documents or [len(row.ids)] for place in range(length)] for row in rows
-            ]
-            padded["position_ids"], _ = pad_right(positions, 0)
-        return padded
-
-
-def pad_right(rows: Sequence[Sequence[Any]], fill: int) -> tuple[Tensor, Tensor]:
-    """Int [N, T] and its keep-mask bool [N, T], built from the lengths; T is the longest row."""
-    lengths = torch.tensor([len(row) for row in rows])
-    width = int(lengths.max())
-    padded = torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows], dtype=torch.long)
-    return padded, torch.arange(width) < lengths[:, None]

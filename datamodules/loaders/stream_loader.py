@@ -12,6 +12,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from datamodules.formats.reading import UnclearColumn
 from datamodules.loaders.step_sampler import MicroBatch
 from datamodules.sources import Row
 from datamodules.tokens.encoding import Tokens
@@ -30,8 +31,9 @@ class Place(NamedTuple):
 
 
 class Pieces(IterableDataset[Any]):
-    """What one rank reads: each worker its own share of the rows, as micro-batches without denominator, with the worker
-    and its place behind.
+    """The micro-batches that one rank reads, without denominator, each with its worker and the place behind.
+
+    Each worker has its own share of the rows.
 
     Args:
         data: how rows are read and encoded.
@@ -57,7 +59,7 @@ class Pieces(IterableDataset[Any]):
         for rows, place in self.batches(
             self.places.get(worker, Place()), self.rank * workers + worker, self.world_size * workers
         ):
-            dataset = self.data._dataset(rows)
+            dataset = self.data.make_dataset(rows)
             yield dataset[MicroBatch(tuple(range(len(rows))), 0)], worker, place
 
     def batches(self, place: Place, share: int, shares: int) -> Iterator[tuple[list[Tokens], Place]]:
@@ -78,7 +80,7 @@ class Pieces(IterableDataset[Any]):
             place = behind
 
     def pieces(self, place: Place, share: int, shares: int) -> Iterator[tuple[Tokens, Place]]:
-        """What the rows become, from a place on, and the place behind each."""
+        """Encodes the rows from a place on, and gives the pieces of each with the place behind them."""
         start, used = place.rows, place.pieces
         fruitful = None  # the last pass that gave something
         for number, epoch, row in self.numbered(share, shares, start):
@@ -89,12 +91,12 @@ class Pieces(IterableDataset[Any]):
                     "too long"
                 )
             try:
-                tokens = self.data.encode(Row(self.data.columns_of(row.columns, row.origin), row.origin, row.source))
+                tokens = self.data.encode_record(row)
             except ValueError as error:
-                if self.data.on_bad_row == "raise":
-                    raise
+                if self.data.on_bad_row == "raise" or isinstance(error, UnclearColumn):
+                    raise self.data.name_place(error, row) from error
                 if place.bad == share == 0:
-                    rank_zero_info(f"train: bad rows are left out, the first: {error}")
+                    rank_zero_info(f"train: bad rows are left out, the first: {self.data.name_place(error, row)}")
                 place = place._replace(bad=place.bad + 1)
                 continue
             cut = self.data.cut(tokens) if tokens else []
@@ -106,8 +108,10 @@ class Pieces(IterableDataset[Any]):
                     yield piece, place
 
     def numbered(self, share: int, shares: int, start: int = 0) -> Iterator[tuple[int, int, Row]]:
-        """This share of the rows over and over, from number ``start`` on, each with its number and that of the pass:
-        whole files where there are enough, else every so many-th row."""
+        """Reads this share of the rows over and over, each with its number and that of the pass.
+
+        A share is whole files where there are enough, else every so many-th row; it begins at number ``start``.
+        """
         stream = self.data.opened()
         by_file = stream.num_shards >= shares
         stream = (stream.shard(shares, share, contiguous=False) if by_file else stream).shuffle(

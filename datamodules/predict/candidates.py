@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.types import EVAL_DATALOADERS
 from datamodules.base import RowsDataModule
 from datamodules.formats.preference_shapes import read_answers, read_compared, settle_verdicts
 from datamodules.formats.prompt_shapes import right_answer
-from datamodules.formats.reading import Reading
+from datamodules.formats.reading import Cells, Reading
 from datamodules.formats.verdicts import Ours
 from datamodules.sources import Row, Source
 from datamodules.tokens.chat import Dialogue
@@ -124,8 +124,8 @@ def read_candidates(row: Row, reading: Reading) -> Candidates:
 
     Raises ValueError with the row's origin when something is missing or of the wrong type.
     """
-    cells = reading.open(row)
-    compared = read_compared(cells, judged=False)
+    cells = Cells(row, reading)
+    compared = read_compared(cells, needs_verdict=False)
     if len(compared.answers) < 2:
         raise ValueError(f"{row.origin}: there is one answer ({compared.shape}), and a judge compares at least 2")
     asked, answers = read_answers(cells, compared.answers, template=True, chat=True, may_be_empty=True)

@@ -10,10 +10,8 @@ from lightning.pytorch.utilities.types import EVAL_DATALOADERS
 from transformers import PreTrainedTokenizerBase
 
 from datamodules.base import RowsDataModule, load_tokenizer
-from datamodules.formats.context import read_prompt
-from datamodules.formats.prompt_shapes import question_text
-from datamodules.formats.reading import Reading
-from datamodules.formats.values import plain, unpack
+from datamodules.formats.conversation import Asked, add_context, read_prompt
+from datamodules.formats.reading import Cells, Reading, plain, unpack
 from datamodules.sources import Row, Source
 from datamodules.tokens.chat import encode_prompt
 from modules.trainer.seeds import run_seed
@@ -187,14 +185,14 @@ def read_fact(row: Row, reading: Reading) -> Fact:
 
     Raises ValueError with the row's origin when something is missing or of the wrong type.
     """
-    cells = reading.open(row)
-    asked = read_prompt(cells, chat=False, names=("prompt", "instruction", "input"))
+    cells = Cells(row, reading)
+    found = read_prompt(cells, ("prompt", "instruction", "input"))
     column = next((name for name in ("answer", "completion") if cells.has(name)), None)
-    if asked is None or column is None:
+    if found is None or column is None:
         raise cells.not_found(
             "a question (prompt, question, instruction, ...) with its answer (answer, completion, ...)"
         )
-    question = question_text(asked, row.origin)
+    question = _question(add_context(cells, found, chat=False), row.origin)
     given = unpack(cells.take(column, one_of_several=True))
     answers = given if isinstance(given, list) else [given]
     if not answers or not all(isinstance(one, str) and one.strip() and "\n" not in one.strip() for one in answers):
@@ -204,3 +202,14 @@ def read_fact(row: Row, reading: Reading) -> Fact:
     relation = cells.take("relation")
     reading.close(cells, "a question with its answer")
     return Fact(question.strip(), [one.strip() for one in answers], None if relation is None else str(relation), row)
+
+
+def _question(asked: Asked, origin: str) -> str:
+    """The prompt as text, for data that are no chats: of messages that of a single user's. ValueError for others."""
+    if isinstance(asked.prompt, str):
+        return asked.prompt
+    if len(asked.prompt) == 1 and asked.prompt[0]["role"] == "user" and not asked.tools:
+        return asked.prompt[0]["content"]
+    raise ValueError(
+        f"{origin}: the prompt is a conversation, and one question was expected, as text or one user message"
+    )

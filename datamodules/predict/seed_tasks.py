@@ -10,7 +10,7 @@ from lightning.pytorch.utilities.types import EVAL_DATALOADERS
 
 from datamodules.base import RowsDataModule
 from datamodules.formats.instruction_shapes import first_instance
-from datamodules.formats.reading import Reading
+from datamodules.formats.reading import Cells, Reading
 from datamodules.sources import Row, Source
 from modules.types import PromptBatch
 
@@ -106,7 +106,7 @@ def seed_task(row: Row, reading: Reading) -> SeedTask:
 
     Raises ValueError with the row's origin when something is missing, empty or of the wrong type.
     """
-    cells = reading.open(row)
+    cells = Cells(row, reading)
     asks = next((name for name in ("instruction", "prompt") if cells.has(name)), None)
     nested = cells.has("instances") and (not cells.has("completion") or "instances" in reading.by_hand)
     if asks is None or not (nested or cells.has("completion")):

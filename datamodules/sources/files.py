@@ -1,21 +1,26 @@
-"""Reads rows from files, folders, saved data sets and the hub."""
+"""Reads rows from files, folders, saved data sets and the hub: one reader per file format."""
 
+import csv
+import gzip
+import io
+import json
 import re
-from collections import defaultdict
-from collections.abc import Sequence
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.utilities import rank_zero_info
-
-from datamodules.sources.readers import HEADERLESS, READERS, TABLES_OF_TEXT, file_format
+from datamodules.sources.locations import explain_hub_error, file_format, find_files, split_hub_id
 from datamodules.sources.source import Row, Source
 
-SPLITS = {  # words in file names -> split, as in the datasets library
-    **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
-    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
-}
+Located = tuple[str, Any]  # origin, record
+Header = Sequence[str] | None
+
+TABLES_OF_TEXT = (".csv", ".tsv")
+HEADERLESS = "; if the file has no line of column names, name them with Files' header, such as [prompt, completion]"
+MAX_DEPTH = 100  # of lists and objects in each other
+
+csv.field_size_limit(2**31 - 1)  # Python refuses cells above 128 KiB
 
 
 class Files(Source):
@@ -64,7 +69,7 @@ class Files(Source):
             if (location / "dataset_dict.json").is_file() or (location / "state.json").is_file():
                 return self._read_saved(location)
             return self._read_folder(location)
-        path, name = hub_id(self.path)
+        path, name = split_hub_id(self.path)
         if looks_local(self.path) and not Path(path).expanduser().is_dir():
             raise ValueError(f"{self.path}: no such file or folder")
         if name is not None and self.name is not None:
@@ -78,7 +83,7 @@ class Files(Source):
             raise ValueError(f"{self.path}: {' and '.join(given)} has no effect on {kind}; leave it out")
 
     def _read_folder(self, folder: Path) -> list[Row]:
-        files = files_of_split(folder, list(READERS), self.split)
+        files = find_files(folder, list(READERS), self.split)
         return [row for path in files for row in read_file(path, self.header)]
 
     def _read_saved(self, folder: Path) -> list[Row]:
@@ -102,88 +107,8 @@ class Files(Source):
         try:
             loaded = load_dataset(str(Path(path).expanduser()) if looks_local(path) else path, name, split=split)
         except (OSError, ValueError, RuntimeError) as error:
-            raise ValueError(hub_trouble(self.path, split, error)) from error
+            raise ValueError(explain_hub_error(self.path, split, error)) from error
         return _named_rows(self.path, loaded)
-
-
-def hub_id(path: str) -> tuple[str, str | None]:
-    """Split a path into the hub id and the config that may follow a colon.
-
-    >>> hub_id("openai/gsm8k:main")
-    ('openai/gsm8k', 'main')
-    """
-    before, colon, config = path.rpartition(":")
-    return (before, config) if colon and re.fullmatch(r"[\w.-]+", config) else (path, None)
-
-
-def hub_trouble(path: str, split: str, error: Exception) -> str:
-    """Return in one sentence why the ``datasets`` library could not load a hub id."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    if lines[0].startswith("Config name is missing"):
-        configs = re.findall(r"'([^']+)'", lines[1]) if len(lines) > 1 else []
-        example = f"{path}:{configs[0] if configs else 'main'}"
-        return f"{path}: the data set has several configs ({', '.join(configs)}); name one behind a colon: {example}"
-    return f"{path}: neither a file or folder here nor loadable from the hub ({split} split): {lines[0]}"
-
-
-def files_of_split(folder: Path, endings: Sequence[str], split: str | None) -> list[Path]:
-    """Return the files of a folder that hold a split, sorted by name. One line tells which files are left out.
-
-    Words in the file names tell the split, see ``SPLITS``.
-
-    Args:
-        folder: the folder; its subfolders are not read.
-        endings: endings of the files that can be read, without ``.gz``.
-        split: the split. None = all files where no name tells a split, else ``train``, or the only split there is.
-
-    Raises:
-        ValueError: the folder has no such files, none of the split, or, without ``split``, several splits but no
-            ``train``.
-    """
-    found = sorted(path for path in folder.iterdir() if not path.name.startswith((".", "_")))
-    files = [path for path in found if path.is_file() and file_format(path) in endings]
-    others = [f"{path.name}/" if path.is_dir() else path.name for path in found if path not in files]
-    if not files:
-        folders = ", ".join(name for name in others if name.endswith("/"))
-        raise ValueError(
-            f"{folder}: the folder holds no file that ends in {', '.join(endings)}; subfolders are not read"
-            + (f", so name one of them: {folders}" if folders else "")
-        )
-    by_split: dict[str, list[Path]] = defaultdict(list)
-    for path in files:
-        by_split[split_of(path)].append(path)
-    named = sorted(name for name in by_split if name)
-    if not named and split is not None:
-        raise ValueError(
-            f"{folder}: no split {split!r}, for no file name tells a split (train, validation or test); leave split "
-            f"out, or name the files: {', '.join(path.name for path in files[:5])}"
-        )
-    wanted = SPLITS.get(split, split) if split is not None else "train" if "train" in named or not named else named[0]
-    if split is None and "train" not in named and len(by_split) > 1:
-        held = "; ".join(f"{name or 'no split'}: {', '.join(p.name for p in by_split[name][:3])}" for name in by_split)
-        raise ValueError(
-            f"{folder}: the file names tell several splits and none is train ({held}); name one with split"
-        )
-    if named and wanted not in by_split:
-        raise ValueError(f"{folder}: no split {split!r}, the file names tell {', '.join(named)}")
-    chosen = by_split[wanted] if named else files
-    left = [path.name for path in files if path not in chosen] + others
-    if left:
-        kind = f" of the {wanted} split" if named else ""
-        more = f" and {len(left) - 10} more" if len(left) > 10 else ""
-        read = ", ".join(path.name for path in chosen[:10]) + (" ..." if len(chosen) > 10 else "")
-        rank_zero_info(f"{folder}: {len(chosen)} files{kind} read ({read}), not read: {', '.join(left[:10])}{more}")
-    return chosen
-
-
-def split_of(path: Path) -> str:
-    """Return the split that a file's name tells, "" if it tells none.
-
-    >>> split_of(Path("data/test-00000-of-00001.parquet")), split_of(Path("contest.jsonl"))
-    ('test', '')
-    """
-    words = re.split(r"[-._ 0-9]+", path.name.lower())
-    return next((SPLITS[word] for word in words if word in SPLITS), "")
 
 
 def read_rows(source: str | Source) -> list[Row]:
@@ -191,7 +116,7 @@ def read_rows(source: str | Source) -> list[Row]:
     return (Files(source) if isinstance(source, str) else source).rows()
 
 
-def maybe_headerless(source: str | Source, row: Row) -> str:
+def headerless_hint(source: str | Source, row: Row) -> str:
     """Return a hint for a row that cannot be read, "" where it does not apply.
 
     The hint says that the first line of a CSV or TSV file was taken for column names.
@@ -232,3 +157,210 @@ def _named_rows(name: str, records: Any) -> list[Row]:
 def looks_local(path: str) -> bool:
     """Return whether a path cannot be a hub id."""
     return path.startswith((".", "/", "~")) or path.count("/") > 1 or file_format(Path(path)) in READERS
+
+
+def _read_bytes(path: Path) -> bytes:
+    raw = path.read_bytes()
+    if path.suffix.lower() != ".gz":
+        return raw
+    try:
+        return gzip.decompress(raw)
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{path}: not a complete gzip file ({error})") from error
+
+
+def _decode_utf8(raw: bytes, path: Path, first_line: int) -> str:
+    try:
+        return raw.decode("utf-8-sig" if first_line == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        line = first_line + raw.count(b"\n", 0, error.start)
+        raise ValueError(
+            f"{path}:{line}: not UTF-8 text (byte 0x{raw[error.start]:02x}); save the file as UTF-8"
+        ) from error
+
+
+def parse_record(text: str, origin: str) -> Any:
+    """The value of a row's JSON text. ValueError, which begins with ``origin``, when it is none, is nested more than
+    MAX_DEPTH deep, or holds half of a character, which no tokenizer can encode.
+    """
+    value = _load_json(text, origin)
+    return _check_encodable(value, origin) if _has_surrogates(text) else value
+
+
+def _load_json(text: str, origin: str, path: Path | None = None) -> Any:
+    """The value of a JSON text; errors name the line where it is that of a whole file ``path``."""
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        where = f"{path}:{error.lineno}" if path else origin
+        raise ValueError(f"{where}: not valid JSON: {error.msg} (column {error.colno})") from error
+    except RecursionError:
+        value = None
+    if value is None or text.count("[") + text.count("{") > MAX_DEPTH:
+        _check_depth(text, origin)
+    return value
+
+
+def _has_surrogates(text: str) -> bool:
+    return "\\ud" in text.lower()  # \ud800 to \udfff, which UTF-8 holds only as escapes
+
+
+def _check_encodable(record: Any, origin: str) -> Any:
+    """The record. ValueError when it holds half of a character."""
+    try:
+        json.dumps(record, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{origin}: the text holds half of a character (an unpaired surrogate such as \\ud83d); remove it"
+        ) from error
+    return record
+
+
+def _check_depth(text: str, origin: str) -> None:
+    depth = 0
+    for bracket in re.sub(r'"(?:[^"\\]|\\.)*"|[^][{}]', "", text):
+        depth += 1 if bracket in "[{" else -1
+        if depth > MAX_DEPTH:
+            raise ValueError(f"{origin}: lists and objects are nested more than {MAX_DEPTH} deep; flatten them")
+
+
+def _read_jsonl(path: Path, _: Header) -> Iterator[Located]:
+    for number, line in enumerate(_read_bytes(path).split(b"\n"), start=1):
+        text = _decode_utf8(line, path, number)
+        if text.strip(" \t\r\n"):
+            yield f"{path}:{number}", parse_record(text, f"{path}:{number}")
+
+
+def _read_json(path: Path, header: Header) -> Iterator[Located]:
+    text = _decode_utf8(_read_bytes(path), path, 1)
+    if _is_jsonl(text):
+        yield from _read_jsonl(path, header)
+        return
+    content = _load_json(text, str(path), path) if text.strip() else []
+    if isinstance(content, dict):
+        content = _rows_in_object(content, path)
+    if not isinstance(content, list):
+        raise ValueError(f"{path}: expected an array of rows, found a {type(content).__name__}")
+    check = _has_surrogates(text)
+    for index, record in enumerate(content):
+        yield f"{path}#{index}", _check_encodable(record, f"{path}#{index}") if check else record
+
+
+def _is_jsonl(text: str) -> bool:
+    """Whether the first line is a whole object and more follows."""
+    first, _, rest = text.lstrip().partition("\n")
+    try:
+        return bool(rest.strip()) and isinstance(json.loads(first), dict)
+    except (json.JSONDecodeError, RecursionError):
+        return False
+
+
+def _rows_in_object(content: dict[str, Any], path: Path) -> list[Any]:
+    """The rows of ``{..., name: [objects]}``, of parallel lists or of categories; other values beside lists are no rows
+    (a licence, a canary).
+    """
+    lists = {name: value for name, value in content.items() if isinstance(value, list)}
+    columns = {name: value for name, value in lists.items() if value}
+    objects = [name for name, value in columns.items() if all(isinstance(record, dict) for record in value)]
+    if len(columns) == len(objects) == 1:
+        return columns[objects[0]]
+    if len(columns) == len(objects) > 1:
+        raise ValueError(
+            f"{path}: an object must hold one list of rows, this one has {len(objects)}: {', '.join(objects)}; split "
+            "the file"
+        )
+    if len({len(value) for value in columns.values()}) > 1:
+        lengths = ", ".join(f"{name} {len(value)}" for name, value in columns.items())
+        raise ValueError(f"{path}: parallel lists must be equally long or empty, these are not: {lengths}")
+    if lists:
+        return [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
+    if not content or not all(_is_category(value) for value in content.values()):
+        raise ValueError(
+            f"{path}: an object must hold one list of rows, parallel lists, or categories of sub-categories of texts; "
+            f"this one has: {', '.join(content) or 'nothing'}"
+        )
+    return [
+        {"text": text, "category": category, "subcategory": subcategory}
+        for category, groups in content.items()
+        for subcategory, texts in groups.items()
+        for text in texts
+    ]
+
+
+def _is_category(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(texts, list) and all(isinstance(text, str) for text in texts) for texts in value.values()
+    )
+
+
+def _read_tsv(path: Path, header: Header) -> Iterator[Located]:
+    for origin, cells in _read_csv(path, header, delimiter="\t", quoting=csv.QUOTE_NONE):
+        yield origin, {name: cell.replace("\\n", "\n") for name, cell in cells.items()} if header else cells
+
+
+def _read_csv(path: Path, header: Header, delimiter: str = ",", quoting: Any = csv.QUOTE_MINIMAL) -> Iterator[Located]:
+    reader = csv.reader(
+        io.StringIO(_decode_utf8(_read_bytes(path), path, 1), newline=""),
+        strict=True,
+        delimiter=delimiter,
+        quoting=quoting,
+    )
+    names = header
+    line = 1
+    try:
+        for cells in reader:
+            if names is None:
+                names = cells
+                if twice := sorted({name for name in names if names.count(name) > 1}):
+                    raise ValueError(
+                        f"{path}:{line}: the header names {', '.join(map(repr, twice))} twice; name every column once"
+                        f"{HEADERLESS}"
+                    )
+            elif cells and len(cells) != len(names):
+                raise ValueError(
+                    f"{path}:{line}: the row has {len(cells)} cells and the header {len(names)}"
+                    f"{'' if header else HEADERLESS}"
+                )
+            elif cells:
+                yield f"{path}:{line}", dict(zip(names, cells, strict=True))
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise ValueError(f"{path}:{line}: not valid CSV: {error}") from error
+
+
+def _read_parquet(path: Path, _: Header) -> Iterator[Located]:
+    from pyarrow import parquet
+
+    yield from _read_table(path, parquet.read_table)
+
+
+def _read_arrow(path: Path, _: Header) -> Iterator[Located]:
+    from pyarrow import ipc
+
+    with path.open(
+        "rb"
+    ) as file:  # the file format starts with a magic word, the stream format that save_to_disk writes does not
+        read = ipc.open_file if file.read(6) == b"ARROW1" else ipc.open_stream
+    yield from _read_table(path, lambda name: read(name.read_bytes()).read_all())
+
+
+def _read_table(path: Path, read: Callable[[Path], Any]) -> Iterator[Located]:
+    try:
+        records = read(path).to_pylist()
+    except (OSError, ValueError) as error:  # pyarrow's own errors derive from these
+        raise ValueError(
+            f"{path}: not a readable {file_format(path)[1:]} file: {str(error).splitlines()[0]}"
+        ) from error
+    yield from ((f"{path}#{index}", record) for index, record in enumerate(records))
+
+
+READERS: dict[str, Callable[[Path, Header], Iterator[Located]]]
+READERS = {
+    ".jsonl": _read_jsonl,
+    ".ndjson": _read_jsonl,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".tsv": _read_tsv,
+    ".parquet": _read_parquet,
+    ".arrow": _read_arrow,
+}

@@ -34,12 +34,12 @@ class Part(Source):
         return self._rows
 
 
-def share_of(val: object) -> float | None:
+def parse_share(val: object) -> float | None:
     """Return the share that ``val`` asks for, as a number or as text; None where ``val`` names something else.
 
     Raises ValueError when the number is outside (0, 1).
 
-    >>> share_of("0.05"), share_of("rows.jsonl")
+    >>> parse_share("0.05"), parse_share("rows.jsonl")
     (0.05, None)
     """
     try:

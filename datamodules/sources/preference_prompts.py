@@ -9,9 +9,9 @@ from typing import Literal
 
 from lightning.pytorch.utilities import rank_zero_info
 
-from datamodules.formats.context import Asked
+from datamodules.formats.conversation import Asked
 from datamodules.formats.preference_shapes import read_answers, read_compared
-from datamodules.formats.reading import Reading
+from datamodules.formats.reading import Cells, Reading, UnclearColumn
 from datamodules.formats.table import check_mapping
 from datamodules.sources.files import read_rows
 from datamodules.sources.source import Row, Source
@@ -56,6 +56,8 @@ class PreferencePrompts(Source):
         for row in given:
             try:
                 asked = preference_prompt(row, reading, bool(self.chat))
+            except UnclearColumn:
+                raise
             except ValueError as error:
                 if self.on_bad_row == "raise":
                     raise ValueError(
@@ -69,7 +71,7 @@ class PreferencePrompts(Source):
             raise ValueError(
                 f"{given[0].origin}: none of {len(given)} rows from here on can be read; the first: {problems[0]}"
             )
-        reading.finish(given)
+        reading.refuse_unused_mapping(given)
         read = len(given) - len(problems)
         reading.counts.update(
             {"used": len(prompts), "with an earlier prompt": read - len(prompts), "bad": len(problems)}
@@ -85,8 +87,8 @@ def preference_prompt(row: Row, reading: Reading, template: bool) -> Asked:
 
     Raises ValueError with the row's origin.
     """
-    cells = reading.open(row)
-    compared = read_compared(cells, judged=False, decided=False)
+    cells = Cells(row, reading)
+    compared = read_compared(cells, needs_verdict=False, decided=False)
     asked, _ = read_answers(cells, compared.answers, template, chat=template)
     for name in ("margin", "strength"):
         cells.take(name)

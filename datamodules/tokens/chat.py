@@ -1,4 +1,4 @@
-"""The one place that renders a conversation and turns it into tokens, and that knows which of them are learned."""
+"""Renders a conversation, turns it into tokens, and marks which of them are learned; no other file does."""
 
 from collections.abc import Collection
 from functools import lru_cache
@@ -11,9 +11,9 @@ from datamodules.tokens.encoding import (
     TokenisedText,
     Tokens,
     encode_text,
-    end_id,
+    end_token_id,
     prompt_ids,
-    shortened,
+    shorten,
     special_ids,
     special_tokens,
     token_ids,
@@ -60,10 +60,10 @@ def encode_example(
 ) -> Tokens:
     """Tokens of a supervised row; ``chat`` and ``system`` as in :func:`encode_prompt`.
 
-    Text: the prompt, then the supervised completion and one supervised end token; a prompt that the chat template has
-    rendered already, as ``predict`` writes it, is read as it stands, and the end is that of a turn. Messages: assistant turns are
-    supervised up to and including their end-of-turn token; what stands behind the last of them is left out. An end
-    token written as text behind an answer is cut.
+    Text: the prompt, then the supervised completion and one supervised end token. A prompt that the chat template has
+    rendered already, as ``predict`` writes it, is read as it stands, and the end is that of a turn. Messages: assistant
+    turns are supervised up to and including their end-of-turn token; what stands behind the last of them is left out.
+    An end token written as text behind an answer is cut.
 
     Args:
         loss_on: ``assistant`` = every assistant turn of ``completion``; ``last`` = the last of these alone, so that
@@ -99,7 +99,7 @@ def encode_example(
         tokens = encode_messages(tokenizer, messages, origin, turns[-1:] if loss_on == "last" else turns, tools)
     if loss_on == "all" and any(tokens.supervised):
         tokens = Tokens(tokens.ids, [False, *[True] * (len(tokens.ids) - 1)])
-    return _checked(tokenizer, tokens, origin)
+    return _check_learnable(tokenizer, tokens, origin)
 
 
 def encode_prompt(
@@ -165,7 +165,7 @@ def encode_messages(
     turns, for then a sampled conversation would not be the one that was learned.
     """
     messages = [
-        _trimmed(tokenizer, message, f"{origin}: {message['role']} message {index}")
+        _trim_answer(tokenizer, message, f"{origin}: {message['role']} message {index}")
         for index, message in enumerate(messages)
     ]
     if next((message["role"] for message in messages if message["role"] != "system"), None) == "assistant":
@@ -174,12 +174,12 @@ def encode_messages(
     if not turns:
         ids = token_ids(tokenizer, render(tokenizer, messages, origin, False, tools)) if messages else []
         return Tokens(ids, [False] * len(ids))
-    text, spans = _turn_spans(tokenizer, messages, origin, sorted(turns), tools)
+    text, spans = _find_turns(tokenizer, messages, origin, sorted(turns), tools)
     whole = TokenisedText(tokenizer, text, special_ids(tokenizer))
     tokens, place = Tokens([], []), 0
     for span in spans:
         context = whole.prompt(place, span.start)
-        learned, place = _learned(whole, span.start, span.end, span.tail)
+        learned, place = _learned_ids(whole, span.start, span.end, span.tail)
         tokens.ids.extend(context + learned)
         tokens.supervised.extend([False] * len(context) + [True] * len(learned))
     rest = whole.part(place, len(whole.text))
@@ -187,11 +187,10 @@ def encode_messages(
 
 
 def encode_rendered(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str, origin: str) -> Tokens | None:
-    """Tokens of a prompt that the chat template has rendered already and of the assistant's text behind it, supervised
-    with its end of turn.
+    """Encodes a prompt that the chat template has rendered already, and the assistant's text behind it.
 
-    None when the prompt does not end the way the template opens an assistant turn behind a user message: it is plain
-    text.
+    The text is supervised with its end of turn. None where the prompt is plain text, since it does not end the way the
+    template opens an assistant turn behind a user message.
     """
     if not is_rendered(tokenizer, prompt):
         return None
@@ -200,7 +199,7 @@ def encode_rendered(tokenizer: PreTrainedTokenizerBase, prompt: str, completion:
         raise ValueError(f"{origin}: the completion is empty")
     closed = text + _frame(tokenizer, str(tokenizer.chat_template))[1]
     whole = TokenisedText(tokenizer, closed, special_ids(tokenizer))
-    before, (learned, _) = token_ids(tokenizer, prompt), _learned(whole, len(prompt), len(text), len(closed))
+    before, (learned, _) = token_ids(tokenizer, prompt), _learned_ids(whole, len(prompt), len(text), len(closed))
     return Tokens(before + learned, [False] * len(before) + [True] * len(learned))
 
 
@@ -212,8 +211,10 @@ def is_rendered(tokenizer: PreTrainedTokenizerBase, prompt: str) -> bool:
 
 @lru_cache(maxsize=8)
 def _frame(tokenizer: PreTrainedTokenizerBase, template: str) -> tuple[str, str]:
-    """What the template writes between a user's content and the assistant's, and behind that; empty where it refuses a
-    lone question."""
+    """What the template writes between a user's content and the assistant's, and behind the latter.
+
+    Both are empty where it refuses a lone question.
+    """
     user, assistant = (Message(role=role, content=MARK) for role in ("user", "assistant"))
     try:
         opened, closed = render(tokenizer, [user], "", True), render(tokenizer, [user, assistant], "", False)
@@ -261,9 +262,9 @@ def render(
 def check_written(
     tokenizer: PreTrainedTokenizerBase, messages: list[Message], origin: str, tools: Tools | None = None
 ) -> None:
-    """ValueError when the chat template leaves out the tools, or a name, a tool call or the reasoning of a turn.
+    """Refuses a chat template that leaves out the tools, or a name, a tool call or the reasoning of a turn.
 
-    Templates may drop the reasoning of earlier turns, so that each turn is looked at as the last one. A tool's name
+    Raises ValueError with ``origin``. Templates may drop the reasoning of earlier turns, so that each turn is looked at as the last one. A tool's name
     and the ids of calls only link turns.
     """
     if tools and render(tokenizer, messages, origin, False, tools) == render(tokenizer, messages, origin, False):
@@ -287,25 +288,19 @@ def check_written(
                 )
 
 
-def _ending(tokenizer: PreTrainedTokenizerBase, where: str) -> str:
-    """What the template writes behind an answer, such as ``<|im_end|>``."""
-    turns = [Message(role=role, content=MARK) for role in ("user", "assistant")]
-    return render(tokenizer, turns, where, open_turn=False).rpartition(MARK)[2].strip()
-
-
-def _trimmed(tokenizer: PreTrainedTokenizerBase, message: Message, where: str) -> Message:
+def _trim_answer(tokenizer: PreTrainedTokenizerBase, message: Message, where: str) -> Message:
     """An assistant turn without an end token in its text. ValueError for an empty turn."""
     if message["role"] == "assistant":
         content = without_end(tokenizer, message["content"])
-        if content.rstrip().endswith(special_tokens(tokenizer)) and (ending := _ending(tokenizer, where)):
-            content = content.rstrip().removesuffix(ending)
+        if content.rstrip().endswith(special_tokens(tokenizer)):
+            content = content.rstrip().removesuffix(_frame(tokenizer, str(tokenizer.chat_template))[1].strip())
         message = {**message, "content": content}
     if not message["content"].strip() and not message.get("tool_calls") and message["role"] not in ("tool", "system"):
         raise ValueError(f"{where} is empty")
     return message
 
 
-def _turn_spans(
+def _find_turns(
     tokenizer: PreTrainedTokenizerBase, messages: list[Message], origin: str, turns: list[int], tools: Tools | None
 ) -> tuple[str, list[Turn]]:
     """The conversation up to the last of the ``turns`` as text, and where each of them stands in it.
@@ -319,10 +314,10 @@ def _turn_spans(
         if not closed.startswith(opened):
             raise ValueError(
                 f"{origin}: the chat template writes assistant message {turn} unlike the prompt that it gives for it: "
-                f"{shortened(closed[_num_shared(closed, opened) :])} where the prompt ends in {shortened(opened[-40:])}"
+                f"{shorten(closed[_count_shared(closed, opened) :])} where the prompt ends in {shorten(opened[-40:])}"
             )
-        end = _answer_end(tokenizer, messages[: turn + 1], opened, closed, origin, tools)
-        tail = _num_shared(whole, closed)
+        end = _find_answer_end(tokenizer, messages[: turn + 1], opened, closed, origin, tools)
+        tail = _count_shared(whole, closed)
         if tail < end:
             alone = encode_messages(tokenizer, messages[: turn + 1], origin, [turn], tools)
             raise ValueError(
@@ -334,7 +329,7 @@ def _turn_spans(
     return whole, spans
 
 
-def _answer_end(
+def _find_answer_end(
     tokenizer: PreTrainedTokenizerBase,
     messages: list[Message],
     opened: str,
@@ -352,7 +347,7 @@ def _answer_end(
         end = max((place for place in ends if place >= 0), default=len(closed))
     else:
         longer: Message = {**message, "content": message["content"] + MARK}
-        end = _num_shared(closed, render(tokenizer, [*messages[:-1], longer], origin, False, tools))
+        end = _count_shared(closed, render(tokenizer, [*messages[:-1], longer], origin, False, tools))
     parts = [("text", message["content"]), ("reasoning", message.get("reasoning_content", ""))]
     for what, text in [*parts, *(("tool call", call["function"]["name"]) for call in message.get("tool_calls", []))]:
         if text.strip() not in closed[start:end]:
@@ -367,7 +362,7 @@ def _answer_end(
     return end
 
 
-def _num_shared(first: str, second: str) -> int:
+def _count_shared(first: str, second: str) -> int:
     """The number of characters that two texts begin with alike."""
     low, high = 0, min(len(first), len(second))
     while low < high:
@@ -379,7 +374,7 @@ def _num_shared(first: str, second: str) -> int:
     return low
 
 
-def _learned(whole: TokenisedText, start: int, end: int, tail: int) -> tuple[list[int], int]:
+def _learned_ids(whole: TokenisedText, start: int, end: int, tail: int) -> tuple[list[int], int]:
     """The learned ids of a turn, its end-of-turn token included, and the place behind them.
 
     An end token is added where the template writes none before ``tail``.
@@ -387,10 +382,10 @@ def _learned(whole: TokenisedText, start: int, end: int, tail: int) -> tuple[lis
     closing = whole.first_special(end, tail)
     if closing is not None:
         return whole.part(start, closing), closing
-    return [*whole.part(start, end), end_id(whole.tokenizer)], end
+    return [*whole.part(start, end), end_token_id(whole.tokenizer)], end
 
 
-def _checked(tokenizer: PreTrainedTokenizerBase, tokens: Tokens, origin: str) -> Tokens:
+def _check_learnable(tokenizer: PreTrainedTokenizerBase, tokens: Tokens, origin: str) -> Tokens:
     """Raises ValueError when nothing is learned, or the first token, or when the row begins with two BOS tokens."""
     if not any(tokens.supervised):
         raise ValueError(

@@ -101,7 +101,7 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str
         raise ValueError(f"{origin}: the completion is empty")
     whole = TokenisedText(tokenizer, prompt + completion, special_ids(tokenizer))
     before = prompt_ids(tokenizer, prompt)
-    learned = [*whole.part(len(prompt), len(whole.text)), end_id(tokenizer)]
+    learned = [*whole.part(len(prompt), len(whole.text)), end_token_id(tokenizer)]
     return Tokens(before + learned, [False] * len(before) + [True] * len(learned))
 
 
@@ -112,7 +112,7 @@ def encode_document(tokenizer: PreTrainedTokenizerBase, text: str, origin: str) 
     text = without_end(tokenizer, text)
     if not text.strip():
         raise ValueError(f"{origin}: the text is empty")
-    ids = [*prompt_ids(tokenizer, text), end_id(tokenizer)]
+    ids = [*prompt_ids(tokenizer, text), end_token_id(tokenizer)]
     return Tokens(ids, [False, *[True] * (len(ids) - 1)], whole=True)
 
 
@@ -146,8 +146,9 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    """The tokens of a text with the BOS that the tokenizer itself adds, one even if the text brings its own, and
-    without an end token.
+    """The tokens of a text with the BOS that the tokenizer itself adds, and without an end token.
+
+    There is one BOS even if the text brings its own.
     """
     ids = list(tokenizer(prompt, verbose=False).input_ids)
     if ids and ids[-1] == tokenizer.eos_token_id:
@@ -159,8 +160,8 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     return ids
 
 
-def end_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The end token. ValueError when there is none."""
+def end_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The end token of the tokenizer. Raises ValueError when there is none."""
     if tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer has no end token (eos_token), so a model could never learn to stop; set one")
     return int(tokenizer.eos_token_id)
@@ -178,10 +179,10 @@ def token_picture(tokenizer: PreTrainedTokenizerBase, tokens: Tokens) -> str:
     """The tokens as one line of text, supervised runs in [brackets]; the middle of a long one is left out."""
     runs = groupby(zip(tokens.ids, tokens.supervised, strict=True), key=lambda token: token[1])
     texts = [(str(tokenizer.decode([token for token, _ in run])), supervised) for supervised, run in runs]
-    return shortened("".join(f"[{text}]" if supervised else text for text, supervised in texts)) or "(no tokens)"
+    return shorten("".join(f"[{text}]" if supervised else text for text, supervised in texts)) or "(no tokens)"
 
 
-def shortened(text: str) -> str:
+def shorten(text: str) -> str:
     """One line of at most PICTURE characters and a gap, for error messages."""
     line = text.replace("\n", "\\n")
     return line if len(line) <= PICTURE else f"{line[: PICTURE // 2]} ... {line[-PICTURE // 2 :]}"

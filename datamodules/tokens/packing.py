@@ -49,7 +49,7 @@ def pack(rows: Sequence[Tokens], capacity: int) -> list[Tokens]:
     it is not supervised.
     """
     return [
-        _joined([rows[index] for index in indices])
+        _join([rows[index] for index in indices])
         for indices in best_fit_decreasing([len(row.ids) for row in rows], capacity)
     ]
 
@@ -62,7 +62,7 @@ def split_long(tokens: Tokens, capacity: int) -> list[Tokens]:
     return [Tokens(tokens.ids[piece], [False, *tokens.supervised[piece][1:]]) for piece in pieces]
 
 
-def _joined(rows: Sequence[Tokens]) -> Tokens:
+def _join(rows: Sequence[Tokens]) -> Tokens:
     return Tokens(
         [token for row in rows for token in row.ids],
         [place > 0 and learned for row in rows for place, learned in enumerate(row.supervised)],

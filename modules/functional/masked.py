@@ -1,11 +1,28 @@
-"""Sums, means and whitening over the kept entries of a padded tensor.
+"""Padding, and sums, means and whitening over the kept entries of a padded tensor.
 
 A mask is True, or a weight above 0, where an entry counts. Dropped entries are filled before any arithmetic, so that no
 NaN or inf in a padded column reaches a result or a gradient.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+
+def pad_rows(rows: Sequence[Sequence[int]], fill: int = 0) -> tuple[Tensor, Tensor]:
+    """Pad rows of integers on the right to int [N, T], and make the bool keep-mask [N, T] from their lengths.
+
+    T is the longest row, at least 1. ``fill`` is what padding holds; it may occur in a row.
+
+    >>> pad_rows([[7, 0, 2], [2]], fill=2)[1]
+    tensor([[ True,  True,  True],
+            [ True, False, False]])
+    """
+    lengths = torch.tensor([len(row) for row in rows])
+    width = max(1, int(lengths.max()))
+    padded = torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows], dtype=torch.long)
+    return padded, torch.arange(width) < lengths[:, None]
 
 
 def masked_sum(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:

@@ -7,6 +7,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from modules.functional.masked import pad_rows
 from modules.rewards.combined import breakdown
 from modules.types import Completion, PolicyBatch, PromptBatch, Reward, Rollout
 
@@ -55,13 +56,11 @@ def make_batch(rollouts: list[Rollout], device: torch.device) -> PolicyBatch:
     """
     prompt_rows = {rollout.group: rollout.prompt_ids for rollout in rollouts}
     position = {group: i for i, group in enumerate(prompt_rows)}
-    prompt_ids, prompt_mask = pad_rows(list(prompt_rows.values()), device)
-    completion_ids, completion_mask = pad_rows([rollout.completion.token_ids for rollout in rollouts], device)
-    sampler = torch.zeros(completion_mask.shape, device=device)
-    sampler[completion_mask] = torch.tensor(
-        [x for rollout in rollouts for x in rollout.completion.logprobs], device=device
-    )
-    group = torch.tensor([position[rollout.group] for rollout in rollouts], device=device)
+    prompt_ids, prompt_mask = pad_rows(list(prompt_rows.values()))
+    completion_ids, completion_mask = pad_rows([rollout.completion.token_ids for rollout in rollouts])
+    sampler = torch.zeros(completion_mask.shape)
+    sampler[completion_mask] = torch.tensor([x for rollout in rollouts for x in rollout.completion.logprobs])
+    group = torch.tensor([position[rollout.group] for rollout in rollouts])
     rewards = [float("nan") if rollout.reward is None else rollout.reward for rollout in rollouts]
     batch = {
         "prompt_ids": prompt_ids,
@@ -70,20 +69,11 @@ def make_batch(rollouts: list[Rollout], device: torch.device) -> PolicyBatch:
         "completion_mask": completion_mask,
         "prompt_index": group,
         "sampler_logprobs": sampler,
-        "rewards": torch.tensor(rewards, device=device),
+        "rewards": torch.tensor(rewards),
         "group": group,
-        "stopped": torch.tensor([rollout.completion.finish == "stop" for rollout in rollouts], device=device),
+        "stopped": torch.tensor([rollout.completion.finish == "stop" for rollout in rollouts]),
     }
-    return cast(PolicyBatch, batch)
-
-
-def pad_rows(rows: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Pad token ids on the right with 0 to int [R, T], and make the bool mask [R, T] from their lengths."""
-    lengths = torch.tensor([len(row) for row in rows])
-    mask = torch.arange(max(1, int(lengths.max())))[None] < lengths[:, None]
-    ids = torch.zeros(mask.shape, dtype=torch.long)
-    ids[mask] = torch.tensor([token for row in rows for token in row], dtype=torch.long)
-    return ids.to(device), mask.to(device)
+    return cast(PolicyBatch, {name: values.to(device) for name, values in batch.items()})
 
 
 def score_in_chunks(score: Callable[[PolicyBatch], tuple[Tensor, ...]], batch: PolicyBatch) -> tuple[Tensor, ...]:

@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from callbacks.data_report import DataReport, find_documents, guess_languages, write_markdown_table, write_table
 from datamodules import InstructionDataModule, PreferenceDataModule
-from datamodules.loaders.preference_rows import PreferenceTokens
+from datamodules.preference import PreferenceTokens
 from datamodules.sources import Row, Source
 from datamodules.tokens.chat import Tokens
 from modules import SFTModule

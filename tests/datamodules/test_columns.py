@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from datamodules import InstructionDataModule, VerifiableDataModule
-from datamodules.formats.prompt_shapes import final_answer, verifiable_example
+from datamodules.formats.prompt_shapes import read_gold, verifiable_example
 from datamodules.formats.reading import Reading
 from datamodules.sources import Row
 from modules.networks.tiny import tiny_tokenizer
@@ -71,15 +71,15 @@ def test_verifiable_columns(
     assert (example.origin, example.source) == ("data.jsonl:3", "data")
 
 
-def test_final_answers() -> None:
+def test_read_golds() -> None:
     for given, expected in (
         ("#### 5", "5"),
         ("a #### b\n#### -1,234,567 ", "-1234567"),
         ("(1,8,19), (2,700,13)", "(1,8,19), (2,700,13)"),
         ("025", "025"),
     ):
-        assert final_answer(given) == expected
-    assert final_answer(None) is None and final_answer(12) == "12"
+        assert read_gold(given) == expected
+    assert read_gold(None) is None and read_gold(12) == "12"
 
 
 REFUSED = [

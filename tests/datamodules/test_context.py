@@ -58,25 +58,35 @@ def tokenizer() -> Any:
     return made
 
 
+KINDS = ["jsonl", "json", "csv", "tsv", "parquet", "arrow"]
+
+
 def write(folder: Path, kind: str, *rows: dict[str, Any]) -> str:
-    """Write the rows as a file of a kind. In CSV, lists and objects are JSON, and a missing value is empty."""
+    """Write the rows as a file of a kind. In CSV and TSV, lists and objects are JSON, and a missing value is empty."""
     path = folder / f"rows.{kind}"
+    names = list(dict.fromkeys(name for row in rows for name in row))
     if kind == "jsonl":
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    elif kind == "csv":
+    elif kind == "json":
+        path.write_text(json.dumps(rows, indent=1))
+    elif kind in ("csv", "tsv"):
+        texts = [{k: json.dumps(v) if isinstance(v, list | dict) else v for k, v in row.items()} for row in rows]
+        cells = [names, *(["" if row.get(name) is None else str(row[name]) for name in names] for row in texts)]
         with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
-            writer.writeheader()
-            for row in rows:
-                texts = {k: json.dumps(v) if isinstance(v, list | dict) else v for k, v in row.items()}
-                writer.writerow({k: "" if v is None else v for k, v in texts.items()})
+            if kind == "csv":
+                csv.writer(file).writerows(cells)
+            else:  # which knows no quotes
+                file.writelines("\t".join(row) + "\n" for row in cells)
     else:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        pq.write_table(
-            pa.Table.from_pylist([dict.fromkeys(name for other in rows for name in other) | row for row in rows]), path
-        )
+        table = pa.Table.from_pylist([dict.fromkeys(names) | row for row in rows])
+        if kind == "parquet":
+            pq.write_table(table, path)
+        else:
+            with pa.ipc.new_stream(str(path), table.schema) as writer:
+                writer.write_table(table)
     return str(path)
 
 
@@ -121,8 +131,8 @@ def judged(path: str, chat: bool = True) -> list[str]:
     return [str(row.columns.get("tools", "")).replace("'", '"') + row.prompt for row in data.rows]
 
 
-def prompts(path: str, chat: bool = True) -> list[str]:
-    data = VerifiableDataModule(tokenizer(), PreferencePrompts(path, chat=chat), chat=chat)
+def prompts(path: str, chat: bool = True, **options: Any) -> list[str]:
+    data = VerifiableDataModule(tokenizer(), PreferencePrompts(path, chat=chat, **options), chat=chat)
     data.setup("fit")
     return [prompt.text for prompt in data.train_prompts]
 
@@ -166,7 +176,7 @@ BESIDE: dict[str, tuple[Any, str]] = {
 REFUSED = {"images": ["cat.png"], "weight": 0.5, "chat_template_kwargs": {"enable_thinking": False}, "video": "a.mp4"}
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", READ)
 def test_context_is_rendered_by_everyone(tmp_path: Path, name: str, kind: str) -> None:
     """Each row has one column of context, so in tables every other row has that column empty."""
@@ -255,7 +265,7 @@ def test_a_message_of_a_tree_is_no_document(tmp_path: Path) -> None:
         sft(write(tmp_path, "jsonl", {"messages": [ASK, {**SAY, "replies": []}]}))
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_fields_of_messages(tmp_path: Path, kind: str) -> None:
     call = {"type": "function", "function": {"name": "look", "arguments": {"a": 1}}}
     other = {"type": "function", "function": {"name": "find", "arguments": {"b": "x", "c": [1]}}}
@@ -371,7 +381,7 @@ def test_a_prompt_that_begins_the_answer_is_gone_on_with(tmp_path: Path) -> None
     ],
 )
 @pytest.mark.parametrize("column", ["better_response_id", "labels", "label", "winner"])
-@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "tsv"])
 def test_the_whole_column_says_which_is_better(
     tmp_path: Path, values: list[Any], first: Any, ranks: Any, column: str, kind: str
 ) -> None:
@@ -386,7 +396,7 @@ def test_the_whole_column_says_which_is_better(
     assert f"`{column}`: " in data.reading.line() and "the first answer is better" in data.reading.line()
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "tsv"])
 def test_labels_and_margins_as_text(tmp_path: Path, kind: str) -> None:
     rows = [{"prompt": "p", "completion": "c", "kto_tag": value} for value in ("True", "0", 1, False)]
     data = PreferenceDataModule(tokenizer(), write(tmp_path, kind, *rows))
@@ -520,3 +530,48 @@ def test_the_line_says_what_became_of_every_column_and_row(tmp_path: Path, caplo
 def test_every_name_of_the_table_is_there_once() -> None:
     names = [name for column in COLUMNS for name in (column.name, *column.synonyms.split())]
     assert len(names) == len(set(names)) == len(OURS) and all(column.means for column in COLUMNS)
+
+
+TWO, ONE = {"prompt": "p", "output_1": "a", "output_2": "b"}, {"prompt": "p", "completion": "a"}
+
+
+@pytest.mark.parametrize(
+    ("read", "rows", "message"),
+    [
+        (dpo, [TWO | {"winner": value} for value in (0, 1)], "column 'winner' holds only 0 and 1"),
+        (dpo, [TWO | {"winner": value} for value in "xyxya"], "column 'winner' holds 'x' and 'y', no known name"),
+        (dpo, [ONE | {"label": value} for value in ("yes", "no", "true", "yes", "no")], "'label' holds 'yes' and 'no'"),
+        (sft, [{"question": "a", "query": "b", "answer": "c"}, {"question": "a", "answer": "c"}], "both be the prompt"),
+        (grpo, [{"question": "a", "query": "b"}, {"question": "a"}], "may both be the prompt"),
+        (streamed, [{"question": "a", "answer": "c"}, {"question": "a", "query": "b", "answer": "c"}], "both be the"),
+        (prompts, [{"question": "a", "query": "b", "chosen": "c", "rejected": "d"}], "both be the prompt"),
+    ],
+)
+def test_what_the_whole_data_set_leaves_open_is_refused_once(
+    tmp_path: Path, read: Callable[..., list[str]], rows: list[dict[str, Any]], message: str
+) -> None:
+    """Rows that may be bad are dropped one by one; a column that can be read in two ways is no bad row."""
+    with pytest.raises(ValueError, match=message) as raised:
+        read(write(tmp_path, "jsonl", *rows), on_bad_row="drop")
+    assert "none is left" not in str(raised.value)
+
+
+def test_a_single_odd_word_is_a_bad_row(tmp_path: Path) -> None:
+    data = PreferenceDataModule(
+        tokenizer(), write(tmp_path, "jsonl", *[TWO | {"winner": value} for value in "abx"]), on_bad_row="drop"
+    )
+    data.setup("fit")
+    assert data.bad["train"] == 1 and len(data.train_rows) == 2
+
+
+@pytest.mark.parametrize("read", [sft, mixed])
+def test_options_of_chats_are_not_used_for_documents_and_the_line_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, read: Callable[..., list[str]]
+) -> None:
+    path = write(tmp_path, "jsonl", {"text": "a document"})
+    with caplog.at_level("INFO"):
+        read(path)
+        assert "not used" not in caplog.text
+        read(path, system="be kind", chat=True)
+    for option in ("data.system", "data.chat"):
+        assert f"{option}: not used, for a document is no chat" in caplog.text

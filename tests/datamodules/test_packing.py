@@ -10,7 +10,8 @@ from lightning.pytorch import Trainer
 from test_instruction_resume import Unigram, fit
 
 from datamodules import Addition, InstructionDataModule
-from datamodules.loaders.step_sampler import InstructionDataset, MicroBatch
+from datamodules.instruction import InstructionDataset
+from datamodules.loaders.step_sampler import MicroBatch
 from datamodules.tokens.encoding import Tokens
 from datamodules.tokens.packing import best_fit_decreasing, pack, split_long
 from modules import SFTModule

@@ -9,9 +9,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
-from datamodules.loaders.preference_rows import PreferenceDataset, PreferenceTokens
 from datamodules.loaders.step_sampler import MicroBatch, StepSampler
-from datamodules.preference import PreferenceDataModule, chosen_longer_by
+from datamodules.preference import PreferenceDataModule, PreferenceDataset, PreferenceTokens, chosen_longer_by
 from datamodules.sources import Row, Source
 from datamodules.tokens.chat import encode_example, encode_prompt
 from modules.networks.tiny import tiny_tokenizer

@@ -11,7 +11,7 @@ import pytest
 from datamodules import Files, InstructionDataModule
 from datamodules.formats.prompt_shapes import verifiable_example
 from datamodules.formats.reading import Reading
-from datamodules.sources.files import hub_trouble
+from datamodules.sources.locations import explain_hub_error
 from datamodules.tokens.chat import encode_prompt
 from modules.networks.tiny import tiny_tokenizer
 
@@ -305,7 +305,7 @@ def test_a_config_is_named_behind_a_colon_or_by_name(tmp_path: Path, hub_clone: 
         assert [row.columns for row in source.rows()] == [{"question": question, "answer": "2"}]
     with pytest.raises(ValueError, match="subfolders are not read, so name one of them: main/, socratic/"):
         Files("org/sums").rows()
-    assert hub_trouble("a/b", "train", ValueError("Config name is missing.\nPlease pick one: ['x', 'y']\nz")) == (
+    assert explain_hub_error("a/b", "train", ValueError("Config name is missing.\nPlease pick one: ['x', 'y']\nz")) == (
         "a/b: the data set has several configs (x, y); name one behind a colon: a/b:x"
     )
     with pytest.raises(ValueError, match=r"org/sums:nosuch: .*\(train split\): .*'?nosuch'? not found"):

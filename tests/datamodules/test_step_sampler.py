@@ -6,8 +6,10 @@ from itertools import pairwise
 import pytest
 import torch
 
-from datamodules.loaders.step_sampler import InstructionDataset, MicroBatch, StepSampler, pad_right
+from datamodules.instruction import InstructionDataset
+from datamodules.loaders.step_sampler import MicroBatch, StepSampler
 from datamodules.tokens.encoding import Tokens
+from modules.functional.masked import pad_rows
 
 LENGTHS = random.Random(0).choices(range(2, 60), k=29)
 WEIGHTS = [length // 2 for length in LENGTHS]
@@ -129,7 +131,7 @@ def test_the_position_is_counted_before_the_batch_is_handed_out() -> None:
 
 
 def test_padding_is_on_the_right_and_masks_come_from_lengths() -> None:
-    ids, mask = pad_right([[7, 0, 2], [2]], fill=2)  # 2 is end and pad at once, 0 a real token
+    ids, mask = pad_rows([[7, 0, 2], [2]], fill=2)  # 2 is end and pad at once, 0 a real token
     assert ids.tolist() == [[7, 0, 2], [2, 2, 2]]
     assert mask.tolist() == [[True, True, True], [True, False, False]]
     batch = InstructionDataset([Tokens([7, 0, 2], [False, True, True]), Tokens([9, 2], [False, True])], pad_id=2)[

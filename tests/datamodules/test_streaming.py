@@ -8,6 +8,8 @@ from collections import Counter
 from itertools import islice
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
@@ -152,7 +154,7 @@ def test_bad_and_long_rows_are_counted(tmp_path):
     assert (
         data.bad["train"] == data.dropped["train"] == 15
     )  # 16 micro-batches of the one good row, which comes first in a pass
-    with pytest.raises(ValueError, match=r"mixed.jsonl, row 1 of share 0 in pass 0: the completion is empty"):
+    with pytest.raises(ValueError, match=r"mixed.jsonl:2: the completion is empty"):
         fit(stream(path, shuffle_buffer=1), tmp_path / "run2")
 
 
@@ -296,3 +298,26 @@ def test_folders_tables_and_configs_are_read_as_elsewhere(tmp_path, hub_clone):
     assert row.columns == {"question": "socratic train", "answer": "2"}
     with pytest.raises(ValueError, match=r"org/sums:nosuch: .*nosuch.* not found"):
         stream("org/sums:nosuch").setup("fit")
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+def test_the_first_bad_row_is_named_by_file_and_row(tmp_path, caplog, kind):
+    """Whatever the order of the stream, and with empty lines between."""
+    for file, completions in (("a", ["1", "2", "3"]), ("b", ["4", "", "6"])):
+        rows = [{"prompt": f"{file}{index}=", "completion": text} for index, text in enumerate(completions)]
+        path = tmp_path / f"{file}.{kind}"
+        if kind == "jsonl":
+            path.write_text(
+                "\n".join(json.dumps(row) for row in rows[:1]) + "\n\n" + "\n".join(map(json.dumps, rows[1:]))
+            )
+        elif kind == "csv":
+            path.write_text("prompt,completion\n" + "".join(f"{row['prompt']},{row['completion']}\n" for row in rows))
+        else:
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    place = "b.jsonl:3" if kind == "jsonl" else f"b.{kind}#1"
+    data = stream(tmp_path, on_bad_row="drop", batch_size=1, steps_per_epoch=8, max_length=99)
+    with caplog.at_level("INFO"):
+        fit(data, tmp_path / "run")
+    assert f"train: bad rows are left out, the first: {tmp_path}/{place}: the completion is empty" in caplog.text
+    with pytest.raises(ValueError, match=f"{place}: the completion is empty"):
+        fit(stream(tmp_path, batch_size=1, max_length=99), tmp_path / "run2")

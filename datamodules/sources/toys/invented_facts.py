@@ -69,8 +69,7 @@ class FactDocuments(Facts):
         if num_facts % (self.LINES * len(RELATIONS)) or first % len(RELATIONS) or passes < 1 or not marks:
             raise ValueError(
                 f"num_facts must be a multiple of {self.LINES * len(RELATIONS)}, first of {len(RELATIONS)}, and passes "
-                "at least 1, "
-                f"got {num_facts}, {first} and {passes}"
+                f"at least 1, got {num_facts}, {first} and {passes}"
             )
         self.passes, self.seed, self.marks = passes, run_seed(seed), marks
 

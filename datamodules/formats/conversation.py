@@ -1,0 +1,385 @@
+"""Conversations and prompts: the one table of message fields, and a prompt with all that stands beside it."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+from datamodules.formats.reading import Cells, as_number, is_empty, parse_json, repeats, unpack, without_nulls
+from datamodules.tokens.chat import Dialogue, Message, Tools
+
+FIELDS = {  # our name -> the names that data sets give it; nothing else may stand in a message but METADATA
+    "role": ("role", "from"),
+    "content": ("content", "value", "text"),
+    "reasoning_content": ("reasoning_content", "reasoning", "thinking", "thoughts"),
+    "tool_calls": ("tool_calls", "tool_call", "function_call"),
+    "tool_call_id": ("tool_call_id",),
+    "name": ("name",),
+    "loss_weight": ("loss_weight", "weight", "train", "training", "trainable", "loss_mask", "loss"),
+}
+METADATA = frozenset(  # fields that say nothing a model could learn: they are not read, and named so
+    [
+        "id",
+        "message_id",
+        "msg_id",
+        "uid",
+        "uuid",
+        "parent_id",
+        "parent",
+        "turn_id",
+        "turn_identifier",
+        "turn",
+        "index",
+        "idx",
+        "timestamp",
+        "ts",
+        "time",
+        "date",
+        "created",
+        "created_at",
+        "create_time",
+        "updated_at",
+        "language",
+        "lang",
+        "country",
+        "hashed_ip",
+        "model",
+        "model_name",
+        "finish_reason",
+        "stop_reason",
+        "source",
+        "token_count",
+        "num_tokens",
+    ]
+)
+ROLES = {
+    **dict.fromkeys(("user", "human", "prompter"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "model", "bing", "bard", "function_call"), "assistant"),
+    **dict.fromkeys(("tool", "observation", "function", "ipython", "tool_response"), "tool"),
+    "system": "system",
+    "developer": "developer",
+}
+CALLS = ("function_call", "tool_call")  # ShareGPT's roles of turns whose value is a call
+PARTS = {"text": "text", "reasoning": "reasoning", "thinking": "reasoning", "tool_call": "tool_call"}
+PROMPTS = ("prompt", "instruction", "messages", "input", "context")  # columns that may hold the prompt, in this order
+BESIDE = ("input", "context", "documents", "options")  # columns whose text is written below a text prompt
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+TEXT_OR_MESSAGES = "text or a list of messages"
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """The messages of a cell."""
+
+    turns: list[Message]
+    unlearned: frozenset[int]  # numbers of the turns that a weight of 0 excludes from the loss
+    unread: frozenset[str]  # names of the metadata beside them
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A prompt as a model is to read it."""
+
+    prompt: Dialogue
+    tools: Tools | None = None
+    instruction: str | None = None  # of a text prompt in Alpaca's form: the instruction alone
+    given: str = ""  # the texts below the prompt
+
+    @property
+    def ends_in_answer(self) -> bool:
+        """Whether the last of its messages is the assistant's."""
+        return not isinstance(self.prompt, str) and self.prompt[-1:] != [] and self.prompt[-1]["role"] == "assistant"
+
+
+def read_prompt(cells: Cells, names: tuple[str, ...] = PROMPTS) -> Asked | None:
+    """Reads the prompt in one of our columns ``names``; None where none of them holds one.
+
+    Texts of ``BESIDE`` are written below a text prompt, each behind an empty line. System message, history and tools
+    come with :func:`add_context`.
+    """
+    name = next((name for name in names if cells.holds(name)), None)
+    if name is None:
+        return None
+    value = cells.take(name)
+    if looks_like_messages(value):
+        return Asked(read_turns(cells, value, cells.name(name)).turns)
+    if not isinstance(value, str):
+        raise cells.wrong_type(name, value, TEXT_OR_MESSAGES)
+    parts = [text for text in (_text_beside(cells, other, value) for other in BESIDE if other != name) if text]
+    instruction = value if name == "instruction" else None
+    return Asked("\n\n".join([value, *parts]), None, instruction, "\n\n".join(parts))
+
+
+def add_context(cells: Cells, asked: Asked, chat: bool) -> Asked:
+    """Puts the row's system message and earlier turns in front of a prompt, and its tools beside it.
+
+    Args:
+        cells: the row.
+        asked: its prompt.
+        chat: a text prompt becomes a user message where the row has any of them.
+
+    Raises:
+        ValueError: with the row's origin, for text below messages, a second system message, and any of them beside a
+            text prompt without ``chat``.
+    """
+    prompt = asked.prompt
+    if not isinstance(prompt, str):
+        for name in BESIDE:
+            if (
+                cells.holds(name)
+                and cells.name(name) not in cells.used
+                and not repeats(cells.values[cells.name(name)], list(prompt))
+            ):
+                raise ValueError(
+                    f"{cells.origin}: column {cells.name(name)!r} stands beside messages, which have no place for it; write "
+                    f"it into the user's message, or leave it out with --data.columns '{{{name}: \"\"}}'"
+                )
+    names = [cells.name(name) for name in ("system", "history", "tools") if cells.holds(name)]
+    system, history, tools = cells.take_text("system"), _read_history(cells), _read_tools(cells)
+    if isinstance(prompt, str):
+        if not (system or history or tools):
+            return asked
+        if not chat:
+            raise ValueError(
+                f"{cells.origin}: column {' and '.join(map(repr, names))} cannot be written into a plain text prompt; set "
+                f"data.chat: true (or --data.chat true) to render prompts as chats, or leave it out with --data.columns "
+                f"'{{{cells.roles[names[0]]}: \"\"}}'"
+            )
+        prompt = [Message(role="user", content=prompt)]
+    own = prompt[:1] if prompt and prompt[0]["role"] in ("system", "developer") else []
+    if own and system and own[0]["content"].strip() not in ("", system.strip()):
+        raise ValueError(
+            f"{cells.origin}: column {names[0]!r} and the system message of the row's own messages differ; keep one of "
+            "them, or leave the column out with --data.columns '{system: \"\"}'"
+        )
+    front = own if own and own[0]["content"].strip() else [Message(role="system", content=system)] if system else own
+    return Asked([*front, *history, *prompt[len(own) :]], tools)
+
+
+def read_turns(cells: Cells, value: Any, name: str) -> Conversation:
+    """Reads the messages in the cell, or the part of one, that is called ``name``; names what of them is not read."""
+    conversation = read_messages(value, f"{cells.origin}: {name}")
+    for field in sorted(conversation.unread):
+        cells.unread[f"{name}.{field}"] = "beside what messages say"
+    return conversation
+
+
+def read_messages(value: Any, where: str) -> Conversation:
+    """Reads a list of messages, a single one, or the JSON text of either.
+
+    Names of fields are those of ``FIELDS``. Content is text, or a list of typed parts with their text under ``text``,
+    ``value`` or the type's name: ``text``, ``reasoning`` (or ``thinking``), ``tool_call`` (JSON). A ``function_call`` is
+    JSON too. A key that holds null is not there, as in tables every message has the keys of all others.
+
+    Raises:
+        ValueError: one sentence that begins with ``where`` (a column of a row), for unknown fields and roles, weights
+            other than 0 and 1, a weight of 1 on a turn that is not the assistant's, and content that is no text.
+    """
+    value = unpack(value)
+    turns: list[Message] = []
+    unlearned, unread = set(), set()
+    for index, message in enumerate(value if isinstance(value, list) else [value]):
+        place = f"{where}, message {index},"
+        if not isinstance(message, Mapping):
+            raise _no_text(place)
+        fields, metadata = _split_fields(message, place)
+        unread |= metadata
+        turns.append(_make_message(fields, place))
+        if _is_unlearned(fields.get("loss_weight"), turns[-1], place):
+            unlearned.add(index)
+    return Conversation(turns, frozenset(unlearned), frozenset(unread))
+
+
+def looks_like_messages(value: Any) -> bool:
+    """Tells whether a cell is a list of messages, or a single one, with role and content; also as JSON text."""
+    value = unpack(value)
+    given = value if isinstance(value, list) else [value]
+    return bool(given) and all(
+        isinstance(message, Mapping) and any(name in message for name in FIELDS["role"]) for message in given
+    )
+
+
+def read_options(cells: Cells) -> list[tuple[str, str, str]]:
+    """Reads the options of a row: of each, the line that is written, its letter and its text.
+
+    ``["red", "blue"]`` and ``{"A": "red", "B": "blue"}`` are written ``A) red`` and ``B) blue``; ``["A) red"]`` as it is.
+    """
+    given = unpack(cells.take("options"))
+    if given is None:
+        return []
+    if isinstance(given, Mapping) and set(given) == {"text", "label"}:  # ARC's and CommonsenseQA's
+        given = dict(zip(given["label"], given["text"], strict=True))
+    if isinstance(given, list) and all(isinstance(text, str | int | float) for text in given):
+        texts = [str(text) for text in given]
+        lettered = all(text.lstrip("(")[:1] == letter for text, letter in zip(texts, LETTERS, strict=False))
+        if lettered and all(text.lstrip("(")[1:2] in tuple(").:") for text in texts):
+            return [(text, letter, text.lstrip("(")[2:].strip()) for text, letter in zip(texts, LETTERS, strict=False)]
+        given = dict(zip(LETTERS, texts, strict=False)) if len(texts) <= len(LETTERS) else None
+    if not isinstance(given, Mapping) or not all(isinstance(text, str) for text in given.values()):
+        raise ValueError(
+            f"{cells.origin}: column {cells.name('options')!r} must hold a list of texts or an object of letters and texts"
+        )
+    return [(f"{letter}) {text}", str(letter), text) for letter, text in given.items() if not is_empty(text)]
+
+
+def _no_text(where: str) -> ValueError:
+    return ValueError(f"{where} must have a role and a content (or from and value), both text")
+
+
+def _split_fields(message: Mapping[str, Any], where: str) -> tuple[dict[str, Any], set[str]]:
+    """The fields by our names, and the metadata. Raises ValueError for unknown fields and for one said twice."""
+    given = {str(key): part for key, part in message.items() if part is not None}
+    fields: dict[str, Any] = {}
+    for ours, names in FIELDS.items():
+        found = [name for name in names if name in given]
+        values = [given.pop(name) for name in found]
+        said = [part for part in values if not is_empty(part)] or values[:1]
+        if any(part != said[0] for part in said[1:]):
+            raise ValueError(f"{where} says {' and '.join(found)}, which mean the same and differ; keep one of them")
+        fields |= {ours: said[0]} if said else {}
+    metadata = {name for name in given if name.lower() in METADATA}
+    unknown = [name for name, part in given.items() if name not in metadata and not is_empty(part)]
+    if "replies" in given:
+        raise ValueError(
+            f"{where} is one of a conversation tree; set data.train to OasstTrees, which reads its threads"
+        )
+    if unknown:
+        known = ", ".join(name for names in FIELDS.values() for name in names)
+        raise ValueError(
+            f"{where} holds {', '.join(map(repr, unknown))}, which nothing here reads; remove it, or rename it to one of "
+            f"{known}"
+        )
+    return fields, metadata
+
+
+def _make_message(fields: Mapping[str, Any], where: str) -> Message:
+    role, content, reasoning = fields.get("role"), fields.get("content"), fields.get("reasoning_content", "")
+    if not isinstance(role, str):
+        raise _no_text(where)
+    if role not in ROLES and role not in CALLS:
+        raise ValueError(f"{where} has the role {role!r}; known are {', '.join(dict.fromkeys([*ROLES, *CALLS]))}")
+    parts = _split_content(content, role in CALLS, where)
+    made = unpack(fields.get("tool_calls", []))
+    calls = [_read_call(call, where) for call in [*(made if isinstance(made, list) else [made]), *parts["tool_call"]]]
+    if not isinstance(reasoning, str) or (content is None and not calls):
+        raise _no_text(where)
+    others = {
+        "reasoning_content": reasoning or "".join(parts["reasoning"]),
+        "tool_calls": calls,
+        **{name: fields.get(name) for name in ("tool_call_id", "name")},
+    }
+    turn: Any = {"role": ROLES.get(role, "assistant"), "content": "".join(parts["text"])}
+    return cast(Message, turn | {name: part for name, part in others.items() if part})
+
+
+def _is_unlearned(weight: Any, turn: Message, where: str) -> bool:
+    number = None if weight is None else as_number(weight)
+    if weight is not None and number not in (0, 1):
+        raise ValueError(f"{where} has loss_weight {weight!r}; known are 0 (not learned) and 1 (learned)")
+    if number == 1 and turn["role"] != "assistant":
+        raise ValueError(f"{where} has loss_weight 1 and is the {turn['role']}'s; only assistant turns are learned")
+    return number == 0
+
+
+def _split_content(content: Any, is_call: bool, where: str) -> dict[str, list[Any]]:
+    """The texts, the reasonings and the parsed tool calls of a message's content."""
+    parts: dict[str, list[Any]] = {"text": [], "reasoning": [], "tool_call": []}
+    if is_call:
+        made = parse_json(content, where) if isinstance(content, str) else without_nulls(content)
+        parts["tool_call"] = made if isinstance(made, list) else [made]
+    elif isinstance(content, str):
+        parts["text"].append(content)
+    elif isinstance(content, list):
+        for part in content:
+            kind = part.get("type") if isinstance(part, Mapping) else None
+            names = ("text", "value", kind) if isinstance(part, Mapping) else ()
+            text = next((part[name] for name in names if isinstance(part.get(name), str)), None)
+            if kind not in PARTS or text is None:
+                raise ValueError(f"{where} has a content part that is not text: {str(part)[:60]!r}")
+            parts[PARTS[kind]].append(parse_json(text, where) if kind == "tool_call" else text)
+    elif content is not None:
+        raise _no_text(where)
+    return parts
+
+
+def _read_call(call: Any, where: str) -> dict[str, Any]:
+    """``{"type": "function", "function": {"name", "arguments"}}``, the arguments an object as templates expect."""
+    call = unpack(call)
+    outer = {key: part for key, part in call.items() if part is not None} if isinstance(call, Mapping) else {}
+    given = outer.pop("function", outer)
+    function = {key: part for key, part in given.items() if part is not None} if isinstance(given, Mapping) else {}
+    names = [name for name in ("arguments", "parameters", "args", "input") if name in function]
+    arguments = function[names[0]] if names else {}
+    if isinstance(arguments, str):
+        arguments = parse_json(arguments, where) if arguments.strip() else {}
+    else:
+        arguments = without_nulls(arguments)
+    if not isinstance(function.get("name"), str) or not isinstance(arguments, Mapping):
+        raise ValueError(f"{where} has a tool call without a name and arguments: {str(call)[:60]!r}")
+    known = ("id", "type", "index", "function", "name", *names[:1])
+    if strange := [key for key in {**outer, **function} if key not in known]:
+        raise ValueError(f"{where} has a tool call with {', '.join(map(repr, strange))}, which nothing here reads")
+    marked = {"id": outer["id"]} if isinstance(outer.get("id"), str) else {}
+    return {**marked, "type": "function", "function": {"name": function["name"], "arguments": dict(arguments)}}
+
+
+def _read_history(cells: Cells) -> list[Message]:
+    """Earlier turns: pairs of a question and its answer, or messages."""
+    given = unpack(cells.take("history"))
+    if given is None:
+        return []
+    name = cells.name("history")
+    if looks_like_messages(given):
+        return read_messages(given, f"{cells.origin}: {name}").turns
+    if not isinstance(given, list) or not all(
+        isinstance(pair, list | tuple) and [type(text) for text in pair] == [str, str] for pair in given
+    ):
+        raise ValueError(
+            f"{cells.origin}: column {name!r} must be a list of pairs of a question and its answer, both text, or of messages"
+        )
+    roles = ("user", "assistant")
+    return [Message(role=role, content=text) for pair in given for role, text in zip(roles, pair, strict=True)]
+
+
+def _read_tools(cells: Cells) -> Tools | None:
+    """JSON schemas from a list or its JSON text, each as ``{"type": "function", "function": ...}``; None when there is
+    none. Keys that hold null are left out."""
+    value = cells.take("tools")
+    if value is None:
+        return None
+    where = f"{cells.origin}: column {cells.name('tools')!r}"
+    value = parse_json(value, where) if isinstance(value, str) else value
+    if is_empty(value):
+        return None
+    given = (
+        [parse_json(tool, where) if isinstance(tool, str) else tool for tool in value] if type(value) is list else []
+    )
+    if not given or not all(isinstance(tool, dict) for tool in given):
+        raise ValueError(f"{where} must hold a list of tools, each an object, or the JSON text of such a list")
+    tools = [without_nulls(tool) for tool in given]
+    return [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
+
+
+def _text_beside(cells: Cells, name: str, prompt: str) -> str:
+    """The text of a column below the prompt; "" where there is none or the prompt holds it already."""
+    if name == "options":
+        options = read_options(cells)
+        written = all(re.search(rf"\b{letter}\W{{1,3}}{re.escape(text)}", prompt) for _, letter, text in options)
+        return "" if written else "\n".join(line for line, _, _ in options)
+    given = unpack(cells.take(name)) if name == "documents" else cells.take(name)
+    if given is None or repeats(given, prompt):
+        return ""
+    parts = given if isinstance(given, list) else [given]
+    texts = [part if isinstance(part, str) else _text_of_document(part) for part in parts]
+    if any(text is None for text in texts):
+        others = "or a list of texts or of objects with title and text"
+        raise ValueError(f"{cells.wrong_type(name, given, 'text')}, {others}")
+    return "\n\n".join(str(text) for text in texts)
+
+
+def _text_of_document(part: Any) -> str | None:
+    """Title and text of a document; None where it is something else."""
+    if not isinstance(part, Mapping) or not set(part) <= {"title", "text", "content", "contents", "id", "doc_id"}:
+        return None
+    lines = [part.get(name) for name in ("title", "text", "content", "contents")]
+    return "\n".join(line for line in lines if isinstance(line, str)) or None
