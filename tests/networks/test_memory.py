@@ -1,4 +1,4 @@
-"""The memory estimate: arithmetic by hand, and count_states counted in optimizers that have stepped."""
+"""The memory estimate: arithmetic by hand, and states counted in optimizers that have stepped."""
 
 import pytest
 import torch
@@ -42,6 +42,6 @@ def test_megabytes_by_hand():
     # each that is trained
     assert memory == {"weights": 2.0 + 1.0 + 0.5, "gradients": 1.0, "optimizer": 2.0, "logits": 28.0}
     assert write_memory_line(memory) == (
-        "memory: 34 MB before activations (weights 4 MB, gradients 1 MB, optimizer count_states 2 MB, logits at most 28 MB); "
+        "memory: 34 MB before activations (weights 4 MB, gradients 1 MB, optimizer states 2 MB, logits at most 28 MB); "
         "activations come on top, with micro-batch x length"
     )
