@@ -50,7 +50,7 @@ def load(path: str, role: str = "policy") -> tuple[PreTrainedModel, PreTrainedTo
     if path.endswith(".gguf"):
         if not local.is_file():
             raise ValueError(f"{role}: there is no GGUF file at '{path}'; check the path")
-        return load_gguf(local)
+        return load_gguf(local, role)
     if local.is_dir() and not (local / "config.json").is_file():
         raise ValueError(f"{role}: '{path}' is a folder without config.json; name a Hugging Face model folder")
     source = str(local) if local.is_dir() else path
@@ -94,7 +94,7 @@ def silent() -> Iterator[None]:
         set_verbosity(level)
 
 
-def load_gguf(file: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_gguf(file: Path, role: str = "policy") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load model and tokenizer from a GGUF file.
 
     The model is built again from a config without ``quantization_config``, because ``save_pretrained`` refuses a model
@@ -107,7 +107,7 @@ def load_gguf(file: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         import gguf  # noqa: F401
     except ImportError as error:
         raise ValueError(
-            "policy: reading a GGUF file needs the package gguf; install it with: pip install 'lightning-align[gguf]'"
+            f"{role}: reading a GGUF file needs the package gguf; install it with: pip install 'lightning-align[gguf]'"
         ) from error
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     source = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
@@ -171,11 +171,11 @@ def find_end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
     return next((i for i in tokenizer(tail, add_special_tokens=False)["input_ids"] if i in special), None)
 
 
-def check_supported(path: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def check_supported(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuse a model whose log-probabilities would come out wrong.
 
     Args:
-        path: names the model in messages.
+        name: the option and its model, as messages begin.
         model: the loaded model.
         tokenizer: its tokenizer.
 
@@ -186,24 +186,24 @@ def check_supported(path: str, model: PreTrainedModel, tokenizer: PreTrainedToke
     config = model.config.to_dict()
     if len(tokenizer) > config["vocab_size"]:
         raise ValueError(
-            f"policy: the tokenizer of '{path}' has {len(tokenizer)} tokens and its model only "
+            f"{name}: the tokenizer has {len(tokenizer)} tokens and the model only "
             f"{config['vocab_size']}; name a folder in which the two belong together"
         )
     if tokenizer.eos_token_id is None:
         raise ValueError(
-            f"policy: the tokenizer of '{path}' has no eos token, so no completion could end; set eos_token in "
+            f"{name}: the tokenizer has no eos token, so no completion could end; set eos_token in "
             "tokenizer_config.json"
         )
-    for name in SCALED_LOGITS:
-        if config.get(name) not in (None, 1.0):
+    for setting in SCALED_LOGITS:
+        if config.get(setting) not in (None, 1.0):
             raise ValueError(
-                f"policy: '{path}' ({config['model_type']}) transforms its logits by {name}, which is not supported; "
+                f"{name} ({config['model_type']}) transforms its logits by {setting}, which is not supported; "
                 "use another model"
             )
     moving = [kind for kind in MOVING_ROPE if f"'rope_type': '{kind}'" in str(config.get("rope_parameters"))]
     if moving:
         raise ValueError(
-            f"policy: '{path}' ({config['model_type']}) has {moving[0]} rotary positions, which depend on padding and "
+            f"{name} ({config['model_type']}) has {moving[0]} rotary positions, which depend on padding and "
             "are not supported; use another model"
         )
 
@@ -217,7 +217,7 @@ def flattens(model: PreTrainedModel) -> bool:
 
 
 @torch.no_grad()
-def check_packing(path: str, model: PreTrainedModel, logprobs: Callable[[Tensor, Tensor], Tensor]) -> None:
+def check_packing(name: str, model: PreTrainedModel, logprobs: Callable[[Tensor, Tensor], Tensor]) -> None:
     """Refuse a model that mixes the documents of a packed row.
 
     State-space and convolution layers mix them, and so do positions that are counted by column. The log-probabilities
@@ -225,7 +225,7 @@ def check_packing(path: str, model: PreTrainedModel, logprobs: Callable[[Tensor,
     by at most 1e-3 when it stands alone (0.1 with a flash attention kernel, which computes in 16 bits).
 
     Args:
-        path: names the model in messages.
+        name: the option and its model, as messages begin.
         model: the model.
         logprobs: ids and position ids, int [1, T] -> log-probabilities [1, T] of all tokens.
 
@@ -241,7 +241,7 @@ def check_packing(path: str, model: PreTrainedModel, logprobs: Callable[[Tensor,
     leak, shift = (float((found[0] - moved).abs().max()) for moved in found[1:])
     if not (leak <= 1e-5 and shift <= (0.1 if flattens(model) else 1e-3)):
         raise ValueError(
-            f"policy: '{path}' ({model.config.model_type}) mixes the documents of a packed row: their "
+            f"{name} ({model.config.model_type}) mixes the documents of a packed row: their "
             f"log-probabilities are off by {max(leak, shift):.2g} nats; turn packing off or use another model"
         )
 

@@ -69,7 +69,7 @@ class Policy(nn.Module):
 
     def __init__(self, path: str, dropout: bool = True, lora: Lora | None = None, role: str = "policy") -> None:
         super().__init__()
-        self.path = path
+        self.path, self.name = path, f"{role}: '{path}'"  # name: how messages begin
         self.model, self.tokenizer = load(path, role)
         self.has_adapters = lora is not None
         if lora is not None:
@@ -81,7 +81,7 @@ class Policy(nn.Module):
             self.tokenizer.pad_token = self.tokenizer.eos_token
         self.stop_token_ids = find_stop_tokens(self.model, self.tokenizer)
         self.max_positions = read_max_positions(self.model.config)
-        check_supported(path, self.model, self.tokenizer)
+        check_supported(self.name, self.model, self.tokenizer)
         self.check_scores()
         self.packing_checked = False  # True after the first packed rows
 
@@ -111,7 +111,7 @@ class Policy(nn.Module):
                 gap = float((mine - token_logprobs(self.model(ids).logits[:, :-1], ids[:, 1:])).abs().max())
                 if not gap <= 1e-3:
                     raise ValueError(
-                        f"policy: '{self.path}' ({self.model.config.model_type}) makes its logits in a way that is not "
+                        f"{self.name} ({self.model.config.model_type}) makes its logits in a way that is not "
                         f"supported: log-probabilities from its hidden states are off by {gap:.3g} nats; use another "
                         "model"
                     )
@@ -211,7 +211,7 @@ class Policy(nn.Module):
         if not self.packing_checked:
             self.packing_checked = True
             check_packing(
-                self.path,
+                self.name,
                 self.model,
                 lambda ids, places: self.token_scores(ids, torch.ones_like(ids, dtype=torch.bool), places).logprobs,
             )
@@ -277,7 +277,7 @@ class Policy(nn.Module):
             return list(self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
         if [message["role"] for message in messages] != ["user"]:
             raise ValueError(
-                f"policy: '{self.path}' has no chat template (a base model?), so it takes a single user message; name "
+                f"{self.name} has no chat template (a base model?), so it takes a single user message; name "
                 "a chat model"
             )
         ids = list(self.tokenizer(ALPACA_PROMPT.format(instruction=messages[0]["content"]), verbose=False).input_ids)

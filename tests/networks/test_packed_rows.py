@@ -22,7 +22,8 @@ from transformers import (
     OPTForCausalLM,
 )
 
-from datamodules.loaders.step_sampler import InstructionDataset, MicroBatch
+from datamodules.instruction import InstructionDataset
+from datamodules.loaders.step_sampler import MicroBatch
 from datamodules.tokens.encoding import Tokens
 from datamodules.tokens.packing import pack
 from modules.networks import loading, policy
@@ -184,7 +185,7 @@ def test_packing_is_checked_once(tmp_path, monkeypatch) -> None:
     model = make(MODELS["llama"], tmp_path)
     calls: list[str] = []
     check = loading.check_packing
-    monkeypatch.setattr(policy, "check_packing", lambda path, *rest: (calls.append(path), check(path, *rest)))
+    monkeypatch.setattr(policy, "check_packing", lambda name, *rest: (calls.append(name), check(name, *rest)))
     for _ in range(2):
         scores(model, batch_of(pack(documents(), 14)))
     assert len(calls) == 1
