@@ -210,7 +210,7 @@ def test_unknown_paths_are_refused_in_one_sentence(tmp_path, monkeypatch, make, 
 def test_tokenizer_larger_than_the_model_is_refused(tmp_path):
     LlamaForCausalLM(LlamaConfig(**{**SMALL, "vocab_size": 100})).save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="261 tokens and its model only 100"):
+    with pytest.raises(ValueError, match="261 tokens and the model only 100"):
         Policy(str(tmp_path))
 
 
