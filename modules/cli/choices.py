@@ -44,7 +44,7 @@ FUNCTIONS: dict[str, list[Callable[..., Tensor]]] = {
 }
 CHOICES = [vars(package)[name] for package in PACKAGES for name in package.__all__]
 CLASSES = [choice for choice in CHOICES if isinstance(choice, type) and not inspect.isabstract(choice)]
-NAMES = sorted({choice.__name__ for choice in (*CLASSES, *sum(FUNCTIONS.values(), []))})
+NAMES = sorted({*(kind.__name__ for kind in CLASSES), *(f.__name__ for group in FUNCTIONS.values() for f in group)})
 
 
 def spell_out(option: str, value: Any) -> Any:
