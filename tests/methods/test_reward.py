@@ -266,7 +266,6 @@ from pathlib import Path
 import torch
 from test_reward import fitted, reward_module
 from callbacks import Export
-from callbacks.writers.prediction_writer import line
 if __name__ == "__main__":
     folder = Path(sys.argv[1]) / sys.argv[2]
     folder.mkdir(exist_ok=True)
