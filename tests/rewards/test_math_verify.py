@@ -165,10 +165,13 @@ def test_a_child_killed_between_calls_is_replaced(reward: MathVerify) -> None:
 
 def test_an_interrupted_request_leaves_no_reply_behind(reward: MathVerify) -> None:
     assert reward([RIGHT]) == [1.0]
-    timer = threading.Timer(0.5, os.kill, args=(os.getpid(), signal.SIGINT))
-    timer.start()
-    with pytest.raises(KeyboardInterrupt):
-        reward([STUCK])
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background ignore Ctrl-C
+    try:
+        threading.Timer(0.5, os.kill, args=(os.getpid(), signal.SIGINT)).start()
+        with pytest.raises(KeyboardInterrupt):
+            reward([STUCK])
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert reward([WRONG, RIGHT]) == [0.0, 1.0]
 
 
