@@ -10,15 +10,9 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 
-from modules.cli.progress import show_numbers
+from modules.cli.progress import pick_headlines, show_numbers
 from modules.cli.run_folder import CHECKPOINTS
 from modules.trainer.stopping import StopTogether
-
-SHOWN = 6  # numbers on the first line, in this order
-HEADLINES = (
-    *("pass@1", "greedy_accuracy", "reward", "rewards/accuracies", "accuracy", "mean_token_accuracy", "loss"),
-    *("objective/kl", "kl", "entropy"),
-)
 
 
 def write_ending(trainer: Trainer, export: Path | None, form: str | None = None) -> list[str]:
@@ -31,10 +25,8 @@ def write_ending(trainer: Trainer, export: Path | None, form: str | None = None)
     """
     logged = {name: value for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
     logged = logged or {name: value for name, value in trainer.logged_metrics.items() if name.startswith("train/")}
-    known = {name: value for name, value in logged.items() if name.partition("/")[2] in HEADLINES} or logged
-    shown: dict[str, Any] = dict(sorted(known.items(), key=lambda item: rank_number(item[0]))[:SHOWN])
     where = f"model: {write_path(export)}" if export else "no model exported: list Export in trainer.callbacks"
-    lines = [f"step {trainer.global_step}: {show_numbers(shown) or 'nothing logged'}; {where}"]
+    lines = [f"step {trainer.global_step}: {show_numbers(pick_headlines(logged)) or 'nothing logged'}; {where}"]
     if export:
         lines.append(f"ask it: {write_command('chat', '--policy', export, *(['--form', form] if form else []))}")
     folder = next((logger.save_dir for logger in trainer.loggers if logger.save_dir), None)
@@ -84,12 +76,6 @@ class TellsHowToGoOn(Callback):
             print(f"go on: {write_command('fit', '--config', run / 'config.yaml', '--ckpt_path', run)}", flush=True)
         else:
             print(f"go on: the same command with --ckpt_path {write_path(saved)}", flush=True)
-
-
-def rank_number(name: str) -> tuple[int, str]:
-    """Return the sort key of a number on the first line: headlines first, in their order."""
-    short = name.partition("/")[2]
-    return (HEADLINES.index(short) if short in HEADLINES else len(HEADLINES)), name
 
 
 def name_python() -> str:

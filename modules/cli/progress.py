@@ -9,6 +9,12 @@ from lightning.pytorch.callbacks import ProgressBar
 
 from modules.trainer.steps import count_updates
 
+SHOWN = 6  # numbers of a validation on one line, in this order
+HEADLINES = (
+    *("pass@1", "greedy_accuracy", "reward", "rewards/accuracies", "accuracy", "mean_token_accuracy", "loss"),
+    *("objective/kl", "kl", "entropy"),
+)
+
 
 class StepLines(ProgressBar):
     """Prints a line with the step's numbers and the time left, and one with the numbers of each validation.
@@ -62,7 +68,7 @@ class StepLines(ProgressBar):
         """Print the numbers of a validation within a fit; Lightning prints those of ``validate``."""
         values = {name: value for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
         if self._enabled and trainer.state.fn == "fit" and not trainer.sanity_checking and values:
-            self.print(f"validation at step {trainer.global_step}: {show_numbers(values)}")
+            self.print(f"validation at step {trainer.global_step}: {show_numbers(pick_headlines(values))}")
 
     def on_predict_batch_end(
         self,
@@ -94,6 +100,12 @@ class StepLines(ProgressBar):
         if self._enabled and now - self._said >= self.seconds:
             self._said = now
             self.print(f"{what}: batch {batch_idx + 1}" + (f" of {total:.0f}" if math.isfinite(total) else ""))
+
+
+def pick_headlines(metrics: dict[str, Any]) -> dict[str, Any]:
+    """Pick the few numbers that say most of a run, in the order of ``HEADLINES``; any where none of those is there."""
+    places = {name: HEADLINES.index(name.partition("/")[2]) for name in metrics if name.partition("/")[2] in HEADLINES}
+    return {name: metrics[name] for name in (sorted(places, key=lambda name: places[name]) or sorted(metrics))[:SHOWN]}
 
 
 def show_numbers(metrics: dict[str, Any]) -> str:

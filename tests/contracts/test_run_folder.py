@@ -49,7 +49,7 @@ def test_out_holds_all_of_a_run_and_a_second_run_leaves_it_alone(capsys, caplog)
     assert (config["out"], config["seed_everything"]) == ("mine/first-2", 1)
 
     assert re.search(r"^step 1 of 12: loss [\d.]+, \d+ s left$", said, flags=re.MULTILINE)  # no terminal, so no bar
-    assert re.search(r"^validation at step 6: val/loss [\d.]+", said, flags=re.MULTILINE)
+    assert re.search(r"^validation at step 6: val/\S+ [\d.]+.*, val/loss [\d.]+", said, flags=re.MULTILINE)
     ending = said.splitlines()[-3:]
     assert re.match(
         r"step 12: val/mean_token_accuracy [\d.]+, val/loss [\d.]+, .*; model: mine/first/export$", ending[0]
