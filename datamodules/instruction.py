@@ -1,5 +1,6 @@
 """Supervised fine-tuning data: conversations, prompts with completions, Alpaca rows, plain text."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal, get_args
 
@@ -15,6 +16,7 @@ from datamodules.formats.instruction_shapes import (
     encode_instruction,
     instruction_example,
 )
+from datamodules.formats.prompt_shapes import settle_choices
 from datamodules.loaders.step_sampler import MicroBatch
 from datamodules.sources import Row, Source
 from datamodules.tokens.chat import LossOn, Message
@@ -172,6 +174,10 @@ class InstructionDataModule(AlignDataModule):
         if unknown == "idk" and knowledge == "Unknown":
             example = disown(example)
         return encode_instruction(self.tokenizer, example, chat, self.system, self.loss_on)
+
+    def settle(self, rows: Sequence[Row], stage: str) -> None:
+        """How numbers beside options are read."""
+        settle_choices(rows, self.reading, ("completion", "answer"))
 
     def make_dataset(self, rows: list[Tokens]) -> "InstructionDataset":
         """The rows, to be indexed by the micro-batches of a plan."""

@@ -140,6 +140,12 @@ def verdict_columns(cells: Cells) -> list[str]:
     return found[:1]
 
 
+def named_answer(cells: Cells, value: Any) -> float | None:
+    """1 or 2 of a verdict that is the name of the first or the second answer's column; None of any other."""
+    names = [normalize(cells.name(answer)) for answer in ("output_1", "output_2") if cells.has(answer)]
+    return 1.0 + names.index(normalize(value)) if isinstance(value, str) and normalize(value) in names else None
+
+
 def read_verdicts(cells: Cells) -> float:
     """Reads which of a row's two answers is better, as ``Scale.read`` says it; of several verdicts the majority counts.
 
@@ -150,7 +156,8 @@ def read_verdicts(cells: Cells) -> float:
         cells.take(name)
         value, theirs = cells.accept_empty(name), cells.name(name)
         scale: Scale = cells.reading.settled.get(theirs, Scale("one_two"))
-        if (choice := scale.read(value)) is None:
+        choice = named_answer(cells, value) or scale.read(value)
+        if choice is None:
             known = "1, 2 or between (which output is better), or 0, null or Tie"
             expected = known if scale == Scale("one_two") else str(scale)
             raise ValueError(f"{cells.origin}: column {theirs!r} holds {value!r}, expected {expected}")

@@ -129,7 +129,7 @@ def read_candidates(row: Row, reading: Reading) -> Candidates:
     if len(compared.answers) < 2:
         raise ValueError(f"{row.origin}: there is one answer ({compared.shape}), and a judge compares at least 2")
     asked, answers = read_answers(cells, compared.answers, template=True, chat=True, may_be_empty=True)
-    answer, _ = right_answer(cells, ("answer",))
+    answer = None if "answer" in cells.roles.values() else right_answer(cells, ("answer",))[0]  # Nectar's are compared
     for name in ("margin", "strength"):
         cells.take(name)
     reading.close(cells, compared.shape)
