@@ -385,8 +385,14 @@ def _read_tools(cells: Cells) -> Tools | None:
     )
     if not given or not all(isinstance(tool, dict) for tool in given):
         raise ValueError(f"{where} must hold a list of tools, each an object, or the JSON text of such a list")
-    tools = [without_nulls(tool) for tool in given]
+    tools = [_with_schema(without_nulls(tool)) for tool in given]
     return [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
+
+
+def _with_schema(tool: dict[str, Any]) -> dict[str, Any]:
+    """The tool with its parameters as an object, which some tables hold as JSON text."""
+    parts = {"parameters": unpack, "function": lambda part: _with_schema(part) if isinstance(part, dict) else part}
+    return {key: parts[key](part) if key in parts else part for key, part in tool.items()}
 
 
 def _text_beside(cells: Cells, name: str, prompt: str) -> str:

@@ -1,6 +1,6 @@
 """The shapes of instruction data: from a raw row to what is read and what is learned."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -31,6 +31,7 @@ FORMATS: dict[str, tuple[tuple[str, ...], ...]] = {  # name -> our columns; the 
     "text": (("text",),),  # last, for other formats may have their rendered text, answer and all, in such a column
 }
 
+KNOWLEDGE = ("HighlyKnown", "MaybeKnown", "WeaklyKnown", "Unknown")  # as KnowledgeModule sorts facts
 SWITCH = ("on", "off", "true", "false", "yes", "no")  # whether an answer holds reasoning, as Nemotron's column tells
 
 
@@ -45,6 +46,7 @@ class InstructionExample:
     alpaca_prompt: str | None = None  # of an instruction: what it reads as where it is no chat
     whole: bool = False  # plain text: the completion is a document, learned from its start
     tools: Tools | None = None
+    knowledge: str | None = None  # whether a model knows the answer, one of KNOWLEDGE
     unlearned: frozenset[int] = frozenset()  # numbers of the messages of ``completion`` that are not learned
 
     @property
@@ -54,7 +56,7 @@ class InstructionExample:
 
 
 def instruction_example(
-    row: Row, reading: Reading, format: str | None = None, chat: bool | None = None
+    row: Row, reading: Reading, format: str | None = None, chat: bool | None = None, known: bool = False
 ) -> InstructionExample:
     """Reads the example of one row, in one of ``FORMATS``, with its context (``datamodules/formats/conversation.py``).
 
@@ -63,6 +65,7 @@ def instruction_example(
         reading: of its data set.
         format: name of the format; None = the first whose columns are all there, those mapped by hand before others.
         chat: text prompts become user messages; None = instructions alone.
+        known: read the column ``knowledge``.
 
     Raises:
         ValueError: with the row's origin, when columns are missing, hold the wrong type, or would be left unused though
@@ -86,8 +89,19 @@ def instruction_example(
         )
     else:
         example = _read_question(cells, shape[0], shape[1], chat)
+    if known and cells.holds("knowledge"):
+        example = replace(example, knowledge=_read_knowledge(cells))
     reading.close(cells, " + ".join(shape), chosen=format is not None)
     return example
+
+
+def _read_knowledge(cells: Cells) -> str:
+    knowledge = cells.take_text("knowledge")
+    if knowledge not in KNOWLEDGE:
+        raise ValueError(
+            f"{cells.origin}: column {cells.name('knowledge')!r} holds {knowledge!r}, expected one of {', '.join(KNOWLEDGE)}"
+        )
+    return knowledge
 
 
 def check_format(format: str | None) -> None:

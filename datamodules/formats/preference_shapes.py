@@ -97,7 +97,7 @@ def preference_example(
         reading.close(cells, compared.shape)
         return None
     asked, completions = read_answers(cells, compared.answers, template, chat)
-    margin = _read_margin(cells, compared.strength, margins)
+    margin = _read_margin(cells, compared.strength, margins) if len(ranks) > 1 else None
     reading.close(cells, compared.shape)
     return PreferenceExample(asked.prompt, completions, ranks, margin, row.origin, asked.tools)
 

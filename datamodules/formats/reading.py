@@ -87,7 +87,7 @@ class Reading:
     def refuse_unused_mapping(self, rows: Sequence["Row"]) -> None:
         """Refuses, with a ValueError, a mapping that had no effect on any of the rows."""
         for ours, theirs in self.by_hand.items():
-            if theirs and self.shapes and ours not in {role for roles in self._became.values() for role in roles}:
+            if theirs and self.shapes and not self.has_read(ours):
                 if ours not in self.mapped_seen:
                     raise ValueError(
                         f"{rows[0].origin}: no row has the column {theirs!r} (for {ours}); found "
@@ -97,6 +97,10 @@ class Reading:
                     f"columns maps {ours} to {theirs!r}, and nothing reads it in rows that are "
                     f"{' or '.join(self.shapes)}; leave it out of the mapping"
                 )
+
+    def has_read(self, ours: str) -> bool:
+        """Whether some row had such a column and it was read."""
+        return any(ours in roles for roles in self._became.values())
 
     def drop(self, reason: str, count: int) -> None:
         """Counts some of the used rows under another reason."""
@@ -182,7 +186,9 @@ class Cells:
                 self.unread[name] = f"{by_hand[ours]!r} is mapped to {ours}" if by_hand[ours] else "by data.columns"
             else:
                 self.names.setdefault(ours, []).append(name)
-        apart = option_columns(row.columns) if not {"options"} & (by_hand.keys() | set(known.values())) else []
+        apart = option_columns(row.columns)
+        if "options" in (*by_hand, *known.values()) or set(apart) & set(by_hand.values()):
+            apart = []
         if options := {
             name[-1].upper(): as_text(row.columns[name]) for name in apart if not is_empty(row.columns[name])
         }:
@@ -293,6 +299,8 @@ class Cells:
             )
         wants = [name for name in ("prompt", "completion") if name not in self.names and name in wanted] or ["prompt"]
         longest = sorted(self.unread, key=lambda name: -len(str(self.values[name])))
+        is_document = len(longest) == 1 and not self.names and wanted.endswith(" text")
+        wants = ["text"] if is_document else wants
         mapping = mapping or dict(zip(wants, longest or ["my_column"], strict=False))
         example = ", ".join(f"{ours}: {theirs}" for ours, theirs in mapping.items())
         return ValueError(

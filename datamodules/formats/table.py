@@ -66,7 +66,7 @@ COLUMNS = (
         "the right answer, which rewards check; without a completion, what is learned",
         ASKED,
     ),
-    Column("text", "", "a document, learned whole", LEARNED),
+    Column("text", "raw_content", "a document, learned whole", LEARNED),
     Column("instances", "", "Self-Instruct's inputs and outputs, the first of which is read", ("instruction", "seeds")),
     Column("chosen", "response_j chosen_messages chosen_response preferred_output", "the better answer", COMPARED),
     Column(
