@@ -19,6 +19,9 @@ NO_GOLD = (
     "assistant",
     "generation",
     "generated_solution",
+    "assistant_response",
+    "model_response",
+    "output_text",
 )  # what somebody said, right or wrong
 LONGEST_ANSWER = 200  # characters behind "####"; more is a worked solution with headings
 

@@ -297,11 +297,13 @@ class Cells:
             return ValueError(
                 f"{self.origin}: the row is a preference ({found}); set data to {MODULES['preference']}{prompts}"
             )
-        wants = [name for name in ("prompt", "completion") if name not in self.names and name in wanted] or ["prompt"]
+        asks = {"prompt", "instruction", "messages", "input", "context"} & set(self.names)
+        wants = ["prompt"] if not asks else []
+        wants += ["completion"] if "completion" in wanted and "completion" not in self.names else []
         longest = sorted(self.unread, key=lambda name: -len(str(self.values[name])))
-        is_document = len(longest) == 1 and not self.names and wanted.endswith(" text")
-        wants = ["text"] if is_document else wants
-        mapping = mapping or dict(zip(wants, longest or ["my_column"], strict=False))
+        if len(self.row.columns) == 1 and wanted.endswith(" text"):
+            mapping = {"text": next(iter(self.row.columns))}
+        mapping = mapping or dict(zip(wants or ["prompt"], longest or ["my_column"], strict=False))
         example = ", ".join(f"{ours}: {theirs}" for ours, theirs in mapping.items())
         return ValueError(
             f"{self.origin}: found the columns {found}; looked for {wanted}; map others with columns, such as "

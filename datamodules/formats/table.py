@@ -36,20 +36,50 @@ class Column:
 
 COLUMNS = (
     Column("messages", "conversations conversation dialogue dialog chat", "a conversation", CHATS),
-    Column("prompt", "question problem query inputs user user_input", "what is asked, text or messages", ALL),
+    Column(
+        "prompt",
+        "question problem query inputs user user_input user_prompt user_message user_query input_text",
+        "what is asked, text or messages",
+        ALL,
+    ),
     Column("instruction", "instructions", "the same in Alpaca's form: a chat where there is a template", ALL),
     Column("input", "", "what the prompt is about; alone, the prompt", ALL, side=True),
-    Column("context", "passage background body", "what the prompt is about; alone, the prompt", ASKED, side=True),
+    Column(
+        "context",
+        "passage background body document article paragraph story evidence",
+        "what the prompt is about; alone, the prompt",
+        ASKED,
+        side=True,
+    ),
     Column("documents", "docs passages contexts", "the same: texts, or objects with title and text", ASKED, side=True),
     Column("options", "choices", "the answers to choose from, written below the prompt", ASKED, side=True),
     Column(
-        "system", "system_prompt system_message sys_prompt system_instruction", "the system message", CHATS, side=True
+        "system",
+        "system_prompt system_message sys_prompt system_instruction system_instructions systemprompt system_msg sys",
+        "the system message",
+        CHATS,
+        side=True,
     ),
-    Column("history", "chat_history conversation_history", "earlier turns: pairs or messages", CHATS, side=True),
-    Column("tools", "functions available_tools", "JSON schemas that the chat template writes", CHATS, side=True),
+    Column(
+        "history",
+        "chat_history conversation_history dialogue_history dialog_history previous_turns previous_messages "
+        "context_messages",
+        "earlier turns: pairs or messages",
+        CHATS,
+        side=True,
+    ),
+    Column(
+        "tools",
+        "functions available_tools tool tool_list tool_definitions tool_schemas function_schemas function_definitions "
+        "available_functions api_list apis",
+        "JSON schemas that the chat template writes",
+        CHATS,
+        side=True,
+    ),
     Column(
         "completion",
-        "response output target targets outputs assistant generation generated_solution",
+        "response output target targets outputs assistant generation generated_solution "
+        "assistant_response model_response output_text",
         "what is learned",
         ALL,
     ),
@@ -68,9 +98,19 @@ COLUMNS = (
     ),
     Column("text", "raw_content", "a document, learned whole", LEARNED),
     Column("instances", "", "Self-Instruct's inputs and outputs, the first of which is read", ("instruction", "seeds")),
-    Column("chosen", "response_j chosen_messages chosen_response preferred_output", "the better answer", COMPARED),
     Column(
-        "rejected", "response_k rejected_messages rejected_response non_preferred_output", "the worse answer", COMPARED
+        "chosen",
+        "response_j chosen_messages chosen_response chosen_answer chosen_output chosen_completion preferred_output "
+        "preferred_response winning_response",
+        "the better answer",
+        COMPARED,
+    ),
+    Column(
+        "rejected",
+        "response_k rejected_messages rejected_response rejected_answer rejected_output rejected_completion "
+        "non_preferred_output dispreferred_response losing_response",
+        "the worse answer",
+        COMPARED,
     ),
     Column("output_1", "", "the first of two answers, see PAIRS", COMPARED),
     Column("output_2", "", "the second", COMPARED),
@@ -84,7 +124,13 @@ COLUMNS = (
         COMPARED,
         side=True,
     ),
-    Column("label", "kto_tag", "whether an answer is good, or which of two is better", COMPARED, side=True),
+    Column(
+        "label",
+        "kto_tag desirable is_desirable thumbs_up",
+        "whether an answer is good, or which of two is better",
+        COMPARED,
+        side=True,
+    ),
     Column("labels", "", "which of two answers is better", COMPARED, side=True),
     Column("annotator1", "", "which of two answers a person prefers; the majority counts", COMPARED, side=True),
     Column("annotator2", "", "the same of a second person", COMPARED, side=True),
@@ -95,13 +141,19 @@ COLUMNS = (
     Column("relation", "", "facts of one relation are examples for each other", ALL),
     Column(
         "images",
-        "image videos video audios audio image_path image_paths image_url image_urls image_file image_files video_path "
+        "image img imgs picture pictures photo photos image_base64 images_base64 image_bytes videos video audios audio image_path image_paths image_url image_urls image_file image_files video_path "
         "video_url audio_path audio_url audio_file",
         "what is not text",
         (),
         side=True,
     ),
-    Column("weight", "sample_weight loss_weight", "how much a row counts; here all count alike", (), side=True),
+    Column(
+        "weight",
+        "sample_weight sample_weights loss_weight loss_weights example_weight importance",
+        "how much a row counts; here all count alike",
+        (),
+        side=True,
+    ),
     Column("chat_template_kwargs", "chat_template enable_thinking", "settings of a template by row", (), side=True),
 )
 STEMS = ("output", "response", "answer", "completion", "generation", "conversation", "candidate", "human_ref")

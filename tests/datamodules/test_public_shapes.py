@@ -94,6 +94,13 @@ def asked(path: str, **options: Any) -> list[tuple[str, str | None]]:
         (NUMBERED, "ask\n\nA) red\nB) blue", "B"),  # MMLU
         ([{"question": "ask", "A": "red", "B": "blue", "C": "tan", "answer": "B"}], "A) red\nB) blue\nC) tan", "B"),
         ([{"question": "ask", "opa": "red", "opb": "blue", "answer": "B"}], "ask\n\nA) red\nB) blue", "B"),
+        (
+            [{"article": "the text", "question": "ask", "options": ["red"], "answer": "A"}],
+            "the text\n\nA) red",
+            "A",
+        ),  # RACE
+        ([{"user_query": "ask", "sys": "be kind", "model_response": "say"}], "system\nbe kind", "say"),
+        ([{"query": "ask", "api_list": [{"name": "find"}], "response": "say"}], '"find"', "say"),
         ([{"question": "ask", "option1": "red", "option2": "tan", "answer": "red"}], "1) red\n2) tan", "red"),
         (
             [
@@ -239,6 +246,10 @@ def test_nectar_is_judged(tmp_path: Path) -> None:
             {"response1": "a", "response2": "b", "winner": 1},
             "the row is a preference .*set data to PreferenceDataModule",
         ),
+        ({"prompt": "ask", "completion": "say", "img": "a"}, "column 'img' .what is not text. is not empty"),
+        ({"prompt": "ask", "completion": "say", "importance": 2}, "column 'importance' .how much a row counts"),
+        ({"document": "d", "summary": "s"}, "map others with columns, such as --data.columns '{completion: summary}'"),
+        ({"document": "d"}, "map others with columns, such as --data.columns '{text: document}'"),
         ({"content": "a document"}, "map others with columns, such as --data.columns '{text: content}'"),
     ],
 )
