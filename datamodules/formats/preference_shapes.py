@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from datamodules.formats.conversation import (
@@ -21,6 +22,7 @@ from datamodules.formats.verdicts import (
     VERDICTS,
     Ours,
     check_labels,
+    check_sources,
     named_answer,
     read_verdicts,
     settle_scale,
@@ -114,7 +116,7 @@ def settle_verdicts(rows: Sequence[Row], reading: Reading, first_is_better: Ours
         ValueError: a column that can be read in two ways, a label that is neither true nor false, or an option without
             effect.
     """
-    verdicts: dict[tuple[str, ...], list[Any]] = {}  # annotators together
+    verdicts: dict[tuple[str, ...], dict[str, list[Any]]] = {}  # annotators together, by source
     labels: dict[str, dict[str, Any]] = {}
     for row in rows:
         cells = Cells(row, reading)
@@ -124,12 +126,14 @@ def settle_verdicts(rows: Sequence[Row], reading: Reading, first_is_better: Ours
         elif shape[:2] == TWO or (shape == ("completions",) and len(_list_in(cells, "completions")) == 2):
             names = [cells.name(name) for name in verdict_columns(cells)]
             said = [cells.values[name] for name in names]
-            verdicts.setdefault(tuple(names), []).extend(value for value in said if named_answer(cells, value) is None)
+            of_source = verdicts.setdefault(tuple(names), {}).setdefault(row.source, [])
+            of_source.extend(value for value in said if named_answer(cells, value) is None)
     for name, values in labels.items():
         check_labels(name, values, first_is_better)
     verdicts.pop((), None)
     for names_of, given in verdicts.items():
-        scale = settle_scale(names_of[0], given, first_is_better, rows[0].origin)
+        check_sources(names_of[0], given)
+        scale = settle_scale(names_of[0], [*chain(*given.values())], first_is_better, rows[0].origin)
         reading.settled |= dict.fromkeys(names_of, scale)
         reading.note(f"`{names_of[0]}`: {scale}")
     if first_is_better is not None and not verdicts:

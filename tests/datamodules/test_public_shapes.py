@@ -200,6 +200,21 @@ def test_two_columns_of_verdicts(tmp_path: Path) -> None:
     assert compared(path, first_is_better=0) == [{"one": 1, "two": 0}, {"one": 0, "two": 1}]
 
 
+def test_sources_that_count_differently_are_not_mixed(tmp_path: Path) -> None:
+    for name, first in (("a", 1), ("b", 0)):
+        rows = [PAIR | {"winner": first + number} for number in (0, 1)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(ValueError, match="/b: column 'winner' holds only 0 and 1, and that of .*/a holds 2"):
+        compared(str(tmp_path))
+
+
+def test_an_id_counts_from_0(tmp_path: Path) -> None:
+    rows = [PAIR | {"better_response_id": 1}]
+    with pytest.raises(ValueError, match="say the number by which the first is better"):
+        compared(write(tmp_path, "jsonl", rows))
+    assert compared(write(tmp_path, "jsonl", rows), first_is_better=0) == [{"one": 1, "two": 0}]
+
+
 @pytest.mark.parametrize("kind", ["jsonl", "json", "parquet"])
 def test_numbers_beside_options(tmp_path: Path, kind: str) -> None:
     path = write(tmp_path, kind, NUMBERED)
