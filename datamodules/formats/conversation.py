@@ -78,6 +78,7 @@ PARTS = {"text": "text", "reasoning": "reasoning", "thinking": "reasoning", "too
 PROMPTS = ("prompt", "instruction", "messages", "input", "context")  # columns that may hold the prompt, in this order
 BESIDE = ("input", "context", "documents", "options")  # columns whose text is written below a text prompt
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+SWITCH = ("on", "off", "true", "false", "yes", "no")  # whether an answer holds reasoning, as Nemotron's column tells
 TEXT_OR_MESSAGES = "text or a list of messages"
 
 
@@ -226,6 +227,27 @@ def looks_like_messages(value: Any) -> bool:
 def _is_pair(turn: Any) -> bool:
     """Whether a question and its answer stand in one object."""
     return isinstance(turn, Mapping) and set(turn) == {"input", "output"}
+
+
+def read_reasoning(cells: Cells, answer: Dialogue | Message) -> str:
+    """What the assistant thinks before its answer; "" where the answer says it already, or the column is a switch.
+
+    Raises ValueError with the row's origin where the answer's message has other thoughts.
+    """
+    if not cells.holds("reasoning"):
+        return ""
+    if str(cells.values[cells.name("reasoning")]).strip().lower() in SWITCH:
+        return ""
+    reasoning = cells.take_text("reasoning")
+    if repeats(reasoning, answer):
+        return ""
+    last = answer[-1:] if isinstance(answer, list) else [answer]
+    if any(isinstance(turn, Mapping) and "reasoning_content" in turn for turn in last):
+        raise ValueError(
+            f"{cells.origin}: column {cells.name('reasoning')!r} and the reasoning of the answer's message differ; keep one "
+            "of them, or leave the column out with --data.columns '{reasoning: \"\"}'"
+        )
+    return reasoning
 
 
 def read_options(cells: Cells) -> list[tuple[str, str, str]]:

@@ -12,10 +12,11 @@ from datamodules.formats.conversation import (
     looks_like_messages,
     read_messages,
     read_prompt,
+    read_reasoning,
     read_turns,
 )
 from datamodules.formats.prompt_shapes import as_letter, references
-from datamodules.formats.reading import Cells, Reading, repeats, texts_in, unpack
+from datamodules.formats.reading import Cells, Reading, texts_in, unpack
 from datamodules.sources.source import Row
 from datamodules.tokens.chat import Dialogue, LossOn, Message, Tools, encode_example
 from datamodules.tokens.encoding import Tokens, encode_document
@@ -32,7 +33,6 @@ FORMATS: dict[str, tuple[tuple[str, ...], ...]] = {  # name -> our columns; the 
 }
 
 KNOWLEDGE = ("HighlyKnown", "MaybeKnown", "WeaklyKnown", "Unknown")  # as KnowledgeModule sorts facts
-SWITCH = ("on", "off", "true", "false", "yes", "no")  # whether an answer holds reasoning, as Nemotron's column tells
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ def _read_conversation(cells: Cells) -> InstructionExample:
     asked = add_context(cells, Asked(conversation.turns), chat=True)
     marked = {id(conversation.turns[number]) for number in conversation.unlearned}
     assert not isinstance(asked.prompt, str)
-    if asked.ends_in_answer and (reasoning := _read_reasoning(cells, asked.prompt[-1])):
+    if asked.ends_in_answer and (reasoning := read_reasoning(cells, asked.prompt[-1])):
         asked.prompt[-1]["reasoning_content"] = reasoning
     unlearned = frozenset(number for number, turn in enumerate(asked.prompt) if id(turn) in marked)
     return InstructionExample([], asked.prompt, cells.origin, cells.row.source, tools=asked.tools, unlearned=unlearned)
@@ -207,7 +207,7 @@ def _read_question(cells: Cells, asks: str, answers: str, chat: bool | None) -> 
             f"{cells.origin}: the prompt ends in an assistant turn and {cells.name(answers)!r} is another one; move the "
             "beginning of the answer into the completion"
         )
-    reasoning = _read_reasoning(cells, turns)
+    reasoning = read_reasoning(cells, turns)
     if reasoning and isinstance(asked.prompt, str):
         if not chat:
             raise ValueError(
@@ -230,16 +230,6 @@ def _read_question(cells: Cells, asks: str, answers: str, chat: bool | None) -> 
     return InstructionExample(
         asked.prompt, turns, cells.origin, cells.row.source, alpaca, tools=asked.tools, unlearned=unlearned
     )
-
-
-def _read_reasoning(cells: Cells, answer: Dialogue | Message) -> str:
-    """What the assistant thinks before its answer; "" where the answer says it already, or the column is a switch."""
-    if not cells.holds("reasoning"):
-        return ""
-    if str(cells.values[cells.name("reasoning")]).strip().lower() in SWITCH:
-        return ""
-    reasoning = cells.take_text("reasoning")
-    return "" if repeats(reasoning, answer) else reasoning
 
 
 def _read_asked(cells: Cells, name: str) -> Asked:

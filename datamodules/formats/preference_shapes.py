@@ -14,6 +14,7 @@ from datamodules.formats.conversation import (
     looks_like_messages,
     read_messages,
     read_prompt,
+    read_reasoning,
     read_turns,
 )
 from datamodules.formats.reading import Cells, Reading, as_number, unpack
@@ -99,6 +100,12 @@ def preference_example(
         reading.close(cells, compared.shape)
         return None
     asked, completions = read_answers(cells, compared.answers, template, chat)
+    if len(ranks) == 1 and read_reasoning(cells, completions[0]):
+        raise ValueError(
+            f"{row.origin}: column {cells.name('reasoning')!r} stands beside a labelled answer, which has no place for it; "
+            "write it into the answer's message as reasoning_content, or leave it out with --data.columns '{reasoning: "
+            '""}\''
+        )
     margin = _read_margin(cells, compared.strength, margins) if len(ranks) > 1 else None
     reading.close(cells, compared.shape)
     return PreferenceExample(asked.prompt, completions, ranks, margin, row.origin, asked.tools)

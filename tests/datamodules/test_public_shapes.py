@@ -265,6 +265,7 @@ def test_nectar_is_judged(tmp_path: Path) -> None:
         ({"prompt": "ask", "completion": "say", "importance": 2}, "column 'importance' .how much a row counts"),
         ({"document": "d", "summary": "s"}, "map others with columns, such as --data.columns '{completion: summary}'"),
         ({"document": "d"}, "map others with columns, such as --data.columns '{text: document}'"),
+        ({"messages": [ASK, SAY | {"thinking": "hm"}], "reasoning": "no"}, "reasoning of the answer's message differ"),
         ({"content": "a document"}, "map others with columns, such as --data.columns '{text: content}'"),
     ],
 )
@@ -297,6 +298,13 @@ def test_a_margin_needs_two_answers(tmp_path: Path) -> None:
         ValueError, match="column 'margin' .* a row that is read as completion . label has no use for it"
     ):
         compared(write(tmp_path, "jsonl", [row]))
+
+
+def test_reasoning_beside_a_labelled_answer_is_refused(tmp_path: Path) -> None:
+    row = {"prompt": "ask", "completion": "say", "label": True, "thinking": "hm"}
+    with pytest.raises(ValueError, match="column 'thinking' stands beside a labelled answer"):
+        compared(write(tmp_path, "jsonl", [row]))
+    assert compared(write(tmp_path, "jsonl", [row]), columns={"reasoning": ""}) == [{"say": 0}]
 
 
 def test_schemas_as_text_are_objects(tmp_path: Path) -> None:
