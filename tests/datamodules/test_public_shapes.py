@@ -265,7 +265,10 @@ def test_nectar_is_judged(tmp_path: Path) -> None:
         ({"prompt": "ask", "completion": "say", "importance": 2}, "column 'importance' .how much a row counts"),
         ({"document": "d", "summary": "s"}, "map others with columns, such as --data.columns '{completion: summary}'"),
         ({"document": "d"}, "map others with columns, such as --data.columns '{text: document}'"),
-        ({"messages": [ASK, SAY | {"thinking": "hm"}], "reasoning": "no"}, "reasoning of the answer's message differ"),
+        (
+            {"messages": [ASK, SAY | {"thinking": "hm"}], "reasoning": "else"},
+            "reasoning of the answer's message differ",
+        ),
         ({"content": "a document"}, "map others with columns, such as --data.columns '{text: content}'"),
     ],
 )
