@@ -1,5 +1,6 @@
 """Supervised fine-tuning data: conversations, prompts with completions, Alpaca rows, plain text."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal, get_args
 
@@ -15,6 +16,7 @@ from datamodules.formats.instruction_shapes import (
     encode_instruction,
     instruction_example,
 )
+from datamodules.formats.prompt_shapes import settle_choices
 from datamodules.loaders.step_sampler import MicroBatch
 from datamodules.sources import Row, Source
 from datamodules.tokens.chat import LossOn, Message
@@ -153,6 +155,11 @@ class InstructionDataModule(AlignDataModule):
             return self.encode(row, self.unknown if stage == "train" else "keep")
 
         rows = self.encode_rows(source, stage, encode, lambda tokens: len(tokens.ids), self.max_length)
+        if stage == "train" and self.unknown != "keep" and not self.reading.has_read("knowledge"):
+            raise ValueError(
+                f"data.unknown {self.unknown} has no effect, for no row of {name} has a column knowledge; map it with "
+                "data.columns, or let KnowledgeModule sort the rows first"
+            )
         lengths, supervised = sizes(rows)
         self.check_positions(stage, max(lengths), "max_length")
         self.report(stage, f"{sum(supervised) / sum(lengths):.1%} of {sum(lengths)} tokens supervised", name)
@@ -161,17 +168,23 @@ class InstructionDataModule(AlignDataModule):
     def encode(self, row: Row, unknown: str = "keep") -> Tokens | None:
         """Tokens of one raw row; None = left out as not known. Raises ValueError with the row's origin."""
         chat = self.is_chat(row)
-        example = instruction_example(row, self.reading, self.format, chat)
+        example = instruction_example(row, self.reading, self.format, chat, known=unknown != "keep")
         self.say_chat(row, isinstance(example.prompt, str) and not example.whole)
-        unused = {"data.system": self.system, "data.chat": self.chat} if example.whole else {}
+        last = True if self.loss_on == "last" else None
+        unused = (
+            {"data.system": self.system, "data.chat": self.chat, "data.loss_on last": last} if example.whole else {}
+        )
         for option in [option for option, value in unused.items() if value is not None]:
             self.reading.note(f"{option}: not used, for a document is no chat")
-        knowledge = row.columns.get("knowledge")
-        if unknown == "drop" and knowledge in UNKNOWN:
+        if unknown == "drop" and example.knowledge in UNKNOWN:
             return None
-        if unknown == "idk" and knowledge == "Unknown":
+        if unknown == "idk" and example.knowledge == "Unknown":
             example = disown(example)
         return encode_instruction(self.tokenizer, example, chat, self.system, self.loss_on)
+
+    def settle(self, rows: Sequence[Row], stage: str) -> None:
+        """How numbers beside options are read."""
+        settle_choices(rows, self.reading, ("completion", "answer"))
 
     def make_dataset(self, rows: list[Tokens]) -> "InstructionDataset":
         """The rows, to be indexed by the micro-batches of a plan."""

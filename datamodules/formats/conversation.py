@@ -5,7 +5,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
-from datamodules.formats.reading import Cells, as_number, is_empty, parse_json, repeats, unpack, without_nulls
+from datamodules.formats.reading import (
+    Cells,
+    as_number,
+    is_empty,
+    parse_json,
+    repeats,
+    texts_in,
+    unpack,
+    without_nulls,
+)
 from datamodules.tokens.chat import Dialogue, Message, Tools
 
 FIELDS = {  # our name -> the names that data sets give it; nothing else may stand in a message but METADATA
@@ -50,6 +59,11 @@ METADATA = frozenset(  # fields that say nothing a model could learn: they are n
         "source",
         "token_count",
         "num_tokens",
+        "header",
+        "redacted",
+        "state",
+        "toxic",
+        "markdown",
     ]
 )
 ROLES = {
@@ -64,6 +78,7 @@ PARTS = {"text": "text", "reasoning": "reasoning", "thinking": "reasoning", "too
 PROMPTS = ("prompt", "instruction", "messages", "input", "context")  # columns that may hold the prompt, in this order
 BESIDE = ("input", "context", "documents", "options")  # columns whose text is written below a text prompt
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+SWITCH = ("on", "off", "true", "false", "yes", "no")  # whether an answer holds reasoning, as Nemotron's column tells
 TEXT_OR_MESSAGES = "text or a list of messages"
 
 
@@ -178,7 +193,15 @@ def read_messages(value: Any, where: str) -> Conversation:
     value = unpack(value)
     turns: list[Message] = []
     unlearned, unread = set(), set()
-    for index, message in enumerate(value if isinstance(value, list) else [value]):
+    given = value if isinstance(value, list) else [value]
+    if given and all(map(_is_pair, given)):  # Capybara
+        given = [
+            {"role": role, "content": pair[name]}
+            for pair in given
+            for name, role in (("input", "user"), ("output", "assistant"))
+            if pair[name] is not None
+        ]
+    for index, message in enumerate(given):
         place = f"{where}, message {index},"
         if not isinstance(message, Mapping):
             raise _no_text(place)
@@ -194,9 +217,37 @@ def looks_like_messages(value: Any) -> bool:
     """Tells whether a cell is a list of messages, or a single one, with role and content; also as JSON text."""
     value = unpack(value)
     given = value if isinstance(value, list) else [value]
-    return bool(given) and all(
-        isinstance(message, Mapping) and any(name in message for name in FIELDS["role"]) for message in given
+    return (
+        bool(given)
+        and all(isinstance(message, Mapping) and any(name in message for name in FIELDS["role"]) for message in given)
+        or (isinstance(value, list) and bool(given) and all(map(_is_pair, given)))
     )
+
+
+def _is_pair(turn: Any) -> bool:
+    """Whether a question and its answer stand in one object."""
+    return isinstance(turn, Mapping) and set(turn) == {"input", "output"}
+
+
+def read_reasoning(cells: Cells, answer: Dialogue | Message) -> str:
+    """What the assistant thinks before its answer; "" where the answer says it already, or the column is a switch.
+
+    Raises ValueError with the row's origin where the answer's message has other thoughts.
+    """
+    if not cells.holds("reasoning"):
+        return ""
+    if str(cells.values[cells.name("reasoning")]).strip().lower() in SWITCH:
+        return ""
+    reasoning = cells.take_text("reasoning")
+    if repeats(reasoning, answer):
+        return ""
+    last = answer[-1:] if isinstance(answer, list) else [answer]
+    if any(isinstance(turn, Mapping) and "reasoning_content" in turn for turn in last):
+        raise ValueError(
+            f"{cells.origin}: column {cells.name('reasoning')!r} and the reasoning of the answer's message differ; keep one "
+            "of them, or leave the column out with --data.columns '{reasoning: \"\"}'"
+        )
+    return reasoning
 
 
 def read_options(cells: Cells) -> list[tuple[str, str, str]]:
@@ -356,8 +407,14 @@ def _read_tools(cells: Cells) -> Tools | None:
     )
     if not given or not all(isinstance(tool, dict) for tool in given):
         raise ValueError(f"{where} must hold a list of tools, each an object, or the JSON text of such a list")
-    tools = [without_nulls(tool) for tool in given]
+    tools = [_with_schema(without_nulls(tool)) for tool in given]
     return [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
+
+
+def _with_schema(tool: dict[str, Any]) -> dict[str, Any]:
+    """The tool with its parameters as an object, which some tables hold as JSON text."""
+    parts = {"parameters": unpack, "function": lambda part: _with_schema(part) if isinstance(part, dict) else part}
+    return {key: parts[key](part) if key in parts else part for key, part in tool.items()}
 
 
 def _text_beside(cells: Cells, name: str, prompt: str) -> str:
@@ -366,10 +423,11 @@ def _text_beside(cells: Cells, name: str, prompt: str) -> str:
         options = read_options(cells)
         written = all(re.search(rf"\b{letter}\W{{1,3}}{re.escape(text)}", prompt) for _, letter, text in options)
         return "" if written else "\n".join(line for line, _, _ in options)
-    given = unpack(cells.take(name)) if name == "documents" else cells.take(name)
+    given = cells.take(name)
+    given = unpack(given) if name == "documents" or isinstance(unpack(given), Mapping) else given
     if given is None or repeats(given, prompt):
         return ""
-    parts = given if isinstance(given, list) else [given]
+    parts = given if isinstance(given, list) else _documents_in_lists(given)
     texts = [part if isinstance(part, str) else _text_of_document(part) for part in parts]
     if any(text is None for text in texts):
         others = "or a list of texts or of objects with title and text"
@@ -377,9 +435,20 @@ def _text_beside(cells: Cells, name: str, prompt: str) -> str:
     return "\n\n".join(str(text) for text in texts)
 
 
+def _documents_in_lists(given: Any) -> list[Any]:
+    """HotpotQA's ``{"title": [...], "sentences": [[...], ...]}`` as a list of objects; anything else is the only one."""
+    if not isinstance(given, Mapping) or not all(isinstance(column, list) for column in given.values()):
+        return [given]
+    if len({len(column) for column in given.values()}) > 1:
+        return [given]
+    return [dict(zip(given, parts, strict=True)) for parts in zip(*given.values(), strict=True)]
+
+
 def _text_of_document(part: Any) -> str | None:
     """Title and text of a document; None where it is something else."""
-    if not isinstance(part, Mapping) or not set(part) <= {"title", "text", "content", "contents", "id", "doc_id"}:
+    known = {"title", "text", "content", "contents", "sentences", "id", "doc_id"}
+    if not isinstance(part, Mapping) or not set(part) <= known:
         return None
     lines = [part.get(name) for name in ("title", "text", "content", "contents")]
-    return "\n".join(line for line in lines if isinstance(line, str)) or None
+    lines.append("".join(texts_in(part.get("sentences"))))
+    return "\n".join(line for line in lines if isinstance(line, str) and line) or None

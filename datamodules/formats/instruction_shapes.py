@@ -1,6 +1,6 @@
 """The shapes of instruction data: from a raw row to what is read and what is learned."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -10,10 +10,13 @@ from datamodules.formats.conversation import (
     Asked,
     add_context,
     looks_like_messages,
+    read_messages,
     read_prompt,
+    read_reasoning,
     read_turns,
 )
-from datamodules.formats.reading import Cells, Reading, unpack
+from datamodules.formats.prompt_shapes import as_letter, references
+from datamodules.formats.reading import Cells, Reading, texts_in, unpack
 from datamodules.sources.source import Row
 from datamodules.tokens.chat import Dialogue, LossOn, Message, Tools, encode_example
 from datamodules.tokens.encoding import Tokens, encode_document
@@ -29,6 +32,8 @@ FORMATS: dict[str, tuple[tuple[str, ...], ...]] = {  # name -> our columns; the 
     "text": (("text",),),  # last, for other formats may have their rendered text, answer and all, in such a column
 }
 
+KNOWLEDGE = ("HighlyKnown", "MaybeKnown", "WeaklyKnown", "Unknown")  # as KnowledgeModule sorts facts
+
 
 @dataclass(frozen=True)
 class InstructionExample:
@@ -41,6 +46,7 @@ class InstructionExample:
     alpaca_prompt: str | None = None  # of an instruction: what it reads as where it is no chat
     whole: bool = False  # plain text: the completion is a document, learned from its start
     tools: Tools | None = None
+    knowledge: str | None = None  # whether a model knows the answer, one of KNOWLEDGE
     unlearned: frozenset[int] = frozenset()  # numbers of the messages of ``completion`` that are not learned
 
     @property
@@ -50,7 +56,7 @@ class InstructionExample:
 
 
 def instruction_example(
-    row: Row, reading: Reading, format: str | None = None, chat: bool | None = None
+    row: Row, reading: Reading, format: str | None = None, chat: bool | None = None, known: bool = False
 ) -> InstructionExample:
     """Reads the example of one row, in one of ``FORMATS``, with its context (``datamodules/formats/conversation.py``).
 
@@ -59,6 +65,7 @@ def instruction_example(
         reading: of its data set.
         format: name of the format; None = the first whose columns are all there, those mapped by hand before others.
         chat: text prompts become user messages; None = instructions alone.
+        known: read the column ``knowledge``.
 
     Raises:
         ValueError: with the row's origin, when columns are missing, hold the wrong type, or would be left unused though
@@ -70,19 +77,31 @@ def instruction_example(
     # what holds something before what is only there: a table gives every row the columns of all others
     shape = cells.find_shape(shapes, cells.holds) or cells.find_shape(shapes, cells.has)
     if shape is None:
-        if format is None and cells.has("chosen"):
-            raise ValueError(
-                f"{row.origin}: the row is a preference ({', '.join(row.columns)}); set data to PreferenceDataModule"
-            )
         raise cells.not_found(", ".join(dict.fromkeys(" + ".join(shape) for shape in shapes)))
-    if shape == ("messages",):
+    if shape == ("messages",) and (answers := _answer_behind(cells)):
+        shape = ("messages", answers)
+        example = _read_question(cells, "messages", answers, chat)
+    elif shape == ("messages",):
         example = _read_conversation(cells)
     elif shape == ("text",):
-        example = InstructionExample("", _read_document(cells), row.origin, row.source, whole=True)
+        example = InstructionExample(
+            "", _read_document(cells, format == "text" or "text" in reading.by_hand), row.origin, row.source, whole=True
+        )
     else:
         example = _read_question(cells, shape[0], shape[1], chat)
+    if known and cells.holds("knowledge"):
+        example = replace(example, knowledge=_read_knowledge(cells))
     reading.close(cells, " + ".join(shape), chosen=format is not None)
     return example
+
+
+def _read_knowledge(cells: Cells) -> str:
+    knowledge = cells.take_text("knowledge")
+    if knowledge not in KNOWLEDGE:
+        raise ValueError(
+            f"{cells.origin}: column {cells.name('knowledge')!r} holds {knowledge!r}, expected one of {', '.join(KNOWLEDGE)}"
+        )
+    return knowledge
 
 
 def check_format(format: str | None) -> None:
@@ -122,6 +141,15 @@ def encode_instruction(
     )
 
 
+def _answer_behind(cells: Cells) -> str | None:
+    """Our name of the column that answers a conversation which ends in a question; None where there is none."""
+    turns = unpack(cells.values[cells.name("messages")])
+    if not looks_like_messages(turns) or not isinstance(turns, list):
+        return None
+    asks = read_messages(turns, f"{cells.origin}: {cells.name('messages')}").turns[-1]["role"] != "assistant"
+    return next((name for name in ("completion", "answer") if asks and cells.holds(name)), None)
+
+
 def _read_conversation(cells: Cells) -> InstructionExample:
     name = cells.name("messages")
     value = unpack(cells.take("messages"))
@@ -133,11 +161,14 @@ def _read_conversation(cells: Cells) -> InstructionExample:
     asked = add_context(cells, Asked(conversation.turns), chat=True)
     marked = {id(conversation.turns[number]) for number in conversation.unlearned}
     assert not isinstance(asked.prompt, str)
+    if asked.ends_in_answer and (reasoning := read_reasoning(cells, asked.prompt[-1])):
+        asked.prompt[-1]["reasoning_content"] = reasoning
     unlearned = frozenset(number for number, turn in enumerate(asked.prompt) if id(turn) in marked)
     return InstructionExample([], asked.prompt, cells.origin, cells.row.source, tools=asked.tools, unlearned=unlearned)
 
 
-def _read_document(cells: Cells) -> str:
+def _read_document(cells: Cells, chosen: bool) -> str:
+    """Reads a text; where the user has not ``chosen`` it, one that leaves out what the row asks is refused."""
     names = set(cells.row.columns)
     if "role" in names or {"replies", "parent_id", "message_id"} & names:
         raise ValueError(
@@ -145,6 +176,19 @@ def _read_document(cells: Cells) -> str:
             "data.train to OasstTrees, which reads the threads of trees"
         )
     text = cells.accept_empty("text")
+    asks = next((name for name in ("prompt", "instruction") if cells.holds(name)), None)
+    if (
+        isinstance(text, str)
+        and asks
+        and not chosen
+        and not all(asked.strip() in text for asked in texts_in(cells.values[cells.name(asks)]))
+    ):
+        name = cells.name(asks)
+        raise ValueError(
+            f"{cells.origin}: column {name!r} is not in the text, so it would not be learned; if the text answers it, say so "
+            f"with --data.columns '{{completion: {cells.name('text')}}}', or leave it out with --data.columns '{{{asks}: "
+            '""}\''
+        )
     if not isinstance(text, str):
         raise cells.wrong_type("text", text, "text")
     return text
@@ -163,6 +207,18 @@ def _read_question(cells: Cells, asks: str, answers: str, chat: bool | None) -> 
             f"{cells.origin}: the prompt ends in an assistant turn and {cells.name(answers)!r} is another one; move the "
             "beginning of the answer into the completion"
         )
+    reasoning = read_reasoning(cells, turns)
+    if reasoning and isinstance(asked.prompt, str):
+        if not chat:
+            raise ValueError(
+                f"{cells.origin}: column {cells.name('reasoning')!r} cannot be written into a plain text answer; set "
+                "data.chat: true (or --data.chat true) to render prompts as chats, or leave it out with --data.columns "
+                "'{reasoning: \"\"}'"
+            )
+        asked = Asked([Message(role="user", content=asked.prompt)], asked.tools)
+    if reasoning:
+        turns = [Message(role="assistant", content=turns)] if isinstance(turns, str) else turns
+        turns[-1]["reasoning_content"] = reasoning
     is_text = isinstance(cells.values[cells.name(asks)], str) and isinstance(turns, str)
     if cells.holds("history") and is_text and not isinstance(asked.prompt, str):
         turns = [*asked.prompt, Message(role="assistant", content=turns)]  # answers in a history are learned too
@@ -190,7 +246,7 @@ def _read_asked(cells: Cells, name: str) -> Asked:
 
 def _read_completion(cells: Cells, name: str) -> Any:
     """Reads text or messages; of several references the first."""
-    value, held = cells.take(name), cells.values[cells.name(name)]
+    value, held = as_letter(cells, references(cells.take(name))), cells.values[cells.name(name)]
     if value is None and isinstance(held, str):
         raise ValueError(f"{cells.origin}: the completion is empty (column {cells.name(name)!r})")
     if isinstance(value, str) or looks_like_messages(value):

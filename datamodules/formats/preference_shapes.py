@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from datamodules.formats.conversation import (
@@ -13,10 +14,21 @@ from datamodules.formats.conversation import (
     looks_like_messages,
     read_messages,
     read_prompt,
+    read_reasoning,
     read_turns,
 )
 from datamodules.formats.reading import Cells, Reading, as_number, unpack
-from datamodules.formats.verdicts import VERDICTS, Ours, check_labels, read_verdicts, settle_scale, verdict_columns
+from datamodules.formats.table import normalize
+from datamodules.formats.verdicts import (
+    VERDICTS,
+    Ours,
+    check_labels,
+    check_sources,
+    named_answer,
+    read_verdicts,
+    settle_scale,
+    verdict_columns,
+)
 from datamodules.sources.source import Row
 from datamodules.tokens.chat import Dialogue, Message, Tools
 
@@ -32,7 +44,8 @@ SHAPES = (  # our columns; the first whose columns are all there
     ("messages", "label"),
 )
 TEXT_KEYS = ("completion", "response", "answer", "text", "output", "content")  # of completions that are objects
-RANK_KEYS, SCORE_KEYS = ("rank", "ranking"), ("overall_score", "score", "rating", "reward")
+RANK_KEYS, SCORE_KEYS = ("rank", "ranking"), ("overall_score", "score", "rating", "reward", "pm_score")
+RANKS = re.compile("best|better|chosen|prefer|winner|select|choice|rank|score|rating|reward|vote|correct|quality")
 
 
 @dataclass(frozen=True)
@@ -87,7 +100,13 @@ def preference_example(
         reading.close(cells, compared.shape)
         return None
     asked, completions = read_answers(cells, compared.answers, template, chat)
-    margin = _read_margin(cells, compared.strength, margins)
+    if len(ranks) == 1 and read_reasoning(cells, completions[0]):
+        raise ValueError(
+            f"{row.origin}: column {cells.name('reasoning')!r} stands beside a labelled answer, which has no place for it; "
+            "write it into the answer's message as reasoning_content, or leave it out with --data.columns '{reasoning: "
+            '""}\''
+        )
+    margin = _read_margin(cells, compared.strength, margins) if len(ranks) > 1 else None
     reading.close(cells, compared.shape)
     return PreferenceExample(asked.prompt, completions, ranks, margin, row.origin, asked.tools)
 
@@ -104,7 +123,7 @@ def settle_verdicts(rows: Sequence[Row], reading: Reading, first_is_better: Ours
         ValueError: a column that can be read in two ways, a label that is neither true nor false, or an option without
             effect.
     """
-    verdicts: dict[tuple[str, ...], list[Any]] = {}  # annotators together
+    verdicts: dict[tuple[str, ...], dict[str, list[Any]]] = {}  # annotators together, by source
     labels: dict[str, dict[str, Any]] = {}
     for row in rows:
         cells = Cells(row, reading)
@@ -113,12 +132,15 @@ def settle_verdicts(rows: Sequence[Row], reading: Reading, first_is_better: Ours
             labels.setdefault(cells.name("label"), {})[row.origin] = cells.values[cells.name("label")]
         elif shape[:2] == TWO or (shape == ("completions",) and len(_list_in(cells, "completions")) == 2):
             names = [cells.name(name) for name in verdict_columns(cells)]
-            verdicts.setdefault(tuple(names), []).extend(cells.values[name] for name in names)
+            said = [cells.values[name] for name in names]
+            of_source = verdicts.setdefault(tuple(names), {}).setdefault(row.source, [])
+            of_source.extend(value for value in said if named_answer(cells, value) is None)
     for name, values in labels.items():
         check_labels(name, values, first_is_better)
     verdicts.pop((), None)
     for names_of, given in verdicts.items():
-        scale = settle_scale(names_of[0], given, first_is_better, rows[0].origin)
+        check_sources(names_of[0], given)
+        scale = settle_scale(names_of[0], [*chain(*given.values())], first_is_better, rows[0].origin)
         reading.settled |= dict.fromkeys(names_of, scale)
         reading.note(f"`{names_of[0]}`: {scale}")
     if first_is_better is not None and not verdicts:
@@ -142,7 +164,7 @@ def read_compared(cells: Cells, needs_verdict: bool, decided: bool = True) -> Co
     if shape is None:
         raise _no_shape(cells)
     if shape == ("chosen", "rejected"):
-        return Compared(_take_both(cells, shape), [0, 1], "chosen + rejected")
+        return _with_several(_take_both(cells, shape))
     if shape[:2] == TWO:
         ranks, strength = _judge(cells, needs_verdict, decided)
         said = "two answers" + (" with a verdict" if ranks else "")
@@ -194,7 +216,9 @@ def read_answers(
         turns, made = (prompt, list(answers.values())) if prompt is not None else _split(answers, cells, template)
     else:
         sides = {name: _read_side(cells, name, value) for name, value in answers.items()}
-        turns = _shared(list(sides.values())) if prompt is None else _as_repeated(prompt, next(iter(sides.values())))
+        turns = _shared(list(sides.values()))
+        if prompt is not None and not _asks_among(prompt, turns):
+            turns = _as_repeated(prompt, next(iter(sides.values())))
         found = [_answer_behind(side, turns, name, cells.origin) for name, side in sides.items()]
         made = [turn["content"] if set(turn) == {"role", "content"} else [turn] for turn in found]
     for name, answer in zip(answers, made, strict=True):
@@ -229,10 +253,12 @@ def _no_shape(cells: Cells) -> ValueError:
             f"({', '.join(sorted(scored))}) is no comparison; put the answers to one prompt into one row as completions and "
             "scores"
         )
+    verdicts = {"preference": next((name for name in cells.unread if RANKS.search(normalize(name))), "my_verdict")}
     wanted = ", ".join(" + ".join(shape) for shape in SHAPES if shape != TWO)
     return cells.not_found(
         f"a prompt or turns that the answers share, with one of: {wanted} (output_1 and output_2 in any spelling of "
-        "datamodules/formats/table.py)"
+        "datamodules/formats/table.py)",
+        verdicts if all(map(cells.has, TWO)) else None,
     )
 
 
@@ -252,6 +278,18 @@ def _take_both(cells: Cells, names: tuple[str, ...]) -> dict[str, Any]:
     for name in names:
         cells.take(name)
     return {cells.name(name): cells.accept_empty(name) for name in names}
+
+
+def _with_several(both: dict[str, Any]) -> Compared:
+    """Chosen and rejected answers; each side may be a list of texts that are equally good, as in RewardBench 2."""
+    given = {name: unpack(value) for name, value in both.items()}
+    if not all(
+        value and isinstance(value, list) and all(isinstance(text, str) for text in value) for value in given.values()
+    ):
+        return Compared(both, [0, 1], "chosen + rejected")
+    answers = {f"{name} {number}": text for name, texts in given.items() for number, text in enumerate(texts)}
+    ranks = [rank for rank, texts in enumerate(given.values()) for _ in texts]
+    return Compared(answers, ranks, "chosen + rejected, several of each")
 
 
 def _judge(cells: Cells, needs_verdict: bool, decided: bool) -> tuple[list[int] | None, float | None]:
@@ -290,9 +328,28 @@ def _read_list(cells: Cells, needs_verdict: bool, decided: bool) -> Compared:
     if all(isinstance(item, Mapping) and not looks_like_messages(item) for item in given):
         given, own = _read_objects(cells, given, cells.name(column))
         places = places or own
+    if places is None and needs_verdict:
+        _refuse_hidden_ranks(cells, len(given), cells.name(column))
     answers = {f"completion {number}": item for number, item in enumerate(given)}
     ranked = dense_ranks(places) if places else None
     return Compared(answers, ranked, "completions" + (" with ranks or scores" if places else ""), strength)
+
+
+def _refuse_hidden_ranks(cells: Cells, count: int, name: str) -> None:
+    """Refuses, with a ValueError, answers without a known rank beside a column or key that may tell which is better."""
+    if {"ranks", "scores"} & set(cells.reading.by_hand):
+        return
+    for theirs in cells.unread:
+        held = unpack(cells.values.get(theirs))
+        by_answer = isinstance(held, list) and len(held) == count and all(as_number(one) is not None for one in held)
+        if by_answer or (
+            RANKS.search(normalize(theirs)) and (theirs.startswith(f"{name}.") or as_number(held) is not None)
+        ):
+            raise ValueError(
+                f"{cells.origin}: {name!r} has no ranks or scores that are known, and {theirs!r} may tell which answer is "
+                f"better; rename it to ranks (0 = best) or scores (high = best), such as with --data.columns '{{scores: "
+                f"{theirs}}}', or say with --data.columns '{{scores: \"\"}}' that the answers stand best first"
+            )
 
 
 def _read_objects(cells: Cells, given: list[Any], name: str) -> tuple[list[Any], list[float] | None]:
@@ -383,6 +440,12 @@ def _as_repeated(prompt: Dialogue, side: list[Message]) -> list[Message]:
     turns = [Message(role="user", content=prompt)] if isinstance(prompt, str) else prompt
     with_system = side[:1] + turns
     return with_system if len(side) > 1 and side[:-1] == with_system and side[0]["role"] == "system" else turns
+
+
+def _asks_among(prompt: Dialogue, shared: list[Message]) -> bool:
+    """Whether a text prompt is one of several questions that the answers share."""
+    asked = [turn["content"].strip() for turn in shared if turn["role"] == "user"]
+    return isinstance(prompt, str) and len(asked) > 1 and prompt.strip() in asked
 
 
 def _answer_behind(side: list[Message], prompt: Dialogue, name: str, origin: str) -> Message:

@@ -1,7 +1,7 @@
 """The shapes of prompts with checkable answers: from a raw row to a prompt and the answer that a reward reads."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,17 @@ from datamodules.sources.source import Row
 from datamodules.tokens.chat import Dialogue, Tools
 
 ANSWERS = ("answer", "completion", "label")  # our columns that may hold the right answer, in this order
-NO_GOLD = ("completion", "response", "outputs", "assistant")  # what somebody said, right or wrong
+NO_GOLD = (
+    "completion",
+    "response",
+    "outputs",
+    "assistant",
+    "generation",
+    "generated_solution",
+    "assistant_response",
+    "model_response",
+    "output_text",
+)  # what somebody said, right or wrong
 LONGEST_ANSWER = 200  # characters behind "####"; more is a worked solution with headings
 
 
@@ -63,22 +73,31 @@ def verifiable_example(row: Row, reading: Reading, chat: bool = False) -> Verifi
     return VerifiableExample(asked.prompt, answer, plain(info), row.origin, row.source, asked.tools)
 
 
-def settle_choices(rows: Sequence[Row], reading: Reading) -> None:
+def settle_choices(rows: Sequence[Row], reading: Reading, names: tuple[str, ...] = ANSWERS) -> None:
     """Settles on the whole data set what a whole number beside options means: its number, from 0 or 1, or its text.
 
-    Raises ValueError where that cannot be told.
+    Args:
+        rows: all of them.
+        reading: of them; ``settled`` gets the number of the first option.
+        names: our columns that may hold the answer, the first that holds something counts.
+
+    Raises:
+        ValueError: that cannot be told.
     """
     numbers: list[tuple[int, list[str]]] = []
     for row in rows:
         cells = Cells(row, reading)
         if not cells.holds("options"):
             continue
-        name = next((name for name in ANSWERS if cells.holds(name)), None)
+        name = next((name for name in names if cells.holds(name)), None)
         value = unpack(cells.values[cells.name(name)]) if name else None
         number = None if isinstance(value, bool) else as_number(value)
         if number is not None and number == int(number):
             numbers.append((int(number), [text for _, _, text in read_options(cells)]))
-    if not numbers or all(str(number) in texts for number, texts in numbers):
+    if not numbers:
+        return
+    if all(str(number) in texts for number, texts in numbers):
+        reading.settled["options"] = None
         return
     from_0 = all(0 <= number < len(texts) for number, texts in numbers)
     from_1 = all(1 <= number <= len(texts) for number, texts in numbers)
@@ -104,7 +123,7 @@ def right_answer(cells: Cells, names: tuple[str, ...] = ANSWERS) -> tuple[str | 
         if not cells.holds(name):
             continue
         theirs = cells.name(name)
-        answer = unpack(cells.take(name, one_of_several=True))
+        answer = references(unpack(cells.take(name, one_of_several=True)))
         cells.roles[theirs] = "answer" if name not in cells.reading.by_hand else name
         if isinstance(answer, list | tuple):
             several = list(dict.fromkeys(str(one).strip() for one in answer if not is_empty(one)))
@@ -116,13 +135,36 @@ def right_answer(cells: Cells, names: tuple[str, ...] = ANSWERS) -> tuple[str | 
                 )
             answer = several[0]
         if isinstance(answer, dict):
-            raise ValueError(f"{cells.origin}: column {theirs!r} holds a dict, a single answer was expected")
-        start, options = cells.reading.settled.get("options"), read_options(cells) if cells.holds("options") else []
-        number = as_number(answer)
-        if start is not None and options and number is not None and number == int(number):
-            return options[int(number) - start][1], theirs
-        return read_gold(answer), theirs
+            raise ValueError(
+                f"{cells.wrong_type(name, answer, 'a single answer')}, or leave it to rewards that read the column, with "
+                "--data.columns '{answer: \"\"}'"
+            )
+        return read_gold(as_letter(cells, answer)), theirs
     return None, None
+
+
+def references(value: Any) -> Any:
+    """The texts of SQuAD's ``{"text": [...], "answer_start": [...]}``; any other value as it is."""
+    held = unpack(value)
+    return held["text"] if isinstance(held, Mapping) and set(held) == {"text", "answer_start"} else value
+
+
+def as_letter(cells: Cells, answer: Any) -> Any:
+    """The letter of an answer that is the number of an option, as :func:`settle_choices` found; any other as it is.
+
+    Raises ValueError where that has not been settled, as in a stream.
+    """
+    number = None if isinstance(answer, bool) or not cells.holds("options") else as_number(answer)
+    if number is None or number != int(number):
+        return answer
+    options = read_options(cells)
+    start = cells.reading.settled.get("options", -1)
+    if start == -1 and all(text != str(answer).strip() for _, _, text in options):
+        raise ValueError(
+            f"{cells.origin}: the answer beside the options is {answer!r}, and only all rows tell whether numbers start at 0 "
+            "or 1; write the letters (A, B, ...) as answers"
+        )
+    return answer if start in (-1, None) else options[int(number) - start][1]
 
 
 def read_gold(answer: object) -> str | None:

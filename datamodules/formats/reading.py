@@ -8,7 +8,17 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from datamodules.formats.table import COMPARED, MODULES, NAMED, Purpose, check_mapping, normalize, our_names, suggest
+from datamodules.formats.table import (
+    COMPARED,
+    MODULES,
+    NAMED,
+    Purpose,
+    check_mapping,
+    normalize,
+    option_columns,
+    our_names,
+    suggest,
+)
 
 if TYPE_CHECKING:  # sources read rows through this file
     from datamodules.sources.source import Row
@@ -77,7 +87,7 @@ class Reading:
     def refuse_unused_mapping(self, rows: Sequence["Row"]) -> None:
         """Refuses, with a ValueError, a mapping that had no effect on any of the rows."""
         for ours, theirs in self.by_hand.items():
-            if theirs and self.shapes and ours not in {role for roles in self._became.values() for role in roles}:
+            if theirs and self.shapes and not self.has_read(ours):
                 if ours not in self.mapped_seen:
                     raise ValueError(
                         f"{rows[0].origin}: no row has the column {theirs!r} (for {ours}); found "
@@ -87,6 +97,10 @@ class Reading:
                     f"columns maps {ours} to {theirs!r}, and nothing reads it in rows that are "
                     f"{' or '.join(self.shapes)}; leave it out of the mapping"
                 )
+
+    def has_read(self, ours: str) -> bool:
+        """Whether some row had such a column and it was read."""
+        return any(ours in roles for roles in self._became.values())
 
     def drop(self, reason: str, count: int) -> None:
         """Counts some of the used rows under another reason."""
@@ -161,6 +175,10 @@ class Cells:
         if isinstance(verl := row.columns.get("reward_model"), Mapping) and "ground_truth" in verl:
             self.values["reward_model.ground_truth"] = verl["ground_truth"]
             known["reward_model.ground_truth"] = known.pop("reward_model")
+        if (alone := next((name for name, ours in known.items() if ours == "history"), None)) is not None:
+            asks = {"prompt", "instruction", "messages", "input", "chosen"} & (by_hand.keys() | set(known.values()))
+            if not asks and isinstance(row.columns[alone], str) and isinstance(unpack(row.columns[alone]), str):
+                known[alone] = "prompt"  # SHP's post
         for name, ours in known.items():
             if name in by_hand.values():
                 continue
@@ -168,10 +186,17 @@ class Cells:
                 self.unread[name] = f"{by_hand[ours]!r} is mapped to {ours}" if by_hand[ours] else "by data.columns"
             else:
                 self.names.setdefault(ours, []).append(name)
+        apart = option_columns(row.columns)
+        if "options" in (*by_hand, *known.values()) or set(apart) & set(by_hand.values()):
+            apart = []
+        if options := {
+            name[-1].upper(): as_text(row.columns[name]) for name in apart if not is_empty(row.columns[name])
+        }:
+            self.add("options", ", ".join(apart), options)
         for names in self.names.values():
             names.sort(key=lambda name: is_empty(self.values[name]))  # what holds something first, else as in the table
         for name in row.columns:
-            if name not in known and name not in by_hand.values() and not is_empty(row.columns[name]):
+            if name not in (*known, *by_hand.values(), *apart) and not is_empty(row.columns[name]):
                 self.unread[name] = ""
 
     def holds(self, ours: str) -> bool:
@@ -203,6 +228,7 @@ class Cells:
             if named or one_of_several or is_empty(self.values[other]):
                 continue
             if value == self.values[other] or repeats(value, self.values[other]) or repeats(self.values[other], value):
+                self.used[other], self.unread[other] = self.values[other], "repeats what was read"
                 continue
             raise UnclearColumn(
                 f"{self.origin}: columns {first!r} and {other!r} may both be the {ours} ({NAMED[ours].means}); name one, "
@@ -232,8 +258,12 @@ class Cells:
 
     def wrong_type(self, ours: str, value: Any, expected: str) -> ValueError:
         """The error for a column that holds something else than expected."""
-        held = f"column {self.name(ours)!r} holds a {type(value).__name__}"
-        return ValueError(f"{self.origin}: {held}, {expected} was expected")
+        name = self.name(ours)
+        keys = sorted(value, key=lambda key: not isinstance(value[key], str)) if isinstance(value, Mapping) else []
+        way_out = f"; name one of its keys, such as --data.columns '{{{ours}: {name}.{keys[0]}}}'" if keys else ""
+        return ValueError(
+            f"{self.origin}: column {name!r} holds a {type(value).__name__}, {expected} was expected{way_out}"
+        )
 
     def add(self, ours: str, theirs: str, value: Any) -> None:
         """Adds a column that a nested one of the row brings."""
@@ -251,19 +281,33 @@ class Cells:
             and not _is_neutral(ours, self.values[theirs])
         ]
 
-    def not_found(self, wanted: str) -> ValueError:
-        """The error for a row that has no shape of ours."""
-        found = ", ".join(map(str, self.row.columns)) or "nothing"
+    def not_found(self, wanted: str, mapping: Mapping[str, str] | None = None) -> ValueError:
+        """The error for a row that has no shape of ours.
+
+        Args:
+            wanted: what was looked for.
+            mapping: an example of what the user may map; None = the longest columns as prompt and completion.
+        """
+        found, purpose = ", ".join(map(str, self.row.columns)) or "nothing", self.reading.purpose
         if self.missing:
             mapped = ", ".join(f"{theirs!r} (for {ours})" for ours, theirs in self.missing.items())
             return ValueError(f"{self.origin}: no column {mapped}; found {found}")
-        hint = suggest(list(self.row.columns))
-        wants = [name for name in ("prompt", "completion") if name not in self.names and name in wanted] or ["prompt"]
-        others = [name for name in self.row.columns if name in self.unread] or ["my_column"]
-        example = ", ".join(f"{ours}: {theirs}" for ours, theirs in zip(wants, others, strict=False))
+        if purpose != "preference" and {"chosen", "preference"} & set(self.names):
+            prompts = ", or data.train to PreferencePrompts for its prompt alone" if purpose == "verifiable" else ""
+            return ValueError(
+                f"{self.origin}: the row is a preference ({found}); set data to {MODULES['preference']}{prompts}"
+            )
+        asks = {"prompt", "instruction", "messages", "input", "context"} & set(self.names)
+        wants = ["prompt"] if not asks else []
+        wants += ["completion"] if "completion" in wanted and "completion" not in self.names else []
+        longest = sorted(self.unread, key=lambda name: -len(str(self.values[name])))
+        if len(self.row.columns) == 1 and wanted.endswith(" text"):
+            mapping = {"text": next(iter(self.row.columns))}
+        mapping = mapping or dict(zip(wants or ["prompt"], longest or ["my_column"], strict=False))
+        example = ", ".join(f"{ours}: {theirs}" for ours, theirs in mapping.items())
         return ValueError(
             f"{self.origin}: found the columns {found}; looked for {wanted}; map others with columns, such as "
-            f"--data.columns '{{{example}}}'{hint}"
+            f"--data.columns '{{{example}}}'{suggest(list(self.row.columns))}"
         )
 
 
@@ -327,6 +371,11 @@ def as_number(value: Any) -> float | None:
     except (ValueError, OverflowError):
         return None
     return number if math.isfinite(number) else None
+
+
+def as_text(value: Any) -> Any:
+    """A number as text, as CSV holds it; any other value as it is."""
+    return str(value) if isinstance(value, bool | int | float) and not is_empty(value) else value
 
 
 def texts_in(value: Any) -> list[str]:

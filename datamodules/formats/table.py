@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache
+from itertools import takewhile
 from typing import Literal
 
 Purpose = Literal["instruction", "preference", "verifiable", "facts", "seeds"]
@@ -35,28 +36,82 @@ class Column:
 
 COLUMNS = (
     Column("messages", "conversations conversation dialogue dialog chat", "a conversation", CHATS),
-    Column("prompt", "question problem query inputs user", "what is asked, text or messages", ALL),
+    Column(
+        "prompt",
+        "question problem query inputs user user_input user_prompt user_message user_query input_text",
+        "what is asked, text or messages",
+        ALL,
+    ),
     Column("instruction", "instructions", "the same in Alpaca's form: a chat where there is a template", ALL),
     Column("input", "", "what the prompt is about; alone, the prompt", ALL, side=True),
-    Column("context", "passage background body", "what the prompt is about; alone, the prompt", ASKED, side=True),
+    Column(
+        "context",
+        "passage background body document article paragraph story evidence",
+        "what the prompt is about; alone, the prompt",
+        ASKED,
+        side=True,
+    ),
     Column("documents", "docs passages contexts", "the same: texts, or objects with title and text", ASKED, side=True),
     Column("options", "choices", "the answers to choose from, written below the prompt", ASKED, side=True),
     Column(
-        "system", "system_prompt system_message sys_prompt system_instruction", "the system message", CHATS, side=True
+        "system",
+        "system_prompt system_message sys_prompt system_instruction system_instructions systemprompt system_msg sys",
+        "the system message",
+        CHATS,
+        side=True,
     ),
-    Column("history", "chat_history conversation_history", "earlier turns: pairs or messages", CHATS, side=True),
-    Column("tools", "functions available_tools", "JSON schemas that the chat template writes", CHATS, side=True),
-    Column("completion", "response output target targets outputs assistant", "what is learned", ALL),
+    Column(
+        "history",
+        "chat_history conversation_history dialogue_history dialog_history previous_turns previous_messages "
+        "context_messages",
+        "earlier turns: pairs or messages",
+        CHATS,
+        side=True,
+    ),
+    Column(
+        "tools",
+        "functions available_tools tool tool_list tool_definitions tool_schemas function_schemas function_definitions "
+        "available_functions api_list apis",
+        "JSON schemas that the chat template writes",
+        CHATS,
+        side=True,
+    ),
+    Column(
+        "completion",
+        "response output target targets outputs assistant generation generated_solution "
+        "assistant_response model_response output_text",
+        "what is learned",
+        ALL,
+    ),
+    Column(
+        "reasoning",
+        "reasoning_content thinking thoughts chain_of_thought cot complex_co_t",
+        "what the assistant thinks before it answers",
+        ALL,
+    ),
     Column(
         "answer",
-        "final_answer ground_truth expected_answer correct_answer gold answer_key correct solution answers reward_model",
+        "final_answer ground_truth expected_answer correct_answer gold gold_answer golden_answers reference_answer "
+        "best_answer possible_answers answer_key correct solution answers reward_model",
         "the right answer, which rewards check; without a completion, what is learned",
         ASKED,
     ),
-    Column("text", "", "a document, learned whole", LEARNED),
+    Column("text", "raw_content", "a document, learned whole", LEARNED),
     Column("instances", "", "Self-Instruct's inputs and outputs, the first of which is read", ("instruction", "seeds")),
-    Column("chosen", "response_j chosen_messages chosen_response", "the better answer", COMPARED),
-    Column("rejected", "response_k rejected_messages rejected_response", "the worse answer", COMPARED),
+    Column(
+        "chosen",
+        "response_j chosen_messages chosen_response chosen_answer chosen_output chosen_completion preferred_output "
+        "preferred_response winning_response",
+        "the better answer",
+        COMPARED,
+    ),
+    Column(
+        "rejected",
+        "response_k rejected_messages rejected_response rejected_answer rejected_output rejected_completion "
+        "non_preferred_output dispreferred_response losing_response",
+        "the worse answer",
+        COMPARED,
+    ),
     Column("output_1", "", "the first of two answers, see PAIRS", COMPARED),
     Column("output_2", "", "the second", COMPARED),
     Column("completions", "responses candidates", "answers, best first or with ranks, scores or a label", COMPARED),
@@ -64,12 +119,18 @@ COLUMNS = (
     Column("scores", "ratings", "of completions, high = best", COMPARED, side=True),
     Column(
         "preference",
-        "better_response_id safer_response_id winner better overall_preference preference_strength",
+        "better_response_id safer_response_id winner better preferred overall_preference preference_strength",
         "which of two answers is better",
         COMPARED,
         side=True,
     ),
-    Column("label", "kto_tag", "whether an answer is good, or which of two is better", COMPARED, side=True),
+    Column(
+        "label",
+        "kto_tag desirable is_desirable thumbs_up",
+        "whether an answer is good, or which of two is better",
+        COMPARED,
+        side=True,
+    ),
     Column("labels", "", "which of two answers is better", COMPARED, side=True),
     Column("annotator1", "", "which of two answers a person prefers; the majority counts", COMPARED, side=True),
     Column("annotator2", "", "the same of a second person", COMPARED, side=True),
@@ -78,8 +139,21 @@ COLUMNS = (
     Column("strength", "", "a label of how much better it is, which data.margins translates", COMPARED),
     Column("knowledge", "", "whether a model knows the answer, see data.unknown", ALL),
     Column("relation", "", "facts of one relation are examples for each other", ALL),
-    Column("images", "image videos video audios audio", "what is not text", (), side=True),
-    Column("weight", "sample_weight loss_weight", "how much a row counts; here all count alike", (), side=True),
+    Column(
+        "images",
+        "image img imgs picture pictures photo photos image_base64 images_base64 image_bytes videos video audios audio image_path image_paths image_url image_urls image_file image_files video_path "
+        "video_url audio_path audio_url audio_file",
+        "what is not text",
+        (),
+        side=True,
+    ),
+    Column(
+        "weight",
+        "sample_weight sample_weights loss_weight loss_weights example_weight importance",
+        "how much a row counts; here all count alike",
+        (),
+        side=True,
+    ),
     Column("chat_template_kwargs", "chat_template enable_thinking", "settings of a template by row", (), side=True),
 )
 STEMS = ("output", "response", "answer", "completion", "generation", "conversation", "candidate", "human_ref")
@@ -87,6 +161,14 @@ PAIRS = tuple(
     (stem + first, stem + second)
     for first, second in (("_1", "_2"), ("1", "2"), ("_0", "_1"), ("0", "1"), ("_a", "_b"))
     for stem in STEMS
+)
+OPTIONS = (
+    ("", "ABCDEFGHIJ"),
+    *(
+        (stem, marks)
+        for stem in ("option_", "option", "choice_", "choice", "op")
+        for marks in ("abcdefghij", "123456789")
+    ),
 )
 NAMED = {column.name: column for column in COLUMNS}
 OURS = {name: column.name for column in COLUMNS for name in (column.name, *column.synonyms.split())}
@@ -114,6 +196,16 @@ def our_names(names: tuple[str, ...]) -> dict[str, str]:
         if first in spelled and second in spelled:
             return known | {spelled[first]: PAIRED[0], spelled[second]: PAIRED[1]}
     return known
+
+
+def option_columns(names: Iterable[str]) -> list[str]:
+    """Finds the columns that hold one option each: ``A``, ``B``, ``C``, or ``option_1``, ``option_2``, see ``OPTIONS``."""
+    spelled = {(name if len(name) == 1 else normalize(name)): name for name in names}  # a, b and c may be coefficients
+    for stem, marks in OPTIONS:
+        found = [spelled[name] for name in takewhile(spelled.__contains__, (stem + mark for mark in marks))]
+        if len(found) > (1 if stem else 2):
+            return found
+    return []
 
 
 def check_mapping(columns: Mapping[str, str], purpose: Purpose) -> dict[str, str]:

@@ -84,6 +84,7 @@ def settle_scale(name: str, values: Sequence[Any], first: Ours | None, origin: s
             )
         return Scale("signed", -1 if first is None else first, max(map(abs, numbers)) or 1.0)
     alone = numbers == {1.0} and not any(isinstance(value, bool) for value in values)  # 1 of 1 and 2 as likely
+    alone = alone and not normalize(name).endswith("_id")  # which counts from 0
     if numbers and max(numbers) <= 1 and (first is not None or not alone):
         if first is None or first < 0:
             held = "0 and 1" if numbers <= {0.0, 1.0} else "numbers from 0 to 1"
@@ -97,6 +98,26 @@ def settle_scale(name: str, values: Sequence[Any], first: Ours | None, origin: s
             f"{said} tells by 1 and 2, so data.first_is_better has no effect; leave it out (it is for columns of 0 and 1)"
         )
     return Scale("one_two")
+
+
+def check_sources(name: str, values: Mapping[str, Sequence[Any]]) -> None:
+    """Checks that the sources of a column of verdicts do not use different numbers.
+
+    Args:
+        name: of the column.
+        values: verdicts by source, such as the files of a folder.
+
+    Raises:
+        ValueError: one source tells by 0 and 1 alone and another by 2.
+    """
+    numbers = {source: {as_number(value) for value in given} - {None} for source, given in values.items()}
+    zero_one = next((source for source, found in numbers.items() if found == {0, 1}), None)
+    two = next((source for source, found in numbers.items() if 2 in found), None)
+    if zero_one is not None and two is not None:
+        raise ValueError(
+            f"{zero_one}: column {name!r} holds only 0 and 1, and that of {two} holds 2, so a number may mean different "
+            "answers; write A and B (or tie) in both"
+        )
 
 
 def check_labels(name: str, values: Mapping[str, Any], first: Ours | None) -> None:
@@ -140,6 +161,12 @@ def verdict_columns(cells: Cells) -> list[str]:
     return found[:1]
 
 
+def named_answer(cells: Cells, value: Any) -> float | None:
+    """1 or 2 of a verdict that is the name of the first or the second answer's column; None of any other."""
+    names = [normalize(cells.name(answer)) for answer in ("output_1", "output_2") if cells.has(answer)]
+    return 1.0 + names.index(normalize(value)) if isinstance(value, str) and normalize(value) in names else None
+
+
 def read_verdicts(cells: Cells) -> float:
     """Reads which of a row's two answers is better, as ``Scale.read`` says it; of several verdicts the majority counts.
 
@@ -150,7 +177,8 @@ def read_verdicts(cells: Cells) -> float:
         cells.take(name)
         value, theirs = cells.accept_empty(name), cells.name(name)
         scale: Scale = cells.reading.settled.get(theirs, Scale("one_two"))
-        if (choice := scale.read(value)) is None:
+        choice = named_answer(cells, value) or scale.read(value)
+        if choice is None:
             known = "1, 2 or between (which output is better), or 0, null or Tie"
             expected = known if scale == Scale("one_two") else str(scale)
             raise ValueError(f"{cells.origin}: column {theirs!r} holds {value!r}, expected {expected}")

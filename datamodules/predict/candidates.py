@@ -10,7 +10,7 @@ from lightning.pytorch.utilities.types import EVAL_DATALOADERS
 
 from datamodules.base import RowsDataModule
 from datamodules.formats.preference_shapes import read_answers, read_compared, settle_verdicts
-from datamodules.formats.prompt_shapes import right_answer
+from datamodules.formats.prompt_shapes import right_answer, settle_choices
 from datamodules.formats.reading import Cells, Reading
 from datamodules.formats.verdicts import Ours
 from datamodules.sources import Row, Source
@@ -82,8 +82,9 @@ class CandidatesDataModule(RowsDataModule):
             self.report("candidates", f"{labelled} with a given label")
 
     def settle(self, rows: Sequence[Row], stage: str) -> None:
-        """Settle how columns of verdicts are read."""
+        """Settle how columns of verdicts, and numbers beside options, are read."""
         settle_verdicts(rows, self.reading, self.first_is_better)
+        settle_choices(rows, self.reading, ("answer",))
 
     def predict_dataloader(self) -> EVAL_DATALOADERS:
         """Return this rank's rows in batches, in order. Raises ValueError when there are fewer rows than ranks."""
@@ -129,7 +130,7 @@ def read_candidates(row: Row, reading: Reading) -> Candidates:
     if len(compared.answers) < 2:
         raise ValueError(f"{row.origin}: there is one answer ({compared.shape}), and a judge compares at least 2")
     asked, answers = read_answers(cells, compared.answers, template=True, chat=True, may_be_empty=True)
-    answer, _ = right_answer(cells, ("answer",))
+    answer = None if "answer" in cells.roles.values() else right_answer(cells, ("answer",))[0]  # Nectar's are compared
     for name in ("margin", "strength"):
         cells.take(name)
     reading.close(cells, compared.shape)

@@ -4,6 +4,7 @@ import hashlib
 import json
 import random
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lightning.pytorch.utilities.types import EVAL_DATALOADERS
@@ -11,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from datamodules.base import RowsDataModule, load_tokenizer
 from datamodules.formats.conversation import Asked, add_context, read_prompt
+from datamodules.formats.prompt_shapes import as_letter, references, settle_choices
 from datamodules.formats.reading import Cells, Reading, plain, unpack
 from datamodules.sources import Row, Source
 from datamodules.tokens.chat import encode_prompt
@@ -108,6 +110,10 @@ class FactsDataModule(RowsDataModule):
         relations = len({fact.relation for fact in facts})
         self.report("facts", f"{relations} relations, {self.num_prompts} prompts each")
 
+    def settle(self, rows: Sequence[Row], stage: str) -> None:
+        """Settle how numbers beside options are read."""
+        settle_choices(rows, self.reading, ("answer", "completion"))
+
     def build(self, facts: list[Fact]) -> list[list[tuple[str, list[int]]]]:
         """Return text and tokens of each fact's prompts."""
         relations: dict[str | None, list[Fact]] = defaultdict(list)
@@ -193,8 +199,8 @@ def read_fact(row: Row, reading: Reading) -> Fact:
             "a question (prompt, question, instruction, ...) with its answer (answer, completion, ...)"
         )
     question = _question(add_context(cells, found, chat=False), row.origin)
-    given = unpack(cells.take(column, one_of_several=True))
-    answers = given if isinstance(given, list) else [given]
+    given = references(unpack(cells.take(column, one_of_several=True)))
+    answers = [as_letter(cells, one) for one in (given if isinstance(given, list) else [given])]
     if not answers or not all(isinstance(one, str) and one.strip() and "\n" not in one.strip() for one in answers):
         raise ValueError(
             f"{row.origin}: column {cells.name(column)!r} must hold the answer, one line of text, or a list of such answers"

@@ -18,6 +18,7 @@ Header = Sequence[str] | None
 
 TABLES_OF_TEXT = (".csv", ".tsv")
 HEADERLESS = "; if the file has no line of column names, name them with Files' header, such as [prompt, completion]"
+QUOTED = re.compile('"(?:[^"]|"")*""(?:[^"]|"")*"')  # in quotes, with doubled quotes inside
 MAX_DEPTH = 100  # of lists and objects in each other
 
 csv.field_size_limit(2**31 - 1)  # Python refuses cells above 128 KiB
@@ -295,6 +296,10 @@ def _is_category(value: Any) -> bool:
 
 def _read_tsv(path: Path, header: Header) -> Iterator[Located]:
     for origin, cells in _read_csv(path, header, delimiter="\t", quoting=csv.QUOTE_NONE):
+        if quoted := next((cell for cell in cells.values() if QUOTED.fullmatch(cell)), None):
+            raise ValueError(
+                f"{origin}: the cell {quoted[:60]!r} is quoted as in CSV, and TSV knows no quotes; save the file as CSV"
+            )
         yield origin, {name: cell.replace("\\n", "\n") for name, cell in cells.items()} if header else cells
 
 
@@ -315,6 +320,11 @@ def _read_csv(path: Path, header: Header, delimiter: str = ",", quoting: Any = c
                     raise ValueError(
                         f"{path}:{line}: the header names {', '.join(map(repr, twice))} twice; name every column once"
                         f"{HEADERLESS}"
+                    )
+                if other := [mark for mark in ";\t|" if len(names) == 1 and mark in names[0]]:
+                    raise ValueError(
+                        f"{path}:{line}: the header is one column, {names[0]!r}; the cells seem to be separated by "
+                        f"{other[0]!r}: save the file with commas" + (" or as .tsv" if other[0] == "\t" else "")
                     )
             elif cells and len(cells) != len(names):
                 raise ValueError(
