@@ -45,7 +45,8 @@ class PreferenceAudit(Callback):
     and prints one line. A ``fast_dev_run`` writes nothing.
 
     It warns that the score may be little more than length in two cases. Within prompts, score and length correlate
-    above ``MAX_CORRELATION``; or the score agrees with the data less often than the rule "the longer one wins".
+    above ``MAX_CORRELATION``; or the score agrees with the data less often than the rule "the longer one wins". Both
+    must exceed what chance does among so few pairs, by two standard errors.
 
     Args:
         path: the JSON file. Its parent folders are made and an earlier file is replaced. None = ``audit.json`` in
@@ -147,7 +148,7 @@ class PreferenceAudit(Callback):
         path = self.path or next((Path(logger.log_dir) / "audit.json" for logger in loggers), None)
         if path is not None:
             write_json(path, {"split": split, "step": trainer.global_step, "report": report})
-        rank_zero_info(summarise(report) + ("" if path is None else f": {path}"))
+        rank_zero_info(summarise(report, split) + ("" if path is None else f": {path}"))
         if smells_of_length(report):
             rank_zero_warn(
                 "audit: the score may be little more than length; see accuracy_chosen_shorter and "
@@ -155,23 +156,28 @@ class PreferenceAudit(Callback):
             )
 
 
-def summarise(report: dict[str, float]) -> str:
-    """Return the report in one line."""
+def summarise(report: dict[str, float], split: Split) -> str:
+    """Return the report in one line, with the pairs that it is about."""
     shorter, longer, correlation = (
         f"{report[key]:.2f}" if key in report else "unknown"
         for key in ("accuracy_chosen_shorter", "accuracy_chosen_longer", "score_length_pearson_within_prompt")
     )
     return (
-        f"audit: accuracy {report['accuracy']:.2f} (chosen shorter {shorter}, longer {longer}), "
+        f"audit of {report['pairs']:.0f} {'held-out' if split == 'val' else 'training'} pairs: "
+        f"accuracy {report['accuracy']:.2f} (chosen shorter {shorter}, longer {longer}), "
         f"longer-wins baseline {report['longer_wins']:.2f}, length correlation within prompts {correlation}"
     )
 
 
 def smells_of_length(report: dict[str, float]) -> bool:
-    """Return whether the score may be little more than length."""
+    """Return whether the score may be little more than length, by more than two standard errors.
+
+    That of a correlation is about 1 / sqrt(pairs), and that of a difference of two shares at most sqrt(1 / (2 pairs)).
+    """
+    error = report["pairs"] ** -0.5
     return (
-        report.get("score_length_pearson_within_prompt", 0.0) > MAX_CORRELATION
-        or report["accuracy"] < report["longer_wins"]
+        report.get("score_length_pearson_within_prompt", 0.0) > max(MAX_CORRELATION, 2 * error)
+        or report["longer_wins"] - report["accuracy"] > 2 * error * 0.5**0.5
     )
 
 

@@ -4,6 +4,7 @@ import logging
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -24,6 +25,9 @@ QUIET = (
     ".*predict returned None.*",  # the predictions are written to a file
     ".*Total length of `list` across ranks is zero.*",  # a run without validation data
     ".*Checkpoint directory .* exists and is not empty.*",  # a run that goes on
+    ".*Experiment logs directory .* exists and is not empty.*",  # the lock of the run's folder lies there
+    ".*torch.distributed.nn.functional.all_gather is deprecated.*",  # Lightning calls it
+    ".*The dirpath has changed from.*",  # another run's checkpoint
 )
 
 
@@ -32,11 +36,18 @@ def is_news(record: logging.LogRecord) -> bool:
     return not record.getMessage().startswith(BANNERS)
 
 
+def write_warning(message: Warning | str, category: type[Warning], filename: str, lineno: int, *rest: Any) -> str:
+    """Write a warning of this program as one line; one of another package with its place in the code."""
+    own = Path(filename).is_relative_to(Path(__file__).parents[1]) and category is UserWarning
+    return f"warning: {message}\n" if own else f"{filename}:{lineno}: {category.__name__}: {message}\n"
+
+
 def main(args: list[str] | None = None) -> None:
     """Run the command line. An error that the user can correct ends it with one sentence and exit status 1."""
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(is_news)
     for message in QUIET:
         warnings.filterwarnings("ignore", message=message)
+    warnings.formatwarning = write_warning
     read_old_names()
     given = spell_out_arguments([renew(argument) for argument in (sys.argv[1:] if args is None else args)])
     if str(Path.cwd()) not in sys.path:

@@ -72,12 +72,14 @@ class AlignmentModule(LightningModule):
         return [StopTogether()]
 
     def setup(self, stage: str) -> None:
-        """Refuse a precision under which Lightning casts the batch's log-probs and denominators to 16 bits."""
+        """Refuse a precision that is not the 32 bits of log-probs, denominators and losses."""
         if self.trainer.precision in ("16-true", "bf16-true", "transformer-engine", "transformer-engine-float16"):
             raise ValueError(
                 f"precision '{self.trainer.precision}' rounds the batch's log-probabilities and denominators to 16 "
                 "bits; use '32-true', 'bf16-mixed' or '16-mixed'"
             )
+        if self.trainer.precision == "64-true":
+            raise ValueError("precision '64-true': log-probabilities and losses are computed in 32 bits; use '32-true'")
 
     def configure_optimizers(self) -> Any:
         """Return the optimizer and the scheduler, which steps per update, or per epoch if it waits for a plateau."""

@@ -9,8 +9,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, is_typeddict
 
-from lightning.pytorch import LightningDataModule, LightningModule
-from torch import Tensor
+from lightning.pytorch import Callback, LightningDataModule, LightningModule
+from lightning.pytorch import callbacks as lightning_callbacks
+from torch import Tensor, optim
 
 import modules
 import modules.losses
@@ -44,7 +45,15 @@ FUNCTIONS: dict[str, list[Callable[..., Tensor]]] = {
 }
 CHOICES = [vars(package)[name] for package in PACKAGES for name in package.__all__]
 CLASSES = [choice for choice in CHOICES if isinstance(choice, type) and not inspect.isabstract(choice)]
-NAMES = sorted({*(kind.__name__ for kind in CLASSES), *(f.__name__ for some in FUNCTIONS.values() for f in some)})
+OTHERS = {  # classes of torch and Lightning that have a short name too
+    name
+    for package, base in ((optim, optim.Optimizer), (lightning_callbacks, Callback))
+    for name, kind in vars(package).items()
+    if isinstance(kind, type) and issubclass(kind, base)
+}
+NAMES = sorted(
+    {*(kind.__name__ for kind in CLASSES), *(f.__name__ for some in FUNCTIONS.values() for f in some), *OTHERS}
+)
 
 
 def spell_out(option: str, value: Any) -> Any:

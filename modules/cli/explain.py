@@ -22,6 +22,7 @@ NOISE = (
 )
 OTHER_TYPES = ("Expected a <class 'str'>", "Expected a <class 'list'>")  # offered beside a class
 PLAIN_TYPE = re.compile(r"Expected a <class '(int|float|bool|dict)'>")
+ABSTRACT = re.compile(r"Expected an instantiatable class, but (\S+) is abstract")
 CLASS = re.compile(r"Expected a dot import path string: (\S+)")
 
 
@@ -36,12 +37,24 @@ def write_sentence(message: str, names: Sequence[str]) -> str:
         r"Type typing\.Callable.* expects a function or a callable class: |\. Got value: Namespace\(.*", "", joined
     )
     joined = PLAIN_TYPE.sub(r"expected type \1", joined)
+    joined = ABSTRACT.sub(lambda match: ask_for_class(match[1], names), joined)
     joined += quote_value(message, joined)
     return CLASS.sub(
         lambda match: (
-            f"there is no class {match[1]!r}" + (suggest_names(match[1], names) or f"; known are {', '.join(names)}")
+            f"there is no class {match[1]!r}"
+            + (suggest_names(match[1], names) or "; name a class of ours, or the whole class path of another")
         ),
         joined,
+    )
+
+
+def ask_for_class(path: str, names: Sequence[str]) -> str:
+    """Ask for the class whose option was set; ``path`` is the abstract class that it must derive from."""
+    module, _, name = path.rpartition(".")
+    base, known = getattr(importlib.import_module(module), name), vars(importlib.import_module(module))
+    choices = [name for name in names if isinstance(known.get(name), type) and issubclass(known[name], base)]
+    return (
+        f"name the class first, such as {', '.join(choices) or f'one that derives from {path}'}, and then its options"
     )
 
 

@@ -81,17 +81,26 @@ class Parser(LightningArgumentParser):
         told = explain_missing_arguments(message) or write_sentence(message, NAMES) + suggest_argument(
             message
         ) + explain_taken_name(message)
-        unknown = re.search(r"^unrecognized arguments: --([^\s=;]+)|accept option '([\w.]+)'", message)
+        unknown = re.search(r"^unrecognized arguments: --([^\s=;]+)|^Option '([\w.]+)' is not", message)
         if unknown and "did you mean" not in message:
-            told += suggest_names(unknown[1] or unknown[2], self.options(), "--" if unknown[1] else "")
+            name = unknown[1] or unknown[2]
+            told += suggest_names(name, self.options(name), "--" if unknown[1] else "")
+        inner = re.match(r'Parser key "(\w+)":', told)  # written there without the name of the group
+        if inner and "unrecognized arguments: --" in told:
+            told = re.sub(r"(?<=[ ,])--(?=\w)", f"--{inner[1]}.", told)
         super().error(told, ex)
 
-    def options(self) -> list[str]:
-        """Return every option of this parser and of its commands, without the dashes."""
+    def options(self, name: str) -> list[str]:
+        """Return every option that ``name`` may mean, of this parser and of its commands, without the dashes.
+
+        An option that takes a class has one ``.help``; the options of that class follow its name.
+        """
         commands = [
             parser for action in self._actions if isinstance(action.choices, dict) for parser in action.choices.values()
         ]
-        return [name.lstrip("-") for parser in (self, *commands) for name in parser._option_string_actions]
+        known = [option.lstrip("-") for parser in (self, *commands) for option in parser._option_string_actions]
+        inner = name[name.rfind(".") :] if "." in name else ""
+        return [option.removesuffix(".help") + inner if option.endswith(".help") else option for option in known]
 
     def instantiate_classes(self, cfg: Namespace, **kwargs: Any) -> Namespace:
         """Make every object by ``build``."""

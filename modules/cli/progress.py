@@ -62,7 +62,8 @@ class StepLines(ProgressBar):
             if math.isfinite(total) and step > self._first_step:
                 left = f", {show_duration((now - self._start) / (step - self._first_step) * (total - step))} left"
             of = f" of {total:.0f}" if math.isfinite(total) else ""
-            self.print(f"step {step}{of}: {show_numbers(self.get_metrics(trainer, pl_module))}{left}")
+            numbers = show_numbers(self.get_metrics(trainer, pl_module))  # none before the end of a first phase
+            self.print(f"step {step}{of}" + (f": {numbers}" if numbers else "") + left)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the numbers of a validation within a fit; Lightning prints those of ``validate``."""

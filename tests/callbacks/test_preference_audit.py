@@ -220,10 +220,10 @@ def test_without_logger_and_path_only_the_line_remains(tmp_path: Path, caplog: p
         run(tmp_path, logger=False)
     (line,) = [message for message in caplog.messages if message.startswith("audit")]
     assert line.startswith(
-        "audit: accuracy 0.75 (chosen shorter 0.00, longer 1.00), longer-wins baseline 0.75, length correlation within "
+        "audit of 4 held-out pairs: accuracy 0.75 (chosen shorter 0.00, longer 1.00), longer-wins baseline 0.75, length correlation within "
         "prompts "
     )
-    assert ":" not in line.removeprefix("audit:")
+    assert ":" not in line.removeprefix("audit of 4 held-out pairs:")
     assert list(tmp_path.rglob("*.json")) == []
     with caplog.at_level("INFO"):
         run(tmp_path, PreferenceAudit(str(tmp_path / "a.json")), logger=False)
@@ -233,19 +233,29 @@ def test_without_logger_and_path_only_the_line_remains(tmp_path: Path, caplog: p
 
 
 def test_the_warning_is_for_scores_that_are_length() -> None:
-    healthy = {"accuracy": 0.7, "longer_wins": 0.6, "score_length_pearson_within_prompt": 0.5}
+    healthy = {"pairs": 10_000.0, "accuracy": 0.7, "longer_wins": 0.6, "score_length_pearson_within_prompt": 0.5}
     assert not smells_of_length(healthy)
     assert smells_of_length(healthy | {"score_length_pearson_within_prompt": 0.51})
     assert not smells_of_length(healthy | {"score_length_pearson_within_prompt": -0.9})
-    assert smells_of_length(healthy | {"longer_wins": 0.71})
-    assert not smells_of_length({"accuracy": 0.7, "longer_wins": 0.6})
-    assert "(chosen shorter unknown, longer unknown)" in summarise(healthy)
+    # two standard errors: 2 sqrt(1 / 20000) = 0.0141
+    assert not smells_of_length(healthy | {"longer_wins": 0.714})
+    assert smells_of_length(healthy | {"longer_wins": 0.715})
+    assert not smells_of_length({"pairs": 100.0, "accuracy": 0.7, "longer_wins": 0.6})
+    assert "(chosen shorter unknown, longer unknown)" in summarise(healthy, "val")
+
+
+def test_a_few_pairs_are_no_evidence() -> None:
+    """With 2 pairs, two standard errors are 2 sqrt(1 / 4) = 1 for the accuracies and 1.41 for the correlation."""
+    few = {"pairs": 2.0, "accuracy": 0.0, "longer_wins": 0.5, "score_length_pearson_within_prompt": 1.0}
+    assert not smells_of_length(few)
+    assert smells_of_length(few | {"pairs": 200.0})
+    assert summarise(few, "train").startswith("audit of 2 training pairs: accuracy 0.00 ")
 
 
 def test_the_warning_is_given_once(tmp_path: Path) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        run(tmp_path, max_epochs=2)  # within prompts, score and length rise together under weight 2
+        run(tmp_path, val=ROWS * 5, max_epochs=2)  # within prompts, score and length rise together under weight 2
     assert len([w for w in caught if "little more than length" in str(w.message)]) == 1
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -306,7 +316,7 @@ def test_two_ranks_equal_one(tmp_path: Path, events: Any) -> None:
     command = [sys.executable, str(tmp_path / "two_ranks.py"), str(tmp_path)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stderr.count("audit: accuracy") + done.stdout.count("audit: accuracy") == 3  # rank zero alone
+    assert done.stderr.count("pairs: accuracy") + done.stdout.count("pairs: accuracy") == 3  # rank zero alone
 
     one = tmp_path / "one"
     run(one, PreferenceAudit(str(one / "val.json")), val=ODD)

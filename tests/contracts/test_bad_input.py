@@ -106,7 +106,18 @@ def test_a_data_file_stays_a_path(tmp_path, monkeypatch, run, caplog, name, text
         ),
         (["--data.batchsize", "4"], "Option 'batchsize' is not accepted; did you mean val_batch_size?"),
         (["--model.objectve", "Clipped"], "Option 'objectve' is not accepted; did you mean objective?"),
-        (["--model.sampling.temprature", "1"], "--sampling.temprature=1; did you mean --sampling.temperature?"),
+        (
+            ["--model.sampling.temprature", "1"],
+            "--model.sampling.temprature=1; did you mean --model.sampling.temperature?",
+        ),
+        (["--model.optimiser.lr", "1"], "--model.optimiser.lr=1; did you mean --model.optimizer.lr?"),
+        (["--model.optimizer.lrr", "1"], "\"optimizer\": Option 'lrr' is not accepted; did you mean lr?"),
+        (["--model.optimizer", "AdmW"], "there is no class 'AdmW'; did you mean AdamW?"),
+        (["--model.optimizer", "Zzz"], "there is no class 'Zzz'; name a class of ours, or the whole class path"),
+        (
+            ["--model.objective.clip_high", "0.3"],
+            '"objective": name the class first, such as CISPO, Clipped, GSPO, MirrorDescent, and then its options',
+        ),
         (
             ["--data.train.num_exampls", "1"],
             "datamodules.Addition': Option 'num_exampls' is not accepted; did you mean num_examples?",
@@ -123,6 +134,7 @@ def test_a_data_file_stays_a_path(tmp_path, monkeypatch, run, caplog, name, text
             "unrecognized arguments: --trainer.max_epoch 4; did you mean --trainer.max_epochs",
         ),
         (["--trainer.precision", "bf16-true"], "precision 'bf16-true' rounds"),
+        (["--trainer.precision", "64-true"], "precision '64-true': log-probabilities and losses are computed in 32"),
         (["--model.num_generations", "1"], "error: num_generations is 1: a group needs at least 2"),
         (["--model.beta", "-1"], "error: GRPOModule: beta must be >= 0, got -1.0"),
         (

@@ -1,6 +1,7 @@
 """What a run leaves: its configuration, its checkpoints, its predictions."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 import yaml
 
 from modules import GRPOModule, SFTModule
-from modules.__main__ import main
+from modules.__main__ import main, write_warning
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 QUICK = [
@@ -151,3 +152,24 @@ def test_own_worked_answers_raise_no_alarm():
     ]
     assert type(rewards.proxy) is not type(rewards.gold)
     assert rewards.proxy(rollouts) == rewards.gold(rollouts) == [1.0, 1.0, 1.0, 1.0, 0.0, 0.0]
+
+
+def test_a_step_without_numbers_has_no_empty_list(capsys):
+    """The first phase has no numbers before its end."""
+    shipped(
+        "fit",
+        "grpo",
+        *SHORT,
+        "--model.num_generations",
+        "2",
+        "--data.prompts_per_phase",
+        "2",
+        "--trainer.enable_progress_bar=true",
+    )
+    assert re.search(r"^step 1 of \d+, \d+ s left$", capsys.readouterr().out, flags=re.MULTILINE)
+
+
+def test_a_warning_of_ours_is_one_line_without_code():
+    line = write_warning("too long", UserWarning, str(CONFIGS.parent / "callbacks/samples.py"), 3, None)
+    assert line == "warning: too long\n"
+    assert write_warning("old", FutureWarning, "/lib/torch/x.py", 3) == "/lib/torch/x.py:3: FutureWarning: old\n"

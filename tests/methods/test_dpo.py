@@ -383,6 +383,27 @@ def test_it_warns_when_both_sides_lose_likelihood(tmp_path):
         fit(dpo(tmp_path, nll_weight=1.0, **big), max_epochs=4)
 
 
+def test_a_fall_within_noise_is_no_displacement(tmp_path):
+    """Ascent on the likelihood term lowers both sides; tiny steps do so by less than 0.01 nats a completion."""
+
+    def ascend(lr: float) -> tuple[float, float]:
+        up = dpo(
+            tmp_path,
+            optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=lr, maximize=True),
+            beta=0.01,
+            nll_weight=1.0,
+        )
+        metrics = fit(up, max_epochs=1).callback_metrics
+        chosen, rejected = (float(metrics[f"train/rewards/{side}"]) / 0.01 for side in ("chosen", "rejected"))
+        return chosen, rejected
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*likelihood displacement.*")
+        assert all(-0.01 < ratio < 0 for ratio in ascend(1e-7))
+    with pytest.warns(UserWarning, match="likelihood displacement"):
+        assert all(ratio < -0.1 for ratio in ascend(1e-4))
+
+
 def test_displacement_needs_a_reference(tmp_path):
     trainer = fit(dpo(tmp_path, objective=SimPO()), max_epochs=1)
     assert (
