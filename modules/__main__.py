@@ -4,7 +4,6 @@ import logging
 import sys
 import warnings
 from pathlib import Path
-from typing import Any
 
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -36,7 +35,9 @@ def is_news(record: logging.LogRecord) -> bool:
     return not record.getMessage().startswith(BANNERS)
 
 
-def write_warning(message: Warning | str, category: type[Warning], filename: str, lineno: int, *rest: Any) -> str:
+def write_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
     """Write a warning of this program as one line; one of another package with its place in the code."""
     own = Path(filename).is_relative_to(Path(__file__).parents[1]) and category is UserWarning
     return f"warning: {message}\n" if own else f"{filename}:{lineno}: {category.__name__}: {message}\n"
