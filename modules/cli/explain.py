@@ -23,6 +23,9 @@ NOISE = (
 OTHER_TYPES = ("Expected a <class 'str'>", "Expected a <class 'list'>")  # offered beside a class
 PLAIN_TYPE = re.compile(r"Expected a <class '(int|float|bool|dict)'>")
 ABSTRACT = re.compile(r"Expected an instantiatable class, but (\S+) is abstract")
+FILE = re.compile(
+    r"Problem with given class_path '([^']+\.(?:jsonl?|ndjson|csv|tsv|parquet|arrow|txt|gz))': No module .*"
+)
 CLASS = re.compile(r"Expected a dot import path string: (\S+)")
 
 
@@ -38,6 +41,9 @@ def write_sentence(message: str, names: Sequence[str]) -> str:
     )
     joined = PLAIN_TYPE.sub(r"expected type \1", joined)
     joined = ABSTRACT.sub(lambda match: ask_for_class(match[1], names), joined)
+    joined = FILE.sub(
+        r"'\1' is a file, which has no options; write, for example, --data.train Files --data.train.path \1", joined
+    )
     joined += quote_value(message, joined)
     return CLASS.sub(
         lambda match: (

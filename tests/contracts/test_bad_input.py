@@ -160,6 +160,10 @@ def test_a_data_file_stays_a_path(tmp_path, monkeypatch, run, caplog, name, text
             ["--data.columns", "{promt: question}"],
             "error: columns maps unknown names promt (did you mean prompt?); the names on the left may be",
         ),
+        (
+            ["--data.train", "my.jsonl", "--data.train.split", "test"],
+            "'my.jsonl' is a file, which has no options; write, for example, --data.train Files --data.train.path my.jsonl",
+        ),
         (["--data.train.num_examples", "0"], "error: num_examples must be at least 1, got 0"),
         (
             ["--trainer.callbacks", "Diversity", "--trainer.callbacks.every_n_phases", "0"],
