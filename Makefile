@@ -60,7 +60,7 @@ quick: lint  ## check style and types, and run tests that need no training (90 s
 	@$(PY) -m mypy & types=$$!; OMP_NUM_THREADS=1 $(PY) -m pytest $(QUICK); tests=$$?; wait $$types && exit $$tests
 
 test: setup .venv/.smollm  ## run all tests, in two processes (12 minutes on 2 cores)
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --durations 10
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 10
 
 lint: setup  ## check style
 	$(PY) -m ruff check . && $(PY) -m ruff format --check .
