@@ -81,7 +81,7 @@ class Parser(LightningArgumentParser):
         told = explain_missing_arguments(message) or write_sentence(message, NAMES) + suggest_argument(
             message
         ) + explain_taken_name(message)
-        unknown = re.search(r"^unrecognized arguments: --([^\s=;]+)|^Option '([\w.]+)' is not", message)
+        unknown = re.search(r"^unrecognized arguments: --([^\s=;]+)|[Oo]ption '([\w.]+)'(?: is not|$)", message)
         if unknown and "did you mean" not in message:
             name = unknown[1] or unknown[2]
             told += suggest_names(name, self.options(name), "--" if unknown[1] else "")

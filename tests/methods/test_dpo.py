@@ -327,7 +327,7 @@ def test_a_reference_that_cannot_be_compared_is_refused(tmp_path):
     tokenizer.save_pretrained(tmp_path / "export")
     with pytest.raises(
         ValueError,
-        match="are not those of 'tiny'; name a model with the same tokenizer|has 262 tokens and its model only 261",
+        match="are not those of 'tiny'; name a model with the same tokenizer|has 262 tokens and the model only 261",
     ):
         dpo(tmp_path, reference=first)
 
