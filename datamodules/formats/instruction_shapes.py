@@ -78,7 +78,7 @@ def instruction_example(
     shape = cells.find_shape(shapes, cells.holds) or cells.find_shape(shapes, cells.has)
     if shape is None:
         raise cells.not_found(", ".join(dict.fromkeys(" + ".join(shape) for shape in shapes)))
-    if shape == ("messages",) and (answers := _answer_behind(cells)):
+    if shape == ("messages",) and (answers := _find_answer_column(cells)):
         shape = ("messages", answers)
         example = _read_question(cells, "messages", answers, chat)
     elif shape == ("messages",):
@@ -141,7 +141,7 @@ def encode_instruction(
     )
 
 
-def _answer_behind(cells: Cells) -> str | None:
+def _find_answer_column(cells: Cells) -> str | None:
     """Our name of the column that answers a conversation which ends in a question; None where there is none."""
     turns = unpack(cells.values[cells.name("messages")])
     if not looks_like_messages(turns) or not isinstance(turns, list):

@@ -138,13 +138,13 @@ def read_candidates(row: Row, reading: Reading) -> Candidates:
     if compared.ranks is not None and len(answers) == 2:
         first, second = compared.ranks
         given = 0 if first == second else 1 if first < second else 2
-    prompt = as_text(asked.prompt)
+    prompt = write_dialogue(asked.prompt)
     if not prompt.strip():
         raise ValueError(f"{row.origin}: the prompt is empty")
     columns: dict[str, Any] = {"prompt": asked.prompt, "completions": answers}
     return Candidates(
         prompt,
-        [text if isinstance(text, str) else as_text(text) for text in answers],
+        [text if isinstance(text, str) else write_dialogue(text) for text in answers],
         given,
         answer,
         columns | ({"tools": asked.tools} if asked.tools else {}),
@@ -153,7 +153,7 @@ def read_candidates(row: Row, reading: Reading) -> Candidates:
     )
 
 
-def as_text(dialogue: Dialogue) -> str:
+def write_dialogue(dialogue: Dialogue) -> str:
     """Return a conversation as the text that a judge reads.
 
     Each turn follows the name of its role. Tool calls are JSON, and reasoning is left out. A text, and the only turn of

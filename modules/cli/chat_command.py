@@ -7,6 +7,7 @@ from typing import Literal
 from jsonargparse import ArgumentParser
 from transformers import AutoConfig, AutoTokenizer
 
+from modules.networks.loading import is_classifier
 from modules.networks.policy import Policy
 from modules.rewards.learned import LearnedReward
 from modules.rollout.engine import Sampling
@@ -50,8 +51,7 @@ def chat(policy: str, form: Form | None = None, max_completion_length: int = 256
         messages.append({"role": "user", "content": line})
         text = ALPACA_PROMPT.format(instruction=line) if form == "alpaca" else line
         prompt = model.prompt_ids(messages) if form == "chat" else encode_line(model, text)
-        config = model.model.config
-        positions = config.to_dict().get(config.attribute_map.get("max_position_embeddings", "max_position_embeddings"))
+        positions = model.max_positions
         room = max_completion_length if positions is None else min(max_completion_length, positions - len(prompt))
         if room < 1:
             say("the conversation is too long for the model; type an empty line to begin a new one")
@@ -80,10 +80,9 @@ def score_lines(path: str) -> None:
 def holds_classifier(policy: str) -> bool:
     """Return whether a folder or hub id holds a reward model."""
     try:
-        architectures = AutoConfig.from_pretrained(policy).architectures or []
+        return is_classifier(AutoConfig.from_pretrained(policy))
     except (OSError, ValueError):
         return False  # a built-in model, a GGUF file, or something that ``Policy`` refuses
-    return any("SequenceClassification" in name for name in architectures)
 
 
 def encode_line(model: Policy, text: str) -> list[int]:

@@ -1,6 +1,7 @@
 """The command line: LightningCLI with a folder for each run, one tokenizer, and early refusals."""
 
 import os
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
@@ -176,5 +177,14 @@ def make_logger(kind: Kind, folder: Path, name: str) -> Logger:
             return WandbLogger(name=f"{folder.name} {name}".strip(), save_dir=folder, project="lightning-align")
         except ModuleNotFoundError as error:
             raise ValueError(f"logger: {error}; pip install wandb") from error
+    if kind == "csv":
+        keep_metrics(folder / name / "metrics.csv")
     make = TensorBoardLogger if kind == "tensorboard" else CSVLogger
     return make(save_dir=folder, name="", version=name)
+
+
+@rank_zero_only
+def keep_metrics(file: Path) -> None:
+    """Rename the numbers of a run that is resumed to the next free ``metrics-N.csv``; Lightning would delete them."""
+    if file.is_file():
+        file.rename(next(path for n in count(1) if not (path := file.with_name(f"metrics-{n}.csv")).exists()))

@@ -110,7 +110,11 @@ def test_two_runs_at_once_never_share_a_folder():
 
 def test_a_logger_by_one_word(capsys):
     main(["fit", *SFT, *FEW, "--logger=csv", "--trainer.max_steps=1", "--trainer.log_every_n_steps=1"])
-    assert "train/loss" in Path("runs/sft/metrics.csv").read_text()
+    first = Path("runs/sft/metrics.csv").read_text()
+    assert "train/loss" in first
+    steps = ["--trainer.max_steps=2", "--trainer.log_every_n_steps=1", "--ckpt_path=runs/sft"]
+    main(["fit", *SFT, *FEW, "--logger=csv", *steps])
+    assert Path("runs/sft/metrics-1.csv").read_text() == first != Path("runs/sft/metrics.csv").read_text()
     with pytest.raises(SystemExit):
         main(["fit", *SFT, *FEW, "--logger=wandb"])
     assert "pip install wandb" in capsys.readouterr().err
