@@ -20,7 +20,7 @@ from datamodules.formats.reading import Cells, Reading, texts_in, unpack
 from datamodules.sources.source import Row
 from datamodules.tokens.chat import Dialogue, LossOn, Message, Tools, encode_example
 from datamodules.tokens.encoding import Tokens, encode_document
-from modules.types import ALPACA_PROMPT, ALPACA_PROMPT_WITH_INPUT
+from modules.types import ALPACA_PROMPT, ALPACA_PROMPT_WITH_INPUT, KNOWLEDGE_CATEGORIES
 
 FORMATS: dict[str, tuple[tuple[str, ...], ...]] = {  # name -> our columns; the first whose columns are all there
     "messages": (("messages",),),
@@ -31,8 +31,6 @@ FORMATS: dict[str, tuple[tuple[str, ...], ...]] = {  # name -> our columns; the 
     "input_output": (("input", "completion"), ("input", "answer"), ("context", "completion"), ("context", "answer")),
     "text": (("text",),),  # last, for other formats may have their rendered text, answer and all, in such a column
 }
-
-KNOWLEDGE = ("HighlyKnown", "MaybeKnown", "WeaklyKnown", "Unknown")  # as KnowledgeModule sorts facts
 
 
 @dataclass(frozen=True)
@@ -46,7 +44,7 @@ class InstructionExample:
     alpaca_prompt: str | None = None  # of an instruction: what it reads as where it is no chat
     whole: bool = False  # plain text: the completion is a document, learned from its start
     tools: Tools | None = None
-    knowledge: str | None = None  # whether a model knows the answer, one of KNOWLEDGE
+    knowledge: str | None = None  # whether a model knows the answer, one of KNOWLEDGE_CATEGORIES
     unlearned: frozenset[int] = frozenset()  # numbers of the messages of ``completion`` that are not learned
 
     @property
@@ -97,9 +95,9 @@ def instruction_example(
 
 def _read_knowledge(cells: Cells) -> str:
     knowledge = cells.take_text("knowledge")
-    if knowledge not in KNOWLEDGE:
+    if knowledge not in KNOWLEDGE_CATEGORIES:
         raise ValueError(
-            f"{cells.origin}: column {cells.name('knowledge')!r} holds {knowledge!r}, expected one of {', '.join(KNOWLEDGE)}"
+            f"{cells.origin}: column {cells.name('knowledge')!r} holds {knowledge!r}, expected one of {', '.join(KNOWLEDGE_CATEGORIES)}"
         )
     return knowledge
 
