@@ -16,7 +16,7 @@ from modules.__main__ import main  # noqa: E402
 def test_the_demo_learns(tmp_path: Path) -> None:
     before, after = run_demo(tmp_path, 2, "perturbed", "--trainer.max_epochs=30")  # of 150
     assert 0.5 <= before <= 0.75
-    assert after > before
+    assert after >= before + 0.05
 
 
 def test_a_warm_up_that_does_not_reach_its_bound_fails(
