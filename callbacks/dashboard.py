@@ -1,5 +1,6 @@
 """Which curves should one look at first? A layout of them for TensorBoard."""
 
+import re
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -69,7 +70,12 @@ class Dashboard(Callback):
         layout = LAYOUTS.get(batch.__name__) if batch is not None else None
         for logger in tensorboards(trainer) if layout is not None else []:
             charts = {
-                group: {title: ["Multiline", tags] for title, tags in titles.items()}
+                group: {title: ["Multiline", [whole(tag) for tag in tags]] for title, tags in titles.items()}
                 for group, titles in (layout or {}).items()
             }
             logger.experiment.add_custom_scalars(charts)
+
+
+def whole(tag: str) -> str:
+    """Return a pattern for this metric alone: TensorBoard also draws every metric whose name begins with a pattern."""
+    return re.escape(tag) + "$"

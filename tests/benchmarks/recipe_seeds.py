@@ -1,0 +1,103 @@
+"""Runs a recipe for several seeds and several kinds of CPU arithmetic: do its claims hold in each?
+
+Run: python tests/benchmarks/recipe_seeds.py RECIPE ... [--seeds 0 1 2] [--numerics native avx2 sse41 perturbed]
+
+A seed moves the start weights, the order of the rows and the samples. Each run prints what its claims printed. The last
+line is ``recipe-seeds: RECIPE: N of N runs hold all claims``; the exit status is 1 if a claim of any run did not hold.
+"""
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+
+from modules.networks.tiny import tiny_model, tiny_tokenizer  # noqa: E402
+
+NUMERICS = {  # the environment of a run; perturbed: the start weights are off by a millionth
+    "native": {},
+    "avx2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"},
+    "sse41": {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41", "MKL_CBWR": "COMPATIBLE"},
+    "perturbed": {},
+    "two-threads": {"OMP_NUM_THREADS": "2", "MKL_NUM_THREADS": "2"},
+}
+CLAIM = re.compile(r"^claim: .*", re.MULTILINE)
+
+
+def make_start(folder: Path, seed: int, numerics: str) -> Path:
+    """Write a tiny model with start weights of its own and return its folder."""
+    model = tiny_model(seed=seed)
+    if numerics == "perturbed":
+        torch.manual_seed(seed)
+        for weight in model.parameters():
+            weight.data *= 1 + 1e-6 * torch.randn_like(weight)
+    model.save_pretrained(folder / "start")
+    tiny_tokenizer().save_pretrained(folder / "start")
+    return folder / "start"
+
+
+def run_recipe(recipe: str, folder: Path, seed: int, numerics: str, **more: list[str]) -> str:
+    """Run all stages of a recipe in an empty folder and return what they printed.
+
+    Claims that do not hold are no error here.
+
+    Args:
+        more: more arguments of a stage, by its file's name without ``.yaml`` and with ``_`` for ``-``.
+
+    Raises:
+        RuntimeError: a stage fails for another reason; the message holds the end of what it printed.
+    """
+    start = make_start(folder, seed, numerics)
+    said = ""
+    for path in sorted((ROOT / "configs/recipes" / recipe).glob("*.yaml")):
+        command = [sys.executable, "-m", "modules", path.stem.split("-")[1], "--config", str(path)]
+        command += ["--trainer.enable_progress_bar=false", f"--seed_everything={seed}"]
+        command += [f"--model.policy={start}"] if "policy: tiny" in path.read_text() else []
+        command += more.get(path.stem.replace("-", "_"), [])
+        environment = os.environ | {"PYTHONPATH": str(ROOT)} | NUMERICS[numerics]
+        stage = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+        if stage.returncode and "claims did not hold" not in stage.stderr:
+            raise RuntimeError(
+                f"{path.stem} failed with seed {seed}, {numerics}: {(stage.stdout + stage.stderr)[-2000:]}"
+            )
+        said += stage.stdout + stage.stderr
+    return said
+
+
+def main() -> int:
+    """Print the claims of each run, and in how many runs all hold."""
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.add_argument("recipes", nargs="+", metavar="RECIPE", help="a folder of configs/recipes")
+    parser.add_argument("--seeds", type=int, nargs="+", default=range(3))
+    parser.add_argument("--numerics", nargs="+", choices=NUMERICS, default=["native", "sse41", "perturbed"])
+    arguments = parser.parse_args()
+    failed = 0
+    for recipe in arguments.recipes:
+        held = []
+        for numerics in arguments.numerics:
+            for seed in arguments.seeds:
+                start = time.perf_counter()
+                with tempfile.TemporaryDirectory() as folder:
+                    claims = CLAIM.findall(run_recipe(recipe, Path(folder), seed, numerics))
+                held.append(bool(claims) and not any(": NOT held (" in claim for claim in claims))
+                print(
+                    f"== {recipe}, seed {seed}, {numerics}, {time.perf_counter() - start:.0f} s",
+                    *claims,
+                    sep="\n",
+                    flush=True,
+                )
+        print(f"recipe-seeds: {recipe}: {sum(held)} of {len(held)} runs hold all claims", flush=True)
+        failed += len(held) - sum(held)
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
