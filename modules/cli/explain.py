@@ -27,12 +27,18 @@ FILE = re.compile(
     r"Problem with given class_path '([^']+\.(?:jsonl?|ndjson|csv|tsv|parquet|arrow|txt|gz))': No module .*"
 )
 CLASS = re.compile(r"Expected a dot import path string: (\S+)")
+VALUE = re.compile(r"Given value: (.*?)(?:\. Got value: .*)?$", re.MULTILINE)
+CHOICES = re.compile(r"Expected a typing\.Literal\[(.*)\]")
 
 
 def write_sentence(message: str, names: Sequence[str]) -> str:
     """Write the reasons of ``message`` on one line; ``names`` are the names that a misspelt value may mean."""
     lines = [line.strip().removeprefix("- ") for line in message.splitlines()]
     reasons = [line for line in dict.fromkeys(lines) if line and not line.startswith(NOISE) and line not in OTHER_TYPES]
+    choices = [choice for line in reasons for group in CHOICES.findall(line) for choice in re.findall(r"'([^']+)'", group)]
+    if choices:
+        rest = [line for line in reasons if not CHOICES.match(line) and not PLAIN_TYPE.match(line)]
+        reasons = [*rest, f"expected one of {', '.join(sorted(set(choices)))}"]
     if any(PLAIN_TYPE.match(line) for line in reasons):
         reasons = [line for line in reasons if not CLASS.match(line)]
     joined = ": ".join(line.rstrip(":") for line in reasons)
@@ -45,6 +51,8 @@ def write_sentence(message: str, names: Sequence[str]) -> str:
         r"'\1' is a file, which has no options; write, for example, --data.train Files --data.train.path \1", joined
     )
     joined += quote_value(message, joined)
+    if choices and (value := VALUE.search(message)):
+        joined += suggest_names(value[1], choices)
     return CLASS.sub(
         lambda match: (
             f"there is no class {match[1]!r}"
@@ -66,10 +74,10 @@ def ask_for_class(path: str, names: Sequence[str]) -> str:
 
 def quote_value(message: str, joined: str) -> str:
     """Quote the value of the wrong type, if the reasons end without it."""
-    value = re.search(r"Given value: (.*?)(?:\. Got value: .*)?$", message, flags=re.MULTILINE)
+    value = VALUE.search(message)
     return (
         f", got {value[1]!r}"
-        if value and re.search(r"expected type \w+$", joined) and not value[1].startswith("NestedArg")
+        if value and re.search(r"expected (type \w+|one of [^:;]+)$", joined) and not value[1].startswith("NestedArg")
         else ""
     )
 
@@ -94,7 +102,7 @@ def explain_missing_arguments(message: str) -> str:
 def name_tiny_config(kind: str) -> str:
     """Return the stem of the configuration in ``configs/tiny`` that runs a class; ``<method>`` if it is no method.
 
-    >>> tiny_config("OnlineDPOModule"), tiny_config("PreferenceDataModule")
+    >>> name_tiny_config("OnlineDPOModule"), name_tiny_config("PreferenceDataModule")
     ('online_dpo', '<method>')
     """
     method = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", kind.removesuffix("Module")).lower()

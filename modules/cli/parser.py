@@ -73,6 +73,10 @@ def names_reward(annotation: Any) -> bool:
     return annotation is Reward or any(names_reward(part) for part in get_args(annotation))
 
 
+NO_COMMAND = 'expected "subcommand" to be one of {fit,validate,test,predict}, but it was not provided.'
+EXAMPLE = "python -m modules fit --config configs/tiny/sft.yaml"
+
+
 class Parser(LightningArgumentParser):
     """A parser that reports an error in one sentence, without a page of usage."""
 
@@ -81,6 +85,8 @@ class Parser(LightningArgumentParser):
         told = explain_missing_arguments(message) or write_sentence(message, NAMES) + suggest_argument(
             message
         ) + explain_taken_name(message)
+        told = told.replace(NO_COMMAND, "name a command: fit, validate, test, predict or chat; for example, " + EXAMPLE)
+        told = told.replace("'test', 'predict')", "'test', 'predict', 'chat')")
         unknown = re.search(r"^unrecognized arguments: --([^\s=;]+)|[Oo]ption '([\w.]+)'(?: is not|$)", message)
         if unknown and "did you mean" not in message:
             name = unknown[1] or unknown[2]

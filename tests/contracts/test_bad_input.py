@@ -135,6 +135,7 @@ def test_a_data_file_stays_a_path(tmp_path, monkeypatch, run, caplog, name, text
         ),
         (["--trainer.precision", "bf16-true"], "precision 'bf16-true' rounds"),
         (["--trainer.precision", "64-true"], "precision '64-true': log-probabilities and losses are computed in 32"),
+        (["--trainer.precision", "bf17"], "transformer-engine-float16, got 'bf17'; did you mean bf16?"),
         (["--model.num_generations", "1"], "error: num_generations is 1: a group needs at least 2"),
         (["--model.beta", "-1"], "error: GRPOModule: beta must be >= 0, got -1.0"),
         (
