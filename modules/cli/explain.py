@@ -35,7 +35,9 @@ def write_sentence(message: str, names: Sequence[str]) -> str:
     """Write the reasons of ``message`` on one line; ``names`` are the names that a misspelt value may mean."""
     lines = [line.strip().removeprefix("- ") for line in message.splitlines()]
     reasons = [line for line in dict.fromkeys(lines) if line and not line.startswith(NOISE) and line not in OTHER_TYPES]
-    choices = [choice for line in reasons for group in CHOICES.findall(line) for choice in re.findall(r"'([^']+)'", group)]
+    choices = [
+        choice for line in reasons for group in CHOICES.findall(line) for choice in re.findall(r"'([^']+)'", group)
+    ]
     if choices:
         rest = [line for line in reasons if not CHOICES.match(line) and not PLAIN_TYPE.match(line)]
         reasons = [*rest, f"expected one of {', '.join(sorted(set(choices)))}"]

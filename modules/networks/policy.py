@@ -3,6 +3,7 @@
 This is the only file that shifts tokens. Everywhere else a per-token tensor is aligned to its own token.
 """
 
+import copy
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -77,7 +78,8 @@ class Policy(nn.Module):
         self.model.train()  # from_pretrained leaves the model in eval mode, and fit does not change that
         if not dropout:
             remove_dropout(self.model)
-        if self.tokenizer.pad_token is None:
+        self.lacks_pad = self.tokenizer.pad_token is None
+        if self.lacks_pad:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         self.stop_token_ids = find_stop_tokens(self.model, self.tokenizer)
         self.max_positions = read_max_positions(self.model.config)
@@ -285,14 +287,27 @@ class Policy(nn.Module):
         return ids[:-1] if ids[-1] == self.tokenizer.eos_token_id else ids
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write model and tokenizer as a Hugging Face folder, with adapters merged into the weights."""
-        (merge_adapters(self.model) if self.has_adapters else self.model).save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
+        """Write model and tokenizer as a Hugging Face folder, with adapters merged into the weights.
+
+        The generation config gets ``stop_token_ids``, so that ``generate`` of transformers stops where our samples do.
+        A pad token that the tokenizer lacked is not written.
+        """
+        model = merge_adapters(self.model) if self.has_adapters else self.model
+        if model.generation_config is not None:
+            stops = sorted(self.stop_token_ids)
+            model.generation_config.eos_token_id = stops[0] if len(stops) == 1 else stops or None
+        model.save_pretrained(folder)
+        tokenizer = copy.deepcopy(self.tokenizer) if self.lacks_pad else self.tokenizer
+        if self.lacks_pad:
+            tokenizer.pad_token = None
+        tokenizer.save_pretrained(folder)
 
     def _score_chunk(
         self, hidden: Tensor, targets: Tensor, temperature: float, details: bool, means: bool, entropy: bool
     ) -> TokenScores:
-        logits = self.model.get_output_embeddings()(hidden)[None]  # [1, K, V]
+        head = self.model.get_output_embeddings()
+        with torch.autocast(hidden.device.type, enabled=False):  # rounding of 16 bits here would be the largest error
+            logits = head(hidden.to(self.model.dtype))[None]  # [1, K, V]
         scores = TokenScores(token_logprobs(logits, targets[None], temperature)[0])
         if means:
             scores = scores._replace(means=mean_logprobs(logits / temperature)[0])

@@ -22,10 +22,13 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from modules.functional.logprobs import token_logprobs
 from modules.networks import policy as policy_file
 from modules.networks.loading import find_end_of_turn
+from modules.networks.lora import Lora, find_adapter_parameters
 from modules.networks.policy import Policy
 from modules.networks.tiny import tiny_tokenizer
+from modules.rollout import InProcessEngine, Sampling
 
 SMALL = {
     "vocab_size": 272,
@@ -304,3 +307,53 @@ def test_entropies_have_a_gradient_where_they_are_asked_for(policy, monkeypatch,
     ):
         torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-4)
     assert not policy.scores_of(policy.token_states(batch), batch, 0.7, details=True).entropies.requires_grad
+
+
+@pytest.mark.parametrize("adapters", [None, Lora(r=4)], ids=["whole", "adapters"])
+def test_transformers_generates_from_an_export_what_our_engine_samples(policy, tmp_path, adapters):
+    """On 20 prompts, greedy, with the settings that the export holds: the same tokens and the same ends."""
+    if adapters is not None:
+        policy = Policy(str(tmp_path), dropout=False, lora=adapters)
+        with torch.no_grad():
+            for weight in find_adapter_parameters(policy.model, "policy").values():
+                weight.add_(torch.randn_like(weight) * 0.1)
+    prompts = [[5 + (7 * i + 11 * j * j) % 250 for j in range(1 + (5 * i) % 9)] for i in range(20)]
+
+    def sample() -> list[list[int]]:
+        engine = InProcessEngine()
+        engine.sync_weights(policy, 0)
+        groups = engine.generate(prompts, 1, Sampling(temperature=0, max_completion_length=12), list(range(20)))
+        return [group[0].token_ids for group in groups]
+
+    policy.stop_token_ids |= {tokens[5] for tokens in sample()[:3]}  # what a random model does say
+    ours = sample()
+    assert min(map(len, ours)) < max(map(len, ours)) == 12
+    policy.save_pretrained(tmp_path / "export")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "export")
+    for prompt, mine in zip(prompts, ours, strict=True):
+        ids = torch.tensor([prompt])
+        theirs = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=12)
+        assert theirs[0, len(prompt) :].tolist() == mine
+
+
+def test_an_export_has_the_pad_token_that_the_tokenizer_had(tmp_path):
+    MODELS["llama"]().save_pretrained(tmp_path)
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(tmp_path)
+    policy = Policy(str(tmp_path))
+    policy.save_pretrained(tmp_path / "export")
+    assert AutoTokenizer.from_pretrained(tmp_path / "export").pad_token is None
+    assert policy.tokenizer.pad_token == policy.tokenizer.eos_token
+
+
+def test_the_output_head_computes_in_fp32_under_autocast(policy):
+    ids = torch.arange(5, 45).view(2, 20)
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        hidden = policy.hidden_states(ids)[:, :-1]
+        scored = policy.token_scores(ids, mask).logprobs[:, 1:]
+    with torch.no_grad():
+        wanted = token_logprobs(policy.model.get_output_embeddings()(hidden.float()), ids[:, 1:])
+    assert scored.dtype == torch.float32
+    assert torch.allclose(scored, wanted, atol=1e-6)
