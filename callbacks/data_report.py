@@ -10,7 +10,9 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from callbacks.measures.documents import Document, find_concerns, find_leaks, report_split, split_row
 from callbacks.phase import new_figure, tensorboards
+from callbacks.samples import escape_cell
 from callbacks.writers.output_files import write_json
+from modules.types import make_printable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -117,6 +119,7 @@ class DataReport(Callback):
             draw_lengths(figure, documents)
             logger.experiment.add_figure("data/lengths", figure, global_step=trainer.global_step)
             logger.experiment.add_text("data/report", write_markdown_table(lines), global_step=trainer.global_step)
+        lines = [[make_printable(cell) for cell in line] for line in lines]
         shown = Table(*lines[0], title="data report")
         for line in lines[1:]:
             shown.add_row(*(cell.replace("[", "\\[") for cell in line))  # rich reads brackets as styles
@@ -207,7 +210,7 @@ def _cell(key: str, values: dict[str, float] | None) -> str:
 
 def write_markdown_table(lines: list[list[str]]) -> str:
     """Return the table as Markdown."""
-    rows = ["| " + " | ".join(cell.replace("|", "&#124;") for cell in line) + " |" for line in lines]
+    rows = ["| " + " | ".join(escape_cell(cell) for cell in line) + " |" for line in lines]
     return "\n".join([rows[0], "|---" * len(lines[0]) + "|", *rows[1:]])
 
 

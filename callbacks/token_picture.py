@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.text import Text
 
 from callbacks.phase import tensorboards
+from modules.types import make_printable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -173,7 +174,7 @@ def style_pieces(pieces: Sequence[Piece], marked: bool) -> Text:
     """Return the text for the console. ``marked`` puts double brackets around runs of learned pieces."""
     text = Text()
     for kind, run in groupby(pieces, key=lambda piece: piece.kind):
-        joined = "".join(piece.text for piece in run)
+        joined = make_printable("".join(piece.text for piece in run))
         text.append(BRACKETS.format(joined) if marked and kind == "learned" else joined, STYLES[kind])
     return text
 

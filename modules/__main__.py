@@ -14,6 +14,7 @@ from modules.cli.command import AlignmentCLI
 from modules.cli.parser import Parser, read_old_names, refuse
 from modules.cli.renamed import renew
 from modules.cli.run_folder import SaveConfig
+from modules.types import make_printable
 
 DESCRIPTION = "Post-training of language models. To ask a model: python -m modules chat --policy FOLDER"
 BANNERS = ("GPU available", "TPU available", "HPU available", "\N{ELECTRIC LIGHT BULB} Tip")
@@ -31,7 +32,8 @@ QUIET = (
 
 
 def is_news(record: logging.LogRecord) -> bool:
-    """Return whether a message of Lightning tells something about this run."""
+    """Return whether a message tells something about this run; make it printable."""
+    record.msg, record.args = make_printable(record.getMessage()), None
     return not record.getMessage().startswith(BANNERS)
 
 
@@ -40,7 +42,7 @@ def write_warning(
 ) -> str:
     """Write a warning of this program as one line; one of another package with its place in the code."""
     own = Path(filename).is_relative_to(Path(__file__).parents[1]) and category is UserWarning
-    return f"warning: {message}\n" if own else f"{filename}:{lineno}: {category.__name__}: {message}\n"
+    return make_printable(f"warning: {message}\n" if own else f"{filename}:{lineno}: {category.__name__}: {message}\n")
 
 
 def main(args: list[str] | None = None) -> None:

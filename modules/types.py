@@ -6,6 +6,7 @@ t]`` is the log-probability of the token at ``[i, t]``. Floats are fp32.
 """
 
 import inspect
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -40,6 +41,8 @@ FULL_COMPLIANCE, FULL_REFUSAL, PARTIAL_REFUSAL = REFUSAL_LABELS = (
 # How well a model knows a fact: SliCK (arXiv 2405.05904, section 3).
 Knowledge = Literal["HighlyKnown", "MaybeKnown", "WeaklyKnown", "Unknown"]
 KNOWLEDGE_CATEGORIES: tuple[Knowledge, ...] = ("HighlyKnown", "MaybeKnown", "WeaklyKnown", "Unknown")
+
+CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 class InstructionBatch(TypedDict):
@@ -309,3 +312,14 @@ def as_reward(reward: Any) -> Any:
     if isinstance(reward, dict):
         return {name: as_reward(part) for name, part in reward.items()}
     return reward
+
+
+def make_printable(text: str) -> str:
+    r"""Write control characters as escapes, so that text from data or models cannot steer a terminal.
+
+    Line breaks and tabs stay.
+
+    >>> make_printable("a\x1b[31mb\n")
+    'a\\x1b[31mb\n'
+    """
+    return CONTROLS.sub(lambda found: f"\\x{ord(found[0]):02x}", text)

@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 
 Rule = Callable[[str], str]  # what the last message says -> what is answered
-ANSWERS = re.compile(r"\[Answer A\]\n(.*)\n\[End of answer A\]\n\n\[Answer B\]\n(.*)\n\[End of answer B\]", re.DOTALL)
+ANSWERS = re.compile(
+    r"\[Answer A (\w{8})\]\n(.*)\n\[End of answer A \1\]\n\n\[Answer B \1\]\n(.*)\n\[End of answer B \1\]", re.DOTALL
+)
 
 
 def always_first(question: str) -> str:
@@ -21,7 +23,7 @@ def always_first(question: str) -> str:
 def longer_wins(question: str) -> str:
     found = ANSWERS.search(question)
     assert found is not None
-    first, second = map(len, found.groups())
+    first, second = map(len, found.groups()[1:])
     return "Verdict: " + ("A" if first > second else "B" if second > first else "tie")
 
 

@@ -66,7 +66,7 @@ def find_trouble(path: Path) -> str | None:
 def find_mismatch(path: Path, mine: Any) -> str | None:
     """Return how the tokenizer in a folder differs from ``mine``; None = it does not."""
     try:
-        theirs = AutoTokenizer.from_pretrained(path)
+        theirs = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
         return f"has no tokenizer that can be read ({type(error).__name__})"
     own, other = mine.get_vocab(), theirs.get_vocab()

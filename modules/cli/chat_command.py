@@ -12,7 +12,7 @@ from modules.networks.policy import Policy
 from modules.rewards.learned import LearnedReward
 from modules.rollout.engine import Sampling
 from modules.rollout.in_process import InProcessEngine
-from modules.types import ALPACA_PROMPT, Completion, Rollout
+from modules.types import ALPACA_PROMPT, Completion, Rollout, make_printable
 
 Form = Literal["chat", "alpaca", "text"]
 SAID: dict[Form, str] = {
@@ -58,13 +58,13 @@ def chat(policy: str, form: Form | None = None, max_completion_length: int = 256
             continue
         sampling = Sampling(temperature=temperature, max_completion_length=room)
         answer = engine.generate([prompt], 1, sampling, [number])[0][0].text
-        print(answer, flush=True)
+        print(make_printable(answer), flush=True)
         messages.append({"role": "assistant", "content": answer})
 
 
 def score_lines(path: str) -> None:
     """Print the score of each pair of lines, a prompt and an answer."""
-    reward, tokenizer = LearnedReward(path), AutoTokenizer.from_pretrained(path)
+    reward, tokenizer = LearnedReward(path), AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     say(f"{path}: a reward model; type a prompt, then an answer; Ctrl-D ends")
     for prompt in read_lines("prompt> "):
         answer = next(read_lines("answer> "), None)
@@ -80,7 +80,7 @@ def score_lines(path: str) -> None:
 def holds_classifier(policy: str) -> bool:
     """Return whether a folder or hub id holds a reward model."""
     try:
-        return is_classifier(AutoConfig.from_pretrained(policy))
+        return is_classifier(AutoConfig.from_pretrained(policy, trust_remote_code=False))
     except (OSError, ValueError):
         return False  # a built-in model, a GGUF file, or something that ``Policy`` refuses
 

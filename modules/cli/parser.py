@@ -23,7 +23,7 @@ from modules.cli.explain import (
     write_sentence,
 )
 from modules.cli.renamed import renew
-from modules.types import Reward, as_reward
+from modules.types import Reward, as_reward, make_printable
 
 set_parsing_settings(import_path_denylist=[])  # enforces the parser's own list: os, subprocess, pickle, ...
 
@@ -33,7 +33,7 @@ def refuse(error: Exception) -> NoReturn:
 
     The line is written in one call, so that those of several ranks stay whole.
     """
-    sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+    sys.stderr.write(make_printable(f"error: {' '.join(str(error).split())}\n"))
     sys.exit(1)
 
 

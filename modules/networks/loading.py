@@ -56,9 +56,9 @@ def load(path: str, role: str = "policy") -> tuple[PreTrainedModel, PreTrainedTo
     source = str(local) if local.is_dir() else path
     try:
         # A classifier's head is left out on purpose, so transformers need not warn about it.
-        with silent() if is_classifier(AutoConfig.from_pretrained(source)) else nullcontext():
-            model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-        return model, AutoTokenizer.from_pretrained(source)
+        with silent() if is_classifier(AutoConfig.from_pretrained(source, trust_remote_code=False)) else nullcontext():
+            model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, trust_remote_code=False)
+        return model, AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
@@ -109,8 +109,10 @@ def load_gguf(file: Path, role: str = "policy") -> tuple[PreTrainedModel, PreTra
         raise ValueError(
             f"{role}: reading a GGUF file needs the package gguf; install it with: pip install 'lightning-align[gguf]'"
         ) from error
-    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    source = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
+    source = AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, dtype=torch.float32, trust_remote_code=False
+    )
     fields = {key: value for key, value in source.config.to_dict().items() if key != "quantization_config"}
     model = AutoModelForCausalLM.from_config(type(source.config)(**fields), dtype=torch.float32)
     model.load_state_dict(source.state_dict())

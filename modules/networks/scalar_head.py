@@ -91,14 +91,14 @@ def load_head(path: str) -> tuple[Tensor | None, float, float]:
     """
     if path in BUILT_IN or path.endswith(".gguf"):
         return None, 0.0, 1.0
-    config = AutoConfig.from_pretrained(path)
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     if not is_classifier(config) or config.num_labels != 1:
         return None, 0.0, 1.0
     heads = Path(path) / HEADS_FILE
     if heads.is_file():
         means, stds = torch.tensor(config.reward_head_means), torch.tensor(config.reward_head_stds)
         return (load_file(heads)["weight"] / stds[:, None]).mean(0, keepdim=True), float((means / stds).mean()), 1.0
-    model = AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.float32)
+    model = AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.float32, trust_remote_code=False)
     head = dict(model.named_modules()).get("score")
     if not isinstance(head, nn.Linear):
         return None, 0.0, 1.0

@@ -43,7 +43,7 @@ def read_config(path: str) -> PreTrainedConfig:
         ValueError: ``path`` holds no model, or one with another number of labels.
     """
     try:
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"LearnedReward: '{path}' is not a model folder or a hub id that can be read; export a RewardModule there "
@@ -63,7 +63,11 @@ def load_scorer(path: str) -> Scorer:
     Raises:
         ValueError: the model does not score hidden states by a linear layer.
     """
-    model = AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.float32).requires_grad_(False).eval()
+    model = (
+        AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.float32, trust_remote_code=False)
+        .requires_grad_(False)
+        .eval()
+    )
     head, heads = dict(model.named_modules()).get("score"), Path(path) / HEADS_FILE
     if not isinstance(head, nn.Linear) or head.bias is not None:
         raise ValueError(
@@ -73,7 +77,7 @@ def load_scorer(path: str) -> Scorer:
     weight = load_file(heads)["weight"] if heads.is_file() else head.weight.clone()
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     mean, std = read_moments(model.config, len(weight))
-    return Scorer(model, AutoTokenizer.from_pretrained(path), weight, mean, std)
+    return Scorer(model, AutoTokenizer.from_pretrained(path, trust_remote_code=False), weight, mean, std)
 
 
 def load_shared_scorer(path: str, policy: Policy) -> Scorer | None:
@@ -92,7 +96,7 @@ def load_shared_scorer(path: str, policy: Policy) -> Scorer | None:
         return None
     weight = load_file(folder / HEAD_FILE)["weight"]
     mean, std = read_moments(read_config(path), len(weight))
-    return Scorer(policy.model, AutoTokenizer.from_pretrained(path), weight, mean, std, name)
+    return Scorer(policy.model, AutoTokenizer.from_pretrained(path, trust_remote_code=False), weight, mean, std, name)
 
 
 def read_moments(config: PreTrainedConfig, heads: int) -> Tensor:

@@ -1,6 +1,7 @@
 """Labels from rewards: a rule, a rubric and a learned reward score each candidate once, and ranks follow the scores."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,11 @@ def test_a_rule_ranks(tmp_path: Path) -> None:
 def test_a_rubric_asks_once_a_candidate(tmp_path: Path, chat_server: Any) -> None:
     server = chat_server(
         lambda question: (
-            "Score: 10" if "[Answer]\n2\n" in question else "hm" if "[Answer]\n7\n" in question else "Score: 4"
+            "Score: 10"
+            if re.search(r"\[Answer \w+\]\n2\n", question)
+            else "hm"
+            if re.search(r"\[Answer \w+\]\n7\n", question)
+            else "Score: 4"
         )
     )
     rows, report = label(tmp_path / "out.jsonl", RubricJudge(HttpChat(server.url, "m"), "right?"))

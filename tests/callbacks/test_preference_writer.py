@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -91,7 +92,9 @@ def test_rows_a_report_and_nothing_else(tmp_path: Path, chat_server: Any, rules:
 
 
 def test_invalid_rows_are_left_out_and_counted(tmp_path: Path, chat_server: Any, rules: Any) -> None:
-    server = chat_server(lambda question: "hm" if "[Request]\np1\n" in question else rules["longer wins"](question))
+    server = chat_server(
+        lambda question: "hm" if re.search(r"\[Request \w+\]\np1\n", question) else rules["longer wins"](question)
+    )
     label(tmp_path / "out.jsonl", write_rows(tmp_path / "in.jsonl", ROWS[:3]), HttpChat(server.url, "m"))
     assert [row["prompt"] for row in read_rows(tmp_path / "out.jsonl")] == ["p0", "p2"]
     report = json.loads((tmp_path / "out.jsonl.report.json").read_text())

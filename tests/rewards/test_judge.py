@@ -94,7 +94,10 @@ def test_a_judge_that_prefers_the_first_place_gives_ties_alone(chat_server: Any,
 def test_a_win_in_one_order_and_a_tie_in_the_other_is_a_tie(chat_server: Any) -> None:
     judge = PairwiseJudge(
         HttpChat(
-            chat_server(lambda question: "Verdict: A" if "[Answer A]\nx\n" in question else "Verdict: tie").url, "m"
+            chat_server(
+                lambda question: "Verdict: A" if re.search(r"\[Answer A \w+\]\nx\n", question) else "Verdict: tie"
+            ).url,
+            "m",
         )
     )
     assert judge.compare([("p", "x", "y")]) == [JudgedPair(0.5, (1.0, 0.5))]
@@ -104,7 +107,7 @@ def test_a_win_in_one_order_and_a_tie_in_the_other_is_a_tie(chat_server: Any) ->
 
 @pytest.mark.parametrize("garbage", ["I like both.", "Verdict: C"])
 def test_no_verdict_in_one_order_is_invalid_and_no_tie(chat_server: Any, garbage: str) -> None:
-    server = chat_server(lambda question: garbage if "[Answer A]\ny\n" in question else "Verdict: A")
+    server = chat_server(lambda question: garbage if re.search(r"\[Answer A \w+\]\ny\n", question) else "Verdict: A")
     judge = PairwiseJudge(HttpChat(server.url, "m"))
     assert judge.compare([("p", "x", "y")]) == [JudgedPair(None, (1.0, None))]
     assert {"comparisons": 1, "invalid": 1, "ties": 0}.items() <= judge.report().items()

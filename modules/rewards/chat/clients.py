@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import threading
 import time
 import zlib
@@ -78,8 +79,12 @@ class HttpChat(ChatClient):
         super().__init__()
         self._httpx, self._tenacity = (require_package(name) for name in ("httpx", "tenacity"))
         self.url = f"{base_url.rstrip('/')}/chat/completions"
+        shown = re.sub(r"//[^/]*@", "//***@", base_url)
         checks = {
-            f"base_url '{base_url}' must be a URL such as http://127.0.0.1:8000/v1": self._is_url(),
+            f"base_url '{shown}' must not hold a password; put the key into the environment variable {api_key_env}": (
+                shown == base_url
+            ),
+            f"base_url '{shown}' must be a URL such as http://127.0.0.1:8000/v1": self._is_url(),
             f"temperature {temperature} must be a finite number >= 0": 0 <= temperature < math.inf,
             f"timeout {timeout} must be a finite number of seconds > 0": 0 < timeout < math.inf,
             f"max_tokens {max_tokens} and concurrency {concurrency} must be >= 1": min(max_tokens, concurrency) >= 1,
