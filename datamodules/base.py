@@ -238,9 +238,9 @@ class RowsDataModule(LightningDataModule):
 
 def load_tokenizer(tokenizer: PreTrainedTokenizerBase | str | None) -> PreTrainedTokenizerBase:
     """The tokenizer, or that of a path or hub id; None stays for :meth:`RowsDataModule.take_tokenizer`."""
-    return (
-        AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False) if isinstance(tokenizer, str) else tokenizer
-    )  # type: ignore[no-any-return, return-value]
+    if not isinstance(tokenizer, str):
+        return tokenizer  # type: ignore[return-value]
+    return AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)  # type: ignore[no-any-return]
 
 
 class AlignDataModule(RowsDataModule):
