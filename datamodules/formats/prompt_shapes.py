@@ -133,7 +133,7 @@ def right_answer(cells: Cells, names: tuple[str, ...] = ANSWERS) -> tuple[str | 
                     "expected; map another column to answer, or leave it to rewards that read the column, with "
                     "--data.columns '{answer: \"\"}'"
                 )
-            answer = several[0]
+            answer = several[0] if several else None
         if isinstance(answer, dict):
             raise ValueError(
                 f"{cells.wrong_type(name, answer, 'a single answer')}, or leave it to rewards that read the column, with "
