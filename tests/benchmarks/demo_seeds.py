@@ -58,6 +58,8 @@ def run_demo(folder: Path, seed: int, numerics: str, *grpo: str) -> tuple[float,
             "modules",
             path.stem.split("-")[1],
             "--config",
+            str(ROOT / "configs/recipes/shared.yaml"),
+            "--config",
             str(path),
             "--trainer.enable_progress_bar=false",
         ]

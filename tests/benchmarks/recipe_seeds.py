@@ -58,7 +58,8 @@ def run_recipe(recipe: str, folder: Path, seed: int, numerics: str, **more: list
     start = make_start(folder, seed, numerics)
     said = ""
     for path in sorted((ROOT / "configs/recipes" / recipe).glob("*.yaml")):
-        command = [sys.executable, "-m", "modules", path.stem.split("-")[1], "--config", str(path)]
+        command = [sys.executable, "-m", "modules", path.stem.split("-")[1]]
+        command += [f"--config={file}" for file in (ROOT / "configs/recipes/shared.yaml", path)]
         command += ["--trainer.enable_progress_bar=false", f"--seed_everything={seed}"]
         command += [f"--model.policy={start}"] if "policy: tiny" in path.read_text() else []
         command += more.get(path.stem.replace("-", "_"), [])
