@@ -14,7 +14,8 @@ from modules.losses import Clipped, PolicyObjective
 from modules.losses.policy import leave_out_unscored
 from modules.networks.lora import Lora
 from modules.on_policy import OnPolicyModule, Validation
-from modules.rollout.engine import RolloutEngine, Sampling
+from modules.rollout.engine import RolloutEngine
+from modules.rollout.sampling import Sampling
 from modules.types import PolicyBatch, Reward
 
 

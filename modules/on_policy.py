@@ -18,9 +18,9 @@ from modules.networks.lora import Lora
 from modules.networks.policy import TokenScores, load_companion
 from modules.rewards.combined import walk_rewards
 from modules.rewards.learned import LearnedReward
-from modules.rollout.engine import RolloutEngine, Sampling
-from modules.rollout.in_process import InProcessEngine
+from modules.rollout.engine import InProcessEngine, RolloutEngine
 from modules.rollout.metrics import make_outcomes, measure_gaps, measure_rollouts, share_solved
+from modules.rollout.sampling import Sampling
 from modules.rollout.scoring import add_sums, make_batch, make_rollouts, score_in_chunks
 from modules.trainer.ranks import from_all_ranks, log_equal, mean_and_error, weighted_means
 from modules.trainer.seeds import derive_seed, run_seed

@@ -17,7 +17,8 @@ from modules.losses.value import ClippedValue
 from modules.networks.critic import Critic, Value
 from modules.networks.lora import Lora
 from modules.on_policy import OnPolicyModule, Validation
-from modules.rollout.engine import RolloutEngine, Sampling
+from modules.rollout.engine import RolloutEngine
+from modules.rollout.sampling import Sampling
 from modules.trainer.ranks import explained_variance, from_all_ranks, mean_and_error, whiten_over_ranks
 from modules.types import InstructionBatch, PolicyBatch, Reward
 

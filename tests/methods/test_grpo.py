@@ -15,7 +15,7 @@ from modules.functional import kl
 from modules.functional.advantages import group_center, leave_one_out
 from modules.losses import CISPO, GSPO, Clipped, MirrorDescent, PolicyObjective
 from modules.rewards import RegexFormat
-from modules.rollout.engine import Sampling
+from modules.rollout.sampling import Sampling
 
 QUIET = {
     "accelerator": "cpu",

@@ -13,8 +13,8 @@ from callbacks import Samples
 from datamodules import Addition, InstructionDataModule
 from modules import SFTModule
 from modules.rewards import ExactMatch
-from modules.rollout.engine import Sampling
 from modules.rollout.last_answers import find_last_answers
+from modules.rollout.sampling import Sampling
 from modules.sft import count_document_tokens, noisy_embeddings
 from modules.types import ALPACA_PROMPT, InstructionBatch
 
