@@ -119,7 +119,7 @@ class SFTModule(AlignmentModule):
         tokens = batch["loss_mask"].sum()
         self.log_evaluation(average_tokens(self.scores(batch), tokens.clamp(min=1)), weight=float(tokens))
         if self.sampling is not None:
-            prompts = find_last_answers(batch, self.tokenizer)
+            prompts = find_last_answers(batch, self.policy)
             self.engine.sync_weights(self.policy, self.global_step)
             seeds = [derive_seed(0, stage, uid) for uid in prompts["uid"]]
             answers = self.engine.generate(prompts["prompt_ids"], 1, self.sampling, seeds)

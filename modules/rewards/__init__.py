@@ -4,7 +4,7 @@ from modules.rewards.answers import ExactMatch, MathVerify, NumericMatch
 from modules.rewards.chat.clients import HttpChat, LocalChat
 from modules.rewards.chat.judge import PairwiseJudge, RubricJudge
 from modules.rewards.chat.refusal_judge import RefusalJudge
-from modules.rewards.combined import LengthPenalty, Versus, WeightedSum, breakdown
+from modules.rewards.combined import LengthPenalty, Versus, WeightedSum
 from modules.rewards.format import RegexFormat, ThinkAnswerFormat
 from modules.rewards.learned import LearnedReward
 from modules.types import FunctionReward
@@ -25,5 +25,4 @@ __all__ = [
     "ThinkAnswerFormat",
     "Versus",
     "WeightedSum",
-    "breakdown",
 ]

@@ -30,6 +30,7 @@ class Sampling:
     top_k: int = 0  # >= 0; keep this many most likely tokens; 0 = all
     max_completion_length: int = 64  # >= 1, in tokens, the end token included
     stop: tuple[str, ...] = ()  # a completion ends when its text contains one of these strings
+    keep_stop: bool = False  # whether that string stays in the text; its tokens stay in any case
 
     def __post_init__(self) -> None:
         checks = {
@@ -99,7 +100,9 @@ class Ledger:
         self._ended = torch.zeros(shape[0], dtype=torch.bool, device=device)
         self._is_end = torch.zeros(policy.model.config.vocab_size, dtype=torch.bool, device=device)
         special = {token.content: i for i, token in policy.tokenizer.added_tokens_decoder.items() if token.special}
-        self._is_end[[*policy.stop_token_ids, *(special[stop] for stop in sampling.stop if stop in special)]] = True
+        stops = {special[stop] for stop in sampling.stop if stop in special}
+        self._is_end[[*policy.stop_token_ids, *stops]] = True
+        self._silent = silent_tokens(policy) | (set() if sampling.keep_stop else stops)
         self._may_complete: dict[int, bool] = {}
         # A token holds at least one byte, so as many tokens as a stop string has bytes cover it; four more complete a
         # character that is cut in front.
@@ -144,7 +147,7 @@ class Ledger:
         counts = self._counts.tolist()[: self.idle]
         tokens = [row[:count] for row, count in zip(self._tokens.tolist(), counts, strict=False)]
         logprobs = [row[:count] for row, count in zip(self._logprobs.tolist(), counts, strict=False)]
-        texts = self._tokenizer.batch_decode(tokens, skip_special_tokens=True) if tokens else []
+        texts = [self._decode(row) for row in tokens]
         ended = self._ended.tolist()[: self.idle]
         return [
             Completion(ids, scores, self._cut(text), "stop" if end else "length", version)
@@ -177,12 +180,25 @@ class Ledger:
         return self._may_complete[token]
 
     def _has_stop_string(self, tokens: list[int]) -> bool:
-        text = self._tokenizer.decode(tokens, skip_special_tokens=True)
+        text = self._decode(tokens)
         return any(stop in text for stop in self.sampling.stop)
 
+    def _decode(self, tokens: list[int]) -> str:
+        return str(self._tokenizer.decode([token for token in tokens if token not in self._silent]))
+
     def _cut(self, text: str) -> str:
-        """Return the text before the first stop string."""
-        return text[: min((text.index(stop) for stop in self.sampling.stop if stop in text), default=None)]
+        """Return the text up to the first stop string, and with it if it is kept."""
+        found = [(text.index(stop), stop) for stop in self.sampling.stop if stop in text]
+        start, stop = min(found, default=(len(text), ""))
+        return text[: start + len(stop) * self.sampling.keep_stop]
+
+
+def silent_tokens(policy: SampledPolicy) -> set[int]:
+    """Return the tokens that have no place in a text: those that end a completion or fill up a row. Other special
+    tokens, such as ``<think>``, say something.
+    """
+    pad = policy.tokenizer.pad_token_id
+    return {*policy.stop_token_ids} | ({pad} if isinstance(pad, int) else set())
 
 
 def uniform_rows(seeds: list[int], shape: tuple[int, int]) -> Tensor:
