@@ -204,7 +204,7 @@ def plain_digits(text: str) -> str:
 def space_answers(text: str) -> str:
     """Set apart what math-verify does not find: numbers in a script without spaces, and fractions before a full stop.
 
-    >>> space_answers("\u7b54\u6848\u662f9\u3002") == "\u7b54\u6848\u662f 9 . ", space_answers("It is 3/5.")
+    >>> space_answers("\u7b54\u6848\u662f9\u3002") == "\u7b54\u6848\u662f 9. ", space_answers("It is 3/5.")
     (True, 'It is 3/5 ')
     """
     text = re.sub(rf"(?<={_SCRIPT})(?=[\d$\\-])|(?<=[\d$}}])(?={_SCRIPT})", " ", plain_digits(text))
