@@ -102,6 +102,7 @@ class OnPolicyModule(AlignmentModule):
         self.reward = as_reward(reward)
         self.accuracy = as_reward(validation.accuracy) or find_accuracy(self.reward)
         check_stop(self.reward, sampling)
+        check_stop(self.accuracy or self.reward, sampling)
         if lora is not None:
             self.share_backbone()
         self.num_generations, self.val_generations = num_generations, validation.generations

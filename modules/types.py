@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from types import FunctionType, MethodType
+from types import FunctionType
 from typing import Any, Literal, NotRequired, Protocol, SupportsFloat, TypedDict, runtime_checkable
 
 from torch import Tensor
@@ -369,11 +369,12 @@ class FunctionReward(Reward):
 
 
 def as_reward(reward: Any) -> Any:
-    """Turn a plain function into a reward, also inside a list or a dict; return anything else as it is.
+    """Turn what is called and is no reward, such as a plain function, into one, also inside a list or a dict; return
+    anything else as it is.
 
     Every class that takes a reward calls this, so that a function may stand wherever a reward may.
     """
-    if isinstance(reward, FunctionType | MethodType | partial):
+    if isinstance(reward, FunctionType) or callable(reward) and not isinstance(reward, Reward):
         return FunctionReward(reward)
     if isinstance(reward, list):
         return [as_reward(part) for part in reward]
