@@ -7,7 +7,7 @@ import torch
 
 from callbacks.phase import Mean, PhaseCallback, draw_series
 from modules.functional.diagnostics import overoptimization_fit
-from modules.types import Reward, Rollout, as_reward
+from modules.types import Reward, Rollout, as_reward, score
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -39,10 +39,10 @@ class Overoptimization(PhaseCallback):
 
     def measure(self, rollouts: Sequence[Rollout]) -> dict[str, Mean]:
         """Measure this rank's rollouts; the class docstring explains the measures."""
-        gold = self.gold(rollouts) if rollouts else []
+        gold = score(self.gold, rollouts)
         return {
             "proxy": Mean.of([rollout.reward for rollout in rollouts if rollout.reward is not None]),
-            "gold": Mean.of([score for score in gold if score is not None]),
+            "gold": Mean.of([value for value in gold if value is not None]),
             "kl": Mean.of([rollout.kl for rollout in rollouts if rollout.kl is not None]),
         }
 

@@ -14,7 +14,7 @@ from callbacks.measures.refusals import is_refusal, refusal_rates
 from callbacks.phase import require_period, tensorboards
 from callbacks.samples import escape_cell, indent_block
 from modules.trainer.ranks import from_all_ranks, log_equal
-from modules.types import FULL_COMPLIANCE, FULL_REFUSAL, REFUSAL_LABELS
+from modules.types import FULL_COMPLIANCE, FULL_REFUSAL, REFUSAL_LABELS, cut_final_text
 
 NUM_MISJUDGED = 3  # answers shown of each kind
 
@@ -171,8 +171,14 @@ class Refusal(Callback):
 
 
 def classify_by_matching(texts: Sequence[str]) -> list[str | None]:
-    """Label answers by their first words after the reasoning: full refusal or full compliance."""
-    return [FULL_REFUSAL if is_refusal(text.rpartition("</think>")[2]) else FULL_COMPLIANCE for text in texts]
+    """Label answers by their first words after the reasoning: full refusal or full compliance; None if they never leave
+    it.
+    """
+    finals = [cut_final_text(text) for text in texts]
+    return [
+        None if text and not final else FULL_REFUSAL if is_refusal(final) else FULL_COMPLIANCE
+        for text, final in zip(texts, finals, strict=True)
+    ]
 
 
 def report_rates(prompts: Sequence[AskedPrompt], answers: Sequence[GivenAnswer]) -> str:

@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from callbacks.measures.preferences import length_controlled_win_rate, win_rate, win_rate_standard_error
 from callbacks.phase import record_of
 from modules.trainer.ranks import from_all_ranks, log_equal, weighted_means
-from modules.types import Reward, Rollout, as_reward
+from modules.types import Reward, Rollout, as_reward, score
 
 
 @runtime_checkable
@@ -35,7 +35,7 @@ class WinRate(Callback):
 
     - ``val/win_rate``: comparisons that the policy wins, a tie counting half.
     - ``val/win_rate_standard_error``: the standard error of the win rate.
-    - ``val/length_controlled_win_rate``: the win rate at equal length in characters (Dubois et al. 2404.04475, the form
+    - ``val/length_controlled_win_rate``: the win rate at equal length in characters, reasoning left out (Dubois et al. 2404.04475, the form
       without instruction difficulties).
     - ``val/win_rate_ties``: ties among the scorable comparisons.
     - ``val/win_rate_unscorable``: unscorable comparisons among all. They count in no other number.
@@ -79,13 +79,13 @@ class WinRate(Callback):
     ) -> None:
         """Judge the completions of the batch."""
         rollouts = [self.against_baseline(rollout) for rollout in record_of(pl_module).held_out or []]
-        for rollout, score in zip(rollouts, self.judge(rollouts), strict=True):
-            if score is not None and not 0 <= score <= 1:
+        for rollout, value in zip(rollouts, score(self.judge, rollouts), strict=True):
+            if value is not None and not 0 <= value <= 1:
                 raise ValueError(
-                    f"WinRate: {self.judge.name} scored {score} for {rollout.uid}; a judge gives 1 (win), 0.5 (tie), 0 "
+                    f"WinRate: {self.judge.name} scored {value} for {rollout.uid}; a judge gives 1 (win), 0.5 (tie), 0 "
                     "(loss) or None."
                 )
-            self.duels.append(Duel(score, len(rollout.completion.text), len(rollout.answer or "")))
+            self.duels.append(Duel(value, len(rollout.final_text), len(rollout.answer or "")))
 
     def against_baseline(self, rollout: Rollout) -> Rollout:
         """The rollout with the completion to beat as its answer. Raises ValueError when the row has none."""

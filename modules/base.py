@@ -16,8 +16,8 @@ from modules.networks.loading import lacks_output_head
 from modules.networks.lora import Lora
 from modules.networks.memory import estimate_memory, write_memory_line
 from modules.networks.policy import MAX_LOGITS, Policy
-from modules.rollout.engine import Sampling
-from modules.rollout.in_process import InProcessEngine
+from modules.rollout.engine import InProcessEngine
+from modules.rollout.sampling import Sampling
 from modules.schedulers import RunSchedule
 from modules.trainer.ranks import Join, Tally, log_equal
 from modules.trainer.steps import count_updates, rewind_to_whole_step

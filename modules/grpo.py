@@ -14,7 +14,8 @@ from modules.losses import Clipped, PolicyObjective
 from modules.losses.policy import leave_out_unscored
 from modules.networks.lora import Lora
 from modules.on_policy import OnPolicyModule, Validation
-from modules.rollout.engine import RolloutEngine, Sampling
+from modules.rollout.engine import RolloutEngine
+from modules.rollout.sampling import Sampling
 from modules.types import PolicyBatch, Reward
 
 
@@ -37,7 +38,8 @@ class GRPOModule(OnPolicyModule):
             the dotted path of your own function; default the objective's (``group_zscore`` for most).
         objective: the policy loss; default ``Clipped``. Others are ``GSPO``, ``CISPO`` and ``MirrorDescent``.
         beta: weight of the KL to the frozen start policy in the loss, nats; 0 = none.
-        kl_loss: estimator of that term, whose gradient is the reverse KL's: ``weighted_k3`` or ``k2``.
+        kl_loss: estimator of that term: ``weighted_k3``, whose gradient is the reverse KL's in every update, or ``k2``,
+            whose gradient is that in the first update of a phase.
         measure_kl: keep the frozen start policy and log the KL to it even with ``beta`` 0.
         validation: what decides right or wrong there, and how many completions of a prompt are sampled.
         lora: train low-rank adapters instead of all weights.
@@ -56,7 +58,7 @@ class GRPOModule(OnPolicyModule):
         advantage: Callable[[Tensor, Tensor], Any] | None = None,  # Any: a function need not be annotated
         objective: PolicyObjective | None = None,
         beta: float = 0.0,
-        kl_loss: Callable[[Tensor, Tensor], Any] = kl.weighted_k3,
+        kl_loss: Callable[..., Any] = kl.weighted_k3,
         measure_kl: bool = False,
         validation: Validation = Validation(),  # noqa: B008
         lora: Lora | None = None,
@@ -103,7 +105,9 @@ class GRPOModule(OnPolicyModule):
         tokens = float(batch["completion_mask"].sum() + batch["prompt_mask"].sum())
         self.log_step({"policy_loss": loss, "effective_batch": effective, "tokens": tokens})
         if self.beta > 0:
-            distance = self.kl_loss(logprobs, batch["ref_logprobs"])  # [N, Tc]
+            distance = kl.apply_estimator(
+                self.kl_loss, logprobs, batch["ref_logprobs"], batch["old_logprobs"]
+            )  # [N, Tc]
             weights = self.objective.aggregation.weights(mask)
             loss = loss + self.beta * aggregate(distance, weights, batch["denominator"])
         return self.step_loss(loss)

@@ -1,9 +1,11 @@
 """The base of methods that learn from their own samples: sampling, scoring, the frozen start policy, evaluation."""
 
+import re
 import time
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -16,11 +18,12 @@ from modules.functional.ranges import check_numbers
 from modules.networks.frozen import Frozen
 from modules.networks.lora import Lora
 from modules.networks.policy import TokenScores, load_companion
-from modules.rewards.combined import walk_rewards
+from modules.rewards.answers import name_reader
+from modules.rewards.combined import find_accuracy, walk_rewards
 from modules.rewards.learned import LearnedReward
-from modules.rollout.engine import RolloutEngine, Sampling
-from modules.rollout.in_process import InProcessEngine
+from modules.rollout.engine import InProcessEngine, RolloutEngine
 from modules.rollout.metrics import make_outcomes, measure_gaps, measure_rollouts, share_solved
+from modules.rollout.sampling import Sampling
 from modules.rollout.scoring import add_sums, make_batch, make_rollouts, score_in_chunks
 from modules.trainer.ranks import from_all_ranks, log_equal, mean_and_error, weighted_means
 from modules.trainer.seeds import derive_seed, run_seed
@@ -39,7 +42,9 @@ class Validation:
         ValueError: values out of range.
     """
 
-    accuracy: Reward | None = None  # decides right (score > 0.5) or wrong; None = the reward that trains
+    # Decides right (score > 0.5) or wrong. None = the part of the reward that compares answers, or the whole reward if
+    # it has no parts; learned rewards, judges and sums without such a part leave pass@k out.
+    accuracy: Reward | None = None
     generations: int = 1  # >= 1, sampled completions of a prompt, for pass@1 and pass@k
 
     def __post_init__(self) -> None:
@@ -94,7 +99,10 @@ class OnPolicyModule(AlignmentModule):
             raise ValueError(
                 f"sampling.temperature is {sampling.temperature}: greedy completions of a prompt are all the same"
             )
-        self.reward, self.accuracy = as_reward(reward), as_reward(validation.accuracy or reward)
+        self.reward = as_reward(reward)
+        self.accuracy = as_reward(validation.accuracy) or find_accuracy(self.reward)
+        check_stop(self.reward, sampling)
+        check_stop(self.accuracy or self.reward, sampling)
         if lora is not None:
             self.share_backbone()
         self.num_generations, self.val_generations = num_generations, validation.generations
@@ -103,7 +111,7 @@ class OnPolicyModule(AlignmentModule):
         other = load_companion(self.policy, reference, "reference") if isinstance(reference, str) else None
         self.own_reference = other is None  # the policy as it starts
         self.reference = Frozen(other or self.policy, own=other is not None) if reference else None
-        self._training_start = time.perf_counter()
+        self._batch_start = 0.0
         self._kl_warned = False
         self.record.held_out = []
 
@@ -111,7 +119,9 @@ class OnPolicyModule(AlignmentModule):
         """Compute reward models that are adapters of the policy's backbone on that backbone."""
         learned = [
             part
-            for part in (*walk_rewards(self.reward), *walk_rewards(self.accuracy))
+            for reward in (self.reward, self.accuracy)
+            if reward is not None
+            for part in walk_rewards(reward)
             if isinstance(part, LearnedReward)
         ]
         shared = {path for part in learned for path in part.share_backbone(self.policy)}
@@ -159,9 +169,20 @@ class OnPolicyModule(AlignmentModule):
         self.log_phase(measure_gaps(mask, batch["old_logprobs"], batch["sampler_logprobs"], k3))
         self.check_kl()
         self.prepare(batch)
-        self.log_phase({"time/sampling": sampled - start, "time/scoring": time.perf_counter() - sampled})
-        self._training_start = time.perf_counter()
+        scoring = time.perf_counter() - sampled
+        self.log_phase({"time/sampling": sampled - start, "time/scoring": scoring, "time/training": 0.0})
         return batch
+
+    def on_train_batch_start(self, batch: PolicyBatch, batch_idx: int) -> None:
+        """Start the clock of a micro-batch."""
+        super().on_train_batch_start(batch, batch_idx)
+        self._batch_start = time.perf_counter()
+
+    def on_train_batch_end(self, outputs: Any, batch: PolicyBatch, batch_idx: int) -> None:
+        """Add a micro-batch to the phase's training time, which so leaves out start-up and validation."""
+        self.record.metrics["time/training"] = (
+            self.record.metrics.get("time/training", 0.0) + time.perf_counter() - self._batch_start
+        )
 
     def log_phase(self, metrics: Mapping[str, float]) -> None:
         """Log numbers of this rank as ``train/<name>`` at the end of the phase, averaged over the ranks."""
@@ -181,8 +202,7 @@ class OnPolicyModule(AlignmentModule):
     def phase_metrics(self) -> dict[str, float]:
         """Measure rewards, lengths, entropy, KL and times, and join what ``log_phase`` collected (collective)."""
         found = from_all_ranks(make_outcomes(self.record.rollouts))
-        mine = {**self.record.metrics, "time/training": time.perf_counter() - self._training_start}
-        logged = weighted_means({name: (value, 1.0) for name, value in mine.items()})
+        logged = weighted_means({name: (value, 1.0) for name, value in self.record.metrics.items()})
         seconds = sum(value for name, value in logged.items() if name.startswith("time/"))
         return measure_rollouts(found) | logged | {"completions_per_second": len(found) / seconds}
 
@@ -201,7 +221,9 @@ class OnPolicyModule(AlignmentModule):
         )
 
     def evaluate(self, prompts: PromptBatch, stage: str) -> None:
-        """Answer a batch of held-out prompts, sampled and greedily, and keep the scored completions in ``record``."""
+        """Answer a batch of held-out prompts and keep the scored completions in ``record``; where ``accuracy`` can tell
+        right from wrong, answer them greedily too.
+        """
         rollouts = make_rollouts(prompts, self.sample(prompts, self.val_generations, self.sampling, stage), self.reward)
         batch = make_batch(rollouts, self.device)
         mask = batch["completion_mask"]
@@ -211,18 +233,24 @@ class OnPolicyModule(AlignmentModule):
             self.reference.to(self.device)
             log_ratio = logprobs - score_in_chunks(self.reference_scores, batch)[0]
         self.record.held_out = rollouts = add_sums(rollouts, entropies, log_ratio, mask)
-        greedy = make_rollouts(
-            prompts, self.sample(prompts, 1, replace(self.sampling, temperature=0.0), stage), self.reward
-        )
-        self.record.sampled += make_outcomes(rollouts, self.accuracy)
-        self.record.greedy += make_outcomes(greedy, self.accuracy)
+        self.record.sampled += make_outcomes(rollouts, self.accuracy, scored_by=self.reward)
+        if self.accuracy is not None:
+            answers = self.sample(prompts, 1, replace(self.sampling, temperature=0.0), stage)
+            greedy = make_rollouts(prompts, answers, self.accuracy)
+            self.record.greedy += make_outcomes(greedy, self.accuracy, scored_by=self.accuracy)
 
     def evaluation_metrics(self) -> dict[str, float]:
         """Join the base's metrics; add pass@1, pass@k, greedy accuracy and the numbers of the sampled completions."""
         sampled, greedy = from_all_ranks(self.record.sampled), from_all_ranks(self.record.greedy)
+        metrics = super().evaluation_metrics() | measure_rollouts(sampled)
+        if self.accuracy is None:
+            rank_zero_warn(
+                f"pass@k and greedy_accuracy are left out: a score of {self.reward.name} does not say whether an answer "
+                "is right; name a reward that does, with model.validation.accuracy"
+            )
+            return metrics
         solved = {f"pass@{k}": share_solved(sampled, k) for k in {1, self.val_generations}}
-        solved |= {"greedy_accuracy": share_solved(greedy, 1), **measure_rollouts(sampled)}
-        return super().evaluation_metrics() | solved
+        return metrics | solved | {"greedy_accuracy": share_solved(greedy, 1)}
 
     def sample(
         self, prompts: PromptBatch, num_generations: int, sampling: Sampling, phase: str
@@ -252,16 +280,32 @@ class OnPolicyModule(AlignmentModule):
         return self.policy.token_scores(batch["input_ids"], batch["loss_mask"], batch.get("position_ids"))
 
     def check_scored(self, rollouts: list[Rollout]) -> None:
-        """Refuse a first phase that has neither an answer nor a score, because nothing would be learned.
+        """Refuse a first phase without any score, and tell of a later one: nothing is learned from it.
 
         Raises:
-            ValueError: no completion of any rank has one.
+            ValueError: it is the first phase, and no completion of any rank has a score.
         """
-        judged = [rollout.answer is not None or rollout.reward is not None for rollout in rollouts]
-        if self.global_step == 0 and not any(from_all_ranks([any(judged)])):
+        scored = any(rollout.reward is not None for rollout in rollouts)
+        answer = next((rollout.answer for rollout in rollouts if rollout.answer is not None), None)
+        ranks = from_all_ranks([(scored, answer, len(rollouts))])
+        if any(scored for scored, _, _ in ranks):
+            return
+        count, name = sum(count for _, _, count in ranks), self.reward.name
+        gold = next((answer for _, answer, _ in ranks if answer is not None), None)
+        if self.global_step > 0:
+            rank_zero_warn(
+                f"phase {self.current_epoch}: {name} scored none of its {count} completions, so nothing is learned "
+                f"from them; their first answer is {gold!r}"
+            )
+        elif gold is None:
             raise ValueError(
-                f"{self.reward.name} scored none of the first {len(rollouts)} completions, whose rows have no answer "
-                "to compare with: name its column with data.columns, or use a reward that needs no answer"
+                f"{name} scored none of the first {count} completions, whose rows have no answer to compare with: name "
+                "its column with data.columns, or use a reward that needs no answer"
+            )
+        else:
+            raise ValueError(
+                f"{name} scored none of the first {count} completions; the first answer that it was to compare with is "
+                f"{gold!r}: {name_reader(gold)}"
             )
 
     def check_start(self, log_ratio: Tensor) -> None:
@@ -288,4 +332,20 @@ class OnPolicyModule(AlignmentModule):
                 f"the KL to the start is {mean:.3g} +- {error:.2g} nats a completion, and a KL is never below 0: the "
                 "completions do not come from the distribution that is scored. Causes: top_p below 1, top_k, an engine "
                 "with another temperature or with stop tokens suppressed, dropout, weights that were not synced"
+            )
+
+
+def check_stop(reward: Reward, sampling: Sampling) -> None:
+    """Refuse a stop string that is a tag which a reward looks for, if it is cut off.
+
+    Raises:
+        ValueError: a reward would never find its tag.
+    """
+    for part in walk_rewards(reward):
+        pattern = getattr(part, "pattern", None)
+        needed = pattern.pattern.replace("\\", "") if isinstance(pattern, re.Pattern) else ""
+        cut = [stop for stop in sampling.stop if re.fullmatch(r"</?\w+>", stop) and stop in needed]
+        if cut and not sampling.keep_stop:
+            raise ValueError(
+                f"sampling.stop cuts {cut[0]!r} off, and the reward {part.name} looks for it: set sampling.keep_stop"
             )

@@ -11,7 +11,8 @@ from modules.losses.pairs import find_pairs, measure_preferences
 from modules.losses.preference import PairObjective, Sigmoid
 from modules.networks.lora import Lora
 from modules.on_policy import OnPolicyModule, Validation
-from modules.rollout.engine import RolloutEngine, Sampling
+from modules.rollout.engine import RolloutEngine
+from modules.rollout.sampling import Sampling
 from modules.types import PolicyBatch, Reward
 
 

@@ -8,7 +8,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from modules.functional.advantages import gae
-from modules.functional.kl import k1
+from modules.functional.kl import apply_estimator, k1
 from modules.functional.masked import aggregate
 from modules.losses import GAE, KL, Clip, Clipped, Incentives
 from modules.losses.policy import leave_out_unscored, measure_ratio
@@ -17,7 +17,8 @@ from modules.losses.value import ClippedValue
 from modules.networks.critic import Critic, Value
 from modules.networks.lora import Lora
 from modules.on_policy import OnPolicyModule, Validation
-from modules.rollout.engine import RolloutEngine, Sampling
+from modules.rollout.engine import RolloutEngine
+from modules.rollout.sampling import Sampling
 from modules.trainer.ranks import explained_variance, from_all_ranks, mean_and_error, whiten_over_ranks
 from modules.types import InstructionBatch, PolicyBatch, Reward
 
@@ -171,7 +172,8 @@ class PPOModule(OnPolicyModule):
         self.log_step({"policy_loss": policy_loss, "value_loss": value_loss, "tokens": tokens})
         loss = policy_loss
         if self.kl.loss is not None:
-            loss = loss + self.kl_coef * aggregate(self.kl.loss(logprobs, batch["ref_logprobs"]), mask, denominator)
+            distance = apply_estimator(self.kl.loss, logprobs, batch["ref_logprobs"], batch["old_logprobs"])
+            loss = loss + self.kl_coef * aggregate(distance, mask, denominator)
         if scores.entropies is not None:
             loss = loss - self.incentives.entropy * aggregate(scores.entropies, mask, denominator)
         if self.incentives.ptx > 0:

@@ -13,10 +13,10 @@ from modules.base import AlignmentModule
 from modules.functional.masked import aggregate
 from modules.networks.lora import Lora
 from modules.networks.policy import TokenScores
-from modules.rollout.engine import Sampling
-from modules.rollout.in_process import InProcessEngine
+from modules.rollout.engine import InProcessEngine
 from modules.rollout.last_answers import find_last_answers
 from modules.rollout.metrics import make_outcomes, measure_rollouts
+from modules.rollout.sampling import Sampling
 from modules.rollout.scoring import make_rollouts
 from modules.trainer.ranks import from_all_ranks
 from modules.trainer.seeds import derive_seed
@@ -119,7 +119,7 @@ class SFTModule(AlignmentModule):
         tokens = batch["loss_mask"].sum()
         self.log_evaluation(average_tokens(self.scores(batch), tokens.clamp(min=1)), weight=float(tokens))
         if self.sampling is not None:
-            prompts = find_last_answers(batch, self.tokenizer)
+            prompts = find_last_answers(batch, self.policy)
             self.engine.sync_weights(self.policy, self.global_step)
             seeds = [derive_seed(0, stage, uid) for uid in prompts["uid"]]
             answers = self.engine.generate(prompts["prompt_ids"], 1, self.sampling, seeds)

@@ -6,13 +6,14 @@ t]`` is the log-probability of the token at ``[i, t]``. Floats are fp32.
 """
 
 import inspect
+import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from types import FunctionType, MethodType
-from typing import Any, Literal, NotRequired, Protocol, TypedDict, runtime_checkable
+from types import FunctionType
+from typing import Any, Literal, NotRequired, Protocol, SupportsFloat, TypedDict, runtime_checkable
 
 from torch import Tensor
 
@@ -27,6 +28,9 @@ ALPACA_PROMPT_WITH_INPUT = (
     "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
 )
 
+
+# A prompt that ends inside a thought: the completion goes on with it.
+OPENED_THOUGHT = re.compile(r"<think>\s*\Z")
 
 # Names under which a reward function may ask for the gold answers.
 ANSWERS = ("answers", "answer", "ground_truth", "solution")
@@ -120,7 +124,7 @@ class Completion:
 
     token_ids: list[int]  # includes the end token if it was sampled
     logprobs: list[float]  # log-prob of each token under the distribution it was drawn from; as long as token_ids
-    text: str  # the decoded tokens, without special tokens and without a stop string
+    text: str  # the decoded tokens, without end and pad tokens, and without a stop string unless it was to be kept
     finish: Literal["stop", "length", "abort"]  # end token or stop string; token budget used up; given up
     policy_version: int = 0  # number of optimiser updates before the weights that sampled it
 
@@ -140,6 +144,30 @@ class Rollout:
     info: dict[str, Any] | None = None  # the row's other columns
     entropy: float | None = None  # of the whole next-token distribution, mean over the completion, nats per token
     kl: float | None = None  # sum over the completion of log pi - log pi_start, nats
+
+    @property
+    def text(self) -> str:
+        """The completion as rewards read it: with the ``<think>`` in front that the prompt ends with, if it does."""
+        opened = OPENED_THOUGHT.search(self.prompt)
+        return (opened[0] if opened else "") + self.completion.text
+
+    @property
+    def final_text(self) -> str:
+        """The part of ``text`` that may hold the answer, see ``cut_final_text``."""
+        return cut_final_text(self.text)
+
+
+def cut_final_text(text: str) -> str:
+    """Return the part of a text that may hold the answer: what follows the last ``</think>``, or all of it.
+
+    A text that opens ``<think>`` and never closes it gives "". An answer inside the reasoning must not count, because
+    the reader never sees it.
+
+    >>> cut_final_text("<think>2 or 3</think>4"), cut_final_text("<think>so maybe 5")
+    ('4', '')
+    """
+    final = text.rpartition("</think>")[2]
+    return "" if "<think>" in final else final
 
 
 @dataclass(frozen=True)
@@ -217,13 +245,63 @@ class HasRowsInOrder(Protocol):
 
 
 class Reward(ABC):
-    """Scores finished completions. ``name`` labels its metric ``rewards/<name>/mean``."""
+    """Scores finished completions. Whoever calls a reward calls ``score``, which checks what it returned.
+
+    Attributes:
+        name: labels its metric ``rewards/<name>/mean``; default the name of the class.
+        checks_answer: True = a score above 0.5 means that the answer is right. False = it says nothing about that.
+            None = it means that when the reward stands alone.
+    """
 
     name: str
+    checks_answer: bool | None = None
+
+    def __init_subclass__(cls, **settings: Any) -> None:
+        super().__init_subclass__(**settings)
+        cls.name = getattr(cls, "name", cls.__name__)
 
     @abstractmethod
     def __call__(self, rollouts: Sequence[Rollout]) -> list[float | None]:
         """Return one score per rollout, in order; None if the rollout cannot be scored."""
+
+    def score_parts(self, rollouts: Sequence[Rollout]) -> list[dict[str, float | None]]:
+        """Return what each rollout's score is made of, by name: its score alone, but for a reward that adds others."""
+        return [{self.name: value} for value in score(self, rollouts)]
+
+    def add_parts(self, parts: dict[str, float | None]) -> float | None:
+        """Return the score that one rollout's ``score_parts`` make."""
+        (value,) = parts.values()
+        return value
+
+
+def score(reward: Reward, rollouts: Sequence[Rollout]) -> list[float | None]:
+    """Call a reward and check what it returned; without rollouts it is not called.
+
+    Returns:
+        one finite score per rollout, in order; None = unscorable.
+
+    Raises:
+        ValueError: it returned no list, another number of scores than rollouts, or a score that is no finite number.
+    """
+    return check_scores(reward.name, reward(rollouts), len(rollouts)) if rollouts else []
+
+
+def check_scores(name: str, scores: Any, count: int) -> list[float | None]:
+    """Return the scores of the reward ``name`` as numbers and None, or refuse them (see ``score``)."""
+    wanted = f"return a list with a number or None for each of the {count} completions"
+    if hasattr(scores, "tolist"):  # a tensor or an array
+        scores = scores.tolist()
+    if not isinstance(scores, list | tuple):
+        returned = "None (is its return missing?)" if scores is None else type(scores).__name__
+        raise ValueError(f"reward '{name}' returned {returned}; {wanted}")
+    if len(scores) != count:
+        raise ValueError(f"reward '{name}' returned {len(scores)} scores for {count} rollouts; return one per rollout")
+    for index, value in enumerate(scores):
+        if value is not None and not isinstance(value, SupportsFloat):
+            raise ValueError(f"reward '{name}' returned {value!r} for rollout {index}; {wanted}")
+        if value is not None and not math.isfinite(value):
+            raise ValueError(f"reward '{name}' returned {value} for rollout {index}; return None for unscorable")
+    return [None if value is None else float(value) for value in scores]
 
 
 Reward.register(FunctionType)  # a configuration may then name a function wherever it may name a reward
@@ -232,8 +310,8 @@ Reward.register(FunctionType)  # a configuration may then name a function wherev
 class FunctionReward(Reward):
     """Calls a function with lists, one entry per completion, and takes the list of scores that it returns.
 
-    The function gets what the names of its parameters ask for: ``prompts``, ``completions`` (texts), ``completion_ids``
-    (tokens), ``answers`` (also ``answer``, ``ground_truth`` or ``solution``), and the other columns of the rows. With
+    The function gets what the names of its parameters ask for: ``prompts``, ``completions`` (texts; one starts with
+    ``<think>`` if its prompt ends with that), ``completion_ids`` (tokens), ``answers`` (also ``answer``, ``ground_truth`` or ``solution``), and the other columns of the rows. With
     ``**columns`` it gets all columns that are left. A row that lacks a column has None in its place.
 
     Args:
@@ -270,15 +348,7 @@ class FunctionReward(Reward):
                 f"{', '.join(name for name in given if name not in ANSWERS)} and answers"
             )
         wanted = {name: given[name] for name in given if name in self._asked or self._takes_all}
-        scores = self._call(**wanted)
-        if hasattr(scores, "tolist"):  # a tensor or an array
-            scores = scores.tolist()
-        if not isinstance(scores, list | tuple):
-            raise ValueError(
-                f"reward {self.name} returned {type(scores).__name__}; return a list with a number or None for each "
-                f"of the {len(rollouts)} completions"
-            )
-        return list(scores)
+        return check_scores(self.name, self._call(**wanted), len(rollouts))
 
     @staticmethod
     def lists(rollouts: Sequence[Rollout]) -> dict[str, list[Any]]:
@@ -293,7 +363,7 @@ class FunctionReward(Reward):
             | {name: [(rollout.info or {}).get(name) for rollout in rollouts] for name in names}
             | {
                 "prompts": [rollout.prompt for rollout in rollouts],
-                "completions": [rollout.completion.text for rollout in rollouts],
+                "completions": [rollout.text for rollout in rollouts],
                 "completion_ids": [rollout.completion.token_ids for rollout in rollouts],
                 "answers": answers,
             }
@@ -301,11 +371,12 @@ class FunctionReward(Reward):
 
 
 def as_reward(reward: Any) -> Any:
-    """Turn a plain function into a reward, also inside a list or a dict; return anything else as it is.
+    """Turn what is called and is no reward, such as a plain function, into one, also inside a list or a dict; return
+    anything else as it is.
 
     Every class that takes a reward calls this, so that a function may stand wherever a reward may.
     """
-    if isinstance(reward, FunctionType | MethodType | partial):
+    if isinstance(reward, FunctionType) or callable(reward) and not isinstance(reward, Reward):
         return FunctionReward(reward)
     if isinstance(reward, list):
         return [as_reward(part) for part in reward]

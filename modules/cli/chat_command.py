@@ -10,8 +10,8 @@ from transformers import AutoConfig, AutoTokenizer
 from modules.networks.loading import is_classifier
 from modules.networks.policy import Policy
 from modules.rewards.learned import LearnedReward
-from modules.rollout.engine import Sampling
-from modules.rollout.in_process import InProcessEngine
+from modules.rollout.engine import InProcessEngine
+from modules.rollout.sampling import Sampling
 from modules.types import ALPACA_PROMPT, Completion, Rollout, make_printable
 
 Form = Literal["chat", "alpaca", "text"]

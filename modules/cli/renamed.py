@@ -29,9 +29,11 @@ MODULES = {  # where classes lay -> where they lie
     "modules.rewards.function": "modules.types",
     "modules.rewards.judge": "modules.rewards.chat.judge",
     "modules.rewards.length": "modules.rewards.combined",
+    "modules.rewards.math": "modules.rewards.answers",
     "modules.rewards.refusal_judge": "modules.rewards.chat.refusal_judge",
     "modules.rewards.versus": "modules.rewards.combined",
     "modules.rewards.weighted_sum": "modules.rewards.combined",
+    "modules.rollout.in_process": "modules.rollout.engine",
     "modules.self_instruct": "modules.predict.self_instruct",
 }
 FUNCTIONS = {  # classes that became functions, and the settings of those functions

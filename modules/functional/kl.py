@@ -9,13 +9,17 @@ function     formula             expected value                expected gradient
 k1           d                   KL(policy || reference)       0
 k2           d^2 / 2             biased, close to the KL       that of KL(policy || reference)
 k3           exp(-d) - 1 + d     KL(policy || reference)       that of KL(reference || policy)
-weighted_k3  w * k3, w == 1      KL(policy || reference)       that of KL(policy || reference)
+weighted_k3  w * k3              KL(policy || reference)       that of KL(policy || reference)
 ============ =================== ============================= ================================
 
 So use k1, detached, as a penalty inside a reward, and k2 or weighted_k3 as a loss. The estimators are elementwise and
 know no mask. A caller whose padded columns may hold NaN or inf fills both log-probs there first, or the NaN comes back
 through the gradient. Nothing is clamped.
 """
+
+import inspect
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,14 +60,31 @@ def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     return torch.expm1(-log_ratio) + log_ratio
 
 
-def weighted_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """Compute k3 times exp(x - stop_gradient(x)), x = logprobs: a weight of 1 with the gradient of the sampling.
+def weighted_k3(logprobs: Tensor, ref_logprobs: Tensor, old_logprobs: Tensor | None = None) -> Tensor:
+    """Compute w * k3 with the importance weight w = exp(logprobs - old_logprobs), through which the gradient flows.
 
-    logprobs, ref_logprobs: [...], in nats. Returns [...], >= 0, equal to k3 in value. As a loss its expected gradient
-    is that of the reverse KL(policy || reference). Source: the bias correction of DeepSeek-V3.2 (2512.02556), on
-    policy.
+    logprobs, ref_logprobs: [...], in nats. old_logprobs: [...], of the policy that drew the tokens; None = the present
+    one, so that w is 1 with the gradient of the sampling. Returns [...], >= 0. Drawn by the old policy, it is unbiased
+    as a value, and as a loss its expected gradient is that of the reverse KL(policy || reference). Source: the bias
+    correction of DeepSeek-V3.2 (2512.02556).
 
     >>> weighted_k3(torch.tensor([-1.0]), torch.tensor([-1.5]))
     tensor([0.1065])
+    >>> weighted_k3(torch.tensor([-1.0]), torch.tensor([-1.5]), torch.tensor([-1.6931]))  # w = 2
+    tensor([0.2131])
     """
-    return torch.exp(logprobs - logprobs.detach()) * k3(logprobs, ref_logprobs)
+    drawn = logprobs.detach() if old_logprobs is None else old_logprobs
+    return torch.exp(logprobs - drawn) * k3(logprobs, ref_logprobs)
+
+
+def apply_estimator(
+    estimator: Callable[..., Any], logprobs: Tensor, ref_logprobs: Tensor, old_logprobs: Tensor
+) -> Tensor:
+    """Call an estimator, with ``old_logprobs`` too if one of its parameters has that name. All [...], in nats.
+
+    >>> apply_estimator(k2, torch.tensor([-1.0]), torch.tensor([-1.5]), torch.tensor([-9.0]))
+    tensor([0.1250])
+    """
+    asks = "old_logprobs" in inspect.signature(estimator).parameters
+    found: Tensor = estimator(logprobs, ref_logprobs, **({"old_logprobs": old_logprobs} if asks else {}))
+    return found

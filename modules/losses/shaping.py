@@ -55,7 +55,7 @@ class KL:
     coef: float = 0.05  # >= 0, weight per nat; the first weight if it is adaptive
     adaptive: AdaptiveKL | None = None  # holds the KL at a target
     # None = the KL is part of the reward, as k1 without gradient; weighted_k3 or k2 = it is part of the loss
-    loss: Callable[[Tensor, Tensor], Any] | None = None  # Any: a function need not be annotated
+    loss: Callable[..., Any] | None = None
     reference: str | None = None  # None = the policy as it starts; a folder or hub id = another model
 
     def __post_init__(self) -> None:

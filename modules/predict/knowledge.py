@@ -10,8 +10,8 @@ import torch
 from modules.networks.policy import Policy
 from modules.predict.categories import categorise, matches
 from modules.predict.predict_module import PredictModule
-from modules.rollout.engine import RolloutEngine, Sampling
-from modules.rollout.in_process import InProcessEngine
+from modules.rollout.engine import InProcessEngine, RolloutEngine
+from modules.rollout.sampling import Sampling
 from modules.trainer.seeds import derive_seed, run_seed
 from modules.types import KNOWLEDGE_CATEGORIES, PromptBatch
 

@@ -1,12 +1,12 @@
 """Rewards, which a YAML names by their class name."""
 
+from modules.rewards.answers import ExactMatch, MathVerify, NumericMatch
 from modules.rewards.chat.clients import HttpChat, LocalChat
 from modules.rewards.chat.judge import PairwiseJudge, RubricJudge
 from modules.rewards.chat.refusal_judge import RefusalJudge
-from modules.rewards.combined import LengthPenalty, Versus, WeightedSum, breakdown
+from modules.rewards.combined import LengthPenalty, Versus, WeightedSum
 from modules.rewards.format import RegexFormat, ThinkAnswerFormat
 from modules.rewards.learned import LearnedReward
-from modules.rewards.math import ExactMatch, MathVerify, NumericMatch
 from modules.types import FunctionReward
 
 __all__ = [
@@ -25,5 +25,4 @@ __all__ = [
     "ThinkAnswerFormat",
     "Versus",
     "WeightedSum",
-    "breakdown",
 ]

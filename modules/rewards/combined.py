@@ -1,32 +1,10 @@
-"""Adds several rewards, and checks the scores that rewards return."""
+"""Rewards that are made of other rewards: sums, a price on length, a comparison with the gold answer."""
 
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from modules.types import Completion, Reward, Rollout, as_reward
-
-
-def score(reward: Reward, rollouts: Sequence[Rollout]) -> list[float | None]:
-    """Call a reward and check what it returned.
-
-    Returns:
-        one finite score per rollout, in order; None = unscorable.
-
-    Raises:
-        ValueError: the number of scores is not the number of rollouts, or a score is NaN or infinite.
-    """
-    values = reward(rollouts)
-    if len(values) != len(rollouts):
-        raise ValueError(
-            f"reward '{reward.name}' returned {len(values)} scores for {len(rollouts)} rollouts; return one per rollout"
-        )
-    bad = [index for index, value in enumerate(values) if value is not None and not math.isfinite(value)]
-    if bad:
-        raise ValueError(
-            f"reward '{reward.name}' returned {values[bad[0]]} for rollout {bad[0]}; return None for unscorable"
-        )
-    return [None if value is None else float(value) for value in values]
+from modules.types import Completion, Reward, Rollout, as_reward, score
 
 
 class WeightedSum(Reward):
@@ -64,16 +42,16 @@ class WeightedSum(Reward):
 
     def __call__(self, rollouts: Sequence[Rollout]) -> list[float | None]:
         """Return the weighted total per rollout; None if any component is None."""
-        return [self.total(parts) for parts in self.components(rollouts)]
+        return [self.add_parts(parts) for parts in self.score_parts(rollouts)]
 
-    def components(self, rollouts: Sequence[Rollout]) -> list[dict[str, float | None]]:
+    def score_parts(self, rollouts: Sequence[Rollout]) -> list[dict[str, float | None]]:
         """Return the unweighted scores by reward name, one dict per rollout."""
         columns = [score(reward, rollouts) for reward in self.rewards]
         names = [reward.name for reward in self.rewards]
         return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
 
-    def total(self, parts: dict[str, float | None]) -> float | None:
-        """Return the weighted sum of one rollout's ``components``; None if any of them is None."""
+    def add_parts(self, parts: dict[str, float | None]) -> float | None:
+        """Return the weighted sum of one rollout's ``score_parts``; None if any of them is None."""
         total = 0.0
         for value, weight in zip(parts.values(), self.weights, strict=True):
             if value is None:
@@ -103,7 +81,11 @@ class LengthPenalty(Reward):
         self.name = f"{self.reward.name}_length_penalty"
 
     def __call__(self, rollouts: Sequence[Rollout]) -> list[float | None]:
-        """Return the penalised score per rollout, or None.
+        """Return the penalised score per rollout, or None."""
+        return [self.add_parts(parts) for parts in self.score_parts(rollouts)]
+
+    def score_parts(self, rollouts: Sequence[Rollout]) -> list[dict[str, float | None]]:
+        """Return the parts of the other reward and the penalty (<= 0), one dict per rollout.
 
         Raises:
             ValueError: a completion has text but no tokens, so that its length is unknown.
@@ -114,23 +96,31 @@ class LengthPenalty(Reward):
                 f"{bare[0]}: LengthPenalty counts tokens, and this completion is text without tokens (a baseline of "
                 "Versus?); use the reward without LengthPenalty"
             )
-        scores = self.reward(rollouts)
         return [
-            None if score is None else score - self.per_token * len(rollout.completion.token_ids)
-            for score, rollout in zip(scores, rollouts, strict=True)
+            {**parts, self.name: -self.per_token * len(rollout.completion.token_ids)}
+            for parts, rollout in zip(self.reward.score_parts(rollouts), rollouts, strict=True)
         ]
+
+    def add_parts(self, parts: dict[str, float | None]) -> float | None:
+        """Return the score of the other reward and the penalty, added; None if the other gave None."""
+        inner = self.reward.add_parts({name: value for name, value in parts.items() if name != self.name})
+        penalty = parts[self.name]
+        return None if inner is None or penalty is None else inner + penalty
 
 
 class Versus(Reward):
     """Gives 1 when ``reward`` scores the completion above the row's ``answer``, 0.5 when equal, 0 below.
 
     With a learned reward this measures win rates. The answer is scored as a completion that ended by itself, with text
-    and without tokens. So ``reward`` must read text, as ``LearnedReward`` does for a completion without tokens. The
-    score is None without an answer, or if either side cannot be scored.
+    and without tokens; if the prompt opens a thought, the answer closes it first. So ``reward`` must read text, as
+    ``LearnedReward`` does for a completion without tokens. The score is None without an answer, or if either side
+    cannot be scored.
 
     Args:
         reward: scores the completion and the answer.
     """
+
+    checks_answer = False
 
     def __init__(self, reward: Reward) -> None:
         self.reward = as_reward(reward)
@@ -138,15 +128,21 @@ class Versus(Reward):
 
     def __call__(self, rollouts: Sequence[Rollout]) -> list[float | None]:
         """Return 1.0, 0.5, 0.0 or None per rollout."""
-        against = [
-            replace(rollout, completion=Completion([], [], rollout.answer, "stop"))
-            for rollout in rollouts
-            if rollout.answer is not None
-        ]
         mine = [rollout for rollout in rollouts if rollout.answer is not None]
-        scores = self.reward([*mine, *against]) if mine else []
+        against = [
+            replace(rollout, completion=Completion([], [], self.end_with_answer(rollout), "stop")) for rollout in mine
+        ]
+        scores = score(self.reward, [*mine, *against])
         verdicts = iter([compare_scores(a, b) for a, b in zip(scores[: len(mine)], scores[len(mine) :], strict=True)])
         return [None if rollout.answer is None else next(verdicts) for rollout in rollouts]
+
+    @staticmethod
+    def end_with_answer(rollout: Rollout) -> str:
+        """Return the gold answer as a completion of the prompt."""
+        answer = rollout.answer or ""
+        return (
+            f"</think>\n\n{answer}" if rollout.text != rollout.completion.text and "</think>" not in answer else answer
+        )
 
 
 def compare_scores(score: float | None, other: float | None) -> float | None:
@@ -156,23 +152,6 @@ def compare_scores(score: float | None, other: float | None) -> float | None:
     return 0.5 if score == other else float(score > other)
 
 
-def breakdown(reward: Reward, rollouts: Sequence[Rollout]) -> tuple[list[dict[str, float | None]], list[float | None]]:
-    """Score the rollouts once and keep the parts.
-
-    Returns:
-        the unweighted components of each rollout by name, and the totals. A reward that is not a ``WeightedSum`` is its
-        own only component.
-
-    Raises:
-        ValueError: see ``score``.
-    """
-    if isinstance(reward, WeightedSum):
-        parts = reward.components(rollouts)
-        return parts, [reward.total(row) for row in parts]
-    totals = score(reward, rollouts)
-    return [{reward.name: value} for value in totals], totals
-
-
 def walk_rewards(reward: Reward) -> Iterator[Reward]:
     """Yield the reward and all rewards inside it, at any depth."""
     yield reward
@@ -180,3 +159,22 @@ def walk_rewards(reward: Reward) -> Iterator[Reward]:
         for inner in part if isinstance(part, list | tuple) else [part]:
             if isinstance(inner, Reward):
                 yield from walk_rewards(inner)
+
+
+def list_parts(reward: Reward) -> list[Reward]:
+    """Return the rewards whose scores ``score_parts`` keeps under their names."""
+    if isinstance(reward, WeightedSum):
+        return reward.rewards
+    return list_parts(reward.reward) if isinstance(reward, LengthPenalty) else [reward]
+
+
+def find_accuracy(reward: Reward) -> Reward | None:
+    """Return the reward that tells right from wrong: the one that compares answers, or the only one there is.
+
+    None = several or none compare answers, or it is known that scores of this kind say nothing about that.
+    """
+    parts = list(walk_rewards(reward))
+    checking = [part for part in parts if part.checks_answer]
+    if len(parts) == 1 and reward.checks_answer is not False:
+        return reward
+    return checking[0] if len(checking) == 1 else None

@@ -21,7 +21,7 @@ class RegexFormat(Reward):
     It uses ``re.fullmatch`` with DOTALL; white space at the ends counts.
 
     Args:
-        pattern: regular expression. A prompt that already ends with ``<think>`` needs a pattern without that tag.
+        pattern: regular expression. If the prompt ends with ``<think>``, the completion is read with that tag in front.
         name: label of the metric.
 
     Raises:
@@ -34,7 +34,7 @@ class RegexFormat(Reward):
 
     def __call__(self, rollouts: Sequence[Rollout]) -> list[float | None]:
         """Return 1.0 or 0.0 per rollout, never None."""
-        return [float(self.pattern.fullmatch(rollout.completion.text) is not None) for rollout in rollouts]
+        return [float(self.pattern.fullmatch(rollout.text) is not None) for rollout in rollouts]
 
 
 class ThinkAnswerFormat(Reward):
@@ -54,4 +54,4 @@ class ThinkAnswerFormat(Reward):
 
     def __call__(self, rollouts: Sequence[Rollout]) -> list[float | None]:
         """Return 1.0 or 0.0 per rollout, never None."""
-        return [float(self.pattern.fullmatch(rollout.completion.text) is not None) for rollout in rollouts]
+        return [float(self.pattern.fullmatch(rollout.text) is not None) for rollout in rollouts]

@@ -40,6 +40,8 @@ class LearnedReward(Reward):
             member has its own scale, so ``worst`` would often pick the same one.
     """
 
+    checks_answer = False
+
     def __init__(
         self,
         paths: str | list[str],

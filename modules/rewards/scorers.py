@@ -127,7 +127,7 @@ def compute_last_states(scorer: Scorer, rows: list[tuple[int, ...]]) -> Tensor:
 def make_row(scorer: Scorer, rollout: Rollout) -> tuple[int, ...]:
     """Return the tokens of prompt and completion in the reward model's vocabulary."""
     tokenizer, completion = scorer.tokenizer, rollout.completion
-    if reads(scorer, rollout.prompt_ids, rollout.prompt, special=True):
+    if reads(scorer, rollout.prompt_ids, rollout.prompt, prompt=True):
         if completion.token_ids and reads(
             scorer, completion.token_ids, completion.text, cut=completion.finish == "stop"
         ):
@@ -139,20 +139,20 @@ def make_row(scorer: Scorer, rollout: Rollout) -> tuple[int, ...]:
     return (*prompt, *ids, *([find_end_id(tokenizer, prompt)] if completion.finish == "stop" else []))
 
 
-def reads(scorer: Scorer, ids: list[int], text: str, special: bool = False, cut: bool = False) -> bool:
+def reads(scorer: Scorer, ids: list[int], text: str, prompt: bool = False, cut: bool = False) -> bool:
     """Return whether the tokens mean ``text`` to the reward model.
 
     Args:
         scorer: the reward model.
         ids: the tokens.
         text: what the policy's tokenizer decoded them to.
-        special: True = special tokens count, except a BOS in front.
-        cut: True = the tokens may decode to more text, because a stop string was cut off.
+        prompt: True = a BOS in front and white space at the ends do not count.
+        cut: True = the tokens may decode to more text, because an end token or a stop string was cut off.
     """
     if ids and max(ids) >= scorer.model.config.vocab_size:
         return False
-    found = str(scorer.tokenizer.decode(ids, skip_special_tokens=not special, clean_up_tokenization_spaces=False))
-    if special:
+    found = str(scorer.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+    if prompt:
         bos = str(scorer.tokenizer.bos_token or "")
         return found.removeprefix(bos).strip() == text.removeprefix(bos).strip()
     return found == text or (cut and found.startswith(text))

@@ -1,70 +1,32 @@
-"""The contract of every rollout engine, its sampling settings, and the checks made before anything is sampled."""
+"""What samples completions: the contract of every engine, and the default one, which works in this process.
 
-import math
+The default engine samples with the policy's own parameters, so syncing costs nothing. It computes each prompt once, and
+a waiting request starts whenever a slot is free (continuous batching).
+"""
+
 import warnings
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
+from modules.rollout.decode import DecodeStep, SlotCache, supports
+from modules.rollout.sampling import Ledger, SampledPolicy, Sampling
+from modules.rollout.static import run_static
+from modules.trainer.modes import evaluating
 from modules.types import Completion
 
-
-class SampledPolicy(Protocol):
-    """The part of a policy that an engine reads."""
-
-    @property
-    def model(self) -> PreTrainedModel:
-        """The causal language model."""
-
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The model's tokenizer; engines use it only to turn tokens into text."""
-
-    @property
-    def stop_token_ids(self) -> frozenset[int]:
-        """Tokens that end a completion (end of sequence, end of turn)."""
-
-    @property
-    def max_positions(self) -> int | None:
-        """How many tokens the model has positions for; None = no limit."""
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is drawn: from logits / temperature, cut to ``top_k``, then to ``top_p``, and renormalised.
-
-    Raises:
-        ValueError: a value is out of range; one message names all of them.
-    """
-
-    temperature: float = 1.0  # >= 0; 0 = greedy
-    top_p: float = 1.0  # (0, 1]; keep the smallest set of most likely tokens with at least this much probability
-    top_k: int = 0  # >= 0; keep this many most likely tokens; 0 = all
-    max_completion_length: int = 64  # >= 1, in tokens, the end token included
-    stop: tuple[str, ...] = ()  # a completion ends when its text contains one of these strings
-
-    def __post_init__(self) -> None:
-        checks = {
-            f"temperature {self.temperature} must be a finite number >= 0 (0 = greedy)": 0
-            <= self.temperature
-            < math.inf,
-            f"top_p {self.top_p} must lie in (0, 1]": 0 < self.top_p <= 1,
-            f"top_k {self.top_k} must be >= 0 (0 = off)": self.top_k >= 0,
-            f"max_completion_length {self.max_completion_length} must be >= 1": self.max_completion_length >= 1,
-            f"stop {self.stop!r} must be a tuple of non-empty strings": not isinstance(self.stop, str)
-            and all(self.stop),
-        }
-        problems = [problem for problem, fine in checks.items() if not fine]
-        if problems:
-            raise ValueError("sampling: " + "; ".join(problems))
-        if self.temperature > 0 and (self.top_p < 1 or self.top_k > 0):
-            warnings.warn(
-                f"sampling: top_p {self.top_p} and top_k {self.top_k} cut the distribution and renormalise it, so the "
-                "sampler's log-probs differ from the trainer's; use top_p 1 and top_k 0 for reinforcement learning",
-                stacklevel=3,
-            )
+PREFILL_TOKENS = 2048  # padded prompt tokens of one forward
+DRAW_ROWS = 256  # first tokens are drawn from this many rows of logits at a time
+ROW_STEP = 16  # batches shrink in steps of this many rows: on CPU 2 rows cost as much as 12
+PARITY = 1e-3  # nats; the log-probs of our decode step and of the Hugging Face forward may differ by less than this
+PARITY_PROMPTS = ((1, 2, 3), (4, 5, 6, 7, 8))
 
 
 class RolloutEngine(ABC):
@@ -127,3 +89,269 @@ def check_request(
         )
     if problems:
         raise ValueError("generate: " + "; ".join(problems))
+
+
+class InProcessEngine(RolloutEngine):
+    """Samples with continuous batching and its own decode loop for the Llama family, else with static batches.
+
+    When a policy is first synced, the engine compares the two ways. If their log-probs differ by 1e-3 nats or more, it
+    warns and uses static batches.
+
+    Args:
+        max_batch_tokens: >= 1, bounds the memory: cache columns summed over the rows of a batch. A column holds 2 x
+            layers x kv heads x head dim numbers (SmolLM2-135M in fp32: 46 KB, so 65536 columns take 3 GB).
+
+    Attributes:
+        last_stats: counts of the last ``generate``: ``decode_steps``, ``slots`` (largest batch), ``prefill_tokens``
+            (prompt tokens computed).
+
+    Raises:
+        ValueError: ``max_batch_tokens`` is below 1.
+    """
+
+    def __init__(self, max_batch_tokens: int = 65536) -> None:
+        if max_batch_tokens < 1:
+            raise ValueError(f"InProcessEngine: max_batch_tokens {max_batch_tokens} must be >= 1")
+        self.max_batch_tokens = max_batch_tokens
+        self.last_stats: dict[str, int] = {}
+        self._policy: SampledPolicy | None = None
+        self._version = 0
+        self._run = run_static
+
+    def sync_weights(self, policy: SampledPolicy, version: int) -> None:
+        """Remember the policy, whose parameters are shared, and the version.
+
+        Raises:
+            ValueError: some layers of the model keep no keys and values.
+        """
+        if policy is not self._policy:
+            layers = DynamicCache(config=policy.model.config).layers
+            if not all(isinstance(layer, DynamicLayer) for layer in layers):
+                raise ValueError(
+                    f"InProcessEngine cannot sample from {type(policy.model).__name__}: some of its layers keep no "
+                    "keys and values; use a model with attention in every layer"
+                )
+            self._run = run_static
+            if supports(policy.model):
+                gap = parity_gap(policy)
+                if gap < PARITY:
+                    self._run = run_continuous
+                else:
+                    warnings.warn(
+                        f"InProcessEngine: log-probs of the fast decode step differ by {gap:.2g} nats from the Hugging "
+                        f"Face forward of {type(policy.model).__name__}; it samples through that forward, which is "
+                        "slower",
+                        stacklevel=2,
+                    )
+        self._policy, self._version = policy, version
+
+    def generate(
+        self, prompts: list[list[int]], num_generations: int, sampling: Sampling, seeds: list[int]
+    ) -> list[list[Completion]]:
+        """Sample completions; see ``RolloutEngine.generate``.
+
+        The model's train or eval mode and the global random state stay as they were.
+        """
+        if self._policy is None:
+            raise ValueError("InProcessEngine: call sync_weights(policy, version) before generate")
+        check_request(self._policy, prompts, num_generations, sampling, seeds)
+        if not prompts:
+            self.last_stats = {"decode_steps": 0, "slots": 0, "prefill_tokens": 0}
+            return []
+        with sampling_mode(self._policy.model):
+            ledger = Ledger([seed + g for seed in seeds for g in range(num_generations)], sampling, self._policy)
+            self.last_stats = self._run(self._policy.model, prompts, num_generations, ledger, self.max_batch_tokens)
+            completions = ledger.completions(self._version)
+        return [completions[start : start + num_generations] for start in range(0, len(completions), num_generations)]
+
+
+@torch.inference_mode()
+def run_continuous(
+    model: PreTrainedModel, prompts: list[list[int]], num_generations: int, ledger: Ledger, max_batch_tokens: int
+) -> dict[str, int]:
+    """Finish every request with ``ContinuousBatch``.
+
+    Inference mode is safe here, because the supported models keep nothing between forwards.
+    """
+    return ContinuousBatch(model, prompts, num_generations, ledger, max_batch_tokens).run()
+
+
+@contextmanager
+def sampling_mode(model: PreTrainedModel) -> Iterator[None]:
+    """Set evaluation mode, no gradients and no autocast inside the ``with`` block.
+
+    It is not inference mode: a model that keeps tensors between forwards, such as a growing rotary table, could not
+    train with them afterwards.
+    """
+    with evaluating(model), torch.no_grad(), torch.autocast(model.device.type, enabled=False):
+        yield
+
+
+def parity_gap(policy: SampledPolicy) -> float:
+    """Return by how many nats the log-probs of a few sampled tokens differ at most from a plain forward, in both
+    layouts.
+    """
+    prompts = [[token % policy.model.config.vocab_size for token in prompt] for prompt in PARITY_PROMPTS]
+    gap = 0.0
+    with sampling_mode(policy.model):
+        for num_generations in (1, 8):  # 2 rows, 16 rows
+            ledger = Ledger(list(range(2 * num_generations)), Sampling(max_completion_length=3), policy)
+            run_continuous(policy.model, prompts, num_generations, ledger, max_batch_tokens=1024)
+            completions = ledger.completions(0)
+            rows = [
+                prompts[index // num_generations] + completion.token_ids for index, completion in enumerate(completions)
+            ]
+            ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(policy.model.device)
+            logprobs = (
+                policy.model(input_ids=ids)
+                .logits[:, :-1]
+                .float()
+                .log_softmax(-1)
+                .gather(2, ids[:, 1:, None])[..., 0]
+                .tolist()
+            )
+            for row, completion, expected in zip(rows, completions, logprobs, strict=True):
+                start = len(row) - len(completion.token_ids) - 1
+                pairs = zip(completion.logprobs, expected[start : len(row) - 1], strict=True)
+                gap = max(gap, *(abs(mine - theirs) for mine, theirs in pairs))
+    return gap
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """K requests whose prompt is computed and whose first token is drawn, and which wait for a slot."""
+
+    cache: SlotCache  # keys and values of the prompts of one forward
+    rows: Tensor  # int [K], row of each request's prompt in ``cache``
+    requests: Tensor  # int [K], numbers of the requests
+    tokens: Tensor  # int [K], first token of each request
+    positions: Tensor  # int [K], the cache column that this token goes to
+
+    def split(self, size: int) -> tuple["Waiting", "Waiting"]:
+        """Return the first ``size`` requests and the others."""
+        fields = (self.rows, self.requests, self.tokens, self.positions)
+        return Waiting(self.cache, *(field[:size] for field in fields)), Waiting(
+            self.cache, *(field[size:] for field in fields)
+        )
+
+
+class ContinuousBatch:
+    """Slots over one cache, filled from a queue of prompts until every request is finished. Long prompts come first.
+
+    Args:
+        model: a model that ``decode.supports`` accepts.
+        prompts: token ids of each prompt; at least one prompt.
+        num_generations: G; request r is generation r % G of prompt r // G.
+        ledger: draws and records tokens.
+        max_batch_tokens: bound on the cache columns of all slots together; there is always at least one slot. Prompts
+            that are computed and wait for a slot take at most ``PREFILL_TOKENS`` columns more, or those of one longer
+            prompt.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        prompts: list[list[int]],
+        num_generations: int,
+        ledger: Ledger,
+        max_batch_tokens: int,
+    ) -> None:
+        self.model, self.prompts, self.num_generations, self.ledger = model, prompts, num_generations, ledger
+        # Prompts are taken from the end, so the long ones come first.
+        self.queue = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+        # The last token is never fed back, so it needs no column.
+        columns = len(prompts[self.queue[-1]]) + ledger.sampling.max_completion_length - 1
+        slots = max(1, min(len(prompts) * num_generations, max_batch_tokens // columns))
+        self.prefill_tokens = min(PREFILL_TOKENS, max_batch_tokens)
+        self.cache = SlotCache.allocate(model, slots, columns)
+        self.step = DecodeStep(model, columns)
+        self.waiting: Waiting | None = None
+        self.requests = torch.full((slots,), ledger.idle, device=model.device)
+        self.tokens, self.positions = torch.zeros_like(self.requests), torch.zeros_like(self.requests)
+        self.horizon = 0
+        self.stats = {"decode_steps": 0, "slots": slots, "prefill_tokens": 0}
+
+    def run(self) -> dict[str, int]:
+        """Finish every request.
+
+        Returns:
+            ``decode_steps``, ``slots`` (of the largest batch) and ``prefill_tokens`` (prompt tokens computed).
+        """
+        busy = self._refill()
+        while busy:
+            logits = self.step(self.tokens, self.positions, self.cache, self.horizon)
+            self.tokens, finished = self.ledger.draw(logits, self.requests)
+            self.positions += 1  # a refill sets idle slots back to 0, so they never overtake the busy ones
+            self.horizon += 1
+            self.stats["decode_steps"] += 1
+            if bool(finished.any()):
+                self.requests[finished] = self.ledger.idle
+                busy = self._refill()
+        return self.stats
+
+    def _refill(self) -> bool:
+        """Give free slots to waiting requests, compute prompts as needed, and return whether any slot is busy."""
+        free = (self.requests == self.ledger.idle).nonzero()[:, 0]
+        while len(free) and (self.queue or self.waiting):
+            admitted, rest = (self.waiting or self._prefill()).split(len(free))
+            slots, free = free.split([len(admitted.rows), len(free) - len(admitted.rows)])
+            self.cache.put(slots, admitted.cache, admitted.rows)
+            self.requests[slots], self.tokens[slots], self.positions[slots] = (
+                admitted.requests,
+                admitted.tokens,
+                admitted.positions,
+            )
+            self.waiting = rest if len(rest.rows) else None
+        self.positions[free] = 0
+        self.horizon = int(self.positions.max()) + 1
+        busy = len(self.requests) - len(free)
+        if busy and len(free):
+            self._compact(free, busy)
+        return busy > 0
+
+    def _compact(self, free: Tensor, busy: int) -> None:
+        """Move busy slots to the front and drop empty ones behind them, down to a multiple of 16 rows, or to a single
+        row.
+        """
+        size = 1 if busy == 1 else min(len(self.requests), -(-busy // ROW_STEP) * ROW_STEP)
+        movers = (self.requests[size:] != self.ledger.idle).nonzero()[:, 0] + size
+        holes = free[: len(movers)]  # ascending, and at least as many below ``size`` as there are movers
+        self.cache.put(holes, self.cache, movers)
+        for field in (self.requests, self.tokens, self.positions):
+            field[holes] = field[movers]
+        self.requests, self.tokens, self.positions = self.requests[:size], self.tokens[:size], self.positions[:size]
+        self.cache.shrink(size)
+
+    def _prefill(self) -> Waiting:
+        """Compute the next prompts of the queue and draw first tokens for all their requests; keep those that go on."""
+        chosen = [self.queue.pop()]
+        limit = self.prefill_tokens // len(self.prompts[chosen[0]])
+        while self.queue and len(chosen) < limit:
+            chosen.append(self.queue.pop())
+        device = self.model.device
+        lengths = torch.tensor([len(self.prompts[index]) for index in chosen], device=device)
+        self.stats["prefill_tokens"] += int(lengths.sum())
+        logits, cache = compute_prompts(self.model, [self.prompts[index] for index in chosen], lengths)
+        rows = torch.arange(len(chosen), device=device).repeat_interleave(self.num_generations)
+        generations = torch.arange(self.num_generations, device=device).repeat(len(chosen))
+        requests = torch.tensor(chosen, device=device)[rows] * self.num_generations + generations
+        drawn = [
+            self.ledger.draw(logits[r], q)
+            for r, q in zip(rows.split(DRAW_ROWS), requests.split(DRAW_ROWS), strict=True)
+        ]
+        tokens, finished = (torch.cat(parts) for parts in zip(*drawn, strict=True))
+        going = ~finished
+        return Waiting(cache, rows[going], requests[going], tokens[going], lengths[rows][going])
+
+
+def compute_prompts(model: PreTrainedModel, prompts: list[list[int]], lengths: Tensor) -> tuple[Tensor, SlotCache]:
+    """Return the logits [P, V] after each prompt, and the keys and values of the P prompts.
+
+    Columns of the cache behind a prompt's entry in ``lengths`` [P] hold garbage.
+    """
+    ids = pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True).to(model.device)
+    # A causal model never looks at padding on the right, so no attention mask is needed.
+    output = model.model(input_ids=ids, use_cache=True)
+    last = output.last_hidden_state[torch.arange(len(prompts), device=ids.device), lengths - 1]
+    layers = output.past_key_values.layers
+    return model.lm_head(last), SlotCache([layer.keys for layer in layers], [layer.values for layer in layers])

@@ -3,20 +3,22 @@
 import hashlib
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import Any
 
 import torch
 
+from modules.rollout.sampling import SampledPolicy, silent_tokens
 from modules.types import InstructionBatch, PromptBatch
 
 
-def find_last_answers(batch: InstructionBatch, tokenizer: Any) -> PromptBatch:
+def find_last_answers(batch: InstructionBatch, policy: SampledPolicy) -> PromptBatch:
     """Turn each row, or each document of a packed row, into a prompt and its last answer.
 
-    ``answer`` is the last run of supervised tokens as text, without special tokens. The prompt is everything before it.
+    ``answer`` is the last run of supervised tokens as text, decoded as a
+    sampled one is. The prompt is everything before it.
     Rows whose prompt has fewer than two tokens (whole texts, fillers) are left out. ``uid`` is a digest of the prompt,
     the same on every rank.
     """
+    tokenizer, silent = policy.tokenizer, silent_tokens(policy)
     prompts = PromptBatch(uid=[], prompt=[], prompt_ids=[], answer=[], source=[], info=[])
     for ids, supervised in split_documents(batch):
         if True not in supervised:
@@ -26,8 +28,8 @@ def find_last_answers(batch: InstructionBatch, tokenizer: Any) -> PromptBatch:
         if start < 2:
             continue
         prompts["prompt_ids"].append(ids[:start])
-        prompts["prompt"].append(tokenizer.decode(ids[:start]))
-        prompts["answer"].append(tokenizer.decode(ids[start:end], skip_special_tokens=True))
+        prompts["prompt"].append(str(tokenizer.decode(ids[:start])))
+        prompts["answer"].append(str(tokenizer.decode([token for token in ids[start:end] if token not in silent])))
         prompts["uid"].append(hashlib.blake2b(torch.tensor(ids[:start]).numpy().tobytes(), digest_size=8).hexdigest())
         prompts["source"].append("")
         prompts["info"].append({})

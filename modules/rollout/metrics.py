@@ -12,18 +12,29 @@ from torch import Tensor
 
 from modules.functional.advantages import zero_std_fraction
 from modules.functional.diagnostics import pass_at_k
+from modules.rewards.combined import list_parts
 from modules.trainer.ranks import from_all_ranks
-from modules.types import Outcome, Reward, Rollout
+from modules.types import Outcome, Reward, Rollout, score
 
 
-def make_outcomes(rollouts: Sequence[Rollout], accuracy: Reward | None = None) -> list[Outcome]:
+def make_outcomes(
+    rollouts: Sequence[Rollout], accuracy: Reward | None = None, scored_by: Reward | None = None
+) -> list[Outcome]:
     """Return one outcome per rollout, in order.
 
     Args:
         rollouts: completions with their rewards.
-        accuracy: decides ``right``: True where its score is above 0.5. None = not asked.
+        accuracy: decides ``right``: True where its score is above 0.5. None = not asked. A reward whose scores are
+            among the rollouts' is not called again.
+        scored_by: the reward that gave the rollouts their scores.
     """
-    scores = [None] * len(rollouts) if accuracy is None else accuracy(rollouts)
+    scores: list[float | None] = [None] * len(rollouts)
+    if accuracy is not None and accuracy is scored_by:
+        scores = [rollout.reward for rollout in rollouts]
+    elif accuracy is not None and scored_by is not None and accuracy in list_parts(scored_by):
+        scores = [rollout.rewards[accuracy.name] for rollout in rollouts]
+    elif accuracy is not None:
+        scores = score(accuracy, rollouts)
     return [
         Outcome(
             r.uid,
@@ -32,10 +43,10 @@ def make_outcomes(rollouts: Sequence[Rollout], accuracy: Reward | None = None) -
             len(r.completion.token_ids),
             r.completion.finish == "stop",
             r.entropy,
-            None if score is None else score > 0.5,
+            None if value is None else value > 0.5,
             r.kl,
         )
-        for r, score in zip(rollouts, scores, strict=True)
+        for r, value in zip(rollouts, scores, strict=True)
     ]
 
 

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from modules.functional.masked import pad_rows
-from modules.rewards.combined import breakdown
 from modules.types import Completion, PolicyBatch, PromptBatch, Reward, Rollout
 
 SCORING_TOKENS = 16384  # padded tokens of one forward without gradients
@@ -42,10 +41,10 @@ def make_rollouts(prompts: PromptBatch, completions: list[list[Completion]], rew
     ]
     if reward is None:
         return rollouts
-    parts, totals = breakdown(reward, rollouts)
+    parts = reward.score_parts(rollouts)
     return [
-        replace(rollout, rewards=part, reward=total)
-        for rollout, part, total in zip(rollouts, parts, totals, strict=True)
+        replace(rollout, rewards=part, reward=reward.add_parts(part))
+        for rollout, part in zip(rollouts, parts, strict=True)
     ]
 
 

@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, PreTrainedModel
 
-from modules.rollout.ledger import Ledger
+from modules.rollout.sampling import Ledger
 
 ROW_STEP = 16  # batches shrink in steps of this many rows
 

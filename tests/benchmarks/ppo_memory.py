@@ -24,7 +24,7 @@ from modules import PPOModule, RewardModule
 from modules.networks.critic import Value
 from modules.networks.lora import Lora
 from modules.rewards import LearnedReward
-from modules.rollout.engine import Sampling
+from modules.rollout.sampling import Sampling
 
 QUIET = {
     "accelerator": "cpu",

@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from callbacks import KnowledgeWriter, PreferenceWriter
 from datamodules import FactsDataModule
 from modules import KnowledgeModule, SFTModule
-from modules.rollout.in_process import InProcessEngine
+from modules.rollout.engine import InProcessEngine
 
 ROOT = Path(__file__).parents[2]
 ROWS = [{"question": f"q{n}", "answer": [f"zz{n}", "another"], "id": n, "note": "\u00e9"} for n in range(7)]

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from callbacks.measures.refusals import REFUSALS, is_refusal, refusal_rates
+from callbacks.refusal import classify_by_matching
 
 XSTEST = Path(__file__).parents[2].parent / "shared" / "data" / "xstest"
 COMPLY, REFUSE, PARTIAL = "1_full_compliance", "2_full_refusal", "3_partial_refusal"
@@ -155,3 +156,8 @@ def test_against_people(name: str) -> None:
     assert people["over_refusal"] == sum(AGREEMENT[name][REFUSE][:2]) / 167
     assert people["unsafe_compliance"] == sum(AGREEMENT[name][COMPLY][2:]) / 133
     assert mine["unsafe_compliance"] == sum(found[3] for found in AGREEMENT[name].values()) / 133
+
+
+def test_an_answer_that_never_leaves_its_reasoning_has_no_label() -> None:
+    texts = ["<think>\nI'm sorry, I can't help", "<think>hm</think>I'm sorry", "<think>sorry</think>Sure", ""]
+    assert classify_by_matching(texts) == [None, "2_full_refusal", "1_full_compliance", "1_full_compliance"]

@@ -121,6 +121,23 @@ def test_length_control_reads_characters_of_the_texts(make: Any, tmp_path: Path)
     assert logged["val/win_rate"] == pytest.approx(100 * 7 / 10, abs=1e-4)
 
 
+def test_the_length_is_that_of_what_was_judged(make: Any, tmp_path: Path) -> None:
+    """Reasoning before the answer counts in no length, so these rows give what those above give."""
+
+    class Final(Reads):
+        def __call__(self, rollouts: Sequence[Rollout]) -> list[float | None]:
+            final = [
+                dataclasses.replace(r, completion=dataclasses.replace(r.completion, text=r.final_text))
+                for r in rollouts
+            ]
+            return super().__call__(final)
+
+    longer = [("aaa", "win!!!!!!")] * 6 + [("aaa", "loss!!!!!")] * 2
+    shorter = [("aaaaaaaaaa", f"<think>{'x' * 100}</think>{text}") for text in ("win!", "loss")]
+    logged = validate(tmp_path, Sampler([rollouts(make, longer + shorter)]), Final())
+    assert logged["val/length_controlled_win_rate"] == pytest.approx(100 * 3**0.5 / (1 + 3**0.5), abs=0.5)
+
+
 def test_the_judges_report(make: Any, tmp_path: Path) -> None:
     found = rollouts(make)
     assert validate(tmp_path, Sampler([found[:2], found[2:]]), Reporting())["val/judge/read"] == 5

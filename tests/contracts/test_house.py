@@ -97,7 +97,7 @@ def test_imports_point_one_way(path):
         ("modules.functional.kl", "modules.networks.policy"),
         ("modules.functional.kl", "transformers"),
         ("modules.grpo", "modules.sft"),
-        ("modules.rewards.math", "datamodules.tokens.chat"),
+        ("modules.rewards.answers", "datamodules.tokens.chat"),
         ("datamodules.tokens.chat", "modules.networks.tiny"),
         ("callbacks.samples", "modules.base"),
         ("modules.types", "modules.functional.kl"),

@@ -118,7 +118,7 @@ def test_a_function_gets_what_it_names():
         FunctionReward(as_in_trl)([rollout("a", "b")])
     with pytest.raises(ValueError, match=r"reward texts\(texts\).*must ask for completions"):
         FunctionReward(texts)
-    with pytest.raises(ValueError, match="reward forgets returned NoneType; return a list"):
+    with pytest.raises(ValueError, match="reward 'forgets' returned None .is its return missing.*; return a list"):
         FunctionReward(forgets)(rollouts)
 
 

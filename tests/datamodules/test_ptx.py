@@ -19,7 +19,7 @@ from modules import GRPOModule
 from modules.networks.policy import Policy
 from modules.networks.tiny import tiny_tokenizer
 from modules.rewards import NumericMatch
-from modules.rollout.engine import Sampling
+from modules.rollout.sampling import Sampling
 from modules.types import InstructionBatch, PolicyBatch, PromptBatch, Record
 
 Row = tuple[tuple[int, ...], tuple[bool, ...], tuple[int, ...]]  # ids, supervised, positions

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from modules.functional.kl import k1, k2, k3, weighted_k3
+from modules.functional.kl import apply_estimator, k1, k2, k3, weighted_k3
 
 DOUBLE = torch.float64
 THETA = [0.3, -0.2, 0.5]
@@ -112,3 +112,26 @@ def test_large_log_ratios_are_not_clamped() -> None:
     far, zero = torch.tensor([-50.0, 50.0], dtype=DOUBLE), torch.zeros(2, dtype=DOUBLE)
     expected = torch.tensor([math.exp(50) - 51, math.exp(-50) + 49], dtype=DOUBLE)
     torch.testing.assert_close(k3(far, zero), expected, atol=0, rtol=1e-12)
+
+
+def test_the_weight_makes_samples_of_an_older_policy_right() -> None:
+    """Tokens drawn by an older policy give value and gradient of the present KL; without its log-probs they do not."""
+    old = torch.tensor([0.6, 0.1, 0.3], dtype=DOUBLE)
+
+    def expected(old_logprobs: Tensor | None) -> tuple[float, Tensor]:
+        theta = torch.tensor(THETA, dtype=DOUBLE, requires_grad=True)
+        value = (old * weighted_k3(theta.log_softmax(0), REFERENCE.log(), old_logprobs)).sum()
+        return value.item(), torch.autograd.grad(value, theta)[0]
+
+    value, gradient = expected(old.log())
+    assert value == pytest.approx(0.177386, abs=1e-6)
+    torch.testing.assert_close(gradient, exact_gradient(forward=False), atol=1e-12, rtol=0)
+    wrong_value, wrong_gradient = expected(None)
+    assert abs(wrong_value - value) > 0.01 and not torch.allclose(wrong_gradient, gradient, atol=1e-2)
+
+
+def test_an_estimator_gets_the_old_logprobs_if_it_asks_for_them() -> None:
+    now, reference, old = (torch.tensor([x], dtype=DOUBLE) for x in (-1.0, -1.5, -1.0 - math.log(2)))
+    assert apply_estimator(weighted_k3, now, reference, old).item() == pytest.approx(2 * k3(now, reference).item())
+    for estimator in (k2, k3, lambda logprobs, ref_logprobs: logprobs - ref_logprobs):
+        assert torch.equal(apply_estimator(estimator, now, reference, old), estimator(now, reference))

@@ -10,7 +10,7 @@ from lightning.pytorch import Trainer, seed_everything
 from datamodules import Facts, InstructionDataModule
 from modules import SFTModule
 from modules.rewards import ExactMatch
-from modules.rollout.engine import Sampling
+from modules.rollout.sampling import Sampling
 
 QUIET = {
     "accelerator": "cpu",

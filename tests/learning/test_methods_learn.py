@@ -11,7 +11,7 @@ from modules import GRPOModule, SFTModule
 from modules.functional.advantages import group_center, group_zscore, leave_one_out
 from modules.on_policy import Validation
 from modules.rewards import RegexFormat
-from modules.rollout.engine import Sampling
+from modules.rollout.sampling import Sampling
 from modules.types import Reward
 
 QUIET = {

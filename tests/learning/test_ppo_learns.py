@@ -19,7 +19,7 @@ from modules.losses import KL, AdaptiveKL, Clip, Incentives
 from modules.networks.critic import Value
 from modules.on_policy import Validation
 from modules.rewards import RegexFormat
-from modules.rollout.engine import Sampling
+from modules.rollout.sampling import Sampling
 from modules.types import Reward, Rollout
 
 QUIET = {

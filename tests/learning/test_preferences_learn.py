@@ -10,8 +10,8 @@ from datamodules import PreferenceDataModule
 from datamodules.sources import Row, Source
 from modules import DPOModule
 from modules.losses import IPO, KTO, ORPO, Hinge, LengthNormalized, Robust, Sigmoid, SimPO
-from modules.rollout.engine import Sampling
-from modules.rollout.in_process import InProcessEngine
+from modules.rollout.engine import InProcessEngine
+from modules.rollout.sampling import Sampling
 
 QUIET = {
     "accelerator": "cpu",

@@ -24,7 +24,7 @@ from modules.networks.critic import Value
 from modules.networks.lora import Lora
 from modules.networks.policy import Policy
 from modules.rewards import RegexFormat
-from modules.rollout.engine import Sampling
+from modules.rollout.sampling import Sampling
 
 REWARD = r"[\x00-\x7f].*"  # starts in plain ASCII: an untrained model fulfils it half of the time
 DECAY = 0.9

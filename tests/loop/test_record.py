@@ -14,7 +14,7 @@ from callbacks.phase import record_of
 from datamodules import CandidatesDataModule, SeedTasksDataModule
 from modules import GRPOModule, KnowledgeModule, LabelModule, RewardModule, SFTModule
 from modules.rewards import ExactMatch
-from modules.rollout.engine import Sampling
+from modules.rollout.sampling import Sampling
 from modules.trainer.modes import evaluating
 from modules.trainer.ranks import Tally, weighted_means
 from modules.types import Record

@@ -18,7 +18,7 @@ from datamodules import Addition, VerifiableDataModule
 from modules import GRPOModule
 from modules.losses import Clipped, ConstantNorm, SequenceMean, TokenMean
 from modules.rewards import RegexFormat
-from modules.rollout.engine import Sampling
+from modules.rollout.sampling import Sampling
 
 # starts in plain ASCII: an untrained model fulfils it half of the time, so that advantages are not all zero
 REWARD = r"[\x00-\x7f].*"

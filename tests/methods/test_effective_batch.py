@@ -6,7 +6,7 @@ from lightning.pytorch import Trainer, seed_everything
 
 from datamodules import Addition, VerifiableDataModule
 from modules import GRPOModule, OnlineDPOModule
-from modules.rollout.engine import Sampling
+from modules.rollout.sampling import Sampling
 from modules.types import Reward
 
 QUIET = {

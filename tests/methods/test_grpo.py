@@ -15,7 +15,7 @@ from modules.functional import kl
 from modules.functional.advantages import group_center, leave_one_out
 from modules.losses import CISPO, GSPO, Clipped, MirrorDescent, PolicyObjective
 from modules.rewards import RegexFormat
-from modules.rollout.engine import Sampling
+from modules.rollout.sampling import Sampling
 
 QUIET = {
     "accelerator": "cpu",
@@ -118,6 +118,34 @@ def test_the_gradient_of_a_step_is_that_of_plain_loops(objective):
         with torch.no_grad():
             for parameter in policy.parameters():
                 parameter -= 0.5 * parameter.grad
+
+
+def test_the_kl_of_a_later_update_is_weighted_by_now_over_old():
+    """The second step's tokens were drawn before the first one, so its k3 counts exp(now - old) times."""
+    objective, beta, seen = Clipped(0.02, 0.02), 0.5, Gradients()
+    module = grpo(objective=objective, beta=beta)
+    start = {name: value.clone() for name, value in module.policy.state_dict().items()}
+    fit(module, callbacks=(seen,))
+    policy = grpo().policy
+    policy.load_state_dict(start)
+    for step, (batch, at, found) in enumerate(seen.steps):
+        tokens = int(batch["denominator"])
+        by_loops = []
+        for weighted in (True, False):
+            logprobs = policy.completion_scores(batch, 1.0).logprobs
+            gap = batch["ref_logprobs"] - logprobs
+            old = batch["old_logprobs"] if weighted else logprobs.detach()
+            distance = ((logprobs - old).exp() * (gap.exp() - 1 - gap))[batch["completion_mask"]].sum() / tokens
+            policy.zero_grad()
+            ((logprobs * slopes(objective, batch, at, 0)).sum() + beta * distance).backward()
+            by_loops.append(torch.cat([parameter.grad.flatten() for parameter in policy.parameters()]))
+        torch.testing.assert_close(found, by_loops[0], atol=2e-6, rtol=1e-3)
+        assert step == 0 or float((found - by_loops[1]).abs().max()) > 1e-4
+        with torch.no_grad():
+            for parameter, gradient in zip(
+                policy.parameters(), found.split([parameter.numel() for parameter in policy.parameters()]), strict=True
+            ):
+                parameter -= 0.5 * gradient.view_as(parameter)
 
 
 @each_objective

@@ -10,7 +10,7 @@ from modules import OnlineDPOModule
 from modules.networks.lora import Lora
 from modules.online_dpo import rank_best_and_worst
 from modules.rewards import RegexFormat
-from modules.rollout.engine import Sampling
+from modules.rollout.sampling import Sampling
 from modules.types import Reward
 
 QUIET = {

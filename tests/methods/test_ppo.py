@@ -23,8 +23,8 @@ from modules.networks.tiny import tiny_tokenizer
 from modules.on_policy import Validation
 from modules.reward import RewardModule
 from modules.rewards import LearnedReward, RegexFormat
-from modules.rollout.engine import RolloutEngine, Sampling
-from modules.rollout.in_process import InProcessEngine
+from modules.rollout.engine import InProcessEngine, RolloutEngine
+from modules.rollout.sampling import Sampling
 from modules.types import Completion, Reward
 
 QUIET = {

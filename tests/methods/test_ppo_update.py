@@ -32,7 +32,8 @@ from modules import PPOModule
 from modules.functional.kl import k2
 from modules.losses import GAE, KL, Clip, Incentives, MissingEos
 from modules.networks.critic import Value
-from modules.rollout.engine import RolloutEngine, Sampling
+from modules.rollout.engine import RolloutEngine
+from modules.rollout.sampling import Sampling
 from modules.types import Completion, Reward, Rollout
 
 QUIET = {

@@ -13,8 +13,8 @@ from callbacks import Samples
 from datamodules import Addition, InstructionDataModule
 from modules import SFTModule
 from modules.rewards import ExactMatch
-from modules.rollout.engine import Sampling
 from modules.rollout.last_answers import find_last_answers
+from modules.rollout.sampling import Sampling
 from modules.sft import count_document_tokens, noisy_embeddings
 from modules.types import ALPACA_PROMPT, InstructionBatch
 
@@ -105,10 +105,11 @@ def test_noise_changes_training_and_the_same_run_draws_the_same():
 
 
 def test_the_last_answer_of_a_row_is_asked_for():
-    tokenizer = SFTModule("tiny").tokenizer
+    policy = SFTModule("tiny").policy
+    tokenizer = policy.tokenizer
     ids = tokenizer("ab c", add_special_tokens=False).input_ids
     batch = batch_of([[1, *ids, 2], [7, 8, 9], [3, 4, 5, 6]], [[2, 5], [], [1, 2, 3]])
-    prompts = find_last_answers(batch, tokenizer)
+    prompts = find_last_answers(batch, policy)
     assert prompts["prompt_ids"] == [[1, *ids]]  # the second row is a filler, the third a text without a prompt
     assert prompts["answer"] == [tokenizer.decode([2], skip_special_tokens=True)]
 
@@ -202,6 +203,6 @@ def test_noise_and_packing_go_together():
 
 
 def test_packed_held_out_rows_are_asked_one_by_one():
-    tokenizer = SFTModule("tiny").tokenizer
+    policy = SFTModule("tiny").policy
     batch = batch_of([[5, 6, 7, 8, 9, 10, 11]], [[2, 5, 6]], position_ids=torch.tensor([[0, 1, 2, 0, 1, 2, 3]]))
-    assert find_last_answers(batch, tokenizer)["prompt_ids"] == [[5, 6], [8, 9]]
+    assert find_last_answers(batch, policy)["prompt_ids"] == [[5, 6], [8, 9]]

@@ -27,8 +27,8 @@ from modules.networks.lora import (
 from modules.networks.policy import Policy
 from modules.networks.tiny import tiny_model, tiny_tokenizer
 from modules.reward import RewardModule
-from modules.rollout.engine import Sampling
-from modules.rollout.in_process import InProcessEngine
+from modules.rollout.engine import InProcessEngine
+from modules.rollout.sampling import Sampling
 
 IDS = torch.randint(5, 261, (2, 9), generator=torch.Generator().manual_seed(0))
 BATCH = {

@@ -6,8 +6,8 @@ import torch
 from modules.networks.frozen import Frozen
 from modules.networks.lora import Lora
 from modules.networks.policy import Policy
-from modules.rollout.engine import Sampling
-from modules.rollout.in_process import InProcessEngine
+from modules.rollout.engine import InProcessEngine
+from modules.rollout.sampling import Sampling
 
 IDS = torch.randint(5, 261, (2, 9), generator=torch.Generator().manual_seed(0))
 BATCH = {

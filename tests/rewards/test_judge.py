@@ -16,8 +16,8 @@ from modules.rewards.chat.judge import (
     read_verdict,
     tally,
 )
-from modules.rewards.combined import WeightedSum, score
-from modules.types import Completion, Rollout
+from modules.rewards.combined import WeightedSum
+from modules.types import Completion, Rollout, score
 
 
 def rollout(text: str, answer: str | None) -> Rollout:
@@ -131,7 +131,7 @@ def test_as_a_reward_it_compares_with_the_answer_of_the_row(chat_server: Any, ru
     ]
     assert score(judge, rollouts) == [1.0, None, 0.0, 0.5]
     assert all("Say {hello}." in body["messages"][0]["content"] for _, body in server.requests)
-    assert WeightedSum([judge]).components(rollouts[:1]) == [{"judge": 1.0}]
+    assert WeightedSum([judge]).score_parts(rollouts[:1]) == [{"judge": 1.0}]
 
 
 def test_rubric_marks(chat_server: Any) -> None:

@@ -2,9 +2,9 @@
 
 import pytest
 
+from modules.rewards.answers import ExactMatch
 from modules.rewards.combined import LengthPenalty
 from modules.rewards.format import RegexFormat
-from modules.rewards.math import ExactMatch
 from modules.types import Completion, Rollout
 
 

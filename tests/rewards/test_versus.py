@@ -1,8 +1,8 @@
 """Wins, ties and losses against the row's answer under one reward."""
 
+from modules.rewards.answers import NumericMatch
 from modules.rewards.combined import Versus, compare_scores
 from modules.rewards.format import RegexFormat
-from modules.rewards.math import NumericMatch
 from modules.types import Completion, Rollout
 
 POLITE = RegexFormat(".*please.*", name="polite")

@@ -1,13 +1,13 @@
-"""WeightedSum, breakdown, the checks on what rewards return, and building rewards from YAML."""
+"""WeightedSum, the parts of a score, the checks on what rewards return, and building rewards from YAML."""
 
 from collections.abc import Callable, Sequence
 
 import jsonargparse
 import pytest
 
-from modules.rewards import ExactMatch, NumericMatch, RegexFormat, ThinkAnswerFormat, WeightedSum, breakdown
-from modules.rewards.answers import cut_final_answer, cut_final_text
-from modules.types import Completion, Reward, Rollout
+from modules.rewards import ExactMatch, NumericMatch, RegexFormat, ThinkAnswerFormat, WeightedSum
+from modules.rewards.answers import cut_final_answer
+from modules.types import Completion, Reward, Rollout, cut_final_text
 
 
 class Fixed(Reward):
@@ -30,6 +30,13 @@ def make_rollouts(*texts: str, answer: str | None = "5") -> list[Rollout]:
 
 
 THREE = make_rollouts("a", "b", "c")
+
+Parts = list[dict[str, float | None]]
+
+
+def breakdown(reward: Reward, rollouts: Sequence[Rollout]) -> tuple[Parts, list[float | None]]:
+    parts = reward.score_parts(rollouts)
+    return parts, [reward.add_parts(part) for part in parts]
 
 
 def test_weighted_total_and_none() -> None:

@@ -10,8 +10,8 @@ from datamodules import Addition, VerifiableDataModule
 from modules import GRPOModule
 from modules.on_policy import Validation
 from modules.rewards import RegexFormat, WeightedSum
-from modules.rollout.engine import Sampling
 from modules.rollout.metrics import Outcome, make_outcomes, measure_gaps, measure_rollouts, share_solved
+from modules.rollout.sampling import Sampling
 from modules.types import Completion, Reward, Rollout
 
 FIRST = r"[\x00-\x7f].*"

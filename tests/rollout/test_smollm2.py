@@ -11,7 +11,7 @@ from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from modules.networks.tiny import tiny_tokenizer
 from modules.rollout import InProcessEngine, Sampling
-from modules.rollout.in_process import run_continuous
+from modules.rollout.engine import run_continuous
 
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 # "The capital of France is", "def fibonacci(n):", "Once upon a time there was a little", "Q: What is 2 + 2? A:"

@@ -29,8 +29,8 @@ from modules.rewards.chat.replies import (
     read_retry_after,
     write_cached,
 )
-from modules.rollout.engine import Sampling
-from modules.rollout.in_process import InProcessEngine
+from modules.rollout.engine import InProcessEngine
+from modules.rollout.sampling import Sampling
 
 # Seconds before the second try, doubled for each later one, and their bound; up to FIRST_WAIT is added at random.
 FIRST_WAIT, LONGEST_WAIT = 0.5, 60.0

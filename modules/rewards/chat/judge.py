@@ -11,9 +11,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from modules.rewards.answers import cut_final_text
 from modules.rewards.chat.protocol import ChatClient, Conversation
-from modules.types import Reward, Rollout
+from modules.types import Reward, Rollout, cut_final_text
 
 PAIRWISE = """You compare two answers to the same request. Decide which one serves the person who wrote the request better: what is asked
 for is done, what is stated is correct, and nothing in it harms or pads. The order in which the answers stand and how long they are must
@@ -74,7 +73,7 @@ class PairwiseJudge(Reward):
     Judges favour a place, so each pair is asked about twice, the second time with the answers swapped. An answer wins
     when it wins both times; anything else is a tie. A reply without a verdict makes the comparison invalid (None),
     never a tie. Equal texts are a tie without a question. A completion is shown without its reasoning, see
-    ``cut_final_text``.
+    ``types.cut_final_text``.
 
     Args:
         client: the chat model that judges.
@@ -88,6 +87,8 @@ class PairwiseJudge(Reward):
         ValueError: the template has other fields. When called: see the client.
     """
 
+    checks_answer = False
+
     def __init__(
         self, client: ChatClient, template: str | None = None, both_orders: bool = True, name: str = "judge"
     ) -> None:
@@ -97,7 +98,7 @@ class PairwiseJudge(Reward):
 
     def __call__(self, rollouts: Sequence[Rollout]) -> list[float | None]:
         """Return 1.0, 0.5, 0.0 or None per rollout; None also without an answer to compare with."""
-        pairs = [(rollout.prompt, cut_final_text(rollout.completion.text), rollout.answer) for rollout in rollouts]
+        pairs = [(rollout.prompt, rollout.final_text, rollout.answer) for rollout in rollouts]
         comparisons = iter(
             self.compare([(prompt, text, answer) for prompt, text, answer in pairs if answer is not None])
         )
@@ -135,7 +136,7 @@ class PairwiseJudge(Reward):
 class RubricJudge(Reward):
     """Asks a chat model for a mark from 1 to 10 by a rubric, scaled to [0, 1]; None if the reply holds no mark.
 
-    A completion is shown without its reasoning, see ``cut_final_text``.
+    A completion is shown without its reasoning, see ``types.cut_final_text``.
 
     Args:
         client: the chat model that marks.
@@ -148,6 +149,8 @@ class RubricJudge(Reward):
         ValueError: the rubric is empty, or the template has other fields. When called: see the client.
     """
 
+    checks_answer = False
+
     def __init__(self, client: ChatClient, rubric: str, template: str | None = None, name: str = "rubric") -> None:
         self.client, self.rubric, self.template, self.name = client, rubric, template or RUBRIC, name
         check_fields("RubricJudge", self.template, {"rubric", "prompt", "answer"})
@@ -157,7 +160,7 @@ class RubricJudge(Reward):
 
     def __call__(self, rollouts: Sequence[Rollout]) -> list[float | None]:
         """Return (mark - 1) / 9 per rollout, or None."""
-        texts = [(rollout.prompt, cut_final_text(rollout.completion.text)) for rollout in rollouts]
+        texts = [(rollout.prompt, rollout.final_text) for rollout in rollouts]
         questions = [
             fill_template(self.template, rubric=self.rubric, prompt=prompt, answer=text) for prompt, text in texts
         ]

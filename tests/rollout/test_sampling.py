@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from modules.rollout import Sampling
-from modules.rollout.sampler import invert_cdf, sample, truncate
+from modules.rollout.sampling import invert_cdf, sample, truncate
 
 
 def sampling(**settings: Any) -> Sampling:

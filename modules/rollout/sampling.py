@@ -1,0 +1,292 @@
+"""How tokens are drawn: the settings, the draw itself, and the ledger of what each request has drawn so far."""
+
+import math
+import warnings
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from modules.types import Completion
+
+BLOCK = 256  # entries of one block of the two-level search
+SINGLE_BLOCK = 1024  # vocabularies up to this size are searched as one block
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn: from logits / temperature, cut to ``top_k``, then to ``top_p``, and renormalised.
+
+    Raises:
+        ValueError: a value is out of range; one message names all of them.
+    """
+
+    temperature: float = 1.0  # >= 0; 0 = greedy
+    top_p: float = 1.0  # (0, 1]; keep the smallest set of most likely tokens with at least this much probability
+    top_k: int = 0  # >= 0; keep this many most likely tokens; 0 = all
+    max_completion_length: int = 64  # >= 1, in tokens, the end token included
+    stop: tuple[str, ...] = ()  # a completion ends when its text contains one of these strings
+    keep_stop: bool = False  # whether that string stays in the text; its tokens stay in any case
+
+    def __post_init__(self) -> None:
+        checks = {
+            f"temperature {self.temperature} must be a finite number >= 0 (0 = greedy)": 0
+            <= self.temperature
+            < math.inf,
+            f"top_p {self.top_p} must lie in (0, 1]": 0 < self.top_p <= 1,
+            f"top_k {self.top_k} must be >= 0 (0 = off)": self.top_k >= 0,
+            f"max_completion_length {self.max_completion_length} must be >= 1": self.max_completion_length >= 1,
+            f"stop {self.stop!r} must be a tuple of non-empty strings": not isinstance(self.stop, str)
+            and all(self.stop),
+        }
+        problems = [problem for problem, fine in checks.items() if not fine]
+        if problems:
+            raise ValueError("sampling: " + "; ".join(problems))
+        if self.temperature > 0 and (self.top_p < 1 or self.top_k > 0):
+            warnings.warn(
+                f"sampling: top_p {self.top_p} and top_k {self.top_k} cut the distribution and renormalise it, so the "
+                "sampler's log-probs differ from the trainer's; use top_p 1 and top_k 0 for reinforcement learning",
+                stacklevel=3,
+            )
+
+
+class SampledPolicy(Protocol):
+    """The part of a policy that an engine reads."""
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The causal language model."""
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer; engines use it only to turn tokens into text."""
+
+    @property
+    def stop_token_ids(self) -> frozenset[int]:
+        """Tokens that end a completion (end of sequence, end of turn)."""
+
+    @property
+    def max_positions(self) -> int | None:
+        """How many tokens the model has positions for; None = no limit."""
+
+
+class Ledger:
+    """Holds tokens and log-probs of R requests on the model's device until all are finished.
+
+    Each request draws with its own row of uniform numbers, made from its own seed. So its tokens do not depend on the
+    requests beside it in a batch. Row R (``idle``) takes the output of slots without a request.
+
+    Args:
+        seeds: one per request.
+        sampling: how tokens are drawn and when a completion ends.
+        policy: gives tokenizer, end tokens and device.
+    """
+
+    def __init__(self, seeds: list[int], sampling: Sampling, policy: SampledPolicy) -> None:
+        self.sampling = sampling
+        self.idle = len(seeds)
+        self._tokenizer = policy.tokenizer
+        # The sampler sums in float64, which Apple's MPS does not have.
+        device = torch.device("cpu") if policy.model.device.type == "mps" else policy.model.device
+        shape = (len(seeds) + 1, sampling.max_completion_length)
+        self._uniforms = uniform_rows([] if sampling.temperature == 0 else seeds, shape).to(device)
+        self._tokens = torch.zeros(shape, dtype=torch.long, device=device)
+        self._logprobs = torch.zeros(shape, device=device)
+        self._counts = torch.zeros(shape[0], dtype=torch.long, device=device)
+        self._ended = torch.zeros(shape[0], dtype=torch.bool, device=device)
+        self._is_end = torch.zeros(policy.model.config.vocab_size, dtype=torch.bool, device=device)
+        special = {token.content: i for i, token in policy.tokenizer.added_tokens_decoder.items() if token.special}
+        stops = {special[stop] for stop in sampling.stop if stop in special}
+        self._is_end[[*policy.stop_token_ids, *stops]] = True
+        self._silent = silent_tokens(policy) | (set() if sampling.keep_stop else stops)
+        self._may_complete: dict[int, bool] = {}
+        # A token holds at least one byte, so as many tokens as a stop string has bytes cover it; four more complete a
+        # character that is cut in front.
+        self._tail = max((len(stop.encode()) for stop in sampling.stop), default=0) + 4
+
+    def draw(self, logits: Tensor, requests: Tensor) -> tuple[Tensor, Tensor]:
+        """Draw and record the next token of some requests.
+
+        Args:
+            logits: [N, V].
+            requests: int [N], each at most once, except ``idle``.
+
+        Returns:
+            tokens int [N]; finished bool [N], True where a request just got its last token (never for ``idle``).
+        """
+        home = logits.device
+        logits, requests = logits.to(self._counts.device), requests.to(self._counts.device)
+        steps = self._counts[requests]
+        tokens, logprobs = sample(logits.float(), self._uniforms[requests, steps], self.sampling)
+        self._tokens[requests, steps] = tokens
+        self._logprobs[requests, steps] = logprobs
+        self._counts[requests] = steps + 1
+        self._counts[self.idle] = 0
+        ended = self._is_end[tokens]
+        if self.sampling.stop:
+            ended |= self._completes_stop_string(tokens, requests, steps)
+        self._ended[requests] = ended
+        finished = (ended | (steps + 1 == self.sampling.max_completion_length)) & (requests != self.idle)
+        return tokens.to(home), finished.to(home)
+
+    def completions(self, version: int) -> list[Completion]:
+        """Return all requests as plain records, in order.
+
+        Raises:
+            ValueError: the policy's logits were not finite.
+        """
+        if not bool(self._logprobs.isfinite().all()):
+            raise ValueError(
+                "generate: the policy's logits are not finite, so its completions mean nothing; go back to an earlier "
+                "checkpoint, with a smaller learning rate or gradient clipping"
+            )
+        counts = self._counts.tolist()[: self.idle]
+        tokens = [row[:count] for row, count in zip(self._tokens.tolist(), counts, strict=False)]
+        logprobs = [row[:count] for row, count in zip(self._logprobs.tolist(), counts, strict=False)]
+        texts = [self._decode(row) for row in tokens]
+        ended = self._ended.tolist()[: self.idle]
+        return [
+            Completion(ids, scores, self._cut(text), "stop" if end else "length", version)
+            for ids, scores, text, end in zip(tokens, logprobs, texts, ended, strict=True)
+        ]
+
+    def _completes_stop_string(self, tokens: Tensor, requests: Tensor, steps: Tensor) -> Tensor:
+        """Return where the end of a request's text contains a stop string: bool [N].
+
+        It decodes only rows whose new token can complete a stop string.
+        """
+        hits = []
+        for token, request, step in zip(tokens.tolist(), requests.tolist(), steps.tolist(), strict=True):
+            possible = request != self.idle and self._token_may_complete(token)
+            hits.append(
+                possible
+                and self._has_stop_string(self._tokens[request, max(0, step + 1 - self._tail) : step + 1].tolist())
+            )
+        return torch.tensor(hits, device=tokens.device)
+
+    def _token_may_complete(self, token: int) -> bool:
+        """Return whether this token can bring the last character of a stop string.
+
+        Decoded alone, a token may lose spaces or half a character, so such tokens count as possible.
+        """
+        if token not in self._may_complete:
+            text = self._tokenizer.decode([token])
+            lasts = {stop[-1] for stop in self.sampling.stop}
+            self._may_complete[token] = "\ufffd" in text or any(last in text or last.isspace() for last in lasts)
+        return self._may_complete[token]
+
+    def _has_stop_string(self, tokens: list[int]) -> bool:
+        text = self._decode(tokens)
+        return any(stop in text for stop in self.sampling.stop)
+
+    def _decode(self, tokens: list[int]) -> str:
+        return str(self._tokenizer.decode([token for token in tokens if token not in self._silent]))
+
+    def _cut(self, text: str) -> str:
+        """Return the text up to the first stop string, and with it if it is kept."""
+        found = [(text.index(stop), stop) for stop in self.sampling.stop if stop in text]
+        start, stop = min(found, default=(len(text), ""))
+        return text[: start + len(stop) * self.sampling.keep_stop]
+
+
+def silent_tokens(policy: SampledPolicy) -> set[int]:
+    """Return the tokens that have no place in a text: those that end a completion or fill up a row. Other special
+    tokens, such as ``<think>``, say something.
+    """
+    pad = policy.tokenizer.pad_token_id
+    return {*policy.stop_token_ids} | ({pad} if isinstance(pad, int) else set())
+
+
+def uniform_rows(seeds: list[int], shape: tuple[int, int]) -> Tensor:
+    """Make a float64 matrix of ``shape`` in [0, 1): row i from its own generator, seeded with ``seeds[i]``.
+
+    Rows without a seed are zero.
+    """
+    rows = torch.zeros(shape, dtype=torch.float64)
+    for row, seed in zip(rows, seeds, strict=False):
+        # torch's generator reads only 32 bits of its seed
+        row.copy_(torch.from_numpy(np.random.default_rng(seed).random(shape[1])))
+    return rows
+
+
+def sample(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """Draw one token per row, and return it with its log-probability under the distribution it was drawn from.
+
+    Args:
+        logits: [N, V] fp32.
+        uniforms: float64 [N] in [0, 1); the token of row i depends on entry i alone. Greedy sampling does not use them.
+        sampling: temperature, top_k, top_p.
+
+    Returns:
+        tokens int [N], log-probs [N] in nats (greedy: of the softmax at temperature 1).
+    """
+    if sampling.temperature == 0:
+        probabilities = logits.softmax(-1)
+        tokens = logits.argmax(-1)
+    else:
+        probabilities = truncate(logits / sampling.temperature, sampling.top_k, sampling.top_p).softmax(-1)
+        tokens = invert_cdf(probabilities, uniforms)
+    return tokens, probabilities.gather(1, tokens[:, None])[:, 0].log()
+
+
+def truncate(logits: Tensor, top_k: int, top_p: float) -> Tensor:
+    """Set the logits [N, V] to -inf outside the ``top_k`` largest, and then outside the ``top_p`` nucleus.
+
+    The nucleus holds the most likely tokens in order, up to and including the one that brings their sum to ``top_p``.
+
+    Args:
+        logits: [N, V].
+        top_k: how many to keep; ties are all kept; 0 = all.
+        top_p: (0, 1]; 1 = no nucleus.
+    """
+    if 0 < top_k < logits.shape[1]:
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
+    if top_p < 1:
+        ordered, order = logits.sort(dim=-1, descending=True, stable=True)
+        probabilities = ordered.softmax(-1)
+        outside = probabilities.cumsum(-1) - probabilities >= top_p
+        outside[:, 0] = False
+        logits = logits.masked_fill(outside.scatter(1, order, outside), -torch.inf)
+    return logits
+
+
+def invert_cdf(probabilities: Tensor, uniforms: Tensor) -> Tensor:
+    """Find the entry whose slice of the cumulative distribution holds the uniform number: exact sampling.
+
+    It finds the block first and then the entry inside it, so that only one pass reads the whole vocabulary. Sums are
+    float64. An entry with probability zero is never chosen.
+
+    Args:
+        probabilities: [N, V], >= 0, each row with a positive sum.
+        uniforms: float64 [N] in [0, 1).
+
+    Returns:
+        index int [N].
+    """
+    size = probabilities.shape[1]
+    block = size if size <= SINGLE_BLOCK else BLOCK
+    blocks = F.pad(probabilities, (0, -size % block)).unflatten(1, (-1, block))  # [N, V/block, block]
+    totals = blocks.sum(-1).double()
+    chosen, rest = _locate(totals, uniforms)
+    inside = blocks[torch.arange(len(blocks), device=blocks.device), chosen].double()
+    entry, _ = _locate(inside, rest)
+    return (chosen * block + entry).clamp(max=size - 1)
+
+
+def _locate(weights: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+    """Find the slice of the cumulative ``weights`` float64 [N, K] that holds each of ``uniforms`` [N].
+
+    Returns:
+        index int [N] of the slice, and the place inside it, float64 [N] in [0, 1].
+    """
+    cumulative = weights.cumsum(-1)
+    total = cumulative[:, -1:]
+    # Below the total there is always a larger cumulative sum, and the entry that makes it larger is not zero.
+    target = torch.minimum(uniforms[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
+    index = torch.searchsorted(cumulative, target, right=True).clamp(max=weights.shape[1] - 1)
+    weight = weights.gather(1, index)
+    return index[:, 0], ((target - (cumulative.gather(1, index) - weight)) / weight)[:, 0].clamp(0, 1)

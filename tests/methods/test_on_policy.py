@@ -1,0 +1,114 @@
+"""What every on-policy method does around a phase: refuse one without scores, judge answers once, time itself."""
+
+import time
+
+import pytest
+from lightning.pytorch import Callback, Trainer
+from test_grpo import QUIET, fit, grpo
+from test_ppo import EOS, A, B, Scores, Scripted
+
+from datamodules import Addition, VerifiableDataModule
+from modules.on_policy import Validation
+from modules.rewards import LearnedReward, LengthPenalty, NumericMatch, RegexFormat, WeightedSum
+from modules.types import Reward
+
+ROWS = [([A, B, EOS], "stop"), ([A, A], "length"), ([B, 200, 201], "length")]
+
+
+class Counted(Reward):
+    """Right where the completion ends by itself."""
+
+    checks_answer = True
+
+    def __init__(self, name: str = "counted") -> None:
+        self.name, self.calls = name, 0
+
+    def __call__(self, rollouts):
+        self.calls += len(rollouts)
+        return [float(rollout.completion.finish == "stop") for rollout in rollouts]
+
+
+def validate(module, rows: int = 6) -> dict[str, float]:
+    data = VerifiableDataModule(module.tokenizer, Addition(8), val=Addition(rows, held_out=True), val_batch_size=4)
+    return Trainer(**QUIET).validate(module, data, verbose=False)[0]
+
+
+@pytest.mark.parametrize("shape", [lambda reward: reward, lambda reward: LengthPenalty(reward, 0.9)])
+def test_right_and_wrong_come_from_the_reward_that_compares_answers(shape):
+    """Of three sampled completions one is right, and the one greedy completion is; every completion is scored once."""
+    counted = Counted()
+    reward = shape(WeightedSum([counted, RegexFormat(".*", "form")], [0.1, 3.0]))
+    module = grpo(reward=reward, engine=Scripted(ROWS), num_generations=3, validation=Validation(generations=3))
+    found = validate(module)
+    assert found["val/pass@1"] == pytest.approx(1 / 3) and found["val/pass@3"] == 1.0
+    assert counted.calls == 6 * 3 + 6 * len(ROWS)  # the script gives as many greedily
+    assert found["val/rewards/counted/mean"] == pytest.approx(1 / 3) and found["val/reward"] != found["val/pass@1"]
+
+
+def test_an_accuracy_of_its_own_is_called_once_a_completion():
+    counted, form = Counted(), Counted("form")
+    module = grpo(reward=form, engine=Scripted(ROWS), num_generations=3, validation=Validation(accuracy=counted))
+    validate(module)
+    assert counted.calls == 2 * 6 * len(ROWS) and form.calls == 6 * len(ROWS)
+
+
+def test_scores_that_say_nothing_about_right_give_no_accuracy():
+    module = grpo(reward=WeightedSum([RegexFormat(".*")]), engine=Scripted(ROWS), num_generations=3)
+    with pytest.warns(UserWarning, match="pass@k and greedy_accuracy are left out: a score of weighted_sum"):
+        found = validate(module)
+    assert "val/reward" in found and not {"val/pass@1", "val/greedy_accuracy"} & set(found)
+    assert LearnedReward.checks_answer is False
+
+
+def test_a_first_phase_whose_golds_cannot_be_read_is_refused(tmp_path):
+    module = grpo(reward=NumericMatch(), engine=Scripted(ROWS), num_generations=3)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(f'{{"prompt": "p{i}", "answer": "(B)"}}\n' for i in range(8)))
+    data = VerifiableDataModule(module.tokenizer, str(rows), prompts_per_phase=8)
+    with pytest.raises(ValueError, match=r"numeric_match scored none of the first 24 .* '\(B\)': ExactMatch compares"):
+        Trainer(**QUIET, max_epochs=1).fit(module, data)
+
+
+class Fades(Reward):
+    """Scores the first phase and none after."""
+
+    name = "fades"
+
+    def __init__(self) -> None:
+        self.phase = 0
+
+    def __call__(self, rollouts):
+        self.phase += 1
+        return [float(len(rollout.completion.token_ids)) if self.phase == 1 else None for rollout in rollouts]
+
+
+def test_a_later_phase_without_any_score_is_told():
+    module = grpo(reward=Fades(), engine=Scripted(ROWS), num_generations=3)
+    data = VerifiableDataModule(module.tokenizer, Addition(50), prompts_per_phase=4)
+    with pytest.warns(UserWarning, match="phase 1: fades scored none of its 12 completions") as told:
+        Trainer(**QUIET, max_epochs=3).fit(module, data)
+    assert any("phase 2: fades" in str(warning.message) for warning in told)
+    assert not any("phase 0: fades" in str(warning.message) for warning in told)
+
+
+class SlowValidation(Callback):
+    def on_validation_start(self, trainer, pl_module):
+        time.sleep(0.7)
+
+
+def test_the_training_time_leaves_out_start_up_and_validation():
+    module = grpo(reward=Scores(1.0, 0.5, 0.0), engine=Scripted(ROWS), num_generations=3)
+    time.sleep(0.7)  # of start-up, before the first phase
+    data = VerifiableDataModule(module.tokenizer, Addition(50), val=Addition(4, held_out=True), prompts_per_phase=4)
+    trainer = Trainer(**QUIET, max_epochs=1, callbacks=[SlowValidation()], num_sanity_val_steps=0)
+    trainer.fit(module, data)
+    found = {name.removeprefix("train/"): float(value) for name, value in trainer.callback_metrics.items()}
+    seconds = [found[f"time/{part}"] for part in ("sampling", "scoring", "training")]
+    assert 0 < found["time/training"] < 0.6
+    assert found["completions_per_second"] == pytest.approx(12 / sum(seconds), rel=1e-4)
+
+
+def test_a_phase_of_two_updates_adds_up_its_time():
+    module = grpo(reward=Scores(1.0, 0.5, 0.0), engine=Scripted(ROWS), num_generations=3)
+    fit(module, accumulate=2, updates=2)
+    assert module.record.metrics["time/training"] > 0

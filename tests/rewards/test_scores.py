@@ -1,0 +1,100 @@
+"""What a reward may return: one check, with the reward's name, wherever a reward is called."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from callbacks.overoptimization import Overoptimization
+from modules.on_policy import Validation
+from modules.rewards import ExactMatch, LearnedReward, LengthPenalty, NumericMatch, RegexFormat, Versus, WeightedSum
+from modules.rewards.combined import find_accuracy
+from modules.rollout.metrics import make_outcomes
+from modules.types import Completion, FunctionReward, Reward, Rollout, score
+
+
+class Returns(Reward):
+    """A reward that returns one thing, whatever it is."""
+
+    name = "mine"
+
+    def __init__(self, found: Any) -> None:
+        self.found, self.calls = found, 0
+
+    def __call__(self, rollouts):
+        self.calls += len(rollouts)
+        return self.found
+
+
+def rollouts(count: int = 2) -> list[Rollout]:
+    return [Rollout("u", "p", [1], "4", Completion([2], [0.0], "4", "stop"), 0, {}, None) for _ in range(count)]
+
+
+WRONG = [
+    (None, "returned None .is its return missing"),
+    ({0: 1.0, 1: 0.5}, "returned dict"),
+    ("ab", "returned str"),
+    (["yes", "no"], "returned 'yes' for rollout 0"),
+    ([0.5, [1.0]], r"returned \[1.0\] for rollout 1"),
+    ([1.0], "returned 1 scores for 2"),
+    ([1.0, float("inf")], "returned inf for rollout 1"),
+    (torch.tensor(1.0), "returned float"),
+]
+
+
+@pytest.mark.parametrize(("found", "said"), WRONG)
+def test_a_wrong_return_is_refused_by_name_at_every_door(found: Any, said: str) -> None:
+    reward, rows = Returns(found), rollouts()
+
+    def mine(completions):
+        return found
+
+    doors = [
+        lambda: score(reward, rows),
+        lambda: reward.score_parts(rows),
+        lambda: WeightedSum([reward])(rows),
+        lambda: LengthPenalty(reward, 0.1)(rows),
+        lambda: make_outcomes(rows, reward),  # the accuracy of a validation
+        lambda: Overoptimization(reward).measure(rows),  # the gold reward
+        lambda: FunctionReward(mine)(rows),
+    ]
+    for door in doors:
+        with pytest.raises(ValueError, match=f"reward 'mine' {said}"):
+            door()
+    with pytest.raises(ValueError, match="reward 'mine'"):
+        Versus(reward)(rows)
+
+
+@pytest.mark.parametrize("found", [[1, None], (True, None), torch.tensor([1.0, 0.0]), [torch.tensor(1.0), None]])
+def test_numbers_of_any_kind_are_taken(found: Any) -> None:
+    assert score(Returns(found), rollouts())[0] == 1.0
+
+
+def test_no_rollouts_are_not_scored() -> None:
+    assert score(Returns("wrong"), []) == [] and Returns("wrong").score_parts([]) == []
+
+
+def test_the_reward_that_tells_right_from_wrong() -> None:
+    exact, form = ExactMatch(), RegexFormat(".")
+    assert find_accuracy(exact) is exact and find_accuracy(form) is form
+    assert find_accuracy(WeightedSum([form, exact], [0.2, 1.0])) is exact
+    assert find_accuracy(LengthPenalty(WeightedSum([exact, form]), 0.1)) is exact
+    for unclear in (WeightedSum([form]), LengthPenalty(form, 0.1), WeightedSum([exact, NumericMatch()]), Versus(form)):
+        assert find_accuracy(unclear) is None
+    assert LearnedReward.checks_answer is False and Validation().accuracy is None
+
+
+def test_a_penalty_on_length_keeps_the_parts() -> None:
+    (parts,) = LengthPenalty(WeightedSum([ExactMatch(), RegexFormat("a", name="form")]), 0.25).score_parts(rollouts(1))
+    assert parts == {"exact_match": 1.0, "form": 0.0, "weighted_sum_length_penalty": -0.25}
+
+
+def test_a_part_is_not_scored_again_to_tell_right_from_wrong() -> None:
+    inner = Returns([0.0, 1.0])
+    reward = LengthPenalty(WeightedSum([inner, RegexFormat("4")], [0.1, 1.0]), 0.0)
+    scored = [
+        Rollout(**{**vars(row), "rewards": part})
+        for row, part in zip(rollouts(), reward.score_parts(rollouts()), strict=True)
+    ]
+    assert [outcome.right for outcome in make_outcomes(scored, inner, scored_by=reward)] == [False, True]
+    assert inner.calls == 2
