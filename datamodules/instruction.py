@@ -184,7 +184,7 @@ class InstructionDataModule(AlignDataModule):
 
     def settle(self, rows: Sequence[Row], stage: str) -> None:
         """How numbers beside options are read."""
-        settle_choices(rows, self.reading, ("completion", "answer"))
+        settle_choices(self.reading.rows_with(rows, "options"), self.reading, ("completion", "answer"))
 
     def make_dataset(self, rows: list[Tokens]) -> "InstructionDataset":
         """The rows, to be indexed by the micro-batches of a plan."""

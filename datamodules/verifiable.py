@@ -191,7 +191,7 @@ class VerifiableDataModule(AlignDataModule):
 
     def settle(self, rows: Sequence[Row], stage: str) -> None:
         """How numbers beside options are read."""
-        settle_choices(rows, self.reading)
+        settle_choices(self.reading.rows_with(rows, "options"), self.reading)
 
     def _restore(self) -> None:
         if self._loader is not None and self._snapshot is not None:

@@ -26,6 +26,7 @@ FIELDS = {  # our name -> the names that data sets give it; nothing else may sta
     "name": ("name",),
     "loss_weight": ("loss_weight", "weight", "train", "training", "trainable", "loss_mask", "loss"),
 }
+FIELD_OF = {name: ours for ours, names in FIELDS.items() for name in names}
 METADATA = frozenset(  # fields that say nothing a model could learn: they are not read, and named so
     [
         "id",
@@ -279,18 +280,23 @@ def _no_text(where: str) -> ValueError:
 
 def _split_fields(message: Mapping[str, Any], where: str) -> tuple[dict[str, Any], set[str]]:
     """The fields by our names, and the metadata. Raises ValueError for unknown fields and for one said twice."""
-    given = {str(key): part for key, part in message.items() if part is not None}
     fields: dict[str, Any] = {}
-    for ours, names in FIELDS.items():
-        found = [name for name in names if name in given]
-        values = [given.pop(name) for name in found]
-        said = [part for part in values if not is_empty(part)] or values[:1]
-        if any(part != said[0] for part in said[1:]):
-            raise ValueError(f"{where} says {' and '.join(found)}, which mean the same and differ; keep one of them")
-        fields |= {ours: said[0]} if said else {}
-    metadata = {name for name in given if name.lower() in METADATA}
-    unknown = [name for name, part in given.items() if name not in metadata and not is_empty(part)]
-    if "replies" in given:
+    others: dict[str, Any] = {}  # what is no field of ours
+    said: dict[str, str] = {}  # our name -> the message's
+    for name, part in message.items():
+        ours = FIELD_OF.get(name)
+        if part is None:
+            continue
+        if ours is None:
+            others[str(name)] = part
+        elif ours not in fields or is_empty(fields[ours]):
+            fields[ours], said[ours] = part, name
+        elif part != fields[ours] and not is_empty(part):
+            both = " and ".join(sorted((said[ours], name), key=FIELDS[ours].index))
+            raise ValueError(f"{where} says {both}, which mean the same and differ; keep one of them")
+    metadata = {name for name in others if name.lower() in METADATA}
+    unknown = [name for name, part in others.items() if name not in metadata and not is_empty(part)]
+    if "replies" in others:
         raise ValueError(
             f"{where} is one of a conversation tree; set data.train to OasstTrees, which reads its threads"
         )

@@ -125,15 +125,14 @@ def settle_verdicts(rows: Sequence[Row], reading: Reading, first_is_better: Ours
     """
     verdicts: dict[tuple[str, ...], dict[str, list[Any]]] = {}  # annotators together, by source
     labels: dict[str, dict[str, Any]] = {}
-    for row in rows:
-        cells = Cells(row, reading)
+    for cells in reading.rows_with(rows, *VERDICTS):
         shape = _find_preference_shape(cells, needs_verdict=False) or ("",)
         if shape in (("completion", "label"), ("messages", "label")):
-            labels.setdefault(cells.name("label"), {})[row.origin] = cells.values[cells.name("label")]
+            labels.setdefault(cells.name("label"), {})[cells.origin] = cells.values[cells.name("label")]
         elif shape[:2] == TWO or (shape == ("completions",) and len(_list_in(cells, "completions")) == 2):
             names = [cells.name(name) for name in verdict_columns(cells)]
             said = [cells.values[name] for name in names]
-            of_source = verdicts.setdefault(tuple(names), {}).setdefault(row.source, [])
+            of_source = verdicts.setdefault(tuple(names), {}).setdefault(cells.row.source, [])
             of_source.extend(value for value in said if named_answer(cells, value) is None)
     for name, values in labels.items():
         check_labels(name, values, first_is_better)

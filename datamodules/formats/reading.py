@@ -5,18 +5,18 @@ import datetime
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from datamodules.formats.table import (
     COMPARED,
     MODULES,
     NAMED,
+    Layout,
     Purpose,
     check_mapping,
+    lay_out,
     normalize,
-    option_columns,
-    our_names,
     suggest,
 )
 
@@ -56,6 +56,21 @@ class Reading:
         self._unread: dict[str, str] = {}  # the data's column -> why not
         self._notes: dict[str, None] = {}
         self.mapped_seen: set[str] = set()  # our names of the mapped columns that some row has
+        self._layouts: dict[tuple[str, ...], Layout] = {}  # by the names of a row's columns
+
+    def lay_out(self, columns: Mapping[str, Any]) -> Layout:
+        """Finds what the columns of a row are by their names; rows with the same names share the answer."""
+        names = tuple(columns)
+        if names not in self._layouts:
+            self._layouts[names] = lay_out(names, self.by_hand)
+        return self._layouts[names]
+
+    def rows_with(self, rows: Iterable["Row"], *ours: str) -> Iterator["Cells"]:
+        """Gives the cells of the rows that may have one of some columns."""
+        for row in rows:
+            layout = self.lay_out(row.columns)
+            if any(name in layout.names or name in self.by_hand for name in ours) or (layout.options and "options" in ours):
+                yield Cells(row, self)
 
     def close(self, cells: "Cells", shape: str, chosen: bool = False) -> None:
         """Accounts for a row that was read as ``shape``; what is left of the row is named as not read.
@@ -160,43 +175,30 @@ class Cells:
         self.values: dict[str, Any] = dict(row.columns)
         self.used: dict[str, Any] = {}
         self.roles: dict[str, str] = {}
-        self.unread: dict[str, str] = {}
         self.missing: dict[str, str] = {}  # mapped names that this row lacks
         self.names: dict[str, list[str]] = {}  # our name -> the data's, those that hold something first
-        by_hand = reading.by_hand
-        for ours, theirs in by_hand.items():
+        if isinstance(verl := row.columns.get("reward_model"), Mapping) and "ground_truth" in verl:
+            self.values["reward_model.ground_truth"] = verl["ground_truth"]
+        layout = reading.lay_out(self.values)
+        self.unread = dict(layout.left_out)
+        for ours, theirs in reading.by_hand.items():
             if theirs and (cell := _at_path(row.columns, theirs)):
                 self.names[ours] = [theirs]
                 self.values[theirs] = cell[0]
                 reading.mapped_seen.add(ours)
             elif theirs:
                 self.missing[ours] = theirs
-        known = dict(our_names(tuple(row.columns)))
-        if isinstance(verl := row.columns.get("reward_model"), Mapping) and "ground_truth" in verl:
-            self.values["reward_model.ground_truth"] = verl["ground_truth"]
-            known["reward_model.ground_truth"] = known.pop("reward_model")
-        if (alone := next((name for name, ours in known.items() if ours == "history"), None)) is not None:
-            asks = {"prompt", "instruction", "messages", "input", "chosen"} & (by_hand.keys() | set(known.values()))
-            if not asks and isinstance(row.columns[alone], str) and isinstance(unpack(row.columns[alone]), str):
-                known[alone] = "prompt"  # SHP's post
-        for name, ours in known.items():
-            if name in by_hand.values():
-                continue
-            if ours in by_hand:
-                self.unread[name] = f"{by_hand[ours]!r} is mapped to {ours}" if by_hand[ours] else "by data.columns"
-            else:
-                self.names.setdefault(ours, []).append(name)
-        apart = option_columns(row.columns)
-        if "options" in (*by_hand, *known.values()) or set(apart) & set(by_hand.values()):
-            apart = []
-        if options := {
-            name[-1].upper(): as_text(row.columns[name]) for name in apart if not is_empty(row.columns[name])
-        }:
-            self.add("options", ", ".join(apart), options)
-        for names in self.names.values():
-            names.sort(key=lambda name: is_empty(self.values[name]))  # what holds something first, else as in the table
-        for name in row.columns:
-            if name not in (*known, *by_hand.values(), *apart) and not is_empty(row.columns[name]):
+        for ours, names in layout.names.items():
+            self.names[ours] = sorted(names, key=lambda name: is_empty(self.values[name])) if names[1:] else [*names]
+        if layout.asked_by is not None and _is_prose(self.values[layout.asked_by]):  # SHP's post
+            self.names["prompt"] = [layout.asked_by]
+            others = [name for name in self.names.pop("history") if name != layout.asked_by]
+            self.names |= {"history": others} if others else {}
+        options = {name[-1].upper(): as_text(self.values[name]) for name in layout.options if not is_empty(self.values[name])}
+        if options:
+            self.add("options", ", ".join(layout.options), options)
+        for name in layout.unknown:
+            if not is_empty(self.values[name]):
                 self.unread[name] = ""
 
     def holds(self, ours: str) -> bool:
@@ -320,6 +322,11 @@ def _at_path(record: Mapping[str, Any], name: str) -> list[Any]:
     return _at_path(record[first], rest) if dot and isinstance(record.get(first), Mapping) else []
 
 
+def _is_prose(value: Any) -> bool:
+    """Whether a cell is text that holds no list and no object."""
+    return isinstance(value, str) and isinstance(unpack(value), str)
+
+
 def _is_neutral(ours: str, value: Any) -> bool:
     """A weight of 1 is that of all rows."""
     return ours == "weight" and value in (1, 1.0, "1", "1.0")
@@ -327,11 +334,13 @@ def _is_neutral(ours: str, value: Any) -> bool:
 
 def is_empty(value: Any) -> bool:
     """Tells whether a cell says nothing: null, NaN, white space, or lists and objects of these. 0 says something."""
-    if isinstance(value, Mapping):
-        return all(is_empty(part) for part in value.values())
+    if isinstance(value, str):  # first, since nearly every cell is text
+        return not value or value.isspace()
+    if value is None:
+        return True
     if isinstance(value, list | tuple):
-        return all(is_empty(part) for part in value)
-    return value is None or value != value or (isinstance(value, str) and not value.strip())
+        return all(map(is_empty, value))
+    return all(map(is_empty, value.values())) if isinstance(value, Mapping) else bool(value != value)
 
 
 def without_nulls(value: Any) -> Any:
@@ -384,6 +393,12 @@ def texts_in(value: Any) -> list[str]:
         return [value] if value.strip() else []
     parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
     return [text for part in parts for text in texts_in(part)]
+
+
+def references(value: Any) -> Any:
+    """The texts of SQuAD's ``{"text": [...], "answer_start": [...]}``; any other value as it is."""
+    held = unpack(value)
+    return held["text"] if isinstance(held, Mapping) and set(held) == {"text", "answer_start"} else value
 
 
 def repeats(value: Any, other: Any) -> bool:

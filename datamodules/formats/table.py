@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache
 from itertools import takewhile
-from typing import Literal
+from typing import Literal, NamedTuple
 
 Purpose = Literal["instruction", "preference", "verifiable", "facts", "seeds"]
 MODULES: dict[Purpose, str] = {
@@ -92,7 +92,7 @@ COLUMNS = (
     Column(
         "answer",
         "final_answer ground_truth expected_answer correct_answer gold gold_answer golden_answers reference_answer "
-        "best_answer possible_answers answer_key correct solution answers reward_model",
+        "best_answer possible_answers answer_key correct solution answers reward_model reward_model.ground_truth",
         "the right answer, which rewards check; without a completion, what is learned",
         ASKED,
     ),
@@ -199,13 +199,48 @@ def our_names(names: tuple[str, ...]) -> dict[str, str]:
 
 
 def option_columns(names: Iterable[str]) -> list[str]:
-    """Finds the columns that hold one option each: ``A``, ``B``, ``C``, or ``option_1``, ``option_2``, see ``OPTIONS``."""
-    spelled = {(name if len(name) == 1 else normalize(name)): name for name in names}  # a, b and c may be coefficients
+    """Finds the columns that hold one option each: ``A``, ``B``, ``C``, or ``option_1``, ``option_2``, see ``OPTIONS``.
+
+    A single letter must be a capital, since a, b and c may be coefficients.
+    """
+    spelled = {(name if len(name) == 1 else normalize(name)): name for name in names}
     for stem, marks in OPTIONS:
         found = [spelled[name] for name in takewhile(spelled.__contains__, (stem + mark for mark in marks))]
         if len(found) > (1 if stem else 2):
             return found
     return []
+
+
+class Layout(NamedTuple):
+    """What the columns of a row are, as far as their names alone tell."""
+
+    names: dict[str, list[str]]  # our name -> the data's, in the order of the table; without what is mapped by hand
+    options: list[str]  # columns that hold one option each
+    left_out: dict[str, str]  # the data's name -> why a mapping leaves it out
+    unknown: list[str]  # columns that the table does not know
+    asked_by: str | None  # a column for earlier turns, where no column asks; a text in it is the prompt
+
+
+def lay_out(names: tuple[str, ...], by_hand: Mapping[str, str]) -> Layout:
+    """Finds what columns with these ``names`` are, beside a mapping from our names to the data's."""
+    known = our_names(names)
+    if "reward_model.ground_truth" in known:
+        known = {name: ours for name, ours in known.items() if name != "reward_model"}
+    mapped = set(by_hand.values())
+    ours_of: dict[str, list[str]] = {}
+    left_out: dict[str, str] = {}
+    for name, ours in known.items():
+        if ours in by_hand and name not in mapped:
+            left_out[name] = f"{by_hand[ours]!r} is mapped to {ours}" if by_hand[ours] else "by data.columns"
+        elif name not in mapped:
+            ours_of.setdefault(ours, []).append(name)
+    options = option_columns(names)
+    if "options" in (*by_hand, *known.values()) or mapped & set(options):
+        options = []
+    asks = {"prompt", "instruction", "messages", "input", "chosen"} & (by_hand.keys() | set(known.values()))
+    asked_by = None if asks else next(iter(ours_of.get("history", [])), None)
+    unknown = [name for name in names if name not in (*known, *mapped, *options)]
+    return Layout(ours_of, options, left_out, unknown, asked_by)
 
 
 def check_mapping(columns: Mapping[str, str], purpose: Purpose) -> dict[str, str]:
