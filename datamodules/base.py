@@ -3,8 +3,11 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, Protocol, TypeVar, runtime_checkable
 
+import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -388,6 +391,11 @@ class AlignDataModule(RowsDataModule):
     def forget_position(self) -> None:
         """For ``setup``: a new run starts at the beginning unless a checkpoint is loaded after it."""
         self._sampler, self._resume = None, None
+
+
+def pad(rows: Sequence[Sequence[int]], fill: int) -> Tensor:
+    """Pads rows of integers, or of truth values, on the right with ``fill`` to [N, T]; no row may be empty."""
+    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=fill)
 
 
 def _as_is(batch: Any) -> Any:

@@ -18,8 +18,7 @@ from datamodules.loaders.mixture_streams import DecayPhase, Stream, check_stream
 from datamodules.loaders.step_sampler import MicroBatch, StepSampler
 from datamodules.pretraining import load_documents
 from datamodules.sources import Source
-from datamodules.tokens.chat import LossOn
-from datamodules.tokens.encoding import Tokens
+from datamodules.tokens.encoding import LossOn, Tokens
 
 
 class MixtureSampler(StepSampler):

@@ -12,13 +12,12 @@ from lightning.pytorch.utilities.types import EVAL_DATALOADERS
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
-from datamodules.base import AlignDataModule
+from datamodules.base import AlignDataModule, pad
 from datamodules.formats.preference_shapes import PreferenceExample, preference_example, settle_verdicts
 from datamodules.formats.verdicts import Ours
 from datamodules.loaders.step_sampler import MicroBatch
 from datamodules.sources import Row, Source
-from datamodules.tokens.chat import encode_example
-from modules.functional.masked import pad_rows
+from datamodules.tokens.encoding import encode_example
 from modules.types import PreferenceBatch
 
 Stage = Literal["train", "val", "calibration"]
@@ -310,14 +309,13 @@ class PreferenceDataset(Dataset[PreferenceBatch]):
 
     def __getitem__(self, batch: MicroBatch) -> PreferenceBatch:
         rows = [self.rows[index] for index in batch.indices]
+        completions = [ids for row in rows for ids in row.completions]
         counts = torch.tensor([len(row.completions) for row in rows])
-        prompt_ids, prompt_mask = pad_rows([row.prompt for row in rows], self.pad_id)
-        completion_ids, completion_mask = pad_rows([ids for row in rows for ids in row.completions], self.pad_id)
         made = PreferenceBatch(
-            prompt_ids=prompt_ids,
-            prompt_mask=prompt_mask,
-            completion_ids=completion_ids,
-            completion_mask=completion_mask,
+            prompt_ids=pad([row.prompt for row in rows], self.pad_id),
+            prompt_mask=pad([[True] * len(row.prompt) for row in rows], False),
+            completion_ids=pad(completions, self.pad_id),
+            completion_mask=pad([[True] * len(ids) for ids in completions], False),
             prompt_index=torch.arange(len(rows)).repeat_interleave(counts),
             rank=torch.tensor([rank if batch.counts else -1 for row in rows for rank in row.ranks]),
             row=torch.tensor(

@@ -17,8 +17,7 @@ from datamodules.sources import Row, Source
 from datamodules.sources.files import looks_local, parse_record
 from datamodules.sources.held_out import parse_share
 from datamodules.sources.locations import explain_hub_error, file_format, find_files, split_hub_id
-from datamodules.tokens.chat import LossOn
-from datamodules.tokens.encoding import Tokens
+from datamodules.tokens.encoding import LossOn, Tokens
 from datamodules.tokens.packing import split_long
 from modules.trainer.ranks import from_all_ranks
 

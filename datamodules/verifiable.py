@@ -14,8 +14,7 @@ from datamodules.loaders.phase_loader import PhaseLoader, from_stream
 from datamodules.loaders.ptx import PtxStream
 from datamodules.loaders.step_sampler import MicroBatch
 from datamodules.sources import PreferencePrompts, Row, Source
-from datamodules.tokens.chat import encode_prompt
-from datamodules.tokens.encoding import Tokens
+from datamodules.tokens.encoding import Tokens, encode_prompt
 from modules.types import InstructionBatch, PromptBatch
 
 

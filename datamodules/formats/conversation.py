@@ -15,7 +15,7 @@ from datamodules.formats.reading import (
     unpack,
     without_nulls,
 )
-from datamodules.tokens.chat import Dialogue, Message, Tools
+from datamodules.tokens.encoding import Dialogue, Message, Tools
 
 FIELDS = {  # our name -> the names that data sets give it; nothing else may stand in a message but METADATA
     "role": ("role", "from"),

@@ -18,8 +18,7 @@ from datamodules.formats.conversation import (
 from datamodules.formats.prompt_shapes import as_letter
 from datamodules.formats.reading import Cells, Reading, references, texts_in, unpack
 from datamodules.sources.source import Row
-from datamodules.tokens.chat import Dialogue, LossOn, Message, Tools, encode_example
-from datamodules.tokens.encoding import Tokens, encode_document
+from datamodules.tokens.encoding import Dialogue, LossOn, Message, Tokens, Tools, encode_document, encode_example
 from modules.types import ALPACA_PROMPT, ALPACA_PROMPT_WITH_INPUT, KNOWLEDGE_CATEGORIES
 
 FORMATS: dict[str, tuple[tuple[str, ...], ...]] = {  # name -> our columns; the first whose columns are all there
@@ -126,7 +125,7 @@ def encode_instruction(
         chat: render text prompts with the chat template. None: instructions alone, if there is a template; else they
             get Alpaca's own prompt.
         system: system message in front of every chat that has none.
-        loss_on: what is learned, as in :func:`datamodules.tokens.chat.encode_example`; documents are always learned
+        loss_on: what is learned, as in :func:`datamodules.tokens.encoding.encode_example`; documents are always learned
             whole.
     """
     if example.whole:

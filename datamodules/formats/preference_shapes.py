@@ -30,7 +30,7 @@ from datamodules.formats.verdicts import (
     verdict_columns,
 )
 from datamodules.sources.source import Row
-from datamodules.tokens.chat import Dialogue, Message, Tools
+from datamodules.tokens.encoding import Dialogue, Message, Tools
 
 Answer = str | list[Message]  # text, or one assistant turn where it holds more than text
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"  # of Anthropic's transcripts

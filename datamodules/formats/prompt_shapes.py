@@ -9,7 +9,7 @@ from datamodules.formats.conversation import PROMPTS, add_context, read_options,
 from datamodules.formats.reading import Cells, Reading, as_number, is_empty, plain, references, unpack
 from datamodules.formats.table import normalize
 from datamodules.sources.source import Row
-from datamodules.tokens.chat import Dialogue, Tools
+from datamodules.tokens.encoding import Dialogue, Tools
 
 ANSWERS = ("answer", "completion", "label")  # our columns that may hold the right answer, in this order
 NO_GOLD = (

@@ -69,7 +69,9 @@ class Reading:
         """Gives the cells of the rows that may have one of some columns."""
         for row in rows:
             layout = self.lay_out(row.columns)
-            if any(name in layout.names or name in self.by_hand for name in ours) or (layout.options and "options" in ours):
+            if any(name in layout.names or name in self.by_hand for name in ours) or (
+                layout.options and "options" in ours
+            ):
                 yield Cells(row, self)
 
     def close(self, cells: "Cells", shape: str, chosen: bool = False) -> None:
@@ -194,7 +196,9 @@ class Cells:
             self.names["prompt"] = [layout.asked_by]
             others = [name for name in self.names.pop("history") if name != layout.asked_by]
             self.names |= {"history": others} if others else {}
-        options = {name[-1].upper(): as_text(self.values[name]) for name in layout.options if not is_empty(self.values[name])}
+        options = {
+            name[-1].upper(): as_text(self.values[name]) for name in layout.options if not is_empty(self.values[name])
+        }
         if options:
             self.add("options", ", ".join(layout.options), options)
         for name in layout.unknown:

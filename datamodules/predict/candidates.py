@@ -14,7 +14,7 @@ from datamodules.formats.prompt_shapes import right_answer, settle_choices
 from datamodules.formats.reading import Cells, Reading
 from datamodules.formats.verdicts import Ours
 from datamodules.sources import Row, Source
-from datamodules.tokens.chat import Dialogue
+from datamodules.tokens.encoding import Dialogue
 from modules.types import PromptBatch
 
 

@@ -15,7 +15,7 @@ from datamodules.formats.conversation import Asked, add_context, read_prompt
 from datamodules.formats.prompt_shapes import as_letter, settle_choices
 from datamodules.formats.reading import Cells, Reading, plain, references, unpack
 from datamodules.sources import Row, Source
-from datamodules.tokens.chat import encode_prompt
+from datamodules.tokens.encoding import encode_prompt
 from modules.trainer.seeds import run_seed
 from modules.types import PromptBatch
 

@@ -10,7 +10,7 @@ from datamodules.formats.instruction_shapes import FORMATS, encode_instruction, 
 from datamodules.formats.reading import Reading
 from datamodules.formats.table import check_mapping
 from datamodules.sources import Row
-from datamodules.tokens.chat import LossOn, Tokens
+from datamodules.tokens.encoding import LossOn, Tokens
 from modules.networks.tiny import BOS, CHAT_TEMPLATE, END_OF_TURN, EOS, tiny_tokenizer
 from modules.types import ALPACA_PROMPT, ALPACA_PROMPT_WITH_INPUT
 

@@ -14,7 +14,7 @@ from datamodules.formats.reading import Reading
 from datamodules.formats.table import check_mapping
 from datamodules.preference import PreferenceDataModule
 from datamodules.sources import Files, Row
-from datamodules.tokens.chat import encode_example
+from datamodules.tokens.encoding import encode_example
 from modules.networks.tiny import tiny_tokenizer
 
 DATA = Path(__file__).parents[2].parent / "shared" / "data"

@@ -1,0 +1,21 @@
+"""Tokens as one line of text, for error messages."""
+
+from collections.abc import Sequence
+from itertools import groupby
+
+from transformers import PreTrainedTokenizerBase
+
+PICTURE = 200  # characters of a token picture
+
+
+def token_picture(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], supervised: Sequence[bool]) -> str:
+    """The tokens as one line of text, supervised runs in [brackets]; the middle of a long one is left out."""
+    runs = groupby(zip(ids, supervised, strict=True), key=lambda token: token[1])
+    texts = [(str(tokenizer.decode([token for token, _ in run])), learned) for learned, run in runs]
+    return shorten("".join(f"[{text}]" if learned else text for text, learned in texts)) or "(no tokens)"
+
+
+def shorten(text: str) -> str:
+    """One line of at most PICTURE characters and a gap, for error messages."""
+    line = text.replace("\n", "\\n")
+    return line if len(line) <= PICTURE else f"{line[: PICTURE // 2]} ... {line[-PICTURE // 2 :]}"
