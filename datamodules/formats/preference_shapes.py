@@ -25,6 +25,7 @@ from datamodules.formats.verdicts import (
     check_labels,
     check_sources,
     named_answer,
+    read_label,
     read_verdicts,
     settle_scale,
     verdict_columns,
@@ -39,6 +40,7 @@ SHAPES = (  # our columns; the first whose columns are all there
     ("chosen", "rejected"),
     ("completions",),
     *((*TWO, verdict) for verdict in VERDICTS),
+    (*TWO, "first_score", "second_score"),
     TWO,  # without a verdict: only a judge has a use for them
     ("completion", "label"),
     ("messages", "label"),
@@ -170,7 +172,7 @@ def read_compared(cells: Cells, needs_verdict: bool, decided: bool = True) -> Co
         return Compared(_take_both(cells, TWO), ranks, said, strength)
     if shape == ("completions",):
         return _read_list(cells, needs_verdict, decided)
-    number = as_number(cells.take("label"))
+    number = read_label(cells.take("label"))
     if number not in (0, 1):
         name = cells.name("label")
         raise ValueError(
@@ -276,7 +278,10 @@ def _take_both(cells: Cells, names: tuple[str, ...]) -> dict[str, Any]:
     """Two answers by their names, empty or not."""
     for name in names:
         cells.take(name)
-    return {cells.name(name): cells.accept_empty(name) for name in names}
+    both = {cells.name(name): cells.accept_empty(name) for name in names}
+    if cells.holds("compared_turn") and (turn := as_number(cells.take("compared_turn"))):
+        return {name: value[: 2 * int(turn)] if isinstance(value, list) else value for name, value in both.items()}
+    return both
 
 
 def _with_several(both: dict[str, Any]) -> Compared:
@@ -294,6 +299,10 @@ def _with_several(both: dict[str, Any]) -> Compared:
 def _judge(cells: Cells, needs_verdict: bool, decided: bool) -> tuple[list[int] | None, float | None]:
     """Ranks and strength of two answers; None where nothing is said of them."""
     names = verdict_columns(cells)
+    if not names and cells.holds("first_score") and cells.holds("second_score"):
+        values = [cells.take("first_score"), cells.take("second_score")]
+        scores = _numbers(values, 2, "the scores of the answers", cells.origin)
+        return dense_ranks([-score for score in scores]), None
     if not decided:
         for name in names:
             cells.take(name)

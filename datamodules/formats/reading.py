@@ -12,6 +12,8 @@ from datamodules.formats.table import (
     COMPARED,
     MODULES,
     NAMED,
+    NESTED,
+    WRITTEN,
     Layout,
     Purpose,
     check_mapping,
@@ -68,7 +70,7 @@ class Reading:
     def rows_with(self, rows: Iterable["Row"], *ours: str) -> Iterator["Cells"]:
         """Gives the cells of the rows that may have one of some columns."""
         for row in rows:
-            layout = self.lay_out(row.columns)
+            layout = self.lay_out(with_nested(row.columns))
             if any(name in layout.names or name in self.by_hand for name in ours) or (
                 layout.options and "options" in ours
             ):
@@ -174,13 +176,11 @@ class Cells:
 
     def __init__(self, row: "Row", reading: Reading) -> None:
         self.row, self.origin, self.reading = row, row.origin, reading
-        self.values: dict[str, Any] = dict(row.columns)
+        self.values = with_nested(row.columns)
         self.used: dict[str, Any] = {}
         self.roles: dict[str, str] = {}
         self.missing: dict[str, str] = {}  # mapped names that this row lacks
         self.names: dict[str, list[str]] = {}  # our name -> the data's, those that hold something first
-        if isinstance(verl := row.columns.get("reward_model"), Mapping) and "ground_truth" in verl:
-            self.values["reward_model.ground_truth"] = verl["ground_truth"]
         layout = reading.lay_out(self.values)
         self.unread = dict(layout.left_out)
         for ours, theirs in reading.by_hand.items():
@@ -201,6 +201,9 @@ class Cells:
         }
         if options:
             self.add("options", ", ".join(layout.options), options)
+        for ours, names in self.names.items():
+            if ours in WRITTEN:
+                self.values |= {name: str(value) for name in names if _is_number(value := self.values[name])}
         for name in layout.unknown:
             if not is_empty(self.values[name]):
                 self.unread[name] = ""
@@ -317,6 +320,16 @@ class Cells:
         )
 
 
+def with_nested(columns: Mapping[str, Any]) -> dict[str, Any]:
+    """The columns of a row, with the parts of objects that ``NESTED`` makes columns."""
+    values = dict(columns)
+    for name, (key, others) in NESTED.items():
+        held = columns.get(name)
+        if isinstance(held, Mapping) and key in held and all(other in columns for other in others):
+            values[f"{name}.{key}"] = held[key]
+    return values
+
+
 def _at_path(record: Mapping[str, Any], name: str) -> list[Any]:
     """The value of a column in a list, or of a dotted path into columns that hold objects; an empty list when it is not
     there."""
@@ -324,6 +337,10 @@ def _at_path(record: Mapping[str, Any], name: str) -> list[Any]:
         return [record[name]]
     first, dot, rest = name.partition(".")
     return _at_path(record[first], rest) if dot and isinstance(record.get(first), Mapping) else []
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and value == value  # NaN is an empty cell
 
 
 def _is_prose(value: Any) -> bool:

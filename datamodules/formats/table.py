@@ -135,6 +135,9 @@ COLUMNS = (
     Column("annotator1", "", "which of two answers a person prefers; the majority counts", COMPARED, side=True),
     Column("annotator2", "", "the same of a second person", COMPARED, side=True),
     Column("annotator3", "", "the same of a third", COMPARED, side=True),
+    Column("first_score", "", "the score of the first of two answers, high = better", COMPARED, side=True),
+    Column("second_score", "", "the score of the second", COMPARED, side=True),
+    Column("compared_turn", "", "the number of the answer in a conversation that was compared", COMPARED, side=True),
     Column("margin", "", "how much better the chosen answer should score", COMPARED, side=True),
     Column("strength", "", "a label of how much better it is, which data.margins translates", COMPARED),
     Column("knowledge", "", "whether a model knows the answer, see data.unknown", ALL),
@@ -170,6 +173,21 @@ OPTIONS = (
         for marks in ("abcdefghij", "123456789")
     ),
 )
+TOGETHER = (  # names of a data set -> ours, where it has all of them; alone, they may mean something else
+    {"generations": "completions", "ratings": "scores"},  # distilabel
+    {"info.post": "prompt", "summaries": "completions", "choice": "preference"},  # TL;DR
+    {"question.full_text": "prompt", "score_0": "first_score", "score_1": "second_score"},  # WebGPT
+    {"conversation_a": "output_1", "conversation_b": "output_2", "turn": "compared_turn"},  # MT-Bench
+)
+NESTED = {  # columns that hold an object -> its key that is read as a column, where the row has the others too
+    "reward_model": ("ground_truth", ()),
+    "info": ("post", ("summaries", "choice")),
+    "question": ("full_text", ("score_0", "score_1")),
+}
+WRITTEN = frozenset(  # our columns in which a number is read as the text that CSV would hold
+    ["prompt", "instruction", "input", "context", "system", "completion", "reasoning", "answer", "text"]
+    + ["chosen", "rejected", "output_1", "output_2"]
+)
 NAMED = {column.name: column for column in COLUMNS}
 OURS = {name: column.name for column in COLUMNS for name in (column.name, *column.synonyms.split())}
 PAIRED = ("output_1", "output_2")
@@ -184,7 +202,7 @@ def normalize(name: str) -> str:
 def our_names(names: tuple[str, ...]) -> dict[str, str]:
     """Finds our name of each column that the table knows, in the order in which the table looks for them.
 
-    Two columns may be a pair of answers, see ``PAIRS``.
+    Two columns may be a pair of answers, see ``PAIRS``, and some mean something only beside others, see ``TOGETHER``.
 
     Example: ``("id", "question", "response_a", "response_b")`` gives ``prompt``, ``output_1``, ``output_2``.
     """
@@ -194,8 +212,14 @@ def our_names(names: tuple[str, ...]) -> dict[str, str]:
     known = {name: OURS[normalize(name)] for name in mine if OURS[normalize(name)] not in PAIRED}
     for first, second in PAIRS:
         if first in spelled and second in spelled:
-            return known | {spelled[first]: PAIRED[0], spelled[second]: PAIRED[1]}
-    return known
+            known |= {spelled[first]: PAIRED[0], spelled[second]: PAIRED[1]}
+            break
+    for pattern in TOGETHER:
+        if pattern.keys() <= spelled.keys():
+            known |= {spelled[name]: ours for name, ours in pattern.items()}
+    return {
+        name: ours for name, ours in known.items() if not any(f"{name}.{key}" in known for key, _ in NESTED.values())
+    }
 
 
 def option_columns(names: Iterable[str]) -> list[str]:
@@ -224,8 +248,6 @@ class Layout(NamedTuple):
 def lay_out(names: tuple[str, ...], by_hand: Mapping[str, str]) -> Layout:
     """Finds what columns with these ``names`` are, beside a mapping from our names to the data's."""
     known = our_names(names)
-    if "reward_model.ground_truth" in known:
-        known = {name: ours for name, ours in known.items() if name != "reward_model"}
     mapped = set(by_hand.values())
     ours_of: dict[str, list[str]] = {}
     left_out: dict[str, str] = {}

@@ -43,18 +43,6 @@ def token_entropies(logits: Tensor) -> Tensor:
     return -(probabilities * logprobs.masked_fill(probabilities == 0, 0.0)).sum(-1)
 
 
-def mean_logprobs(logits: Tensor) -> Tensor:
-    """Compute the mean log-probability over the whole vocabulary, which label smoothing raises.
-
-    logits: [N, T, V]. Returns [N, T] in nats, <= -log V, in float32 or wider.
-
-    >>> mean_logprobs(torch.tensor([[[1.0, -1.0]]]))
-    tensor([[-1.1269]])
-    """
-    logits = _at_least_float32(logits)
-    return logits.mean(-1) - logits.logsumexp(-1)
-
-
 def sequence_logprobs(logprobs: Tensor, mask: Tensor) -> Tensor:
     """Sum the log-probabilities of the kept tokens of each completion.
 

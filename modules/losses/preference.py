@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from modules.functional.logprobs import sequence_logprobs
+from modules.functional.masked import masked_sum
 from modules.functional.ranges import check_numbers
 from modules.types import PolicyBatch, PreferenceBatch, ScoredPair
 
@@ -83,9 +83,9 @@ class PreferenceObjective(ABC):
         if ref_logprobs is None:
             reference = torch.zeros(len(weights), device=weights.device)
         else:
-            reference = sequence_logprobs(ref_logprobs, weights)
+            reference = masked_sum(ref_logprobs, weights, dim=1)
         return Sequences(
-            sequence_logprobs(logprobs, weights), reference, mask.sum(1).float(), sequence_logprobs(logprobs, mask)
+            masked_sum(logprobs, weights, dim=1), reference, mask.sum(1).float(), masked_sum(logprobs, mask, dim=1)
         )
 
     def implicit_rewards(self, sequences: Sequences, beta: float) -> Tensor:

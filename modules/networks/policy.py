@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from modules.functional.logprobs import mean_logprobs, token_entropies, token_logprobs
+from modules.functional.logprobs import token_logprobs
 from modules.networks.loading import (
     check_packing,
     check_supported,
@@ -292,18 +292,23 @@ class Policy(nn.Module):
     def _score_chunk(
         self, hidden: Tensor, targets: Tensor, temperature: float, details: bool, means: bool, entropy: bool
     ) -> TokenScores:
-        logits = self.model.get_output_embeddings()(hidden)[None]  # [1, K, V]
-        scores = TokenScores(token_logprobs(logits, targets[None], temperature)[0])
+        """Return the scores of a chunk, all from one softmax over the vocabulary."""
+        logits = self.model.get_output_embeddings()(hidden)  # [K, V]
+        precise = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        scaled = precise / temperature
+        logprobs = scaled.log_softmax(-1)  # [K, V]
+        scores = TokenScores(logprobs.gather(-1, targets[:, None])[:, 0])
         if means:
-            scores = scores._replace(means=mean_logprobs(logits / temperature)[0])
+            scores = scores._replace(means=scaled.mean(-1) - scaled.logsumexp(-1))
         if details:
-            detached = logits.detach().float()
-            hits = (detached[0].argmax(-1) == targets).float()
-            scores = scores._replace(
-                entropies=token_entropies(detached / temperature)[0], hits=hits, mean_logits=detached[0].mean(-1)
-            )
-        if entropy:
-            scores = scores._replace(entropies=token_entropies(logits / temperature)[0])
+            seen = precise.detach()
+            scores = scores._replace(hits=(seen.argmax(-1) == targets).float(), mean_logits=seen.mean(-1))
+        if details or entropy:
+            whole = scaled.log_softmax(-1) if entropy else logprobs.detach()  # with a gradient of its own
+            probabilities = whole.exp()
+            # A token of probability 0 adds 0, but the product would be 0 * -inf.
+            entropies = -(probabilities * whole.masked_fill(probabilities == 0, 0.0)).sum(-1)
+            scores = scores._replace(entropies=entropies)
         return scores
 
     def _shares(self, batch: PolicyBatch | PreferenceBatch) -> bool:

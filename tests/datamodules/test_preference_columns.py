@@ -208,7 +208,7 @@ BROKEN: list[tuple[dict[str, Any], str]] = [
         r"there is no prompt, and chosen is not a transcript that starts with '\\n\\nHuman:'; name the column of the "
         r"prompt",
     ),
-    ({"prompt": 3, **PAIR}, "column 'prompt' holds a int, text or a list of messages was expected"),
+    ({"prompt": True, **PAIR}, "column 'prompt' holds a bool, text or a list of messages was expected"),
     ({"prompt": "x", "chosen": "a", "rejected": " \n"}, "rejected is empty$"),
     (
         {"prompt": "x", "chosen": True, "rejected": "b"},
