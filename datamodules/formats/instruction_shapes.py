@@ -117,7 +117,7 @@ def encode_instruction(
     system: str | None = None,
     loss_on: LossOn = "assistant",
 ) -> Tokens:
-    """Tokens of an example. Raises ValueError with its origin for rows that cannot be learned from.
+    """Encodes an example. Raises ValueError with its origin for rows that cannot be learned from.
 
     Args:
         tokenizer: of the model that learns.
@@ -139,7 +139,7 @@ def encode_instruction(
 
 
 def _find_answer_column(cells: Cells) -> str | None:
-    """Our name of the column that answers a conversation which ends in a question; None where there is none."""
+    """Finds our name of the column that answers a conversation with a question at its end; None without one."""
     answers = next((name for name in ("completion", "answer") if cells.holds(name)), None)
     turns = unpack(cells.values[cells.name("messages")]) if answers else None
     if not isinstance(turns, list) or not looks_like_messages(turns):

@@ -112,7 +112,7 @@ def settle_choices(rows: Iterable[Cells], reading: Reading, names: tuple[str, ..
 
 
 def right_answer(cells: Cells, names: tuple[str, ...] = ANSWERS) -> tuple[str | None, str | None]:
-    """The answer and the name of its column; None where no column of ``names`` holds one.
+    """Finds the answer and the name of its column; None where no column of ``names`` holds one.
 
     Raises ValueError for an object, and for a list of several answers.
     """
@@ -145,7 +145,7 @@ def right_answer(cells: Cells, names: tuple[str, ...] = ANSWERS) -> tuple[str | 
 
 
 def as_letter(cells: Cells, answer: Any) -> Any:
-    """The letter of an answer that is the number of an option, as :func:`settle_choices` found; any other as it is.
+    """Turns an answer that is the number of an option into its letter, as :func:`settle_choices` found.
 
     Raises ValueError where that has not been settled, as in a stream.
     """
@@ -163,7 +163,7 @@ def as_letter(cells: Cells, answer: Any) -> Any:
 
 
 def read_gold(answer: object) -> str | None:
-    """The final answer of a worked solution, ``#### 1,080`` (GSM8K) as ``1080``; anything else as text.
+    """Reads the final answer of a worked solution, ``#### 1,080`` (GSM8K) as ``1080``; any other as text.
 
     None for null, NaN and what is empty.
     """

@@ -118,7 +118,7 @@ class Reading:
                 )
 
     def has_read(self, ours: str) -> bool:
-        """Whether some row had such a column and it was read."""
+        """Tells whether such a column was read in some row."""
         return any(ours in roles for roles in self._became.values())
 
     def drop(self, reason: str, count: int) -> None:
@@ -209,19 +209,19 @@ class Cells:
                 self.unread[name] = ""
 
     def holds(self, ours: str) -> bool:
-        """Whether there is such a column and it is not empty."""
+        """Tells whether there is such a column and it is not empty."""
         return ours in self.names and not is_empty(self.values[self.names[ours][0]])
 
     def has(self, ours: str) -> bool:
-        """Whether there is such a column, empty or not."""
+        """Tells whether there is such a column, empty or not."""
         return ours in self.names
 
     def name(self, ours: str) -> str:
-        """The data's name of a column that is there."""
+        """Returns the data's name of a column that is there."""
         return self.names[ours][0]
 
     def take(self, ours: str, one_of_several: bool = False) -> Any:
-        """The value of a column, None where it is missing or empty; it counts as used.
+        """Takes the value of a column, None where it is missing or empty; the column counts as used.
 
         Raises ValueError where two columns mean the same and hold different things, unless one has our own name or
         ``one_of_several`` says that the first will do.
@@ -247,26 +247,26 @@ class Cells:
         return value
 
     def take_text(self, ours: str) -> str:
-        """The text in a column, "" where it is missing. Raises ValueError for anything else but an empty cell."""
+        """Takes the text in a column, "" where it is missing. Raises ValueError for a value that is no text."""
         value = self.take(ours)
         if value is not None and not isinstance(value, str):
             raise self.wrong_type(ours, value, "text")
         return value or ""
 
     def accept_empty(self, ours: str) -> Any:
-        """The value of a column that is there, empty or not; it counts as used."""
+        """Takes the value of a column that is there, empty or not; the column counts as used."""
         name = self.name(ours)
         self.used[name], self.roles[name] = self.values[name], ours
         return self.values[name]
 
     def find_shape(self, shapes: Sequence[tuple[str, ...]], has: Callable[[str], bool]) -> tuple[str, ...] | None:
-        """The first of some shapes whose columns the row ``has``; those with more columns mapped by hand come first."""
+        """Finds the first shape whose columns the row ``has``; shapes with more columns mapped by hand go first."""
         by_hand = set(self.reading.by_hand)
         ordered = sorted(shapes, key=lambda shape: -len(by_hand & set(shape)))
         return next((shape for shape in ordered if all(map(has, shape))), None)
 
     def wrong_type(self, ours: str, value: Any, expected: str) -> ValueError:
-        """The error for a column that holds something else than expected."""
+        """Makes the error for a column that holds something else than expected."""
         name = self.name(ours)
         keys = sorted(value, key=lambda key: not isinstance(value[key], str)) if isinstance(value, Mapping) else []
         way_out = f"; name one of its keys, such as --data.columns '{{{ours}: {name}.{keys[0]}}}'" if keys else ""
@@ -280,7 +280,7 @@ class Cells:
         self.names.setdefault(ours, []).insert(0, theirs)
 
     def left(self) -> list[tuple[str, str]]:
-        """Known columns that hold something and were not used: our name and the data's."""
+        """Lists known columns that hold something and were not used: our name and the data's."""
         return [
             (ours, theirs)
             for ours, names in self.names.items()
@@ -291,7 +291,7 @@ class Cells:
         ]
 
     def not_found(self, wanted: str, mapping: Mapping[str, str] | None = None) -> ValueError:
-        """The error for a row that has no shape of ours.
+        """Makes the error for a row that has no shape of ours.
 
         Args:
             wanted: what was looked for.
@@ -321,7 +321,7 @@ class Cells:
 
 
 def with_nested(columns: Mapping[str, Any]) -> dict[str, Any]:
-    """The columns of a row, with the parts of objects that ``NESTED`` makes columns."""
+    """Adds to the columns of a row the parts of objects that ``NESTED`` names."""
     values = dict(columns)
     for name, (key, others) in NESTED.items():
         held = columns.get(name)
@@ -344,12 +344,12 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_prose(value: Any) -> bool:
-    """Whether a cell is text that holds no list and no object."""
+    """Tells whether a cell is text that holds no list and no object."""
     return isinstance(value, str) and isinstance(unpack(value), str)
 
 
 def _is_neutral(ours: str, value: Any) -> bool:
-    """A weight of 1 is that of all rows."""
+    """Tells whether a column changes nothing, as a weight of 1."""
     return ours == "weight" and value in (1, 1.0, "1", "1.0")
 
 
@@ -365,14 +365,14 @@ def is_empty(value: Any) -> bool:
 
 
 def without_nulls(value: Any) -> Any:
-    """Drops the keys that hold null, since Parquet gives every object the keys of all the others."""
+    """Drops keys that hold null, since Parquet gives every object the keys of all others."""
     if isinstance(value, Mapping):
         return {str(key): without_nulls(part) for key, part in value.items() if part is not None}
     return [without_nulls(part) for part in value] if isinstance(value, list | tuple) else value
 
 
 def parse_json(text: str, where: str) -> Any:
-    """The JSON in a text. Raises ValueError that begins with ``where``."""
+    """Parses the JSON in a text. Raises ValueError that begins with ``where``."""
     try:
         return json.loads(text)
     except (json.JSONDecodeError, RecursionError) as error:
@@ -393,7 +393,7 @@ def unpack(value: Any) -> Any:
 
 
 def as_number(value: Any) -> float | None:
-    """A finite number from a number, a boolean (True = 1) or a text such as ``0.5`` or ``True``; None for the rest."""
+    """Reads a finite number from a number, a boolean (True = 1) or a text (``0.5``, ``True``); else None."""
     if isinstance(value, str):
         value = {"true": 1.0, "false": 0.0}.get(value.strip().lower(), value)
     try:
@@ -404,12 +404,12 @@ def as_number(value: Any) -> float | None:
 
 
 def as_text(value: Any) -> Any:
-    """A number as text, as CSV holds it; any other value as it is."""
+    """Turns a number into text, as CSV holds it; any other value stays."""
     return str(value) if isinstance(value, bool | int | float) and not is_empty(value) else value
 
 
 def texts_in(value: Any) -> list[str]:
-    """All texts inside a value."""
+    """Lists all texts inside a value."""
     if isinstance(value, str):
         return [value] if value.strip() else []
     parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
@@ -417,7 +417,7 @@ def texts_in(value: Any) -> list[str]:
 
 
 def references(value: Any) -> Any:
-    """The texts of SQuAD's ``{"text": [...], "answer_start": [...]}``; any other value as it is."""
+    """Takes the texts from SQuAD's ``{"text": [...], "answer_start": [...]}``; any other value stays."""
     held = unpack(value)
     return held["text"] if isinstance(held, Mapping) and set(held) == {"text", "answer_start"} else value
 

@@ -236,7 +236,7 @@ def option_columns(names: Iterable[str]) -> list[str]:
 
 
 class Layout(NamedTuple):
-    """What the columns of a row are, as far as their names alone tell."""
+    """What the columns of a row are, by their names alone."""
 
     names: dict[str, list[str]]  # our name -> the data's, in the order of the table; without what is mapped by hand
     options: list[str]  # columns that hold one option each
@@ -297,7 +297,7 @@ def check_mapping(columns: Mapping[str, str], purpose: Purpose) -> dict[str, str
 
 
 def suggest(names: Iterable[str]) -> str:
-    """Names, for an error about missing columns, those of ours that may be misspelt."""
+    """Suggests, for an error about missing columns, our names that the data may misspell."""
     near = {
         name: get_close_matches(normalize(name), OURS, n=1, cutoff=0.8) for name in names if normalize(name) not in OURS
     }

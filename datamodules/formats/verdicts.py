@@ -50,7 +50,7 @@ class Scale:
     largest: float = 1.0
 
     def read(self, value: Any) -> float | None:
-        """1 = the first answer is better, 2 = the second, between them graded, 1.5 = a tie; None = not to be read."""
+        """Reads a verdict: 1 = the first answer is better, 2 = the second, 1.5 = a tie; None = not to be read."""
         if is_empty(value):
             return 1.5
         if isinstance(value, str) and value.strip().lower() in WORDS:
@@ -73,7 +73,7 @@ class Scale:
 
 
 def settle_scale(name: str, values: Sequence[Any], first: Ours | None, origin: str) -> Scale:
-    """How a whole column of verdicts is read.
+    """Finds how a whole column of verdicts is read.
 
     Args:
         name: of the column.
@@ -170,14 +170,14 @@ def read_label(value: Any) -> float | None:
 
 
 def _unknown_words(values: Sequence[Any], known: Collection[str]) -> str:
-    """The texts of a column that stand in several rows and are neither numbers nor known: labels, and no slip of a row."""
+    """Finds texts that several rows hold and that are neither numbers nor known: labels, and no slip."""
     texts = Counter(value.strip().lower() for value in values if isinstance(value, str) and not is_empty(value))
     labels = [text for text, rows in texts.items() if rows > 1 and text not in known and as_number(text) is None]
     return " and ".join(repr(text) for text in labels[:3])
 
 
 def verdict_columns(cells: Cells) -> list[str]:
-    """Our names of the columns that judge the two answers of a row, those mapped by hand before others."""
+    """Finds our names of the columns that judge a row's two answers, those mapped by hand first."""
     by_hand = cells.reading.by_hand
     found = [name for name in sorted(VERDICTS, key=lambda name: name not in by_hand) if cells.has(name)]
     if found[:1] == ["annotator1"]:
@@ -186,7 +186,7 @@ def verdict_columns(cells: Cells) -> list[str]:
 
 
 def named_answer(cells: Cells, value: Any) -> float | None:
-    """1 or 2 of a verdict that is the name of the first or the second answer's column; None of any other."""
+    """Reads a verdict that names the column of the first (1) or the second answer (2); None for any other."""
     names = [normalize(cells.name(answer)) for answer in ("output_1", "output_2") if cells.has(answer)]
     return 1.0 + names.index(normalize(value)) if isinstance(value, str) and normalize(value) in names else None
 

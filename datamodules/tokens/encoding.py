@@ -1,4 +1,4 @@
-"""From texts and conversations to tokens: a row is rendered, tokenised once, and marked where it is learned."""
+"""Makes tokens of texts and conversations: renders a row, tokenises it once, and marks what is learned."""
 
 from bisect import bisect_right
 from collections.abc import Collection
@@ -10,6 +10,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from datamodules.tokens.picture import shorten, token_picture
+from datamodules.tokens.special import end_token_id, special_ids, special_tokens
 
 
 class Message(TypedDict):
@@ -60,12 +61,12 @@ def encode_example(
     tools: Tools | None = None,
     unlearned: Collection[int] = (),
 ) -> Tokens:
-    """Tokens of a supervised row; ``chat`` and ``system`` as in :func:`encode_prompt`.
+    """Encodes a supervised row; ``chat`` and ``system`` are those of :func:`encode_prompt`.
 
-    Text: the prompt, then the supervised completion and one supervised end token. A prompt that the chat template has
-    rendered already, as ``predict`` writes it, is read as it stands, and the end is that of a turn. Messages: assistant
-    turns are supervised up to and including their end-of-turn token; what stands behind the last of them is left out.
-    An end token written as text behind an answer is cut.
+    Of a text, the completion and one end token are supervised. A prompt that the chat template has rendered already,
+    as ``predict`` writes it, is read as it stands, and the end token is that of a turn. Of messages, assistant turns are
+    supervised with their end-of-turn token, and what follows the last of them is left out. An end token that is written
+    as text behind an answer is cut.
 
     Args:
         loss_on: ``assistant`` = every assistant turn of ``completion``; ``last`` = the last of these alone, so that
@@ -112,7 +113,7 @@ def encode_prompt(
     system: str | None = None,
     tools: Tools | None = None,
 ) -> tuple[str, list[int]]:
-    """The rendered prompt and its tokens, ready for the assistant to go on; a last assistant turn is gone on with.
+    """Renders a prompt and returns it with its tokens. The assistant goes on from there, also in a turn of its own.
 
     A text that the chat template has rendered already, as ``predict`` writes it, is read as it stands.
 
@@ -140,9 +141,7 @@ def encode_prompt(
 
 
 def encode_document(tokenizer: PreTrainedTokenizerBase, text: str, origin: str) -> Tokens:
-    """A plain text with the BOS that the tokenizer itself adds and exactly one end token; all but the first token
-    supervised.
-    """
+    """Encodes a plain text, with the tokenizer's BOS and one end token; all tokens but the first are supervised."""
     text = without_end(tokenizer, text)
     if not text.strip():
         raise ValueError(f"{origin}: the text is empty")
@@ -171,11 +170,11 @@ def encode_messages(
     turns: Collection[int],
     tools: Tools | None = None,
 ) -> Tokens:
-    """Tokens of a conversation up to the last of ``turns``, the numbers of the assistant messages that are supervised.
+    """Encodes a conversation up to the last of ``turns``, the numbers of the messages that are supervised.
 
-    The whole conversation is rendered and tokenised once, and the turns are found by their characters. What stands
-    before a turn has the tokens of the prompt that asks for it. Raises ValueError when the template rewrites earlier
-    turns, for then a sampled conversation would not be the one that was learned.
+    The whole conversation is rendered and tokenised once, and its turns are found by their characters. The text before
+    a turn has the tokens of the prompt that asks for the turn. Raises ValueError when the template rewrites earlier
+    turns: a sampled conversation would differ from the learned one.
     """
     messages = [
         _trim_answer(tokenizer, message, f"{origin}: {message['role']} message {index}")
@@ -202,8 +201,8 @@ def encode_messages(
 def encode_rendered(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str, origin: str) -> Tokens | None:
     """Encodes a prompt that the chat template has rendered already, and the assistant's text behind it.
 
-    The text is supervised with its end of turn. None where the prompt is plain text, since it does not end the way the
-    template opens an assistant turn behind a user message.
+    The text is supervised with its end of turn. Returns None for a plain prompt, which does not end as the template
+    opens an assistant turn.
     """
     if not is_rendered(tokenizer, prompt):
         return None
@@ -217,16 +216,16 @@ def encode_rendered(tokenizer: PreTrainedTokenizerBase, prompt: str, completion:
 
 
 def is_rendered(tokenizer: PreTrainedTokenizerBase, prompt: str) -> bool:
-    """Whether a text ends the way the chat template opens an assistant turn."""
+    """Tells whether a text ends as the chat template opens an assistant turn."""
     opening = _frame(tokenizer, str(tokenizer.chat_template))[0] if tokenizer.chat_template is not None else ""
     return bool(opening.strip()) and prompt.endswith(opening)
 
 
 @lru_cache(maxsize=8)
 def _frame(tokenizer: PreTrainedTokenizerBase, template: str) -> tuple[str, str]:
-    """What the template writes between a user's content and the assistant's, and behind the latter.
+    """Finds what the template writes between a user's content and the assistant's, and behind the assistant's.
 
-    Both are empty where it refuses a lone question.
+    Both are empty where the template refuses a lone question.
     """
     user, assistant = (Message(role=role, content=MARK) for role in ("user", "assistant"))
     try:
@@ -244,9 +243,9 @@ def render(
     tools: Tools | None = None,
     goes_on: bool = False,
 ) -> str:
-    """The conversation as text; ``open_turn`` ends it where the assistant is to go on, ``goes_on`` inside its last turn.
+    """Writes a conversation as text. ``open_turn`` opens an assistant turn; ``goes_on`` leaves the last turn open.
 
-    Reasoning is handed over under each name that templates have for it. Raises ValueError with ``origin``.
+    The template gets reasoning under each of its usual names. Raises ValueError with ``origin``.
     """
     if tokenizer.chat_template is None:
         advice = "use text prompts, or put a chat_template.jinja into the model's folder"
@@ -277,8 +276,8 @@ def check_written(
 ) -> None:
     """Refuses a chat template that leaves out the tools, or a name, a tool call or the reasoning of a turn.
 
-    Raises ValueError with ``origin``. Templates may drop the reasoning of earlier turns, so that each turn is looked at as the last one. A tool's name
-    and the ids of calls only link turns.
+    Raises ValueError with ``origin``. Templates may drop the reasoning of earlier turns, so each turn is rendered as the
+    last one. A tool's name and the ids of calls are not checked, since they only link turns.
     """
     if tools and render(tokenizer, messages, origin, False, tools) == render(tokenizer, messages, origin, False):
         raise ValueError(
@@ -291,9 +290,9 @@ def check_written(
             so_far = messages[: index + 1]
             bare: Any = {key: part for key, part in message.items() if key != field}
             if field == "tool_calls" and not message["content"].strip():
-                bare["content"] = "\N{SNOWMAN}"  # some templates refuse a turn that says nothing
+                bare["content"] = MARK  # some templates refuse a turn that says nothing
             said = render(tokenizer, so_far, origin, False, tools)
-            if said == render(tokenizer, [*messages[:index], bare], origin, False, tools).replace("\N{SNOWMAN}", ""):
+            if said == render(tokenizer, [*messages[:index], bare], origin, False, tools).replace(MARK, ""):
                 what = {"reasoning_content": "reasoning", "tool_calls": "tool call"}.get(field, field)
                 raise ValueError(
                     f"{origin}: {message['role']} message {index}: the chat template changes its {what}; use a template "
@@ -302,7 +301,7 @@ def check_written(
 
 
 def _trim_answer(tokenizer: PreTrainedTokenizerBase, message: Message, where: str) -> Message:
-    """An assistant turn without an end token in its text. ValueError for an empty turn."""
+    """Cuts an end token from the text of an assistant turn. Raises ValueError for an empty turn."""
     if message["role"] == "assistant":
         content = without_end(tokenizer, message["content"])
         if content.rstrip().endswith(special_tokens(tokenizer)):
@@ -316,9 +315,9 @@ def _trim_answer(tokenizer: PreTrainedTokenizerBase, message: Message, where: st
 def _find_turns(
     tokenizer: PreTrainedTokenizerBase, messages: list[Message], origin: str, turns: list[int], tools: Tools | None
 ) -> tuple[str, list[Turn]]:
-    """The conversation up to the last of the ``turns`` as text, and where each of them stands in it.
+    """Renders a conversation up to the last of ``turns``, and finds where each of them stands in the text.
 
-    Raises ValueError where a turn stands in it otherwise than behind its own prompt and as it was when it was the last.
+    Raises ValueError for a turn that does not follow its own prompt, or that changes when other turns follow.
     """
     whole, spans = render(tokenizer, messages[: turns[-1] + 1], origin, False, tools), []
     for place, turn in enumerate(turns):
@@ -350,9 +349,10 @@ def _find_answer_end(
     origin: str,
     tools: Tools | None,
 ) -> int:
-    """Where the answer of the last message ends in the text ``closed``, which goes on from its prompt ``opened``.
+    """Finds where the last message's answer ends in the text ``closed``, which begins with its prompt ``opened``.
 
-    An answer ends where one more letter would stand; behind tool calls, the last special token belongs to the template.
+    An answer that the template does not write as it is ends where one more letter would stand. After tool calls, the
+    last special token is the template's.
     """
     message, start = messages[-1], len(opened)
     if not message.get("tool_calls") and message["content"].strip() and closed.startswith(message["content"], start):
@@ -378,7 +378,7 @@ def _find_answer_end(
 
 
 def _count_shared(first: str, second: str) -> int:
-    """The number of characters that two texts begin with alike."""
+    """Counts the characters that two texts share at their beginning."""
     low, high = 0, min(len(first), len(second))
     while low < high:
         middle = (low + high + 1) // 2
@@ -390,7 +390,7 @@ def _count_shared(first: str, second: str) -> int:
 
 
 def _learned_ids(whole: "TokenisedText", start: int, end: int, tail: int) -> tuple[list[int], int]:
-    """The learned ids of a turn, its end-of-turn token included, and the place behind them.
+    """Returns the learned ids of a turn, with its end-of-turn token, and the place behind them.
 
     An end token is added where the template writes none before ``tail``.
     """
@@ -401,10 +401,11 @@ def _learned_ids(whole: "TokenisedText", start: int, end: int, tail: int) -> tup
 
 
 def _check_learnable(tokenizer: PreTrainedTokenizerBase, tokens: Tokens, origin: str) -> Tokens:
-    """Raises ValueError when nothing is learned, or the first token, or when the row begins with two BOS tokens."""
+    """Refuses a row in which nothing is learned, or the first token, or which begins with two BOS tokens."""
     if not any(tokens.supervised):
         raise ValueError(
-            f"{origin}: no supervised token; the row has no assistant turn to learn: {token_picture(tokenizer, tokens.ids, tokens.supervised)}"
+            f"{origin}: no supervised token; the row has no assistant turn to learn: "
+            f"{token_picture(tokenizer, tokens.ids, tokens.supervised)}"
         )
     if tokenizer.bos_token_id is not None and tokens.ids[:2] == [tokenizer.bos_token_id] * 2:
         picture = token_picture(tokenizer, tokens.ids, tokens.supervised)
@@ -421,9 +422,7 @@ def _check_learnable(tokenizer: PreTrainedTokenizerBase, tokens: Tokens, origin:
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str, origin: str) -> Tokens:
-    """Prompt tokens with the BOS that the tokenizer itself adds; completion tokens and exactly one end token,
-    supervised.
-    """
+    """Encodes a prompt, with the tokenizer's BOS, and a completion and one end token, which are supervised."""
     completion = without_end(tokenizer, completion)
     if not completion.strip():
         raise ValueError(f"{origin}: the completion is empty")
@@ -456,7 +455,7 @@ class TokenisedText:
         self.ids: list[int] = self._encoding.ids
 
     def part(self, start: int, end: int) -> list[int]:
-        """The tokens of ``text[start:end]``."""
+        """Returns the tokens of ``text[start:end]``."""
         first = clean = self._token_at(start)
         while clean < len(self.ids) and self._start(clean) < start:
             clean += 1
@@ -471,19 +470,19 @@ class TokenisedText:
         return ids
 
     def prompt(self, start: int, end: int) -> list[int]:
-        """The tokens of ``text[start:end]`` as they are where the text ends at ``end``: those that a prompt ends in."""
+        """Returns the tokens that ``text[start:end]`` has in a text that ends at ``end``, as a prompt does."""
         inside = range(self._token_at(end) - 1, -1, -1)
         anchor = next(
             (self._encoding.token_to_chars(index)[0] for index in inside if self.ids[index] in self.special), 0
         )
-        # texts before and behind a special token do not touch each other
+        # No token reaches over a special one.
         tail = _tokenise_tail(self.tokenizer, self.text[anchor:end], self.special, len(self.tokenizer))
         if start <= anchor:
             return self.part(start, anchor) + tail.ids
         return tail.part(start - anchor, end - anchor)
 
     def first_special(self, start: int, end: int) -> int | None:
-        """Where the first special token of ``text[start:end]`` ends; None when there is none."""
+        """Finds where the first special token of ``text[start:end]`` ends; None without one."""
         for index in range(self._token_at(start), len(self.ids)):
             if self._end(index) > end:
                 return None
@@ -492,21 +491,21 @@ class TokenisedText:
         return None
 
     def _token_at(self, place: int) -> int:
-        """The first token with a character at ``place`` or behind it."""
+        """Finds the first token with a character at ``place`` or behind it."""
         index = bisect_right(range(len(self.ids)), place, key=self._end)
         while index > 0 and self._end(index - 1) == place and self._start(index - 1) >= place:
             index -= 1  # a token without characters
         return index
 
     def _start(self, index: int) -> int:
-        """Where a token begins, with the space in front that some tokenizers leave out of its characters."""
+        """Finds where a token begins, with a space in front that some tokenizers do not count."""
         start = int(self._encoding.token_to_chars(index)[0])
         if self.ids[index] in self.special:
             return start
         return min(start, self._end(index - 1)) if index else 0
 
     def _end(self, index: int) -> int:
-        """Where a token ends."""
+        """Finds where a token ends."""
         return int(self._encoding.token_to_chars(index)[1])
 
 
@@ -514,7 +513,7 @@ class TokenisedText:
 def _tokenise_tail(
     tokenizer: PreTrainedTokenizerBase, text: str, special: frozenset[int], num_tokens: int
 ) -> TokenisedText:
-    """Tokenises the end of a prompt, which is the same in most conversations; ``num_tokens`` are the tokenizer's."""
+    """Tokenises the end of a prompt, which most conversations share. ``num_tokens`` tells a changed tokenizer."""
     return TokenisedText(tokenizer, text, special)
 
 
@@ -539,22 +538,8 @@ def tokenise(tokenizer: PreTrainedTokenizerBase, text: str, with_special: bool =
     return backend.encode(text, add_special_tokens=with_special)
 
 
-def special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
-    """The texts of the special tokens, those included that are only marked so among the added ones."""
-    marked = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    return tuple(dict.fromkeys([*tokenizer.all_special_tokens, *marked]))
-
-
-def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """The ids of the special tokens."""
-    marked = [number for number, token in tokenizer.added_tokens_decoder.items() if token.special]
-    return frozenset([*tokenizer.all_special_ids, *marked])
-
-
 def continuation_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """The tokens of a piece of text that goes on behind another: without the space that some tokenizers put before a
-    text.
-    """
+    """Returns the tokens of a text that continues another, without the space that some tokenizers put in front."""
     for before in IN_FRONT:
         whole = tokenise(tokenizer, before + text)
         place = next((i for i, (_, end) in enumerate(whole.offsets) if end > len(before)), None)
@@ -564,16 +549,16 @@ def continuation_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """The tokens of a piece of text, nothing added; silent about its length, since long rows are counted later."""
+    """Returns the tokens of a text, nothing added. It warns of no length, since long rows are counted later."""
     if not tokenizer.is_fast:
         return list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
     return list(tokenise(tokenizer, text).ids)
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    """The tokens of a text with the BOS that the tokenizer itself adds, and without an end token.
+    """Returns the tokens of a text with the tokenizer's BOS, and without an end token.
 
-    There is one BOS even if the text brings its own.
+    There is one BOS even if the text has its own.
     """
     if tokenizer.is_fast:
         ids = list(tokenise(tokenizer, prompt, with_special=True).ids)
@@ -588,15 +573,8 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     return ids
 
 
-def end_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The end token of the tokenizer. Raises ValueError when there is none."""
-    if tokenizer.eos_token_id is None:
-        raise ValueError("the tokenizer has no end token (eos_token), so a model could never learn to stop; set one")
-    return int(tokenizer.eos_token_id)
-
-
 def without_end(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
-    """The text without the end tokens that are written out behind it."""
+    """Cuts the end tokens that are written behind a text."""
     for end in (tokenizer.eos_token, END_OF_TEXT):
         if end is not None and text.rstrip().endswith(str(end)):
             return without_end(tokenizer, text.rstrip().removesuffix(str(end)))

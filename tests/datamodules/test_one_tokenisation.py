@@ -17,8 +17,8 @@ from datamodules.tokens.encoding import (
     encode_prompt,
     encode_rendered,
     render,
-    special_ids,
 )
+from datamodules.tokens.special import special_ids
 
 TEXTS = [
     "the cat sat on the mat",
