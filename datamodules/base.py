@@ -3,8 +3,11 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, Protocol, TypeVar, runtime_checkable
 
+import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -40,11 +43,11 @@ class StepLoader(DataLoader[Any]):
     """
 
     def state_dict(self) -> dict[str, Any]:
-        """Empty."""
+        """Returns nothing: the DataModule keeps the state."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing to do."""
+        """Does nothing."""
 
 
 class RowsDataModule(LightningDataModule):
@@ -185,7 +188,7 @@ class RowsDataModule(LightningDataModule):
         return kept
 
     def read(self, source: str | Source) -> list[Row]:
-        """The rows of a source."""
+        """Reads the rows of a source."""
         return read_rows(source)
 
     def settle(self, rows: Sequence[Row], stage: str) -> None:
@@ -237,7 +240,7 @@ class RowsDataModule(LightningDataModule):
 
 
 def load_tokenizer(tokenizer: PreTrainedTokenizerBase | str | None) -> PreTrainedTokenizerBase:
-    """The tokenizer, or that of a path or hub id; None stays for :meth:`RowsDataModule.take_tokenizer`."""
+    """Loads the tokenizer of a path or hub id; None stays for :meth:`RowsDataModule.take_tokenizer`."""
     if not isinstance(tokenizer, str):
         return tokenizer  # type: ignore[return-value]
     return AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)  # type: ignore[no-any-return]
@@ -283,7 +286,7 @@ class AlignDataModule(RowsDataModule):
         self._resume: dict[str, int] | None = None
 
     def prepare(self, stage: str) -> None:
-        """The beginning of ``setup``: the tokenizer, and the rows to hold out where ``val`` is a share.
+        """Begins ``setup``: takes the tokenizer, and holds rows out where ``val`` is a share.
 
         Raises ValueError for a stage that only reads held-out rows when there are none.
         """
@@ -353,12 +356,12 @@ class AlignDataModule(RowsDataModule):
     def held_out_loader(
         self, dataset: Dataset[Any], lengths: Sequence[int], weights: Sequence[int], batch_size: int
     ) -> DataLoader[MicroBatch]:
-        """Rows in their order, a fixed set of micro-batches; the denominator is that of one micro-batch on all ranks."""
+        """Gives rows in their order. A denominator counts one micro-batch over all ranks."""
         sampler = StepSampler(lengths, weights, batch_size, num_replicas=self.world_size, rank=self.rank, shuffle=False)
         return DataLoader(dataset, sampler=sampler, batch_size=None)
 
     def state_dict(self) -> dict[str, Any]:
-        """Epoch, micro-batches trained on in it, and micro-batches of a whole epoch: three ints.
+        """Returns three ints: the epoch, its micro-batches that were trained on, and those of a whole epoch.
 
         The Trainer's own counter can restart at 0 inside an epoch on a second resume, so the sampler counts; the
         Trainer only tells whether a batch is in flight.
@@ -388,8 +391,13 @@ class AlignDataModule(RowsDataModule):
         self._sampler.start_at(resume["epoch"], resume["position"])
 
     def forget_position(self) -> None:
-        """For ``setup``: a new run starts at the beginning unless a checkpoint is loaded after it."""
+        """Makes a run start at the beginning, unless a checkpoint is loaded afterwards."""
         self._sampler, self._resume = None, None
+
+
+def pad(rows: Sequence[Sequence[int]], fill: int) -> Tensor:
+    """Pads rows of integers, or of truth values, on the right with ``fill`` to [N, T]; no row may be empty."""
+    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=fill)
 
 
 def _as_is(batch: Any) -> Any:

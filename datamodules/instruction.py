@@ -9,7 +9,7 @@ from lightning.pytorch.utilities.types import EVAL_DATALOADERS
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
-from datamodules.base import AlignDataModule
+from datamodules.base import AlignDataModule, pad
 from datamodules.formats.instruction_shapes import (
     InstructionExample,
     check_format,
@@ -19,10 +19,8 @@ from datamodules.formats.instruction_shapes import (
 from datamodules.formats.prompt_shapes import settle_choices
 from datamodules.loaders.step_sampler import MicroBatch
 from datamodules.sources import Row, Source
-from datamodules.tokens.chat import LossOn, Message
-from datamodules.tokens.encoding import Tokens
+from datamodules.tokens.encoding import LossOn, Message, Tokens
 from datamodules.tokens.packing import pack
-from modules.functional.masked import pad_rows
 from modules.types import InstructionBatch
 
 IDK = "I don't know."
@@ -126,30 +124,30 @@ class InstructionDataModule(AlignDataModule):
             self.domains = {name: self.load(source, "val", name) for name, source in sets.items()}
 
     def train_dataloader(self) -> DataLoader[MicroBatch]:
-        """Shuffled by (seed, epoch)."""
+        """Gives the training rows, shuffled by (seed, epoch)."""
         return self.step_loader(self.make_dataset(self.train_rows), *sizes(self.train_rows), self.batch_size)
 
     def val_dataloader(self) -> EVAL_DATALOADERS:
-        """Held-out rows in order; none without ``val``."""
+        """Gives the held-out rows in order; none without ``val``."""
         rows = self.val_rows
         return self.held_out_loader(self.make_dataset(rows), *sizes(rows), self.batch_size) if rows else []
 
     def test_dataloader(self) -> EVAL_DATALOADERS:
-        """The held-out rows."""
+        """Gives the held-out rows."""
         return self.val_dataloader()
 
     def domain_loader(self, name: str) -> DataLoader[MicroBatch]:
-        """This rank's share of one domain's rows, in order; as many batches on every rank."""
+        """Gives this rank's share of one domain's rows, in order, in as many batches on every rank."""
         rows = self.domains[name]
         return self.held_out_loader(self.make_dataset(rows), *sizes(rows), self.batch_size)
 
     def load_training(self) -> list[Tokens]:
-        """The training rows, packed if asked."""
+        """Reads the training rows, and packs them if asked."""
         rows = self.load(self.train, "train", "train")
         return pack(rows, self.max_length) if self.packing else rows
 
     def load(self, source: str | Source, stage: Literal["train", "val"], name: str) -> list[Tokens]:
-        """Tokens of all rows of a source."""
+        """Encodes all rows of a source."""
 
         def encode(row: Row) -> Tokens | None:
             return self.encode(row, self.unknown if stage == "train" else "keep")
@@ -166,7 +164,7 @@ class InstructionDataModule(AlignDataModule):
         return rows
 
     def encode(self, row: Row, unknown: str = "keep") -> Tokens | None:
-        """Tokens of one raw row; None = left out as not known. Raises ValueError with the row's origin."""
+        """Encodes one raw row; None = left out as not known. Raises ValueError with the row's origin."""
         chat = self.is_chat(row)
         example = instruction_example(row, self.reading, self.format, chat, known=unknown != "keep")
         self.say_chat(row, isinstance(example.prompt, str) and not example.whole)
@@ -183,11 +181,11 @@ class InstructionDataModule(AlignDataModule):
         return encode_instruction(self.tokenizer, example, chat, self.system, self.loss_on)
 
     def settle(self, rows: Sequence[Row], stage: str) -> None:
-        """How numbers beside options are read."""
-        settle_choices(rows, self.reading, ("completion", "answer"))
+        """Settles how numbers beside options are read."""
+        settle_choices(self.reading.rows_with(rows, "options"), self.reading, ("completion", "answer"))
 
     def make_dataset(self, rows: list[Tokens]) -> "InstructionDataset":
-        """The rows, to be indexed by the micro-batches of a plan."""
+        """Makes a data set that the micro-batches of a plan index."""
         pad = self.tokenizer.pad_token_id
         return InstructionDataset(rows, self.tokenizer.eos_token_id if pad is None else pad)
 
@@ -208,24 +206,22 @@ class InstructionDataset(Dataset[InstructionBatch]):
 
     def __getitem__(self, batch: MicroBatch) -> InstructionBatch:
         rows = [self.rows[index] for index in batch.indices]
-        ids, attention_mask = pad_rows([row.ids for row in rows], self.pad_id)
-        loss_mask, _ = pad_rows([row.supervised for row in rows], False)
         padded = InstructionBatch(
-            input_ids=ids,
-            attention_mask=attention_mask,
-            loss_mask=loss_mask.bool() & batch.counts,
+            input_ids=pad([row.ids for row in rows], self.pad_id),
+            attention_mask=pad([[True] * len(row.ids) for row in rows], False),
+            loss_mask=pad([row.supervised for row in rows], False) & batch.counts,
             denominator=torch.tensor(float(batch.denominator)),
         )
         if any(row.documents for row in rows):
             positions = [
                 [place for length in row.documents or [len(row.ids)] for place in range(length)] for row in rows
             ]
-            padded["position_ids"], _ = pad_rows(positions, 0)
+            padded["position_ids"] = pad(positions, 0)
         return padded
 
 
 def disown(example: InstructionExample) -> InstructionExample:
-    """The example with its last answer replaced. ValueError for a text, in which nothing is asked."""
+    """Replaces the last answer of an example. Raises ValueError for a text, which asks nothing."""
     if example.whole:
         raise ValueError(f"{example.origin}: unknown: idk needs a question and its answer, and the row is a plain text")
     if isinstance(example.completion, str):
@@ -234,5 +230,5 @@ def disown(example: InstructionExample) -> InstructionExample:
 
 
 def sizes(rows: list[Tokens]) -> tuple[list[int], list[int]]:
-    """Tokens and supervised tokens of each row."""
+    """Counts the tokens and the supervised tokens of each row."""
     return [len(row.ids) for row in rows], [sum(row.supervised) for row in rows]

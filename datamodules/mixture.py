@@ -18,8 +18,7 @@ from datamodules.loaders.mixture_streams import DecayPhase, Stream, check_stream
 from datamodules.loaders.step_sampler import MicroBatch, StepSampler
 from datamodules.pretraining import load_documents
 from datamodules.sources import Source
-from datamodules.tokens.chat import LossOn
-from datamodules.tokens.encoding import Tokens
+from datamodules.tokens.encoding import LossOn, Tokens
 
 
 class MixtureSampler(StepSampler):
@@ -127,7 +126,7 @@ class MixtureDataModule(InstructionDataModule):
         self._shares: list[tuple[float, float]] = []  # of each stream before and after the switch
 
     def load_training(self) -> list[Tokens]:
-        """The rows of all streams, one stream behind the other."""
+        """Reads the rows of all streams, one stream after the other."""
         rows: list[Tokens] = []
         for name, stream in self.streams.items():
             start = len(rows)
@@ -151,7 +150,7 @@ class MixtureDataModule(InstructionDataModule):
         return load_documents(seen, source, stage, name)
 
     def probabilities(self, step: int) -> dict[str, float]:
-        """With which probability a row of the optimiser step ``step`` is drawn from each stream."""
+        """Computes the probability of each stream to give a row of the optimiser step ``step``."""
         way = 0.0 if self.decay is None else self.decay.progress(step)
         drawn = [
             ((1 - way) * before + way * after) / size
@@ -184,7 +183,7 @@ class MixtureDataModule(InstructionDataModule):
         return self.step_loader(self.make_dataset(self.train_rows), *sizes(self.train_rows), self.batch_size, sampler)
 
     def state_dict(self) -> dict[str, Any]:
-        """The place in the epoch, and how the steps were cut."""
+        """Returns the place in the epoch, and how the steps were cut."""
         state = super().state_dict()
         return state | self._cut() if state else state
 
@@ -232,7 +231,7 @@ class MixtureDataModule(InstructionDataModule):
 
 
 def shuffled_passes(rows: Sequence[int], seed: str) -> Iterator[int]:
-    """The rows in one permutation after another, each by ``seed`` and the number of the pass."""
+    """Gives the rows in one permutation after another, drawn by ``seed`` and the number of the pass."""
     for number in count():
         order = list(rows)
         random.Random(f"{seed} {number}").shuffle(order)

@@ -12,13 +12,12 @@ from lightning.pytorch.utilities.types import EVAL_DATALOADERS
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
-from datamodules.base import AlignDataModule
+from datamodules.base import AlignDataModule, pad
 from datamodules.formats.preference_shapes import PreferenceExample, preference_example, settle_verdicts
 from datamodules.formats.verdicts import Ours
 from datamodules.loaders.step_sampler import MicroBatch
 from datamodules.sources import Row, Source
-from datamodules.tokens.chat import encode_example
-from modules.functional.masked import pad_rows
+from datamodules.tokens.encoding import encode_example
 from modules.types import PreferenceBatch
 
 Stage = Literal["train", "val", "calibration"]
@@ -43,7 +42,7 @@ class PreferenceTokens:
 
     @property
     def num_tokens(self) -> int:
-        """Of the prompt, once, and all completions."""
+        """Tokens of the prompt, once, and of all completions."""
         return len(self.prompt) + sum(len(ids) for ids in self.completions)
 
     @property
@@ -145,15 +144,15 @@ class PreferenceDataModule(AlignDataModule):
             self.calibration_rows = self._load_calibration(self.calibration)
 
     def train_dataloader(self) -> DataLoader[MicroBatch]:
-        """Shuffled by (seed, epoch)."""
+        """Gives the training examples, shuffled by (seed, epoch)."""
         return self.step_loader(self.make_dataset(self.train_rows), *_sizes(self.train_rows), self.batch_size)
 
     def val_dataloader(self) -> EVAL_DATALOADERS:
-        """Held-out examples in order; none without ``val``."""
+        """Gives the held-out examples in order; none without ``val``."""
         return self.in_order("val") if self.val_rows else []
 
     def test_dataloader(self) -> EVAL_DATALOADERS:
-        """The held-out examples."""
+        """Gives the held-out examples."""
         return self.val_dataloader()
 
     def in_order(self, stage: Stage) -> DataLoader[MicroBatch]:
@@ -169,7 +168,7 @@ class PreferenceDataModule(AlignDataModule):
         return self.held_out_loader(self.make_dataset(rows), *_sizes(rows), self.batch_size)
 
     def encode(self, row: Row) -> PreferenceTokens | None:
-        """Tokens of one raw row; None = a tie. Raises ValueError with the row's origin."""
+        """Encodes one raw row; None = a tie. Raises ValueError with the row's origin."""
         has_template, chat = self.tokenizer.chat_template is not None, self.is_chat(row)
         example = preference_example(row, self.reading, has_template, self.margins, chat)
         if example is None:
@@ -178,7 +177,7 @@ class PreferenceDataModule(AlignDataModule):
         return self._tokens(example, chat)
 
     def settle(self, rows: Sequence[Row], stage: str) -> None:
-        """How columns of verdicts and labels are read."""
+        """Settles how columns of verdicts and labels are read."""
         if stage != "calibration":
             settle_verdicts(rows, self.reading, self.first_is_better)
 
@@ -284,7 +283,7 @@ class PreferenceDataModule(AlignDataModule):
         return f"the longer answer chosen in {longer:.1%} of pairs"
 
     def make_dataset(self, rows: list[PreferenceTokens]) -> "PreferenceDataset":
-        """The examples, to be indexed by the micro-batches of a plan."""
+        """Makes a data set that the micro-batches of a plan index."""
         pad = self.tokenizer.pad_token_id
         return PreferenceDataset(rows, self.tokenizer.eos_token_id if pad is None else pad)
 
@@ -310,14 +309,13 @@ class PreferenceDataset(Dataset[PreferenceBatch]):
 
     def __getitem__(self, batch: MicroBatch) -> PreferenceBatch:
         rows = [self.rows[index] for index in batch.indices]
+        completions = [ids for row in rows for ids in row.completions]
         counts = torch.tensor([len(row.completions) for row in rows])
-        prompt_ids, prompt_mask = pad_rows([row.prompt for row in rows], self.pad_id)
-        completion_ids, completion_mask = pad_rows([ids for row in rows for ids in row.completions], self.pad_id)
         made = PreferenceBatch(
-            prompt_ids=prompt_ids,
-            prompt_mask=prompt_mask,
-            completion_ids=completion_ids,
-            completion_mask=completion_mask,
+            prompt_ids=pad([row.prompt for row in rows], self.pad_id),
+            prompt_mask=pad([[True] * len(row.prompt) for row in rows], False),
+            completion_ids=pad(completions, self.pad_id),
+            completion_mask=pad([[True] * len(ids) for ids in completions], False),
             prompt_index=torch.arange(len(rows)).repeat_interleave(counts),
             rank=torch.tensor([rank if batch.counts else -1 for row in rows for rank in row.ranks]),
             row=torch.tensor(
@@ -331,11 +329,11 @@ class PreferenceDataset(Dataset[PreferenceBatch]):
 
 
 def chosen_longer_by(row: PreferenceTokens) -> int:
-    """Tokens by which the better of two completions is longer."""
+    """Counts the tokens by which the better of two completions is longer."""
     first, second = (len(ids) for ids in row.completions)
     return first - second if row.ranks[0] < row.ranks[1] else second - first
 
 
 def _sizes(rows: list[PreferenceTokens]) -> tuple[list[int], list[int]]:
-    """Tokens of each example, and 1 for each, so that the denominator is a number of examples."""
+    """Returns the tokens of each example, and 1 for each, so that the denominator counts examples."""
     return [row.num_tokens for row in rows], [1] * len(rows)

@@ -53,11 +53,11 @@ class PretrainingDataModule(InstructionDataModule):
         )
 
     def load(self, source: str | Source, stage: Literal["train", "val"], name: str) -> list[Tokens]:
-        """Packed rows of a source."""
+        """Reads and packs the rows of a source."""
         return load_documents(self, source, stage, name, whole=True)
 
     def load_training(self) -> list[Tokens]:
-        """The training rows."""
+        """Reads and packs the training rows."""
         return self.load(self.train, "train", "train")
 
 

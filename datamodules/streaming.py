@@ -17,8 +17,7 @@ from datamodules.sources import Row, Source
 from datamodules.sources.files import looks_local, parse_record
 from datamodules.sources.held_out import parse_share
 from datamodules.sources.locations import explain_hub_error, file_format, find_files, split_hub_id
-from datamodules.tokens.chat import LossOn
-from datamodules.tokens.encoding import Tokens
+from datamodules.tokens.encoding import LossOn, Tokens
 from datamodules.tokens.packing import split_long
 from modules.trainer.ranks import from_all_ranks
 
@@ -119,7 +118,7 @@ class StreamingDataModule(InstructionDataModule):
         self._lines_are_json = False  # of what ``opened`` gives
 
     def load_training(self) -> list[Tokens]:
-        """Nothing is held in memory; the first row is read, so that a wrong path or column shows before the first step."""
+        """Reads the first row alone, so that a wrong path or column shows before the first step."""
         self._loader = self._saved = None
         self.reading = Reading(self.purpose, self.columns)
         reader = Pieces(self, self.rank, self.world_size)
@@ -137,7 +136,7 @@ class StreamingDataModule(InstructionDataModule):
         return []
 
     def train_dataloader(self) -> Any:
-        """The stream, at the place of a loaded checkpoint."""
+        """Gives the stream, from the place of a loaded checkpoint on."""
         if self.trainer is None:
             raise ValueError(
                 "the training loader needs a Trainer, which says how many micro-batches and ranks share a step; use "
@@ -150,16 +149,16 @@ class StreamingDataModule(InstructionDataModule):
         return self._loader
 
     def state_dict(self) -> dict[str, Any]:
-        """The places of all ranks (collective)."""
+        """Returns the places of all ranks (collective)."""
         return {"ranks": from_all_ranks([self._loader.snapshot()])} if self._loader is not None else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Kept until the loader is built, unless it is there already."""
+        """Restores the loader, or keeps the state until there is one."""
         self._saved = dict(state_dict)
         self._restore()
 
     def files(self) -> list[str]:
-        """The files to stream, sorted; none where ``train`` is a hub id. Raises ValueError for files of several kinds."""
+        """Finds the files to stream; none for a hub id. Raises ValueError for files of several kinds."""
         path = Path(str(self.train)).expanduser()
         if path.is_dir():
             files = [str(file) for file in find_files(path, list(BUILDERS), None)]
@@ -177,7 +176,7 @@ class StreamingDataModule(InstructionDataModule):
         return files
 
     def opened(self) -> Any:
-        """The rows as a ``datasets`` stream. Raises ValueError when there is no such file or hub id."""
+        """Opens the rows as a ``datasets`` stream. Raises ValueError without such a file or hub id."""
         from datasets import load_dataset
 
         files = self.files()
@@ -191,18 +190,18 @@ class StreamingDataModule(InstructionDataModule):
             raise ValueError(explain_hub_error(str(self.train), "train", error)) from error
 
     def encode_record(self, record: Row) -> Tokens | None:
-        """Tokens of a record as :meth:`opened` gives it. Raises ValueError with its origin."""
+        """Encodes a record that :meth:`opened` gives. Raises ValueError with its origin."""
         return self.encode(self.parse(record))
 
     def parse(self, record: Row) -> Row:
-        """The row that a record holds: of JSON lines, which are streamed as text, their columns."""
+        """Makes a row of a record. JSON lines, which are streamed as text, are parsed."""
         if not self._lines_are_json:
             return record
         columns = parse_record(record.columns["text"], record.origin)
         return replace(record, columns=columns if isinstance(columns, dict) else {"text": columns})
 
     def name_place(self, error: ValueError, record: Row) -> ValueError:
-        """The error with file and row in the place of the record's number in its share, where ``train`` names files.
+        """Puts file and row into an error, in place of the record's number in its share.
 
         The files are read again up to the record, since a stream does not tell where its records stand.
         """
@@ -214,12 +213,12 @@ class StreamingDataModule(InstructionDataModule):
         return error
 
     def teardown(self, stage: str) -> None:
-        """Tell what has become of the rows."""
+        """Tells what became of the rows."""
         if self._loader is not None:
             self._loader.tell_rows()
 
     def cut(self, tokens: Tokens) -> list[Tokens]:
-        """The row; where it is too long, its pieces if it is a plain text, else nothing."""
+        """Cuts a plain text that is too long into pieces, and drops another long row."""
         if len(tokens.ids) <= self.max_length:
             return [tokens]
         return split_long(tokens, self.max_length) if tokens.whole else []
@@ -230,7 +229,7 @@ class StreamingDataModule(InstructionDataModule):
 
 
 def _open(files: list[str]) -> Any:
-    """The records of files of one kind, as a ``datasets`` stream; of lines, empty ones too."""
+    """Opens files of one kind as a ``datasets`` stream; empty lines are records too."""
     from datasets import Features, Value, load_dataset
 
     builder, settings = BUILDERS[file_format(Path(files[0]))]
@@ -246,7 +245,7 @@ def _has_text(record: dict[str, Any]) -> bool:
 
 
 def _read_header(path: str, separator: str) -> list[str]:
-    """The names of the columns of a CSV or TSV file, whose cells stay text."""
+    """Reads the names of the columns of a CSV or TSV file."""
     opened = gzip.open if path.lower().endswith(".gz") else open
     with opened(path, "rt", encoding="utf-8-sig", newline="") as file:
         return next(csv.reader(file, delimiter=separator), [])

@@ -14,8 +14,7 @@ from datamodules.loaders.phase_loader import PhaseLoader, from_stream
 from datamodules.loaders.ptx import PtxStream
 from datamodules.loaders.step_sampler import MicroBatch
 from datamodules.sources import PreferencePrompts, Row, Source
-from datamodules.tokens.chat import encode_prompt
-from datamodules.tokens.encoding import Tokens
+from datamodules.tokens.encoding import Tokens, encode_prompt
 from modules.types import InstructionBatch, PromptBatch
 
 
@@ -136,7 +135,7 @@ class VerifiableDataModule(AlignDataModule):
         )
 
     def train_dataloader(self) -> PhaseLoader:
-        """One rollout phase per epoch."""
+        """Gives one rollout phase per epoch."""
         if self.trainer is None:
             raise ValueError("the training loader needs a Trainer, whose epochs are the phases; use trainer.fit")
         texts = self.draw_texts if self.ptx is not None else None
@@ -145,38 +144,38 @@ class VerifiableDataModule(AlignDataModule):
         return self._loader
 
     def val_dataloader(self) -> EVAL_DATALOADERS:
-        """Held-out prompts in order; rank r takes every world-th. As many batches on every rank."""
+        """Gives the held-out prompts in order. Ranks take turns, and each gets as many batches."""
         return self._in_order(self.val_prompts) if self.val_prompts else []
 
     def test_dataloader(self) -> EVAL_DATALOADERS:
-        """The held-out prompts."""
+        """Gives the held-out prompts."""
         return self.val_dataloader()
 
     def predict_dataloader(self) -> EVAL_DATALOADERS:
-        """The training prompts once, in order: to filter or to sample data from."""
+        """Gives the training prompts once, in order, to filter them or to sample data from them."""
         return self._in_order(self.train_prompts)
 
     @property
     def domains(self) -> Mapping[str, list[Tokens]]:
-        """Packed held-out texts of ``ptx`` by domain, ``val`` where they are one set."""
+        """The packed held-out texts of ``ptx`` by domain, ``val`` where they are one set."""
         return self.ptx.domains if self.ptx is not None else {}
 
     def domain_loader(self, name: str) -> DataLoader[MicroBatch]:
-        """This rank's share of one domain's texts, in order; as many batches on every rank."""
+        """Gives this rank's share of one domain's texts, in order, in as many batches on every rank."""
         assert self.ptx is not None
         return self.ptx.domain_loader(name)
 
     def state_dict(self) -> dict[str, Any]:
-        """The phase loader's snapshot."""
+        """Returns the phase loader's snapshot."""
         return {"phase_loader": self._loader.snapshot()} if self._loader is not None else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Kept until the loader is built, unless it is there already."""
+        """Restores the loader, or keeps the state until there is one."""
         self._snapshot = state_dict["phase_loader"]
         self._restore()
 
     def encode(self, row: Row) -> Prompt:
-        """Tokens of one raw row. Raises ValueError with the row's origin."""
+        """Encodes one raw row. Raises ValueError with the row's origin."""
         chat = self.is_chat(row)
         example = verifiable_example(row, self.reading, chat)
         self.say_chat(row, isinstance(example.prompt, str))
@@ -184,14 +183,14 @@ class VerifiableDataModule(AlignDataModule):
         return Prompt(text, ids, example)
 
     def read(self, source: str | Source) -> list[Row]:
-        """The rows of a source; prompts of preferences as the DataModule's tokenizer reads them."""
+        """Reads the rows of a source, and prompts of preferences as the tokenizer reads them."""
         if isinstance(source, PreferencePrompts) and source.chat is None:
             source.chat = self.tokenizer.chat_template is not None
         return super().read(source)
 
     def settle(self, rows: Sequence[Row], stage: str) -> None:
-        """How numbers beside options are read."""
-        settle_choices(rows, self.reading)
+        """Settles how numbers beside options are read."""
+        settle_choices(self.reading.rows_with(rows, "options"), self.reading)
 
     def _restore(self) -> None:
         if self._loader is not None and self._snapshot is not None:
@@ -219,7 +218,7 @@ class VerifiableDataModule(AlignDataModule):
 
 
 def prompt_batch(prompts: list[tuple[Prompt, int]]) -> PromptBatch:
-    """Prompts, each with the number of the pass it is drawn in, as one batch."""
+    """Makes one batch of prompts, each with the number of the pass that draws it."""
     return PromptBatch(
         uid=[f"{prompt.example.origin}#{number}" for prompt, number in prompts],
         prompt=[prompt.text for prompt, _ in prompts],

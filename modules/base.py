@@ -11,11 +11,11 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, Reduce
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from modules.networks.frozen import Frozen
 from modules.networks.loading import lacks_output_head
 from modules.networks.lora import Lora
 from modules.networks.memory import estimate_memory, write_memory_line
 from modules.networks.policy import MAX_LOGITS, Policy
+from modules.networks.reference import Frozen
 from modules.rollout.engine import InProcessEngine
 from modules.rollout.sampling import Sampling
 from modules.schedulers import RunSchedule

@@ -9,14 +9,21 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from modules.base import AlignmentModule
-from modules.functional.masked import masked_mean
 from modules.functional.ranges import check_numbers
-from modules.losses.pairs import Pairs, find_pairs, make_scored_pairs, measure_logits, measure_preferences
-from modules.losses.preference import PairObjective, PreferenceObjective, Sequences, Sigmoid
-from modules.networks.frozen import Frozen
+from modules.losses.preference import (
+    PairObjective,
+    Pairs,
+    PreferenceObjective,
+    Sequences,
+    Sigmoid,
+    find_pairs,
+    make_scored_pairs,
+    measure_logits,
+    measure_preferences,
+)
 from modules.networks.lora import Lora
 from modules.networks.policy import TokenScores, load_companion
-from modules.networks.reference import ReferenceLogprobs, reference_logprobs
+from modules.networks.reference import Frozen, ReferenceLogprobs, reference_logprobs
 from modules.types import PreferenceBatch, ScoredPair
 
 NOISE = 0.01  # nats; a mean log-ratio within it is the work of a few steps, and no reason to warn
@@ -239,7 +246,7 @@ class DPOModule(AlignmentModule):
         found |= measure_preferences(rewards, sequences.plain, batch["rank"], compared, referenced=bool(self.tables))
         found |= measure_logits(scores.mean_logits, batch["completion_mask"], batch["rank"], compared)
         details = {"entropy": scores.entropies, "mean_token_accuracy": scores.hits}
-        return found | {name: (masked_mean(values, counted), tokens) for name, values in details.items()}
+        return found | {name: ((values * counted).sum() / max(tokens, 1.0), tokens) for name, values in details.items()}
 
     @torch.no_grad()
     def mismatched_kl(self, batch: PreferenceBatch) -> Tensor:

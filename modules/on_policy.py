@@ -15,9 +15,9 @@ from torch import Tensor
 from modules.base import AlignmentModule
 from modules.functional import kl
 from modules.functional.ranges import check_numbers
-from modules.networks.frozen import Frozen
 from modules.networks.lora import Lora
 from modules.networks.policy import TokenScores, load_companion
+from modules.networks.reference import Frozen
 from modules.rewards.answers import name_reader
 from modules.rewards.combined import find_accuracy, walk_rewards
 from modules.rewards.learned import LearnedReward

@@ -7,8 +7,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
 from modules.functional.ranges import check_numbers
-from modules.losses.pairs import find_pairs, measure_preferences
-from modules.losses.preference import PairObjective, Sigmoid
+from modules.losses.preference import PairObjective, Sigmoid, find_pairs, measure_preferences
 from modules.networks.lora import Lora
 from modules.on_policy import OnPolicyModule, Validation
 from modules.rollout.engine import RolloutEngine

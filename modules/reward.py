@@ -12,8 +12,7 @@ from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
 from modules.base import AlignmentModule
 from modules.functional.ranges import check_numbers
-from modules.losses.pairs import Pairs, find_pairs, make_scored_pairs
-from modules.losses.preference import BradleyTerry
+from modules.losses.preference import BradleyTerry, Pairs, find_pairs, make_scored_pairs
 from modules.networks.lora import ADAPTERS, HEAD_FILE, POLICY, Lora, merge_adapters, save_adapters
 from modules.networks.scalar_head import HEADS_FILE, ScalarHead, add_scoring_pad, make_sequence_classifier
 from modules.trainer.ranks import from_all_ranks

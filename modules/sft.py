@@ -10,7 +10,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from modules.base import AlignmentModule
-from modules.functional.masked import aggregate
 from modules.networks.lora import Lora
 from modules.networks.policy import TokenScores
 from modules.rollout.engine import InProcessEngine
@@ -88,7 +87,7 @@ class SFTModule(AlignmentModule):
         losses = -scores.logprobs
         if scores.means is not None:
             losses = (1 - self.label_smoothing) * losses - self.label_smoothing * scores.means
-        return self.step_loss(aggregate(losses, batch["loss_mask"], batch["denominator"]))
+        return self.step_loss(losses.sum() / batch["denominator"])
 
     @contextmanager
     def noise(self, batch: InstructionBatch, batch_idx: int) -> Iterator[None]:

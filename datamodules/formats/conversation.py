@@ -15,7 +15,7 @@ from datamodules.formats.reading import (
     unpack,
     without_nulls,
 )
-from datamodules.tokens.chat import Dialogue, Message, Tools
+from datamodules.tokens.encoding import Dialogue, Message, Tools
 
 FIELDS = {  # our name -> the names that data sets give it; nothing else may stand in a message but METADATA
     "role": ("role", "from"),
@@ -26,6 +26,7 @@ FIELDS = {  # our name -> the names that data sets give it; nothing else may sta
     "name": ("name",),
     "loss_weight": ("loss_weight", "weight", "train", "training", "trainable", "loss_mask", "loss"),
 }
+FIELD_OF = {name: ours for ours, names in FIELDS.items() for name in names}
 METADATA = frozenset(  # fields that say nothing a model could learn: they are not read, and named so
     [
         "id",
@@ -225,12 +226,12 @@ def looks_like_messages(value: Any) -> bool:
 
 
 def _is_pair(turn: Any) -> bool:
-    """Whether a question and its answer stand in one object."""
+    """Tells whether a question and its answer stand in one object."""
     return isinstance(turn, Mapping) and set(turn) == {"input", "output"}
 
 
 def read_reasoning(cells: Cells, answer: Dialogue | Message) -> str:
-    """What the assistant thinks before its answer; "" where the answer says it already, or the column is a switch.
+    """Reads what the assistant thinks before its answer; "" where the answer holds it, or for a switch.
 
     Raises ValueError with the row's origin where the answer's message has other thoughts.
     """
@@ -278,19 +279,24 @@ def _no_text(where: str) -> ValueError:
 
 
 def _split_fields(message: Mapping[str, Any], where: str) -> tuple[dict[str, Any], set[str]]:
-    """The fields by our names, and the metadata. Raises ValueError for unknown fields and for one said twice."""
-    given = {str(key): part for key, part in message.items() if part is not None}
+    """Finds the fields by our names, and the metadata. Raises ValueError for unknown or contradicting fields."""
     fields: dict[str, Any] = {}
-    for ours, names in FIELDS.items():
-        found = [name for name in names if name in given]
-        values = [given.pop(name) for name in found]
-        said = [part for part in values if not is_empty(part)] or values[:1]
-        if any(part != said[0] for part in said[1:]):
-            raise ValueError(f"{where} says {' and '.join(found)}, which mean the same and differ; keep one of them")
-        fields |= {ours: said[0]} if said else {}
-    metadata = {name for name in given if name.lower() in METADATA}
-    unknown = [name for name, part in given.items() if name not in metadata and not is_empty(part)]
-    if "replies" in given:
+    others: dict[str, Any] = {}  # what is no field of ours
+    said: dict[str, str] = {}  # our name -> the message's
+    for name, part in message.items():
+        ours = FIELD_OF.get(name)
+        if part is None:
+            continue
+        if ours is None:
+            others[str(name)] = part
+        elif ours not in fields or is_empty(fields[ours]):
+            fields[ours], said[ours] = part, name
+        elif part != fields[ours] and not is_empty(part):
+            both = " and ".join(sorted((said[ours], name), key=FIELDS[ours].index))
+            raise ValueError(f"{where} says {both}, which mean the same and differ; keep one of them")
+    metadata = {name for name in others if name.lower() in METADATA}
+    unknown = [name for name, part in others.items() if name not in metadata and not is_empty(part)]
+    if "replies" in others:
         raise ValueError(
             f"{where} is one of a conversation tree; set data.train to OasstTrees, which reads its threads"
         )
@@ -333,7 +339,7 @@ def _is_unlearned(weight: Any, turn: Message, where: str) -> bool:
 
 
 def _split_content(content: Any, is_call: bool, where: str) -> dict[str, list[Any]]:
-    """The texts, the reasonings and the parsed tool calls of a message's content."""
+    """Splits a message's content into texts, reasonings and parsed tool calls."""
     parts: dict[str, list[Any]] = {"text": [], "reasoning": [], "tool_call": []}
     if is_call:
         made = parse_json(content, where) if isinstance(content, str) else without_nulls(content)
@@ -354,7 +360,7 @@ def _split_content(content: Any, is_call: bool, where: str) -> dict[str, list[An
 
 
 def _read_call(call: Any, where: str) -> dict[str, Any]:
-    """``{"type": "function", "function": {"name", "arguments"}}``, the arguments an object as templates expect."""
+    """Makes ``{"type": "function", "function": {"name", "arguments"}}``, with an object of arguments."""
     call = unpack(call)
     outer = {key: part for key, part in call.items() if part is not None} if isinstance(call, Mapping) else {}
     given = outer.pop("function", outer)
@@ -375,7 +381,7 @@ def _read_call(call: Any, where: str) -> dict[str, Any]:
 
 
 def _read_history(cells: Cells) -> list[Message]:
-    """Earlier turns: pairs of a question and its answer, or messages."""
+    """Reads earlier turns: pairs of a question and its answer, or messages."""
     given = unpack(cells.take("history"))
     if given is None:
         return []
@@ -412,13 +418,13 @@ def _read_tools(cells: Cells) -> Tools | None:
 
 
 def _with_schema(tool: dict[str, Any]) -> dict[str, Any]:
-    """The tool with its parameters as an object, which some tables hold as JSON text."""
+    """Parses the parameters of a tool, which some tables hold as JSON text."""
     parts = {"parameters": unpack, "function": lambda part: _with_schema(part) if isinstance(part, dict) else part}
     return {key: parts[key](part) if key in parts else part for key, part in tool.items()}
 
 
 def _text_beside(cells: Cells, name: str, prompt: str) -> str:
-    """The text of a column below the prompt; "" where there is none or the prompt holds it already."""
+    """Reads the text of a column below the prompt; "" without one, or where the prompt holds it."""
     if name == "options":
         options = read_options(cells)
         written = all(re.search(rf"\b{letter}\W{{1,3}}{re.escape(text)}", prompt) for _, letter, text in options)
@@ -445,7 +451,7 @@ def _documents_in_lists(given: Any) -> list[Any]:
 
 
 def _text_of_document(part: Any) -> str | None:
-    """Title and text of a document; None where it is something else."""
+    """Joins title and text of a document; None for anything else."""
     known = {"title", "text", "content", "contents", "sentences", "id", "doc_id"}
     if not isinstance(part, Mapping) or not set(part) <= known:
         return None

@@ -15,11 +15,10 @@ from datamodules.formats.conversation import (
     read_reasoning,
     read_turns,
 )
-from datamodules.formats.prompt_shapes import as_letter, references
-from datamodules.formats.reading import Cells, Reading, texts_in, unpack
+from datamodules.formats.prompt_shapes import as_letter
+from datamodules.formats.reading import Cells, Reading, references, texts_in, unpack
 from datamodules.sources.source import Row
-from datamodules.tokens.chat import Dialogue, LossOn, Message, Tools, encode_example
-from datamodules.tokens.encoding import Tokens, encode_document
+from datamodules.tokens.encoding import Dialogue, LossOn, Message, Tokens, Tools, encode_document, encode_example
 from modules.types import ALPACA_PROMPT, ALPACA_PROMPT_WITH_INPUT, KNOWLEDGE_CATEGORIES
 
 FORMATS: dict[str, tuple[tuple[str, ...], ...]] = {  # name -> our columns; the first whose columns are all there
@@ -118,7 +117,7 @@ def encode_instruction(
     system: str | None = None,
     loss_on: LossOn = "assistant",
 ) -> Tokens:
-    """Tokens of an example. Raises ValueError with its origin for rows that cannot be learned from.
+    """Encodes an example. Raises ValueError with its origin for rows that cannot be learned from.
 
     Args:
         tokenizer: of the model that learns.
@@ -126,7 +125,7 @@ def encode_instruction(
         chat: render text prompts with the chat template. None: instructions alone, if there is a template; else they
             get Alpaca's own prompt.
         system: system message in front of every chat that has none.
-        loss_on: what is learned, as in :func:`datamodules.tokens.chat.encode_example`; documents are always learned
+        loss_on: what is learned, as in :func:`datamodules.tokens.encoding.encode_example`; documents are always learned
             whole.
     """
     if example.whole:
@@ -140,12 +139,13 @@ def encode_instruction(
 
 
 def _find_answer_column(cells: Cells) -> str | None:
-    """Our name of the column that answers a conversation which ends in a question; None where there is none."""
-    turns = unpack(cells.values[cells.name("messages")])
-    if not looks_like_messages(turns) or not isinstance(turns, list):
+    """Finds our name of the column that answers a conversation with a question at its end; None without one."""
+    answers = next((name for name in ("completion", "answer") if cells.holds(name)), None)
+    turns = unpack(cells.values[cells.name("messages")]) if answers else None
+    if not isinstance(turns, list) or not looks_like_messages(turns):
         return None
     asks = read_messages(turns, f"{cells.origin}: {cells.name('messages')}").turns[-1]["role"] != "assistant"
-    return next((name for name in ("completion", "answer") if asks and cells.holds(name)), None)
+    return answers if asks else None
 
 
 def _read_conversation(cells: Cells) -> InstructionExample:
@@ -244,7 +244,8 @@ def _read_asked(cells: Cells, name: str) -> Asked:
 
 def _read_completion(cells: Cells, name: str) -> Any:
     """Reads text or messages; of several references the first."""
-    value, held = as_letter(cells, references(cells.take(name))), cells.values[cells.name(name)]
+    value, held = references(cells.take(name)), cells.values[cells.name(name)]
+    value = as_letter(cells, value) if cells.holds("options") else value
     if value is None and isinstance(held, str):
         raise ValueError(f"{cells.origin}: the completion is empty (column {cells.name(name)!r})")
     if isinstance(value, str) or looks_like_messages(value):

@@ -25,12 +25,13 @@ from datamodules.formats.verdicts import (
     check_labels,
     check_sources,
     named_answer,
+    read_label,
     read_verdicts,
     settle_scale,
     verdict_columns,
 )
 from datamodules.sources.source import Row
-from datamodules.tokens.chat import Dialogue, Message, Tools
+from datamodules.tokens.encoding import Dialogue, Message, Tools
 
 Answer = str | list[Message]  # text, or one assistant turn where it holds more than text
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"  # of Anthropic's transcripts
@@ -39,6 +40,7 @@ SHAPES = (  # our columns; the first whose columns are all there
     ("chosen", "rejected"),
     ("completions",),
     *((*TWO, verdict) for verdict in VERDICTS),
+    (*TWO, "first_score", "second_score"),
     TWO,  # without a verdict: only a judge has a use for them
     ("completion", "label"),
     ("messages", "label"),
@@ -125,15 +127,14 @@ def settle_verdicts(rows: Sequence[Row], reading: Reading, first_is_better: Ours
     """
     verdicts: dict[tuple[str, ...], dict[str, list[Any]]] = {}  # annotators together, by source
     labels: dict[str, dict[str, Any]] = {}
-    for row in rows:
-        cells = Cells(row, reading)
+    for cells in reading.rows_with(rows, *VERDICTS):
         shape = _find_preference_shape(cells, needs_verdict=False) or ("",)
         if shape in (("completion", "label"), ("messages", "label")):
-            labels.setdefault(cells.name("label"), {})[row.origin] = cells.values[cells.name("label")]
+            labels.setdefault(cells.name("label"), {})[cells.origin] = cells.values[cells.name("label")]
         elif shape[:2] == TWO or (shape == ("completions",) and len(_list_in(cells, "completions")) == 2):
             names = [cells.name(name) for name in verdict_columns(cells)]
             said = [cells.values[name] for name in names]
-            of_source = verdicts.setdefault(tuple(names), {}).setdefault(row.source, [])
+            of_source = verdicts.setdefault(tuple(names), {}).setdefault(cells.row.source, [])
             of_source.extend(value for value in said if named_answer(cells, value) is None)
     for name, values in labels.items():
         check_labels(name, values, first_is_better)
@@ -171,7 +172,7 @@ def read_compared(cells: Cells, needs_verdict: bool, decided: bool = True) -> Co
         return Compared(_take_both(cells, TWO), ranks, said, strength)
     if shape == ("completions",):
         return _read_list(cells, needs_verdict, decided)
-    number = as_number(cells.take("label"))
+    number = read_label(cells.take("label"))
     if number not in (0, 1):
         name = cells.name("label")
         raise ValueError(
@@ -234,7 +235,7 @@ def read_answers(
 
 
 def dense_ranks(values: list[float]) -> list[int]:
-    """0 for the smallest value, equal numbers for equal values, without gaps: [3, 1, 3] -> [1, 0, 1]."""
+    """Numbers values from the smallest, 0, without gaps, equal ones alike: [3, 1, 3] -> [1, 0, 1]."""
     order = {value: rank for rank, value in enumerate(sorted(set(values)))}
     return [order[value] for value in values]
 
@@ -268,20 +269,23 @@ def _list_in(cells: Cells, name: str) -> list[Any]:
 
 
 def _has_objects(cells: Cells) -> bool:
-    """Nectar: the answers are objects with a rank."""
+    """Tells whether the answers are objects with a rank, as in Nectar."""
     given = _list_in(cells, "answer")
     return len(given) > 1 and all(isinstance(item, Mapping) for item in given)
 
 
 def _take_both(cells: Cells, names: tuple[str, ...]) -> dict[str, Any]:
-    """Two answers by their names, empty or not."""
+    """Takes two answers by their names, empty or not; of a conversation, up to the turn that was compared."""
     for name in names:
         cells.take(name)
-    return {cells.name(name): cells.accept_empty(name) for name in names}
+    both = {cells.name(name): cells.accept_empty(name) for name in names}
+    if cells.holds("compared_turn") and (turn := as_number(cells.take("compared_turn"))):
+        return {name: value[: 2 * int(turn)] if isinstance(value, list) else value for name, value in both.items()}
+    return both
 
 
 def _with_several(both: dict[str, Any]) -> Compared:
-    """Chosen and rejected answers; each side may be a list of texts that are equally good, as in RewardBench 2."""
+    """Reads chosen and rejected answers, each text or, as in RewardBench 2, a list of equally good texts."""
     given = {name: unpack(value) for name, value in both.items()}
     if not all(
         value and isinstance(value, list) and all(isinstance(text, str) for text in value) for value in given.values()
@@ -293,8 +297,12 @@ def _with_several(both: dict[str, Any]) -> Compared:
 
 
 def _judge(cells: Cells, needs_verdict: bool, decided: bool) -> tuple[list[int] | None, float | None]:
-    """Ranks and strength of two answers; None where nothing is said of them."""
+    """Ranks two answers, with the strength of the verdict; None where nothing is said of them."""
     names = verdict_columns(cells)
+    if not names and cells.holds("first_score") and cells.holds("second_score"):
+        values = [cells.take("first_score"), cells.take("second_score")]
+        scores = _numbers(values, 2, "the scores of the answers", cells.origin)
+        return dense_ranks([-score for score in scores]), None
     if not decided:
         for name in names:
             cells.take(name)
@@ -305,7 +313,7 @@ def _judge(cells: Cells, needs_verdict: bool, decided: bool) -> tuple[list[int] 
 
 
 def _read_list(cells: Cells, needs_verdict: bool, decided: bool) -> Compared:
-    """Best first, by ``ranks``, ``scores`` or a verdict of two, or objects with a rank or score of their own."""
+    """Reads a list of answers: best first, or ranked by a column, by a verdict of two, or by their own keys."""
     column = "completions" if cells.has("completions") else "answer"
     given = unpack(cells.take(column))
     if not isinstance(given, list) or len(given) < 2:
@@ -353,7 +361,7 @@ def _refuse_hidden_ranks(cells: Cells, count: int, name: str) -> None:
 
 
 def _read_objects(cells: Cells, given: list[Any], name: str) -> tuple[list[Any], list[float] | None]:
-    """The answers in a list of objects, and their places by rank or score."""
+    """Reads the answers in a list of objects, and their places by rank or score."""
     found: dict[str, str] = {}
     for what, keys in (("text", TEXT_KEYS), ("rank", RANK_KEYS), ("score", SCORE_KEYS)):
         key = next((key for key in keys if any(item.get(key) is not None for item in given)), None)
@@ -397,7 +405,7 @@ def _read_margin(cells: Cells, strength: float | None, margins: Mapping[str, flo
 
 
 def _read_own_prompt(cells: Cells, template: bool, whole: bool) -> Dialogue | None:
-    """The prompt without its context; None where the answers share it.
+    """Reads the prompt without its context; None where the answers share it.
 
     Answers that are ``whole`` conversations share theirs where no column is meant for it.
     """
@@ -428,7 +436,7 @@ def _read_side(cells: Cells, name: str, value: Any) -> list[Message]:
 
 
 def _shared(sides: Sequence[list[Message]]) -> list[Message]:
-    """The turns that all sides begin with, the last turn of each left over."""
+    """Finds the turns that all sides begin with, without the last turn of any."""
     shared = 0
     while shared < min(len(side) for side in sides) - 1 and all(side[shared] == sides[0][shared] for side in sides):
         shared += 1
@@ -436,14 +444,14 @@ def _shared(sides: Sequence[list[Message]]) -> list[Message]:
 
 
 def _as_repeated(prompt: Dialogue, side: list[Message]) -> list[Message]:
-    """The prompt as messages; with the system message that a conversation puts in front of it."""
+    """Makes messages of a prompt, with the system message that a conversation puts in front of it."""
     turns = [Message(role="user", content=prompt)] if isinstance(prompt, str) else prompt
     with_system = side[:1] + turns
     return with_system if len(side) > 1 and side[:-1] == with_system and side[0]["role"] == "system" else turns
 
 
 def _asks_among(prompt: Dialogue, shared: list[Message]) -> bool:
-    """Whether a text prompt is one of several questions that the answers share."""
+    """Tells whether a text prompt is one of several questions that the answers share."""
     asked = [turn["content"].strip() for turn in shared if turn["role"] == "user"]
     return isinstance(prompt, str) and len(asked) > 1 and prompt.strip() in asked
 
@@ -459,7 +467,7 @@ def _answer_behind(side: list[Message], prompt: Dialogue, name: str, origin: str
 
 
 def _turns_of_transcript(text: str) -> list[Message]:
-    """The turns, split at the marks with their empty line only, since turns may hold the bare words."""
+    """Splits a transcript at its marks. An empty line belongs to a mark, since turns may hold the bare words."""
     start, *pieces = re.split(f"({HUMAN}|{ASSISTANT})", text)
     roles = ["user" if mark == HUMAN else "assistant" for mark in pieces[::2]]
     turns = [Message(role=role, content=body) for role, body in zip(roles, pieces[1::2], strict=True)]
@@ -471,7 +479,7 @@ def _stripped(turns: list[Message]) -> list[Message]:
 
 
 def _split(answers: dict[str, str], cells: Cells, template: bool) -> tuple[Dialogue, list[Answer]]:
-    """Prompt and answers of transcripts, which hold both."""
+    """Splits transcripts into their prompt and their answers."""
     sides = {name: _turns_of_transcript(text) for name, text in answers.items()}
     for name, side in sides.items():
         if not side:

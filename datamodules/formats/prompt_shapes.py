@@ -1,15 +1,15 @@
 """The shapes of prompts with checkable answers: from a raw row to a prompt and the answer that a reward reads."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from datamodules.formats.conversation import PROMPTS, add_context, read_options, read_prompt
-from datamodules.formats.reading import Cells, Reading, as_number, is_empty, plain, unpack
+from datamodules.formats.reading import Cells, Reading, as_number, is_empty, plain, references, unpack
 from datamodules.formats.table import normalize
 from datamodules.sources.source import Row
-from datamodules.tokens.chat import Dialogue, Tools
+from datamodules.tokens.encoding import Dialogue, Tools
 
 ANSWERS = ("answer", "completion", "label")  # our columns that may hold the right answer, in this order
 NO_GOLD = (
@@ -73,11 +73,11 @@ def verifiable_example(row: Row, reading: Reading, chat: bool = False) -> Verifi
     return VerifiableExample(asked.prompt, answer, plain(info), row.origin, row.source, asked.tools)
 
 
-def settle_choices(rows: Sequence[Row], reading: Reading, names: tuple[str, ...] = ANSWERS) -> None:
+def settle_choices(rows: Iterable[Cells], reading: Reading, names: tuple[str, ...] = ANSWERS) -> None:
     """Settles on the whole data set what a whole number beside options means: its number, from 0 or 1, or its text.
 
     Args:
-        rows: all of them.
+        rows: all that may have options.
         reading: of them; ``settled`` gets the number of the first option.
         names: our columns that may hold the answer, the first that holds something counts.
 
@@ -85,14 +85,15 @@ def settle_choices(rows: Sequence[Row], reading: Reading, names: tuple[str, ...]
         ValueError: that cannot be told.
     """
     numbers: list[tuple[int, list[str]]] = []
-    for row in rows:
-        cells = Cells(row, reading)
+    origin = ""
+    for cells in rows:
         if not cells.holds("options"):
             continue
         name = next((name for name in names if cells.holds(name)), None)
         value = unpack(cells.values[cells.name(name)]) if name else None
         number = None if isinstance(value, bool) else as_number(value)
         if number is not None and number == int(number):
+            origin = origin or cells.origin
             numbers.append((int(number), [text for _, _, text in read_options(cells)]))
     if not numbers:
         return
@@ -103,7 +104,7 @@ def settle_choices(rows: Sequence[Row], reading: Reading, names: tuple[str, ...]
     from_1 = all(1 <= number <= len(texts) for number, texts in numbers)
     if from_0 == from_1:
         raise ValueError(
-            f"{rows[0].origin}: the answers beside the options are whole numbers, and they may be the options' numbers from "
+            f"{origin}: the answers beside the options are whole numbers, and they may be the options' numbers from "
             "0, from 1, or their texts; write the letters (A, B, ...) as answers"
         )
     reading.settled["options"] = 0 if from_0 else 1
@@ -111,7 +112,7 @@ def settle_choices(rows: Sequence[Row], reading: Reading, names: tuple[str, ...]
 
 
 def right_answer(cells: Cells, names: tuple[str, ...] = ANSWERS) -> tuple[str | None, str | None]:
-    """The answer and the name of its column; None where no column of ``names`` holds one.
+    """Finds the answer and the name of its column; None where no column of ``names`` holds one.
 
     Raises ValueError for an object, and for a list of several answers.
     """
@@ -143,14 +144,8 @@ def right_answer(cells: Cells, names: tuple[str, ...] = ANSWERS) -> tuple[str | 
     return None, None
 
 
-def references(value: Any) -> Any:
-    """The texts of SQuAD's ``{"text": [...], "answer_start": [...]}``; any other value as it is."""
-    held = unpack(value)
-    return held["text"] if isinstance(held, Mapping) and set(held) == {"text", "answer_start"} else value
-
-
 def as_letter(cells: Cells, answer: Any) -> Any:
-    """The letter of an answer that is the number of an option, as :func:`settle_choices` found; any other as it is.
+    """Turns an answer that is the number of an option into its letter, as :func:`settle_choices` found.
 
     Raises ValueError where that has not been settled, as in a stream.
     """
@@ -168,7 +163,7 @@ def as_letter(cells: Cells, answer: Any) -> Any:
 
 
 def read_gold(answer: object) -> str | None:
-    """The final answer of a worked solution, ``#### 1,080`` (GSM8K) as ``1080``; anything else as text.
+    """Reads the final answer of a worked solution, ``#### 1,080`` (GSM8K) as ``1080``; any other as text.
 
     None for null, NaN and what is empty.
     """

@@ -5,18 +5,20 @@ import datetime
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from datamodules.formats.table import (
     COMPARED,
     MODULES,
     NAMED,
+    NESTED,
+    WRITTEN,
+    Layout,
     Purpose,
     check_mapping,
+    lay_out,
     normalize,
-    option_columns,
-    our_names,
     suggest,
 )
 
@@ -56,6 +58,23 @@ class Reading:
         self._unread: dict[str, str] = {}  # the data's column -> why not
         self._notes: dict[str, None] = {}
         self.mapped_seen: set[str] = set()  # our names of the mapped columns that some row has
+        self._layouts: dict[tuple[str, ...], Layout] = {}  # by the names of a row's columns
+
+    def lay_out(self, columns: Mapping[str, Any]) -> Layout:
+        """Finds what the columns of a row are by their names; rows with the same names share the answer."""
+        names = tuple(columns)
+        if names not in self._layouts:
+            self._layouts[names] = lay_out(names, self.by_hand)
+        return self._layouts[names]
+
+    def rows_with(self, rows: Iterable["Row"], *ours: str) -> Iterator["Cells"]:
+        """Gives the cells of the rows that may have one of some columns."""
+        for row in rows:
+            layout = self.lay_out(with_nested(row.columns))
+            if any(name in layout.names or name in self.by_hand for name in ours) or (
+                layout.options and "options" in ours
+            ):
+                yield Cells(row, self)
 
     def close(self, cells: "Cells", shape: str, chosen: bool = False) -> None:
         """Accounts for a row that was read as ``shape``; what is left of the row is named as not read.
@@ -99,7 +118,7 @@ class Reading:
                 )
 
     def has_read(self, ours: str) -> bool:
-        """Whether some row had such a column and it was read."""
+        """Tells whether such a column was read in some row."""
         return any(ours in roles for roles in self._became.values())
 
     def drop(self, reason: str, count: int) -> None:
@@ -157,62 +176,52 @@ class Cells:
 
     def __init__(self, row: "Row", reading: Reading) -> None:
         self.row, self.origin, self.reading = row, row.origin, reading
-        self.values: dict[str, Any] = dict(row.columns)
+        self.values = with_nested(row.columns)
         self.used: dict[str, Any] = {}
         self.roles: dict[str, str] = {}
-        self.unread: dict[str, str] = {}
         self.missing: dict[str, str] = {}  # mapped names that this row lacks
         self.names: dict[str, list[str]] = {}  # our name -> the data's, those that hold something first
-        by_hand = reading.by_hand
-        for ours, theirs in by_hand.items():
+        layout = reading.lay_out(self.values)
+        self.unread = dict(layout.left_out)
+        for ours, theirs in reading.by_hand.items():
             if theirs and (cell := _at_path(row.columns, theirs)):
                 self.names[ours] = [theirs]
                 self.values[theirs] = cell[0]
                 reading.mapped_seen.add(ours)
             elif theirs:
                 self.missing[ours] = theirs
-        known = dict(our_names(tuple(row.columns)))
-        if isinstance(verl := row.columns.get("reward_model"), Mapping) and "ground_truth" in verl:
-            self.values["reward_model.ground_truth"] = verl["ground_truth"]
-            known["reward_model.ground_truth"] = known.pop("reward_model")
-        if (alone := next((name for name, ours in known.items() if ours == "history"), None)) is not None:
-            asks = {"prompt", "instruction", "messages", "input", "chosen"} & (by_hand.keys() | set(known.values()))
-            if not asks and isinstance(row.columns[alone], str) and isinstance(unpack(row.columns[alone]), str):
-                known[alone] = "prompt"  # SHP's post
-        for name, ours in known.items():
-            if name in by_hand.values():
-                continue
-            if ours in by_hand:
-                self.unread[name] = f"{by_hand[ours]!r} is mapped to {ours}" if by_hand[ours] else "by data.columns"
-            else:
-                self.names.setdefault(ours, []).append(name)
-        apart = option_columns(row.columns)
-        if "options" in (*by_hand, *known.values()) or set(apart) & set(by_hand.values()):
-            apart = []
-        if options := {
-            name[-1].upper(): as_text(row.columns[name]) for name in apart if not is_empty(row.columns[name])
-        }:
-            self.add("options", ", ".join(apart), options)
-        for names in self.names.values():
-            names.sort(key=lambda name: is_empty(self.values[name]))  # what holds something first, else as in the table
-        for name in row.columns:
-            if name not in (*known, *by_hand.values(), *apart) and not is_empty(row.columns[name]):
+        for ours, names in layout.names.items():
+            self.names[ours] = sorted(names, key=lambda name: is_empty(self.values[name])) if names[1:] else [*names]
+        if layout.asked_by is not None and _is_prose(self.values[layout.asked_by]):  # SHP's post
+            self.names["prompt"] = [layout.asked_by]
+            others = [name for name in self.names.pop("history") if name != layout.asked_by]
+            self.names |= {"history": others} if others else {}
+        options = {
+            name[-1].upper(): as_text(self.values[name]) for name in layout.options if not is_empty(self.values[name])
+        }
+        if options:
+            self.add("options", ", ".join(layout.options), options)
+        for ours, names in self.names.items():
+            if ours in WRITTEN:
+                self.values |= {name: str(value) for name in names if _is_number(value := self.values[name])}
+        for name in layout.unknown:
+            if not is_empty(self.values[name]):
                 self.unread[name] = ""
 
     def holds(self, ours: str) -> bool:
-        """Whether there is such a column and it is not empty."""
+        """Tells whether there is such a column and it is not empty."""
         return ours in self.names and not is_empty(self.values[self.names[ours][0]])
 
     def has(self, ours: str) -> bool:
-        """Whether there is such a column, empty or not."""
+        """Tells whether there is such a column, empty or not."""
         return ours in self.names
 
     def name(self, ours: str) -> str:
-        """The data's name of a column that is there."""
+        """Returns the data's name of a column that is there."""
         return self.names[ours][0]
 
     def take(self, ours: str, one_of_several: bool = False) -> Any:
-        """The value of a column, None where it is missing or empty; it counts as used.
+        """Takes the value of a column, None where it is missing or empty; the column counts as used.
 
         Raises ValueError where two columns mean the same and hold different things, unless one has our own name or
         ``one_of_several`` says that the first will do.
@@ -238,26 +247,26 @@ class Cells:
         return value
 
     def take_text(self, ours: str) -> str:
-        """The text in a column, "" where it is missing. Raises ValueError for anything else but an empty cell."""
+        """Takes the text in a column, "" where it is missing. Raises ValueError for a value that is no text."""
         value = self.take(ours)
         if value is not None and not isinstance(value, str):
             raise self.wrong_type(ours, value, "text")
         return value or ""
 
     def accept_empty(self, ours: str) -> Any:
-        """The value of a column that is there, empty or not; it counts as used."""
+        """Takes the value of a column that is there, empty or not; the column counts as used."""
         name = self.name(ours)
         self.used[name], self.roles[name] = self.values[name], ours
         return self.values[name]
 
     def find_shape(self, shapes: Sequence[tuple[str, ...]], has: Callable[[str], bool]) -> tuple[str, ...] | None:
-        """The first of some shapes whose columns the row ``has``; those with more columns mapped by hand come first."""
+        """Finds the first shape whose columns the row ``has``; shapes with more columns mapped by hand go first."""
         by_hand = set(self.reading.by_hand)
         ordered = sorted(shapes, key=lambda shape: -len(by_hand & set(shape)))
         return next((shape for shape in ordered if all(map(has, shape))), None)
 
     def wrong_type(self, ours: str, value: Any, expected: str) -> ValueError:
-        """The error for a column that holds something else than expected."""
+        """Makes the error for a column that holds something else than expected."""
         name = self.name(ours)
         keys = sorted(value, key=lambda key: not isinstance(value[key], str)) if isinstance(value, Mapping) else []
         way_out = f"; name one of its keys, such as --data.columns '{{{ours}: {name}.{keys[0]}}}'" if keys else ""
@@ -271,7 +280,7 @@ class Cells:
         self.names.setdefault(ours, []).insert(0, theirs)
 
     def left(self) -> list[tuple[str, str]]:
-        """Known columns that hold something and were not used: our name and the data's."""
+        """Lists known columns that hold something and were not used: our name and the data's."""
         return [
             (ours, theirs)
             for ours, names in self.names.items()
@@ -282,7 +291,7 @@ class Cells:
         ]
 
     def not_found(self, wanted: str, mapping: Mapping[str, str] | None = None) -> ValueError:
-        """The error for a row that has no shape of ours.
+        """Makes the error for a row that has no shape of ours.
 
         Args:
             wanted: what was looked for.
@@ -311,6 +320,16 @@ class Cells:
         )
 
 
+def with_nested(columns: Mapping[str, Any]) -> dict[str, Any]:
+    """Adds to the columns of a row the parts of objects that ``NESTED`` names."""
+    values = dict(columns)
+    for name, (key, others) in NESTED.items():
+        held = columns.get(name)
+        if isinstance(held, Mapping) and key in held and all(other in columns for other in others):
+            values[f"{name}.{key}"] = held[key]
+    return values
+
+
 def _at_path(record: Mapping[str, Any], name: str) -> list[Any]:
     """The value of a column in a list, or of a dotted path into columns that hold objects; an empty list when it is not
     there."""
@@ -320,29 +339,40 @@ def _at_path(record: Mapping[str, Any], name: str) -> list[Any]:
     return _at_path(record[first], rest) if dot and isinstance(record.get(first), Mapping) else []
 
 
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and value == value  # NaN is an empty cell
+
+
+def _is_prose(value: Any) -> bool:
+    """Tells whether a cell is text that holds no list and no object."""
+    return isinstance(value, str) and isinstance(unpack(value), str)
+
+
 def _is_neutral(ours: str, value: Any) -> bool:
-    """A weight of 1 is that of all rows."""
+    """Tells whether a column changes nothing, as a weight of 1."""
     return ours == "weight" and value in (1, 1.0, "1", "1.0")
 
 
 def is_empty(value: Any) -> bool:
     """Tells whether a cell says nothing: null, NaN, white space, or lists and objects of these. 0 says something."""
-    if isinstance(value, Mapping):
-        return all(is_empty(part) for part in value.values())
+    if isinstance(value, str):  # first, since nearly every cell is text
+        return not value or value.isspace()
+    if value is None:
+        return True
     if isinstance(value, list | tuple):
-        return all(is_empty(part) for part in value)
-    return value is None or value != value or (isinstance(value, str) and not value.strip())
+        return all(map(is_empty, value))
+    return all(map(is_empty, value.values())) if isinstance(value, Mapping) else bool(value != value)
 
 
 def without_nulls(value: Any) -> Any:
-    """Drops the keys that hold null, since Parquet gives every object the keys of all the others."""
+    """Drops keys that hold null, since Parquet gives every object the keys of all others."""
     if isinstance(value, Mapping):
         return {str(key): without_nulls(part) for key, part in value.items() if part is not None}
     return [without_nulls(part) for part in value] if isinstance(value, list | tuple) else value
 
 
 def parse_json(text: str, where: str) -> Any:
-    """The JSON in a text. Raises ValueError that begins with ``where``."""
+    """Parses the JSON in a text. Raises ValueError that begins with ``where``."""
     try:
         return json.loads(text)
     except (json.JSONDecodeError, RecursionError) as error:
@@ -363,7 +393,7 @@ def unpack(value: Any) -> Any:
 
 
 def as_number(value: Any) -> float | None:
-    """A finite number from a number, a boolean (True = 1) or a text such as ``0.5`` or ``True``; None for the rest."""
+    """Reads a finite number from a number, a boolean (True = 1) or a text (``0.5``, ``True``); else None."""
     if isinstance(value, str):
         value = {"true": 1.0, "false": 0.0}.get(value.strip().lower(), value)
     try:
@@ -374,16 +404,22 @@ def as_number(value: Any) -> float | None:
 
 
 def as_text(value: Any) -> Any:
-    """A number as text, as CSV holds it; any other value as it is."""
+    """Turns a number into text, as CSV holds it; any other value stays."""
     return str(value) if isinstance(value, bool | int | float) and not is_empty(value) else value
 
 
 def texts_in(value: Any) -> list[str]:
-    """All texts inside a value."""
+    """Lists all texts inside a value."""
     if isinstance(value, str):
         return [value] if value.strip() else []
     parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
     return [text for part in parts for text in texts_in(part)]
+
+
+def references(value: Any) -> Any:
+    """Takes the texts from SQuAD's ``{"text": [...], "answer_start": [...]}``; any other value stays."""
+    held = unpack(value)
+    return held["text"] if isinstance(held, Mapping) and set(held) == {"text", "answer_start"} else value
 
 
 def repeats(value: Any, other: Any) -> bool:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache
 from itertools import takewhile
-from typing import Literal
+from typing import Literal, NamedTuple
 
 Purpose = Literal["instruction", "preference", "verifiable", "facts", "seeds"]
 MODULES: dict[Purpose, str] = {
@@ -92,7 +92,7 @@ COLUMNS = (
     Column(
         "answer",
         "final_answer ground_truth expected_answer correct_answer gold gold_answer golden_answers reference_answer "
-        "best_answer possible_answers answer_key correct solution answers reward_model",
+        "best_answer possible_answers answer_key correct solution answers reward_model reward_model.ground_truth",
         "the right answer, which rewards check; without a completion, what is learned",
         ASKED,
     ),
@@ -135,6 +135,9 @@ COLUMNS = (
     Column("annotator1", "", "which of two answers a person prefers; the majority counts", COMPARED, side=True),
     Column("annotator2", "", "the same of a second person", COMPARED, side=True),
     Column("annotator3", "", "the same of a third", COMPARED, side=True),
+    Column("first_score", "", "the score of the first of two answers, high = better", COMPARED, side=True),
+    Column("second_score", "", "the score of the second", COMPARED, side=True),
+    Column("compared_turn", "", "the number of the answer in a conversation that was compared", COMPARED, side=True),
     Column("margin", "", "how much better the chosen answer should score", COMPARED, side=True),
     Column("strength", "", "a label of how much better it is, which data.margins translates", COMPARED),
     Column("knowledge", "", "whether a model knows the answer, see data.unknown", ALL),
@@ -170,6 +173,21 @@ OPTIONS = (
         for marks in ("abcdefghij", "123456789")
     ),
 )
+TOGETHER = (  # names of a data set -> ours, where it has all of them; alone, they may mean something else
+    {"generations": "completions", "ratings": "scores"},  # distilabel
+    {"info.post": "prompt", "summaries": "completions", "choice": "preference"},  # TL;DR
+    {"question.full_text": "prompt", "score_0": "first_score", "score_1": "second_score"},  # WebGPT
+    {"conversation_a": "output_1", "conversation_b": "output_2", "turn": "compared_turn"},  # MT-Bench
+)
+NESTED = {  # columns that hold an object -> its key that is read as a column, where the row has the others too
+    "reward_model": ("ground_truth", ()),
+    "info": ("post", ("summaries", "choice")),
+    "question": ("full_text", ("score_0", "score_1")),
+}
+WRITTEN = frozenset(  # our columns in which a number is read as the text that CSV would hold
+    ["prompt", "instruction", "input", "context", "system", "completion", "reasoning", "answer", "text"]
+    + ["chosen", "rejected", "output_1", "output_2"]
+)
 NAMED = {column.name: column for column in COLUMNS}
 OURS = {name: column.name for column in COLUMNS for name in (column.name, *column.synonyms.split())}
 PAIRED = ("output_1", "output_2")
@@ -184,7 +202,7 @@ def normalize(name: str) -> str:
 def our_names(names: tuple[str, ...]) -> dict[str, str]:
     """Finds our name of each column that the table knows, in the order in which the table looks for them.
 
-    Two columns may be a pair of answers, see ``PAIRS``.
+    Two columns may be a pair of answers, see ``PAIRS``, and some mean something only beside others, see ``TOGETHER``.
 
     Example: ``("id", "question", "response_a", "response_b")`` gives ``prompt``, ``output_1``, ``output_2``.
     """
@@ -194,18 +212,57 @@ def our_names(names: tuple[str, ...]) -> dict[str, str]:
     known = {name: OURS[normalize(name)] for name in mine if OURS[normalize(name)] not in PAIRED}
     for first, second in PAIRS:
         if first in spelled and second in spelled:
-            return known | {spelled[first]: PAIRED[0], spelled[second]: PAIRED[1]}
-    return known
+            known |= {spelled[first]: PAIRED[0], spelled[second]: PAIRED[1]}
+            break
+    for pattern in TOGETHER:
+        if pattern.keys() <= spelled.keys():
+            known |= {spelled[name]: ours for name, ours in pattern.items()}
+    return {
+        name: ours for name, ours in known.items() if not any(f"{name}.{key}" in known for key, _ in NESTED.values())
+    }
 
 
 def option_columns(names: Iterable[str]) -> list[str]:
-    """Finds the columns that hold one option each: ``A``, ``B``, ``C``, or ``option_1``, ``option_2``, see ``OPTIONS``."""
-    spelled = {(name if len(name) == 1 else normalize(name)): name for name in names}  # a, b and c may be coefficients
+    """Finds the columns that hold one option each: ``A``, ``B``, ``C``, or ``option_1``, ``option_2``, see ``OPTIONS``.
+
+    A single letter must be a capital, since a, b and c may be coefficients.
+    """
+    spelled = {(name if len(name) == 1 else normalize(name)): name for name in names}
     for stem, marks in OPTIONS:
         found = [spelled[name] for name in takewhile(spelled.__contains__, (stem + mark for mark in marks))]
         if len(found) > (1 if stem else 2):
             return found
     return []
+
+
+class Layout(NamedTuple):
+    """What the columns of a row are, by their names alone."""
+
+    names: dict[str, list[str]]  # our name -> the data's, in the order of the table; without what is mapped by hand
+    options: list[str]  # columns that hold one option each
+    left_out: dict[str, str]  # the data's name -> why a mapping leaves it out
+    unknown: list[str]  # columns that the table does not know
+    asked_by: str | None  # a column for earlier turns, where no column asks; a text in it is the prompt
+
+
+def lay_out(names: tuple[str, ...], by_hand: Mapping[str, str]) -> Layout:
+    """Finds what columns with these ``names`` are, beside a mapping from our names to the data's."""
+    known = our_names(names)
+    mapped = set(by_hand.values())
+    ours_of: dict[str, list[str]] = {}
+    left_out: dict[str, str] = {}
+    for name, ours in known.items():
+        if ours in by_hand and name not in mapped:
+            left_out[name] = f"{by_hand[ours]!r} is mapped to {ours}" if by_hand[ours] else "by data.columns"
+        elif name not in mapped:
+            ours_of.setdefault(ours, []).append(name)
+    options = option_columns(names)
+    if "options" in (*by_hand, *known.values()) or mapped & set(options):
+        options = []
+    asks = {"prompt", "instruction", "messages", "input", "chosen"} & (by_hand.keys() | set(known.values()))
+    asked_by = None if asks else next(iter(ours_of.get("history", [])), None)
+    unknown = [name for name in names if name not in (*known, *mapped, *options)]
+    return Layout(ours_of, options, left_out, unknown, asked_by)
 
 
 def check_mapping(columns: Mapping[str, str], purpose: Purpose) -> dict[str, str]:
@@ -240,7 +297,7 @@ def check_mapping(columns: Mapping[str, str], purpose: Purpose) -> dict[str, str
 
 
 def suggest(names: Iterable[str]) -> str:
-    """Names, for an error about missing columns, those of ours that may be misspelt."""
+    """Suggests, for an error about missing columns, our names that the data may misspell."""
     near = {
         name: get_close_matches(normalize(name), OURS, n=1, cutoff=0.8) for name in names if normalize(name) not in OURS
     }

@@ -10,11 +10,27 @@ from datamodules.formats.table import normalize
 
 Ours = Literal[-1, 0, 1]
 VERDICTS = ("preference", "label", "labels", "annotator1")  # our columns that judge two answers
+LABELS = {"yes": 1.0, "no": 0.0, "desirable": 1.0, "undesirable": 0.0}  # of one answer, as text
+INDEXED = ("choice",)  # TL;DR's: the number of the better answer, from 0
 SIGNED = ("overall_preference", "preference_strength")  # HelpSteer's: below 0, the first answer is better
 WORDS = {
     **dict.fromkeys(("a", "first", "left", "model_a", "response_a", "output_1", "response1", "chatbot_a"), 1.0),
     **dict.fromkeys(("b", "second", "right", "model_b", "response_b", "output_2", "response2", "chatbot_b"), 2.0),
-    **dict.fromkeys(("tie", "tie (bothbad)", "both", "bothbad", "both bad", "neither", "draw", "equal", "same"), 1.5),
+    **dict.fromkeys(
+        (
+            "tie",
+            "tie (bothbad)",
+            "tie (inconsistent)",
+            "both",
+            "bothbad",
+            "both bad",
+            "neither",
+            "draw",
+            "equal",
+            "same",
+        ),
+        1.5,
+    ),
 }
 
 
@@ -34,7 +50,7 @@ class Scale:
     largest: float = 1.0
 
     def read(self, value: Any) -> float | None:
-        """1 = the first answer is better, 2 = the second, between them graded, 1.5 = a tie; None = not to be read."""
+        """Reads a verdict: 1 = the first answer is better, 2 = the second, 1.5 = a tie; None = not to be read."""
         if is_empty(value):
             return 1.5
         if isinstance(value, str) and value.strip().lower() in WORDS:
@@ -57,7 +73,7 @@ class Scale:
 
 
 def settle_scale(name: str, values: Sequence[Any], first: Ours | None, origin: str) -> Scale:
-    """How a whole column of verdicts is read.
+    """Finds how a whole column of verdicts is read.
 
     Args:
         name: of the column.
@@ -83,6 +99,8 @@ def settle_scale(name: str, values: Sequence[Any], first: Ours | None, origin: s
                 "which the first is better, --data.first_is_better -1 or 1"
             )
         return Scale("signed", -1 if first is None else first, max(map(abs, numbers)) or 1.0)
+    if numbers and first is None and numbers <= {0.0, 1.0} and normalize(name) in INDEXED:
+        return Scale("zero_one", 0)
     alone = numbers == {1.0} and not any(isinstance(value, bool) for value in values)  # 1 of 1 and 2 as likely
     alone = alone and not normalize(name).endswith("_id")  # which counts from 0
     if numbers and max(numbers) <= 1 and (first is not None or not alone):
@@ -133,27 +151,33 @@ def check_labels(name: str, values: Mapping[str, Any], first: Ours | None) -> No
     """
     if first is not None:
         raise ValueError(f"data.first_is_better is of two answers and column {name!r} labels one; leave it out")
-    if words := _unknown_words(list(values.values()), ()):
+    if words := _unknown_words(list(values.values()), LABELS):
         origin = next(iter(values))
         raise ValueError(
             f"{origin}: column {name!r} holds {words}, expected true (desirable) or false, or 1 and 0, in all rows"
         )
     for origin, value in values.items():
-        if as_number(value) not in (0, 1, None):
+        if read_label(value) not in (0, 1, None):
             raise ValueError(
                 f"{origin}: column {name!r} holds {value!r}, expected true (desirable) or false, or 1 and 0"
             )
 
 
+def read_label(value: Any) -> float | None:
+    """Reads the label of one answer: 1 = good, 0 = not, another number as it is; None for any other value."""
+    word = value.strip().lower() if isinstance(value, str) else value
+    return LABELS[word] if isinstance(word, str) and word in LABELS else as_number(value)
+
+
 def _unknown_words(values: Sequence[Any], known: Collection[str]) -> str:
-    """The texts of a column that stand in several rows and are neither numbers nor known: labels, and no slip of a row."""
+    """Finds texts that several rows hold and that are neither numbers nor known: labels, and no slip."""
     texts = Counter(value.strip().lower() for value in values if isinstance(value, str) and not is_empty(value))
     labels = [text for text, rows in texts.items() if rows > 1 and text not in known and as_number(text) is None]
     return " and ".join(repr(text) for text in labels[:3])
 
 
 def verdict_columns(cells: Cells) -> list[str]:
-    """Our names of the columns that judge the two answers of a row, those mapped by hand before others."""
+    """Finds our names of the columns that judge a row's two answers, those mapped by hand first."""
     by_hand = cells.reading.by_hand
     found = [name for name in sorted(VERDICTS, key=lambda name: name not in by_hand) if cells.has(name)]
     if found[:1] == ["annotator1"]:
@@ -162,7 +186,7 @@ def verdict_columns(cells: Cells) -> list[str]:
 
 
 def named_answer(cells: Cells, value: Any) -> float | None:
-    """1 or 2 of a verdict that is the name of the first or the second answer's column; None of any other."""
+    """Reads a verdict that names the column of the first (1) or the second answer (2); None for any other."""
     names = [normalize(cells.name(answer)) for answer in ("output_1", "output_2") if cells.has(answer)]
     return 1.0 + names.index(normalize(value)) if isinstance(value, str) and normalize(value) in names else None
 

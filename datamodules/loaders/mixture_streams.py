@@ -6,7 +6,7 @@ from math import isfinite
 from datamodules.formats.table import check_mapping
 from datamodules.sources import Source
 from datamodules.sources.held_out import parse_share
-from datamodules.tokens.chat import LossOn
+from datamodules.tokens.encoding import LossOn
 
 
 @dataclass(frozen=True)

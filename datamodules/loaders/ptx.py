@@ -94,7 +94,7 @@ class PtxStream:
         return self.texts.domains if self.texts is not None else {}
 
     def domain_loader(self, name: str) -> DataLoader[MicroBatch]:
-        """This rank's share of one domain's rows, in order; as many batches on every rank."""
+        """Gives this rank's share of one domain's rows, in order, in as many batches on every rank."""
         assert self.texts is not None
         return self.texts.domain_loader(name)
 

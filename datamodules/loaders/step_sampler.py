@@ -75,14 +75,14 @@ class StepSampler(DistributedSampler[MicroBatch]):
         return len(self.lengths)
 
     def order(self, epoch: int) -> list[int]:
-        """The rows of an epoch, ``num_rows`` of them, in the order in which steps take them."""
+        """Returns the ``num_rows`` rows of an epoch, in the order in which steps take them."""
         order = list(range(self.num_rows))
         if self.shuffle:
             random.Random(f"{self.seed} {epoch}").shuffle(order)
         return order
 
     def start(self, epoch: int) -> int:
-        """The micro-batch at which ``epoch`` begins: 0, but where a checkpoint is resumed inside it."""
+        """Returns the micro-batch at which ``epoch`` begins: 0, unless a checkpoint is resumed inside it."""
         return self._start[1] if self._start[0] == epoch else 0
 
     def __len__(self) -> int:
@@ -100,7 +100,7 @@ class StepSampler(DistributedSampler[MicroBatch]):
                 yield batch
 
     def plan(self, epoch: int) -> list[MicroBatch]:
-        """All micro-batches of this rank in ``epoch``."""
+        """Plans all micro-batches of this rank in ``epoch``."""
         order, size = self.order(epoch), self.rows_per_step
         return [batch for start in range(0, len(order), size) for batch in self._window(order[start : start + size])]
 
@@ -114,6 +114,6 @@ class StepSampler(DistributedSampler[MicroBatch]):
             yield MicroBatch(mine, denominator) if mine else MicroBatch((dealt[-1],), denominator, counts=False)
 
     def _owner(self, place: int) -> int:
-        """Ranks take turns in the order 0 .. last, last .. 0, so that no rank always gets the longer row."""
+        """Deals rows to ranks in the order 0 .. last, last .. 0, so that no rank always gets the longer row."""
         turn, seat = divmod(place, self.num_replicas)
         return seat if turn % 2 == 0 else self.num_replicas - 1 - seat

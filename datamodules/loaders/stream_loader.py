@@ -63,7 +63,7 @@ class Pieces(IterableDataset[Any]):
             yield dataset[MicroBatch(tuple(range(len(rows))), 0)], worker, place
 
     def batches(self, place: Place, share: int, shares: int) -> Iterator[tuple[list[Tokens], Place]]:
-        """The rows of each micro-batch, and the place behind them."""
+        """Gives the rows of each micro-batch, and the place behind them."""
         rows: list[Tokens] = []
         filling: list[Tokens] = []  # a packed row with room
         for piece, behind in self.pieces(place, share, shares):
@@ -137,7 +137,7 @@ class Pieces(IterableDataset[Any]):
                 raise ValueError(f"{self.data.train}: fewer rows than the {shares} ranks and workers that share them")
 
     def records(self, stream: Any) -> Iterator[dict[str, list[Any]]]:
-        """The records of one pass, each in lists of one. ValueError for text that is not UTF-8."""
+        """Gives the records of a pass, each in lists of one. Raises ValueError for text that is not UTF-8."""
         try:
             yield from stream.iter(1)
         except UnicodeDecodeError as error:
@@ -196,7 +196,7 @@ class StreamLoader:
         self._told = rows
 
     def snapshot(self) -> dict[str, Any]:
-        """Where this rank is, at the last whole step that was trained on: lists and ints."""
+        """Returns where this rank is, at the last whole step that was trained on: lists and ints."""
         current = self.trainer.fit_loop.epoch_loop.batch_progress.current
         trained = self.handed_out - (current.ready - current.processed)  # type: ignore[attr-defined]
         whole = max((mark for mark in self.marks if mark <= trained), default=0)
@@ -215,7 +215,7 @@ class StreamLoader:
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing to do."""
+        """Does nothing."""
 
     def restore(self, ranks: list[dict[str, Any]]) -> None:
         """Go on at a snapshot. ValueError when ranks, workers or, inside an epoch, the micro-batches of a step are

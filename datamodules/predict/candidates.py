@@ -14,7 +14,7 @@ from datamodules.formats.prompt_shapes import right_answer, settle_choices
 from datamodules.formats.reading import Cells, Reading
 from datamodules.formats.verdicts import Ours
 from datamodules.sources import Row, Source
-from datamodules.tokens.chat import Dialogue
+from datamodules.tokens.encoding import Dialogue
 from modules.types import PromptBatch
 
 
@@ -84,7 +84,7 @@ class CandidatesDataModule(RowsDataModule):
     def settle(self, rows: Sequence[Row], stage: str) -> None:
         """Settle how columns of verdicts, and numbers beside options, are read."""
         settle_verdicts(rows, self.reading, self.first_is_better)
-        settle_choices(rows, self.reading, ("answer",))
+        settle_choices(self.reading.rows_with(rows, "options"), self.reading, ("answer",))
 
     def predict_dataloader(self) -> EVAL_DATALOADERS:
         """Return this rank's rows in batches, in order. Raises ValueError when there are fewer rows than ranks."""

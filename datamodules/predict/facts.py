@@ -12,10 +12,10 @@ from transformers import PreTrainedTokenizerBase
 
 from datamodules.base import RowsDataModule, load_tokenizer
 from datamodules.formats.conversation import Asked, add_context, read_prompt
-from datamodules.formats.prompt_shapes import as_letter, references, settle_choices
-from datamodules.formats.reading import Cells, Reading, plain, unpack
+from datamodules.formats.prompt_shapes import as_letter, settle_choices
+from datamodules.formats.reading import Cells, Reading, plain, references, unpack
 from datamodules.sources import Row, Source
-from datamodules.tokens.chat import encode_prompt
+from datamodules.tokens.encoding import encode_prompt
 from modules.trainer.seeds import run_seed
 from modules.types import PromptBatch
 
@@ -112,7 +112,7 @@ class FactsDataModule(RowsDataModule):
 
     def settle(self, rows: Sequence[Row], stage: str) -> None:
         """Settle how numbers beside options are read."""
-        settle_choices(rows, self.reading, ("answer", "completion"))
+        settle_choices(self.reading.rows_with(rows, "options"), self.reading, ("answer", "completion"))
 
     def build(self, facts: list[Fact]) -> list[list[tuple[str, list[int]]]]:
         """Return text and tokens of each fact's prompts."""

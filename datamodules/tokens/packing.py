@@ -10,7 +10,7 @@ from datamodules.tokens.encoding import Tokens
 
 
 def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """The documents of each row, by their place in ``lengths``, in O(n log n).
+    """Finds the documents of each row, by their place in ``lengths``, in O(n log n).
 
     From the longest on, each document goes to the row with the least room that takes it, else to a new row. Of
     documents of one length the first goes first, of rows with equal room the one that has had it longest

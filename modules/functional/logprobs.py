@@ -25,8 +25,7 @@ def token_logprobs(logits: Tensor, targets: Tensor, temperature: float = 1.0) ->
         raise ValueError(
             f"token_logprobs: temperature is {temperature}, expected > 0; score greedy samples with temperature=1.0"
         )
-    logprobs = (_at_least_float32(logits) / temperature).log_softmax(-1)  # [N, T, V]
-    return logprobs.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    return vocabulary_logprobs(logits, temperature).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
 
 
 def token_entropies(logits: Tensor) -> Tensor:
@@ -37,22 +36,31 @@ def token_entropies(logits: Tensor) -> Tensor:
     >>> token_entropies(torch.zeros(1, 2, 4))  # log 4
     tensor([[1.3863, 1.3863]])
     """
-    logprobs = _at_least_float32(logits).log_softmax(-1)  # [N, T, V]
+    return entropies(vocabulary_logprobs(logits))
+
+
+def vocabulary_logprobs(logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """Compute the log-probabilities of all tokens under the distribution sampled at ``temperature``.
+
+    logits: [..., V]. temperature: > 0. Returns [..., V] in nats, in float32 or wider.
+
+    >>> vocabulary_logprobs(torch.tensor([2.0, 0.0]), temperature=2.0)
+    tensor([-0.3133, -1.3133])
+    """
+    return (_at_least_float32(logits) / temperature).log_softmax(-1)
+
+
+def entropies(logprobs: Tensor) -> Tensor:
+    """Compute the entropy of each distribution from the log-probabilities of all tokens.
+
+    logprobs: [..., V] in nats; -inf is allowed. Returns [...] in nats.
+
+    >>> entropies(torch.tensor([0.5, 0.5, 0.0]).log())  # log 2
+    tensor(0.6931)
+    """
     probabilities = logprobs.exp()
     # A token of probability 0 adds 0, but the product would be 0 * -inf.
     return -(probabilities * logprobs.masked_fill(probabilities == 0, 0.0)).sum(-1)
-
-
-def mean_logprobs(logits: Tensor) -> Tensor:
-    """Compute the mean log-probability over the whole vocabulary, which label smoothing raises.
-
-    logits: [N, T, V]. Returns [N, T] in nats, <= -log V, in float32 or wider.
-
-    >>> mean_logprobs(torch.tensor([[[1.0, -1.0]]]))
-    tensor([[-1.1269]])
-    """
-    logits = _at_least_float32(logits)
-    return logits.mean(-1) - logits.logsumexp(-1)
 
 
 def sequence_logprobs(logprobs: Tensor, mask: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from modules.functional.logprobs import mean_logprobs, token_entropies, token_logprobs
+from modules.functional.logprobs import entropies, token_logprobs, vocabulary_logprobs
 from modules.networks.loading import (
     check_packing,
     check_supported,
@@ -305,20 +305,20 @@ class Policy(nn.Module):
     def _score_chunk(
         self, hidden: Tensor, targets: Tensor, temperature: float, details: bool, means: bool, entropy: bool
     ) -> TokenScores:
+        """Return the scores of a chunk, all from one softmax over the vocabulary."""
         head = self.model.get_output_embeddings()
         with torch.autocast(hidden.device.type, enabled=False):  # rounding of 16 bits here would be the largest error
-            logits = head(hidden.to(self.model.dtype))[None]  # [1, K, V]
-        scores = TokenScores(token_logprobs(logits, targets[None], temperature)[0])
+            logits = head(hidden.to(self.model.dtype))  # [K, V]
+        logprobs = vocabulary_logprobs(logits, temperature)
+        scores = TokenScores(logprobs.gather(-1, targets[:, None])[:, 0])
         if means:
-            scores = scores._replace(means=mean_logprobs(logits / temperature)[0])
+            scores = scores._replace(means=logprobs.mean(-1))
         if details:
-            detached = logits.detach().float()
-            hits = (detached[0].argmax(-1) == targets).float()
-            scores = scores._replace(
-                entropies=token_entropies(detached / temperature)[0], hits=hits, mean_logits=detached[0].mean(-1)
-            )
-        if entropy:
-            scores = scores._replace(entropies=token_entropies(logits / temperature)[0])
+            seen = logits.detach().float()
+            scores = scores._replace(hits=(seen.argmax(-1) == targets).float(), mean_logits=seen.mean(-1))
+        if details or entropy:
+            whole = vocabulary_logprobs(logits, temperature) if entropy else logprobs.detach()  # a gradient of its own
+            scores = scores._replace(entropies=entropies(whole))
         return scores
 
     def _shares(self, batch: PolicyBatch | PreferenceBatch) -> bool:

@@ -15,7 +15,7 @@ from callbacks.data_report import DataReport, find_documents, guess_languages, w
 from datamodules import InstructionDataModule, PreferenceDataModule
 from datamodules.preference import PreferenceTokens
 from datamodules.sources import Row, Source
-from datamodules.tokens.chat import Tokens
+from datamodules.tokens.encoding import Tokens
 from modules import SFTModule
 from modules.networks.tiny import tiny_tokenizer
 

@@ -18,7 +18,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from callbacks.forgetting import Forgetting, measure_forgetting
 from datamodules import AdditionPairs, InstructionDataModule, PreferenceDataModule
 from datamodules.sources import Row, Source
-from datamodules.tokens.chat import Tokens
+from datamodules.tokens.encoding import Tokens
 from modules import SFTModule
 
 TEXTS = {

@@ -4,8 +4,16 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 from transformers import AddedToken, PreTrainedTokenizerFast
 
-from datamodules.tokens.chat import Dialogue, Message, Tokens, encode_example, encode_prompt, render
-from datamodules.tokens.encoding import PICTURE, encode_document, token_picture
+from datamodules.tokens.encoding import (
+    Dialogue,
+    Message,
+    Tokens,
+    encode_document,
+    encode_example,
+    encode_prompt,
+    render,
+)
+from datamodules.tokens.picture import PICTURE, token_picture
 from modules.networks.tiny import BOS, CHAT_TEMPLATE, END_OF_TURN, EOS, tiny_tokenizer
 
 STRIPPING = (
@@ -412,7 +420,7 @@ def test_an_empty_mask_shows_its_tokens() -> None:
 
 def test_a_long_picture_keeps_both_ends() -> None:
     tokens = encode_example(tiny_tokenizer(), "p" * 500, "c" * 500, "row")
-    picture = token_picture(tiny_tokenizer(), tokens)
+    picture = token_picture(tiny_tokenizer(), tokens.ids, tokens.supervised)
     half = PICTURE // 2
     assert picture == "p" * half + " ... " + "c" * (half - len(EOS) - 1) + EOS + "]"
 

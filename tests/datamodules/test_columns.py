@@ -98,7 +98,7 @@ REFUSED = [
         {},
         "column 'completion' holds a NoneType, text or a list of messages was expected",
     ),
-    ({"prompt": "x", "completion": 5}, {}, "column 'completion' holds a int"),
+    ({"prompt": "x", "completion": True}, {}, "column 'completion' holds a bool"),
     (
         {"instruction": "x", "output": ["a", 5]},
         {},

@@ -516,7 +516,7 @@ def test_the_line_says_what_became_of_every_column_and_row(tmp_path: Path, caplo
     with caplog.at_level("INFO"):
         InstructionDataModule(
             tokenizer(),
-            write(tmp_path, "jsonl", *rows, {**rows[0], "response": 5}),
+            write(tmp_path, "jsonl", *rows, {**rows[0], "response": True}),
             max_length=20,
             on_bad_row="drop",
             chat=False,
@@ -540,7 +540,11 @@ TWO, ONE = {"prompt": "p", "output_1": "a", "output_2": "b"}, {"prompt": "p", "c
     [
         (dpo, [TWO | {"winner": value} for value in (0, 1)], "column 'winner' holds only 0 and 1"),
         (dpo, [TWO | {"winner": value} for value in "xyxya"], "column 'winner' holds 'x' and 'y', no known name"),
-        (dpo, [ONE | {"label": value} for value in ("yes", "no", "true", "yes", "no")], "'label' holds 'yes' and 'no'"),
+        (
+            dpo,
+            [ONE | {"label": value} for value in ("up", "down", "true", "up", "down")],
+            "'label' holds 'up' and 'down'",
+        ),
         (sft, [{"question": "a", "query": "b", "answer": "c"}, {"question": "a", "answer": "c"}], "both be the prompt"),
         (grpo, [{"question": "a", "query": "b"}, {"question": "a"}], "may both be the prompt"),
         (streamed, [{"question": "a", "answer": "c"}, {"question": "a", "query": "b", "answer": "c"}], "both be the"),

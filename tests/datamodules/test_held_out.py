@@ -20,7 +20,7 @@ from datamodules.loaders.mixture_streams import Stream
 from datamodules.loaders.ptx import PtxStream
 from datamodules.sources.held_out import hold_out
 from datamodules.sources.source import Row
-from datamodules.tokens.chat import encode_example, encode_prompt
+from datamodules.tokens.encoding import encode_example, encode_prompt
 from modules import SFTModule
 from modules.__main__ import main
 from modules.networks.tiny import tiny_tokenizer

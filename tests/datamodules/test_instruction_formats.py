@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from datamodules.formats.instruction_shapes import encode_instruction, instruction_example
 from datamodules.formats.reading import Reading
 from datamodules.sources import Files, Row
-from datamodules.tokens.chat import Tokens
+from datamodules.tokens.encoding import Tokens
 from modules.networks.tiny import CHAT_TEMPLATE, END_OF_TURN, EOS, tiny_tokenizer
 
 DATA = Path(__file__).parents[2].parent / "shared" / "data"

@@ -9,8 +9,16 @@ from transformers import PreTrainedTokenizerFast
 from transformers.tokenization_python import PreTrainedTokenizer
 
 from datamodules import PreferenceDataModule
-from datamodules.tokens.chat import Message, encode_example, encode_prompt, encode_rendered, render
-from datamodules.tokens.encoding import TokenisedText, continuation_ids, special_ids
+from datamodules.tokens.encoding import (
+    Message,
+    TokenisedText,
+    continuation_ids,
+    encode_example,
+    encode_prompt,
+    encode_rendered,
+    render,
+)
+from datamodules.tokens.special import special_ids
 
 TEXTS = [
     "the cat sat on the mat",

@@ -14,7 +14,7 @@ from datamodules.formats.reading import Reading
 from datamodules.formats.table import check_mapping
 from datamodules.preference import PreferenceDataModule
 from datamodules.sources import Files, Row
-from datamodules.tokens.chat import encode_example
+from datamodules.tokens.encoding import encode_example
 from modules.networks.tiny import tiny_tokenizer
 
 DATA = Path(__file__).parents[2].parent / "shared" / "data"
@@ -208,7 +208,7 @@ BROKEN: list[tuple[dict[str, Any], str]] = [
         r"there is no prompt, and chosen is not a transcript that starts with '\\n\\nHuman:'; name the column of the "
         r"prompt",
     ),
-    ({"prompt": 3, **PAIR}, "column 'prompt' holds a int, text or a list of messages was expected"),
+    ({"prompt": True, **PAIR}, "column 'prompt' holds a bool, text or a list of messages was expected"),
     ({"prompt": "x", "chosen": "a", "rejected": " \n"}, "rejected is empty$"),
     (
         {"prompt": "x", "chosen": True, "rejected": "b"},

@@ -12,7 +12,7 @@ from torch import Tensor
 from datamodules.loaders.step_sampler import MicroBatch, StepSampler
 from datamodules.preference import PreferenceDataModule, PreferenceDataset, PreferenceTokens, chosen_longer_by
 from datamodules.sources import Row, Source
-from datamodules.tokens.chat import encode_example, encode_prompt
+from datamodules.tokens.encoding import encode_example, encode_prompt
 from modules.networks.tiny import tiny_tokenizer
 from modules.types import PreferenceBatch
 

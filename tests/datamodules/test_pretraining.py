@@ -53,7 +53,7 @@ def test_other_columns_other_rows_and_domains(tmp_path: Path) -> None:
 
 
 def test_bad_rows_are_named_or_counted(tmp_path: Path) -> None:
-    path = write(tmp_path / "e.jsonl", [{"text": "abc"}, {"text": 5}, {"text": "abd"}])
+    path = write(tmp_path / "e.jsonl", [{"text": "abc"}, {"text": True}, {"text": "abd"}])
     with pytest.raises(ValueError, match="e.jsonl:2"):
         loaded(path)
     assert loaded(path, on_bad_row="drop").bad["train"] == 1

@@ -200,6 +200,60 @@ def test_two_columns_of_verdicts(tmp_path: Path) -> None:
     assert compared(path, first_is_better=0) == [{"one": 1, "two": 0}, {"one": 0, "two": 1}]
 
 
+TURNS = [ASK, {"role": "assistant", "content": "one"}, ASK, {"role": "assistant", "content": "more"}]
+OTHERS = [ASK, {"role": "assistant", "content": "two"}, ASK, {"role": "assistant", "content": "less"}]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+@pytest.mark.parametrize(
+    "row",
+    [
+        {
+            "instruction": "ask",
+            "generations": ["one", "two"],
+            "ratings": [1, 5],
+            "rationales": ["x", "y"],
+        },  # distilabel
+        {"info": {"id": "i", "post": "ask"}, "summaries": [{"text": "one"}, {"text": "two"}], "choice": 1},  # TL;DR
+        {
+            "question": {"id": "i", "full_text": "ask"},  # WebGPT
+            "answer_0": "one",
+            "answer_1": "two",
+            "score_0": -0.5,
+            "score_1": 0.5,
+        },
+        {"conversation_a": TURNS, "conversation_b": OTHERS, "winner": "model_b", "turn": 1},  # MT-Bench
+    ],
+)
+def test_comparisons_whose_columns_mean_something_only_together(tmp_path: Path, kind: str, row: dict[str, Any]) -> None:
+    """Each says that the second answer is better."""
+    path = write(tmp_path, kind, [row, row])
+    assert compared(path) == [{"one": 1, "two": 0}] * 2
+    data = PreferenceDataModule(tokenizer(), path)
+    data.setup("fit")
+    assert "ask" in data.tokenizer.decode(data.train_rows[0].prompt)
+
+
+def test_a_lone_name_of_them_means_nothing(tmp_path: Path) -> None:
+    row = {"prompt": "ask", "completion": "say", "generations": ["x"], "turn": 2, "info": {"post": "p"}, "score_0": 1}
+    assert learned(write(tmp_path, "jsonl", [row]))[0][1].startswith("say")
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_labels_as_words(tmp_path: Path, kind: str) -> None:
+    rows = [{"prompt": "ask", "completion": text, "label": label} for text, label in (("one", "Yes"), ("two", "no"))]
+    assert compared(write(tmp_path, kind, rows * 2)) == [{"one": 0}, {"two": 1}] * 2
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_numbers_are_read_as_the_text_that_csv_holds(tmp_path: Path, kind: str) -> None:
+    row = {"prompt": 5, "completion": 2.5}
+    (tmp_path / "rows.csv").write_text("prompt,completion\n5,2.5\n")
+    assert learned(write(tmp_path, kind, [row])) == learned(str(tmp_path / "rows.csv"))
+    path = write(tmp_path, kind, [{"prompt": 1, "chosen": 2, "rejected": 3}])
+    assert compared(path) == [{"2": 0, "3": 1}]
+
+
 def test_sources_that_count_differently_are_not_mixed(tmp_path: Path) -> None:
     for name, first in (("a", 1), ("b", 0)):
         rows = [PAIR | {"winner": first + number} for number in (0, 1)]

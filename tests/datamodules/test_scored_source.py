@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from callbacks.writers.prediction_writer import write_line
 from datamodules.preference import PreferenceDataModule
 from datamodules.sources.scored import Sampled, Scored
-from datamodules.tokens.chat import encode_example, encode_prompt, encode_rendered
+from datamodules.tokens.encoding import encode_example, encode_prompt, encode_rendered
 from modules.networks.tiny import tiny_tokenizer
 from modules.types import Completion, Rollout
 

@@ -66,7 +66,7 @@ def test_what_is_mapped_goes_before_what_is_found() -> None:
         ),
         ({"instruction": "i", "instances": ["o"]}, "column 'instances' must be"),
         ({"instruction": "i", "instances": [{"input": "x"}]}, "column 'instances' must be"),
-        ({"instruction": 3, "output": "o"}, "'instruction' holds a int, text was expected"),
+        ({"instruction": True, "output": "o"}, "'instruction' holds a bool, text was expected"),
         ({"instruction": "i", "input": ["x"], "output": "o"}, "'input' holds a list, text was expected"),
         ({"instruction": "i", "output": None}, "the output is empty, so it shows a model nothing"),
         (

@@ -12,7 +12,7 @@ from datamodules import Files, InstructionDataModule
 from datamodules.formats.prompt_shapes import verifiable_example
 from datamodules.formats.reading import Reading
 from datamodules.sources.locations import explain_hub_error
-from datamodules.tokens.chat import encode_prompt
+from datamodules.tokens.encoding import encode_prompt
 from modules.networks.tiny import tiny_tokenizer
 
 GSM8K = Path(__file__).parents[3] / "shared" / "data" / "gsm8k"

@@ -22,8 +22,7 @@ from modules.losses import (
     Sigmoid,
     SimPO,
 )
-from modules.losses.pairs import Pairs, find_pairs
-from modules.losses.preference import BradleyTerry, Sequences
+from modules.losses.preference import BradleyTerry, Pairs, Sequences, find_pairs
 
 DOUBLE = torch.float64
 Loss = Callable[

@@ -27,8 +27,7 @@ from modules.losses import (
     Sigmoid,
     SimPO,
 )
-from modules.losses.pairs import find_pairs, measure_logits
-from modules.losses.preference import Sequences
+from modules.losses.preference import Sequences, find_pairs, measure_logits
 from modules.networks.lora import Lora
 
 QUIET = {
@@ -424,7 +423,7 @@ KTO_RANKS = """
 import torch
 from lightning.pytorch import Callback
 from modules.losses import KTO
-from modules.losses.pairs import find_pairs
+from modules.losses.preference import find_pairs
 from pathlib import Path
 from tests.methods.test_dpo import Labels, dpo, fit
 

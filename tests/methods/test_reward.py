@@ -31,7 +31,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from callbacks import Export
 from callbacks.writers.prediction_writer import write_line
 from datamodules.preference import PreferenceDataModule
-from modules.losses.pairs import Pairs, find_pairs
+from modules.losses.preference import Pairs, find_pairs
 from modules.networks.lora import Lora
 from modules.networks.tiny import tiny_tokenizer
 from modules.reward import RewardModule, measure_moments

@@ -10,7 +10,6 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from modules.networks.frozen import Frozen
 from modules.networks.lora import (
     POLICY,
     Lora,
@@ -25,6 +24,7 @@ from modules.networks.lora import (
     using,
 )
 from modules.networks.policy import Policy
+from modules.networks.reference import Frozen
 from modules.networks.tiny import tiny_model, tiny_tokenizer
 from modules.reward import RewardModule
 from modules.rollout.engine import InProcessEngine

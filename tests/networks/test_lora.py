@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from modules.networks.frozen import Frozen
 from modules.networks.lora import Lora
 from modules.networks.policy import Policy
+from modules.networks.reference import Frozen
 from modules.rollout.engine import InProcessEngine
 from modules.rollout.sampling import Sampling
 
