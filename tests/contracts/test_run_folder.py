@@ -4,13 +4,15 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
-import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from programs import run_program
 from safetensors.torch import load_file
 
 from modules import GRPOModule, SFTModule
@@ -57,14 +59,10 @@ def test_out_holds_all_of_a_run_and_a_second_run_leaves_it_alone(capsys, caplog)
     ask, curves = (line.partition(": ")[2] for line in ending[1:])
     assert ask.endswith("-m modules chat --policy mine/first/export --form text")
     assert curves.endswith("-m tensorboard.main --logdir mine/first")
-    answered = subprocess.run(
-        shlex.split(ask),
-        input="39+54=\n",
-        capture_output=True,
-        text=True,
-        check=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )
+    python, *words = shlex.split(ask)
+    answered = run_program(*words, folder=Path(), input="39+54=\n")
+    assert answered.returncode == 0, answered.stderr
+    assert os.path.samefile(shutil.which(python) or "", sys.executable)
     assert len(answered.stdout.splitlines()) >= 1
 
     main(["validate", *SFT, *FEW[1:2], "--ckpt_path", "mine/first-2", "--out", "mine/first"])

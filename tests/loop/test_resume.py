@@ -2,9 +2,6 @@
 change nothing.
 """
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +10,7 @@ import yaml
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers.logger import Logger
+from programs import run_program, run_ranks
 
 from datamodules import Addition, VerifiableDataModule
 from modules import GRPOModule
@@ -227,9 +225,9 @@ def test_first_micro_batch_has_the_old_logprobs(tmp_path):
 def run_cli(config: dict, folder: Path, *args: str) -> dict:
     file = folder / "config.yaml"
     file.write_text(yaml.safe_dump(config))
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "modules", "fit", "--config", str(file), *args]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = (run_ranks if config["trainer"]["devices"] == 2 else run_program)(
+        "-m", "modules", "fit", "--config", str(file), *args, folder=folder
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return torch.load(folder / "last.ckpt", weights_only=True)
 
