@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
@@ -32,13 +33,19 @@ NUMERICS = {  # the environment of a run; perturbed: the start weights are off b
 }
 
 
-def run_demo(folder: Path, seed: int, numerics: str, *grpo: str) -> tuple[float, float]:
+def run_python(*arguments: str, folder: Path, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """Run ``python *arguments`` in ``folder``."""
+    return subprocess.run([sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True)
+
+
+def run_demo(folder: Path, seed: int, numerics: str, *grpo: str, run: Any = run_python) -> tuple[float, float]:
     """Run the demo in an empty folder and return pass@1 before and after GRPO.
 
     Claims that do not hold are no error here.
 
     Args:
         grpo: more arguments of the stage that trains by GRPO.
+        run: how a stage is started, as ``run_python`` does; only a fresh start can have other numerics.
 
     Raises:
         RuntimeError: a stage fails for another reason; the message holds the end of what it printed.
@@ -52,20 +59,12 @@ def run_demo(folder: Path, seed: int, numerics: str, *grpo: str) -> tuple[float,
     tiny_tokenizer().save_pretrained(folder / "start")
     said = ""
     for path in sorted((ROOT / "configs/recipes/demo").glob("*.yaml")):
-        command = [
-            sys.executable,
-            "-m",
-            "modules",
-            path.stem.split("-")[1],
-            "--config",
-            str(path),
-            "--trainer.enable_progress_bar=false",
-        ]
+        command = ["-m", "modules", path.stem.split("-")[1], f"--config={path}", "--trainer.enable_progress_bar=false"]
         command += [f"--seed_everything={seed}", f"--data.seed={seed}"]
         command += [f"--model.policy={folder / 'start'}"] if "sft" in path.stem else [f"--model.seed={seed}"]
         command += grpo if path.stem == "02-fit-grpo" else ()
         environment = os.environ | {"PYTHONPATH": str(ROOT)} | NUMERICS[numerics]
-        stage = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+        stage = run(*command, folder=folder, environment=environment)
         said = stage.stdout + stage.stderr
         if stage.returncode and "claims did not hold" not in said:
             raise RuntimeError(f"{path.stem} failed with seed {seed}, {numerics}: {said[-2000:]}")

@@ -9,6 +9,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from few_rows import few_rows
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from modules.__main__ import main
@@ -92,7 +93,7 @@ def tags(tmp_path_factory) -> set[str]:
     for method, limit in LIMITS.items():
         with pytest.MonkeyPatch.context() as patch:
             patch.chdir(folder)
-            config = str(ROOT / f"configs/tiny/{method}.yaml")
+            config = few_rows(method)
             main(["fit", "--config", config, *SHORT, *limit, "--out", f"runs/{method}"])
         found |= logged(folder / "runs" / method)
     return found

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from few_rows import few_rows
 from programs import run_program
 from safetensors.torch import load_file
 
@@ -20,7 +21,7 @@ from modules.__main__ import main
 from modules.cli.run_folder import RunFolder
 
 ROOT = Path(__file__).parents[2]
-SFT = ["--config", str(ROOT / "configs/tiny/sft.yaml"), "--out=runs/sft", "--trainer.accelerator=cpu"]
+SFT = ["--config", few_rows("sft"), "--out=runs/sft", "--trainer.accelerator=cpu"]
 FEW = ["--data.train.num_examples=24", "--data.val.num_examples=4", "--data.batch_size=4", "--trainer.max_epochs=2"]
 
 
@@ -141,7 +142,7 @@ def test_a_logger_by_one_word(capsys):
     ],
 )
 def test_a_run_that_is_told_to_stop_goes_on_bit_for_bit(monkeypatch, capsys, signum, method, kind, small):
-    arguments = ["fit", "--config", str(ROOT / f"configs/tiny/{method}.yaml"), *small, "--trainer.logger=null"]
+    arguments = ["fit", "--config", few_rows(method), *small, "--trainer.logger=null"]
     main([*arguments, "--out=whole"])
     step, asked = kind.training_step, []
 
@@ -169,7 +170,7 @@ def test_a_run_that_is_told_to_stop_goes_on_bit_for_bit(monkeypatch, capsys, sig
 def test_predict_says_whose_weights_it_uses(caplog):
     grpo = [
         "--config",
-        str(ROOT / "configs/tiny/grpo.yaml"),
+        few_rows("grpo"),
         "--trainer.callbacks=PredictionWriter",
         "--trainer.logger=null",
     ]

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from few_rows import BATCHES, ROWS, few_rows, lower
 
 from modules.__main__ import main
 
@@ -17,7 +18,6 @@ RECIPES = sorted([*(ROOT / "configs/recipes").iterdir(), *(ROOT / "configs/studi
 OVERLAYS = sorted((ROOT / "configs/overlays").glob("*.yaml"))
 ONE_BATCH = ["--trainer.limit_val_batches=1", "--trainer.limit_predict_batches=1"]
 QUIET = ["--trainer.enable_progress_bar=false"]
-ROWS = 200  # of a built-in source at most: enough for a step on two ranks
 
 
 def run(command: str, *arguments: str, folder: Path) -> None:
@@ -36,12 +36,8 @@ def write_preferences(folder: Path) -> None:
 
 
 def shrunk(path: Path, folder: Path) -> str:
-    """Copy the YAML with few rows; it then validates every epoch or every step."""
-    text = re.sub(
-        r"(num_(?:examples|texts|facts): )(\d+)",
-        lambda found: f"{found[1]}{min(ROWS, int(found[2]))}",
-        path.read_text(),
-    )
+    """Copy the YAML with few rows and small batches; it then validates every epoch or every step."""
+    text = lower(path.read_text(), ROWS | BATCHES)
     text = re.sub(r"(check_val_every_n_epoch|val_check_interval): \d+", r"\1: 1", text)
     copy = folder / path.name
     copy.write_text(text)
@@ -79,7 +75,7 @@ def test_stages_of_a_recipe_are_numbered(recipe):  # tests/contracts/test_two_ra
 @pytest.mark.parametrize("method", ["sft", "reward", "dpo", "online_dpo", "grpo"])
 def test_methods_run_on_one_process(tmp_path, method):
     overlay = str(ROOT / "configs/overlays/cpu_tiny.yaml")
-    run("fit", "--config", str(ROOT / f"configs/tiny/{method}.yaml"), "--config", overlay, folder=tmp_path)
+    run("fit", "--config", few_rows(method), "--config", overlay, folder=tmp_path)
     assert [path.name for path in tmp_path.iterdir()] in ([], ["runs"])
 
 
@@ -90,7 +86,7 @@ def test_methods_run_with_adapters(tmp_path, method):
         for name in ("cpu_tiny", "lora")
         for argument in ("--config", str(ROOT / f"configs/overlays/{name}.yaml"))
     ]
-    run("fit", "--config", str(ROOT / f"configs/tiny/{method}.yaml"), *overlays, folder=tmp_path)
+    run("fit", "--config", few_rows(method), *overlays, folder=tmp_path)
 
 
 def test_a_judge_labels_a_file(tmp_path, chat_server, rules):

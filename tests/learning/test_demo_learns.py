@@ -1,9 +1,11 @@
 """``make demo`` learns for other start weights, rows, samples and arithmetic, and says so when it does not."""
 
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
+from programs import run_program
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tests/benchmarks"))
@@ -14,7 +16,8 @@ from modules.__main__ import main  # noqa: E402
 
 
 def test_the_demo_learns(tmp_path: Path) -> None:
-    before, after = run_demo(tmp_path, 2, "perturbed", "--trainer.max_epochs=30")  # of 150
+    run = partial(run_program, timeout=1200)
+    before, after = run_demo(tmp_path, 2, "perturbed", "--trainer.max_epochs=30", run=run)  # of 150
     assert 0.5 <= before <= 0.75
     assert after >= before + 0.05
 
