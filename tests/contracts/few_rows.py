@@ -6,7 +6,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-ROWS = {r"num_(?:examples|texts|facts)": 128}  # at most
+ROWS = {r"num_(?:examples|texts|facts)": 120, "passes": 2}  # at most; facts come in twenties
 BATCHES = {"batch_size|prompts_per_phase": 16, "val_batch_size": 64}
 COPIES = TemporaryDirectory()  # of this process
 
