@@ -76,6 +76,11 @@ class _Quiet(ThreadingHTTPServer):
         """A client that does not wait for the answer is part of the test."""
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the long tests, so that two processes end together."""
+    items.sort(key=lambda item: "learning" not in item.path.parts)
+
+
 @pytest.fixture(autouse=True)
 def no_seed_of_another_test(monkeypatch: pytest.MonkeyPatch) -> None:
     """Remove the seed that an earlier test set by ``seed_everything``."""

@@ -32,7 +32,19 @@ Dashboard: Any = vars(import_own("callbacks"))["Dashboard"]
 
 
 class AlignmentCLI(LightningCLI):
-    """A LightningCLI that gives each run a folder, and the DataModule the policy's tokenizer."""
+    """A LightningCLI that gives each run a folder, and the DataModule the policy's tokenizer.
+
+    Arguments that begin with a command get the parser of this one alone, because each takes a while to make.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.asked = kwargs["args"][:1]
+        super().__init__(*args, **kwargs)
+
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """Return the commands with the Trainer's arguments that are none of the command line."""
+        commands = LightningCLI.subcommands()
+        return {name: commands[name] for name in self.asked if name in commands} or commands
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add ``--out`` and ``--logger``, and link the tokenizer of model and data.

@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
@@ -44,13 +45,21 @@ def make_start(folder: Path, seed: int, numerics: str) -> Path:
     return folder / "start"
 
 
-def run_recipe(recipe: str, folder: Path, seed: int, numerics: str, **more: list[str]) -> str:
+def run_python(*arguments: str, folder: Path, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """Run ``python *arguments`` in ``folder``."""
+    return subprocess.run([sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True)
+
+
+def run_recipe(
+    recipe: str, folder: Path, seed: int, numerics: str, more: dict[str, list[str]] | None = None, run: Any = run_python
+) -> str:
     """Run all stages of a recipe in an empty folder and return what they printed.
 
     Claims that do not hold are no error here.
 
     Args:
-        more: more arguments of a stage, by its file's name without ``.yaml`` and with ``_`` for ``-``.
+        more: more arguments of a stage, by its file's name without ``.yaml``.
+        run: how a stage is started, as ``run_python`` does; only a fresh start can have other numerics.
 
     Raises:
         RuntimeError: a stage fails for another reason; the message holds the end of what it printed.
@@ -58,17 +67,15 @@ def run_recipe(recipe: str, folder: Path, seed: int, numerics: str, **more: list
     start = make_start(folder, seed, numerics)
     said = ""
     for path in sorted((ROOT / "configs/recipes" / recipe).glob("*.yaml")):
-        command = [sys.executable, "-m", "modules", path.stem.split("-")[1]]
+        command = ["-m", "modules", path.stem.split("-")[1]]
         command += [f"--config={file}" for file in (ROOT / "configs/recipes/shared.yaml", path)]
         command += ["--trainer.enable_progress_bar=false", f"--seed_everything={seed}"]
         command += [f"--model.policy={start}"] if "policy: tiny" in path.read_text() else []
-        command += more.get(path.stem.replace("-", "_"), [])
         environment = os.environ | {"PYTHONPATH": str(ROOT)} | NUMERICS[numerics]
-        stage = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+        stage = run(*command, *(more or {}).get(path.stem, []), folder=folder, environment=environment)
         if stage.returncode and "claims did not hold" not in stage.stderr:
-            raise RuntimeError(
-                f"{path.stem} failed with seed {seed}, {numerics}: {(stage.stdout + stage.stderr)[-2000:]}"
-            )
+            end = (stage.stdout + stage.stderr)[-2000:]
+            raise RuntimeError(f"{path.stem} failed with seed {seed}, {numerics}: {end}")
         said += stage.stdout + stage.stderr
     return said
 

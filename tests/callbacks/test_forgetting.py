@@ -2,9 +2,6 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +11,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import TensorBoardLogger
+from programs import run_program
 
 from callbacks.forgetting import Forgetting, measure_forgetting
 from datamodules import AdditionPairs, InstructionDataModule, PreferenceDataModule
@@ -204,14 +202,7 @@ if __name__ == "__main__":
 
 def test_two_ranks_measure_what_one_would(tmp_path: Path) -> None:
     (tmp_path / "two_ranks.py").write_text(SCRIPT)
-    here = Path(__file__).parent
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(here.parents[1]), str(here)]),
-        "OMP_NUM_THREADS": "1",
-    }
-    command = [sys.executable, str(tmp_path / "two_ranks.py"), str(tmp_path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    done = run_program("two_ranks.py", ".", folder=tmp_path, path=[Path(__file__).parent])
     assert done.returncode == 0, done.stderr[-3000:]
     (start, history), other = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     assert [start, history] == other

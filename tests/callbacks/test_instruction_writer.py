@@ -1,11 +1,7 @@
 """Growing seed tasks end to end: a real server writes tasks, killed runs continue, and SFT reads the result."""
 
 import json
-import os
 import random
-import signal
-import subprocess
-import sys
 import time
 import zlib
 from pathlib import Path
@@ -13,6 +9,7 @@ from typing import Any
 
 import pytest
 from lightning.pytorch import Trainer
+from programs import Program
 
 from callbacks.writers.instruction_writer import InstructionWriter
 from datamodules.instruction import InstructionDataModule
@@ -191,18 +188,11 @@ def test_the_shipped_config_killed_and_started_again(
         f"--model.client.base_url={server.url}",
     ]
     arguments = ["predict", "--config", str(ROOT / "configs/self_instruct.yaml"), *more]
-    command = [sys.executable, "-m", "modules", *arguments]
-    with subprocess.Popen(
-        command,
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stderr=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-    ) as process:
+    with Program("-m", "modules", *arguments, folder=tmp_path) as program:
         end = time.monotonic() + 90
-        while len(server.requests) < 6 and process.poll() is None and time.monotonic() < end:
+        while len(server.requests) < 6 and program.process.is_alive() and time.monotonic() < end:
             time.sleep(0.05)
-        os.kill(process.pid, signal.SIGKILL)
+        program.process.kill()
     file = tmp_path / "runs/self_instruct/instructions.jsonl"
     assert len(server.requests) == 6 and not file.exists()
     monkeypatch.chdir(tmp_path)

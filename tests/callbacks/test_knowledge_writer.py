@@ -1,15 +1,13 @@
 """KnowledgeWriter end to end: rows come back with their categories, killed runs continue, and two ranks equal one."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
+from programs import run_ranks
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from callbacks import KnowledgeWriter, PreferenceWriter
@@ -170,9 +168,6 @@ def test_two_ranks_write_what_one_writes(tmp_path: Path) -> None:
     rows = known_rows(tmp_path)
     ask(tmp_path / "one.jsonl", rows)
     (tmp_path / "two.py").write_text(SCRIPT)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(tmp_path / "two.py"), str(rows), str(tmp_path / "two.jsonl")]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
+    run_ranks("two.py", str(rows), "two.jsonl", folder=tmp_path)
     for name in ("{}.jsonl", "{}.jsonl.report.json"):
         assert (tmp_path / name.format("two")).read_bytes() == (tmp_path / name.format("one")).read_bytes()

@@ -1,13 +1,11 @@
 """Two real ranks log the same as one rank with all rollouts, also when one of them has nothing to count."""
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from programs import run_ranks
 
 from callbacks import Diversity, LengthBias, Overoptimization
 from modules.types import Reward, Rollout
@@ -66,15 +64,7 @@ def rank_phases(make: Callable[..., Rollout]) -> list[list[list[Rollout]]]:
 
 def test_two_ranks_equal_one(make: Any, fit: Any, tmp_path: Path) -> None:
     (tmp_path / "two_ranks.py").write_text(SCRIPT)
-    here = Path(__file__).parent
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(here.parents[1]), str(here)]),
-        "OMP_NUM_THREADS": "1",
-    }
-    command = [sys.executable, str(tmp_path / "two_ranks.py"), str(tmp_path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_ranks("two_ranks.py", ".", folder=tmp_path, path=[Path(__file__).parent])
 
     first, second = rank_phases(make)
     phases = [a + b for a, b in zip(first, second, strict=True)]

@@ -1,9 +1,6 @@
 """PreferenceAudit in a real Trainer, with a score that turns into length during training."""
 
 import json
-import os
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -13,6 +10,7 @@ import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import TensorBoardLogger
+from programs import run_program
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
@@ -307,14 +305,7 @@ ODD = [*ROWS, (4, 9, 1, 0, 0)]  # rank 0 gets rows 0 2 4, rank 1 rows 1 3 and a 
 
 def test_two_ranks_equal_one(tmp_path: Path, events: Any) -> None:
     (tmp_path / "two_ranks.py").write_text(SCRIPT)
-    here = Path(__file__).parent
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(here.parents[1]), str(here)]),
-        "OMP_NUM_THREADS": "1",
-    }
-    command = [sys.executable, str(tmp_path / "two_ranks.py"), str(tmp_path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    done = run_program("two_ranks.py", ".", folder=tmp_path, path=[Path(__file__).parent])
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stderr.count("pairs: accuracy") + done.stdout.count("pairs: accuracy") == 3  # rank zero alone
 

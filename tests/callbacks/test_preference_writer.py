@@ -1,11 +1,7 @@
 """Labelling end to end: a real server judges, killed runs continue, and a preference DataModule reads the result."""
 
 import json
-import os
 import re
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 from lightning.pytorch import Trainer
+from programs import Program
 
 from callbacks.writers.preference_writer import PreferenceWriter
 from datamodules.formats.preference_shapes import preference_example
@@ -317,13 +314,11 @@ def test_a_killed_process_goes_on(tmp_path: Path, chat_server: Any, rules: Any, 
     write_rows(tmp_path / "in.jsonl", ROWS)
     server = chat_server(rules["longer wins"], plan=[200] * 5 + [600.0])  # the sixth request hangs, in the third row
     arguments = config(tmp_path, server.url)
-    with subprocess.Popen(
-        [sys.executable, "-m", "modules", *arguments], cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
-    ) as process:
+    with Program("-m", "modules", *arguments, folder=ROOT) as program:
         end = time.monotonic() + 60
-        while len(server.requests) < 6 and time.monotonic() < end:
+        while len(server.requests) < 6 and program.process.is_alive() and time.monotonic() < end:
             time.sleep(0.05)
-        os.kill(process.pid, signal.SIGKILL)
+        program.process.kill()
     assert len(server.requests) == 6 and not (tmp_path / "out.jsonl").exists()
     main(arguments)
     assert "labels: resuming with the 2 rows" in caplog.text

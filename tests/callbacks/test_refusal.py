@@ -3,9 +3,6 @@ TensorBoard.
 """
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +13,7 @@ from conftest import Events
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
+from programs import run_program
 from torch.utils.data import DataLoader
 
 from callbacks.refusal import AskedPrompt, Refusal, read_prompts
@@ -288,14 +286,7 @@ if __name__ == "__main__":
 
 def test_two_ranks_equal_one(tmp_path: Path) -> None:
     (tmp_path / "two_ranks.py").write_text(SCRIPT)
-    here = Path(__file__).parent
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(here.parents[1]), str(here)]),
-        "OMP_NUM_THREADS": "1",
-    }
-    command = [sys.executable, str(tmp_path / "two_ranks.py"), str(tmp_path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    done = run_program("two_ranks.py", ".", folder=tmp_path, path=[Path(__file__).parent])
     assert done.returncode == 0, done.stderr[-3000:]
     expected = validate(tmp_path, Answers(on_kill), Refusal(prompts_file(tmp_path)))
     assert json.loads((tmp_path / "two.json").read_text()) == pytest.approx(expected)

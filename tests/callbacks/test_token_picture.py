@@ -201,6 +201,7 @@ def test_the_overlay_prints_the_picture_of_a_config_and_ends(
             "--config",
             str(configs / "overlays/show_batch.yaml"),
             "--data.batch_size=2",
+            "--data.train.num_examples=40",
         ]
     )
     assert capsys.readouterr().out.count(" learned\n") == 2

@@ -2,9 +2,6 @@
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from programs import run_program
 from torch.utils.data import DataLoader, DistributedSampler
 
 from callbacks import Summary
@@ -199,14 +197,7 @@ if __name__ == "__main__":
 
 def test_two_ranks_equal_one(make: Any, tmp_path: Path) -> None:
     (tmp_path / "two_ranks.py").write_text(SCRIPT)
-    here = Path(__file__).parent
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(here.parents[1]), str(here)]),
-        "OMP_NUM_THREADS": "1",
-    }
-    command = [sys.executable, str(tmp_path / "two_ranks.py"), str(tmp_path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    done = run_program("two_ranks.py", ".", folder=tmp_path, path=[Path(__file__).parent])
     assert done.returncode == 0, done.stderr[-3000:]
     expected = validate(tmp_path, Sampler([rollouts(make)]), Reads())
     logged = json.loads((tmp_path / "two.json").read_text())

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from few_rows import few_rows
 
 from modules.__main__ import main
 
@@ -24,7 +25,7 @@ def refusal(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Callable[...,
                 [
                     command,
                     "--config",
-                    str(tiny if (tiny := CONFIGS / f"tiny/{method}.yaml").is_file() else CONFIGS / f"{method}.yaml"),
+                    few_rows(method),
                     *TINY,
                     "--trainer.default_root_dir",
                     str(tmp_path),
@@ -49,7 +50,7 @@ def run(tmp_path: Path) -> Callable[..., None]:
             [
                 command,
                 "--config",
-                str(tiny if (tiny := CONFIGS / f"tiny/{method}.yaml").is_file() else CONFIGS / f"{method}.yaml"),
+                few_rows(method),
                 *TINY,
                 "--trainer.default_root_dir",
                 str(tmp_path),

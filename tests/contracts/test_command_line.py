@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from few_rows import few_rows
 
 from modules import GRPOModule, SFTModule
 from modules.__main__ import main, write_warning
@@ -35,7 +36,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def shipped(command: str, method: str, *arguments: str) -> None:
-    main([command, "--config", str(CONFIGS / f"tiny/{method}.yaml"), f"--out=runs/{method}", *arguments])
+    main([command, "--config", few_rows(method), f"--out=runs/{method}", *arguments])
 
 
 def test_predict_writes_every_scored_completion():

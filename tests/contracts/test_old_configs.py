@@ -16,6 +16,7 @@ SHORT = [
     "--trainer.limit_val_batches=0",
     "--trainer.enable_progress_bar=false",
     "--data.train.num_examples=40",
+    "--data.val.num_examples=40",
 ]
 
 

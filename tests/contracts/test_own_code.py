@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from few_rows import few_rows
 
 from modules import GRPOModule
 from modules.__main__ import main
@@ -74,7 +75,7 @@ def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 def fit(method: str, *arguments: str) -> None:
-    main(["fit", f"--config={ROOT}/configs/tiny/{method}.yaml", *SHORT, *arguments])
+    main(["fit", f"--config={few_rows(method)}", *SHORT, *arguments])
 
 
 def test_classes_are_named_by_path(tmp_path):

@@ -3,12 +3,12 @@
 import json
 import re
 import shlex
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
+from few_rows import few_rows
+from programs import run_program
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from modules.__main__ import main
@@ -92,7 +92,7 @@ def tags(tmp_path_factory) -> set[str]:
     for method, limit in LIMITS.items():
         with pytest.MonkeyPatch.context() as patch:
             patch.chdir(folder)
-            config = str(ROOT / f"configs/tiny/{method}.yaml")
+            config = few_rows(method)
             main(["fit", "--config", config, *SHORT, *limit, "--out", f"runs/{method}"])
         found |= logged(folder / "runs" / method)
     return found
@@ -234,8 +234,6 @@ def test_the_example_of_contributing_runs(tmp_path):
     short = ["--trainer.max_steps=1", "--trainer.limit_val_batches=1", "--trainer.callbacks=null"]
     for command, more in zip(commands, ([], short), strict=True):
         arguments = [argument.replace("configs/", f"{ROOT}/configs/") for argument in shlex.split(command)]
-        environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(
-            [sys.executable, *arguments, *more], cwd=tmp_path, env=environment, capture_output=True, text=True
-        )
+        environment = {"PATH": "/usr/bin:/bin"}
+        done = run_program(*arguments, *more, folder=tmp_path, environment=environment)
         assert done.returncode == 0, done.stdout + done.stderr

@@ -4,13 +4,16 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
-import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from few_rows import few_rows
+from programs import run_program
 from safetensors.torch import load_file
 
 from modules import GRPOModule, SFTModule
@@ -18,7 +21,7 @@ from modules.__main__ import main
 from modules.cli.run_folder import RunFolder
 
 ROOT = Path(__file__).parents[2]
-SFT = ["--config", str(ROOT / "configs/tiny/sft.yaml"), "--out=runs/sft", "--trainer.accelerator=cpu"]
+SFT = ["--config", few_rows("sft"), "--out=runs/sft", "--trainer.accelerator=cpu"]
 FEW = ["--data.train.num_examples=24", "--data.val.num_examples=4", "--data.batch_size=4", "--trainer.max_epochs=2"]
 
 
@@ -57,14 +60,10 @@ def test_out_holds_all_of_a_run_and_a_second_run_leaves_it_alone(capsys, caplog)
     ask, curves = (line.partition(": ")[2] for line in ending[1:])
     assert ask.endswith("-m modules chat --policy mine/first/export --form text")
     assert curves.endswith("-m tensorboard.main --logdir mine/first")
-    answered = subprocess.run(
-        shlex.split(ask),
-        input="39+54=\n",
-        capture_output=True,
-        text=True,
-        check=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )
+    python, *words = shlex.split(ask)
+    answered = run_program(*words, folder=Path(), input="39+54=\n")
+    assert answered.returncode == 0, answered.stderr
+    assert os.path.samefile(shutil.which(python) or "", sys.executable)
     assert len(answered.stdout.splitlines()) >= 1
 
     main(["validate", *SFT, *FEW[1:2], "--ckpt_path", "mine/first-2", "--out", "mine/first"])
@@ -143,7 +142,7 @@ def test_a_logger_by_one_word(capsys):
     ],
 )
 def test_a_run_that_is_told_to_stop_goes_on_bit_for_bit(monkeypatch, capsys, signum, method, kind, small):
-    arguments = ["fit", "--config", str(ROOT / f"configs/tiny/{method}.yaml"), *small, "--trainer.logger=null"]
+    arguments = ["fit", "--config", few_rows(method), *small, "--trainer.logger=null"]
     main([*arguments, "--out=whole"])
     step, asked = kind.training_step, []
 
@@ -171,7 +170,7 @@ def test_a_run_that_is_told_to_stop_goes_on_bit_for_bit(monkeypatch, capsys, sig
 def test_predict_says_whose_weights_it_uses(caplog):
     grpo = [
         "--config",
-        str(ROOT / "configs/tiny/grpo.yaml"),
+        few_rows("grpo"),
         "--trainer.callbacks=PredictionWriter",
         "--trainer.logger=null",
     ]

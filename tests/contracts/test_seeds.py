@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from few_rows import few_rows
 from safetensors.torch import load_file
 
 import datamodules
@@ -34,7 +35,7 @@ def export_of(method: str, seed: int, folder: Path, monkeypatch: pytest.MonkeyPa
     main(
         [
             "fit",
-            f"--config={CONFIGS}/tiny/{method}.yaml",
+            f"--config={few_rows(method)}",
             *SHORT,
             *METHODS[method],
             f"--trainer.callbacks={json.dumps(export)}",

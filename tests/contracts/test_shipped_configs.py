@@ -9,15 +9,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from few_rows import BATCHES, ROWS, few_rows, lower
 
 from modules.__main__ import main
 
 ROOT = Path(__file__).parents[2]
-RECIPES = sorted([*(ROOT / "configs/recipes").iterdir(), *(ROOT / "configs/studies").iterdir()])
+RECIPES = sorted(
+    path for kind in ("recipes", "studies") for path in (ROOT / "configs" / kind).iterdir() if path.is_dir()
+)
+SHARED = str(ROOT / "configs/recipes/shared.yaml")
 OVERLAYS = sorted((ROOT / "configs/overlays").glob("*.yaml"))
 ONE_BATCH = ["--trainer.limit_val_batches=1", "--trainer.limit_predict_batches=1"]
 QUIET = ["--trainer.enable_progress_bar=false"]
-ROWS = 200  # of a built-in source at most: enough for a step on two ranks
 
 
 def run(command: str, *arguments: str, folder: Path) -> None:
@@ -36,12 +39,8 @@ def write_preferences(folder: Path) -> None:
 
 
 def shrunk(path: Path, folder: Path) -> str:
-    """Copy the YAML with few rows; it then validates every epoch or every step."""
-    text = re.sub(
-        r"(num_(?:examples|texts|facts): )(\d+)",
-        lambda found: f"{found[1]}{min(ROWS, int(found[2]))}",
-        path.read_text(),
-    )
+    """Copy the YAML with few rows and small batches; it then validates every epoch or every step."""
+    text = lower(path.read_text(), ROWS | BATCHES)
     text = re.sub(r"(check_val_every_n_epoch|val_check_interval): \d+", r"\1: 1", text)
     copy = folder / path.name
     copy.write_text(text)
@@ -67,7 +66,8 @@ def stages(recipe: Path, folder: Path, epochs: int) -> Iterator[list[str]]:
         if command == "fit":  # one with a checkpoint goes on behind the epochs of the stage before
             last = 2 * epochs if "ckpt_path:" in text else epochs
             changes = ["--trainer.limit_train_batches=1", f"--trainer.max_epochs={last}", *changes]
-        yield [command, "--config", shrunk(path, folder), *ONE_BATCH, *changes]
+        shared = ["--config", SHARED] if recipe.parent.name == "recipes" else []
+        yield [command, *shared, "--config", shrunk(path, folder), *ONE_BATCH, *changes]
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
@@ -79,7 +79,7 @@ def test_stages_of_a_recipe_are_numbered(recipe):  # tests/contracts/test_two_ra
 @pytest.mark.parametrize("method", ["sft", "reward", "dpo", "online_dpo", "grpo"])
 def test_methods_run_on_one_process(tmp_path, method):
     overlay = str(ROOT / "configs/overlays/cpu_tiny.yaml")
-    run("fit", "--config", str(ROOT / f"configs/tiny/{method}.yaml"), "--config", overlay, folder=tmp_path)
+    run("fit", "--config", few_rows(method), "--config", overlay, folder=tmp_path)
     assert [path.name for path in tmp_path.iterdir()] in ([], ["runs"])
 
 
@@ -90,7 +90,7 @@ def test_methods_run_with_adapters(tmp_path, method):
         for name in ("cpu_tiny", "lora")
         for argument in ("--config", str(ROOT / f"configs/overlays/{name}.yaml"))
     ]
-    run("fit", "--config", str(ROOT / f"configs/tiny/{method}.yaml"), *overlays, folder=tmp_path)
+    run("fit", "--config", few_rows(method), *overlays, folder=tmp_path)
 
 
 def test_a_judge_labels_a_file(tmp_path, chat_server, rules):

@@ -1,9 +1,6 @@
 """Streamed rows: each is read once a pass for any ranks and workers, packed in order, and resumed exactly."""
 
 import json
-import os
-import subprocess
-import sys
 from collections import Counter
 from itertools import islice
 from pathlib import Path
@@ -14,6 +11,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
+from programs import run_ranks
 
 from datamodules import InstructionDataModule
 from datamodules.loaders.stream_loader import Pieces, Place
@@ -253,11 +251,7 @@ if __name__ == "__main__":
 
 def test_two_ranks_read_different_rows_and_resume(folder):
     (folder.parent / "ranks.py").write_text(RANKS)
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "ranks.py"], cwd=folder.parent, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    run_ranks("ranks.py", folder=folder.parent)
     whole, resumed = (
         [json.loads((folder.parent / f"{name}.rank{rank}.json").read_text()) for rank in (0, 1)]
         for name in ("whole", "resumed")

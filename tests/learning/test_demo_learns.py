@@ -1,20 +1,27 @@
 """``make demo`` learns for other start weights, rows, samples and arithmetic, and says so when it does not."""
 
+import re
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
+from programs import run_program
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tests/benchmarks"))
 
-from demo_seeds import run_demo  # noqa: E402 (the table of all seeds and numerics is made by the same function)
+from recipe_seeds import run_recipe  # noqa: E402 (the table of all seeds and numerics is made by the same function)
 
 from modules.__main__ import main  # noqa: E402
 
 
 def test_the_demo_learns(tmp_path: Path) -> None:
-    before, after = run_demo(tmp_path, 2, "perturbed", "--trainer.max_epochs=30")  # of 150
+    run = partial(run_program, timeout=1200)
+    short = {"02-fit-grpo": ["--trainer.max_epochs=30"]}  # of 150
+    found = re.search(r"^demo: pass@1 (\S+) -> (\S+)$", run_recipe("demo", tmp_path, 2, "perturbed", short, run), re.M)
+    assert found is not None
+    before, after = map(float, found.groups())
     assert 0.5 <= before <= 0.75
     assert after >= before + 0.05
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from programs import server
 from torch import Tensor, distributed, multiprocessing
 from torch.nn.functional import pad
 
@@ -54,7 +55,8 @@ def two_ranks(rank: int, folder: Path) -> None:
 
 
 def test_two_ranks_give_what_one_rank_gives_with_all_rows(tmp_path: Path) -> None:
-    multiprocessing.spawn(two_ranks, (tmp_path,), nprocs=2)
+    server()
+    multiprocessing.start_processes(two_ranks, (tmp_path,), nprocs=2, start_method="forkserver")
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in ROWS)
     x, values, mask, label = everything()
     for name, shift_mean in (("whitened", True), ("scaled", False)):

@@ -3,9 +3,6 @@ nothing.
 """
 
 import copy
-import os
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +11,7 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from programs import run_program
 from test_resume import Records, SaveInside, States, assert_goes_on, equal
 
 from callbacks import AveragedWeights, Export
@@ -279,13 +277,7 @@ def fit_on(path: Path, devices: int, accumulate: int, strategy: str = "auto") ->
 
 def test_two_ranks_make_the_run_of_one(tmp_path):
     (tmp_path / "two_ranks.py").write_text(RANKS)
-    here = Path(__file__).parent
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(here.parents[1]), str(here)]),
-        "OMP_NUM_THREADS": "1",
-    }
-    command = [sys.executable, str(tmp_path / "two_ranks.py"), str(tmp_path / "two.pt")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = run_program("two_ranks.py", "two.pt", folder=tmp_path, path=[Path(__file__).parent])
     assert done.returncode == 0, done.stderr[-3000:]
     fit_on(tmp_path / "one.pt", devices=1, accumulate=2)
     one, two = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("one", "two"))

@@ -2,9 +2,6 @@
 change nothing.
 """
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +10,7 @@ import yaml
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers.logger import Logger
+from programs import run_program, run_ranks
 
 from datamodules import Addition, VerifiableDataModule
 from modules import GRPOModule
@@ -68,9 +66,10 @@ def fit(
     resume: Path | None = None,
     updates: int = 2,
     extra=(),
+    saves: bool = True,
     **settings,
 ) -> States:
-    """Run phases of ``updates`` updates with their own rows; a checkpoint follows each step and each phase."""
+    """Run phases of ``updates`` updates with their own rows; a checkpoint follows each step and each phase, if it saves."""
     states, records = States(), Records()
     every_step = ModelCheckpoint(
         folder, filename="step{step}", auto_insert_metric_name=False, every_n_train_steps=1, save_top_k=-1
@@ -83,7 +82,8 @@ def fit(
         devices=1,
         accumulate_grad_batches=accumulate,
         gradient_clip_val=1.0,
-        callbacks=[states, every_step, every_phase, *extra],
+        callbacks=[states, *((every_step, every_phase) if saves else ()), *extra],
+        enable_checkpointing=saves,
         logger=records,
         log_every_n_steps=1,
         num_sanity_val_steps=0,
@@ -139,7 +139,7 @@ def test_resume_is_bitwise_from_every_checkpoint(tmp_path, limit):
     assert len(checkpoints) == 6 + 3
     for checkpoint in checkpoints:
         folder = tmp_path / checkpoint.stem
-        resumed = fit(grpo(), folder, resume=checkpoint, **limit)
+        resumed = fit(grpo(), folder, resume=checkpoint, saves=False, **limit)
         done = torch.load(checkpoint, weights_only=True)["global_step"]
         assert set(range(done + 1, 7)) <= set(resumed.after) <= set(range(done, 7))
         if done < 6 or (checkpoint.stem == "step6" and "max_steps" not in limit):  # else nothing is left to do
@@ -151,7 +151,9 @@ def test_a_second_resume_goes_on_where_the_first_stopped(tmp_path):
     for first in ("step1", "step2", "phase0", "step3"):
         fit(grpo(), tmp_path / first, resume=tmp_path / "straight" / f"{first}.ckpt", max_epochs=2)
         for second in sorted((tmp_path / first).glob("*.ckpt")):
-            assert_goes_on(fit(grpo(), tmp_path / first / second.stem, resume=second), straight, (first, second.name))
+            assert_goes_on(
+                fit(grpo(), tmp_path / first / second.stem, resume=second, saves=False), straight, (first, second.name)
+            )
 
 
 class SaveInside(Callback):
@@ -169,9 +171,8 @@ class SaveInside(Callback):
 @pytest.mark.parametrize("micro_batch", [1, 3, 5, 7])
 def test_a_checkpoint_inside_an_accumulation_resumes_from_the_last_step(tmp_path, micro_batch):
     path = tmp_path / "inside.ckpt"
-    straight = fit(grpo(), tmp_path / "straight")
-    fit(grpo(), tmp_path / "again", extra=[SaveInside(micro_batch, path)])
-    assert_goes_on(fit(grpo(), tmp_path / "resumed", resume=path), straight, micro_batch)
+    straight = fit(grpo(), tmp_path, extra=[SaveInside(micro_batch, path)], saves=False)
+    assert_goes_on(fit(grpo(), tmp_path, resume=path, saves=False), straight, micro_batch)
 
 
 @pytest.mark.parametrize("aggregation", [TokenMean(), SequenceMean(), ConstantNorm(4)], ids=lambda a: type(a).__name__)
@@ -185,7 +186,7 @@ def test_accumulation_changes_no_result(tmp_path, aggregation):
             beta=0.1,
             optimizer=lambda parameters: torch.optim.SGD(parameters, lr=1.0),
         )
-        runs.append(fit(module, tmp_path / str(n), accumulate=n, updates=1, max_epochs=1).after[1])
+        runs.append(fit(module, tmp_path / str(n), accumulate=n, updates=1, max_epochs=1, saves=False).after[1])
     start = list(grpo().parameters())
     for whole, cut, first in zip(*runs, start, strict=True):
         torch.testing.assert_close(whole, cut, atol=2e-5, rtol=0)
@@ -227,9 +228,9 @@ def test_first_micro_batch_has_the_old_logprobs(tmp_path):
 def run_cli(config: dict, folder: Path, *args: str) -> dict:
     file = folder / "config.yaml"
     file.write_text(yaml.safe_dump(config))
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "modules", "fit", "--config", str(file), *args]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = (run_ranks if config["trainer"]["devices"] == 2 else run_program)(
+        "-m", "modules", "fit", "--config", str(file), *args, folder=folder
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return torch.load(folder / "last.ckpt", weights_only=True)
 

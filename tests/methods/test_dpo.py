@@ -1,9 +1,6 @@
 """DPO in a real Trainer: the loss against plain rows, the reference and its cache, splits, resume, and refusals."""
 
 import math
-import os
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
@@ -11,6 +8,7 @@ import pytest
 import torch
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
+from programs import run_ranks
 
 from datamodules import AdditionPairs, PreferenceDataModule
 from datamodules.sources import Row, Source
@@ -233,20 +231,16 @@ if __name__ == "__main__":
 """
 
 
-def run_ranks(folder: Path, script: str) -> None:
-    """Run a script that starts two ranks, in ``folder``."""
+def run_script(folder: Path, script: str) -> None:
+    """Run a script as two ranks, in ``folder``."""
     (folder / "ranks.py").write_text(script)
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "ranks.py", "."], cwd=folder, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    run_ranks("ranks.py", ".", folder=folder)
 
 
 def test_two_ranks_make_the_run_of_one(tmp_path):
     alone = dpo(tmp_path / "alone")
     fit(alone, batch_size=6)
-    run_ranks(tmp_path, RANKS)
+    run_script(tmp_path, RANKS)
     torch.testing.assert_close(torch.load(tmp_path / "weights.pt"), weights(alone), atol=1e-6, rtol=0)
 
 
@@ -445,7 +439,7 @@ if __name__ == "__main__":
 
 def test_the_kl_of_two_ranks_is_the_mean_over_the_rows_of_both(tmp_path):
     """The loss of two ranks is that of one rank with all their rows, computed row by row without padding."""
-    run_ranks(tmp_path, KTO_RANKS)
+    run_script(tmp_path, KTO_RANKS)
     ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1)]
     policy, start = dpo(tmp_path).policy.eval(), dpo(tmp_path).policy.eval()
     policy.load_state_dict(ranks[0][3])

@@ -3,15 +3,13 @@ scores the same.
 """
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from programs import run_ranks
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -279,14 +277,7 @@ if __name__ == "__main__":
 def test_two_ranks_equal_one(tmp_path):
     (tmp_path / "two_ranks.py").write_text(SCRIPT)
     (tmp_path / "two").mkdir()
-    here = Path(__file__).parent
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(here.parents[1]), str(here)]),
-        "OMP_NUM_THREADS": "1",
-    }
-    command = [sys.executable, str(tmp_path / "two_ranks.py"), str(tmp_path), "two"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_ranks("two_ranks.py", ".", "two", folder=tmp_path, path=[Path(__file__).parent])
     state, metrics = torch.load(tmp_path / "two" / "end.pt", weights_only=True)
     module = reward_module(num_heads=2)
     alone = fitted(tmp_path, module, 10, callbacks=[Export(str(tmp_path / "model"))], val=3).callback_metrics

@@ -9,11 +9,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from multiprocessing.context import ForkContext, SpawnContext
+from collections.abc import Callable, Iterator
+from multiprocessing.context import BaseContext
 from pathlib import Path
 
 import pytest
+from programs import Program, server
 
 from modules.rewards import MathVerify
 from modules.types import Completion, Rollout
@@ -182,9 +183,10 @@ def score_in_child(verifier: MathVerify, results: "multiprocessing.Queue[object]
 
 
 @pytest.mark.parametrize(
-    "context", [multiprocessing.get_context("fork"), multiprocessing.get_context("spawn")], ids=["fork", "spawn"]
+    "make_context", [lambda: multiprocessing.get_context("fork"), server], ids=["fork", "forkserver"]
 )
-def test_inside_a_multiprocessing_child(reward: MathVerify, context: ForkContext | SpawnContext) -> None:
+def test_inside_a_multiprocessing_child(reward: MathVerify, make_context: Callable[[], BaseContext]) -> None:
+    context = make_context()
     before = worker_pids(os.getpid())
     assert reward([RIGHT]) == [1.0]
     mine = worker_pids(os.getpid()) - before
@@ -223,42 +225,44 @@ def test_close_leaves_no_child_and_a_later_call_starts_one() -> None:
 
 
 PROGRAM = """
-import sys
+import sys, time
+from pathlib import Path
 from modules.rewards import MathVerify
 from modules.types import Completion, Rollout
 verifier = MathVerify(timeout=4.0)
 score = lambda text: verifier([Rollout("uid", "question", [1], "72", Completion([2], [0.0], text, "stop"), 0, {}, None)])
 print(score("72"), flush=True)
-sys.stdin.readline()
+while not Path("go").exists():
+    time.sleep(0.05)
 score(sys.argv[1])
 """
 
 
-def test_the_end_of_the_program_ends_the_child() -> None:
-    command = [sys.executable, "-c", PROGRAM, "72"]
-    program = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+def test_the_end_of_the_program_ends_the_child(tmp_path: Path) -> None:
+    command, environment = [sys.executable, "-c", PROGRAM, "72"], os.environ | {"PYTHONPATH": str(ROOT)}
+    program = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True)
     assert program.stdout is not None
     assert program.stdout.readline() == "[1.0]\n"
     (worker,) = worker_pids(program.pid)
-    program.communicate("\n", timeout=60.0)
+    (tmp_path / "go").touch()
+    program.communicate(timeout=60.0)
     assert program.returncode == 0
     assert wait_until_gone(worker, 2.0)
 
 
-def test_a_hung_child_does_not_outlive_a_killed_program() -> None:
-    command = [sys.executable, "-c", PROGRAM, HANGS]
-    program = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert program.stdin is not None
-    assert program.stdout is not None
-    assert program.stdout.readline() == "[1.0]\n"
-    (worker,) = worker_pids(program.pid)
-    program.stdin.write("\n")
-    program.stdin.flush()
-    time.sleep(1.5)
-    program.kill()
-    program.communicate()
-    assert not wait_until_gone(worker, 0.5)  # it hangs
-    assert wait_until_gone(worker, 15.0)
+def test_a_hung_child_does_not_outlive_a_killed_program(tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text(PROGRAM)
+    with Program("program.py", HANGS, folder=tmp_path) as program:
+        end = time.monotonic() + 60.0
+        while program.said() != ("[1.0]\n", "") and time.monotonic() < end:
+            time.sleep(0.05)
+        (worker,) = worker_pids(program.process.pid)
+        (tmp_path / "go").touch()
+        time.sleep(1.5)
+        program.process.kill()
+        program.process.join()
+        assert not wait_until_gone(worker, 0.5)  # it hangs
+        assert wait_until_gone(worker, 15.0)
 
 
 def test_the_worker_imports_nothing_of_the_trainer() -> None:
