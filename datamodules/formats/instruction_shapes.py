@@ -237,7 +237,7 @@ def _read_asked(cells: Cells, name: str) -> Asked:
     held = cells.accept_empty(name)
     if name == "instruction" and isinstance(held, str):
         raise ValueError(f"{cells.origin}: the instruction is empty")
-    if not isinstance(held, str | list):
+    if not isinstance(held, str) and held != []:
         raise cells.wrong_type(name, held, TEXT_OR_MESSAGES)
     return Asked(held)
 

@@ -135,6 +135,8 @@ def test_missing_verifiable_columns_are_refused_with_file_and_line(tmp_path: Pat
         VerifiableDataModule(tiny_tokenizer(), path).setup("fit")
     with pytest.raises(ValueError, match="column 'answer' holds a list of 2 answers, a single answer was expected"):
         verifiable_example(row(prompt="x", answer=["a", "b"]), Reading("verifiable"))
+    example = verifiable_example(row(prompt="x", answer='["", null]'), Reading("verifiable"))
+    assert example.answer is None
 
 
 def test_nested_columns_of_a_parquet_file(tmp_path: Path) -> None:

@@ -253,6 +253,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         )
         for value, kind in WRONG
     ),
+    *(
+        ({"prompt": value, "completion": "y"}, "column 'prompt' holds a list, text or a list of messages was expected")
+        for value in ([[]], [{}, ""])
+    ),
     *(({"text": value}, f"column 'text' holds a {kind}, text was expected") for value, kind in WRONG),
     *(
         ({"messages": value}, f"column 'messages' holds a {kind}, a list of messages was expected")
