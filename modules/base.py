@@ -19,6 +19,7 @@ from modules.networks.policy import MAX_LOGITS, Policy
 from modules.rollout.engine import Sampling
 from modules.rollout.in_process import InProcessEngine
 from modules.schedulers import RunSchedule
+from modules.trainer.files import keep_checkpoints_whole
 from modules.trainer.guard import FiniteGuard, require_finite
 from modules.trainer.ranks import Join, Tally, log_equal
 from modules.trainer.seeds import derive_seed
@@ -76,7 +77,8 @@ class AlignmentModule(LightningModule):
         return [StopTogether()] if guarded else [StopTogether(), FiniteGuard()]
 
     def setup(self, stage: str) -> None:
-        """Refuse a precision that is not the 32 bits of log-probs, denominators and losses."""
+        """Refuse a precision that is not the 32 bits of log-probs, denominators and losses; keep checkpoints whole."""
+        keep_checkpoints_whole(self.trainer)
         if self.trainer.precision in ("16-true", "bf16-true", "transformer-engine", "transformer-engine-float16"):
             raise ValueError(
                 f"precision '{self.trainer.precision}' rounds the batch's log-probabilities and denominators to 16 "
@@ -241,7 +243,9 @@ class AlignmentModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Note the method and the model in the checkpoint, so that another model refuses it; refuse broken weights."""
-        require_finite(checkpoint["state_dict"].values(), type(self).__name__)
+        saved = checkpoint["state_dict"]
+        learned = [name for name, parameter in self.named_parameters() if parameter.requires_grad and name in saved]
+        require_finite([saved[name] for name in learned], type(self).__name__)
         checkpoint["alignment"] = {**self.identity(), "num_tokens": self.num_tokens, "random": self._random}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
