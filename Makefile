@@ -22,7 +22,7 @@ define run-recipe
   [ $$verb = validate ] || touch runs/$(1)/$$stage.done; done
 endef
 
-.PHONY: help setup demo demo-smollm recipe show-batch quick test lint types format
+.PHONY: help setup demo demo-smollm recipe show-batch quick test test-kill lint types format
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -61,6 +61,9 @@ quick: lint  ## check style and types, and run tests that need no training (90 s
 
 test: setup .venv/.smollm  ## run all tests, in two processes (20 minutes on 2 cores)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 10
+
+test-kill: setup  ## kill and resume 40 runs of SFT, GRPO and PPO (10 minutes on 2 cores)
+	$(PY) tests/benchmarks/kill.py
 
 lint: setup  ## check style
 	$(PY) -m ruff check . && $(PY) -m ruff format --check .

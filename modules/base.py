@@ -23,7 +23,7 @@ from modules.trainer.files import keep_checkpoints_whole
 from modules.trainer.guard import FiniteGuard, require_finite
 from modules.trainer.ranks import Join, Tally, log_equal
 from modules.trainer.seeds import derive_seed
-from modules.trainer.steps import count_updates, rewind_to_whole_step
+from modules.trainer.steps import count_updates, rewind_to_whole_step, validation_is_due
 from modules.trainer.stopping import StopTogether
 from modules.types import Record
 
@@ -247,6 +247,7 @@ class AlignmentModule(LightningModule):
         learned = [name for name, parameter in self.named_parameters() if parameter.requires_grad and name in saved]
         require_finite([saved[name] for name in learned], type(self).__name__)
         checkpoint["alignment"] = {**self.identity(), "num_tokens": self.num_tokens, "random": self._random}
+        checkpoint["alignment"]["validates"] = validation_is_due(self.trainer)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse the checkpoint of another method or model, then correct the position; see ``rewind_to_whole_step``.
@@ -257,6 +258,7 @@ class AlignmentModule(LightningModule):
         saved = dict(checkpoint.get("alignment", {}))
         self.num_tokens = saved.pop("num_tokens", 0)
         self._random = saved.pop("random", self._random)
+        validates = saved.pop("validates", None)
         mine = self.identity()
         if saved != mine:
             differ = [
@@ -268,7 +270,8 @@ class AlignmentModule(LightningModule):
         if "loops" in checkpoint:
             loop, every = checkpoint["loops"]["fit_loop"], self.trainer.check_val_every_n_epoch
             epoch = loop["epoch_progress"]["current"]["processed"]
-            validates = self.trainer.enable_validation and every is not None and (epoch + 1) % every == 0
+            if validates is None:  # a checkpoint of an earlier version
+                validates = self.trainer.enable_validation and every is not None and (epoch + 1) % every == 0
             rewind_to_whole_step(
                 loop, self.trainer.accumulate_grad_batches, validates, by_steps=self.trainer.max_epochs == -1
             )
