@@ -258,7 +258,7 @@ class AlignmentModule(LightningModule):
         saved = dict(checkpoint.get("alignment", {}))
         self.num_tokens = saved.pop("num_tokens", 0)
         self._random = saved.pop("random", self._random)
-        validates = saved.pop("validates", None)
+        due = saved.pop("validates", None)
         mine = self.identity()
         if saved != mine:
             differ = [
@@ -270,11 +270,11 @@ class AlignmentModule(LightningModule):
         if "loops" in checkpoint:
             loop, every = checkpoint["loops"]["fit_loop"], self.trainer.check_val_every_n_epoch
             epoch = loop["epoch_progress"]["current"]["processed"]
-            if validates is None:  # a checkpoint of an earlier version
-                validates = self.trainer.enable_validation and every is not None and (epoch + 1) % every == 0
-            rewind_to_whole_step(
-                loop, self.trainer.accumulate_grad_batches, validates, by_steps=self.trainer.max_epochs == -1
-            )
+            validates = self.trainer.enable_validation and every is not None and (epoch + 1) % every == 0
+            if due is None:  # a checkpoint of an earlier version
+                due = validates and loop["epoch_loop.batch_progress"]["is_last_batch"]
+            by_steps = self.trainer.max_epochs == -1
+            rewind_to_whole_step(loop, self.trainer.accumulate_grad_batches, validates, due, by_steps)
 
     def identity(self) -> dict[str, str | int]:
         """Return what must agree between a checkpoint and the run that loads it."""

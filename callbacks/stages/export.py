@@ -6,11 +6,10 @@ from typing import Protocol, cast, runtime_checkable
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
-from safetensors import SafetensorError
 
 from callbacks.phase import require_period
 from callbacks.writers.output_files import in_run_folder, require_writable
-from modules.trainer.files import find_reason, sync
+from modules.trainer.files import naming, sync
 from modules.trainer.guard import require_finite
 
 MARK = ".written-by-export"  # file in an export that names the other files of the export
@@ -122,26 +121,23 @@ class Export(Callback):
         partial = self._sibling("partial")
         shutil.rmtree(partial, ignore_errors=True)
         try:
-            partial.mkdir(parents=True)
-            model.save_pretrained(partial)
-            mode = (partial / "config.json").stat().st_mode
-            files = [path for path in partial.rglob("*") if path.is_file()]
-            names = sorted(path.relative_to(partial).as_posix() for path in files)
-            (partial / MARK).write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
-            for file in files:
-                if file.suffix == ".safetensors":
-                    file.chmod(mode)  # safetensors lets only the owner read, whatever the umask
-            for path in (*files, partial / MARK, partial):
-                sync(path)
-            shutil.rmtree(self._aside, ignore_errors=True)
-            if self.folder.exists():
-                self.folder.rename(self._aside)
-            partial.rename(self.folder)
-            sync(self.folder.absolute().parent)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            raise OSError(
-                f"Export: {self.folder} cannot be written: {find_reason(error)}; an earlier export is as it was"
-            ) from error
+            with naming(self.folder):
+                partial.mkdir(parents=True)
+                model.save_pretrained(partial)
+                mode = (partial / "config.json").stat().st_mode
+                files = [path for path in partial.rglob("*") if path.is_file()]
+                names = sorted(path.relative_to(partial).as_posix() for path in files)
+                (partial / MARK).write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
+                for file in files:
+                    if file.suffix == ".safetensors":
+                        file.chmod(mode)  # safetensors lets only the owner read, whatever the umask
+                for path in (*files, partial / MARK, partial):
+                    sync(path)
+                shutil.rmtree(self._aside, ignore_errors=True)
+                if self.folder.exists():
+                    self.folder.rename(self._aside)
+                partial.rename(self.folder)
+                sync(self.folder.absolute().parent)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
         shutil.rmtree(self._aside, ignore_errors=True)

@@ -8,7 +8,7 @@ from typing import Any, BinaryIO
 
 from lightning.pytorch import Trainer
 
-from modules.trainer.files import replacing
+from modules.trainer.files import naming, replacing
 
 
 def in_run_folder(trainer: Trainer, path: Path | None, name: str) -> Path:
@@ -43,14 +43,15 @@ def open_whole_lines(path: Path) -> BinaryIO:
 
 def append_lines(file: BinaryIO, records: list[Any]) -> None:
     """Append records, all or nothing, and flush them to disk."""
-    file.write("".join(json.dumps(record) + "\n" for record in records).encode())
-    file.flush()
-    os.fsync(file.fileno())
+    with naming(Path(file.name)):
+        file.write("".join(json.dumps(record) + "\n" for record in records).encode())
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def write_whole(path: Path, text: str) -> None:
     """Write a file beside ``path`` and rename it, so that ``path`` is never half a file."""
-    with replacing(path) as part:
+    with naming(path), replacing(path) as part:
         part.write_text(text, encoding="utf-8")
 
 

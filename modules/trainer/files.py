@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import Trainer
+from safetensors import SafetensorError
 
 
 def sync(path: Path) -> None:
@@ -21,6 +22,28 @@ def sync(path: Path) -> None:
             os.fsync(handle)
     finally:
         os.close(handle)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Name the file or folder that the ``with`` block cannot write, and why.
+
+    Raises:
+        OSError: it cannot be written; torch's writer and safetensors hide the system's reason behind errors of their
+            own.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise OSError(f"{path} cannot be written: {find_reason(error)}; earlier files are as they were") from error
+
+
+def find_reason(error: BaseException) -> str:
+    """Return what the system said about a failed write; without that, the error's first line."""
+    cause: BaseException | None = error
+    while cause is not None and not (isinstance(cause, OSError) and cause.strerror):
+        cause = cause.__cause__ or cause.__context__
+    return str(cause.strerror) if isinstance(cause, OSError) else (str(error).splitlines() or [repr(error)])[0]
 
 
 @contextmanager
@@ -81,14 +104,12 @@ class WholeCheckpoints(TorchCheckpointIO):
         if "://" in str(path) or storage_options is not None:
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        try:
+        with naming(file):
             file.parent.mkdir(parents=True, exist_ok=True)
             for left in file.parent.glob(".*.ckpt.partial"):  # of a killed run
                 left.unlink()
             with replacing(file) as part, part.open("wb") as out:
                 torch.save(checkpoint, out)
-        except (OSError, RuntimeError) as error:  # torch's writer hides why
-            raise OSError(f"{file} cannot be written: {find_reason(error)}; earlier files are as they were") from error
 
     def load_checkpoint(
         self, path: Any, map_location: Callable[..., Any] | None = lambda storage, _: storage, weights_only: Any = None
@@ -102,14 +123,6 @@ class WholeCheckpoints(TorchCheckpointIO):
         if local and Path(path).is_file():
             require_whole(Path(path))
         return super().load_checkpoint(path, map_location, weights_only=not local or weights_only is not False)
-
-
-def find_reason(error: BaseException) -> str:
-    """Return what the system said about a failed write; without that, the error's first line."""
-    cause: BaseException | None = error
-    while cause is not None and not (isinstance(cause, OSError) and cause.strerror):
-        cause = cause.__cause__ or cause.__context__
-    return str(cause.strerror) if isinstance(cause, OSError) else (str(error).splitlines() or [repr(error)])[0]
 
 
 def keep_checkpoints_whole(trainer: Trainer) -> None:

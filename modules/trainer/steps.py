@@ -39,7 +39,7 @@ def epoch_is_whole(trainer: Trainer) -> bool:
     return trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
 
 
-def rewind_to_whole_step(loop: dict[str, Any], accumulate: int, validates: bool, by_steps: bool) -> None:
+def rewind_to_whole_step(loop: dict[str, Any], accumulate: int, validates: bool, due: bool, by_steps: bool) -> None:
     """Change the Trainer's saved loop state, in place, so that the run resumes exactly.
 
     * Saved inside an accumulation, it goes back to the last optimiser step, since no checkpoint holds gradients. The
@@ -55,7 +55,8 @@ def rewind_to_whole_step(loop: dict[str, Any], accumulate: int, validates: bool,
     Args:
         loop: the checkpoint's ``fit_loop``.
         accumulate: micro-batches of an optimiser step.
-        validates: whether a validation follows the saved micro-batch.
+        validates: whether the saved epoch has a validation.
+        due: whether a validation follows the saved micro-batch.
         by_steps: whether the run is limited by steps and not by epochs.
     """
     progress, steps, restarts_epoch = loop["epoch_loop.batch_progress"], loop["epoch_loop.state_dict"], False
@@ -65,10 +66,12 @@ def rewind_to_whole_step(loop: dict[str, Any], accumulate: int, validates: bool,
         and not progress["is_last_batch"]
         and epoch["current"]["ready"] == epoch["current"]["processed"]
     ):
-        steps["_batches_that_stepped"] += epoch["current"]["processed"] - epoch["current"]["completed"]
+        steps["_batches_that_stepped"] += epoch["current"]["processed"] - epoch["current"]["completed"] - 1
         for part in ("current", "total"):
+            progress[part]["completed"] -= 1  # as behind the micro-batch, whose validation is over
             epoch[part]["processed"] -= 1
             epoch[part]["completed"] = epoch[part]["processed"]
+        due = False
     extra = 0 if progress["is_last_batch"] else current["ready"] % accumulate
     if extra:
         whole = current["ready"] - extra
@@ -76,10 +79,10 @@ def rewind_to_whole_step(loop: dict[str, Any], accumulate: int, validates: bool,
             total[name] -= current[name] - whole
             current[name] = whole
         restarts_epoch = whole == 0
-    elif (progress["is_last_batch"] or validates) and current["completed"] == current["processed"] - 1:
+    elif (progress["is_last_batch"] or due) and current["completed"] == current["processed"] - 1:
         current["completed"] += 1
         total["completed"] += 1
-        if validates:
+        if due:
             loop["epoch_loop.val_loop.batch_progress"] |= copy.deepcopy(BEGUN)
         else:
             steps["_batches_that_stepped"] += 1  # what follows a validation would have counted the step

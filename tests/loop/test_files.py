@@ -10,6 +10,7 @@ import torch
 from fixed_runs import CHECKPOINTS, fit
 from lightning.pytorch import Trainer
 
+from callbacks.writers.output_files import append_lines, open_whole_lines, write_whole
 from modules import SFTModule
 from modules.trainer.files import WholeCheckpoints, is_whole, keep_checkpoints_whole
 
@@ -104,3 +105,24 @@ def test_an_own_way_to_write_checkpoints_is_kept(tmp_path):
     for each in (trainer, plain):
         keep_checkpoints_whole(each)
     assert type(trainer.strategy.checkpoint_io) is Own and type(plain.strategy.checkpoint_io) is WholeCheckpoints
+
+
+def write_rows(path):
+    with open_whole_lines(path) as file:
+        append_lines(file, ["x" * 1000] * 40)
+
+
+@pytest.mark.parametrize("write", [write_rows, lambda path: write_whole(path, "x" * 40_000)], ids=["rows", "whole"])
+def test_a_writer_names_its_file_when_the_disk_is_full(tmp_path, write):
+    write_whole(tmp_path / "rows.jsonl", '"old"\n')
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"rows.jsonl cannot be written: File too large; earlier files are as they"):
+            write(tmp_path / "rows.jsonl")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    open_whole_lines(tmp_path / "rows.jsonl").close()  # removes half a line
+    assert {line[:4] for line in (tmp_path / "rows.jsonl").read_text().splitlines()} <= {'"old', '"xxx'}
+    assert (tmp_path / "rows.jsonl").read_text().startswith('"old"\n')
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
