@@ -204,7 +204,7 @@ class AlignmentModule(LightningModule):
         """
         micro_batch = batch_idx % self.trainer.accumulate_grad_batches
         place = f"{self.global_rank}/{self.global_step}/{micro_batch}"
-        torch.manual_seed(derive_seed(self._random, place, "training_step"))
+        torch.manual_seed(derive_seed(self._random or 0, place, "training_step"))
         if not self._memory_said:
             self._memory_said = True
             self.say_memory(batch)
