@@ -189,8 +189,8 @@ def make_logger(kind: Kind, folder: Path, name: str) -> Logger:
             raise ValueError(f"logger: {error}; pip install wandb") from error
     if kind == "csv":
         keep_metrics(folder / name / "metrics.csv")
-    make = TensorBoardLogger if kind == "tensorboard" else CSVLogger
-    return make(save_dir=folder, name="", version=name)
+        return CSVLogger(save_dir=folder, name="", version=name, flush_logs_every_n_steps=1)  # none lost by a kill
+    return TensorBoardLogger(save_dir=folder, name="", version=name)
 
 
 @rank_zero_only
