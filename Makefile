@@ -23,7 +23,7 @@ define run-recipe
   [ $$verb = validate ] || touch runs/$(1)/$$stage.done; done
 endef
 
-.PHONY: help setup demo demo-smollm recipe show-batch quick test fuzz lint types format
+.PHONY: help setup demo demo-smollm recipe show-batch quick test fuzz test-kill lint types format
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -65,6 +65,9 @@ test: setup .venv/.smollm  ## run all tests, in two processes (12 minutes on 2 c
 
 fuzz: setup  ## feed 5,000 generated rows, files, configurations and options to the program (5 minutes)
 	OMP_NUM_THREADS=1 $(PY) tests/benchmarks/fuzz.py
+
+test-kill: setup  ## kill and resume 40 runs of SFT, GRPO and PPO (10 minutes on 2 cores)
+	$(PY) tests/benchmarks/kill.py
 
 lint: setup  ## check style
 	$(PY) -m ruff check . && $(PY) -m ruff format --check .

@@ -73,7 +73,7 @@ def main(args: list[str] | None = None) -> None:
                 save_config_kwargs={"overwrite": True},
                 args=given,
             )
-    except (ValueError, OSError, ImportError, MisconfigurationException) as error:
+    except (ValueError, OSError, ImportError, FloatingPointError, MisconfigurationException) as error:
         refuse(error)
     except KeyboardInterrupt:
         sys.exit(130)

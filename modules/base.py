@@ -19,8 +19,11 @@ from modules.networks.reference import Frozen
 from modules.rollout.engine import InProcessEngine
 from modules.rollout.sampling import Sampling
 from modules.schedulers import RunSchedule
+from modules.trainer.files import keep_checkpoints_whole
+from modules.trainer.guard import FiniteGuard, require_finite
 from modules.trainer.ranks import Join, Tally, log_equal
-from modules.trainer.steps import count_updates, rewind_to_whole_step
+from modules.trainer.seeds import derive_seed
+from modules.trainer.steps import count_updates, rewind_to_whole_step, validation_is_due
 from modules.trainer.stopping import StopTogether
 from modules.types import Record
 
@@ -61,6 +64,7 @@ class AlignmentModule(LightningModule):
         self._step, self._evaluation = Tally(), Tally()  # metrics of the optimiser step and of the evaluation so far
         self._step_start = time.perf_counter()
         self._memory_said = False
+        self._random: int | None = None  # seed of dropout, of the whole run
 
     @property
     def tokenizer(self) -> Any:
@@ -68,11 +72,13 @@ class AlignmentModule(LightningModule):
         return self.policy.tokenizer
 
     def configure_callbacks(self) -> list[Callback]:
-        """Return the callback that ends a run on all ranks together."""
-        return [StopTogether()]
+        """Return what ends a run on all ranks together, and what keeps it finite unless the Trainer has its own guard."""
+        guarded = any(isinstance(callback, FiniteGuard) for callback in self.trainer.callbacks)  # type: ignore[attr-defined]
+        return [StopTogether()] if guarded else [StopTogether(), FiniteGuard()]
 
     def setup(self, stage: str) -> None:
-        """Refuse a precision that is not the 32 bits of log-probs, denominators and losses."""
+        """Refuse a precision that is not the 32 bits of log-probs, denominators and losses; keep checkpoints whole."""
+        keep_checkpoints_whole(self.trainer)
         if self.trainer.precision in ("16-true", "bf16-true", "transformer-engine", "transformer-engine-float16"):
             raise ValueError(
                 f"precision '{self.trainer.precision}' rounds the batch's log-probabilities and denominators to 16 "
@@ -97,7 +103,9 @@ class AlignmentModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_train_start(self) -> None:
-        """Tell the schedule how long the run is."""
+        """Tell the schedule how long the run is, and take the seed of dropout unless a checkpoint brought it."""
+        if self._random is None:
+            self._random = torch.initial_seed()
         for config in self.trainer.lr_scheduler_configs:
             if isinstance(config.scheduler, RunSchedule):
                 before, total = config.scheduler.total_steps, count_updates(self.trainer)
@@ -190,11 +198,17 @@ class AlignmentModule(LightningModule):
         rank_zero_info(write_memory_line(memory))
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Start the clock and the metrics of a step at its first micro-batch, and print the memory at the first step."""
+        """Start the clock and the metrics of a step at its first micro-batch, and print the memory at the first step.
+
+        Dropout's seed depends on run, rank, step and micro-batch alone, so that a resumed run draws the same.
+        """
+        micro_batch = batch_idx % self.trainer.accumulate_grad_batches
+        place = f"{self.global_rank}/{self.global_step}/{micro_batch}"
+        torch.manual_seed(derive_seed(self._random or 0, place, "training_step"))
         if not self._memory_said:
             self._memory_said = True
             self.say_memory(batch)
-        if batch_idx % self.trainer.accumulate_grad_batches == 0:
+        if micro_batch == 0:
             self._step, self._step_start = Tally(self.device), time.perf_counter()
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -228,8 +242,12 @@ class AlignmentModule(LightningModule):
         self.policy.save_pretrained(folder)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Note the method and the model in the checkpoint, so that another model refuses it."""
-        checkpoint["alignment"] = {**self.identity(), "num_tokens": self.num_tokens}
+        """Note the method and the model in the checkpoint, so that another model refuses it; refuse broken weights."""
+        saved = checkpoint["state_dict"]
+        learned = [name for name, parameter in self.named_parameters() if parameter.requires_grad and name in saved]
+        require_finite([saved[name] for name in learned], type(self).__name__)
+        checkpoint["alignment"] = {**self.identity(), "num_tokens": self.num_tokens, "random": self._random}
+        checkpoint["alignment"]["validates"] = validation_is_due(self.trainer)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse the checkpoint of another method or model, then correct the position; see ``rewind_to_whole_step``.
@@ -239,6 +257,8 @@ class AlignmentModule(LightningModule):
         """
         saved = dict(checkpoint.get("alignment", {}))
         self.num_tokens = saved.pop("num_tokens", 0)
+        self._random = saved.pop("random", self._random)
+        due = saved.pop("validates", None)
         mine = self.identity()
         if saved != mine:
             differ = [
@@ -251,9 +271,10 @@ class AlignmentModule(LightningModule):
             loop, every = checkpoint["loops"]["fit_loop"], self.trainer.check_val_every_n_epoch
             epoch = loop["epoch_progress"]["current"]["processed"]
             validates = self.trainer.enable_validation and every is not None and (epoch + 1) % every == 0
-            rewind_to_whole_step(
-                loop, self.trainer.accumulate_grad_batches, validates, by_steps=self.trainer.max_epochs == -1
-            )
+            if due is None:  # a checkpoint of an earlier version
+                due = validates and loop["epoch_loop.batch_progress"]["is_last_batch"]
+            by_steps = self.trainer.max_epochs == -1
+            rewind_to_whole_step(loop, self.trainer.accumulate_grad_batches, validates, due, by_steps)
 
     def identity(self) -> dict[str, str | int]:
         """Return what must agree between a checkpoint and the run that loads it."""

@@ -12,6 +12,7 @@ from modules.networks.lora import Lora
 from modules.on_policy import OnPolicyModule, Validation
 from modules.rollout.engine import RolloutEngine
 from modules.rollout.sampling import Sampling
+from modules.trainer.steps import epoch_is_whole
 from modules.types import PolicyBatch, Reward
 
 
@@ -113,10 +114,14 @@ class OnlineDPOModule(OnPolicyModule):
         return self.step_loss(loss)
 
     def on_train_epoch_end(self) -> None:
-        """Log the phase and move the reference."""
+        """Log the phase and move the reference, unless ``max_steps`` cut the phase short."""
         super().on_train_epoch_end()
         assert self.reference is not None
-        if self.refresh != "fixed" and (self.current_epoch + 1) % self.refresh_every == 0:
+        if (
+            self.refresh != "fixed"
+            and epoch_is_whole(self.trainer)
+            and (self.current_epoch + 1) % self.refresh_every == 0
+        ):
             self.reference.mix(self.policy, 1.0 if self.refresh == "phase" else self.SOFT_SHARE)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

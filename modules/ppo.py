@@ -20,6 +20,7 @@ from modules.on_policy import OnPolicyModule, Validation
 from modules.rollout.engine import RolloutEngine
 from modules.rollout.sampling import Sampling
 from modules.trainer.ranks import explained_variance, from_all_ranks, mean_and_error, whiten_over_ranks
+from modules.trainer.steps import epoch_is_whole
 from modules.types import InstructionBatch, PolicyBatch, Reward
 
 
@@ -212,9 +213,9 @@ class PPOModule(OnPolicyModule):
                 parameter.grad = None
 
     def on_train_epoch_end(self) -> None:
-        """Log the phase and adapt ``kl_coef``."""
+        """Log the phase and adapt ``kl_coef``, unless ``max_steps`` cut the phase short."""
         super().on_train_epoch_end()
-        if self.kl.adaptive is not None and self.policy_learns:
+        if self.kl.adaptive is not None and self.policy_learns and epoch_is_whole(self.trainer):
             sums = from_all_ranks([rollout.kl for rollout in self.record.rollouts])
             self.kl_coef = self.kl.adaptive(self.kl_coef, sum(sums) / len(sums), len(sums))
 

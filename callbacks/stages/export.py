@@ -9,6 +9,10 @@ from lightning.pytorch.callbacks import WeightAveraging
 
 from callbacks.phase import require_period
 from callbacks.writers.output_files import in_run_folder, require_writable
+from modules.trainer.files import naming, sync
+from modules.trainer.guard import require_finite
+
+MARK = ".written-by-export"  # file in an export that names the other files of the export
 
 
 @runtime_checkable
@@ -25,8 +29,8 @@ class Exports(Protocol):
 class Export(Callback):
     """Exports the final weights when a fit succeeds.
 
-    The folder is replaced as a whole: the old export stays until the new one is complete. Nothing is written after an
-    exception or by a ``fast_dev_run``.
+    The folder is replaced as a whole: the old export stays until the new one is complete and on the disk. Only an export
+    is ever replaced. Nothing is written after an exception, by a ``fast_dev_run``, or of weights that are not finite.
 
     Args:
         folder: where to write; its parent folders are made and an earlier export is replaced. None = ``export`` in the
@@ -35,7 +39,9 @@ class Export(Callback):
 
     Raises:
         ValueError: ``every_n_epochs`` is below 1; in ``setup``, when the module cannot write itself, the folder holds
-            something else or cannot be written, or a ``WeightAveraging`` comes later in the list of callbacks.
+            something else or the run's own policy, or cannot be written, or a ``WeightAveraging`` comes later in the
+            list of callbacks.
+        OSError: the disk is full, for example; an earlier export is as it was.
     """
 
     def __init__(self, folder: str | None = None, every_n_epochs: int | None = None) -> None:
@@ -56,13 +62,9 @@ class Export(Callback):
                 "remove the callback."
             )
         self.folder = in_run_folder(trainer, self._given, "export")
-        if self.folder.is_file() or (
-            self.folder.is_dir() and any(self.folder.iterdir()) and not (self.folder / "config.json").is_file()
-        ):
-            raise ValueError(
-                f"Export would replace {self.folder}, which is not a Hugging Face folder (no config.json): choose "
-                "another folder."
-            )
+        problem = self.find_trouble(pl_module)
+        if problem is not None:
+            raise ValueError(f"Export would replace {self.folder}, {problem}: choose another folder, or move it away.")
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             require_writable(self.folder, "Export")
         callbacks = trainer.callbacks  # type: ignore[attr-defined]  # Trainer sets it without declaring it
@@ -73,6 +75,26 @@ class Export(Callback):
             )
         if trainer.is_global_zero and self._aside.is_dir() and not self.folder.exists():
             self._aside.rename(self.folder)  # a run was killed between the two renames of _write
+
+    def find_trouble(self, pl_module: LightningModule) -> str | None:
+        """Return why the folder must not be replaced; None = it is an export, empty or not there.
+
+        An export of an earlier version has no mark. It is known by its place, ``export`` in the folder of the run.
+        """
+        paths = {str(getattr(part, "path", "")) for part in pl_module.modules()} - {""}
+        if any(Path(path).exists() and Path(path).resolve() == self.folder.resolve() for path in paths):
+            return "from which this run reads a model"
+        if not self.folder.exists():
+            return None
+        if not self.folder.is_dir():
+            return "which is a file"
+        found = {path.relative_to(self.folder).as_posix() for path in self.folder.rglob("*") if path.is_file()}
+        if not found or (MARK not in found and self._given is None):
+            return None
+        if MARK not in found:
+            return f"which no export has written (no {MARK} in it)"
+        strange = found - set((self.folder / MARK).read_text(encoding="utf-8").splitlines()) - {MARK}
+        return f"with files that no export has written ({', '.join(sorted(strange)[:3])})" if strange else None
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Export every n epochs."""
@@ -87,6 +109,7 @@ class Export(Callback):
     def _export(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.fast_dev_run:  # type: ignore[attr-defined]  # Trainer sets it without declaring it
             return
+        require_finite([weight for weight in pl_module.parameters() if weight.requires_grad], "Export")
         module = cast(Exports, pl_module)
         module.prepare_export()
         if trainer.is_global_zero:
@@ -97,16 +120,24 @@ class Export(Callback):
     def _write(self, model: Exports) -> None:
         partial = self._sibling("partial")
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
         try:
-            model.save_pretrained(partial)
-            mode = (partial / "config.json").stat().st_mode
-            for file in partial.rglob("*.safetensors"):
-                file.chmod(mode)  # safetensors lets only the owner read, whatever the umask
-            shutil.rmtree(self._aside, ignore_errors=True)
-            if self.folder.exists():
-                self.folder.rename(self._aside)
-            partial.rename(self.folder)
+            with naming(self.folder):
+                partial.mkdir(parents=True)
+                model.save_pretrained(partial)
+                mode = (partial / "config.json").stat().st_mode
+                files = [path for path in partial.rglob("*") if path.is_file()]
+                names = sorted(path.relative_to(partial).as_posix() for path in files)
+                (partial / MARK).write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
+                for file in files:
+                    if file.suffix == ".safetensors":
+                        file.chmod(mode)  # safetensors lets only the owner read, whatever the umask
+                for path in (*files, partial / MARK, partial):
+                    sync(path)
+                shutil.rmtree(self._aside, ignore_errors=True)
+                if self.folder.exists():
+                    self.folder.rename(self._aside)
+                partial.rename(self.folder)
+                sync(self.folder.absolute().parent)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
         shutil.rmtree(self._aside, ignore_errors=True)

@@ -8,6 +8,8 @@ from typing import Any, BinaryIO
 
 from lightning.pytorch import Trainer
 
+from modules.trainer.files import naming, replacing
+
 
 def in_run_folder(trainer: Trainer, path: Path | None, name: str) -> Path:
     """Return ``path``, or ``name`` in the run's folder when ``path`` is None. The run's folder is ``default_root_dir``."""
@@ -41,19 +43,16 @@ def open_whole_lines(path: Path) -> BinaryIO:
 
 def append_lines(file: BinaryIO, records: list[Any]) -> None:
     """Append records, all or nothing, and flush them to disk."""
-    file.write("".join(json.dumps(record) + "\n" for record in records).encode())
-    file.flush()
-    os.fsync(file.fileno())
+    with naming(Path(file.name)):
+        file.write("".join(json.dumps(record) + "\n" for record in records).encode())
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def write_whole(path: Path, text: str) -> None:
     """Write a file beside ``path`` and rename it, so that ``path`` is never half a file."""
-    part = path.with_name(f".{path.name}.whole")
-    with part.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
+    with naming(path), replacing(path) as part:
+        part.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ Rejection sampling, difficulty filters, best-of-n and distillation start from th
 
 import json
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -13,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from callbacks.phase import record_of
 from callbacks.writers.output_files import in_run_folder, require_writable
+from modules.trainer.files import naming, sync
 from modules.types import Rollout
 
 
@@ -66,7 +68,9 @@ class PredictionWriter(Callback):
     ) -> None:
         """Write the rollouts of the batch."""
         if self._file is not None:
-            self._file.writelines(write_line(rollout) for rollout in record_of(pl_module).rollouts)
+            with naming(self.path):
+                self._file.writelines(write_line(rollout) for rollout in record_of(pl_module).rollouts)
+                self._file.flush()
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Join the part files."""
@@ -81,21 +85,25 @@ class PredictionWriter(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Delete the part file; an earlier file stays."""
         if self._file is not None:
-            self._close()
+            with suppress(OSError):  # a full disk
+                self._close()
             self._part(trainer.global_rank).unlink(missing_ok=True)
 
     def _join(self, num_ranks: int) -> None:
-        with self._part(0).open("ab") as whole:
-            for rank in range(1, num_ranks):
-                with self._part(rank).open("rb") as part:
-                    shutil.copyfileobj(part, whole)
-                self._part(rank).unlink()
-        self._part(0).replace(self.path)
+        with naming(self.path):
+            with self._part(0).open("ab") as whole:
+                for rank in range(1, num_ranks):
+                    with self._part(rank).open("rb") as part:
+                        shutil.copyfileobj(part, whole)
+                    self._part(rank).unlink()
+            sync(self._part(0))
+            self._part(0).replace(self.path)
+            sync(self.path.parent)
 
     def _close(self) -> None:
         assert self._file is not None
-        self._file.close()
-        self._file = None
+        file, self._file = self._file, None
+        file.close()
 
     def _part(self, rank: int) -> Path:
         """Return a hidden name beside the file. It is on the same disk, so that the rename is atomic."""

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, runtime_checkable
 
@@ -132,7 +133,8 @@ class ResumableJsonl(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Keep the part file: the next run continues from it."""
         if self._file is not None:
-            self._close()
+            with suppress(OSError):  # a full disk
+                self._close()
 
     def _join(self, trainer: Trainer, pl_module: Labels) -> None:
         parts, lines = self._parts(), self._read_parts()
@@ -172,8 +174,8 @@ class ResumableJsonl(Callback):
 
     def _close(self) -> None:
         assert self._file is not None
-        self._file.close()
-        self._file = None
+        file, self._file = self._file, None
+        file.close()
 
     def _part(self, rank: int) -> Path:
         """Return the hidden name of a rank's part file beside ``path``."""

@@ -1,7 +1,6 @@
 """Refuses in one sentence what cannot run, before anything is loaded or trained."""
 
 import math
-import zipfile
 from importlib import import_module
 from pathlib import Path
 from pickle import UnpicklingError
@@ -15,6 +14,7 @@ from modules.cli.choices import find_batch_type, find_givers
 from modules.cli.explain import name_tiny_config
 from modules.cli.run_folder import CHECKPOINTS, find_last_checkpoint
 from modules.predict.predict_module import PredictModule
+from modules.trainer.files import require_whole
 
 NEEDED = {
     "fit": ("training_step", "train_dataloader"),
@@ -42,18 +42,19 @@ def check_checkpoint(path: str | None, resumes: bool) -> None:
     Raises:
         ValueError: the file is damaged, or no checkpoint of a training run.
     """
+    if path is not None and "://" in path:
+        raise ValueError(f"ckpt_path: '{path}' is an address; download the file and name it")
     if path is None or not Path(path).exists():
         return
     if Path(path).is_dir():
         if not (Path(path) / "meta.pt").is_file():  # sharded checkpoints are folders
             raise ValueError(f"ckpt_path: '{path}' is a folder; name the .ckpt file in it")
         return
-    if not zipfile.is_zipfile(path):
-        raise ValueError(f"ckpt_path: '{path}' is cut off or no checkpoint")
+    require_whole(Path(path))
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, UnpicklingError, ValueError, LookupError, EOFError) as error:  # whatever damage causes
-        raise ValueError(f"ckpt_path: '{path}' is damaged, or no checkpoint of this program") from error
+        raise ValueError(f"ckpt_path: '{path}' is no checkpoint of this program") from error
     missing = {"state_dict", "pytorch-lightning_version", *(["optimizer_states", "loops"] if resumes else [])} - set(
         checkpoint
     )

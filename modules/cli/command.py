@@ -25,6 +25,7 @@ from modules.cli.run_folder import (
     find_last_checkpoint,
     find_own_run,
 )
+from modules.trainer.guard import FiniteGuard, OnNonfinite
 
 Kind = Literal["tensorboard", "csv", "wandb"]
 Export: Any = vars(import_own("callbacks"))["Export"]
@@ -60,6 +61,13 @@ class AlignmentCLI(LightningCLI):
         )
         parser.add_argument(
             "--logger", type=Kind | None, default=None, help="tensorboard (the default), csv or wandb, in the folder."
+        )
+        parser.add_argument(
+            "--on_nonfinite",
+            type=OnNonfinite,
+            default="stop",
+            help="What a fit does when the loss or gradient of a step is not finite: stop, or skip up to ten such steps "
+            "in a row.",
         )
         parser.link_arguments(
             "model",
@@ -141,6 +149,8 @@ class AlignmentCLI(LightningCLI):
                 callback.dirpath = str(path.absolute() / CHECKPOINTS)
         if trainer["fast_dev_run"]:  # ModelCheckpoint would still write last.ckpt
             callbacks = [callback for callback in callbacks if not isinstance(callback, ModelCheckpoint)]
+        if not any(isinstance(callback, FiniteGuard) for callback in callbacks):
+            callbacks.append(FiniteGuard(self.settings["on_nonfinite"]))
         bar = any(isinstance(callback, ProgressBar) for callback in callbacks)
         if not bar and not os.isatty(1) and trainer["enable_progress_bar"] is not False:
             callbacks.append(StepLines())
@@ -191,8 +201,8 @@ def make_logger(kind: Kind, folder: Path, name: str) -> Logger:
             raise ValueError(f"logger: {error}; pip install wandb") from error
     if kind == "csv":
         keep_metrics(folder / name / "metrics.csv")
-    make = TensorBoardLogger if kind == "tensorboard" else CSVLogger
-    return make(save_dir=folder, name="", version=name)
+        return CSVLogger(save_dir=folder, name="", version=name, flush_logs_every_n_steps=1)  # none lost by a kill
+    return TensorBoardLogger(save_dir=folder, name="", version=name)
 
 
 @rank_zero_only

@@ -146,7 +146,7 @@ class KeepsFolder(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Release the folder of a run that failed."""
-        self.folder.close(keep=self._began)
+        self.folder.close(keep=self._began or isinstance(exception, FloatingPointError))  # whose rows lie there
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Release the folder."""

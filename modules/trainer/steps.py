@@ -1,9 +1,16 @@
 """Optimiser steps of a run: how many it has, and how it resumes from a whole one."""
 
+import copy
 import math
 from typing import Any
 
 from lightning.pytorch import Trainer
+
+# The progress of a validation that has begun without a batch; Lightning runs it from its start on resume.
+BEGUN = {
+    "current": {"ready": 0, "started": 0, "processed": 0, "completed": 0},
+    "total": {"ready": 1, "started": 1, "processed": 0, "completed": 0},
+}
 
 
 def count_updates(trainer: Trainer) -> float:
@@ -18,24 +25,53 @@ def count_updates(trainer: Trainer) -> float:
     return min(limit, math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches) * trainer.max_epochs)
 
 
-def rewind_to_whole_step(loop: dict[str, Any], accumulate: int, validates: bool, by_steps: bool) -> None:
+def validation_is_due(trainer: Trainer) -> bool:
+    """Return whether a validation follows the micro-batch that has just been trained on."""
+    loop = trainer.fit_loop
+    done = loop.epoch_loop.batch_progress.current
+    if loop._data_fetcher is None or done.completed != done.processed - 1:  # type: ignore[attr-defined]
+        return False
+    return loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
+
+
+def epoch_is_whole(trainer: Trainer) -> bool:
+    """Return, at the end of an epoch, whether it has trained on its last batch; ``max_steps`` may end it before."""
+    return trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+
+
+def rewind_to_whole_step(loop: dict[str, Any], accumulate: int, validates: bool, due: bool, by_steps: bool) -> None:
     """Change the Trainer's saved loop state, in place, so that the run resumes exactly.
 
     * Saved inside an accumulation, it goes back to the last optimiser step, since no checkpoint holds gradients. The
       DataModules do the same.
-    * Saved after the last micro-batch of an epoch, Lightning 2.6 would skip the validation and the end of that epoch,
-      and so its metrics. The micro-batch is therefore marked as completed, and the validation as begun.
+    * Saved before a validation, or after the last micro-batch of an epoch, Lightning 2.6 would skip the validation and
+      the end of that epoch, and so its metrics. The micro-batch is therefore marked as completed, and the validation as
+      begun.
+    * Saved by a run that reached ``max_steps`` inside an epoch, the rest of that epoch would be skipped. The epoch is
+      therefore marked as running.
     * Saved at the end of an epoch, a run that is limited by steps would end that epoch a second time. The next epoch is
       therefore put at its start.
 
     Args:
         loop: the checkpoint's ``fit_loop``.
         accumulate: micro-batches of an optimiser step.
-        validates: whether a validation follows the saved epoch.
+        validates: whether the saved epoch has a validation.
+        due: whether a validation follows the saved micro-batch.
         by_steps: whether the run is limited by steps and not by epochs.
     """
     progress, steps, restarts_epoch = loop["epoch_loop.batch_progress"], loop["epoch_loop.state_dict"], False
-    current, total = progress["current"], progress["total"]
+    current, total, epoch = progress["current"], progress["total"], loop["epoch_progress"]
+    if (
+        current["ready"]
+        and not progress["is_last_batch"]
+        and epoch["current"]["ready"] == epoch["current"]["processed"]
+    ):
+        steps["_batches_that_stepped"] += epoch["current"]["processed"] - epoch["current"]["completed"] - 1
+        for part in ("current", "total"):
+            progress[part]["completed"] -= 1  # as behind the micro-batch, whose validation is over
+            epoch[part]["processed"] -= 1
+            epoch[part]["completed"] = epoch[part]["processed"]
+        due = False
     extra = 0 if progress["is_last_batch"] else current["ready"] % accumulate
     if extra:
         whole = current["ready"] - extra
@@ -43,16 +79,13 @@ def rewind_to_whole_step(loop: dict[str, Any], accumulate: int, validates: bool,
             total[name] -= current[name] - whole
             current[name] = whole
         restarts_epoch = whole == 0
-    elif progress["is_last_batch"] and current["completed"] == current["processed"] - 1:
+    elif (progress["is_last_batch"] or due) and current["completed"] == current["processed"] - 1:
         current["completed"] += 1
         total["completed"] += 1
-        if validates:
-            validation = loop["epoch_loop.val_loop.batch_progress"]
-            validation["current"] = {"ready": 0, "started": 0, "processed": 0, "completed": 0}
-            validation["total"] = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
+        if due:
+            loop["epoch_loop.val_loop.batch_progress"] |= copy.deepcopy(BEGUN)
         else:
             steps["_batches_that_stepped"] += 1  # what follows a validation would have counted the step
-    epoch = loop["epoch_progress"]
     if epoch["current"]["completed"] == epoch["current"]["processed"] - 1:  # saved at the very end of an epoch
         for part in ("current", "total"):
             epoch[part]["completed"] += 1

@@ -13,13 +13,14 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from modules.trainer.ranks import from_all_ranks
+from modules.trainer.steps import BEGUN
 
 
 class StopTogether(Callback):
     """Ends the run on SIGTERM or Ctrl-C, on all ranks together, with exit status 143 or 130.
 
-    A fit ends after the current optimiser step and writes ``last.ckpt`` beside its other checkpoints. Everything else
-    ends after the current batch. A signal to one rank is enough, and a second signal ends the run at once. Lightning's
+    A fit ends after the current optimiser step, or inside a validation after its current batch, and writes
+    ``last.ckpt`` beside its other checkpoints. Everything else ends after the current batch. A signal to one rank is enough, and a second signal ends the run at once. Lightning's
     own handler communicates as soon as the signal arrives, whatever the rank is doing, so that ranks may wait for each
     other for ever. This handler replaces it and only takes a note.
 
@@ -90,14 +91,16 @@ class StopTogether(Callback):
         if not asked:
             return
         self._together = together
-        if trainer.training:
+        if trainer.training or (together and trainer.state.fn == "fit" and not trainer.sanity_checking):
             self.save(trainer)
         # The process that launched the others reports how the run ended. The others end with status 0: a failure of
         # theirs would kill it.
         raise SIGTERMException(128 + asked if trainer.local_rank == 0 else 0)
 
     def save(self, trainer: Trainer) -> None:
-        """Write a checkpoint, if the run keeps checkpoints."""
+        """Write a checkpoint, if the run keeps checkpoints. A validation that it interrupts begins again on resume."""
+        if trainer.validating:
+            trainer.fit_loop.epoch_loop.val_loop.batch_progress.load_state_dict({**BEGUN, "is_last_batch": False})
         savers = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
         folder = next((callback.dirpath for callback in savers if callback.dirpath), None)
         if folder is not None:

@@ -4,6 +4,7 @@ import os
 import stat
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from callbacks import AveragedWeights, Export
+from callbacks.stages.export import MARK
 from modules.networks.tiny import tiny_model, tiny_tokenizer
 
 
@@ -55,7 +57,7 @@ class Tuned(LightningModule):
 IDS = torch.tensor([[80, 81, 82, 83]])
 
 
-def train(module: Tuned, callbacks: Sequence[Callback], epochs: int = 1, fast: bool = False) -> None:
+def train(module: Tuned, callbacks: Sequence[Callback], epochs: int = 1, fast: bool = False, **more: Any) -> None:
     data: DataLoader[Tensor] = DataLoader([IDS[0]])  # type: ignore[arg-type]
     options = {
         "logger": False,
@@ -63,7 +65,7 @@ def train(module: Tuned, callbacks: Sequence[Callback], epochs: int = 1, fast: b
         "enable_progress_bar": False,
         "enable_model_summary": False,
     }
-    Trainer(accelerator="cpu", max_epochs=epochs, callbacks=list(callbacks), fast_dev_run=fast, **options).fit(
+    Trainer(accelerator="cpu", max_epochs=epochs, callbacks=list(callbacks), fast_dev_run=fast, **options, **more).fit(
         module, data
     )  # type: ignore[arg-type]
 
@@ -105,6 +107,8 @@ def test_a_second_run_replaces_the_whole_folder(tmp_path: Path) -> None:
     folder = tmp_path / "model"
     train(Tuned(), [Export(str(folder))])
     (folder / "stale.txt").write_text("from the first export")
+    with (folder / MARK).open("a") as mark:
+        mark.write("stale.txt\n")
     module = Tuned()
     train(module, [Export(str(folder))], epochs=2)
     assert "stale.txt" not in names(folder)
@@ -138,14 +142,45 @@ def test_exports_every_n_epochs_and_once_at_the_end(tmp_path: Path, every: int |
 
 
 def test_refuses_to_replace_other_things(tmp_path: Path) -> None:
+    somebodys = tmp_path / "model"
+    tiny_model().save_pretrained(somebodys)
     (tmp_path / "thesis.txt").write_text("irreplaceable")
-    for target in (tmp_path, tmp_path / "thesis.txt"):
-        with pytest.raises(ValueError, match="not a Hugging Face folder"):
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for target in (tmp_path, tmp_path / "thesis.txt", somebodys):
+        with pytest.raises(ValueError, match="which is a file|which no export has written"):
             train(Tuned(), [Export(str(target))])
-    assert (tmp_path / "thesis.txt").read_text() == "irreplaceable"
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
     (tmp_path / "empty").mkdir()
     train(Tuned(), [Export(str(tmp_path / "empty"))])
     assert "config.json" in names(tmp_path / "empty")
+    (tmp_path / "empty" / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"with files that no export has written \(notes.txt\)"):
+        train(Tuned(), [Export(str(tmp_path / "empty"))])
+
+
+def test_refuses_the_folder_of_its_own_policy(tmp_path: Path) -> None:
+    train(Tuned(), [Export(str(tmp_path / "model"))])
+    module = Tuned()
+    module.policy.path = str(tmp_path / "model")
+    with pytest.raises(ValueError, match="from which this run reads a model"):
+        train(module, [Export(str(tmp_path / "other" / ".." / "model"))])
+
+
+def test_an_export_without_a_mark_is_known_by_its_place(tmp_path: Path) -> None:
+    (tmp_path / "export").mkdir()
+    (tmp_path / "export/config.json").write_text("of an earlier version")
+    train(Tuned(), [Export()], default_root_dir=tmp_path)
+    assert MARK in names(tmp_path / "export")
+
+
+def test_broken_weights_are_not_exported(tmp_path: Path) -> None:
+    train(Tuned(), [Export(str(tmp_path / "model"))])
+    before = {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()}
+    module = Tuned()
+    module.register_parameter("broken", torch.nn.Parameter(torch.tensor(torch.nan)))
+    with pytest.raises(FloatingPointError, match="Export: the weights are not finite"):
+        train(module, [Export(str(tmp_path / "model"))])
+    assert {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()} == before
 
 
 def test_an_export_killed_between_its_renames_is_put_back(tmp_path: Path) -> None:

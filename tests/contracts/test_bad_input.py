@@ -305,9 +305,9 @@ def test_files_that_are_no_checkpoint_are_refused(tmp_path, refusal, checkpoint)
         tmp_path / "weights.ckpt",
     )
     for name, sentence in (
-        ("cut.ckpt", "is cut off or no checkpoint"),
-        ("text.ckpt", "is cut off or no checkpoint"),
-        ("damaged.ckpt", "is damaged, or no checkpoint of this program"),
+        ("cut.ckpt", "is damaged, or no checkpoint: its checksums do not fit"),
+        ("text.ckpt", "is damaged, or no checkpoint: its checksums do not fit"),
+        ("damaged.ckpt", "is damaged, or no checkpoint: its checksums do not fit"),
         (
             "bare.ckpt",
             "is not a checkpoint of a training run: it holds no loops, optimizer_states, pytorch-lightning_version",

@@ -1,0 +1,131 @@
+"""Files that are whole or not there, whatever happens while they are written: checkpoints first of all."""
+
+import os
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch import Trainer
+from safetensors import SafetensorError
+
+
+def sync(path: Path) -> None:
+    """Wait until the disk holds a file, or the names in a folder where its file system offers that."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        with suppress(*[OSError] if path.is_dir() else []):
+            os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Name the file or folder that the ``with`` block cannot write, and why.
+
+    Raises:
+        OSError: it cannot be written; torch's writer and safetensors hide the system's reason behind errors of their
+            own.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise OSError(f"{path} cannot be written: {find_reason(error)}; earlier files are as they were") from error
+
+
+def find_reason(error: BaseException) -> str:
+    """Return what the system said about a failed write; without that, the error's first line."""
+    cause: BaseException | None = error
+    while cause is not None and not (isinstance(cause, OSError) and cause.strerror):
+        cause = cause.__cause__ or cause.__context__
+    return str(cause.strerror) if isinstance(cause, OSError) else (str(error).splitlines() or [repr(error)])[0]
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give the ``with`` block a hidden file beside ``path`` to write, which takes the place of ``path`` when it is whole.
+
+    After an exception the hidden file is removed and ``path`` is as it was.
+    """
+    part = path.with_name(f".{path.name}.partial")
+    try:
+        yield part
+        sync(part)
+        part.replace(path)
+        sync(path.parent)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def require_whole(path: Path) -> None:
+    """Check the checksums that torch writes into a checkpoint, one for each of its parts.
+
+    Raises:
+        ValueError: the file is damaged; the message names the newest checkpoint beside it that is whole.
+    """
+    if is_whole(path):
+        return
+    others = sorted(path.parent.glob("*.ckpt"), key=lambda other: other.stat().st_mtime, reverse=True)
+    good = next((other for other in others if other != path and is_whole(other)), None)
+    raise ValueError(
+        f"the checkpoint '{path}' is damaged, or no checkpoint: its checksums do not fit; "
+        + (f"the newest whole one beside it is '{good}'" if good else "there is no whole one beside it")
+    )
+
+
+def is_whole(path: Path) -> bool:
+    """Return whether all checksums of a checkpoint fit."""
+    try:
+        with zipfile.ZipFile(path) as parts:
+            return parts.testzip() is None
+    except (zipfile.BadZipFile, zlib.error, OSError, RuntimeError, ValueError, EOFError):  # whatever damage causes
+        return False
+
+
+class WholeCheckpoints(TorchCheckpointIO):
+    """Writes a checkpoint beside its name and renames it when the disk holds it; refuses a damaged one.
+
+    So a name never holds half a file, on any file system, and nothing is left in the temporary folder.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Write a checkpoint.
+
+        Raises:
+            OSError: it cannot be written; earlier files are as they were.
+        """
+        file = Path(path)
+        if "://" in str(path) or storage_options is not None:
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        with naming(file):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            for left in file.parent.glob(".*.ckpt.partial"):  # of a killed run
+                left.unlink()
+            with replacing(file) as part, part.open("wb") as out:
+                torch.save(checkpoint, out)
+
+    def load_checkpoint(
+        self, path: Any, map_location: Callable[..., Any] | None = lambda storage, _: storage, weights_only: Any = None
+    ) -> dict[str, Any]:
+        """Read a checkpoint: plain data, unless ``weights_only`` is False and the file is a local one.
+
+        Raises:
+            ValueError: the file is damaged.
+        """
+        local = "://" not in str(path)
+        if local and Path(path).is_file():
+            require_whole(Path(path))
+        return super().load_checkpoint(path, map_location, weights_only=not local or weights_only is not False)
+
+
+def keep_checkpoints_whole(trainer: Trainer) -> None:
+    """Make a Trainer read and write checkpoints by ``WholeCheckpoints``, unless it was given another way."""
+    if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+        trainer.strategy.checkpoint_io = WholeCheckpoints()

@@ -1,0 +1,128 @@
+"""Checkpoints are whole or not there: a full disk, damage, a folder without write access."""
+
+import random
+import resource
+import tempfile
+from typing import Any
+
+import pytest
+import torch
+from fixed_runs import CHECKPOINTS, fit
+from lightning.pytorch import Trainer
+
+from callbacks.writers.output_files import append_lines, open_whole_lines, write_whole
+from modules import SFTModule
+from modules.trainer.files import WholeCheckpoints, is_whole, keep_checkpoints_whole
+
+
+def same(a: Any, b: Any) -> bool:
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[name], b[name]) for name in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else bool(a == b)
+
+
+def test_a_flipped_bit_or_zeros_anywhere_are_refused_or_harmless(tmp_path):
+    file = tmp_path / "last.ckpt"
+    weights = {"weight": torch.rand(40_000), "few": torch.rand(3), "step": 7}
+    WholeCheckpoints().save_checkpoint(weights, file)
+    whole, draw, refused = file.read_bytes(), random.Random(0), 0
+    for trial in range(300):
+        damaged = bytearray(whole)
+        place = draw.randrange(len(whole))
+        if trial % 3:
+            damaged[place] ^= 1 << draw.randrange(8)
+        else:
+            damaged[place : place + 4096] = bytes(len(damaged[place : place + 4096]))
+        file.write_bytes(damaged)
+        if is_whole(file):
+            assert same(WholeCheckpoints().load_checkpoint(file), weights), place
+        else:
+            with pytest.raises(ValueError, match="is damaged"):
+                WholeCheckpoints().load_checkpoint(file)
+            refused += 1
+    assert refused > 290
+
+
+def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_named(tmp_path, capsys):
+    fit("sft", tmp_path / "run")
+    folder = tmp_path / "run/checkpoints"
+    damaged = bytearray((folder / "last.ckpt").read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    (folder / "last.ckpt").write_bytes(damaged)
+    with pytest.raises(SystemExit):
+        fit("sft", tmp_path / "again", "--ckpt_path", str(folder / "last.ckpt"))
+    error = capsys.readouterr().err
+    assert (
+        f"'{folder / 'last.ckpt'}' is damaged" in error
+        and f"the newest whole one beside it is '{folder}/step6.ckpt'" in error
+    )
+    with pytest.raises(SystemExit):
+        fit("sft", tmp_path / "address", "--ckpt_path=http://127.0.0.1:1/last.ckpt")
+    assert "is an address; download the file and name it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["sft", "grpo"])
+def test_old_checkpoints_are_whole(name):
+    assert is_whole(CHECKPOINTS / f"{name}.ckpt")
+
+
+def test_a_disk_that_fills_up_leaves_the_older_files_and_no_rest(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "no temporary folder"))
+    step, limits = SFTModule.training_step, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def filling(self, batch, batch_idx):
+        if self.global_step == 2:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # no file can grow beyond it
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(SFTModule, "training_step", filling)
+    try:
+        with pytest.raises(SystemExit) as stop:
+            fit("sft", tmp_path / "run")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert stop.value.code == 1
+    (error,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error"))
+    assert "step3.ckpt cannot be written: File too large; earlier files are as they were" in error
+    files = sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir())
+    assert files == ["last.ckpt", "step1.ckpt", "step2.ckpt"]
+    assert all(is_whole(tmp_path / "run/checkpoints" / name) for name in files)
+
+
+def test_a_rest_of_a_killed_save_goes_with_the_next_one(tmp_path):
+    (tmp_path / ".step3.ckpt.partial").write_bytes(b"half")
+    WholeCheckpoints().save_checkpoint({"step": 4}, tmp_path / "step4.ckpt")
+    assert [path.name for path in tmp_path.iterdir()] == ["step4.ckpt"]
+
+
+def test_an_own_way_to_write_checkpoints_is_kept(tmp_path):
+    class Own(WholeCheckpoints):
+        pass
+
+    trainer, plain = (Trainer(accelerator="cpu", logger=False, plugins=own) for own in ([Own()], []))
+    for each in (trainer, plain):
+        keep_checkpoints_whole(each)
+    assert type(trainer.strategy.checkpoint_io) is Own and type(plain.strategy.checkpoint_io) is WholeCheckpoints
+
+
+def write_rows(path):
+    with open_whole_lines(path) as file:
+        append_lines(file, ["x" * 1000] * 40)
+
+
+@pytest.mark.parametrize("write", [write_rows, lambda path: write_whole(path, "x" * 40_000)], ids=["rows", "whole"])
+def test_a_writer_names_its_file_when_the_disk_is_full(tmp_path, write):
+    write_whole(tmp_path / "rows.jsonl", '"old"\n')
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"rows.jsonl cannot be written: File too large; earlier files are as they"):
+            write(tmp_path / "rows.jsonl")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    open_whole_lines(tmp_path / "rows.jsonl").close()  # removes half a line
+    assert {line[:4] for line in (tmp_path / "rows.jsonl").read_text().splitlines()} <= {'"old', '"xxx'}
+    assert (tmp_path / "rows.jsonl").read_text().startswith('"old"\n')
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
