@@ -1,11 +1,12 @@
 """The base of all DataModules: rows from sources, the tokenizer, dropped rows, loaders that resume inside an epoch."""
 
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, Protocol, TypeVar, runtime_checkable
 
 import torch
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
@@ -81,6 +82,7 @@ class RowsDataModule(LightningDataModule):
         self.on_bad_row: Literal["raise", "drop"] = "raise"
         self.dropped = {"train": 0, "val": 0}
         self.bad = {"train": 0, "val": 0}
+        self.content = 0  # checksum of the training rows as they were read
         self.reading = Reading(self.purpose, self.columns)
 
     @classmethod
@@ -147,6 +149,9 @@ class RowsDataModule(LightningDataModule):
         rows = self.read(source)
         self.reading = Reading(self.purpose, self.columns)
         self.settle(source.whole if isinstance(source, Part) else rows, stage)
+        if stage == "train":
+            for row in rows:
+                self.content = zlib.crc32(repr(row.columns).encode(errors="surrogatepass"), self.content)
         for row in rows:
             try:
                 example = encode(row)
@@ -186,6 +191,14 @@ class RowsDataModule(LightningDataModule):
         if stage != "calibration" and not held_out:  # the rows of calibration are what predict writes
             self.reading.refuse_unused_mapping(rows)
         return kept
+
+    def compare_content(self, state: Mapping[str, Any]) -> None:
+        """Warns when the training rows are not those of a checkpoint's state; earlier checkpoints do not tell."""
+        if self.content and state.get("content", self.content) != self.content:
+            rank_zero_warn(
+                "the training rows are not those that the checkpoint was trained on; the run goes on at the same place in "
+                "these rows"
+            )
 
     def read(self, source: str | Source) -> list[Row]:
         """Reads the rows of a source."""
@@ -361,7 +374,7 @@ class AlignDataModule(RowsDataModule):
         return DataLoader(dataset, sampler=sampler, batch_size=None)
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns three ints: the epoch, its micro-batches that were trained on, and those of a whole epoch.
+        """Returns the epoch, its micro-batches that were trained on, those of a whole epoch, and the rows' checksum.
 
         The Trainer's own counter can restart at 0 inside an epoch on a second resume, so the sampler counts; the
         Trainer only tells whether a batch is in flight.
@@ -371,11 +384,13 @@ class AlignDataModule(RowsDataModule):
         epoch, handed_out = self._sampler.begun
         current = self.trainer.fit_loop.epoch_loop.batch_progress.current
         in_flight = current.ready - current.processed  # type: ignore[attr-defined]
-        return {"epoch": epoch, "position": handed_out - in_flight, "length": len(self._sampler)}
+        place = {"epoch": epoch, "position": handed_out - in_flight, "length": len(self._sampler)}
+        return place | {"content": self.content}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on where the checkpoint was written, also when the loader exists already."""
         self._resume = dict(state_dict)
+        self.compare_content(state_dict)
         self._apply_resume()
 
     def _apply_resume(self) -> None:

@@ -166,12 +166,13 @@ class VerifiableDataModule(AlignDataModule):
         return self.ptx.domain_loader(name)
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the phase loader's snapshot."""
-        return {"phase_loader": self._loader.snapshot()} if self._loader is not None else {}
+        """Returns the phase loader's snapshot and the rows' checksum."""
+        return {"phase_loader": self._loader.snapshot(), "content": self.content} if self._loader is not None else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores the loader, or keeps the state until there is one."""
         self._snapshot = state_dict["phase_loader"]
+        self.compare_content(state_dict)
         self._restore()
 
     def encode(self, row: Row) -> Prompt:

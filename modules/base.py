@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from modules.networks.loading import lacks_output_head
@@ -106,6 +106,8 @@ class AlignmentModule(LightningModule):
         """Tell the schedule how long the run is, and take the seed of dropout unless a checkpoint brought it."""
         if self._random is None:
             self._random = torch.initial_seed()
+        if self.global_step > 0:
+            say_kept_settings(self.trainer.optimizers)
         for config in self.trainer.lr_scheduler_configs:
             if isinstance(config.scheduler, RunSchedule):
                 before, total = config.scheduler.total_steps, count_updates(self.trainer)
@@ -286,3 +288,18 @@ class AlignmentModule(LightningModule):
             "parameters": sum(parameter.numel() for name, parameter in self.policy.named_parameters() if name in kept),
             "vocab_size": config.vocab_size,
         }
+
+
+def say_kept_settings(optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    """Warn of settings of a resumed run's optimizers that have no effect, since the checkpoint brings its own."""
+    for optimizer in optimizers:
+        kept = optimizer.param_groups[0]
+        kept = kept | {"lr": kept.get("initial_lr", kept["lr"])}  # a schedule moves lr
+        for name, asked in optimizer.defaults.items():
+            was = kept.get(name, asked)
+            was = tuple(was) if isinstance(was, list) else was
+            if isinstance(asked, int | float | tuple) and was != asked:
+                rank_zero_warn(
+                    f"{name} of the optimizer stays {was}, as in the checkpoint, and {asked} has no effect; to change it, "
+                    "start a new run from the export"
+                )

@@ -5,6 +5,8 @@ change nothing.
 import csv
 import os
 import signal
+import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from lightning.pytorch.loggers.logger import Logger
 from programs import run_program, run_ranks
 
 import modules
-from datamodules import Addition, VerifiableDataModule
+from datamodules import Addition, InstructionDataModule, VerifiableDataModule
 from modules import GRPOModule
 from modules.cli.command import AlignmentCLI
 from modules.losses import Clipped, ConstantNorm, SequenceMean, TokenMean
@@ -405,3 +407,29 @@ def test_another_number_of_ranks_is_refused_inside_a_phase(tmp_path):
     torch.save(checkpoint, tmp_path / "two.ckpt")
     with pytest.raises(ValueError, match="inside a phase on 2 ranks and cannot go on with 1"):
         fit(grpo(), tmp_path, resume=tmp_path / "two.ckpt")
+
+
+def test_what_a_resumed_run_does_not_use_is_said(tmp_path: Path) -> None:
+    def fit(rows: list[str], lr: float, epochs: int, checkpoint: Path | None = None) -> list[str]:
+        (tmp_path / "rows.jsonl").write_text("".join(f'{{"prompt": "{row}", "completion": "{row}"}}\n' for row in rows))
+        module = modules.SFTModule("tiny", optimizer=partial(torch.optim.AdamW, lr=lr))
+        data = InstructionDataModule(train=str(tmp_path / "rows.jsonl"), batch_size=2)
+        quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+        trainer = Trainer(accelerator="cpu", max_epochs=epochs, default_root_dir=tmp_path, **quiet)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            trainer.fit(module, data, ckpt_path=checkpoint)
+        trainer.save_checkpoint(tmp_path / "last.ckpt")
+        texts = [str(warning.message) for warning in caught]
+        return [text for text in texts if text.startswith(("lr ", "the training rows"))]
+
+    assert fit(["a", "b", "c", "d"], 1e-3, 1) == []
+    assert fit(["a", "b", "c", "d"], 1e-3, 2, tmp_path / "last.ckpt") == []
+    assert fit(["a", "b", "c", "d"], 2e-3, 3, tmp_path / "last.ckpt") == [
+        "lr of the optimizer stays 0.001, as in the checkpoint, and 0.002 has no effect; to change it, start a new run "
+        "from the export"
+    ]
+    assert fit(["a", "b", "c", "e"], 1e-3, 4, tmp_path / "last.ckpt") == [
+        "the training rows are not those that the checkpoint was trained on; the run goes on at the same place in these "
+        "rows"
+    ]
