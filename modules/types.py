@@ -8,6 +8,8 @@ t]`` is the log-probability of the token at ``[i, t]``. Floats are fp32.
 import inspect
 import math
 import re
+import threading
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -31,6 +33,8 @@ ALPACA_PROMPT_WITH_INPUT = (
 
 # A prompt that ends inside a thought: the completion goes on with it.
 OPENED_THOUGHT = re.compile(r"<think>\s*\Z")
+
+SLOW = 60.0  # seconds after which a warning names a reward that is still scoring
 
 # Names under which a reward function may ask for the gold answers.
 ANSWERS = ("answers", "answer", "ground_truth", "solution")
@@ -277,13 +281,28 @@ class Reward(ABC):
 def score(reward: Reward, rollouts: Sequence[Rollout]) -> list[float | None]:
     """Call a reward and check what it returned; without rollouts it is not called.
 
+    A warning names a reward that is still busy after ``SLOW`` seconds. An exception of its own gets its name as a note.
+
     Returns:
         one finite score per rollout, in order; None = unscorable.
 
     Raises:
         ValueError: it returned no list, another number of scores than rollouts, or a score that is no finite number.
     """
-    return check_scores(reward.name, reward(rollouts), len(rollouts)) if rollouts else []
+    if not rollouts:
+        return []
+    busy = f"reward '{reward.name}' has been scoring {len(rollouts)} completions for {SLOW:g} s; does it wait for something?"
+    alarm = threading.Timer(SLOW, warnings.warn, [busy])
+    alarm.daemon = True
+    alarm.start()
+    try:
+        found = reward(rollouts)
+    except Exception as error:
+        error.add_note(f"(in reward '{reward.name}')")
+        raise
+    finally:
+        alarm.cancel()
+    return check_scores(reward.name, found, len(rollouts))
 
 
 def check_scores(name: str, scores: Any, count: int) -> list[float | None]:

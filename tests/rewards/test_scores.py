@@ -1,11 +1,13 @@
 """What a reward may return: one check, with the reward's name, wherever a reward is called."""
 
+import time
 from typing import Any
 
 import pytest
 import torch
 
 from callbacks.overoptimization import Overoptimization
+from modules import types
 from modules.on_policy import Validation
 from modules.rewards import ExactMatch, LearnedReward, LengthPenalty, NumericMatch, RegexFormat, Versus, WeightedSum
 from modules.rewards.combined import find_accuracy
@@ -98,3 +100,24 @@ def test_a_part_is_not_scored_again_to_tell_right_from_wrong() -> None:
     ]
     assert [outcome.right for outcome in make_outcomes(scored, inner, scored_by=reward)] == [False, True]
     assert inner.calls == 2
+
+
+def test_a_reward_that_hangs_or_raises_is_named(monkeypatch, recwarn):
+    monkeypatch.setattr(types, "SLOW", 0.2)
+
+    def mine(completions, **columns):
+        while not recwarn.list:
+            time.sleep(0.05)
+        raise KeyError("x")
+
+    with pytest.raises(KeyError) as raised:
+        score(FunctionReward(mine), rollouts())
+    assert raised.value.__notes__ == ["(in reward 'mine')"]
+    assert str(recwarn.pop().message).startswith("reward 'mine' has been scoring 2 completions for 0.2 s")
+
+
+def test_a_quick_reward_is_not_named(monkeypatch, recwarn):
+    monkeypatch.setattr(types, "SLOW", 0.2)
+    assert score(Returns([1, None]), rollouts()) == [1.0, None]
+    time.sleep(0.4)
+    assert not recwarn.list
