@@ -2,15 +2,20 @@
 
 import importlib.util
 import math
+import os
+import queue
 import re
 import unicodedata
 from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 
 from modules.rewards.workers.line_worker import LineWorker
 from modules.types import Reward, Rollout
+
+QUESTIONS_PER_CHILD = 16  # a child takes a second to start, and a plain question a few milliseconds
 
 _UNSIGNED = r"(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<!\.)\.\d+)(?:[eE][-+]?\d+)?"
 # A number does not start inside a word (x2, H2O). A minus after a letter, digit, bracket or minus is not a sign (10-3,
@@ -122,8 +127,9 @@ class MathVerify(Reward):
     would be read as products of letters, so use ``ExactMatch`` for them. The score is None without a gold answer, when
     the gold answer cannot be parsed, or when there is no verdict in time.
 
-    Scoring runs in a child process, because a huge power or factorial hangs sympy in C code that no signal or thread
-    can interrupt. A child that is late is killed and started again. All threads of a process share one child.
+    Scoring runs in child processes, because a huge power or factorial hangs sympy in C code that no signal or thread
+    can interrupt. A child that is late is killed and started again. Equal questions of a call are asked once, and many
+    questions go to several children at a time.
 
     Args:
         timeout: seconds per rollout, without the start of the child.
@@ -144,26 +150,54 @@ class MathVerify(Reward):
             )
         self.name = name
         self.timeout = timeout
-        self._worker = LineWorker(Path(__file__).parent / "workers" / "math_worker.py", timeout)
+        script = Path(__file__).parent / "workers" / "math_worker.py"
+        self._workers = [LineWorker(script, timeout) for _ in range(min(4, os.cpu_count() or 1))]
 
     @property
     def timeouts(self) -> int:
         """How many rollouts got no verdict so far, because the child was late or crashed."""
-        return self._worker.failures
+        return sum(worker.failures for worker in self._workers)
 
     def __call__(self, rollouts: Sequence[Rollout]) -> list[float | None]:
         """Return 1.0, 0.0 or None per rollout."""
-        return [self._score(rollout, rollout.answer) for rollout in rollouts]
+        questions = [
+            (cut_final_answer(rollout.answer), space_answers(cut_marked(rollout.final_text)))
+            if rollout.answer is not None
+            else None
+            for rollout in rollouts
+        ]
+        distinct = [question for question in dict.fromkeys(questions) if question is not None]
+        workers = self._workers[: 1 + len(distinct) // QUESTIONS_PER_CHILD]
+        if len(workers) == 1:
+            verdicts = [self._ask(workers[0], question) for question in distinct]
+        else:
+            free: queue.SimpleQueue[LineWorker] = queue.SimpleQueue()
+            for worker in workers:
+                free.put(worker)
+
+            def ask(question: tuple[str, str]) -> float | None:
+                worker = free.get()
+                try:
+                    return self._ask(worker, question)
+                finally:
+                    free.put(worker)
+
+            pool = ThreadPoolExecutor(len(workers))
+            try:
+                verdicts = list(pool.map(ask, distinct))
+            finally:  # after an interrupt too
+                pool.shutdown(cancel_futures=True)
+        found = dict(zip(distinct, verdicts, strict=True))
+        return [None if question is None else found[question] for question in questions]
 
     def close(self) -> None:
-        """End the child process; a later call starts another one."""
-        self._worker.close()
+        """End the child processes; a later call starts others."""
+        for worker in self._workers:
+            worker.close()
 
-    def _score(self, rollout: Rollout, answer: str | None) -> float | None:
-        if answer is None:
-            return None
-        text = space_answers(cut_marked(rollout.final_text))
-        verdict: float | None = self._worker.ask({"gold": cut_final_answer(answer), "completion": text})
+    @staticmethod
+    def _ask(worker: LineWorker, question: tuple[str, str]) -> float | None:
+        verdict: float | None = worker.ask(dict(zip(("gold", "completion"), question, strict=True)))
         return verdict
 
 

@@ -153,6 +153,18 @@ def test_threads_share_one_child_and_get_their_own_verdicts(reward: MathVerify) 
     assert len(worker_pids(os.getpid()) - before) == 1
 
 
+def test_equal_questions_are_asked_once_and_many_go_to_several_children() -> None:
+    verifier, before = MathVerify(timeout=1.0), worker_pids(os.getpid())
+    try:
+        sums = [make_rollout(str(value), str(value + value % 3)) for value in range(40)]
+        right = [float(value % 3 == 0) for value in range(40)]
+        assert verifier([make_rollout(HANGS, "72")] * 3 + sums + sums) == [None] * 3 + right + right
+        assert verifier.timeouts == 1
+        assert len(worker_pids(os.getpid()) - before) == min(3, os.cpu_count() or 1)
+    finally:
+        verifier.close()
+
+
 def test_a_child_killed_between_calls_is_replaced(reward: MathVerify) -> None:
     before = worker_pids(os.getpid())
     assert reward([RIGHT]) == [1.0]
