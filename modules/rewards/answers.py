@@ -232,6 +232,8 @@ def find_boxed(text: str) -> str | None:
 
 def plain_digits(text: str) -> str:
     """Write full-width signs, the digits of other scripts and the typographic minus in ASCII."""
+    if text.isascii():
+        return text
     return re.sub(r"\d", lambda digit: str(unicodedata.decimal(digit[0])), text.translate(_ASCII_SIGNS))
 
 
@@ -325,13 +327,16 @@ def _plain_math(text: str) -> str:
 
     A fraction of two numbers becomes a/b. Exponents of units and indices of letters are dropped.
     """
-    text = re.sub(r"\\(?:left|right|!)|\^\s*(?:\{\s*)?\\circ\b(?:\s*\})?|\\text\s*\{[^{}\d]*\}", "", plain_digits(text))
+    text = plain_digits(text)
+    if not any(sign in text for sign in ("\\", "^", "_", "**", "{,}", "\u03c0")):
+        return text
+    text = re.sub(r"\\(?:left|right|!)|\^\s*(?:\{\s*)?\\circ\b(?:\s*\})?|\\text\s*\{[^{}\d]*\}", "", text)
     text = re.sub(r"(?<=\d)(?:\{,\}|\\[,;: ])(?=\d{3})", ",", text)
     text = re.sub(rf"(?<=[A-Za-z])\s*[\^_]\s*{_EXPONENT}", "", text)
     text = re.sub(
         rf"(?<=[\d)\]}}])(?:\s*\^\s*[-+]?{_EXPONENT}|\*\*-?\d+|_(?:\{{[^{{}}]*\}}|\d+))|\\pi\b|\u03c0", _FORMULA, text
     )
-    for _ in range(_MAX_DEPTH):  # from the inside out
+    for _ in range(_MAX_DEPTH if "frac" in text or "sqrt" in text else 0):  # from the inside out
         before = text
         text = re.sub(rf"\\sqrt\s*(?:\[[^\[\]]*\])?\s*{_ARGUMENT}", _FORMULA, text)
         text = re.sub(rf"(?:(?<![\w.,])(\d+)\s*)?\\[dtc]?frac\s*({_ARGUMENT})\s*({_ARGUMENT})", _plain_fraction, text)

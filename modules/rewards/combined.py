@@ -174,7 +174,7 @@ def find_accuracy(reward: Reward) -> Reward | None:
     None = several or none compare answers, or it is known that scores of this kind say nothing about that.
     """
     parts = list(walk_rewards(reward))
-    checking = [part for part in parts if part.checks_answer]
+    checking = [part for part in parts if getattr(part, "checks_answer", None)]  # a function has no such attribute
     if len(parts) == 1 and reward.checks_answer is not False:
         return reward
     return checking[0] if len(checking) == 1 else None

@@ -84,7 +84,7 @@ def test_long_prompts_are_dropped_and_counted_by_default(tmp_path, run, caplog):
 @pytest.mark.parametrize("in_yaml", [False, True])
 @pytest.mark.parametrize(
     ("name", "text"),
-    [("my.csv", "prompt,answer\n1+1=,2\n"), ("my.tsv", 'prompt\tanswer\n1+1=\t"2\n'), ("my.json", f"[{GOOD}]")],
+    [("my.csv", "prompt,answer\n1+1=,2\n"), ("my.tsv", 'prompt\tanswer\n"1+1=\t2\n'), ("my.json", f"[{GOOD}]")],
 )
 def test_a_data_file_stays_a_path(tmp_path, monkeypatch, run, caplog, name, text, in_yaml):
     monkeypatch.chdir(tmp_path)
