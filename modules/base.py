@@ -20,7 +20,7 @@ from modules.rollout.engine import InProcessEngine
 from modules.rollout.sampling import Sampling
 from modules.schedulers import RunSchedule
 from modules.trainer.ranks import Join, Tally, log_equal
-from modules.trainer.steps import count_updates, rewind_to_whole_step
+from modules.trainer.steps import check_whole_steps, count_updates, rewind_to_whole_step
 from modules.trainer.stopping import StopTogether
 from modules.types import Record
 
@@ -97,7 +97,8 @@ class AlignmentModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_train_start(self) -> None:
-        """Tell the schedule how long the run is."""
+        """Refuse a run that cuts optimiser steps, and tell the schedule how long the run is."""
+        check_whole_steps(self.trainer)
         for config in self.trainer.lr_scheduler_configs:
             if isinstance(config.scheduler, RunSchedule):
                 before, total = config.scheduler.total_steps, count_updates(self.trainer)

@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
 
 def count_updates(trainer: Trainer) -> float:
@@ -16,6 +17,32 @@ def count_updates(trainer: Trainer) -> float:
     if trainer.max_epochs in (None, -1) or not math.isfinite(trainer.num_training_batches):
         return limit
     return min(limit, math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches) * trainer.max_epochs)
+
+
+def check_whole_steps(trainer: Trainer) -> None:
+    """Refuse settings that cut an optimiser step short, for its ``denominator`` counts all that was planned for it.
+
+    A ``fast_dev_run``, which keeps nothing, may cut.
+
+    Raises:
+        ValueError: ``limit_train_batches`` ends an epoch inside a step, or a callback changes the accumulation.
+    """
+    accumulate, batches = trainer.accumulate_grad_batches, trainer.num_training_batches
+    if any(isinstance(callback, GradientAccumulationScheduler) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+        raise ValueError(
+            "GradientAccumulationScheduler changes the micro-batches of an optimiser step during the run, and the data "
+            f"are planned for trainer.accumulate_grad_batches ({accumulate}): leave the callback out"
+        )
+    try:
+        limited = batches < len(trainer.train_dataloader)
+    except TypeError:  # a stream has no length
+        limited = math.isfinite(batches)
+    if limited and batches % accumulate and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        whole = max(1, round(batches / accumulate)) * accumulate
+        raise ValueError(
+            f"trainer.limit_train_batches ends an epoch after {batches} micro-batches, and an optimiser step has "
+            f"{accumulate} (accumulate_grad_batches), so it would cut a step: set it to {whole}"
+        )
 
 
 def rewind_to_whole_step(loop: dict[str, Any], accumulate: int, validates: bool, by_steps: bool) -> None:

@@ -367,12 +367,16 @@ def test_adapters_alone_learn_and_the_reference_is_their_start(tmp_path):
 
 
 def test_it_warns_when_both_sides_lose_likelihood(tmp_path):
-    """It warns only when the log-probs of both sides fall; a likelihood term keeps those of the chosen one up."""
+    """It warns only when both sides fall by more than chance; a likelihood term keeps the chosen ones up.
+
+    12 pairs fall by 2.7 +- 1.6 and 8.2 +- 2.2 nats, which may be chance; 48 pairs fall by 52 +- 5 and 57 +- 5.
+    """
     big = {"optimizer": lambda parameters: torch.optim.AdamW(parameters, lr=1e-2), "beta": 0.01}
     with pytest.warns(UserWarning, match="likelihood displacement"):
-        fit(dpo(tmp_path, **big), max_epochs=4)
+        fit(dpo(tmp_path, **big), max_epochs=4, train=AdditionPairs(48, dots=4))
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*likelihood displacement.*")
+        fit(dpo(tmp_path, **big), max_epochs=4)
         fit(dpo(tmp_path, nll_weight=1.0, **big), max_epochs=4)
 
 
@@ -430,13 +434,13 @@ class LookAtKl(Callback):
 
 def fit_kto(folder: Path, batch_size: int, accumulate: int, **settings) -> dict:
     """Take three steps of 8, 8 and 6 examples; save what ``LookAtKl`` has seen, the weights and the metrics."""
-    look, module = LookAtKl(), dpo(folder, lr=0.3, objective=KTO(1.5, 0.5), beta=0.5)
+    look, module = LookAtKl(), dpo(folder, lr=0.03, objective=KTO(1.5, 0.5), beta=0.5)
     settings |= {"callbacks": [look], "max_epochs": 1, "accumulate_grad_batches": accumulate, "num_sanity_val_steps": 0}
     trainer = Trainer(**QUIET | {"enable_checkpointing": False} | settings)
     data = PreferenceDataModule(module.tokenizer, Labels(11), val=Labels(5, held_out=True), batch_size=batch_size)
     trainer.fit(module, data)
     metrics = {name: float(trainer.callback_metrics[name]) for name in ("train/loss", "train/kl", "val/loss", "val/kl")}
-    seen = {**vars(look), "after": weights(module), "metrics": metrics}
+    seen = {"kl": look.kl, "policy": look.policy, "rows": look.rows, "after": weights(module), "metrics": metrics}
     torch.save(seen, folder / f"rank{trainer.global_rank}.pt")
     return seen
 
