@@ -1,7 +1,8 @@
 """Optimiser steps of a run: how many it has, and how it resumes from a whole one."""
 
 import math
-from typing import Any
+from collections.abc import Sized
+from typing import Any, cast
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
@@ -34,7 +35,7 @@ def check_whole_steps(trainer: Trainer) -> None:
             f"are planned for trainer.accumulate_grad_batches ({accumulate}): leave the callback out"
         )
     try:
-        limited = batches < len(trainer.train_dataloader)
+        limited = batches < len(cast(Sized, trainer.train_dataloader))
     except TypeError:  # a stream has no length
         limited = math.isfinite(batches)
     if limited and batches % accumulate and not trainer.fast_dev_run:  # type: ignore[attr-defined]
