@@ -1,5 +1,6 @@
 """The base of every method: policy, optimizer, exact loss scaling, metrics, checkpoints, export."""
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,7 +23,7 @@ from modules.schedulers import RunSchedule
 from modules.trainer.ranks import Join, Tally, log_equal
 from modules.trainer.steps import check_whole_steps, count_updates, rewind_to_whole_step
 from modules.trainer.stopping import StopTogether
-from modules.types import Record
+from modules.types import PolicyBatch, PreferenceBatch, Record
 
 
 class AlignmentModule(LightningModule):
@@ -59,6 +60,7 @@ class AlignmentModule(LightningModule):
         self.record = Record()
         self.num_tokens = 0  # trained on so far, all ranks
         self._step, self._evaluation = Tally(), Tally()  # metrics of the optimiser step and of the evaluation so far
+        self._step_names: set[str] = set()  # of all metrics of earlier steps
         self._step_start = time.perf_counter()
         self._memory_said = False
 
@@ -199,10 +201,16 @@ class AlignmentModule(LightningModule):
             self._step, self._step_start = Tally(self.device), time.perf_counter()
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Log the step: the collected numbers, the gradient norm before clipping, the learning rate, the tokens."""
+        """Log the step: the collected numbers, the gradient norm before clipping, the learning rate, the tokens.
+
+        A mean over nothing, of which an earlier step had some, is NaN.
+        """
         gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
         metrics = self.step_metrics()
         tokens = metrics.pop("tokens")
+        self._step_names |= metrics.keys()
+        # Lightning would log the value of an earlier step again.
+        metrics |= dict.fromkeys(self._step_names - metrics.keys(), math.nan)
         self.num_tokens += round(tokens)
         metrics |= {
             "num_tokens": float(self.num_tokens),
@@ -266,3 +274,9 @@ class AlignmentModule(LightningModule):
             "parameters": sum(parameter.numel() for name, parameter in self.policy.named_parameters() if name in kept),
             "vocab_size": config.vocab_size,
         }
+
+
+def count_tokens(batch: PolicyBatch | PreferenceBatch, rows: Tensor) -> float:
+    """Count the tokens of the completions in ``rows``, bool [N], and those of each of their prompts once."""
+    prompts = batch["prompt_index"][rows].unique()
+    return float(batch["completion_mask"][rows].sum() + batch["prompt_mask"][prompts].sum())

@@ -8,7 +8,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from modules.base import AlignmentModule
+from modules.base import AlignmentModule, count_tokens
 from modules.functional.logprobs import sequence_logprobs
 from modules.functional.ranges import check_numbers
 from modules.losses.preference import (
@@ -192,12 +192,8 @@ class DPOModule(AlignmentModule):
         self.check_start(sequences)
         pairs = find_pairs(batch)
         loss = self.loss(sequences, batch, pairs, self.kl) / batch["denominator"]
-        counted = batch["rank"] >= 0
-        tokens = (
-            batch["completion_mask"][counted].sum()
-            + batch["prompt_mask"][batch["prompt_index"][counted].unique()].sum()
-        )
-        self.log_step({"loss": loss, "tokens": float(tokens)})
+        tokens = count_tokens(batch, batch["rank"] >= 0)
+        self.log_step({"loss": loss, "tokens": tokens})
         for name, (value, weight) in self.metrics(sequences, scores, batch, pairs).items():
             self.log_step({name: value}, weight)
         log_ratios = self.objective.implicit_rewards(sequences, self.beta).detach() / self.beta
