@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from programs import run_ranks
 
+from callbacks import PreferenceAudit
 from datamodules import AdditionPairs, PreferenceDataModule
 from datamodules.sources import Row, Source
 from modules import DPOModule
@@ -411,8 +412,11 @@ def test_displacement_needs_a_reference(tmp_path):
 
 def test_kto_learns_from_labels(tmp_path):
     module = dpo(tmp_path, objective=KTO())
-    trainer = Trainer(**QUIET, max_epochs=1, enable_checkpointing=False)
-    trainer.fit(module, PreferenceDataModule(module.tokenizer, Labels(), batch_size=4))
+    trainer = Trainer(**QUIET, max_epochs=1, enable_checkpointing=False, callbacks=[PreferenceAudit()])
+    with pytest.warns(
+        UserWarning, match=r"length bias are unknown; desirable completions have train/rewards/chosen -?\d"
+    ):
+        trainer.fit(module, PreferenceDataModule(module.tokenizer, Labels(), batch_size=4))
     assert {"train/rewards/chosen", "train/rewards/rejected", "train/kl"} <= set(trainer.callback_metrics)
     assert "train/rewards/accuracies" not in trainer.callback_metrics
 
