@@ -169,19 +169,23 @@ class Recorder(Callback):
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if batch_idx % trainer.accumulate_grad_batches == 0:
             self.started = time.perf_counter()
-            self.recording.steps.append(Step(trainer.current_epoch, copy_weights(pl_module)))
+            steps = self.recording.steps
+            before = steps[-1].after if steps else copy_weights(pl_module)
+            steps.append(Step(trainer.current_epoch, before))
         self.recording.steps[-1].batches.append(dict(batch))
 
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, *rest: Any) -> None:
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         step = self.recording.steps[-1]
-        step.after, step.seconds = copy_weights(pl_module), time.perf_counter() - self.started
+        step.seconds = time.perf_counter() - self.started
+        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch:
+            step.after = copy_weights(pl_module)
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         self.recording.phases.append(list(pl_module.record.rollouts))
         self.recording.seconds.append(time.perf_counter() - self.epoch_started)
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
-        self.recording.evaluations.append(Evaluation(copy_weights(pl_module)))
+        self.recording.evaluations.append(Evaluation(self.recording.steps[-1].after))
 
     def on_validation_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, *rest: Any) -> None:
         evaluation, record = self.recording.evaluations[-1], pl_module.record
