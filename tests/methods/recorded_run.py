@@ -83,7 +83,7 @@ class Scripted(RolloutEngine):
 
 
 class Good(Reward):
-    """1 or 0 by the tokens; None for the text c; the same for all completions of every third prompt."""
+    """1 or 0 by the tokens; None for the text c and every seventh prompt; alike within every third prompt."""
 
     name = "good"
 
@@ -91,7 +91,7 @@ class Good(Reward):
         return [self.grade(rollout) for rollout in rollouts]
 
     def grade(self, rollout: Rollout) -> float | None:
-        if rollout.completion.text == "c":
+        if rollout.completion.text == "c" or int(rollout.answer or 0) % 7 == 5:
             return None
         return 1.0 if int(rollout.answer or 0) % 3 == 0 else float(sum(rollout.completion.token_ids) % 2)
 

@@ -504,6 +504,13 @@ def test_every_slicing_of_a_kto_run_is_the_same_run(tmp_path):
     assert len(whole["rows"]) == 22 - 2 * 8
 
 
+def test_held_out_rows_of_one_prompt_take_the_kl_of_the_last_step(tmp_path):
+    module = dpo(tmp_path, lr=0.03, objective=KTO())
+    trainer = Trainer(**QUIET, max_epochs=1, enable_checkpointing=False, num_sanity_val_steps=0)
+    trainer.fit(module, PreferenceDataModule(module.tokenizer, Labels(4), val=Labels(1, held_out=True), batch_size=4))
+    assert float(trainer.callback_metrics["val/kl"]) == float(trainer.callback_metrics["train/kl"]) > 1e-3
+
+
 @pytest.mark.parametrize(
     ("settings", "batch_size", "source", "message"),
     [
