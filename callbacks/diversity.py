@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from callbacks.phase import Mean, PhaseCallback, draw_series
 from modules.functional.diagnostics import distinct_n
+from modules.trainer.ranks import from_all_ranks
 from modules.types import Rollout
 
 if TYPE_CHECKING:
@@ -18,8 +19,7 @@ class Diversity(PhaseCallback):
     Logs under ``train/diversity/``:
 
     - ``entropy``: entropy of the next-token distribution in nats, mean over all sampled tokens.
-    - ``distinct_1``, ``distinct_2``: different token n-grams over all token n-grams of a rank's completions. Over
-      several ranks, the mean weighted by n-grams.
+    - ``distinct_1``, ``distinct_2``: different token n-grams over all token n-grams of the phase's completions.
     - ``distinct_answers``: different completion texts over completions of a prompt, mean over prompts.
     - ``frac_reward_zero_std``: share of prompts whose scored completions all have the same reward. Advantages relative
       to the group are then 0, so GRPO learns nothing from them.
@@ -50,21 +50,16 @@ class Diversity(PhaseCallback):
         groups: dict[int, list[Rollout]] = defaultdict(list)
         for rollout in rollouts:
             groups[rollout.group].append(rollout)
+        starts = from_all_ranks([rollout.completion.token_ids[: self.prefix_tokens] for rollout in rollouts])
         return {
             "entropy": _token_entropy(rollouts),
-            "distinct_1": self._distinct(rollouts, 1),
-            "distinct_2": self._distinct(rollouts, 2),
+            "distinct_1": _distinct(starts, 1),
+            "distinct_2": _distinct(starts, 2),
             "distinct_answers": Mean.of(
                 [len({r.completion.text for r in group}) / len(group) for group in groups.values()]
             ),
             "frac_reward_zero_std": _equal_rewards(groups.values()),
         }
-
-    def _distinct(self, rollouts: Sequence[Rollout], n: int) -> Mean:
-        """Return distinct-n of this rank's completions, weighted by their number of n-grams."""
-        sequences = [rollout.completion.token_ids[: self.prefix_tokens] for rollout in rollouts]
-        num_ngrams = sum(max(0, len(sequence) - n + 1) for sequence in sequences)
-        return Mean(distinct_n(sequences, n) * num_ngrams, num_ngrams)
 
     def draw(self, figure: "Figure") -> None:
         """Plot the entropy on the left and the shares on the right."""
@@ -75,6 +70,11 @@ class Diversity(PhaseCallback):
             draw_series(right, *self.series(name), label=name)
         right.set(xlabel="phase", ylabel="share", ylim=(-0.02, 1.02))
         right.legend()
+
+
+def _distinct(sequences: Sequence[Sequence[int]], n: int) -> Mean:
+    """Return distinct-n of all ranks' sequences, the same on each rank; there is none without n-grams."""
+    return Mean.of([distinct_n(sequences, n)] if any(len(sequence) >= n for sequence in sequences) else [])
 
 
 def _token_entropy(rollouts: Sequence[Rollout]) -> Mean:

@@ -7,6 +7,7 @@ import torch
 
 from callbacks.phase import Mean, PhaseCallback, draw_series
 from modules.functional.diagnostics import within_group_correlation
+from modules.trainer.ranks import from_all_ranks
 from modules.types import Rollout
 
 if TYPE_CHECKING:
@@ -18,8 +19,7 @@ class LengthBias(PhaseCallback):
 
     Logs under ``train/length_bias/``:
 
-    - ``correlation``: Pearson correlation of reward and tokens within prompts; 0 where either never varies. Over
-      several ranks, the mean weighted by scored rollouts.
+    - ``correlation``: Pearson correlation of reward and tokens within prompts; 0 where either never varies.
     - ``right_length``, ``wrong_length``: mean tokens of the rollouts with a reward above ``right_above``, and of the
       other scored ones. If only wrong answers grow, suspect a loss that is biased to length (Dr. GRPO, 2503.20783).
     - ``truncated``: share of completions that used up the token budget.
@@ -38,11 +38,8 @@ class LengthBias(PhaseCallback):
     def measure(self, rollouts: Sequence[Rollout]) -> dict[str, Mean]:
         """Measure this rank's rollouts; the class docstring explains the measures."""
         scored = [(r.reward, len(r.completion.token_ids), r.group) for r in rollouts if r.reward is not None]
-        rewards = torch.tensor([reward for reward, _, _ in scored], dtype=torch.float64)  # [N]
-        lengths = torch.tensor([length for _, length, _ in scored], dtype=torch.float64)  # [N]
-        groups = torch.tensor([group for _, _, group in scored], dtype=torch.long)  # [N]
         return {
-            "correlation": Mean(within_group_correlation(rewards, lengths, groups) * len(scored), len(scored)),
+            "correlation": _correlate_within_prompts(scored),
             "right_length": Mean.of([length for reward, length, _ in scored if reward > self.right_above]),
             "wrong_length": Mean.of([length for reward, length, _ in scored if reward <= self.right_above]),
             "truncated": Mean.of([float(r.completion.finish == "length") for r in rollouts]),
@@ -59,3 +56,19 @@ class LengthBias(PhaseCallback):
             draw_series(right, *self.series(name), label=name)
         right.set(xlabel="phase", ylim=(-1.02, 1.02))
         right.legend()
+
+
+def _correlate_within_prompts(scored: list[tuple[float, int, int]]) -> Mean:
+    """Correlate reward and length of all ranks' (reward, length, group), the same on each rank.
+
+    A group has its number on its own rank alone.
+    """
+    ranks = from_all_ranks([scored])
+    rows = [(reward, length, (rank, group)) for rank, mine in enumerate(ranks) for reward, length, group in mine]
+    if not rows:
+        return Mean.of([])
+    numbers = {group: number for number, group in enumerate(dict.fromkeys(group for _, _, group in rows))}
+    rewards = torch.tensor([reward for reward, _, _ in rows], dtype=torch.float64)  # [N]
+    lengths = torch.tensor([length for _, length, _ in rows], dtype=torch.float64)  # [N]
+    groups = torch.tensor([numbers[group] for _, _, group in rows])  # [N]
+    return Mean.of([within_group_correlation(rewards, lengths, groups)])

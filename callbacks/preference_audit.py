@@ -136,7 +136,7 @@ class PreferenceAudit(Callback):
 
     def _publish(self, trainer: Trainer, split: Split) -> None:
         if not self.pairs:
-            rank_zero_warn("audit: no two completions of a prompt have different ranks, so there is nothing to judge")
+            rank_zero_warn(explain_no_pairs({name: float(value) for name, value in trainer.callback_metrics.items()}))
             return
         report = audit_report(self.pairs)
         loggers = tensorboards(trainer)
@@ -154,6 +154,16 @@ class PreferenceAudit(Callback):
                 "audit: the score may be little more than length; see accuracy_chosen_shorter and "
                 "score_length_pearson_within_prompt"
             )
+
+
+def explain_no_pairs(metrics: dict[str, float]) -> str:
+    """Return why there is no report on rows without pairs, and what the logged numbers say instead."""
+    why = "audit: no prompt has two completions of different ranks, so accuracy, margin and length bias are unknown"
+    for stage in ("val", "train"):
+        good, bad = f"{stage}/rewards/chosen", f"{stage}/rewards/rejected"
+        if good in metrics and bad in metrics:
+            return f"{why}; desirable completions have {good} {metrics[good]:.3g}, the others {bad} {metrics[bad]:.3g}"
+    return why
 
 
 def summarise(report: dict[str, float], split: Split) -> str:

@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, compress
-from typing import Literal
+from typing import Literal, Protocol, cast, runtime_checkable
 
 import torch
 from lightning.pytorch.utilities.types import EVAL_DATALOADERS
@@ -28,6 +28,13 @@ MARGINS = {
     "small": dict(zip(LEVELS, (1.0, 2 / 3, 1 / 3, 0.0), strict=True)),
     "large": dict(zip(LEVELS, (3.0, 2.0, 1.0, 0.0), strict=True)),
 }
+
+
+@runtime_checkable
+class ComparesMismatched(Protocol):
+    """A module whose loss may need completions after prompts of other examples."""
+
+    compares_mismatched: bool
 
 
 @dataclass(frozen=True)
@@ -284,8 +291,9 @@ class PreferenceDataModule(AlignDataModule):
 
     def make_dataset(self, rows: list[PreferenceTokens]) -> "PreferenceDataset":
         """Makes a data set that the micro-batches of a plan index."""
-        pad = self.tokenizer.pad_token_id
-        return PreferenceDataset(rows, self.tokenizer.eos_token_id if pad is None else pad)
+        pad, module = self.tokenizer.pad_token_id, self.trainer.lightning_module if self.trainer else None
+        mismatched = isinstance(module, ComparesMismatched) and module.compares_mismatched
+        return PreferenceDataset(rows, self.tokenizer.eos_token_id if pad is None else pad, mismatched)
 
 
 class PreferenceDataset(Dataset[PreferenceBatch]):
@@ -293,11 +301,17 @@ class PreferenceDataset(Dataset[PreferenceBatch]):
     examples.
 
     ``margin`` is in every batch when any example has one, 0 for the others.
+
+    Args:
+        rows: the examples.
+        pad_id: the padding of prompts and completions.
+        mismatched: add the completions after other prompts, see ``find_other_prompts``.
     """
 
-    def __init__(self, rows: Sequence[PreferenceTokens], pad_id: int) -> None:
+    def __init__(self, rows: Sequence[PreferenceTokens], pad_id: int, mismatched: bool = False) -> None:
         self.rows = rows
         self.pad_id = pad_id
+        self.others = find_other_prompts(rows) if mismatched else None
         self.offsets = [
             0,
             *accumulate(len(row.completions) for row in rows),
@@ -308,12 +322,23 @@ class PreferenceDataset(Dataset[PreferenceBatch]):
         return len(self.rows)
 
     def __getitem__(self, batch: MicroBatch) -> PreferenceBatch:
+        made = self.make_batch(batch, [self.rows[index].prompt for index in batch.indices])
+        if self.others is not None:
+            made["mismatched"] = [
+                self.make_batch(part, [cast(list[int], self.others[index]) for index in part.indices])
+                for part in batch.step
+                if self.others[part.indices[0]] is not None
+            ]
+        return made
+
+    def make_batch(self, batch: MicroBatch, prompts: list[list[int]]) -> PreferenceBatch:
+        """Pads the completions of a micro-batch and the prompts that they follow, one of each example."""
         rows = [self.rows[index] for index in batch.indices]
         completions = [ids for row in rows for ids in row.completions]
         counts = torch.tensor([len(row.completions) for row in rows])
         made = PreferenceBatch(
-            prompt_ids=pad([row.prompt for row in rows], self.pad_id),
-            prompt_mask=pad([[True] * len(row.prompt) for row in rows], False),
+            prompt_ids=pad(prompts, self.pad_id),
+            prompt_mask=pad([[True] * len(prompt) for prompt in prompts], False),
             completion_ids=pad(completions, self.pad_id),
             completion_mask=pad([[True] * len(ids) for ids in completions], False),
             prompt_index=torch.arange(len(rows)).repeat_interleave(counts),
@@ -326,6 +351,26 @@ class PreferenceDataset(Dataset[PreferenceBatch]):
         if self.has_margin:
             made["margin"] = torch.tensor([row.margin or 0.0 for row in rows])
         return made
+
+
+def find_other_prompts(rows: Sequence[PreferenceTokens]) -> list[list[int] | None]:
+    """Finds, for each example, the prompt of the next one that has another; behind the last comes the first.
+
+    So what a completion follows depends on the data set alone, and on no batch. The prompt is cut on the left where
+    completion and prompt would be longer than the longest example. None where all prompts are equal.
+    """
+    limit = max(row.longest for row in rows)
+    second = next((row.prompt for row in rows if row.prompt != rows[0].prompt), None)
+    if second is None:
+        return [None] * len(rows)
+    others: list[list[int] | None] = []
+    following, other = rows[0].prompt, second  # the prompt of the next example, and the next one that differs from it
+    for row in reversed(rows):
+        if row.prompt != following:
+            following, other = row.prompt, following
+        room = limit - max(len(ids) for ids in row.completions)
+        others.append(other[-room:])
+    return others[::-1]
 
 
 def chosen_longer_by(row: PreferenceTokens) -> int:

@@ -1,5 +1,6 @@
 """The base of every method: policy, optimizer, exact loss scaling, metrics, checkpoints, export."""
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,9 +24,9 @@ from modules.trainer.files import keep_checkpoints_whole
 from modules.trainer.guard import FiniteGuard, require_finite
 from modules.trainer.ranks import Join, Tally, log_equal
 from modules.trainer.seeds import derive_seed
-from modules.trainer.steps import count_updates, rewind_to_whole_step, validation_is_due
+from modules.trainer.steps import check_whole_steps, count_updates, rewind_to_whole_step, validation_is_due
 from modules.trainer.stopping import StopTogether
-from modules.types import Record
+from modules.types import PolicyBatch, PreferenceBatch, Record
 
 
 class AlignmentModule(LightningModule):
@@ -62,6 +63,7 @@ class AlignmentModule(LightningModule):
         self.record = Record()
         self.num_tokens = 0  # trained on so far, all ranks
         self._step, self._evaluation = Tally(), Tally()  # metrics of the optimiser step and of the evaluation so far
+        self._step_names: set[str] = set()  # of all metrics of earlier steps
         self._step_start = time.perf_counter()
         self._memory_said = False
         self._random: int | None = None  # seed of dropout, of the whole run
@@ -103,7 +105,8 @@ class AlignmentModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_train_start(self) -> None:
-        """Tell the schedule how long the run is, and take the seed of dropout unless a checkpoint brought it."""
+        """Refuse a run that cuts optimiser steps, take the seed of dropout, and tell the schedule how long the run is."""
+        check_whole_steps(self.trainer)
         if self._random is None:
             self._random = torch.initial_seed()
         if self.global_step > 0:
@@ -214,10 +217,16 @@ class AlignmentModule(LightningModule):
             self._step, self._step_start = Tally(self.device), time.perf_counter()
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Log the step: the collected numbers, the gradient norm before clipping, the learning rate, the tokens."""
+        """Log the step: the collected numbers, the gradient norm before clipping, the learning rate, the tokens.
+
+        A mean over nothing, of which an earlier step had some, is NaN.
+        """
         gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
         metrics = self.step_metrics()
         tokens = metrics.pop("tokens")
+        self._step_names |= metrics.keys()
+        # Lightning would log the value of an earlier step again.
+        metrics |= dict.fromkeys(self._step_names - metrics.keys(), math.nan)
         self.num_tokens += round(tokens)
         metrics |= {
             "num_tokens": float(self.num_tokens),
@@ -303,3 +312,9 @@ def say_kept_settings(optimizers: Sequence[torch.optim.Optimizer]) -> None:
                     f"{name} of the optimizer stays {was}, as in the checkpoint, and {asked} has no effect; to change it, "
                     "start a new run from the export"
                 )
+
+
+def count_tokens(batch: PolicyBatch | PreferenceBatch, rows: Tensor) -> float:
+    """Count the tokens of the completions in ``rows``, bool [N], and those of each of their prompts once."""
+    prompts = batch["prompt_index"][rows].unique()
+    return float(batch["completion_mask"][rows].sum() + batch["prompt_mask"][prompts].sum())

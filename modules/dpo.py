@@ -8,7 +8,8 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from modules.base import AlignmentModule
+from modules.base import AlignmentModule, count_tokens
+from modules.functional.logprobs import sequence_logprobs
 from modules.functional.ranges import check_numbers
 from modules.losses.preference import (
     PairObjective,
@@ -17,6 +18,7 @@ from modules.losses.preference import (
     Sequences,
     Sigmoid,
     find_pairs,
+    find_sides,
     make_scored_pairs,
     measure_logits,
     measure_preferences,
@@ -24,9 +26,11 @@ from modules.losses.preference import (
 from modules.networks.lora import Lora
 from modules.networks.policy import TokenScores, load_companion
 from modules.networks.reference import Frozen, ReferenceLogprobs, reference_logprobs
+from modules.trainer.ranks import from_all_ranks, mean_and_error
 from modules.types import PreferenceBatch, ScoredPair
 
 NOISE = 0.01  # nats; a mean log-ratio within it is the work of a few steps, and no reason to warn
+STANDARD_ERRORS = 2.0  # a mean log-ratio within so many of them may be chance
 
 
 class DPOModule(AlignmentModule):
@@ -87,9 +91,12 @@ class DPOModule(AlignmentModule):
         other = load_companion(self.policy, reference, "reference") if reference else None
         self.reference = Frozen(other or self.policy, own=other is not None) if self.needs_reference else None
         self.tables: dict[str, ReferenceLogprobs] = {}  # by stage of the data
+        self.mismatched_tables: dict[str, ReferenceLogprobs] = {}  # the same of completions after other prompts
         self._tables_of: Any = None  # the DataModule that they belong to
-        # Over the epoch, on this rank: sum of each side's log-ratio + NOISE. Below 0 = the side has lost likelihood.
-        self._fallen = {"rewards/chosen": 0.0, "rewards/rejected": 0.0}
+        self.kl = torch.zeros(())  # KTO's, of the optimiser step
+        self._held_out: list[tuple[Sequences, PreferenceBatch]] = []  # of KTO's evaluation so far, on this rank
+        # of the epoch's chosen and rejected completions, on this rank
+        self._log_ratios: dict[str, list[Tensor]] = {"chosen": [], "rejected": []}
         self._warned = False
 
     def setup(self, stage: str) -> None:
@@ -103,16 +110,17 @@ class DPOModule(AlignmentModule):
         if self.nll_weight > 0 and not self.paired:
             raise ValueError("nll_weight raises chosen completions, but these rows hold labelled ones: set it to 0")
         if self._tables_of is not self.data:
-            self.tables, self._tables_of = {}, self.data
-        if self.objective.compares_mismatched and getattr(self.data, "batch_size", 2) < 2:
-            raise ValueError(
-                "KTO puts completions after other prompts of the micro-batch: data.batch_size must be at least 2"
-            )
+            self.tables, self.mismatched_tables, self._tables_of = {}, {}, self.data
 
     @property
     def paired(self) -> bool:
         """Whether the rows are comparisons and not labelled completions."""
         return bool(getattr(self.data, "kind", "pairs") == "pairs")
+
+    @property
+    def compares_mismatched(self) -> bool:
+        """Whether the loss needs completions after other prompts, which the DataModule then gives."""
+        return self.objective.compares_mismatched
 
     @property
     def data(self) -> Any:
@@ -122,17 +130,8 @@ class DPOModule(AlignmentModule):
     def on_fit_start(self) -> None:
         """Compute or read the reference's log-probs of all rows, then drop a reference that costs memory."""
         self.precompute("train", "val")
-        if (
-            self.reference is not None
-            and self.reference.policy is not self.policy
-            and not self.objective.compares_mismatched
-        ):
+        if self.reference is not None and self.reference.policy is not self.policy:
             self.reference = None
-
-    def on_validation_start(self) -> None:
-        """Compute or read the reference's log-probs of the held-out rows, for ``validate`` and ``test``."""
-        super().on_validation_start()
-        self.precompute("val")
 
     @property
     def cache(self) -> Path | None:
@@ -143,7 +142,11 @@ class DPOModule(AlignmentModule):
         return Path(self.cache_dir or root / "reference")
 
     def precompute(self, *stages: str) -> None:
-        """Fill ``tables`` for stages that are missing in it."""
+        """Fill ``tables``, and for KTO ``mismatched_tables``, for stages that are missing there.
+
+        Raises:
+            ValueError: the reference is gone, or all prompts that KTO would train on are equal.
+        """
         for stage in stages:
             if not self.needs_reference or stage in self.tables or (stage == "val" and self.data.val is None):
                 continue
@@ -154,9 +157,18 @@ class DPOModule(AlignmentModule):
             self.reference.to(self.device)
             with self.trainer.precision_plugin.forward_context():
                 batches, place = self.data.in_order(stage), self.trainer.strategy.batch_to_device
-                self.tables[stage] = reference_logprobs(
-                    self.reference, batches, place, self.cache, str(self.trainer.precision)
-                )
+                how = place, self.cache, str(self.trainer.precision)
+                self.tables[stage] = reference_logprobs(self.reference, batches, *how)
+                if not self.compares_mismatched:
+                    continue
+                others = [part for batch in batches for part in batch["mismatched"]]
+                if others:
+                    self.mismatched_tables[stage] = reference_logprobs(self.reference, others, *how)
+                elif stage == "train":
+                    raise ValueError(
+                        "KTO measures the KL on completions after other prompts, and all training rows have the same "
+                        "prompt"
+                    )
 
     def sequences(self, batch: PreferenceBatch, stage: str) -> tuple[Sequences, TokenScores]:
         """Sum each completion's log-probs under policy and reference; return them and the policy's token scores."""
@@ -165,7 +177,7 @@ class DPOModule(AlignmentModule):
         return self.objective.sum_tokens(scores.logprobs, reference, batch), scores
 
     def loss(self, sequences: Sequences, batch: PreferenceBatch, pairs: Pairs, kl: Tensor) -> Tensor:
-        """Compute the sum [] of the loss over the examples of the batch; ``kl`` [] comes from ``mismatched_kl``."""
+        """Compute the sum [] of the loss over the examples of the batch; ``kl`` [] is KTO's."""
         loss = self.objective.total(sequences, batch, pairs, self.beta, kl)
         if self.nll_weight > 0:
             loss = loss - self.nll_weight * (sequences.plain / sequences.lengths)[pairs.better] @ pairs.weight
@@ -173,34 +185,38 @@ class DPOModule(AlignmentModule):
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
         """Compute the loss [] of a micro-batch: its share of the mean over the step's examples."""
+        if self.compares_mismatched and batch["mismatched"]:
+            self.kl = self.step_kl(batch["mismatched"])
+            self.log_step({"kl": self.kl}, weight=1.0)
         sequences, scores = self.sequences(batch, "train")
         self.check_start(sequences)
-        pairs, kl = find_pairs(batch), self.mismatched_kl(batch)
-        loss = self.loss(sequences, batch, pairs, kl) / batch["denominator"]
-        counted = batch["rank"] >= 0
-        tokens = (
-            batch["completion_mask"][counted].sum()
-            + batch["prompt_mask"][batch["prompt_index"][counted].unique()].sum()
-        )
-        self.log_step({"loss": loss, "tokens": float(tokens)})
-        for name, (value, weight) in self.metrics(sequences, scores, batch, pairs, kl).items():
+        pairs = find_pairs(batch)
+        loss = self.loss(sequences, batch, pairs, self.kl) / batch["denominator"]
+        tokens = count_tokens(batch, batch["rank"] >= 0)
+        self.log_step({"loss": loss, "tokens": tokens})
+        for name, (value, weight) in self.metrics(sequences, scores, batch, pairs).items():
             self.log_step({name: value}, weight)
-            if name in self._fallen:
-                self._fallen[name] += (float(value) / self.beta + NOISE) * weight
+        log_ratios = self.objective.implicit_rewards(sequences, self.beta).detach() / self.beta
+        for side, (rows, _) in find_sides(batch["rank"], pairs if self.paired else None).items():
+            self._log_ratios[side].append(log_ratios[rows.unique()])
         return self.step_loss(loss)
 
     def on_train_epoch_start(self) -> None:
-        """Start the sums of both sides over the epoch."""
-        self._fallen = dict.fromkeys(self._fallen, 0.0)
+        """Forget the log-ratios of the last epoch."""
+        self._log_ratios = {"chosen": [], "rejected": []}
 
     def on_train_epoch_end(self) -> None:
-        """Warn once if both sides of the pairs lost likelihood over the epoch (likelihood displacement)."""
-        if self.tables and max(self._fallen.values()) < 0 and not self._warned:
+        """Warn once if both sides lost likelihood over the epoch, by more than chance (likelihood displacement)."""
+        if not self.tables or self._warned:
+            return
+        found = {side: mean_and_error(torch.cat(each).tolist()) for side, each in self._log_ratios.items() if each}
+        if found and all(mean < -max(NOISE, STANDARD_ERRORS * error) for mean, error in found.values()):
             self._warned = True
+            falls = " and ".join(f"the {side} by {-mean:.2g} +- {error:.1g}" for side, (mean, error) in found.items())
             rank_zero_warn(
-                "chosen and rejected completions have both become less likely than under the reference (likelihood "
-                "displacement): the probability goes to answers that nobody compared; raise model.nll_weight or "
-                "model.beta, or lower the learning rate"
+                "chosen and rejected completions have both become less likely than under the reference, "
+                f"{falls} nats (likelihood displacement): the probability goes to answers that nobody compared; raise "
+                "model.nll_weight or model.beta, or lower the learning rate"
             )
 
     def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
@@ -215,9 +231,15 @@ class DPOModule(AlignmentModule):
         """Log loss and metrics of a held-out batch, and leave its pairs in ``record.pairs``."""
         sequences, scores = self.sequences(batch, "val")
         examples = float(batch["prompt_index"][batch["rank"] >= 0].unique().numel())
-        pairs, kl = find_pairs(batch), self.mismatched_kl(batch)
-        self.log_evaluation({"loss": self.loss(sequences, batch, pairs, kl) / max(examples, 1.0)}, examples)
-        for name, (value, weight) in self.metrics(sequences, scores, batch, pairs, kl).items():
+        pairs = find_pairs(batch)
+        if self.compares_mismatched:
+            known = {name: batch[name] for name in ("prompt_index", "rank")}  # type: ignore[literal-required]
+            self._held_out.append((sequences, cast(PreferenceBatch, known)))
+            total, count = self.mismatched_ratios(batch["mismatched"], "val").tolist()
+            self.log_evaluation({"kl": total / max(count, 1.0)}, count)
+        else:
+            self.log_evaluation({"loss": self.loss(sequences, batch, pairs, self.kl) / max(examples, 1.0)}, examples)
+        for name, (value, weight) in self.metrics(sequences, scores, batch, pairs).items():
             self.log_evaluation({name: value}, weight)
         self.record.pairs = make_scored_pairs(
             self.tokenizer, batch, self.objective.implicit_rewards(sequences, self.beta), pairs
@@ -234,52 +256,54 @@ class DPOModule(AlignmentModule):
         return make_scored_pairs(self.tokenizer, batch, rewards, find_pairs(batch))
 
     def metrics(
-        self, sequences: Sequences, scores: TokenScores, batch: PreferenceBatch, pairs: Pairs, kl: Tensor
+        self, sequences: Sequences, scores: TokenScores, batch: PreferenceBatch, pairs: Pairs
     ) -> dict[str, tuple[Tensor, float]]:
         """Compute means [] with their weights, under TRL's names."""
         assert scores.entropies is not None and scores.hits is not None and scores.mean_logits is not None
         rewards = self.objective.implicit_rewards(sequences, self.beta)
         counted = batch["completion_mask"] & (batch["rank"] >= 0)[:, None]
         tokens = float(counted.sum())
-        found = {"kl": (kl, tokens)} if self.objective.compares_mismatched else {}
         compared = pairs if self.paired else None
-        found |= measure_preferences(rewards, sequences.plain, batch["rank"], compared, referenced=bool(self.tables))
+        found = measure_preferences(rewards, sequences.plain, batch["rank"], compared, referenced=bool(self.tables))
         found |= measure_logits(scores.mean_logits, batch["completion_mask"], batch["rank"], compared)
         details = {"entropy": scores.entropies, "mean_token_accuracy": scores.hits}
         return found | {name: ((values * counted).sum() / max(tokens, 1.0), tokens) for name, values in details.items()}
 
-    @torch.no_grad()
-    def mismatched_kl(self, batch: PreferenceBatch) -> Tensor:
-        """Compute KTO's z0 []; 0 for other losses.
-
-        That is the mean log-ratio of completions put after the next prompt of their micro-batch, over all ranks and at
-        least 0.
-        """
-        if not self.objective.compares_mismatched:
-            return torch.zeros((), device=self.device)
-        assert self.reference is not None
-        mask, index, width = batch["completion_mask"], batch["prompt_index"], batch["prompt_mask"].sum(1)
-        behind = (index + 1) % len(width)
-        differ = (batch["prompt_ids"][behind] != batch["prompt_ids"][index]).any(1) & (batch["rank"] >= 0)
-        # A mismatched row may be no longer than the longest row of the batch.
-        fits = width[behind] + mask.sum(1) <= (width[index] + mask.sum(1)).max()
-        rows = (differ & fits).nonzero()[:, 0]
-        ratio = batch["completion_mask"].new_zeros(0).float()
-        if len(rows):
-            parts = {
-                "completion_ids": batch["completion_ids"][rows],
-                "completion_mask": mask[rows],
-                "prompt_index": behind[rows],
-            }
-            others = cast(PreferenceBatch, {**batch, **parts})
-            ratio = (self.policy.completion_scores(others).logprobs - self.reference.completion_logprobs(others)).sum(1)
+    def step_kl(self, mismatched: list[PreferenceBatch]) -> Tensor:
+        """Compute KTO's z0 [] of an optimiser step, the same for all its micro-batches and ranks (collective)."""
         total, count = cast(
-            Tensor,
-            self.trainer.strategy.reduce(
-                torch.stack([ratio.sum(), ratio.new_tensor(float(len(ratio)))]), reduce_op="sum"
-            ),
+            Tensor, self.trainer.strategy.reduce(self.mismatched_ratios(mismatched, "train"), reduce_op="sum")
         )
-        return (total / count.clamp(min=1)).clamp(min=0)
+        return (total / count).clamp(min=0)
+
+    @torch.no_grad()
+    def mismatched_ratios(self, mismatched: list[PreferenceBatch], stage: str) -> Tensor:
+        """Sum the log-ratios of completions after other prompts, and count the completions, to [2]."""
+        found = torch.zeros(2, device=self.device)
+        for batch in mismatched:
+            counted, mask = batch["rank"] >= 0, batch["completion_mask"]
+            logprobs = self.policy.completion_scores(batch).logprobs - self.mismatched_tables[stage].of(batch)
+            ratios = sequence_logprobs(logprobs, mask)[counted]
+            found += torch.stack([ratios.sum(), counted.sum()])
+        return found
+
+    def on_validation_start(self) -> None:
+        """Compute or read the reference's log-probs of the held-out rows, for ``validate`` and ``test``."""
+        super().on_validation_start()
+        self._held_out = []
+        self.precompute("val")
+
+    def evaluation_metrics(self) -> dict[str, float]:
+        """Join the base's metrics; add KTO's loss, whose KL is known only now (collective)."""
+        metrics = super().evaluation_metrics()
+        if self.compares_mismatched:
+            metrics["kl"] = max(0.0, metrics.get("kl", float(self.kl)))
+            kl, held_out = torch.tensor(metrics["kl"], device=self.device), self._held_out
+            losses = [float(self.loss(sequences, batch, find_pairs(batch), kl)) for sequences, batch in held_out]
+            examples = [int(batch["prompt_index"][batch["rank"] >= 0].unique().numel()) for _, batch in held_out]
+            total, count = (sum(from_all_ranks(values)) for values in (losses, examples))
+            metrics["loss"] = total / count
+        return metrics
 
     def check_start(self, sequences: Sequences) -> None:
         """Refuse a reference that differs from the policy at step 0, where the two are the same model.

@@ -7,6 +7,7 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
+from modules.base import count_tokens
 from modules.functional import kl
 from modules.functional.masked import aggregate
 from modules.functional.ranges import check_numbers
@@ -92,7 +93,11 @@ class GRPOModule(OnPolicyModule):
         advantages = self.advantage(batch["rewards"], batch["group"])  # [N]
         batch["advantages"] = advantages[:, None] * mask
         batch["row_count"] = self.objective.aggregation.row_count(mask)
-        batch["active"] = mask.any(1) & ((advantages != 0) | (self.beta > 0 or not self.objective.needs_advantage))
+        batch["active"] = self.has_gradient(batch["advantages"], mask)
+
+    def has_gradient(self, advantages: Tensor, mask: Tensor) -> Tensor:
+        """Tell which completions have one, bool [N], from ``advantages`` and the keep-mask of scored ones, [N, Tc]."""
+        return mask.any(1) & ((advantages != 0).any(1) | (self.beta > 0 or not self.objective.needs_advantage))
 
     def training_step(self, batch: PolicyBatch, batch_idx: int) -> Tensor:
         """Compute the loss [] of a micro-batch: its share of the step's objective."""
@@ -102,7 +107,7 @@ class GRPOModule(OnPolicyModule):
         loss, metrics = self.objective(logprobs, scored)
         self.log_step(metrics, weight=float(mask.sum()))
         effective = float((batch["advantages"] != 0).any(1).sum())
-        tokens = float(batch["completion_mask"].sum() + batch["prompt_mask"].sum())
+        tokens = count_tokens(batch, self.has_gradient(batch["advantages"], mask))
         self.log_step({"policy_loss": loss, "effective_batch": effective, "tokens": tokens})
         if self.beta > 0:
             distance = kl.apply_estimator(

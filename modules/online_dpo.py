@@ -6,6 +6,7 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
+from modules.base import count_tokens
 from modules.functional.ranges import check_numbers
 from modules.losses.preference import PairObjective, Sigmoid, find_pairs, measure_preferences
 from modules.networks.lora import Lora
@@ -105,8 +106,9 @@ class OnlineDPOModule(OnPolicyModule):
         loss = (
             total / batch["denominator"].clamp(min=1) + 0 * logprobs.sum()
         )  # a phase without a pair has a gradient too, of zero
-        tokens = float(batch["completion_mask"].sum() + batch["prompt_mask"].sum())
-        self.log_step({"loss": loss, "effective_batch": float((batch["rank"] >= 0).sum()), "tokens": tokens})
+        compared = batch["rank"] >= 0
+        tokens = count_tokens(batch, compared)
+        self.log_step({"loss": loss, "effective_batch": float(compared.sum()), "tokens": tokens})
         rewards = self.objective.implicit_rewards(sequences, self.beta)
         found = measure_preferences(rewards, sequences.plain, batch["rank"], pairs, referenced)
         for name, (value, weight) in found.items():

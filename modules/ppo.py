@@ -7,6 +7,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
+from modules.base import count_tokens
 from modules.functional.advantages import gae
 from modules.functional.kl import apply_estimator, k1
 from modules.functional.masked import aggregate
@@ -168,7 +169,7 @@ class PPOModule(OnPolicyModule):
         mask, denominator = scored["completion_mask"], scored["denominator"]
         policy_loss, metrics = self.policy_objective(logprobs, scored)
         value_loss, value_metrics = self.value_objective(values, scored)
-        tokens = float(batch["completion_mask"].sum() + batch["prompt_mask"].sum())
+        tokens = count_tokens(batch, mask.any(1))
         self.log_step(metrics | value_metrics | measure_ratio(logprobs, scored), weight=float(mask.sum()))
         self.log_step({"policy_loss": policy_loss, "value_loss": value_loss, "tokens": tokens})
         loss = policy_loss

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
-from modules.base import AlignmentModule
+from modules.base import AlignmentModule, count_tokens
 from modules.functional.ranges import check_numbers
 from modules.losses.preference import BradleyTerry, Pairs, find_pairs, make_scored_pairs
 from modules.networks.lora import ADAPTERS, HEAD_FILE, POLICY, Lora, merge_adapters, save_adapters
@@ -123,11 +123,8 @@ class RewardModule(AlignmentModule):
         scores, pairs = self.head_scores(batch), find_pairs(batch)
         sums = self.sums(scores, pairs)
         counted = batch["rank"] >= 0
-        tokens = (
-            batch["completion_mask"][counted].sum()
-            + batch["prompt_mask"][batch["prompt_index"][counted].unique()].sum()
-        )
-        self.log_step({name: total / batch["denominator"] for name, total in sums.items()} | {"tokens": float(tokens)})
+        tokens = count_tokens(batch, counted)
+        self.log_step({name: total / batch["denominator"] for name, total in sums.items()} | {"tokens": tokens})
         if bool(counted.any()):
             mean = scores.detach().mean(1)[counted]
             self.log_step({"min_reward": mean.min()}, join=min)

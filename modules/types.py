@@ -80,6 +80,9 @@ class PreferenceBatch(TypedDict):
     denominator: Tensor  # [], number of examples of the whole optimiser step on all ranks
     margin: NotRequired[Tensor]  # [P], how much better the better completion should score
     ref_logprobs: NotRequired[Tensor]  # [N], sequence sums under the frozen reference
+    # For losses that ask for them: the step's completions on this rank, each after the prompt of another example, in as
+    # many batches as the step has micro-batches. In the step's first micro-batch; empty in the others.
+    mismatched: NotRequired[list["PreferenceBatch"]]
 
 
 class PromptBatch(TypedDict):

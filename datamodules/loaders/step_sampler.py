@@ -13,6 +13,7 @@ class MicroBatch(NamedTuple):
     indices: tuple[int, ...]  # rows, at least one
     denominator: int  # supervised tokens of the whole optimiser step, all micro-batches and ranks
     counts: bool = True  # False: a filler for a rank without a row, to be computed with an all-False loss mask
+    step: tuple["MicroBatch", ...] = ()  # in the first micro-batch of a step: all those of this rank in the step
 
 
 class StepSampler(DistributedSampler[MicroBatch]):
@@ -108,10 +109,13 @@ class StepSampler(DistributedSampler[MicroBatch]):
         rows = sorted(rows, key=lambda row: -self.lengths[row])
         denominator = sum(self.weights[row] for row in rows)
         parts = -(-len(rows) // (self.batch_size * self.num_replicas))
+        step = []
         for part in range(parts):
             dealt = rows[part * len(rows) // parts : (part + 1) * len(rows) // parts]
             mine = tuple(row for place, row in enumerate(dealt) if self._owner(place) == self.rank)
-            yield MicroBatch(mine, denominator) if mine else MicroBatch((dealt[-1],), denominator, counts=False)
+            step.append(MicroBatch(mine, denominator) if mine else MicroBatch((dealt[-1],), denominator, counts=False))
+        yield step[0]._replace(step=tuple(step))
+        yield from step[1:]
 
     def _owner(self, place: int) -> int:
         """Deals rows to ranks in the order 0 .. last, last .. 0, so that no rank always gets the longer row."""

@@ -306,8 +306,8 @@ class KTO(PreferenceObjective):
     """lambda (1 - sigma(beta (delta - kl))), with the sign in sigma flipped for undesirable ones (arXiv 2402.01306).
 
     It takes labelled completions. Of ranked ones, the best counts as desirable and the others as undesirable. The KL is
-    the mean log-ratio of completions put after the next prompt of the micro-batch, over ranks, at least 0 and without
-    gradient.
+    the mean log-ratio of the completions of the whole optimiser step, each put after the prompt of the data's next
+    example with another prompt; it is at least 0 and has no gradient. TRL takes the mean over a micro-batch.
 
     Args:
         desirable_weight: >= 0, lambda of desirable completions; with n of each, the paper wants
@@ -407,7 +407,7 @@ def measure_preferences(
         pairs: None = labelled completions, one per prompt.
         referenced: whether the rewards are log-ratios to a reference, so that both sides can fall below it.
     """
-    sides = _find_sides(rank, pairs)
+    sides = find_sides(rank, pairs)
     kinds = {"rewards": rewards, "logps": logps}
     found = {
         f"{kind}/{side}": (values[rows], weight)
@@ -436,11 +436,11 @@ def measure_logits(
     sums, lengths = (mean_logits * mask).sum(1), mask.sum(1)  # [N]
     return {
         f"logits/{name}": _weighted_mean(sums[rows] / lengths[rows], weight * lengths[rows])
-        for name, (rows, weight) in _find_sides(rank, pairs).items()
+        for name, (rows, weight) in find_sides(rank, pairs).items()
     }
 
 
-def _find_sides(rank: Tensor, pairs: Pairs | None) -> dict[str, tuple[Tensor, Tensor]]:
+def find_sides(rank: Tensor, pairs: Pairs | None) -> dict[str, tuple[Tensor, Tensor]]:
     """Find rows int [M] and weights [M] of both sides: of each pair, or the desirable and the undesirable ones."""
     if pairs is not None:
         return {"chosen": (pairs.better, pairs.weight), "rejected": (pairs.worse, pairs.weight)}

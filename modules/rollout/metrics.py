@@ -53,7 +53,8 @@ def make_outcomes(
 def measure_rollouts(found: Sequence[Outcome]) -> dict[str, float]:
     """Compute the metrics of rewards, lengths (tokens), entropy (nats per token) and KL (nats per completion).
 
-    Completions without a score are counted as ``unscorable`` and left out of the reward metrics.
+    Completions without a score are counted as ``unscorable`` and left out of the reward metrics, and so are groups
+    without any score.
 
     Args:
         found: outcomes of all ranks; at least one.
@@ -69,7 +70,7 @@ def measure_rollouts(found: Sequence[Outcome]) -> dict[str, float]:
     metrics = {
         "num_prompts": float(len(numbers)),
         "reward": mean(rewards),
-        "reward_std": mean(column(std(rewards[group == g]) for g in group.unique())),
+        "reward_std": mean(column(std(rewards[group == g]) for g in group[~rewards.isnan()].unique())),
         "frac_reward_zero_std": float(zero_std_fraction(rewards, group)),
         "unscorable": float(rewards.isnan().sum()),
         "completions/mean_length": mean(lengths),

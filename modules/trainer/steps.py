@@ -2,9 +2,11 @@
 
 import copy
 import math
-from typing import Any
+from collections.abc import Sized
+from typing import Any, cast
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
 # The progress of a validation that has begun without a batch; Lightning runs it from its start on resume.
 BEGUN = {
@@ -37,6 +39,32 @@ def validation_is_due(trainer: Trainer) -> bool:
 def epoch_is_whole(trainer: Trainer) -> bool:
     """Return, at the end of an epoch, whether it has trained on its last batch; ``max_steps`` may end it before."""
     return trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+
+
+def check_whole_steps(trainer: Trainer) -> None:
+    """Refuse settings that cut an optimiser step short, for its ``denominator`` counts all that was planned for it.
+
+    A ``fast_dev_run``, which keeps nothing, may cut.
+
+    Raises:
+        ValueError: ``limit_train_batches`` ends an epoch inside a step, or a callback changes the accumulation.
+    """
+    accumulate, batches = trainer.accumulate_grad_batches, trainer.num_training_batches
+    if any(isinstance(callback, GradientAccumulationScheduler) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+        raise ValueError(
+            "GradientAccumulationScheduler changes the micro-batches of an optimiser step during the run, and the data "
+            f"are planned for trainer.accumulate_grad_batches ({accumulate}): leave the callback out"
+        )
+    try:
+        limited = batches < len(cast(Sized, trainer.train_dataloader))
+    except TypeError:  # a stream has no length
+        limited = math.isfinite(batches)
+    if limited and batches % accumulate and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        whole = max(1, round(batches / accumulate)) * accumulate
+        raise ValueError(
+            f"trainer.limit_train_batches ends an epoch after {batches} micro-batches, and an optimiser step has "
+            f"{accumulate} (accumulate_grad_batches), so it would cut a step: set it to {whole}"
+        )
 
 
 def rewind_to_whole_step(loop: dict[str, Any], accumulate: int, validates: bool, due: bool, by_steps: bool) -> None:

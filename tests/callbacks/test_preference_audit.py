@@ -262,7 +262,7 @@ def test_the_warning_is_given_once(tmp_path: Path) -> None:
 
 
 def test_rows_that_make_no_pair_are_said_to(tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match="nothing to judge"):
+    with pytest.warns(UserWarning, match="no prompt has two completions of different ranks"):
         run(tmp_path, val=[FILLER])
     assert not (tmp_path / "logs" / "audit.json").exists()
 

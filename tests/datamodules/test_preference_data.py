@@ -10,7 +10,13 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from datamodules.loaders.step_sampler import MicroBatch, StepSampler
-from datamodules.preference import PreferenceDataModule, PreferenceDataset, PreferenceTokens, chosen_longer_by
+from datamodules.preference import (
+    PreferenceDataModule,
+    PreferenceDataset,
+    PreferenceTokens,
+    chosen_longer_by,
+    find_other_prompts,
+)
 from datamodules.sources import Row, Source
 from datamodules.tokens.encoding import encode_example, encode_prompt
 from modules.networks.tiny import tiny_tokenizer
@@ -82,6 +88,14 @@ def test_a_filler_makes_no_pair() -> None:
     batch = PreferenceDataset(rows, 0)[MicroBatch((0,), 3, counts=False)]
     assert batch["rank"].tolist() == [-1, -1] and batch["row"].tolist() == [0, 1] and batch["denominator"] == 3.0
     assert batch["completion_mask"].all()
+
+
+def test_other_prompts_are_those_of_the_next_example_with_another() -> None:
+    prompts, completions = [[5], [5], [6, 7, 8, 9], [5]], [[1, 2], [1, 2, 2], [1, 2], [1] * 4]
+    rows = [PreferenceTokens(p, [c], [0], None, "a") for p, c in zip(prompts, completions, strict=True)]
+    # no completion with its prompt is longer than 6; the last example is followed by the first other prompt
+    assert find_other_prompts(rows) == [[6, 7, 8, 9], [7, 8, 9], [5], [8, 9]]
+    assert find_other_prompts(rows[:2]) == [None, None]
 
 
 @pytest.mark.parametrize(("name", "margin"), [("small", 2 / 3), ("large", 2.0)])

@@ -75,7 +75,7 @@ def test_ragged_ends_give_every_rank_as_many_batches_as_promised(rows: int) -> N
 
 def test_a_rank_without_a_row_gets_a_filler() -> None:
     (filler,) = sampler(1, 1, 2, 1, rows=1)
-    assert filler == MicroBatch((0,), WEIGHTS[0], counts=False)
+    assert filler._replace(step=()) == MicroBatch((0,), WEIGHTS[0], counts=False)
     dataset = InstructionDataset([Tokens([5, 6, 7], [False, True, True])], pad_id=0)
     batch = dataset[filler]
     assert batch["loss_mask"].tolist() == [[False] * 3] and batch["denominator"] == WEIGHTS[0]
@@ -93,6 +93,13 @@ def test_micro_batches_hold_rows_of_like_length_and_ranks_like_loads() -> None:
             assert min(lengths[row] for row in longer.indices) >= max(lengths[row] for row in shorter.indices)
         loads = [sum(lengths[row] for batch in part for row in batch.indices) for part in (window[:8], window[8:])]
         assert abs(loads[0] - loads[1]) < 0.02 * sum(loads)
+
+
+def test_the_first_micro_batch_of_a_step_names_all_of_its_rank() -> None:
+    plan = list(sampler(2, 3, 2, 1))
+    for start in range(0, len(plan), 3):
+        assert plan[start].step == (plan[start]._replace(step=()), *plan[start + 1 : start + 3])
+        assert all(batch.step == () for batch in plan[start + 1 : start + 3])
 
 
 def test_ranks_take_turns_with_the_longer_row() -> None:
