@@ -160,9 +160,9 @@ def find_class(key: str, args: list[str]) -> str | None:
         elif name in ("--config", "-c") and Path(value).is_file():
             try:
                 part = (yaml.safe_load(Path(value).read_text(encoding="utf-8")) or {}).get(key) or {}
+                found = part if isinstance(part, str) else part.get("class_path", found)
             except (yaml.YAMLError, AttributeError, UnicodeDecodeError):
                 continue  # the parser will say so
-            found = part if isinstance(part, str) else part.get("class_path", found)
     return found
 
 

@@ -186,9 +186,9 @@ class Fuzz:
         path.write_bytes(content)
         self.try_input(f"file .{ending} {content!r}", lambda: Files(str(path)).rows() and None)
 
-    def run(self, arguments: list[str]) -> None:
-        """Run a command line for a batch."""
-        self.try_input(" ".join(arguments), lambda: run_command(arguments))
+    def run(self, arguments: list[str], config: str = "") -> None:
+        """Run a command line for a batch; ``config`` is the text of its configuration."""
+        self.try_input(" ".join(arguments) + "\n" + config, lambda: run_command(arguments))
 
 
 def walk(tree: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
@@ -265,7 +265,8 @@ def main() -> int:
                 Path("c.yaml").write_text(yaml.safe_dump(changed))
             except (yaml.YAMLError, UnicodeEncodeError):
                 return
-            fuzz.run(["predict" if name == "knowledge" else "fit", "--config", "c.yaml", *small])
+            command = "predict" if name == "knowledge" else "fit"
+            fuzz.run([command, "--config", "c.yaml", *small], Path("c.yaml").read_text())
 
         @times(0.03)
         @given(st.sampled_from(sorted(CONFIGS)), st.data())

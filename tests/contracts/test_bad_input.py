@@ -248,6 +248,8 @@ def test_misspelt_yaml_key_names_the_key(tmp_path, refusal):
     assert "option 'trainer.max_epoch'; did you mean trainer.max_epochs" in refusal("grpo", "--config", str(file))
     file.write_text("data:\n  init_args: {prompt_per_phase: 3}\n")
     assert "did you mean prompts_per_phase" in refusal("grpo", "--config", str(file))
+    file.write_text("model: true\ndata: [1]\n")
+    assert 'Parser key "' in refusal("grpo", "--config", str(file), "--data.train=x")
 
 
 def test_the_tip_is_a_command_that_works(capsys, run):
