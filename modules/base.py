@@ -20,9 +20,9 @@ from modules.networks.reference import Frozen
 from modules.rollout.engine import InProcessEngine
 from modules.rollout.sampling import Sampling
 from modules.schedulers import RunSchedule
-from modules.trainer.files import keep_checkpoints_whole
 from modules.trainer.guard import FiniteGuard, require_finite
 from modules.trainer.ranks import Join, Tally, log_equal
+from modules.trainer.saving import keep_checkpoints_whole
 from modules.trainer.seeds import derive_seed
 from modules.trainer.steps import check_whole_steps, count_updates, rewind_to_whole_step, validation_is_due
 from modules.trainer.stopping import StopTogether

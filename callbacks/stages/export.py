@@ -9,8 +9,8 @@ from lightning.pytorch.callbacks import WeightAveraging
 
 from callbacks.phase import require_period
 from callbacks.writers.output_files import in_run_folder, require_writable
-from modules.trainer.files import naming, sync
 from modules.trainer.guard import require_finite
+from modules.trainer.saving import naming, sync
 
 MARK = ".written-by-export"  # file in an export that names the other files of the export
 

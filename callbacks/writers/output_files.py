@@ -8,7 +8,7 @@ from typing import Any, BinaryIO
 
 from lightning.pytorch import Trainer
 
-from modules.trainer.files import naming, replacing
+from modules.trainer.saving import naming, replacing
 
 
 def in_run_folder(trainer: Trainer, path: Path | None, name: str) -> Path:

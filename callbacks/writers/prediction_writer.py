@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from callbacks.phase import record_of
 from callbacks.writers.output_files import in_run_folder, require_writable
-from modules.trainer.files import naming, sync
+from modules.trainer.saving import naming, sync
 from modules.types import Rollout
 
 

@@ -14,7 +14,7 @@ from modules.cli.choices import find_batch_type, find_givers
 from modules.cli.explain import name_tiny_config
 from modules.cli.run_folder import CHECKPOINTS, find_last_checkpoint
 from modules.predict.predict_module import PredictModule
-from modules.trainer.files import require_whole
+from modules.trainer.saving import require_whole
 
 NEEDED = {
     "fit": ("training_step", "train_dataloader"),

@@ -31,7 +31,7 @@ import fixed_runs
 import torch
 import yaml
 
-import modules.trainer.files
+import modules.trainer.saving
 from callbacks.stages import export
 from modules.__main__ import main
 from modules.on_policy import OnPolicyModule
@@ -60,7 +60,7 @@ def inside_checkpoint(number: int, share: float) -> Break:
                 die()
             save(checkpoint, file)
 
-        modules.trainer.files.torch.save = torn  # type: ignore[assignment]
+        modules.trainer.saving.torch.save = torn  # type: ignore[assignment]
 
     return change
 

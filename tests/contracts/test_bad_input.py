@@ -317,9 +317,8 @@ def test_files_that_are_no_checkpoint_are_refused(tmp_path, refusal, checkpoint)
         ("weights.ckpt", "is not a checkpoint of a training run: it holds no loops, optimizer_states"),
         (".", "is a folder; name the .ckpt file in it"),
     ):
-        assert (
-            refusal("grpo", "--ckpt_path", str(tmp_path / name)) == f"error: ckpt_path: '{tmp_path / name}' {sentence}"
-        )
+        said = refusal("grpo", "--ckpt_path", str(tmp_path / name))
+        assert f"'{tmp_path / name}' {sentence}" in said
 
 
 def test_resuming_with_fewer_epochs_is_refused(refusal, checkpoint):

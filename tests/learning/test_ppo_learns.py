@@ -3,6 +3,7 @@ what the model knew.
 """
 
 import random
+import re
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -135,7 +136,12 @@ def test_the_critic_learns_what_a_prompt_is_worth(model):
     assert mean(found.explained[-3:]) > 0.7
 
 
-COUNT = Rule("count", lambda rollout: float(sum(character < "\x80" for character in rollout.completion.text)))  # 0 to 4
+def count_ascii(text: str) -> float:
+    """Count the ASCII characters of four tokens, special ones left out: 0 to 4."""
+    return float(sum(character < "\x80" for character in re.sub(r"<\|\w+\|>", "", text)))
+
+
+COUNT = Rule("count", lambda rollout: count_ascii(rollout.completion.text))
 
 
 def last_kl(kl_coef: float, phases: int, adaptive: AdaptiveKL | None, seed: int = 0) -> float:

@@ -12,7 +12,7 @@ from lightning.pytorch import Trainer
 
 from callbacks.writers.output_files import append_lines, open_whole_lines, write_whole
 from modules import SFTModule
-from modules.trainer.files import WholeCheckpoints, is_whole, keep_checkpoints_whole
+from modules.trainer.saving import WholeCheckpoints, is_whole, keep_checkpoints_whole
 
 
 def same(a: Any, b: Any) -> bool:
