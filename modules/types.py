@@ -294,8 +294,7 @@ def score(reward: Reward, rollouts: Sequence[Rollout]) -> list[float | None]:
     """
     if not rollouts:
         return []
-    busy = f"reward '{reward.name}' has been scoring {len(rollouts)} completions for {SLOW:g} s; does it wait for something?"
-    alarm = threading.Timer(SLOW, warnings.warn, [busy])
+    alarm = threading.Timer(SLOW, warn_of_slow_reward, [reward.name, len(rollouts), SLOW])
     alarm.daemon = True
     alarm.start()
     try:
@@ -306,6 +305,14 @@ def score(reward: Reward, rollouts: Sequence[Rollout]) -> list[float | None]:
     finally:
         alarm.cancel()
     return check_scores(reward.name, found, len(rollouts))
+
+
+def warn_of_slow_reward(name: str, count: int, seconds: float) -> None:
+    """Name a reward that is still scoring."""
+    warnings.warn(
+        f"reward '{name}' has been scoring {count} completions for {seconds:g} s; does it wait for something?",
+        stacklevel=1,
+    )
 
 
 def check_scores(name: str, scores: Any, count: int) -> list[float | None]:
@@ -333,8 +340,9 @@ class FunctionReward(Reward):
     """Calls a function with lists, one entry per completion, and takes the list of scores that it returns.
 
     The function gets what the names of its parameters ask for: ``prompts``, ``completions`` (texts; one starts with
-    ``<think>`` if its prompt ends with that), ``completion_ids`` (tokens), ``answers`` (also ``answer``, ``ground_truth`` or ``solution``), and the other columns of the rows. With
-    ``**columns`` it gets all columns that are left. A row that lacks a column has None in its place.
+    ``<think>`` if its prompt ends with that), ``completion_ids`` (tokens), ``answers`` (also ``answer``,
+    ``ground_truth`` or ``solution``), and the other columns of the rows. With ``**columns`` it gets all columns that are
+    left. A row that lacks a column has None in its place.
 
     Args:
         function: for example ``def short(completions, **columns): return [-len(text) for text in completions]``. Its

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from types import FunctionType
 
 from modules.types import Completion, Reward, Rollout, as_reward, score
 
@@ -157,7 +158,7 @@ def walk_rewards(reward: Reward) -> Iterator[Reward]:
     yield reward
     for part in vars(reward).values():
         for inner in part if isinstance(part, list | tuple) else [part]:
-            if isinstance(inner, Reward):
+            if isinstance(inner, Reward) and not isinstance(inner, FunctionType):  # a reward's own function
                 yield from walk_rewards(inner)
 
 
@@ -174,7 +175,7 @@ def find_accuracy(reward: Reward) -> Reward | None:
     None = several or none compare answers, or it is known that scores of this kind say nothing about that.
     """
     parts = list(walk_rewards(reward))
-    checking = [part for part in parts if getattr(part, "checks_answer", None)]  # a function has no such attribute
+    checking = [part for part in parts if part.checks_answer]
     if len(parts) == 1 and reward.checks_answer is not False:
         return reward
     return checking[0] if len(checking) == 1 else None

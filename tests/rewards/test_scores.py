@@ -113,7 +113,9 @@ def test_a_reward_that_hangs_or_raises_is_named(monkeypatch, recwarn):
     with pytest.raises(KeyError) as raised:
         score(FunctionReward(mine), rollouts())
     assert raised.value.__notes__ == ["(in reward 'mine')"]
-    assert str(recwarn.pop().message).startswith("reward 'mine' has been scoring 2 completions for 0.2 s")
+    warned = recwarn.pop()
+    assert str(warned.message).startswith("reward 'mine' has been scoring 2 completions for 0.2 s")
+    assert warned.filename == types.__file__  # and so one line of ours, see test_command_line
 
 
 def test_a_quick_reward_is_not_named(monkeypatch, recwarn):
@@ -121,3 +123,20 @@ def test_a_quick_reward_is_not_named(monkeypatch, recwarn):
     assert score(Returns([1, None]), rollouts()) == [1.0, None]
     time.sleep(0.4)
     assert not recwarn.list
+
+
+class Ruled(Reward):
+    """A reward that keeps a function of its own."""
+
+    name = "ruled"
+
+    def __init__(self) -> None:
+        self.rule = lambda text: float(text == "4")
+
+    def __call__(self, rollouts):
+        return [self.rule(rollout.completion.text) for rollout in rollouts]
+
+
+def test_a_function_that_a_reward_keeps_is_no_reward_of_its_own():
+    reward = Ruled()
+    assert find_accuracy(reward) is reward
