@@ -4,11 +4,8 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, Protocol, TypeVar, runtime_checkable
 
-import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -408,11 +405,6 @@ class AlignDataModule(RowsDataModule):
     def forget_position(self) -> None:
         """Makes a run start at the beginning, unless a checkpoint is loaded afterwards."""
         self._sampler, self._resume = None, None
-
-
-def pad(rows: Sequence[Sequence[int]], fill: int) -> Tensor:
-    """Pads rows of integers, or of truth values, on the right with ``fill`` to [N, T]; no row may be empty."""
-    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=fill)
 
 
 def _as_is(batch: Any) -> Any:

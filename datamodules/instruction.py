@@ -9,7 +9,7 @@ from lightning.pytorch.utilities.types import EVAL_DATALOADERS
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
-from datamodules.base import AlignDataModule, pad
+from datamodules.base import AlignDataModule
 from datamodules.formats.instruction_shapes import (
     InstructionExample,
     check_format,
@@ -21,6 +21,7 @@ from datamodules.loaders.step_sampler import MicroBatch
 from datamodules.sources import Row, Source
 from datamodules.tokens.encoding import LossOn, Message, Tokens
 from datamodules.tokens.packing import pack
+from modules.functional.masked import pad_rows
 from modules.types import InstructionBatch
 
 IDK = "I don't know."
@@ -206,17 +207,19 @@ class InstructionDataset(Dataset[InstructionBatch]):
 
     def __getitem__(self, batch: MicroBatch) -> InstructionBatch:
         rows = [self.rows[index] for index in batch.indices]
+        ids, attention_mask = pad_rows([row.ids for row in rows], self.pad_id)
+        loss_mask, _ = pad_rows([row.supervised for row in rows], False)
         padded = InstructionBatch(
-            input_ids=pad([row.ids for row in rows], self.pad_id),
-            attention_mask=pad([[True] * len(row.ids) for row in rows], False),
-            loss_mask=pad([row.supervised for row in rows], False) & batch.counts,
+            input_ids=ids,
+            attention_mask=attention_mask,
+            loss_mask=loss_mask.bool() & batch.counts,
             denominator=torch.tensor(float(batch.denominator)),
         )
         if any(row.documents for row in rows):
             positions = [
                 [place for length in row.documents or [len(row.ids)] for place in range(length)] for row in rows
             ]
-            padded["position_ids"] = pad(positions, 0)
+            padded["position_ids"], _ = pad_rows(positions, 0)
         return padded
 
 

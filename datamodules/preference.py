@@ -12,12 +12,13 @@ from lightning.pytorch.utilities.types import EVAL_DATALOADERS
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
-from datamodules.base import AlignDataModule, pad
+from datamodules.base import AlignDataModule
 from datamodules.formats.preference_shapes import PreferenceExample, preference_example, settle_verdicts
 from datamodules.formats.verdicts import Ours
 from datamodules.loaders.step_sampler import MicroBatch
 from datamodules.sources import Row, Source
 from datamodules.tokens.encoding import encode_example
+from modules.functional.masked import pad_rows
 from modules.types import PreferenceBatch
 
 Stage = Literal["train", "val", "calibration"]
@@ -334,13 +335,14 @@ class PreferenceDataset(Dataset[PreferenceBatch]):
     def make_batch(self, batch: MicroBatch, prompts: list[list[int]]) -> PreferenceBatch:
         """Pads the completions of a micro-batch and the prompts that they follow, one of each example."""
         rows = [self.rows[index] for index in batch.indices]
-        completions = [ids for row in rows for ids in row.completions]
+        prompt_ids, prompt_mask = pad_rows(prompts, self.pad_id)
+        completion_ids, completion_mask = pad_rows([ids for row in rows for ids in row.completions], self.pad_id)
         counts = torch.tensor([len(row.completions) for row in rows])
         made = PreferenceBatch(
-            prompt_ids=pad(prompts, self.pad_id),
-            prompt_mask=pad([[True] * len(prompt) for prompt in prompts], False),
-            completion_ids=pad(completions, self.pad_id),
-            completion_mask=pad([[True] * len(ids) for ids in completions], False),
+            prompt_ids=prompt_ids,
+            prompt_mask=prompt_mask,
+            completion_ids=completion_ids,
+            completion_mask=completion_mask,
             prompt_index=torch.arange(len(rows)).repeat_interleave(counts),
             rank=torch.tensor([rank if batch.counts else -1 for row in rows for rank in row.ranks]),
             row=torch.tensor(

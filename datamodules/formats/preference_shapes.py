@@ -25,7 +25,7 @@ from datamodules.formats.verdicts import (
     check_labels,
     check_sources,
     named_answer,
-    read_label,
+    read_label_cell,
     read_verdicts,
     settle_scale,
     verdict_columns,
@@ -172,7 +172,7 @@ def read_compared(cells: Cells, needs_verdict: bool, decided: bool = True) -> Co
         return Compared(_take_both(cells, TWO), ranks, said, strength)
     if shape == ("completions",):
         return _read_list(cells, needs_verdict, decided)
-    number = read_label(cells.take("label"))
+    number = read_label_cell(cells.take("label"))
     if number not in (0, 1):
         name = cells.name("label")
         raise ValueError(

@@ -157,13 +157,13 @@ def check_labels(name: str, values: Mapping[str, Any], first: Ours | None) -> No
             f"{origin}: column {name!r} holds {words}, expected true (desirable) or false, or 1 and 0, in all rows"
         )
     for origin, value in values.items():
-        if read_label(value) not in (0, 1, None):
+        if read_label_cell(value) not in (0, 1, None):
             raise ValueError(
                 f"{origin}: column {name!r} holds {value!r}, expected true (desirable) or false, or 1 and 0"
             )
 
 
-def read_label(value: Any) -> float | None:
+def read_label_cell(value: Any) -> float | None:
     """Reads the label of one answer: 1 = good, 0 = not, another number as it is; None for any other value."""
     word = value.strip().lower() if isinstance(value, str) else value
     return LABELS[word] if isinstance(word, str) and word in LABELS else as_number(value)

@@ -312,7 +312,8 @@ class Policy(nn.Module):
         logprobs = vocabulary_logprobs(logits, temperature)
         scores = TokenScores(logprobs.gather(-1, targets[:, None])[:, 0])
         if means:
-            scores = scores._replace(means=(logits / temperature).mean(-1) - (logits / temperature).logsumexp(-1))
+            scaled = logits / temperature
+            scores = scores._replace(means=scaled.mean(-1) - scaled.logsumexp(-1))
         if details:
             seen = logits.detach().float()
             scores = scores._replace(hits=(seen.argmax(-1) == targets).float(), mean_logits=seen.mean(-1))
