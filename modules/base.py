@@ -258,7 +258,7 @@ class AlignmentModule(LightningModule):
         learned = [name for name, parameter in self.named_parameters() if parameter.requires_grad and name in saved]
         require_finite([saved[name] for name in learned], type(self).__name__)
         checkpoint["alignment"] = {**self.identity(), "num_tokens": self.num_tokens, "random": self._random}
-        checkpoint["alignment"]["validates"] = validation_is_due(self.trainer)
+        checkpoint["alignment"] |= {"validates": validation_is_due(self.trainer), "logged": sorted(self._step_names)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse the checkpoint of another method or model, then correct the position; see ``rewind_to_whole_step``.
@@ -269,7 +269,7 @@ class AlignmentModule(LightningModule):
         saved = dict(checkpoint.get("alignment", {}))
         self.num_tokens = saved.pop("num_tokens", 0)
         self._random = saved.pop("random", self._random)
-        due = saved.pop("validates", None)
+        due, self._step_names = saved.pop("validates", None), set(saved.pop("logged", []))
         mine = self.identity()
         if saved != mine:
             differ = [
