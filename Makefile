@@ -66,7 +66,7 @@ test: setup .venv/.smollm  ## run all tests, in two processes (18 minutes on 2 c
 fuzz: setup  ## feed 5,000 generated rows, files, configurations and options to the program (5 minutes)
 	OMP_NUM_THREADS=1 $(PY) tests/benchmarks/fuzz.py
 
-test-kill: setup  ## kill and resume 40 runs of SFT, GRPO and PPO (10 minutes on 2 cores)
+test-kill: setup  ## kill and resume 40 runs of SFT, GRPO and PPO (3 minutes on 2 cores)
 	$(PY) tests/benchmarks/kill.py
 
 lint: setup  ## check style

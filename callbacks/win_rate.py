@@ -35,8 +35,8 @@ class WinRate(Callback):
 
     - ``val/win_rate``: comparisons that the policy wins, a tie counting half.
     - ``val/win_rate_standard_error``: the standard error of the win rate.
-    - ``val/length_controlled_win_rate``: the win rate at equal length in characters, reasoning left out (Dubois et al. 2404.04475, the form
-      without instruction difficulties).
+    - ``val/length_controlled_win_rate``: the win rate at equal length in characters, reasoning left out (Dubois et al.
+      2404.04475, the form without instruction difficulties).
     - ``val/win_rate_ties``: ties among the scorable comparisons.
     - ``val/win_rate_unscorable``: unscorable comparisons among all. They count in no other number.
 

@@ -62,7 +62,7 @@ class Export(Callback):
                 "remove the callback."
             )
         self.folder = in_run_folder(trainer, self._given, "export")
-        problem = self.find_trouble(pl_module)
+        problem = self.explain_refusal(pl_module)
         if problem is not None:
             raise ValueError(f"Export would replace {self.folder}, {problem}: choose another folder, or move it away.")
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -76,7 +76,7 @@ class Export(Callback):
         if trainer.is_global_zero and self._aside.is_dir() and not self.folder.exists():
             self._aside.rename(self.folder)  # a run was killed between the two renames of _write
 
-    def find_trouble(self, pl_module: LightningModule) -> str | None:
+    def explain_refusal(self, pl_module: LightningModule) -> str | None:
         """Return why the folder must not be replaced; None = it is an export, empty or not there.
 
         An export of an earlier version has no mark. It is known by its place, ``export`` in the folder of the run.

@@ -76,9 +76,9 @@ class NumericMatch(Reward):
 
     Numbers are compared exactly, as fractions. A number has digits, with or without thousands commas (1,234), a decimal
     part (72.0, .5) and a power of ten (1e3). It may have a sign and a dollar sign in front, and may be a fraction of
-    two such numbers without spaces (1/2). A percent sign is ignored. Not read as numbers are mixed numbers, powers,
-    LaTeX, and numbers with more than 1000 characters or above 1e1000. The gold answer is the text after its last
-    ``####``.
+    two such numbers without spaces (1/2) or in LaTeX (``\\frac{1}{2}``, also behind a whole number). A percent sign is
+    ignored. Not read as numbers are powers, roots, other formulas, and numbers with more than 1000 characters or above
+    1e1000. The gold answer is the text after its last ``####``, else in its last box, see ``cut_final_answer``.
 
     Args:
         pattern: regular expression with exactly one group, which must be one number and nothing else. It must match the
@@ -122,8 +122,8 @@ class NumericMatch(Reward):
 class MathVerify(Reward):
     """Gives 1.0 when math-verify finds the completion's answer mathematically equal to the gold answer, else 0.0.
 
-    The library searches the text after ``</think>`` (see ``types.cut_final_text``) by its own rules, boxed answers first. If it
-    finds nothing to parse, the score is 0.0. The gold answer is the text after its last ``####``, read as LaTeX. Words
+    The library searches the text after ``</think>`` (see ``types.cut_final_text``) by its own rules, boxed answers first.
+    If it finds nothing to parse, the score is 0.0. The gold answer, see ``cut_final_answer``, is read as LaTeX. Words
     would be read as products of letters, so use ``ExactMatch`` for them. The score is None without a gold answer, when
     the gold answer cannot be parsed, or when there is no verdict in time.
 
@@ -155,7 +155,7 @@ class MathVerify(Reward):
 
     @property
     def timeouts(self) -> int:
-        """How many rollouts got no verdict so far, because the child was late or crashed."""
+        """How many different questions of a call got no verdict so far, because the child was late or crashed."""
         return sum(worker.failures for worker in self._workers)
 
     def __call__(self, rollouts: Sequence[Rollout]) -> list[float | None]:

@@ -97,13 +97,13 @@ class FiniteGuard(Callback):
             with file.open("w", encoding="utf-8") as out:
                 for number, (batch, loss) in enumerate(zip(self._batches, self._losses, strict=True)):
                     place = {"step": step, "micro_batch": number, "loss": float(loss)}
-                    out.writelines(json.dumps(place | row) + "\n" for row in read_rows(batch, decode))
+                    out.writelines(json.dumps(place | row) + "\n" for row in unpack_rows(batch, decode))
         except OSError as error:
             return f"not written ({error})"
         return str(file)
 
 
-def read_rows(batch: Any, decode: Any) -> Iterator[dict[str, Any]]:
+def unpack_rows(batch: Any, decode: Any) -> Iterator[dict[str, Any]]:
     """Read the sequences of a batch: their tokens without padding, as text too, and what else the batch says of each."""
     if not isinstance(batch, dict):
         yield {"batch": str(batch)}
@@ -121,7 +121,7 @@ def read_rows(batch: Any, decode: Any) -> Iterator[dict[str, Any]]:
                 row[name] = kept.tolist()
         yield row
     if "ptx" in batch:
-        yield from read_rows(batch["ptx"], decode)
+        yield from unpack_rows(batch["ptx"], decode)
 
 
 def require_finite(weights: Iterable[Tensor], who: str) -> None:

@@ -20,9 +20,10 @@ class StopTogether(Callback):
     """Ends the run on SIGTERM or Ctrl-C, on all ranks together, with exit status 143 or 130.
 
     A fit ends after the current optimiser step, or inside a validation after its current batch, and writes
-    ``last.ckpt`` beside its other checkpoints. Everything else ends after the current batch. A signal to one rank is enough, and a second signal ends the run at once. Lightning's
-    own handler communicates as soon as the signal arrives, whatever the rank is doing, so that ranks may wait for each
-    other for ever. This handler replaces it and only takes a note.
+    ``last.ckpt`` beside its other checkpoints. Everything else ends after the current batch. A signal to one rank is
+    enough, and a second signal ends the run at once. Lightning's own handler communicates as soon as the signal
+    arrives, whatever the rank is doing, so that ranks may wait for each other for ever. This handler replaces it and
+    only takes a note.
 
     Attributes:
         saved: the checkpoint that was written at the stop; None without one.
