@@ -149,7 +149,7 @@ class Refusal(Callback):
         answers = sorted(from_all_ranks(self._ask(pl_module, mine)))
         rates = refusal_rates([answer.label for answer in answers], [prompt.safe for prompt in self.prompts])
         if self.judge is None:
-            del rates["over_refusal_with_partial"], rates["invalid"]  # the matcher knows neither
+            del rates["over_refusal_with_partial"]  # the matcher knows no partial refusal
         metrics = {f"val/refusal/{name}": rate for name, rate in rates.items()}
         log_equal(pl_module, metrics)
         for logger in tensorboards(trainer):

@@ -26,7 +26,7 @@ from modules.trainer.saving import keep_checkpoints_whole
 from modules.trainer.seeds import derive_seed
 from modules.trainer.steps import check_whole_steps, count_updates, rewind_to_whole_step, validation_is_due
 from modules.trainer.stopping import StopTogether
-from modules.types import PolicyBatch, PreferenceBatch, Record
+from modules.types import PolicyBatch, PreferenceBatch, Record, find_opened_thought
 
 
 class AlignmentModule(LightningModule):
@@ -146,7 +146,8 @@ class AlignmentModule(LightningModule):
     def respond(self, conversations: Sequence[list[dict[str, str]]], max_completion_length: int = 256) -> list[str]:
         """Answer conversations greedily with the current weights, on this rank alone.
 
-        The policy's modes and the random state stay as they are.
+        The policy's modes and the random state stay as they are. An answer begins with the ``<think>`` that the chat
+        template opens, if it does.
 
         Args:
             conversations: messages, each with ``role`` and ``content``. Without a chat template a conversation is one
@@ -169,7 +170,9 @@ class AlignmentModule(LightningModule):
         engine = InProcessEngine()
         engine.sync_weights(self.policy, self.global_step)
         sampling = Sampling(temperature=0.0, max_completion_length=max_completion_length)
-        return [group[0].text for group in engine.generate(prompts, 1, sampling, [0] * len(prompts))]
+        groups = engine.generate(prompts, 1, sampling, [0] * len(prompts))
+        opened = [find_opened_thought(str(self.tokenizer.decode(ids))) for ids in prompts]
+        return [thought + group[0].text for thought, group in zip(opened, groups, strict=True)]
 
     def on_validation_start(self) -> None:
         """Forget what an earlier or interrupted evaluation left."""

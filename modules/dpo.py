@@ -109,6 +109,11 @@ class DPOModule(AlignmentModule):
             )
         if self.nll_weight > 0 and not self.paired:
             raise ValueError("nll_weight raises chosen completions, but these rows hold labelled ones: set it to 0")
+        if self.needs_reference and not hasattr(self.data, "in_order"):
+            raise ValueError(
+                f"{type(self.data).__name__} has no in_order(stage), whose batches the reference reads before the first "
+                "step: derive it from PreferenceDataModule, or set reference_free"
+            )
         if self._tables_of is not self.data:
             self.tables, self.mismatched_tables, self._tables_of = {}, {}, self.data
 
@@ -157,6 +162,11 @@ class DPOModule(AlignmentModule):
             self.reference.to(self.device)
             with self.trainer.precision_plugin.forward_context():
                 batches, place = self.data.in_order(stage), self.trainer.strategy.batch_to_device
+                if self.compares_mismatched and any("mismatched" not in batch for batch in batches):
+                    raise ValueError(
+                        f"KTO measures the KL on completions after other prompts, and the batches of "
+                        f"{type(self.data).__name__} have no 'mismatched': use PreferenceDataModule"
+                    )
                 how = place, self.cache, str(self.trainer.precision)
                 self.tables[stage] = reference_logprobs(self.reference, batches, *how)
                 if not self.compares_mismatched:

@@ -11,7 +11,7 @@ from modules.base import count_tokens
 from modules.functional import kl
 from modules.functional.masked import aggregate
 from modules.functional.ranges import check_numbers
-from modules.losses import Clipped, PolicyObjective
+from modules.losses import Clipped, ImportanceWeights, PolicyObjective
 from modules.losses.policy import leave_out_unscored
 from modules.networks.lora import Lora
 from modules.on_policy import OnPolicyModule, Validation
@@ -35,6 +35,7 @@ class GRPOModule(OnPolicyModule):
         num_generations: completions per prompt, at least 2.
         sampling: how to sample in training.
         engine: what samples; default the policy itself, in this process.
+        importance: weighs tokens whose probability the engine and the trainer compute differently; None = equally.
         advantage: rewards [N], group [N] -> advantages [N]: ``group_zscore``, ``group_center``, ``leave_one_out``, or
             the dotted path of your own function; default the objective's (``group_zscore`` for most).
         objective: the policy loss; default ``Clipped``. Others are ``GSPO``, ``CISPO`` and ``MirrorDescent``.
@@ -56,6 +57,7 @@ class GRPOModule(OnPolicyModule):
         num_generations: int = 8,
         sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
         engine: RolloutEngine | None = None,
+        importance: ImportanceWeights | None = None,
         advantage: Callable[[Tensor, Tensor], Any] | None = None,  # Any: a function need not be annotated
         objective: PolicyObjective | None = None,
         beta: float = 0.0,
@@ -73,6 +75,7 @@ class GRPOModule(OnPolicyModule):
             num_generations=num_generations,
             sampling=sampling,
             engine=engine,
+            importance=importance,
             reference=beta > 0 or measure_kl,
             validation=validation,
             lora=lora,
@@ -91,7 +94,7 @@ class GRPOModule(OnPolicyModule):
         """Make the advantages of the phase, and mark the completions that have a gradient."""
         mask = leave_out_unscored(batch)["completion_mask"]
         advantages = self.advantage(batch["rewards"], batch["group"])  # [N]
-        batch["advantages"] = advantages[:, None] * mask
+        batch["advantages"] = self.weigh(batch, advantages[:, None] * mask)
         batch["row_count"] = self.objective.aggregation.row_count(mask)
         batch["active"] = self.has_gradient(batch["advantages"], mask)
 

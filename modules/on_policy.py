@@ -15,6 +15,7 @@ from torch import Tensor
 from modules.base import AlignmentModule
 from modules.functional import kl
 from modules.functional.ranges import check_numbers
+from modules.losses import ImportanceWeights
 from modules.networks.lora import Lora
 from modules.networks.policy import TokenScores, load_companion
 from modules.networks.reference import Frozen
@@ -22,7 +23,7 @@ from modules.rewards.answers import name_reader
 from modules.rewards.combined import find_accuracy, walk_rewards
 from modules.rewards.learned import LearnedReward
 from modules.rollout.engine import InProcessEngine, RolloutEngine
-from modules.rollout.metrics import make_outcomes, measure_gaps, measure_rollouts, share_solved
+from modules.rollout.metrics import make_outcomes, measure_gaps, measure_rollouts, measure_weights, share_solved
 from modules.rollout.sampling import Sampling
 from modules.rollout.scoring import add_sums, make_batch, make_rollouts, score_in_chunks
 from modules.trainer.ranks import from_all_ranks, log_equal, mean_and_error, weighted_means
@@ -62,6 +63,7 @@ class OnPolicyModule(AlignmentModule):
         num_generations: completions per prompt.
         sampling: how to sample in training.
         engine: samples completions; default the policy itself, in this process.
+        importance: weighs tokens whose probability the engine and the trainer compute differently; None = equally.
         reference: keep the frozen start policy, for a loss or to measure the KL; a folder or hub id keeps that model.
         validation: what decides right or wrong there, and how many completions of a prompt are sampled.
         lora: train low-rank adapters instead of all weights.
@@ -80,6 +82,7 @@ class OnPolicyModule(AlignmentModule):
         num_generations: int,
         sampling: Sampling,
         engine: RolloutEngine | None,
+        importance: ImportanceWeights | None,
         reference: bool | str,
         validation: Validation,
         lora: Lora | None,
@@ -107,7 +110,7 @@ class OnPolicyModule(AlignmentModule):
             self.share_backbone()
         self.num_generations, self.val_generations = num_generations, validation.generations
         self.sampling, self.seed = sampling, run_seed(seed)
-        self.engine = engine or InProcessEngine()
+        self.engine, self.importance = engine or InProcessEngine(), importance
         other = load_companion(self.policy, reference, "reference") if isinstance(reference, str) else None
         self.own_reference = other is None  # the policy as it starts
         self.reference = Frozen(other or self.policy, own=other is not None) if reference else None
@@ -172,6 +175,14 @@ class OnPolicyModule(AlignmentModule):
         scoring = time.perf_counter() - sampled
         self.log_phase({"time/sampling": sampled - start, "time/scoring": scoring, "time/training": 0.0})
         return batch
+
+    def weigh(self, batch: PolicyBatch, advantages: Tensor) -> Tensor:
+        """Multiply advantages [N, Tc] by the weights of ``importance``, if there is one, and log these (collective)."""
+        if self.importance is None:
+            return advantages
+        weights = self.importance(batch)
+        self.log_phase(measure_weights(weights[batch["completion_mask"]]))
+        return advantages * weights
 
     def on_train_batch_start(self, batch: PolicyBatch, batch_idx: int) -> None:
         """Start the clock of a micro-batch."""

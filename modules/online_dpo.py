@@ -69,6 +69,7 @@ class OnlineDPOModule(OnPolicyModule):
             num_generations=num_generations,
             sampling=sampling,
             engine=engine,
+            importance=None,
             reference=True,
             validation=validation,
             lora=lora,

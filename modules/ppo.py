@@ -11,7 +11,7 @@ from modules.base import count_tokens
 from modules.functional.advantages import gae
 from modules.functional.kl import apply_estimator, k1
 from modules.functional.masked import aggregate
-from modules.losses import GAE, KL, Clip, Clipped, Incentives
+from modules.losses import GAE, KL, Clip, Clipped, ImportanceWeights, Incentives
 from modules.losses.policy import leave_out_unscored, measure_ratio
 from modules.losses.shaping import make_token_rewards
 from modules.losses.value import ClippedValue
@@ -44,6 +44,7 @@ class PPOModule(OnPolicyModule):
         num_generations: completions per prompt.
         sampling: how to sample in training.
         engine: samples completions; default the policy itself, in this process.
+        importance: weighs tokens whose probability the engine and the trainer compute differently; None = equally.
         gae: discount, lambda, and whether to whiten token rewards.
         clip: how far the ratio and a value may move in an update.
         kl: the KL to the reference: its weight, a target for it, whether it is part of the reward or of the loss, and
@@ -70,6 +71,7 @@ class PPOModule(OnPolicyModule):
         num_generations: int = 1,
         sampling: Sampling = Sampling(),  # noqa: B008 (frozen, as are the six below)
         engine: RolloutEngine | None = None,
+        importance: ImportanceWeights | None = None,
         gae: GAE = GAE(),  # noqa: B008
         clip: Clip = Clip(),  # noqa: B008
         kl: KL = KL(),  # noqa: B008
@@ -87,6 +89,7 @@ class PPOModule(OnPolicyModule):
             num_generations=num_generations,
             sampling=sampling,
             engine=engine,
+            importance=importance,
             reference=True if kl.reference in (None, policy) else str(kl.reference),
             validation=validation,
             lora=lora,
@@ -149,7 +152,7 @@ class PPOModule(OnPolicyModule):
             rewards = whiten_over_ranks(rewards, mask, whole, 1, shift_mean=False)
         advantages, batch["returns"] = gae(rewards, batch["values"], mask, self.gae.gamma, self.gae.lam)
         update = batch.get("update", whole)
-        batch["advantages"] = whiten_over_ranks(advantages, mask, update, int(update.max()) + 1)
+        batch["advantages"] = self.weigh(batch, whiten_over_ranks(advantages, mask, update, int(update.max()) + 1))
         batch["row_count"], batch["active"] = mask.sum(1).float(), mask.any(1)
         objective = (scores - (penalties * mask).sum(1))[~scores.isnan()]
         self.log_phase(

@@ -155,13 +155,18 @@ class Rollout:
     @property
     def text(self) -> str:
         """The completion as rewards read it: with the ``<think>`` in front that the prompt ends with, if it does."""
-        opened = OPENED_THOUGHT.search(self.prompt)
-        return (opened[0] if opened else "") + self.completion.text
+        return find_opened_thought(self.prompt) + self.completion.text
 
     @property
     def final_text(self) -> str:
         """The part of ``text`` that may hold the answer, see ``cut_final_text``."""
         return cut_final_text(self.text)
+
+
+def find_opened_thought(prompt: str) -> str:
+    """Return the ``<think>`` that a prompt ends with, which belongs to the text of its completion; "" without one."""
+    opened = OPENED_THOUGHT.search(prompt)
+    return opened[0] if opened else ""
 
 
 def cut_final_text(text: str) -> str:

@@ -2,8 +2,8 @@
 
 A server for each process of pytest has imported the libraries and this repository, and has run nothing. A program is a
 fork of it with its own folder, environment, arguments, files and process group. Three things differ from a fresh start,
-and a test of those takes ``subprocess``: variables that a library reads on import, the hash seed, which all forks share,
-and standard input, which is here a text that is there from the beginning.
+and a test of those takes ``subprocess``: variables that a library reads on import, other than the rank; the hash seed,
+which all forks share; and standard input, which is here a text that is there from the beginning.
 """
 
 import atexit
@@ -27,6 +27,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
+from lightning.fabric.utilities.rank_zero import _get_rank, rank_zero_only
 
 ROOT = Path(__file__).parents[1]
 IMPORTED = ["modules.cli.command", "modules.cli.chat_command", "datamodules", "callbacks", "pytest", "programs"]
@@ -55,6 +56,7 @@ def become(arguments: Sequence[str], folder: Path, environment: dict[str, str], 
     numpy.random.seed()
     os.environ.clear()
     os.environ.update(environment)
+    rank_zero_only.rank = _get_rank() or 0  # Lightning reads it when it is imported
     os.chdir(folder)
     module = arguments[0] == "-m"
     name, *sys.argv[1:] = arguments[module:]

@@ -184,7 +184,7 @@ class Cells:
         layout = reading.lay_out(self.values)
         self.unread = dict(layout.left_out)
         for ours, theirs in reading.by_hand.items():
-            if theirs and (cell := _at_path(row.columns, theirs)):
+            if theirs and (cell := find_at_path(row.columns, theirs)):
                 self.names[ours] = [theirs]
                 self.values[theirs] = cell[0]
                 reading.mapped_seen.add(ours)
@@ -330,13 +330,13 @@ def with_nested(columns: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
-def _at_path(record: Mapping[str, Any], name: str) -> list[Any]:
+def find_at_path(record: Mapping[str, Any], name: str) -> list[Any]:
     """The value of a column in a list, or of a dotted path into columns that hold objects; an empty list when it is not
     there."""
     if name in record:
         return [record[name]]
     first, dot, rest = name.partition(".")
-    return _at_path(record[first], rest) if dot and isinstance(record.get(first), Mapping) else []
+    return find_at_path(record[first], rest) if dot and isinstance(record.get(first), Mapping) else []
 
 
 def _is_number(value: Any) -> bool:

@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from hashlib import blake2b
 
+from datamodules.formats.reading import find_at_path, with_nested
 from datamodules.formats.table import our_names
 from datamodules.sources.source import Row, Source
 
@@ -85,7 +86,10 @@ def hold_out(rows: list[Row], share: float, seed: int, columns: Mapping[str, str
 
 def _hash(row: Row, seed: int, columns: Mapping[str, str]) -> str:
     by_hand = {theirs: ours for ours, theirs in columns.items()}
-    names = our_names(tuple(row.columns)) | by_hand
-    asked = {name: row.columns[name] for name in row.columns if names.get(name) in ASKED and row.columns[name]}
+    values = with_nested(row.columns) | {
+        name: found[0] for name in by_hand if (found := find_at_path(row.columns, name))
+    }
+    names = our_names(tuple(values)) | by_hand
+    asked = {name: value for name, value in values.items() if names.get(name) in ASKED and value}
     key = json.dumps(asked or row.columns, sort_keys=True, default=str)
     return blake2b(f"{seed} {key}".encode(errors="replace"), digest_size=16).hexdigest()

@@ -24,6 +24,7 @@ from modules.cli.run_folder import (
     choose_folder,
     find_last_checkpoint,
     find_own_run,
+    find_requeued_checkpoint,
 )
 from modules.trainer.guard import FiniteGuard, OnNonfinite
 
@@ -84,6 +85,11 @@ class AlignmentCLI(LightningCLI):
         self.config = parser.parse_args(add_data_module(args))
         config = self.config[self.config["subcommand"]]
         config["ckpt_path"] = resolve_checkpoint(config.get("ckpt_path"))
+        if self.config["subcommand"] == "fit" and config["ckpt_path"] is None:
+            requeued = find_requeued_checkpoint(Path(config["out"] or choose_folder(config["model"]["class_path"])))
+            if requeued is not None:
+                rank_zero_info(f"the job was put back into the queue: the run goes on from {requeued}")
+                config["ckpt_path"] = str(requeued)
         check_checkpoint(config["ckpt_path"], resumes=self.config["subcommand"] == "fit")
         check_trainer(config["trainer"])
         check_needs(config, config["model"]["class_path"])
@@ -202,7 +208,7 @@ def make_logger(kind: Kind, folder: Path, name: str) -> Logger:
     if kind == "csv":
         keep_metrics(folder / name / "metrics.csv")
         return CSVLogger(save_dir=folder, name="", version=name, flush_logs_every_n_steps=1)  # none lost by a kill
-    return TensorBoardLogger(save_dir=folder, name="", version=name)
+    return TensorBoardLogger(save_dir=folder, name="", version=name, flush_secs=1)  # a kill loses no more
 
 
 @rank_zero_only

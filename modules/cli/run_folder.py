@@ -3,16 +3,22 @@
 import fcntl
 import os
 import re
+import shlex
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
+from modules.trainer.stopping import find_job
+
 CHECKPOINTS = "checkpoints"
+JOB = ".slurm"  # the job of SLURM that a folder belongs to, and its command
 HELD = ("config.yaml", CHECKPOINTS, "export")  # a folder with one of these holds a run
 SHARED = "LIGHTNING_ALIGN_OUT"  # environment variable that tells the folder to processes that this one starts
 
@@ -45,8 +51,35 @@ def find_own_run(out: Path, checkpoint: str | None) -> Path | None:
     if not Path(checkpoint).exists():  # "last" or "best", which Lightning looks for
         return out
     folder = Path(checkpoint).absolute().parent.parent
-    own = re.fullmatch(rf"{re.escape(out.name)}(-\d+)?", folder.name) and folder.parent == out.absolute().parent
-    return out.with_name(folder.name) if own and Path(checkpoint).parent.name == CHECKPOINTS else None
+    own = is_run_of(folder, out) and Path(checkpoint).parent.name == CHECKPOINTS
+    return out.with_name(folder.name) if own else None
+
+
+def find_requeued_checkpoint(out: Path) -> Path | None:
+    """Find the last checkpoint that this job of SLURM wrote by this command before it was put back into the queue."""
+    if int(os.environ.get("SLURM_RESTART_COUNT", 0)) == 0:
+        return None
+    folders = [mark.parent for mark in out.parent.glob(f"*/{JOB}") if mark.read_text() == describe_job()]
+    found = [path for folder in folders if is_run_of(folder, out) and (path := find_last_checkpoint(folder))]
+    return max(found, key=lambda path: path.stat().st_mtime, default=None)
+
+
+def describe_job() -> str | None:
+    """Return the job of SLURM and the command that runs in it; None without SLURM."""
+    job = find_job()
+    return job and f"{job} {shlex.join(sys.argv[1:])}\n"
+
+
+def is_run_of(folder: Path, out: Path) -> bool:
+    """Return whether a folder is ``out``, or one of ``out-2``, ``out-3`` and so on."""
+    own = re.fullmatch(rf"{re.escape(out.name)}(-\d+)?", folder.name)
+    return own is not None and folder.absolute().parent == out.absolute().parent
+
+
+def count_outer_ranks() -> int:
+    """Return how many processes another program, such as torchrun or srun, started for this run."""
+    srun = os.environ.get("SLURM_NTASKS") if SLURMEnvironment.detect() else None
+    return int(os.environ.get("WORLD_SIZE") or srun or 1)
 
 
 class RunFolder:
@@ -70,9 +103,11 @@ class RunFolder:
         if getattr(rank_zero_only, "rank", 0) != 0:
             self.path = Path(os.environ.get(SHARED, out))
             return
-        fixed = resumes or int(os.environ.get("WORLD_SIZE", 1)) > 1
+        fixed = resumes or count_outer_ranks() > 1
         self.path = next(folder for folder in ([out] if fixed else count_up(out)) if self._take(folder, resumes, fixed))
         os.environ[SHARED] = str(self.path)
+        if describe_job():
+            (self.path / JOB).write_text(str(describe_job()))
         if self.path != out:
             rank_zero_info(f"out: {out} holds a run; this one goes to {self.path}")
 

@@ -1,5 +1,6 @@
 """Losses, which a YAML names by class, and the settings of PPO's loss."""
 
+from modules.losses.importance import ImportanceWeights
 from modules.losses.policy import (
     CISPO,
     GSPO,
@@ -42,6 +43,7 @@ __all__ = [
     "Clipped",
     "ConstantNorm",
     "Hinge",
+    "ImportanceWeights",
     "Incentives",
     "LengthDesensitized",
     "LengthMargin",

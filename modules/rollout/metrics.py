@@ -137,3 +137,11 @@ def measure_gaps(mask: Tensor, old_logprobs: Tensor, sampler_logprobs: Tensor, k
         "sampling/sampling_logp_difference/max": max(largest),
     }
     return difference if kl is None else difference | {"kl": sum(kls) / tokens}
+
+
+def measure_weights(weights: Tensor) -> dict[str, float]:
+    """Measure the importance weights of the tokens of all ranks, given those of this one (collective)."""
+    mine = (len(weights), float(weights.sum()), float(weights.min()), float(weights.max()))
+    counts, sums, smallest, largest = zip(*from_all_ranks([mine]), strict=True)
+    values = {"min": min(smallest), "mean": sum(sums) / sum(counts), "max": max(largest)}
+    return {f"sampling/importance_sampling_ratio/{name}": value for name, value in values.items()}

@@ -1,6 +1,8 @@
 """Ends a run on a signal: all ranks together, after a whole step, with a checkpoint to resume from."""
 
+import os
 import signal
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -9,7 +11,8 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from modules.trainer.ranks import from_all_ranks
@@ -18,6 +21,9 @@ from modules.trainer.steps import BEGUN
 
 class StopTogether(Callback):
     """Ends the run on SIGTERM or Ctrl-C, on all ranks together, with exit status 143 or 130.
+
+    In a job of SLURM the signal that announces the time limit (SIGUSR1) does the same with status 138, and puts the job
+    back into the queue, unless the Trainer's ``SLURMEnvironment`` says ``auto_requeue=False``.
 
     A fit ends after the current optimiser step, or inside a validation after its current batch, and writes
     ``last.ckpt`` beside its other checkpoints. Everything else ends after the current batch. A signal to one rank is
@@ -47,15 +53,16 @@ class StopTogether(Callback):
             f"\n{signal.Signals(signum).name}: the run stops after this step; a second signal stops it at once\n"
         )
 
-    def listen(self) -> None:
+    def listen(self, trainer: Trainer) -> None:
         """Replace the handlers that Lightning has registered by ``note``."""
         if threading.current_thread() is threading.main_thread():
-            for signum in (signal.SIGTERM, signal.SIGINT):
+            requeue = find_requeue_signal(trainer)
+            for signum in (signal.SIGTERM, signal.SIGINT, *([] if requeue is None else [requeue])):
                 signal.signal(signum, self.note)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Listen for signals."""
-        self.listen()
+        self.listen(trainer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -66,7 +73,7 @@ class StopTogether(Callback):
 
     def begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Listen for signals, and count the batches that every rank has (collective)."""
-        self.listen()
+        self.listen(trainer)
         if trainer.predicting:
             batches = trainer.num_predict_batches
         elif trainer.testing:
@@ -94,6 +101,8 @@ class StopTogether(Callback):
         self._together = together
         if trainer.training or (together and trainer.state.fn == "fit" and not trainer.sanity_checking):
             self.save(trainer)
+        if asked == find_requeue_signal(trainer):
+            requeue_job()
         # The process that launched the others reports how the run ended. The others end with status 0: a failure of
         # theirs would kill it.
         raise SIGTERMException(128 + asked if trainer.local_rank == 0 else 0)
@@ -117,3 +126,32 @@ class StopTogether(Callback):
         launcher = trainer.strategy.launcher
         if isinstance(exception, SIGTERMException) and launcher is not None and not self._together:
             launcher.kill(signal.SIGKILL)
+
+
+def find_requeue_signal(trainer: Trainer) -> signal.Signals | None:
+    """Return the signal with which SLURM announces the end of a job that may go on later; None without such a job."""
+    environment = trainer._accelerator_connector.cluster_environment
+    return (
+        environment.requeue_signal if isinstance(environment, SLURMEnvironment) and environment.auto_requeue else None
+    )
+
+
+def find_job() -> str | None:
+    """Return the id by which SLURM knows this job, which a requeued job keeps; None without SLURM."""
+    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    return f"{array}_{task}" if array else os.environ.get("SLURM_JOB_ID")
+
+
+@rank_zero_only
+def requeue_job() -> None:
+    """Put this job back into SLURM's queue; warn if that fails."""
+    command = ["scontrol", "requeue", str(find_job())]
+    try:
+        failed = subprocess.run(command, capture_output=True, text=True, check=False)
+        problem = failed.stderr.strip() if failed.returncode else ""
+    except OSError as error:
+        problem = str(error)
+    if problem:
+        rank_zero_warn(f"{' '.join(command)} failed: {problem}")
+    else:
+        rank_zero_info(f"{' '.join(command)}: the job goes on when it runs again")

@@ -30,6 +30,7 @@ if __name__ == "__main__":
 import fixed_runs
 import torch
 import yaml
+from fixed_runs import same
 
 import modules.trainer.saving
 from callbacks.stages import export
@@ -166,14 +167,6 @@ def read_end(folder: Path) -> dict[str, Any]:
         "export": (folder / "run/export/model.safetensors").read_bytes(),
         "numbers": numbers,
     }
-
-
-def same(a: Any, b: Any) -> bool:
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[name], b[name]) for name in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(same, a, b))
-    return torch.equal(a, b) if isinstance(a, torch.Tensor) else bool(a == b)
 
 
 def find_difference(whole: dict[str, Any], resumed: dict[str, Any], done: int) -> str | None:

@@ -64,6 +64,7 @@ LIMITS = {
             "--trainer.check_val_every_n_epoch=1",
             "--model.reward=RegexFormat",
             r"--model.reward.pattern=[\x00-\x7f]*",
+            "--model.importance=ImportanceWeights",
         ),
         "--trainer.callbacks+={class_path: WinRate, init_args: {judge: {class_path: Versus, init_args: {reward: "
         "{class_path: NumericMatch}}}}}",

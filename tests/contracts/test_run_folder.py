@@ -6,14 +6,17 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import sys
+from contextlib import ExitStack
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 import torch
 import yaml
 from few_rows import few_rows
-from programs import run_program
+from programs import Program, run_program
 from safetensors.torch import load_file
 
 from modules import GRPOModule, SFTModule
@@ -190,3 +193,54 @@ def test_predict_says_whose_weights_it_uses(caplog):
     assert len(rows) == 8
     main(["predict", *grpo, *small, "--ckpt_path=runs/tiny-grpo"])
     assert "weights: runs/tiny-grpo/checkpoints/last.ckpt, step 1" in caplog.text
+
+
+STOPPER = """
+import os, signal
+from lightning.pytorch import Callback
+
+class Announce(Callback):
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == 2 and trainer.global_rank == 1 and "SLURM_RESTART_COUNT" not in os.environ:
+            os.kill(os.getpid(), signal.SIGUSR1)
+"""
+
+
+def test_a_job_of_slurm_is_requeued_and_goes_on(tmp_path):
+    (tmp_path / "announces.py").write_text(STOPPER)
+    scontrol = tmp_path / "bin/scontrol"
+    scontrol.parent.mkdir()
+    scontrol.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n')
+    scontrol.chmod(0o755)
+    job = {"SLURM_JOB_ID": "417", "SLURM_JOB_NAME": "train", "SLURM_NODELIST": "127.0.0.1", "SLURM_NODEID": "0"}
+    job |= {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "PATH": f"{scontrol.parent}:{os.environ['PATH']}"}
+    command = ["-m", "modules", "fit", *SFT, *FEW, "--data.val=null", "--trainer.devices=2", "--trainer.strategy=ddp"]
+    command += ["--data.batch_size=2", "--trainer.callbacks+=announces.Announce"]
+
+    def live(**more: str) -> list[CompletedProcess[str]]:
+        with socket.socket() as free, ExitStack() as stack:
+            free.bind(("127.0.0.1", 0))
+            here = {**os.environ, **job, **more, "MASTER_PORT": str(free.getsockname()[1])}
+            free.close()
+            ranks = [
+                Program(*command, folder=tmp_path, environment={**here, "SLURM_PROCID": rank, "SLURM_LOCALID": rank})
+                for rank in "01"
+            ]
+            for rank in ranks:
+                stack.enter_context(rank)
+            for rank in ranks:
+                rank.process.join(120)
+            return [CompletedProcess(command, rank.process.exitcode, *rank.said()) for rank in ranks]
+
+    first, other = live()
+    assert (first.returncode, other.returncode) == (128 + signal.SIGUSR1, 0), first.stderr + other.stderr
+    assert (tmp_path / "asked").read_text() == "requeue 417\n"
+    assert torch.load("runs/sft/checkpoints/last.ckpt", weights_only=True)["global_step"] == 3
+    again, other = live(SLURM_RESTART_COUNT="1")
+    assert (again.returncode, other.returncode) == (0, 0), again.stderr + other.stderr
+    assert "the run goes on from runs/sft/checkpoints/last.ckpt" in again.stderr
+    assert torch.load("runs/sft/checkpoints/last.ckpt", weights_only=True)["global_step"] == 12
+    assert sorted(path.name for path in Path("runs").iterdir()) == ["sft"]
+    job["SLURM_JOB_ID"] = "418"  # another job takes no part in the run of this one
+    refused, _ = live(SLURM_RESTART_COUNT="1")
+    assert refused.returncode == 1 and "out: 'runs/sft' holds a run" in refused.stderr

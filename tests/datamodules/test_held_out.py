@@ -86,6 +86,18 @@ def test_rows_that_ask_the_same_stay_together() -> None:
         hold_out(rows(5, asks=1), 0.5, 0, {})
 
 
+@pytest.mark.parametrize("columns", [{}, {"prompt": "info.title"}])
+def test_what_an_object_asks_counts(columns: dict[str, str]) -> None:
+    def compare(number: int) -> Row:
+        info = {"post": f"post {number % 10}", "title": f"title {number % 10}"}
+        summaries = [{"text": f"{number}a"}, {"text": f"{number}b"}]
+        return Row({"info": info, "summaries": summaries, "choice": number % 2}, f"f:{number}", "f")
+
+    train, val = hold_out([compare(number) for number in range(40)], 0.25, 0, columns)
+    posts = [{row.columns["info"]["post"] for row in side.rows()} for side in (train, val)]
+    assert len(val.rows()) == 8 and len(posts[1]) == 2 and not posts[0] & posts[1]
+
+
 def test_the_side_of_a_row_does_not_depend_on_the_order() -> None:
     given = rows(50)
     held = {row.origin for row in hold_out(given, 0.2, 0, {})[1].rows()}

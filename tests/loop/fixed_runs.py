@@ -211,10 +211,12 @@ def fit(name: str, folder: Path, *arguments: str) -> dict[str, Any]:
 
     ``arguments`` are added after the run's YAML.
     """
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)  # two ranks share it
     rows = "".join(json.dumps(row) + "\n" for row in RUNS[name][0])
-    (folder / "rows.jsonl").write_text(rows, encoding="utf-8")
-    (folder / "config.yaml").write_text(yaml.safe_dump(configuration(name), sort_keys=False), encoding="utf-8")
+    for file, text in ("rows.jsonl", rows), ("config.yaml", yaml.safe_dump(configuration(name), sort_keys=False)):
+        part = folder / f"{file}.{os.getpid()}"
+        part.write_text(text, encoding="utf-8")
+        part.replace(folder / file)
     with contextlib.chdir(folder), contextlib.redirect_stdout(sys.stderr):  # rows are named by their relative path
         main(["fit", "--config", "config.yaml", *arguments])
     found: dict[str, Any] = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
@@ -227,6 +229,15 @@ def losses(folder: Path) -> list[float]:
         rows = list(csv.DictReader(file))
     name = next(name for name in LOSSES if name in rows[0])
     return [float(row[name]) for row in rows if row[name]]
+
+
+def same(a: Any, b: Any) -> bool:
+    """Return whether two parts of checkpoints are equal bit for bit."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[name], b[name]) for name in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else bool(a == b)
 
 
 def digest(weights: dict[str, torch.Tensor]) -> str:

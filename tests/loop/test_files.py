@@ -3,24 +3,15 @@
 import random
 import resource
 import tempfile
-from typing import Any
 
 import pytest
 import torch
-from fixed_runs import CHECKPOINTS, fit
+from fixed_runs import CHECKPOINTS, fit, same
 from lightning.pytorch import Trainer
 
 from callbacks.writers.output_files import append_lines, open_whole_lines, write_whole
 from modules import SFTModule
 from modules.trainer.saving import WholeCheckpoints, is_whole, keep_checkpoints_whole
-
-
-def same(a: Any, b: Any) -> bool:
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[name], b[name]) for name in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(same, a, b))
-    return torch.equal(a, b) if isinstance(a, torch.Tensor) else bool(a == b)
 
 
 def test_a_flipped_bit_or_zeros_anywhere_are_refused_or_harmless(tmp_path):

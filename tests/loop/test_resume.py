@@ -2,27 +2,24 @@
 change nothing.
 """
 
-import csv
-import os
-import signal
 import warnings
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import fixed_runs
 import pytest
+import resumes
 import torch
 import yaml
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers.logger import Logger
 from programs import run_program, run_ranks
+from resumes import STOPS, check_resumes
 
 import modules
 from datamodules import Addition, InstructionDataModule, VerifiableDataModule
 from modules import GRPOModule
-from modules.cli.command import AlignmentCLI
 from modules.losses import Clipped, ConstantNorm, SequenceMean, TokenMean
 from modules.rewards import RegexFormat
 from modules.rollout.sampling import Sampling
@@ -234,94 +231,13 @@ def test_first_micro_batch_has_the_old_logprobs(tmp_path):
     assert abs(module.record.metrics["kl"]) > 0  # the weights did move
 
 
-VALIDATES = ["--data.val=rows.jsonl", "--trainer.val_check_interval=2", "--trainer.limit_val_batches=1"]
-DROPS = ["--model.lora.r=2", "--model.lora.alpha=4", "--model.lora.dropout=0.5"]
+@pytest.mark.parametrize("name", fixed_runs.RUNS)
+def test_every_method_goes_on_from_every_stop_bit_for_bit(tmp_path, name):
+    check_resumes(name, tmp_path, STOPS)
 
 
-def read_numbers(folder: Path) -> dict[tuple[str, str], str]:
-    """Read what a run logged, by step, without wall times."""
-    with (folder / "log/metrics.csv").open() as file:
-        return {
-            (row["step"], name): value
-            for row in csv.DictReader(file)
-            for name, value in row.items()
-            if value and "time" not in name and "per_second" not in name
-        }
-
-
-def same(a: Any, b: Any) -> bool:
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[name], b[name]) for name in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(same, a, b))
-    return torch.equal(a, b) if isinstance(a, torch.Tensor) else bool(a == b)
-
-
-def stop_at_a_step(name: str, folder: Path, settings: list[str], monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Stop nothing: a checkpoint of the whole run, inside its second epoch."""
-    return folder.parent / "whole/checkpoints/step3.ckpt"
-
-
-def stop_by_max_steps(name: str, folder: Path, settings: list[str], monkeypatch: pytest.MonkeyPatch) -> Path:
-    fixed_runs.fit(name, folder, *settings, "--trainer.max_steps=3")
-    return folder / "checkpoints/last.ckpt"
-
-
-def stop_and_save_after_fit(name: str, folder: Path, settings: list[str], monkeypatch: pytest.MonkeyPatch) -> Path:
-    path = folder / "after.ckpt"
-    with monkeypatch.context() as patch:
-        patch.setattr(AlignmentCLI, "after_fit", lambda self: self.trainer.save_checkpoint(path))
-        stop_by_max_steps(name, folder, settings, monkeypatch)
-    return path
-
-
-def stop_inside_a_validation(name: str, folder: Path, settings: list[str], monkeypatch: pytest.MonkeyPatch) -> Path:
-    kind = getattr(modules, fixed_runs.RUNS[name][1][0])
-    step = kind.validation_step
-
-    def told_to_stop(self, batch, batch_idx):
-        if self.global_step == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return step(self, batch, batch_idx)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(kind, "validation_step", told_to_stop)
-        with pytest.raises(SystemExit) as stop:
-            fixed_runs.fit(name, folder, *settings)
-    assert stop.value.code == 128 + signal.SIGTERM
-    return folder / "checkpoints/last.ckpt"
-
-
-ALL_STOPS = (stop_at_a_step, stop_by_max_steps, stop_and_save_after_fit, stop_inside_a_validation)
-STOPS = {
-    "sft": (DROPS, ALL_STOPS),
-    "reward": ([], ALL_STOPS[:1]),
-    "dpo": (DROPS, ALL_STOPS[:1]),
-    "kto": ([], ALL_STOPS[:1]),
-    "online_dpo": ([], ALL_STOPS[1:2]),
-    "grpo": (DROPS, ALL_STOPS),
-    "ppo": (["--model.lora.dropout=0.5"], ALL_STOPS[1:]),
-}
-
-
-@pytest.mark.parametrize("name", STOPS)
-def test_every_method_goes_on_from_every_stop_bit_for_bit(tmp_path, monkeypatch, name):
-    settings, stops = STOPS[name]
-    settings = [*settings, *VALIDATES]
-    whole = fixed_runs.fit(name, tmp_path / "whole", *settings)
-    numbers = read_numbers(tmp_path / "whole")
-    assert {step for step, metric in numbers if metric.startswith("val/")} == set("012345")
-    for stop in stops:
-        checkpoint = stop(name, tmp_path / stop.__name__, settings, monkeypatch)
-        folder = tmp_path / f"after {stop.__name__}"
-        resumed = fixed_runs.fit(name, folder, *settings, "--ckpt_path", str(checkpoint))
-        for part in ("state_dict", "optimizer_states", "lr_schedulers", "global_step"):
-            assert same(whole[part], resumed[part]), (stop.__name__, part)
-        found = read_numbers(folder)
-        assert found.items() <= numbers.items(), (stop.__name__, found.items() - numbers.items())
-        assert {key for key in numbers if key[0] >= "3"} <= found.keys(), stop.__name__
-        if stop in (stop_at_a_step, stop_inside_a_validation):  # the validation after step 3 was not done or not whole
-            assert any(step == "2" and metric.startswith("val/") for step, metric in found), stop.__name__
+def test_two_ranks_go_on_from_every_stop_bit_for_bit(tmp_path):
+    run_ranks(resumes.__file__, str(tmp_path), *fixed_runs.RUNS, folder=tmp_path, timeout=500)
 
 
 def run_cli(config: dict, folder: Path, *args: str) -> dict:

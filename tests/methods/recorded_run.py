@@ -22,7 +22,7 @@ from callbacks import Diversity, LengthBias, Overoptimization
 from datamodules import InstructionDataModule, NumberTexts, PreferenceDataModule, PtxStream, VerifiableDataModule
 from datamodules.sources import Row, Source
 from modules import DPOModule, GRPOModule, OnlineDPOModule, PPOModule, RewardModule, SFTModule
-from modules.losses import KL, KTO, Incentives
+from modules.losses import KL, KTO, ImportanceWeights, Incentives
 from modules.losses.shaping import MissingEos
 from modules.on_policy import Validation
 from modules.rewards import WeightedSum
@@ -32,6 +32,7 @@ from modules.types import Completion, Outcome, Reward, Rollout, ScoredPair
 
 EOS, BUDGET, DECAY = 2, 6, 0.9
 TEMPERATURE, GOOD, FORM = 0.7, 2.0, 0.5  # weights of the parts of the reward
+IMPORTANCE = {"grpo": 2.0, "ppo": 1.0}  # largest weight: truncated per token, masked per completion
 LR = {"sft": 0.05, "reward": 0.003, "dpo": 0.03, "kto": 0.03, "grpo": 0.1, "ppo": 0.1, "online_dpo": 0.3}
 
 
@@ -78,7 +79,7 @@ class Scripted(RolloutEngine):
         stopped = length < BUDGET
         if stopped:
             ids[-1] = EOS
-        logprobs = [-draw.random() for _ in ids]
+        logprobs = [-3 - 4 * draw.random() for _ in ids]  # around those of the trainer
         return Completion(ids, logprobs, draw.choice("abc"), "stop" if stopped else "length")
 
 
@@ -236,11 +237,12 @@ def make_module(method: str) -> Any:
         case "kto":
             return DPOModule(**common, objective=KTO(1.5, 0.5))
         case "grpo":
-            return GRPOModule(**sampled, measure_kl=True)
+            return GRPOModule(**sampled, measure_kl=True, importance=ImportanceWeights(cap=IMPORTANCE[method]))
         case "online_dpo":
             return OnlineDPOModule(**sampled)
     incentives = Incentives(missing_eos=MissingEos(0.3), ptx=0.5)
-    return PPOModule(**sampled, kl=KL(coef=0.07), incentives=incentives)
+    importance = ImportanceWeights("sequence", IMPORTANCE[method], "mask")
+    return PPOModule(**sampled, kl=KL(coef=0.07), incentives=incentives, importance=importance)
 
 
 def make_data(method: str, tokenizer: Any, ranks: int) -> Any:

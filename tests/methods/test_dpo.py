@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch import Callback, LightningDataModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from programs import run_ranks
+from torch.utils.data import DataLoader
 
 from callbacks import PreferenceAudit
 from datamodules import AdditionPairs, PreferenceDataModule
@@ -526,6 +527,37 @@ def test_held_out_rows_of_one_prompt_take_the_kl_of_the_last_step(tmp_path):
 def test_impossible_runs_are_refused(tmp_path, settings, batch_size, source, message):
     with pytest.raises(ValueError, match=message):
         fit(dpo(tmp_path, **settings), batch_size=batch_size, train=source)
+
+
+class Foreign(LightningDataModule):
+    """Somebody's DataModule."""
+
+    val = None
+
+    def train_dataloader(self):
+        return DataLoader([0])
+
+
+class ForeignLabels(Foreign):
+    """Gives labelled completions without completions after other prompts."""
+
+    kind = "labels"
+
+    def in_order(self, stage):
+        return [{}]
+
+
+@pytest.mark.parametrize(
+    ("objective", "data", "message"),
+    [
+        (Sigmoid(), Foreign(), "Foreign has no in_order.* derive it from PreferenceDataModule, or set reference_free"),
+        (KTO(), ForeignLabels(), "the batches of ForeignLabels have no 'mismatched': use PreferenceDataModule"),
+    ],
+)
+def test_a_data_module_that_gives_too_little_is_refused(tmp_path, objective, data, message):
+    trainer = Trainer(**QUIET, default_root_dir=tmp_path, max_steps=1)
+    with pytest.raises(ValueError, match=message):
+        trainer.fit(dpo(tmp_path, objective=objective), datamodule=data)
 
 
 @pytest.mark.parametrize(

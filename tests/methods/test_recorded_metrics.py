@@ -26,6 +26,7 @@ from tests.methods.recorded_run import (
     DECAY,
     FORM,
     GOOD,
+    IMPORTANCE,
     LR,
     TEMPERATURE,
     Evaluation,
@@ -401,6 +402,10 @@ def measure_phase(method: str, phase: Phase, first: Phase) -> Numbers:
         "sampling/sampling_logp_difference/mean": float(gaps.mean()),
         "sampling/sampling_logp_difference/max": float(gaps.max()),
     }
+    if method in IMPORTANCE:
+        weights = [weight for row in rows for weight in importance(method, row)]
+        measures = {"min": min, "mean": fmean, "max": max}
+        found |= {f"sampling/importance_sampling_ratio/{name}": of(weights) for name, of in measures.items()}
     if method == "ppo":
         objective = [row.reward - MISSING_EOS * row.truncated - KL_COEF * row.kl for row in phase.scored]
         values, returns = ([x for row in of for x in row] for of in (phase.values, phase.returns))
@@ -471,10 +476,23 @@ def new_ratios(now: Model, row: Row) -> list[float]:
     return (now.read(row.rollout.prompt_ids, row.ids, TEMPERATURE).logprobs - row.old).exp().tolist()
 
 
+def importance(method: str, row: Row) -> list[float]:
+    """The weights of a row's tokens: truncated per token for GRPO, masked per completion for PPO."""
+    gaps = (row.old - torch.tensor(row.rollout.completion.logprobs)).double()
+    if method == "grpo":
+        return [min(math.exp(gap), IMPORTANCE[method]) for gap in gaps.tolist()]
+    weight = math.exp(float(gaps.sum()))
+    return [weight if weight <= IMPORTANCE[method] else 0.0] * len(gaps)
+
+
 def measure_grpo_step(phase: Phase, now: Model, start: Model, step: Step) -> Numbers:
     trained = [row for row in phase.scored if phase.advantages[id(row)] != 0]
     ratios = [new_ratios(now, row) for row in trained]
-    flat = [(r, phase.advantages[id(row)]) for row, mine in zip(trained, ratios, strict=True) for r in mine]
+    flat = [
+        (ratio, phase.advantages[id(row)] * weight)
+        for row, mine in zip(trained, ratios, strict=True)
+        for ratio, weight in zip(mine, importance("grpo", row), strict=True)
+    ]
     total = sum(clipped(ratio, advantage, 0.28) for ratio, advantage in flat)
     return measure_clips(*map(list, zip(*flat, strict=True)), 0.28) | {
         "policy_loss": total / sum(len(row.ids) for row in phase.scored),
@@ -487,7 +505,8 @@ def measure_ppo_step(phase: Phase, now: Model, start: Model, step: Step) -> Numb
     ratios = [r for row in phase.scored for r in new_ratios(now, row)]
     plain = [a for row in phase.plain_advantages for a in row]
     mean, deviation = fmean(plain), math.sqrt(pvariance(plain) + 1e-8)
-    advantages = [(a - mean) / deviation for a in plain]
+    weights = [weight for row in phase.scored for weight in importance("ppo", row)]
+    advantages = [(a - mean) / deviation * weight for a, weight in zip(plain, weights, strict=True)]
     head = now.module.critic.head.weight.detach()[0]
     values = [v for row in phase.scored for v in (now.read(row.rollout.prompt_ids, row.ids).states @ head).tolist()]
     old, returns = ([x for row in of for x in row] for of in (phase.values, phase.returns))
@@ -674,3 +693,5 @@ def test_the_recorded_runs_are_hard_cases():
     by_name = {each.name: each.expected for method in METHODS for each in compared(method, 1)}
     for name in ("clip_ratio/low_mean", "clip_ratio/high_mean", "value_clip_ratio", "kl", "ratio/var"):
         assert any(abs(value) > 1e-3 for value in by_name[f"train/{name}"]), name
+    weights = {name: [each.expected for each in compared(name, 1) if "importance" in each.name] for name in IMPORTANCE}
+    assert any(2.0 in values for values in weights["grpo"]) and any(0.0 in values for values in weights["ppo"]), weights

@@ -168,6 +168,14 @@ def test_answers_depend_on_the_question_alone():
     assert module.policy.model.training
 
 
+def test_an_answer_begins_with_the_thought_that_the_template_opens():
+    module = SFTModule("tiny")
+    plain = module.respond([[{"role": "user", "content": "1+1="}]], 4)
+    module.tokenizer.chat_template += "{% if add_generation_prompt %}<think>\n{% endif %}"
+    (opened,) = module.respond([[{"role": "user", "content": "1+1="}]], 4)
+    assert opened.startswith("<think>\n") and not plain[0].startswith("<think>")
+
+
 def test_a_base_model_is_asked_in_alpacas_words():
     module = SFTModule("tiny")
     module.tokenizer.chat_template = None

@@ -309,9 +309,17 @@ def test_entropies_have_a_gradient_where_they_are_asked_for(policy, monkeypatch,
     assert not policy.scores_of(policy.token_states(batch), batch, 0.7, details=True).entropies.requires_grad
 
 
+@pytest.mark.parametrize("resized", [False, True], ids=["", "resized"])
 @pytest.mark.parametrize("adapters", [None, Lora(r=4)], ids=["whole", "adapters"])
-def test_transformers_generates_from_an_export_what_our_engine_samples(policy, tmp_path, adapters):
+def test_transformers_generates_from_an_export_what_our_engine_samples(policy, tmp_path, adapters, resized):
     """On 20 prompts, greedy, with the settings that the export holds: the same tokens and the same ends."""
+    if resized:
+        policy.model.resize_token_embeddings(290)
+        policy.tokenizer.add_tokens([f"<added {number}>" for number in range(290 - len(policy.tokenizer))])
+        policy.model.save_pretrained(tmp_path)
+        policy.tokenizer.save_pretrained(tmp_path)
+        policy = Policy(str(tmp_path), dropout=False)
+        assert len(policy.tokenizer) == policy.model.config.vocab_size == 290
     if adapters is not None:
         policy = Policy(str(tmp_path), dropout=False, lora=adapters)
         with torch.no_grad():

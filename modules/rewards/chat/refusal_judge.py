@@ -54,18 +54,24 @@ class RefusalJudge:
         self.counts: Counter[str] = Counter()
 
     def classify(self, prompts: Sequence[str], answers: Sequence[str]) -> list[str | None]:
-        """Return one label per answer, in order; None if the reply holds none. All questions are asked at once."""
+        """Return one label per answer, in order; None if the reply holds none, or if the answer is all reasoning.
+
+        All questions are asked at once.
+        """
+        finals = [cut_final_text(answer).strip() for answer in answers]
+        asked = [place for place, final in enumerate(finals) if final or not answers[place].strip()]
         questions = [
-            fill_template(self.template, prompt=prompt, answer=cut_final_text(answer).strip() or "(empty)")
-            for prompt, answer in zip(prompts, answers, strict=True)
+            fill_template(self.template, prompt=prompts[place], answer=finals[place] or "(empty)") for place in asked
         ]
         replies = self.client.complete([[{"role": "user", "content": question}] for question in questions])
-        labels = [read_label(reply) for reply in replies]
+        labels: list[str | None] = [None] * len(answers)
+        for place, reply in zip(asked, replies, strict=True):
+            labels[place] = read_label(reply)
         self.counts += Counter(classified=len(labels), invalid=labels.count(None))
         return labels
 
     def report(self) -> dict[str, float]:
-        """Return ``classified`` (answers asked about), ``invalid``, and the client's own report."""
+        """Return ``classified`` (answers), ``invalid`` (those without a label), and the client's own report."""
         return {name: float(self.counts[name]) for name in ("classified", "invalid")} | self.client.report()
 
 

@@ -1,0 +1,44 @@
+"""Weights for completions that an engine sampled from other probabilities than the trainer computes."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from modules.functional.ranges import check_numbers
+from modules.types import PolicyBatch
+
+
+@dataclass(frozen=True)
+class ImportanceWeights:
+    """Weighs what was sampled by w = p_trainer / p_sampler, both at collection, so that the gradient is the trainer's.
+
+    An engine with the same weights in another precision or with other kernels samples from slightly other
+    probabilities. Advantages are multiplied by w, so the policy loss is; a KL and a value loss are not. Truncation
+    gives a little bias for a bounded variance (IMPALA, arXiv 1802.01561, section 4.1). TRL:
+    ``vllm_importance_sampling_mode`` and ``_clip_max``.
+
+    Raises:
+        ValueError: values out of range.
+    """
+
+    level: Literal["token", "sequence"] = "token"  # sequence: w is the product over the tokens of a completion
+    cap: float = 2.0  # > 0, largest weight
+    beyond: Literal["truncate", "mask"] = "truncate"  # what becomes of a larger one: cap, or 0
+
+    def __post_init__(self) -> None:
+        check_numbers("importance", cap=(self.cap, "(0, inf)"))
+        if self.level not in ("token", "sequence") or self.beyond not in ("truncate", "mask"):
+            raise ValueError(
+                f"importance: level is token or sequence and beyond truncate or mask, got {self.level}, {self.beyond}"
+            )
+
+    def __call__(self, batch: PolicyBatch) -> Tensor:
+        """Compute w [N, Tc] from the ``old_logprobs`` and ``sampler_logprobs`` of a phase; 0 at dropped columns."""
+        mask = batch["completion_mask"]
+        log_weights = (batch["old_logprobs"] - batch["sampler_logprobs"]).masked_fill(~mask, 0.0)
+        if self.level == "sequence":
+            log_weights = log_weights.sum(1, keepdim=True).expand_as(mask)
+        weights = log_weights.exp()
+        bounded = weights.clamp(max=self.cap)
+        return (bounded if self.beyond == "truncate" else weights * (weights <= self.cap)).masked_fill(~mask, 0.0)

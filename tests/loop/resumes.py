@@ -1,0 +1,121 @@
+"""Stops a method's run in every way, resumes it, and compares what comes out with the uninterrupted run, bit for bit.
+
+    python resumes.py FOLDER METHOD ...
+
+does so as one of two ranks.
+"""
+
+import csv
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import fixed_runs
+import pytest
+from fixed_runs import same
+
+import modules
+from modules.cli.command import AlignmentCLI
+
+VALIDATES = ["--data.val=rows.jsonl", "--trainer.val_check_interval=2", "--trainer.limit_val_batches=1"]
+LORA_DROPS = ["--model.lora.r=2", "--model.lora.alpha=4", "--model.lora.dropout=0.5"]
+SETTINGS = {"sft": LORA_DROPS, "dpo": LORA_DROPS, "grpo": LORA_DROPS, "ppo": ["--model.lora.dropout=0.5"]}
+# Steps of one micro-batch a rank, so that two ranks take as many steps as one that accumulates two.
+TWO_RANKS = ["--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.accumulate_grad_batches=1"]
+TWO_RANKS += ["--trainer.val_check_interval=1"]
+
+
+def read_numbers(folder: Path) -> dict[tuple[str, str], str]:
+    """Read what a run logged, by step, without wall times."""
+    with (folder / "log/metrics.csv").open() as file:
+        return {
+            (row["step"], name): value
+            for row in csv.DictReader(file)
+            for name, value in row.items()
+            if value and "time" not in name and "per_second" not in name
+        }
+
+
+def stop_at_a_step(name: str, folder: Path, settings: list[str]) -> Path:
+    """Stop nothing: a checkpoint of the whole run, inside its second epoch."""
+    return folder.parent / "whole/checkpoints/step3.ckpt"
+
+
+def stop_by_max_steps(name: str, folder: Path, settings: list[str]) -> Path:
+    fixed_runs.fit(name, folder, *settings, "--trainer.max_steps=3")
+    return folder / "checkpoints/last.ckpt"
+
+
+def stop_by_max_epochs(name: str, folder: Path, settings: list[str]) -> Path:
+    fixed_runs.fit(name, folder, *settings, "--trainer.max_epochs=1")
+    return folder / "checkpoints/last.ckpt"
+
+
+def stop_and_save_after_fit(name: str, folder: Path, settings: list[str]) -> Path:
+    path = folder / "after.ckpt"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(AlignmentCLI, "after_fit", lambda self: self.trainer.save_checkpoint(path))
+        stop_by_max_steps(name, folder, settings)
+    return path
+
+
+def stop_inside_a_validation(name: str, folder: Path, settings: list[str]) -> Path:
+    """Stop by a signal to the last rank."""
+    kind = getattr(modules, fixed_runs.RUNS[name][1][0])
+    step, ranks = kind.validation_step, []
+
+    def told_to_stop(self: Any, batch: Any, batch_idx: int) -> Any:
+        if self.global_step == 3:
+            ranks.append(self.global_rank)
+            if self.global_rank == self.trainer.world_size - 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, batch, batch_idx)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kind, "validation_step", told_to_stop)
+        with pytest.raises(SystemExit) as stop:
+            fixed_runs.fit(name, folder, *settings)
+    assert stop.value.code == (128 + signal.SIGTERM if ranks == [0] else 0)  # see ``StopTogether.stop``
+    return folder / "checkpoints/last.ckpt"
+
+
+Stop = Callable[[str, Path, list[str]], Path]
+STOPS: list[Stop] = [
+    stop_at_a_step,
+    stop_by_max_steps,
+    stop_by_max_epochs,
+    stop_and_save_after_fit,
+    stop_inside_a_validation,
+]
+
+
+# The others stop like ``max_steps``, after a whole step and on all ranks at once.
+ON_TWO_RANKS = [stop_at_a_step, stop_by_max_steps, stop_inside_a_validation]
+
+
+def check_resumes(name: str, folder: Path, stops: Sequence[Stop], *more: str) -> None:
+    """Fail unless a run of ``fixed_runs`` goes on from each stop as if nothing had happened."""
+    settings = [*SETTINGS.get(name, []), *VALIDATES, *more]
+    whole = fixed_runs.fit(name, folder / "whole", *settings)
+    for stop in stops:
+        checkpoint = stop(name, folder / stop.__name__, settings)
+        after = folder / f"after {stop.__name__}"
+        resumed = fixed_runs.fit(name, after, *settings, "--ckpt_path", str(checkpoint))
+        for part in ("state_dict", "optimizer_states", "lr_schedulers", "global_step"):
+            assert same(whole[part], resumed[part]), (stop.__name__, part)
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            continue  # rank 0 logs
+        numbers, found = read_numbers(folder / "whole"), read_numbers(after)
+        assert {step for step, metric in numbers if metric.startswith("val/")} == set("012345")
+        assert found.items() <= numbers.items(), (stop.__name__, found.items() - numbers.items())
+        assert {key for key in numbers if key[0] >= "3"} <= found.keys(), stop.__name__
+        if stop in (stop_at_a_step, stop_inside_a_validation):  # the validation after step 3 was not done or not whole
+            assert any(step == "2" and metric.startswith("val/") for step, metric in found), stop.__name__
+
+
+if __name__ == "__main__":
+    for method in sys.argv[2:]:
+        check_resumes(method, Path(sys.argv[1]) / method, ON_TWO_RANKS, *TWO_RANKS)

@@ -1,0 +1,70 @@
+"""Importance weights between sampler and trainer: values by hand, masks, ranges, and a real run in bf16."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+
+from datamodules import Addition, VerifiableDataModule
+from modules import GRPOModule
+from modules.losses import ImportanceWeights
+from modules.rewards import RegexFormat
+from modules.rollout.sampling import Sampling
+
+OLD = torch.tensor([[-1.0, -2.0, -3.0], [-1.0, -1.0, float("nan")]])
+LOG_WEIGHTS = torch.tensor([[0.1, 1.0, -0.5], [0.3, 0.2, 5.0]])
+MASK = torch.tensor([[True, True, True], [True, True, False]])
+BATCH = {"old_logprobs": OLD, "sampler_logprobs": OLD - LOG_WEIGHTS, "completion_mask": MASK}
+
+
+@pytest.mark.parametrize(
+    ("weights", "expected"),
+    [
+        (ImportanceWeights(), [[1.105171, 2.0, 0.606531], [1.349859, 1.221403, 0.0]]),
+        (ImportanceWeights(beyond="mask"), [[1.105171, 0.0, 0.606531], [1.349859, 1.221403, 0.0]]),
+        (ImportanceWeights("sequence", 3.0, "mask"), [[1.822119] * 3, [1.648721, 1.648721, 0.0]]),
+        (ImportanceWeights("sequence", 1.7, "mask"), [[0.0] * 3, [1.648721, 1.648721, 0.0]]),
+        (ImportanceWeights("sequence", 1.7), [[1.7] * 3, [1.648721, 1.648721, 0.0]]),
+    ],
+)
+def test_values_by_hand(weights, expected):
+    torch.testing.assert_close(weights(BATCH), torch.tensor(expected), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("cap", [0.0, -1.0, math.nan, math.inf])
+def test_a_cap_out_of_range_is_refused(cap):
+    with pytest.raises(ValueError, match="importance: cap must be"):
+        ImportanceWeights(cap=cap)
+
+
+@pytest.mark.parametrize("wrong", [{"level": "tokens"}, {"beyond": "clip"}])
+def test_an_unknown_choice_is_refused(wrong):
+    with pytest.raises(ValueError, match="level is token or sequence and beyond truncate or mask"):
+        ImportanceWeights(**wrong)
+
+
+@pytest.mark.parametrize(("precision", "least", "most"), [("32-true", 0.0, 1e-5), ("bf16-mixed", 1e-4, 0.3)])
+def test_weights_of_a_run_are_one_where_sampler_and_trainer_compute_alike(tmp_path: Path, precision, least, most):
+    module = GRPOModule(
+        "tiny",
+        RegexFormat(r"[\x00-\x7f].*"),
+        num_generations=4,
+        sampling=Sampling(max_completion_length=4),
+        importance=ImportanceWeights(),
+    )
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    trainer = Trainer(accelerator="cpu", precision=precision, max_epochs=1, default_root_dir=tmp_path, **quiet)
+    trainer.fit(module, VerifiableDataModule(module.tokenizer, Addition(8), prompts_per_phase=4))
+    found = {
+        name: float(trainer.callback_metrics[f"train/sampling/importance_sampling_ratio/{name}"])
+        for name in ("min", "mean", "max")
+    }
+    assert found["min"] <= found["mean"] <= found["max"]
+    assert least <= max(1 - found["min"], found["max"] - 1) <= most
