@@ -2,6 +2,7 @@
 
 import logging
 import sys
+import threading
 import warnings
 from pathlib import Path
 
@@ -45,12 +46,21 @@ def write_warning(
     return make_printable(f"warning: {message}\n" if own else f"{filename}:{lineno}: {category.__name__}: {message}\n")
 
 
+def report_thread(failed: threading.ExceptHookArgs) -> None:
+    """Tell in one line that a thread, such as TensorBoard's writer, could not read or write."""
+    if isinstance(failed.exc_value, OSError):
+        sys.stderr.write(make_printable(f"warning: {failed.exc_value}\n"))
+    else:
+        threading.__excepthook__(failed)
+
+
 def main(args: list[str] | None = None) -> None:
     """Run the command line. An error that the user can correct ends it with one sentence and exit status 1."""
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(is_news)
     for message in QUIET:
         warnings.filterwarnings("ignore", message=message)
     warnings.formatwarning = write_warning
+    threading.excepthook = report_thread
     read_old_names()
     given = spell_out_arguments([renew(argument) for argument in (sys.argv[1:] if args is None else args)])
     if str(Path.cwd()) not in sys.path:

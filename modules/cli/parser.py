@@ -33,7 +33,10 @@ def refuse(error: Exception) -> NoReturn:
 
     The line is written in one call, so that those of several ranks stay whole.
     """
-    sys.stderr.write(make_printable(f"error: {' '.join(str(error).split())}\n"))
+    said = str(error)
+    if isinstance(error, OSError) and error.strerror and error.filename is None:  # of a logger
+        said = f"a file of the run cannot be read or written: {error.strerror}; earlier files are as they were"
+    sys.stderr.write(make_printable(f"error: {' '.join(said.split())}\n"))
     sys.exit(1)
 
 

@@ -2,7 +2,6 @@
 
 import copy
 import hashlib
-import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import Tensor
 from modules.networks.lora import POLICY, find_adapter_parameters, using
 from modules.networks.policy import Policy
 from modules.trainer.ranks import from_all_ranks
+from modules.trainer.saving import naming, replacing
 from modules.types import PolicyBatch, PreferenceBatch
 
 
@@ -158,9 +158,8 @@ def reference_logprobs(
     table = ReferenceLogprobs(torch.cat([found[row] for row in sorted(found)]), starts)
     if file is not None and (not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0):
         file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_name(f".{file.name}.{os.getpid()}")
-        save_file({"logprobs": table.logprobs}, partial)
-        partial.replace(file)
+        with naming(file), replacing(file) as part:
+            save_file({"logprobs": table.logprobs}, part)
     return table
 
 

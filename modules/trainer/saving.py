@@ -1,6 +1,7 @@
 """Files that are whole or not there, whatever happens while they are written: checkpoints first of all."""
 
 import os
+import threading
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -52,7 +53,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
     After an exception the hidden file is removed and ``path`` is as it was.
     """
-    part = path.with_name(f".{path.name}.partial")
+    part = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.partial")
     try:
         yield part
         sync(part)
@@ -106,7 +107,7 @@ class WholeCheckpoints(TorchCheckpointIO):
             return
         with naming(file):
             file.parent.mkdir(parents=True, exist_ok=True)
-            for left in file.parent.glob(".*.ckpt.partial"):  # of a killed run
+            for left in file.parent.glob(".*.ckpt.*partial"):  # of a killed run
                 left.unlink()
             with replacing(file) as part, part.open("wb") as out:
                 torch.save(checkpoint, out)

@@ -1,13 +1,18 @@
 """Checkpoints are whole or not there: a full disk, damage, a folder without write access."""
 
+import json
 import random
+import re
 import resource
 import tempfile
+from pathlib import Path
 
+import full_disk
 import pytest
 import torch
 from fixed_runs import CHECKPOINTS, fit, same
 from lightning.pytorch import Trainer
+from programs import run_program
 
 from callbacks.writers.output_files import append_lines, open_whole_lines, write_whole
 from modules import SFTModule
@@ -117,3 +122,34 @@ def test_a_writer_names_its_file_when_the_disk_is_full(tmp_path, write):
     assert {line[:4] for line in (tmp_path / "rows.jsonl").read_text().splitlines()} <= {'"old', '"xxx'}
     assert (tmp_path / "rows.jsonl").read_text().startswith('"old"\n')
     assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
+FULL = {  # what is written -> the file that the run names, and those that it leaves
+    "checkpoint": (r"\S+/checkpoints/epoch=1-step=8.ckpt", {"epoch=0-step=4.ckpt"}),
+    "export": ("run/export", {"model.safetensors", "config.json", ".written-by-export"}),
+    "csv": ("a file of the run", {"metrics.csv"}),
+    "tensorboard": ("a file of the run", {"config.yaml"}),
+    "audit": ("run/audit.json", set()),
+    "reference": (r"\S+/reference/\w+.safetensors", set()),
+    "predictions": ("run/predictions.jsonl", set()),
+    "labels": ("run/.preferences.jsonl.rank0", {".preferences.jsonl.rank0"}),  # from which the next run goes on
+    "judge": (r"cache/\w+.json", set()),
+}
+
+
+def test_every_writer_names_its_file_on_a_full_disk_and_leaves_the_older_ones(tmp_path):
+    done = run_program(full_disk.__file__, str(tmp_path), folder=tmp_path)
+    if done.returncode == 77:
+        pytest.skip("this kernel lets no process mount a disk of its own")
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = {case["name"]: case for case in map(json.loads, done.stdout.splitlines())}
+    assert found.keys() == FULL.keys()
+    for name, (file, left) in FULL.items():
+        case = found[name]
+        (error,) = (line for line in case["said"] if line.startswith("error"))
+        reason = "cannot be (read or )?written: .*No space left on device.*; earlier files are as they were"
+        assert case["status"] == 1 and re.fullmatch(f"error: {file} {reason}", error), error
+        assert not any("Traceback" in line for line in case["said"]), name
+        files = {Path(each).name for each in case["files"]}
+        assert left <= files and case["broken"] == [], name
+        assert {each for each in files if each.startswith(".")} <= left, name

@@ -1,13 +1,13 @@
 """Reads the replies of a chat server, answers and refusals, and keeps answers on disk."""
 
 import json
-import os
-import threading
 import time
 from dataclasses import asdict, dataclass, replace
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
+
+from modules.trainer.saving import naming, replacing
 
 LONGEST_WAIT = 600.0  # seconds; a longer Retry-After is cut to this
 
@@ -86,6 +86,5 @@ def read_cached(file: Path) -> Answer | None:
 def write_cached(file: Path, answer: Answer) -> None:
     """Write an answer to its cache file. The file is renamed into place, so no process ever reads half of it."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f".{file.name}.{os.getpid()}.{threading.get_ident()}")
-    part.write_text(json.dumps(asdict(replace(answer, requests=0))), encoding="utf-8")
-    part.replace(file)
+    with naming(file), replacing(file) as part:
+        part.write_text(json.dumps(asdict(replace(answer, requests=0))), encoding="utf-8")
