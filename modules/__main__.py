@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from modules.cli.chat_command import run_chat
 from modules.cli.choices import spell_out_arguments
 from modules.cli.command import AlignmentCLI
-from modules.cli.parser import Parser, read_old_names, refuse
+from modules.cli.parser import Parser, read_old_names, refuse, sort_arguments
 from modules.cli.renamed import renew
 from modules.cli.run_folder import SaveConfig
 from modules.types import make_printable
@@ -62,7 +62,8 @@ def main(args: list[str] | None = None) -> None:
     warnings.formatwarning = write_warning
     threading.excepthook = report_thread
     read_old_names()
-    given = spell_out_arguments([renew(argument) for argument in (sys.argv[1:] if args is None else args)])
+    given = [renew(argument) for argument in (sys.argv[1:] if args is None else args)]
+    given = sort_arguments(spell_out_arguments(given))
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))  # for the classes and functions of whoever runs this
     try:

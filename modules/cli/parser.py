@@ -132,6 +132,25 @@ def read_old_names() -> None:
     set_loader("yaml", load_renewed, (yaml.YAMLError,))
 
 
+def sort_arguments(arguments: list[str]) -> list[str]:
+    """Put configurations before options, and first of all ``--model`` and ``--data`` where no configuration has a class.
+
+    >>> sort_arguments(["fit", "--model.beta", "0.5", "--model=DPOModule", "--config", "x.yaml"])
+    ['fit', '--model=DPOModule', '--config', 'x.yaml', '--model.beta', '0.5']
+    """
+    groups: list[list[str]] = [[]]  # the command, then each option with its values
+    for argument in arguments:
+        if argument.startswith("--") or argument in ("-c", "-h"):
+            groups.append([])
+        groups[-1].append(argument)
+    files = [group for group in groups if group and group[0].partition("=")[0] in ("--config", "-c")]
+    named = [part for group in files for part in group]
+    free = [f"--{key}" for key in ("model", "data") if find_class(key, named) is None]
+    first = [group for group in groups if group and group[0].partition("=")[0] in free]
+    rest = [group for group in groups[1:] if group not in files and group not in first]
+    return [argument for group in (groups[0], *first, *files, *rest) for argument in group]
+
+
 def add_data_module(args: list[str]) -> list[str]:
     """Add the usual DataModule of the method to arguments that set ``--data.train`` or the like but name none.
 

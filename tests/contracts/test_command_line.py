@@ -2,6 +2,7 @@
 
 import json
 import re
+from itertools import chain, permutations
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from few_rows import few_rows
 
 from modules import GRPOModule, SFTModule
 from modules.__main__ import main, write_warning
+from modules.cli.parser import sort_arguments
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 QUICK = [
@@ -174,3 +176,31 @@ def test_a_warning_of_ours_is_one_line_without_code():
     line = write_warning("too long", UserWarning, str(CONFIGS.parent / "callbacks/samples.py"), 3, None)
     assert line == "warning: too long\n"
     assert write_warning("old", FutureWarning, "/lib/torch/x.py", 3) == "/lib/torch/x.py:3: FutureWarning: old\n"
+
+
+GROUPS = [["--model.beta=0.5"], ["--model", "DPOModule"], ["--data.batch_size", "3"], ["--data=PreferenceDataModule"]]
+
+
+@pytest.mark.parametrize("overlay", [[], ["--config", str(CONFIGS / "overlays/lora.yaml")]], ids=["", "overlay"])
+def test_the_order_of_options_does_not_matter(capsys, overlay):
+    orders = [["fit", *chain.from_iterable(order)] for order in permutations([*GROUPS, overlay])]
+    for order in orders:
+        found = sort_arguments(order)
+        assert found[4 : 4 + len(overlay)] == overlay and sorted(found) == sorted(order)
+        place = {argument: number for number, argument in enumerate(found)}
+        assert place["--model"] < place["--model.beta=0.5"]
+        assert place["--data=PreferenceDataModule"] < place["--data.batch_size"]
+    printed = set()
+    for order in (orders[0], orders[-1]):
+        with pytest.raises(SystemExit) as end:
+            main([*order, "--print_config"])
+        assert end.value.code == 0
+        printed.add(capsys.readouterr().out)
+    (config,) = map(yaml.safe_load, printed)
+    assert config["model"]["init_args"]["beta"] == 0.5 and config["data"]["init_args"]["batch_size"] == 3
+
+
+def test_a_class_that_replaces_that_of_a_configuration_stays_in_its_place():
+    given = ["fit", "--config", few_rows("grpo"), "--model.beta=0.5", "--model=DPOModule", "--data.val=-1", "--data=A"]
+    assert sort_arguments(given) == given
+    assert sort_arguments([given[0], *given[3:], *given[1:3]]) == given
