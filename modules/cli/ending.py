@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.utilities import rank_zero_only
 
 from modules.cli.progress import pick_headlines, show_numbers
@@ -71,6 +72,8 @@ class TellsHowToGoOn(Callback):
         saved = next((stop.saved for stop in stops if stop.saved), None)
         if saved is None:
             return
+        if isinstance(trainer.progress_bar_callback, RichProgressBar):  # it would break the command into lines
+            trainer.progress_bar_callback.on_exception(trainer, pl_module, exception)
         run = saved.parent.parent
         if saved.parent.name == CHECKPOINTS and (run / "config.yaml").is_file():
             print(f"go on: {write_command('fit', '--config', run / 'config.yaml', '--ckpt_path', run)}", flush=True)

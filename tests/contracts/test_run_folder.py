@@ -1,14 +1,18 @@
 """One setting names a run's folder, what a fit prints at its end works, and a stopped run can be resumed."""
 
+import fcntl
 import json
 import os
+import pty
 import re
 import shlex
 import shutil
 import signal
 import socket
+import subprocess
 import sys
-from contextlib import ExitStack
+import termios
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from subprocess import CompletedProcess
 
@@ -244,3 +248,29 @@ def test_a_job_of_slurm_is_requeued_and_goes_on(tmp_path):
     job["SLURM_JOB_ID"] = "418"  # another job takes no part in the run of this one
     refused, _ = live(SLURM_RESTART_COUNT="1")
     assert refused.returncode == 1 and "out: 'runs/sft' holds a run" in refused.stderr
+
+
+def test_ctrl_c_in_a_terminal_prints_a_command_that_resumes(tmp_path):
+    ours, theirs = pty.openpty()
+    run = subprocess.Popen(
+        [sys.executable, "-m", "modules", "fit", *SFT, "--data.train.num_examples=64", "--trainer.max_epochs=500"],
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )
+    os.close(theirs)
+    shown, typed = b"", False
+    with suppress(OSError):  # the other side is closed
+        while part := os.read(ours, 65536):
+            shown += part
+            if not typed and re.search(rb"Epoch [3-9]/", shown):
+                os.write(ours, b"\x03")
+                typed = True
+    os.close(ours)
+    assert run.wait(60) == 128 + signal.SIGINT, shown[-2000:]
+    (command,) = re.findall(rb"go on: (.*)\r\n", shown)
+    words = shlex.split(command.decode())
+    assert words[words.index("modules") + 1 :] == ["fit", "--config", "runs/sft/config.yaml", "--ckpt_path", "runs/sft"]
