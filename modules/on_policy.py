@@ -5,7 +5,7 @@ import time
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -73,6 +73,9 @@ class OnPolicyModule(AlignmentModule):
     """
 
     least_generations = 2  # completions of a prompt that the method needs
+    on_unscored: Literal["warn", "stop"] = (
+        "warn"  # what to do in a phase after the first step in which nothing is scored
+    )
 
     def __init__(
         self,
@@ -291,10 +294,10 @@ class OnPolicyModule(AlignmentModule):
         return self.policy.token_scores(batch["input_ids"], batch["loss_mask"], batch.get("position_ids"))
 
     def check_scored(self, rollouts: list[Rollout]) -> None:
-        """Refuse a first phase without any score, and tell of a later one: nothing is learned from it.
+        """Refuse a first phase without any score, and tell of a later one or refuse it too, as ``on_unscored`` says.
 
         Raises:
-            ValueError: it is the first phase, and no completion of any rank has a score.
+            ValueError: the phase is refused, as no completion of any rank has a score.
         """
         scored = any(rollout.reward is not None for rollout in rollouts)
         answer = next((rollout.answer for rollout in rollouts if rollout.answer is not None), None)
@@ -304,10 +307,13 @@ class OnPolicyModule(AlignmentModule):
         count, name = sum(count for _, _, count in ranks), self.reward.name
         gold = next((answer for _, answer, _ in ranks if answer is not None), None)
         if self.global_step > 0:
-            rank_zero_warn(
+            said = (
                 f"phase {self.current_epoch}: {name} scored none of its {count} completions, so nothing is learned "
                 f"from them; their first answer is {gold!r}"
             )
+            if self.on_unscored == "stop":
+                raise ValueError(said)
+            rank_zero_warn(said)
         elif gold is None:
             raise ValueError(
                 f"{name} scored none of the first {count} completions, whose rows have no answer to compare with: name "

@@ -65,10 +65,17 @@ class AlignmentCLI(LightningCLI):
         )
         parser.add_argument(
             "--on_nonfinite",
-            type=OnNonfinite,
-            default="stop",
-            help="What a fit does when the loss or gradient of a step is not finite: stop, or skip up to ten such steps "
-            "in a row.",
+            type=OnNonfinite | None,
+            default=None,
+            help="What a fit does when the loss or gradient of a step is not finite: stop (the default), or skip up to ten "
+            "such steps in a row.",
+        )
+        parser.add_argument(
+            "--on_unscored",
+            type=Literal["warn", "stop"] | None,
+            default=None,
+            help="What a fit that samples does when no completion of a later phase has a score: warn (the default) or "
+            "stop. The first phase is always refused.",
         )
         parser.link_arguments(
             "model",
@@ -102,6 +109,13 @@ class AlignmentCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Make the Trainer, with the run's folder, after the last checks."""
         check_run(str(self.subcommand), self.model, self.datamodule)
+        for name in ("on_nonfinite", "on_unscored"):
+            if self.settings[name] is not None and self.subcommand != "fit":
+                raise ValueError(f"{name}: {self.subcommand} takes no steps; leave it out")
+        if self.settings["on_unscored"] is not None:
+            if not hasattr(self.model, "on_unscored"):
+                raise ValueError(f"on_unscored: {type(self.model).__name__} scores no samples; leave it out")
+            self.model.on_unscored = self.settings["on_unscored"]
         folder = self.run_folder()
         try:
             return super().instantiate_trainer(**kwargs, **self.in_folder(folder))
@@ -156,7 +170,7 @@ class AlignmentCLI(LightningCLI):
         if trainer["fast_dev_run"]:  # ModelCheckpoint would still write last.ckpt
             callbacks = [callback for callback in callbacks if not isinstance(callback, ModelCheckpoint)]
         if not any(isinstance(callback, FiniteGuard) for callback in callbacks):
-            callbacks.append(FiniteGuard(self.settings["on_nonfinite"]))
+            callbacks.append(FiniteGuard(self.settings["on_nonfinite"] or "stop"))
         bar = any(isinstance(callback, ProgressBar) for callback in callbacks)
         if not bar and not os.isatty(1) and trainer["enable_progress_bar"] is not False:
             callbacks.append(StepLines())

@@ -210,6 +210,8 @@ def test_bad_settings(refusal, monkeypatch, arguments, sentence):
             ["--data", "VerifiableDataModule"],
             "VerifiableDataModule gives PromptBatch; set data to InstructionDataModule",
         ),
+        ("fit", "sft", ["--on_unscored", "stop"], "on_unscored: SFTModule scores no samples; leave it out"),
+        ("predict", "grpo", ["--on_nonfinite", "skip"], "on_nonfinite: predict takes no steps; leave it out"),
     ],
 )
 def test_combinations_that_cannot_run(refusal, command, method, arguments, sentence):

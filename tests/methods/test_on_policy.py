@@ -91,6 +91,15 @@ def test_a_later_phase_without_any_score_is_told():
     assert not any("phase 0: fades" in str(warning.message) for warning in told)
 
 
+def test_a_later_phase_without_any_score_ends_the_run_on_request():
+    module = grpo(reward=Fades(), engine=Scripted(ROWS), num_generations=3)
+    module.on_unscored = "stop"
+    trainer = Trainer(**QUIET, max_epochs=3)
+    with pytest.raises(ValueError, match="phase 1: fades scored none of its 12 completions"):
+        trainer.fit(module, VerifiableDataModule(module.tokenizer, Addition(50), prompts_per_phase=4))
+    assert trainer.global_step == 1
+
+
 class SlowValidation(Callback):
     def on_validation_start(self, trainer, pl_module):
         time.sleep(0.7)
