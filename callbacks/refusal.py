@@ -101,7 +101,8 @@ class Refusal(Callback):
         require_period("every_n_epochs", every_n_epochs)
         if max_completion_length < 1 or (limit is not None and limit < 2):
             raise ValueError(
-                f"Refusal: max_completion_length must be at least 1 and limit at least 2 (one prompt of each kind), got "
+                "Refusal: max_completion_length must be at least 1 and limit at least 2 (one prompt of each kind), "
+                "got "
                 f"{max_completion_length} and {limit}"
             )
         if (prompts is None) == (source is None):
@@ -129,7 +130,8 @@ class Refusal(Callback):
             if {prompt.safe for prompt in self.prompts} != {True, False}:
                 only = "safe" if self.prompts[0].safe else "unsafe"
                 raise ValueError(
-                    f"{read_name(self.source)}: all {count} prompts are {only}; add prompts of the other kind, or a model "
+                    f"{read_name(self.source)}: all {count} prompts are {only}; add prompts of the other kind, or a "
+                    "model "
                     "that treats all prompts alike looks perfect"
                 )
 

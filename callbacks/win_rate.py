@@ -92,7 +92,8 @@ class WinRate(Callback):
         found = rollout.answer if self.baseline == "answer" else (rollout.info or {}).get(self.baseline)
         if not isinstance(found, str):
             raise ValueError(
-                f"WinRate: {rollout.uid} has no baseline completion in column {self.baseline!r}; set baseline of WinRate "
+                f"WinRate: {rollout.uid} has no baseline completion in column {self.baseline!r}; set baseline of "
+                "WinRate "
                 "to the column that holds it."
             )
         return replace(rollout, answer=found)

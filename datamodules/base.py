@@ -109,7 +109,8 @@ class RowsDataModule(LightningDataModule):
             if found is None:
                 owner = type(module).__name__ if module is not None else "no module"
                 raise ValueError(
-                    f"{type(self).__name__} was given no tokenizer and {owner} has one; give it a tokenizer, a path or a "
+                    f"{type(self).__name__} was given no tokenizer and {owner} has one; give it a tokenizer, a path or "
+                    "a "
                     "hub id"
                 )
             self.tokenizer = found
@@ -193,7 +194,8 @@ class RowsDataModule(LightningDataModule):
         """Warns when the training rows are not those of a checkpoint's state; earlier checkpoints do not tell."""
         if self.content and state.get("content", self.content) != self.content:
             rank_zero_warn(
-                "the training rows are not those that the checkpoint was trained on; the run goes on at the same place in "
+                "the training rows are not those that the checkpoint was trained on; the run goes on at the same place "
+                "in "
                 "these rows"
             )
 

@@ -164,7 +164,8 @@ class AlignmentModule(LightningModule):
             max_completion_length = min(max_completion_length, positions - longest)
         if max_completion_length < 1:
             raise ValueError(
-                f"a prompt of {longest} tokens leaves no room for an answer, since the model has {positions} positions; "
+                f"a prompt of {longest} tokens leaves no room for an answer, since the model has {positions} "
+                "positions; "
                 "leave the prompt out"
             )
         engine = InProcessEngine()
@@ -312,7 +313,8 @@ def say_kept_settings(optimizers: Sequence[torch.optim.Optimizer]) -> None:
             was = tuple(was) if isinstance(was, list) else was
             if isinstance(asked, int | float | tuple) and was != asked:
                 rank_zero_warn(
-                    f"{name} of the optimizer stays {was}, as in the checkpoint, and {asked} has no effect; to change it, "
+                    f"{name} of the optimizer stays {was}, as in the checkpoint, and {asked} has no effect; to change "
+                    "it, "
                     "start a new run from the export"
                 )
 

@@ -111,7 +111,8 @@ class DPOModule(AlignmentModule):
             raise ValueError("nll_weight raises chosen completions, but these rows hold labelled ones: set it to 0")
         if self.needs_reference and not hasattr(self.data, "in_order"):
             raise ValueError(
-                f"{type(self.data).__name__} has no in_order(stage), whose batches the reference reads before the first "
+                f"{type(self.data).__name__} has no in_order(stage), whose batches the reference reads before the "
+                "first "
                 "step: derive it from PreferenceDataModule, or set reference_free"
             )
         if self._tables_of is not self.data:

@@ -259,7 +259,8 @@ class OnPolicyModule(AlignmentModule):
         metrics = super().evaluation_metrics() | measure_rollouts(sampled)
         if self.accuracy is None:
             rank_zero_warn(
-                f"pass@k and greedy_accuracy are left out: a score of {self.reward.name} does not say whether an answer "
+                f"pass@k and greedy_accuracy are left out: a score of {self.reward.name} does not say whether an "
+                "answer "
                 "is right; name a reward that does, with model.validation.accuracy"
             )
             return metrics

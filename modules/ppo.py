@@ -108,7 +108,8 @@ class PPOModule(OnPolicyModule):
         super().setup(stage)
         if stage == "fit" and 0 < (self.trainer.max_epochs or 0) <= self.value.warmup_phases:
             raise ValueError(
-                f"value.warmup_phases is {self.value.warmup_phases} of {self.trainer.max_epochs} phases, so the policy would "
+                f"value.warmup_phases is {self.value.warmup_phases} of {self.trainer.max_epochs} phases, so the policy "
+                "would "
                 "never learn"
             )
         data = self.trainer.datamodule  # type: ignore[attr-defined]
@@ -117,7 +118,8 @@ class PPOModule(OnPolicyModule):
             rank_zero_info("the texts of data.ptx are measured but teach nothing, since incentives.ptx is 0")
         if stage == "fit" and self.incentives.ptx > 0 and not texts:
             raise ValueError(
-                f"incentives.ptx is {self.incentives.ptx} and there are no texts to keep likely: name them with data.ptx or set it "
+                f"incentives.ptx is {self.incentives.ptx} and there are no texts to keep likely: name them with "
+                "data.ptx or set it "
                 "to 0"
             )
 

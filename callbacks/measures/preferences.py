@@ -75,7 +75,8 @@ def _check_preferences(preference: Tensor) -> Tensor:
     """Return the preferences in float64 [N]. Raises ValueError when there are none or one is outside [0, 1]."""
     if preference.dim() != 1 or len(preference) == 0 or not bool(((preference >= 0) & (preference <= 1)).all()):
         raise ValueError(
-            f"A win rate needs at least one preference, shape [N], in [0, 1]; got shape {tuple(preference.shape)}: leave "
+            f"A win rate needs at least one preference, shape [N], in [0, 1]; got shape {tuple(preference.shape)}: "
+            "leave "
             "out what has no score."
         )
     return preference.double()

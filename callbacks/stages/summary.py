@@ -72,7 +72,8 @@ class Summary(Callback):
         print(f"tensorboard --logdir {shlex.quote(_log_folder(trainer))}")
         values = [state[self.headline] for state in (self.before, self.after) if self.headline in state]
         print(
-            f"{self.title}: {self.headline.removeprefix('val/')} {' -> '.join(show_rounded(value) for value in values)}",
+            f"{self.title}: {self.headline.removeprefix('val/')} "
+            f"{' -> '.join(show_rounded(value) for value in values)}",
             flush=True,
         )
 

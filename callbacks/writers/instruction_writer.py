@@ -115,7 +115,8 @@ class InstructionWriter(Callback):
         if not pl_module.num_accepted:
             self.part.unlink()
             raise ValueError(
-                f"InstructionWriter: {write_counts(report)}, so {self.path} is not written; use a model that follows the "
+                f"InstructionWriter: {write_counts(report)}, so {self.path} is not written; use a model that follows "
+                "the "
                 "format of the list, with room for 3000 tokens"
             )
         tasks = [task for one in pl_module.rounds for task in one["accepted"]]

@@ -146,7 +146,8 @@ class ResumableJsonl(Callback):
         labels = [record["label"] for record in ordered if record["label"] is not None]
         if not labels:
             raise ValueError(
-                f"{self.name}: none of {len(ordered)} rows got a valid label, so {self.path} is not written; check what "
+                f"{self.name}: none of {len(ordered)} rows got a valid label, so {self.path} is not written; check "
+                "what "
                 "the judge replies"
             )
         report = pl_module.summary(ordered)

@@ -147,7 +147,8 @@ def add_context(cells: Cells, asked: Asked, chat: bool) -> Asked:
                 and not repeats(cells.values[cells.name(name)], list(prompt))
             ):
                 raise ValueError(
-                    f"{cells.origin}: column {cells.name(name)!r} stands beside messages, which have no place for it; write "
+                    f"{cells.origin}: column {cells.name(name)!r} stands beside messages, which have no place for it; "
+                    "write "
                     f"it into the user's message, or leave it out with --data.columns '{{{name}: \"\"}}'"
                 )
     names = [cells.name(name) for name in ("system", "history", "tools") if cells.holds(name)]
@@ -157,8 +158,10 @@ def add_context(cells: Cells, asked: Asked, chat: bool) -> Asked:
             return asked
         if not chat:
             raise ValueError(
-                f"{cells.origin}: column {' and '.join(map(repr, names))} cannot be written into a plain text prompt; set "
-                f"data.chat: true (or --data.chat true) to render prompts as chats, or leave it out with --data.columns "
+                f"{cells.origin}: column {' and '.join(map(repr, names))} cannot be written into a plain text prompt; "
+                "set "
+                "data.chat: true (or --data.chat true) to render prompts as chats, or leave it out with "
+                "--data.columns "
                 f"'{{{cells.roles[names[0]]}: \"\"}}'"
             )
         prompt = [Message(role="user", content=prompt)]
@@ -245,7 +248,8 @@ def read_reasoning(cells: Cells, answer: Dialogue | Message) -> str:
     last = answer[-1:] if isinstance(answer, list) else [answer]
     if any(isinstance(turn, Mapping) and "reasoning_content" in turn for turn in last):
         raise ValueError(
-            f"{cells.origin}: column {cells.name('reasoning')!r} and the reasoning of the answer's message differ; keep one "
+            f"{cells.origin}: column {cells.name('reasoning')!r} and the reasoning of the answer's message differ; "
+            "keep one "
             "of them, or leave the column out with --data.columns '{reasoning: \"\"}'"
         )
     return reasoning
@@ -269,7 +273,8 @@ def read_options(cells: Cells) -> list[tuple[str, str, str]]:
         given = dict(zip(LETTERS, texts, strict=False)) if len(texts) <= len(LETTERS) else None
     if not isinstance(given, Mapping) or not all(isinstance(text, str) for text in given.values()):
         raise ValueError(
-            f"{cells.origin}: column {cells.name('options')!r} must hold a list of texts or an object of letters and texts"
+            f"{cells.origin}: column {cells.name('options')!r} must hold a list of texts or an object of letters and "
+            "texts"
         )
     return [(f"{letter}) {text}", str(letter), text) for letter, text in given.items() if not is_empty(text)]
 
@@ -303,7 +308,8 @@ def _split_fields(message: Mapping[str, Any], where: str) -> tuple[dict[str, Any
     if unknown:
         known = ", ".join(name for names in FIELDS.values() for name in names)
         raise ValueError(
-            f"{where} holds {', '.join(map(repr, unknown))}, which nothing here reads; remove it, or rename it to one of "
+            f"{where} holds {', '.join(map(repr, unknown))}, which nothing here reads; remove it, or rename it to one "
+            "of "
             f"{known}"
         )
     return fields, metadata
@@ -392,7 +398,8 @@ def _read_history(cells: Cells) -> list[Message]:
         isinstance(pair, list | tuple) and [type(text) for text in pair] == [str, str] for pair in given
     ):
         raise ValueError(
-            f"{cells.origin}: column {name!r} must be a list of pairs of a question and its answer, both text, or of messages"
+            f"{cells.origin}: column {name!r} must be a list of pairs of a question and its answer, both text, or of "
+            "messages"
         )
     roles = ("user", "assistant")
     return [Message(role=role, content=text) for pair in given for role, text in zip(roles, pair, strict=True)]

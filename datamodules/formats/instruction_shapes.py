@@ -96,7 +96,8 @@ def _read_knowledge(cells: Cells) -> str:
     knowledge = cells.take_text("knowledge")
     if knowledge not in KNOWLEDGE_CATEGORIES:
         raise ValueError(
-            f"{cells.origin}: column {cells.name('knowledge')!r} holds {knowledge!r}, expected one of {', '.join(KNOWLEDGE_CATEGORIES)}"
+            f"{cells.origin}: column {cells.name('knowledge')!r} holds {knowledge!r}, expected one of "
+            f"{', '.join(KNOWLEDGE_CATEGORIES)}"
         )
     return knowledge
 
@@ -170,7 +171,8 @@ def _read_document(cells: Cells, chosen: bool) -> str:
     names = set(cells.row.columns)
     if "role" in names or {"replies", "parent_id", "message_id"} & names:
         raise ValueError(
-            f"{cells.origin}: the row is one message of a conversation ({', '.join(cells.row.columns)}), no document; set "
+            f"{cells.origin}: the row is one message of a conversation ({', '.join(cells.row.columns)}), no document; "
+            "set "
             "data.train to OasstTrees, which reads the threads of trees"
         )
     text = cells.accept_empty("text")
@@ -183,8 +185,10 @@ def _read_document(cells: Cells, chosen: bool) -> str:
     ):
         name = cells.name(asks)
         raise ValueError(
-            f"{cells.origin}: column {name!r} is not in the text, so it would not be learned; if the text answers it, say so "
-            f"with --data.columns '{{completion: {cells.name('text')}}}', or leave it out with --data.columns '{{{asks}: "
+            f"{cells.origin}: column {name!r} is not in the text, so it would not be learned; if the text answers it, "
+            "say so "
+            f"with --data.columns '{{completion: {cells.name('text')}}}', or leave it out with --data.columns "
+            f"'{{{asks}: "
             '""}\''
         )
     if not isinstance(text, str):
@@ -202,7 +206,8 @@ def _read_question(cells: Cells, asks: str, answers: str, chat: bool | None) -> 
         turns, unlearned = conversation.turns, conversation.unlearned
     if asked.ends_in_answer and (isinstance(turns, str) or [turn["role"] for turn in turns[:1]] == ["assistant"]):
         raise ValueError(
-            f"{cells.origin}: the prompt ends in an assistant turn and {cells.name(answers)!r} is another one; move the "
+            f"{cells.origin}: the prompt ends in an assistant turn and {cells.name(answers)!r} is another one; move "
+            "the "
             "beginning of the answer into the completion"
         )
     reasoning = read_reasoning(cells, turns)
@@ -270,7 +275,8 @@ def first_instance(cells: Cells) -> str:
     for name in ("input", "output"):
         if not isinstance(first.get(name) or "", str) or (name == "output" and not isinstance(first[name], str)):
             raise ValueError(
-                f"{cells.origin}: {name!r} of the first instance holds a {type(first[name]).__name__}, text was expected"
+                f"{cells.origin}: {name!r} of the first instance holds a {type(first[name]).__name__}, text was "
+                "expected"
             )
     if first.get("input"):
         cells.add("input", "instances.input", first["input"])

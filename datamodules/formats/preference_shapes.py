@@ -104,7 +104,8 @@ def preference_example(
     asked, completions = read_answers(cells, compared.answers, template, chat)
     if len(ranks) == 1 and read_reasoning(cells, completions[0]):
         raise ValueError(
-            f"{row.origin}: column {cells.name('reasoning')!r} stands beside a labelled answer, which has no place for it; "
+            f"{row.origin}: column {cells.name('reasoning')!r} stands beside a labelled answer, which has no place for "
+            "it; "
             "write it into the answer's message as reasoning_content, or leave it out with --data.columns '{reasoning: "
             '""}\''
         )
@@ -146,7 +147,8 @@ def settle_verdicts(rows: Sequence[Row], reading: Reading, first_is_better: Ours
         reading.note(f"`{names_of[0]}`: {scale}")
     if first_is_better is not None and not verdicts:
         raise ValueError(
-            f"{rows[0].origin}: data.first_is_better has no effect, for no row has two answers with a verdict; leave it out"
+            f"{rows[0].origin}: data.first_is_better has no effect, for no row has two answers with a verdict; leave "
+            "it out"
         )
 
 
@@ -228,7 +230,8 @@ def read_answers(
     asked = add_context(cells, Asked(turns), chat)
     if asked.ends_in_answer:
         raise ValueError(
-            f"{cells.origin}: the prompt ends in an assistant turn and the answers are another one; let it end in a user's "
+            f"{cells.origin}: the prompt ends in an assistant turn and the answers are another one; let it end in a "
+            "user's "
             "turn, with the whole answer in the answers"
         )
     return asked, made
@@ -251,7 +254,8 @@ def _no_shape(cells: Cells) -> ValueError:
     if scored and cells.holds("completion"):
         return ValueError(
             f"{cells.origin}: found the columns {', '.join(cells.row.columns)}: one answer with scores "
-            f"({', '.join(sorted(scored))}) is no comparison; put the answers to one prompt into one row as completions and "
+            f"({', '.join(sorted(scored))}) is no comparison; put the answers to one prompt into one row as "
+            "completions and "
             "scores"
         )
     verdicts = {"preference": next((name for name in cells.unread if RANKS.search(normalize(name))), "my_verdict")}
@@ -328,7 +332,8 @@ def _read_list(cells: Cells, needs_verdict: bool, decided: bool) -> Compared:
         places = [-score for score in _numbers(unpack(cells.take("scores")), len(given), "scores", cells.origin)]
     elif cells.holds("labels"):
         raise ValueError(
-            f"{cells.origin}: completions with labels are steps of one answer, not answers to compare; give ranks or scores"
+            f"{cells.origin}: completions with labels are steps of one answer, not answers to compare; give ranks or "
+            "scores"
         )
     elif len(given) == 2 and verdict_columns(cells):
         ranks, strength = _judge(cells, needs_verdict, decided)
@@ -354,8 +359,10 @@ def _refuse_hidden_ranks(cells: Cells, count: int, name: str) -> None:
             RANKS.search(normalize(theirs)) and (theirs.startswith(f"{name}.") or as_number(held) is not None)
         ):
             raise ValueError(
-                f"{cells.origin}: {name!r} has no ranks or scores that are known, and {theirs!r} may tell which answer is "
-                f"better; rename it to ranks (0 = best) or scores (high = best), such as with --data.columns '{{scores: "
+                f"{cells.origin}: {name!r} has no ranks or scores that are known, and {theirs!r} may tell which answer "
+                "is "
+                "better; rename it to ranks (0 = best) or scores (high = best), such as with --data.columns "
+                f"'{{scores: "
                 f"{theirs}}}', or say with --data.columns '{{scores: \"\"}}' that the answers stand best first"
             )
 

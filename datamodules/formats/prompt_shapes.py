@@ -61,7 +61,8 @@ def verifiable_example(row: Row, reading: Reading, chat: bool = False) -> Verifi
     asked = add_context(cells, found, chat)
     if "messages" in cells.roles.values() and asked.ends_in_answer:
         raise ValueError(
-            f"{row.origin}: column {cells.name('messages')!r} ends in an assistant turn, so nothing is asked; set data to "
+            f"{row.origin}: column {cells.name('messages')!r} ends in an assistant turn, so nothing is asked; set data "
+            "to "
             "InstructionDataModule, or remove that turn (in a column 'prompt', it would be continued)"
         )
     answer, column = right_answer(cells)
@@ -137,7 +138,8 @@ def right_answer(cells: Cells, names: tuple[str, ...] = ANSWERS) -> tuple[str | 
             answer = several[0] if several else None
         if isinstance(answer, dict):
             raise ValueError(
-                f"{cells.wrong_type(name, answer, 'a single answer')}, or leave it to rewards that read the column, with "
+                f"{cells.wrong_type(name, answer, 'a single answer')}, or leave it to rewards that read the column, "
+                "with "
                 "--data.columns '{answer: \"\"}'"
             )
         return read_gold(as_letter(cells, answer)), theirs
@@ -156,7 +158,8 @@ def as_letter(cells: Cells, answer: Any) -> Any:
     start = cells.reading.settled.get("options", -1)
     if start == -1 and all(text != str(answer).strip() for _, _, text in options):
         raise ValueError(
-            f"{cells.origin}: the answer beside the options is {answer!r}, and only all rows tell whether numbers start at 0 "
+            f"{cells.origin}: the answer beside the options is {answer!r}, and only all rows tell whether numbers "
+            "start at 0 "
             "or 1; write the letters (A, B, ...) as answers"
         )
     return answer if start in (-1, None) else options[int(number) - start][1]

@@ -155,11 +155,13 @@ class Reading:
         way_out = f"or leave it out with --data.columns '{{{ours}: \"\"}}'"
         if self.purpose in column.used_by or not readers:
             return (
-                f"column {theirs!r} ({column.means}) is not empty, and a row that is read as {shape} has no use for it; "
+                f"column {theirs!r} ({column.means}) is not empty, and a row that is read as {shape} has no use for "
+                "it; "
                 f"remove it, {way_out}"
             )
         return (
-            f"column {theirs!r} ({column.means}) is not empty, and {MODULES[self.purpose]} does not read it; set data to "
+            f"column {theirs!r} ({column.means}) is not empty, and {MODULES[self.purpose]} does not read it; set data "
+            "to "
             f"{' or '.join(readers)}, {way_out}"
         )
 
@@ -240,7 +242,8 @@ class Cells:
                 self.used[other], self.unread[other] = self.values[other], "repeats what was read"
                 continue
             raise UnclearColumn(
-                f"{self.origin}: columns {first!r} and {other!r} may both be the {ours} ({NAMED[ours].means}); name one, "
+                f"{self.origin}: columns {first!r} and {other!r} may both be the {ours} ({NAMED[ours].means}); name "
+                "one, "
                 f"such as --data.columns '{{{ours}: {first}}}'"
             )
         self.used[first], self.roles[first] = value, ours

@@ -144,7 +144,8 @@ COLUMNS = (
     Column("relation", "", "facts of one relation are examples for each other", ALL),
     Column(
         "images",
-        "image img imgs picture pictures photo photos image_base64 images_base64 image_bytes videos video audios audio image_path image_paths image_url image_urls image_file image_files video_path "
+        "image img imgs picture pictures photo photos image_base64 images_base64 image_bytes videos video audios audio "
+        "image_path image_paths image_url image_urls image_file image_files video_path "
         "video_url audio_path audio_url audio_file",
         "what is not text",
         (),

@@ -88,7 +88,8 @@ def settle_scale(name: str, values: Sequence[Any], first: Ours | None, origin: s
     said = f"{origin}: column {name!r}"
     if words := _unknown_words(values, WORDS):
         raise ValueError(
-            f"{said} holds {words}, no known name of an answer; write 1 and 2 (or between), A and B, left and right, or tie"
+            f"{said} holds {words}, no known name of an answer; write 1 and 2 (or between), A and B, left and right, "
+            "or tie"
         )
     if numbers and (min(numbers) < 0 or normalize(name) in SIGNED):
         if first == 0:
@@ -113,7 +114,8 @@ def settle_scale(name: str, values: Sequence[Any], first: Ours | None, origin: s
         return Scale("zero_one", first)
     if first is not None:
         raise ValueError(
-            f"{said} tells by 1 and 2, so data.first_is_better has no effect; leave it out (it is for columns of 0 and 1)"
+            f"{said} tells by 1 and 2, so data.first_is_better has no effect; leave it out (it is for columns of 0 and "
+            "1)"
         )
     return Scale("one_two")
 
@@ -133,7 +135,8 @@ def check_sources(name: str, values: Mapping[str, Sequence[Any]]) -> None:
     two = next((source for source, found in numbers.items() if 2 in found), None)
     if zero_one is not None and two is not None:
         raise ValueError(
-            f"{zero_one}: column {name!r} holds only 0 and 1, and that of {two} holds 2, so a number may mean different "
+            f"{zero_one}: column {name!r} holds only 0 and 1, and that of {two} holds 2, so a number may mean "
+            "different "
             "answers; write A and B (or tie) in both"
         )
 

@@ -203,7 +203,8 @@ def read_fact(row: Row, reading: Reading) -> Fact:
     answers = [as_letter(cells, one) for one in (given if isinstance(given, list) else [given])]
     if not answers or not all(isinstance(one, str) and one.strip() and "\n" not in one.strip() for one in answers):
         raise ValueError(
-            f"{row.origin}: column {cells.name(column)!r} must hold the answer, one line of text, or a list of such answers"
+            f"{row.origin}: column {cells.name(column)!r} must hold the answer, one line of text, or a list of such "
+            "answers"
         )
     relation = cells.take("relation")
     reading.close(cells, "a question with its answer")

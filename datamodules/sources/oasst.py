@@ -196,7 +196,8 @@ def _trees(records: list[Row]) -> list[Node]:
     for node in nodes.values():
         if node.parent is not None and node.parent not in nodes:
             raise ValueError(
-                f"{node.origin}: message {node.message['message_id']} replies to {node.parent}, which is not in the file"
+                f"{node.origin}: message {node.message['message_id']} replies to {node.parent}, which is not in the "
+                "file"
             )
         if node.parent is not None:
             nodes[node.parent].replies.append(node)

@@ -295,7 +295,8 @@ def check_written(
             if said == render(tokenizer, [*messages[:index], bare], origin, False, tools).replace(MARK, ""):
                 what = {"reasoning_content": "reasoning", "tool_calls": "tool call"}.get(field, field)
                 raise ValueError(
-                    f"{origin}: {message['role']} message {index}: the chat template changes its {what}; use a template "
+                    f"{origin}: {message['role']} message {index}: the chat template changes its {what}; use a "
+                    "template "
                     f"that writes a {what}, or remove it from the row"
                 )
 

@@ -70,7 +70,8 @@ class FiniteGuard(Callback):
         if self.on_nonfinite == "stop" or self.skipped > self.max_skips:
             often = f" It was the {self.skipped}th such step in a row." if self.skipped > 1 else ""
             raise FloatingPointError(
-                f"{what}.{often} The step is not taken, and earlier checkpoints and exports are as they were: lower the "
+                f"{what}.{often} The step is not taken, and earlier checkpoints and exports are as they were: lower "
+                "the "
                 "learning rate, or look at the rows"
             )
         rank_zero_warn(f"{what}. The step is skipped ({self.skipped} of at most {self.max_skips} in a row)")
@@ -82,7 +83,8 @@ class FiniteGuard(Callback):
         loss = float(trainer.callback_metrics.get("val/loss", 0.0))
         if trainer.training and not trainer.sanity_checking and not math.isfinite(loss):
             raise FloatingPointError(
-                f"{type(pl_module).__name__}: val/loss is {loss} after step {trainer.global_step}. Nothing more is saved, "
+                f"{type(pl_module).__name__}: val/loss is {loss} after step {trainer.global_step}. Nothing more is "
+                "saved, "
                 "and earlier checkpoints and exports are as they were: lower the learning rate"
             )
 
@@ -133,5 +135,6 @@ def require_finite(weights: Iterable[Tensor], who: str) -> None:
     floats = [weight.detach() for weight in weights if weight.is_floating_point()]
     if not bool(torch.nn.utils.get_total_norm(floats, norm_type=math.inf).isfinite()):
         raise FloatingPointError(
-            f"{who}: the weights are not finite, so they are not written; earlier checkpoints and exports are as they were"
+            f"{who}: the weights are not finite, so they are not written; earlier checkpoints and exports are as they "
+            "were"
         )

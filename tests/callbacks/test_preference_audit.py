@@ -218,7 +218,8 @@ def test_without_logger_and_path_only_the_line_remains(tmp_path: Path, caplog: p
         run(tmp_path, logger=False)
     (line,) = [message for message in caplog.messages if message.startswith("audit")]
     assert line.startswith(
-        "audit of 4 held-out pairs: accuracy 0.75 (chosen shorter 0.00, longer 1.00), longer-wins baseline 0.75, length correlation within "
+        "audit of 4 held-out pairs: accuracy 0.75 (chosen shorter 0.00, longer 1.00), longer-wins baseline 0.75, "
+        "length correlation within "
         "prompts "
     )
     assert ":" not in line.removeprefix("audit of 4 held-out pairs:")

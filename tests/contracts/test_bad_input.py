@@ -163,7 +163,8 @@ def test_a_data_file_stays_a_path(tmp_path, monkeypatch, run, caplog, name, text
         ),
         (
             ["--data.train", "my.jsonl", "--data.train.split", "test"],
-            "'my.jsonl' is a file, which has no options; write, for example, --data.train Files --data.train.path my.jsonl",
+            "'my.jsonl' is a file, which has no options; write, for example, --data.train Files --data.train.path "
+            "my.jsonl",
         ),
         (["--data.train.num_examples", "0"], "error: num_examples must be at least 1, got 0"),
         (
