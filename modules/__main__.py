@@ -3,8 +3,10 @@
 import logging
 import sys
 import threading
+import traceback
 import warnings
 from pathlib import Path
+from types import TracebackType
 
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -15,6 +17,7 @@ from modules.cli.command import AlignmentCLI
 from modules.cli.parser import Parser, read_old_names, refuse, sort_arguments
 from modules.cli.renamed import renew
 from modules.cli.run_folder import SaveConfig
+from modules.trainer.stopping import requeue_if_told
 from modules.types import make_printable
 
 DESCRIPTION = "Post-training of language models. To ask a model: python -m modules chat --policy FOLDER"
@@ -54,19 +57,25 @@ def report_thread(failed: threading.ExceptHookArgs) -> None:
         threading.__excepthook__(failed)
 
 
+def report_error(kind: type[BaseException], error: BaseException, place: TracebackType | None) -> None:
+    """Write a traceback in which no text from data or models can steer the terminal."""
+    sys.stderr.write(make_printable("".join(traceback.format_exception(kind, error, place))))
+
+
 def main(args: list[str] | None = None) -> None:
     """Run the command line. An error that the user can correct ends it with one sentence and exit status 1."""
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(is_news)
     for message in QUIET:
         warnings.filterwarnings("ignore", message=message)
     warnings.formatwarning = write_warning
-    threading.excepthook = report_thread
+    threading.excepthook, sys.excepthook = report_thread, report_error
     read_old_names()
     given = [renew(argument) for argument in (sys.argv[1:] if args is None else args)]
     given = sort_arguments(spell_out_arguments(given))
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))  # for the classes and functions of whoever runs this
     try:
+        requeue_if_told()
         if given[:1] == ["chat"]:
             run_chat(given[1:])
         else:

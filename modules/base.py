@@ -44,6 +44,7 @@ class AlignmentModule(LightningModule):
     """
 
     forms_logits = True  # whether training computes logits
+    reference_id: str | None = None  # what tells the frozen reference from others; None = there is none, or it moves
 
     def __init__(
         self,
@@ -262,6 +263,7 @@ class AlignmentModule(LightningModule):
         learned = [name for name, parameter in self.named_parameters() if parameter.requires_grad and name in saved]
         require_finite([saved[name] for name in learned], type(self).__name__)
         checkpoint["alignment"] = {**self.identity(), "num_tokens": self.num_tokens, "random": self._random}
+        checkpoint["alignment"]["reference"] = self.reference_id
         checkpoint["alignment"] |= {"validates": validation_is_due(self.trainer), "logged": sorted(self._step_names)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -273,6 +275,7 @@ class AlignmentModule(LightningModule):
         saved = dict(checkpoint.get("alignment", {}))
         self.num_tokens = saved.pop("num_tokens", 0)
         self._random = saved.pop("random", self._random)
+        reference = saved.pop("reference", None)
         due, self._step_names = saved.pop("validates", None), set(saved.pop("logged", []))
         mine = self.identity()
         if saved != mine:
@@ -282,6 +285,11 @@ class AlignmentModule(LightningModule):
                 if saved.get(key) != mine[key]
             ]
             raise ValueError(f"the checkpoint is of another model: {'; '.join(differ)}")
+        if None not in (reference, self.reference_id) and reference != self.reference_id:
+            raise ValueError(
+                "the checkpoint's run began with other weights than model.policy (or model.reference) holds now, so the "
+                "KL would be to another model: name the weights that it began with"
+            )
         if "loops" in checkpoint:
             loop, every = checkpoint["loops"]["fit_loop"], self.trainer.check_val_every_n_epoch
             epoch = loop["epoch_progress"]["current"]["processed"]

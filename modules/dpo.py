@@ -90,6 +90,7 @@ class DPOModule(AlignmentModule):
         self.own_reference = reference is None  # the policy as it starts
         other = load_companion(self.policy, reference, "reference") if reference else None
         self.reference = Frozen(other or self.policy, own=other is not None) if self.needs_reference else None
+        self.reference_id = self.reference.fingerprint() if self.reference is not None else None
         self.tables: dict[str, ReferenceLogprobs] = {}  # by stage of the data
         self.mismatched_tables: dict[str, ReferenceLogprobs] = {}  # the same of completions after other prompts
         self._tables_of: Any = None  # the DataModule that they belong to

@@ -117,6 +117,7 @@ class OnPolicyModule(AlignmentModule):
         other = load_companion(self.policy, reference, "reference") if isinstance(reference, str) else None
         self.own_reference = other is None  # the policy as it starts
         self.reference = Frozen(other or self.policy, own=other is not None) if reference else None
+        self.reference_id = self.reference.fingerprint() if self.reference is not None else None
         self._batch_start = 0.0
         self._kl_warned = False
         self.record.held_out = []
@@ -264,6 +265,11 @@ class OnPolicyModule(AlignmentModule):
                 "is right; name a reward that does, with model.validation.accuracy"
             )
             return metrics
+        if sampled and all(outcome.right is None for outcome in sampled):
+            rank_zero_warn(
+                f"{self.accuracy.name} could judge none of the {len(sampled)} held-out completions: have the rows of "
+                "data.val answers that it can read? What it would measure is NaN"
+            )
         solved = {f"pass@{k}": share_solved(sampled, k) for k in {1, self.val_generations}}
         return metrics | solved | {"greedy_accuracy": share_solved(greedy, 1)}
 

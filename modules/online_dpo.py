@@ -90,6 +90,7 @@ class OnlineDPOModule(OnPolicyModule):
                 "refresh: soft averages weights, and averaged adapters are not the adapters of the averaged model: use "
                 "phase"
             )
+        self.reference_id = self.reference_id if refresh == "fixed" else None
         self.min_gap, self.refresh, self.refresh_every = min_gap, refresh, refresh_every
 
     def prepare(self, batch: PolicyBatch) -> None:

@@ -5,15 +5,18 @@ vocabulary. Every mask is a keep-mask (True = counts). A per-token tensor is ali
 t]`` is the log-probability of the token at ``[i, t]``. Floats are fp32.
 """
 
+import copy
 import inspect
-import math
 import re
+import reprlib
 import threading
+import traceback
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from types import FunctionType
 from typing import Any, Literal, NotRequired, Protocol, SupportsFloat, TypedDict, runtime_checkable
 
@@ -34,6 +37,7 @@ ALPACA_PROMPT_WITH_INPUT = (
 # A prompt that ends inside a thought: the completion goes on with it.
 OPENED_THOUGHT = re.compile(r"<think>\s*\Z")
 
+LARGEST = 3.4e38  # of a score, which becomes a float32
 SLOW = 60.0  # seconds after which a warning names a reward that is still scoring
 
 # Names under which a reward function may ask for the gold answers.
@@ -305,11 +309,28 @@ def score(reward: Reward, rollouts: Sequence[Rollout]) -> list[float | None]:
     try:
         found = reward(rollouts)
     except Exception as error:
-        error.add_note(f"(in reward '{reward.name}')")
-        raise
+        place = find_own_place(error)
+        if place is None:
+            error.add_note(f"(in reward '{reward.name}')")
+            raise
+        raise ValueError(f"reward '{reward.name}' failed at {place}: {type(error).__name__}: {error}") from error
     finally:
         alarm.cancel()
     return check_scores(reward.name, found, len(rollouts))
+
+
+def find_own_place(error: Exception) -> str | None:
+    """Return the file and line of the user's code in which an error came up; None if it came up in ours."""
+    ours, libraries = Path(__file__).parents[1], Path(traceback.__file__).parent
+    names = [(Path(frame.filename), frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
+    own = [
+        f"{file.name}:{line}"
+        for file, line in names
+        if "site-packages" not in file.parts
+        and not file.is_relative_to(libraries)
+        and not any(file.is_relative_to(ours / room) for room in ("modules", "datamodules", "callbacks"))
+    ]
+    return own[-1] if own else None
 
 
 def warn_of_slow_reward(name: str, count: int, seconds: float) -> None:
@@ -331,10 +352,16 @@ def check_scores(name: str, scores: Any, count: int) -> list[float | None]:
     if len(scores) != count:
         raise ValueError(f"reward '{name}' returned {len(scores)} scores for {count} rollouts; return one per rollout")
     for index, value in enumerate(scores):
-        if value is not None and not isinstance(value, SupportsFloat):
-            raise ValueError(f"reward '{name}' returned {value!r} for rollout {index}; {wanted}")
-        if value is not None and not math.isfinite(value):
-            raise ValueError(f"reward '{name}' returned {value} for rollout {index}; return None for unscorable")
+        if value is None:
+            continue
+        try:
+            number = float(value) if isinstance(value, SupportsFloat) else None
+        except (ValueError, TypeError, OverflowError, RuntimeError):  # an array of several numbers, a number too large
+            number = None
+        if number is None:
+            raise ValueError(f"reward '{name}' returned {reprlib.repr(value)} for rollout {index}; {wanted}")
+        if not abs(number) <= LARGEST:
+            raise ValueError(f"reward '{name}' returned {number} for rollout {index}; return None for unscorable")
     return [None if value is None else float(value) for value in scores]
 
 
@@ -387,7 +414,7 @@ class FunctionReward(Reward):
 
     @staticmethod
     def lists(rollouts: Sequence[Rollout]) -> dict[str, list[Any]]:
-        """Return every list that a function can ask for, by name.
+        """Return every list that a function can ask for, by name; it may change them.
 
         If the rows have a column called ``answer``, ``ground_truth`` or ``solution``, that column is taken.
         """
@@ -395,11 +422,11 @@ class FunctionReward(Reward):
         answers = [rollout.answer for rollout in rollouts]
         return (
             dict.fromkeys(ANSWERS, answers)
-            | {name: [(rollout.info or {}).get(name) for rollout in rollouts] for name in names}
+            | {name: [copy.deepcopy((rollout.info or {}).get(name)) for rollout in rollouts] for name in names}
             | {
                 "prompts": [rollout.prompt for rollout in rollouts],
                 "completions": [rollout.text for rollout in rollouts],
-                "completion_ids": [rollout.completion.token_ids for rollout in rollouts],
+                "completion_ids": [list(rollout.completion.token_ids) for rollout in rollouts],
                 "answers": answers,
             }
         )

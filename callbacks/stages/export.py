@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Protocol, cast, runtime_checkable
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 
 from callbacks.phase import require_period
 from callbacks.writers.output_files import in_run_folder, require_writable
@@ -68,9 +68,12 @@ class Export(Callback):
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             require_writable(self.folder, "Export")
         callbacks = trainer.callbacks  # type: ignore[attr-defined]  # Trainer sets it without declaring it
-        if any(isinstance(behind, WeightAveraging) for behind in callbacks[callbacks.index(self) :]):
+        if any(
+            isinstance(behind, WeightAveraging | StochasticWeightAveraging)
+            for behind in callbacks[callbacks.index(self) :]
+        ):
             raise ValueError(
-                "Export would write the weights before they are averaged: list WeightAveraging before Export in "
+                "Export would write the weights before they are averaged: list what averages them before Export in "
                 "trainer.callbacks."
             )
         if trainer.is_global_zero and self._aside.is_dir() and not self.folder.exists():
@@ -104,6 +107,11 @@ class Export(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Export the final weights, unless the last epoch did."""
         if self.exported_step != trainer.global_step:
+            self._export(trainer, pl_module)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Export the weights of a resumed run that had taken its last step already, for which no training begins."""
+        if self.exported_step == -1 and trainer.global_step > 0:
             self._export(trainer, pl_module)
 
     def _export(self, trainer: Trainer, pl_module: LightningModule) -> None:

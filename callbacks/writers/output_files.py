@@ -1,10 +1,11 @@
 """Files that callbacks write: where they go, whole, or line by line."""
 
+import fcntl
 import json
 import os
 import tempfile
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 from lightning.pytorch import Trainer
 
@@ -32,9 +33,26 @@ def require_writable(path: Path, who: str) -> None:
         raise ValueError(f"{who}: {path} cannot be written ({folder}: {error.strerror}); name another place") from error
 
 
+def claim(file: IO[Any], path: Path) -> None:
+    """Keep a part file for this process until it is closed.
+
+    Raises:
+        ValueError: another run is writing ``path``.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ValueError(f"{path} is being written by another run; name another file or folder") from error
+
+
 def open_whole_lines(path: Path) -> BinaryIO:
-    """Open a file to append, and remove the half line that a killed run may have left."""
+    """Open a file to append, for this process alone, and remove the half line that a killed run may have left.
+
+    Raises:
+        ValueError: another run is writing it.
+    """
     file = path.open("a+b")
+    claim(file, path)
     file.seek(0)
     file.truncate(file.read().rfind(b"\n") + 1)
     file.seek(0, os.SEEK_END)

@@ -13,7 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from callbacks.phase import record_of
-from callbacks.writers.output_files import in_run_folder, require_writable
+from callbacks.writers.output_files import claim, in_run_folder, require_writable
 from modules.trainer.saving import naming, sync
 from modules.types import Rollout
 
@@ -55,7 +55,10 @@ class PredictionWriter(Callback):
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]  # Trainer sets it without declaring it
             part = self._part(trainer.global_rank)
             part.parent.mkdir(parents=True, exist_ok=True)
-            self._file = part.open("w", encoding="utf-8")
+            file = part.open("a", encoding="utf-8")
+            claim(file, self.path)
+            file.truncate(0)  # of a killed run
+            self._file = file
 
     def on_predict_batch_end(
         self,
@@ -76,11 +79,11 @@ class PredictionWriter(Callback):
         """Join the part files."""
         if self._file is None:
             return
-        self._close()
-        trainer.strategy.barrier("predictions")
+        trainer.strategy.barrier("predictions")  # every batch was flushed
         if trainer.is_global_zero:
             self._join(trainer.world_size)
             rank_zero_info(f"predictions: {self.path}")
+        self._close()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Delete the part file; an earlier file stays."""

@@ -99,6 +99,9 @@ class ResumableJsonl(Callback):
         if batch_idx > 0:
             return
         self._header = {**pl_module.identity(), "data": batch["info"][0].get("data")}
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]  # Trainer sets it without declaring it
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = open_whole_lines(self._part(trainer.global_rank))
         records = self._read_parts()
         pl_module.done = {record["uid"] for record in records if record.get("label") is not None}
         self._used = Counter(self.usage(pl_module))
@@ -109,13 +112,10 @@ class ResumableJsonl(Callback):
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Write the records of the batch and what they cost, all or nothing."""
-        if trainer.fast_dev_run:  # type: ignore[attr-defined]  # Trainer sets it without declaring it
-            return
         if self._file is None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = open_whole_lines(self._part(trainer.global_rank))
-            if self._file.tell() == 0:
-                append_lines(self._file, [self._header])
+            return
+        if self._file.tell() == 0:
+            append_lines(self._file, [self._header])
         used = Counter(self.usage(pl_module))
         spent = {name: value - self._used[name] for name, value in used.items()}
         self._used = used
@@ -125,10 +125,10 @@ class ResumableJsonl(Callback):
         """Join the part files."""
         if self._file is None:
             return
-        self._close()
         trainer.strategy.barrier("labels")
         if trainer.is_global_zero:
             self._join(trainer, pl_module)
+        self._close()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Keep the part file: the next run continues from it."""

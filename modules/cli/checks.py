@@ -24,13 +24,18 @@ NEEDED = {
 }
 
 
-def resolve_checkpoint(path: str | None) -> str | None:
-    """Return the path, or the last checkpoint if it is the folder of a run. Raises ValueError if the run has none."""
-    if path is None or not (Path(path) / CHECKPOINTS).is_dir():
+def resolve_checkpoint(path: str | None, out: Path | None) -> str | None:
+    """Return the path; the last checkpoint if it is the folder of a run, or if it is ``last`` and ``out`` is that folder.
+
+    Raises:
+        ValueError: the run has written no checkpoint.
+    """
+    run = out if path == "last" else path and Path(path)
+    if run is None or not (path == "last" or (Path(run) / CHECKPOINTS).is_dir()):
         return path
-    found = find_last_checkpoint(Path(path))
+    found = find_last_checkpoint(Path(run))
     if found is None:
-        raise ValueError(f"ckpt_path: the run in '{path}' has written no checkpoint")
+        raise ValueError(f"ckpt_path: the run in '{run}' has written no checkpoint; to begin anew, leave it out")
     return str(found)
 
 

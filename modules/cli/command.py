@@ -25,6 +25,7 @@ from modules.cli.run_folder import (
     find_last_checkpoint,
     find_own_run,
     find_requeued_checkpoint,
+    is_requeued,
 )
 from modules.trainer.guard import FiniteGuard, OnNonfinite
 
@@ -91,12 +92,18 @@ class AlignmentCLI(LightningCLI):
         """Parse the arguments, and check the checkpoint and the Trainer's settings."""
         self.config = parser.parse_args(add_data_module(args))
         config = self.config[self.config["subcommand"]]
-        config["ckpt_path"] = resolve_checkpoint(config.get("ckpt_path"))
-        if self.config["subcommand"] == "fit" and config["ckpt_path"] is None:
-            requeued = find_requeued_checkpoint(Path(config["out"] or choose_folder(config["model"]["class_path"])))
+        out = self.name_out(config, config["model"]["class_path"])
+        config["ckpt_path"] = resolve_checkpoint(config.get("ckpt_path"), out)
+        if self.config["subcommand"] == "fit" and is_requeued():
+            requeued = None if out is None else find_requeued_checkpoint(out)
             if requeued is not None:
                 rank_zero_info(f"the job was put back into the queue: the run goes on from {requeued}")
                 config["ckpt_path"] = str(requeued)
+            elif out is None and config["ckpt_path"] is None:
+                raise ValueError(
+                    "this job was put back into the queue, and without --out nothing tells where its run lies: name the "
+                    "folder with --out, or the checkpoint with --ckpt_path"
+                )
         check_checkpoint(config["ckpt_path"], resumes=self.config["subcommand"] == "fit")
         check_trainer(config["trainer"])
         check_needs(config, config["model"]["class_path"])
@@ -124,6 +131,14 @@ class AlignmentCLI(LightningCLI):
                 folder.close(keep=False)
             raise ValueError(f"trainer: {error}") from error
 
+    @staticmethod
+    def name_out(settings: Any, method: str) -> Path | None:
+        """Return the folder that a run asks for; None = the settings say themselves where to write."""
+        trainer, out = settings["trainer"], settings["out"]
+        if out is None and (trainer["logger"] is not None or trainer["default_root_dir"] is not None):
+            return None
+        return choose_folder(method) if out is None else Path(out)
+
     def run_folder(self) -> RunFolder | Path | None:
         """Return the run's folder: a fit claims it, other commands share it.
 
@@ -132,9 +147,9 @@ class AlignmentCLI(LightningCLI):
         trainer, out = self.settings["trainer"], self.settings["out"]
         if out is not None and trainer["default_root_dir"] not in (None, out):
             raise ValueError(f"out '{out}' and trainer.default_root_dir '{trainer['default_root_dir']}': leave one out")
-        if out is None and (trainer["logger"] is not None or trainer["default_root_dir"] is not None):
+        path = self.name_out(self.settings, type(self.model).__name__)
+        if path is None:
             return None
-        path = Path(out) if out is not None else choose_folder(type(self.model).__name__)
         same = find_own_run(path, self.settings["ckpt_path"])
         if self.subcommand == "fit" and not trainer["fast_dev_run"]:
             return RunFolder(same or path, resumes=same is not None)
@@ -208,7 +223,8 @@ class AlignmentCLI(LightningCLI):
         exports = [callback for callback in self.trainer.callbacks if isinstance(callback, Export)]  # type: ignore[attr-defined]
         if not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             looks = [callback for callback in self.trainer.callbacks if isinstance(callback, TellsHowToGoOn)]  # type: ignore[attr-defined]
-            for line in write_ending(self.trainer, exports[-1].folder if exports else None, looks[0].form):
+            written = [callback.folder for callback in exports if callback.exported_step >= 0]
+            for line in write_ending(self.trainer, written[-1] if written else None, looks[0].form):
                 print(line, flush=True)
 
 

@@ -26,7 +26,8 @@ def write_ending(trainer: Trainer, export: Path | None, form: str | None = None)
     """
     logged = {name: value for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
     logged = logged or {name: value for name, value in trainer.logged_metrics.items() if name.startswith("train/")}
-    where = f"model: {write_path(export)}" if export else "no model exported: list Export in trainer.callbacks"
+    why = "list Export in trainer.callbacks" if trainer.global_step else "no step was taken"
+    where = f"model: {write_path(export)}" if export else f"no model exported: {why}"
     lines = [f"step {trainer.global_step}: {show_numbers(pick_headlines(logged)) or 'nothing logged'}; {where}"]
     if export:
         lines.append(f"ask it: {write_command('chat', '--policy', export, *(['--form', form] if form else []))}")
@@ -55,11 +56,13 @@ class TellsHowToGoOn(Callback):
 
     def __init__(self) -> None:
         self.form: str | None = None  # see ``chat``
+        self._looked = False
 
     @rank_zero_only
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Look at the first row."""
-        if trainer.global_step == 0 and batch_idx == 0 and isinstance(batch, dict):
+        if not self._looked and isinstance(batch, dict):
+            self._looked = True
             ids = next((batch[name] for name in ("prompt_ids", "input_ids") if name in batch), None)
             if ids is not None:
                 tokenizer: Any = pl_module.tokenizer

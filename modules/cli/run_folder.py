@@ -34,10 +34,9 @@ def choose_folder(method: str) -> Path:
 
 
 def find_last_checkpoint(folder: Path) -> Path | None:
-    """Find the newest checkpoint in a run's folder; ``last.ckpt`` comes before all others."""
-    found = sorted((folder / CHECKPOINTS).glob("*.ckpt"), key=lambda path: (path.stat().st_mtime, path.name))
-    last = folder / CHECKPOINTS / "last.ckpt"
-    return last if last in found else next(reversed(found), None)
+    """Find the newest checkpoint in a run's folder; of several that are as new, ``last.ckpt``."""
+    found = (folder / CHECKPOINTS).glob("*.ckpt")
+    return max(found, key=lambda path: (path.stat().st_mtime, path.name == "last.ckpt", path.name), default=None)
 
 
 def find_own_run(out: Path, checkpoint: str | None) -> Path | None:
@@ -48,8 +47,6 @@ def find_own_run(out: Path, checkpoint: str | None) -> Path | None:
     """
     if checkpoint is None:
         return None
-    if not Path(checkpoint).exists():  # "last" or "best", which Lightning looks for
-        return out
     folder = Path(checkpoint).absolute().parent.parent
     own = is_run_of(folder, out) and Path(checkpoint).parent.name == CHECKPOINTS
     return out.with_name(folder.name) if own else None
@@ -57,11 +54,14 @@ def find_own_run(out: Path, checkpoint: str | None) -> Path | None:
 
 def find_requeued_checkpoint(out: Path) -> Path | None:
     """Find the last checkpoint that this job of SLURM wrote by this command before it was put back into the queue."""
-    if int(os.environ.get("SLURM_RESTART_COUNT", 0)) == 0:
-        return None
     folders = [mark.parent for mark in out.parent.glob(f"*/{JOB}") if mark.read_text() == describe_job()]
     found = [path for folder in folders if is_run_of(folder, out) and (path := find_last_checkpoint(folder))]
     return max(found, key=lambda path: path.stat().st_mtime, default=None)
+
+
+def is_requeued() -> bool:
+    """Return whether this is a job of SLURM that runs again."""
+    return int(os.environ.get("SLURM_RESTART_COUNT", 0)) > 0
 
 
 def describe_job() -> str | None:
@@ -99,7 +99,7 @@ class RunFolder:
     def __init__(self, out: Path, resumes: bool = False) -> None:
         self._lock: TextIO | None = None
         self._made = False
-        self.path = out
+        self.path = out = out if out.name else out.absolute()
         if getattr(rank_zero_only, "rank", 0) != 0:
             self.path = Path(os.environ.get(SHARED, out))
             return

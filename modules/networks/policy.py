@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import DynamicCache
+from transformers import DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer
 
 from modules.functional.logprobs import entropies, token_logprobs, vocabulary_logprobs
@@ -289,13 +290,23 @@ class Policy(nn.Module):
     def save_pretrained(self, folder: str | Path) -> None:
         """Write model and tokenizer as a Hugging Face folder, with adapters merged into the weights.
 
-        The generation config gets ``stop_token_ids``, so that ``generate`` of transformers stops where our samples do.
-        A pad token that the tokenizer lacked is not written.
+        The generation config holds ``stop_token_ids`` and nothing that changes what is likely, so that ``generate`` of
+        transformers says what our samples say. A pad token that the tokenizer lacked is not written.
         """
         model = merge_adapters(self.model) if self.has_adapters else self.model
-        if model.generation_config is not None:
+        given = model.generation_config
+        if given is not None:
             stops = sorted(self.stop_token_ids)
-            model.generation_config.eos_token_id = stops[0] if len(stops) == 1 else stops or None
+            kept = {name: getattr(given, name) for name in ("bos_token_id", "pad_token_id")}
+            model.generation_config = GenerationConfig(
+                **kept, eos_token_id=stops[0] if len(stops) == 1 else stops or None
+            )
+            unused = given.to_diff_dict().keys() - {*kept, "eos_token_id", "transformers_version", "_from_model_config"}
+            if unused:
+                rank_zero_info(
+                    f"export: {self.name} generates by {', '.join(sorted(unused))}; training did not, and the "
+                    "export does not"
+                )
         model.save_pretrained(folder)
         tokenizer = copy.deepcopy(self.tokenizer) if self.lacks_pad else self.tokenizer
         if self.lacks_pad:

@@ -58,6 +58,17 @@ class Frozen:
         return self
 
     @torch.no_grad()
+    def fingerprint(self) -> str:
+        """Return a hash of names, shapes and a sample of each weight, without adapters, which begin as no change."""
+        found = hashlib.blake2b(digest_size=8)
+        for name, weight in self.policy.state_dict().items():
+            if "lora_" not in name:
+                few = weight.flatten()[:: max(1, weight.numel() // 512)].float().cpu()
+                found.update(f"{name.replace('.base_layer', '')} {tuple(weight.shape)}".encode())
+                found.update(few.contiguous().view(torch.uint8).numpy())
+        return found.hexdigest()
+
+    @torch.no_grad()
     def completion_logprobs(self, batch: PolicyBatch | PreferenceBatch, temperature: float = 1.0) -> Tensor:
         """Return log-probs [N, Tc] of the completion tokens in nats, zero where ``completion_mask`` is False."""
         with self._in_place():

@@ -3,6 +3,7 @@
 They are exact over batches and ranks, because they are computed from all outcomes at once.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
@@ -69,9 +70,11 @@ def measure_rollouts(found: Sequence[Outcome]) -> dict[str, float]:
     group = torch.tensor([numbers[outcome.uid] for outcome in found])
     metrics = {
         "num_prompts": float(len(numbers)),
-        "reward": mean(rewards),
-        "reward_std": mean(column(std(rewards[group == g]) for g in group[~rewards.isnan()].unique())),
-        "frac_reward_zero_std": float(zero_std_fraction(rewards, group)),
+        "reward": mean(rewards, nothing=math.nan),
+        "reward_std": mean(
+            column(std(rewards[group == g]) for g in group[~rewards.isnan()].unique()), nothing=math.nan
+        ),
+        "frac_reward_zero_std": math.nan if rewards.isnan().all() else float(zero_std_fraction(rewards, group)),
         "unscorable": float(rewards.isnan().sum()),
         "completions/mean_length": mean(lengths),
         "completions/min_length": float(lengths.min()),
@@ -81,7 +84,7 @@ def measure_rollouts(found: Sequence[Outcome]) -> dict[str, float]:
     }
     for name in found[0].rewards:
         values = column(outcome.rewards[name] for outcome in found)
-        metrics |= {f"rewards/{name}/mean": mean(values), f"rewards/{name}/std": std(values)}
+        metrics |= {f"rewards/{name}/mean": mean(values, nothing=math.nan), f"rewards/{name}/std": std(values)}
     if found[0].kl is not None:
         metrics["sequence_kl"] = mean(column(outcome.kl for outcome in found))
     if found[0].entropy is not None:
@@ -92,14 +95,14 @@ def measure_rollouts(found: Sequence[Outcome]) -> dict[str, float]:
 def share_solved(found: Sequence[Outcome], k: int) -> float:
     """Return pass@k: the mean over prompts of the chance that at least one of k completions is right.
 
-    Only scorable completions count. Prompts with fewer than k of them are left out; without any prompt it is 0.
+    Only scorable completions count. Prompts with fewer than k of them are left out; without any prompt it is NaN.
     """
     groups: dict[str, list[bool]] = defaultdict(list)
     for outcome in found:
         if outcome.right is not None:
             groups[outcome.uid].append(outcome.right)
     solved = [pass_at_k(len(right), sum(right), k) for right in groups.values() if len(right) >= k]
-    return sum(solved) / max(1, len(solved))
+    return sum(solved) / len(solved) if solved else math.nan
 
 
 def column(values: Any) -> Tensor:
@@ -107,10 +110,10 @@ def column(values: Any) -> Tensor:
     return torch.tensor([float("nan") if value is None else value for value in values], dtype=torch.float64)
 
 
-def mean(values: Tensor) -> float:
-    """Return the mean of the entries [N] that are not NaN; 0 without any."""
+def mean(values: Tensor, nothing: float = 0.0) -> float:
+    """Return the mean of the entries [N] that are not NaN; ``nothing`` without any."""
     kept = values[~values.isnan()]
-    return float(kept.mean()) if len(kept) else 0.0
+    return float(kept.mean()) if len(kept) else nothing
 
 
 def std(values: Tensor) -> float:

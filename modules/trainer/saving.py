@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -89,17 +90,48 @@ def is_whole(path: Path) -> bool:
         return False
 
 
+def require_plain(file: Path, checkpoint: dict[str, Any]) -> None:
+    """Check that a checkpoint loads as plain data, without running code that it holds.
+
+    Raises:
+        ValueError: it does not; the message names the part and the type that is in the way.
+    """
+    try:
+        torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except UnpicklingError as error:
+        strange = {
+            name: sorted(kind for kind in _types(state) if not kind.startswith(("builtins.", "torch.", "collections.")))
+            for name, state in checkpoint.get("callbacks", {}).items()
+        }
+        where = next((f"that of {name} has {kinds[0]}" for name, kinds in strange.items() if kinds), str(error))
+        raise ValueError(
+            "the checkpoint could never be loaded again: a state_dict may hold tensors, numbers, texts, lists and dicts; "
+            f"{where}"
+        ) from error
+
+
+def _types(state: Any) -> set[str]:
+    """Return the full names of the types of all that a state holds."""
+    parts = state.values() if isinstance(state, dict) else state if isinstance(state, list | tuple | set) else ()
+    own = f"{type(state).__module__}.{type(state).__qualname__}"
+    return {own}.union(*map(_types, parts))
+
+
 class WholeCheckpoints(TorchCheckpointIO):
     """Writes a checkpoint beside its name and renames it when the disk holds it; refuses a damaged one.
 
-    So a name never holds half a file, on any file system, and nothing is left in the temporary folder.
+    So a name never holds half a file, on any file system, and nothing is left in the temporary folder. The first
+    checkpoint is read back, so that a run does not go on for hours with checkpoints that cannot be loaded.
     """
+
+    _read_back = False
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Write a checkpoint.
 
         Raises:
             OSError: it cannot be written; earlier files are as they were.
+            ValueError: it holds something that no resume would load.
         """
         file = Path(path)
         if "://" in str(path) or storage_options is not None:
@@ -109,8 +141,12 @@ class WholeCheckpoints(TorchCheckpointIO):
             file.parent.mkdir(parents=True, exist_ok=True)
             for left in file.parent.glob(".*.ckpt.*partial"):  # of a killed run
                 left.unlink()
-            with replacing(file) as part, part.open("wb") as out:
-                torch.save(checkpoint, out)
+            with replacing(file) as part:
+                with part.open("wb") as out:
+                    torch.save(checkpoint, out)
+                if not self._read_back:
+                    require_plain(part, checkpoint)
+                    self._read_back = True
 
     def load_checkpoint(
         self, path: Any, map_location: Callable[..., Any] | None = lambda storage, _: storage, weights_only: Any = None

@@ -142,6 +142,17 @@ def find_job() -> str | None:
     return f"{array}_{task}" if array else os.environ.get("SLURM_JOB_ID")
 
 
+def requeue_if_told() -> None:
+    """Put a job of SLURM back into the queue when its time ends before the first step, where there is nothing to save."""
+
+    def requeue(signum: int, frame: FrameType | None) -> None:
+        requeue_job()
+        sys.exit(128 + signum)
+
+    if SLURMEnvironment.detect() and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGUSR1, requeue)
+
+
 @rank_zero_only
 def requeue_job() -> None:
     """Put this job back into SLURM's queue; warn if that fails."""
