@@ -83,3 +83,24 @@ def test_rank_zero_joins_the_parts_in_the_order_of_the_ranks(tmp_path: Path) -> 
 def test_a_folder_is_refused_before_sampling(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"PredictionWriter: {tmp_path} is a folder; name a file"):
         predict(tmp_path, [None])
+
+
+class Twice(Sampler):
+    """Starts another run with the same file in the middle of this one."""
+
+    def predict_step(self, batch: torch.Tensor, batch_idx: int) -> None:
+        super().predict_step(batch, batch_idx)
+        if batch_idx == 1:
+            with pytest.raises(ValueError, match=r"out.jsonl is being written by another run; name another file"):
+                predict(self.path, self.batches)
+
+
+def test_two_runs_do_not_write_the_same_file(tmp_path: Path, make: Any) -> None:
+    batches = [[make(group=group)] for group in range(3)]
+    module = Twice(batches)
+    module.path = tmp_path / "out.jsonl"
+    options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    data: DataLoader[torch.Tensor] = DataLoader([torch.ones(1)] * 3)  # type: ignore[arg-type]
+    Trainer(accelerator="cpu", callbacks=[PredictionWriter(str(module.path))], **options).predict(module, data)
+    assert [json.loads(line)["uid"] for line in module.path.read_text().splitlines()] == ["row0", "row1", "row2"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out.jsonl"]

@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import termios
+import time
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -25,7 +26,7 @@ from safetensors.torch import load_file
 
 from modules import GRPOModule, SFTModule
 from modules.__main__ import main
-from modules.cli.run_folder import RunFolder
+from modules.cli.run_folder import RunFolder, find_last_checkpoint
 
 ROOT = Path(__file__).parents[2]
 SFT = ["--config", few_rows("sft"), "--out=runs/sft", "--trainer.accelerator=cpu"]
@@ -274,3 +275,58 @@ def test_ctrl_c_in_a_terminal_prints_a_command_that_resumes(tmp_path):
     (command,) = re.findall(rb"go on: (.*)\r\n", shown)
     words = shlex.split(command.decode())
     assert words[words.index("modules") + 1 :] == ["fit", "--config", "runs/sft/config.yaml", "--ckpt_path", "runs/sft"]
+
+
+def test_the_newest_checkpoint_is_the_last_one(tmp_path):
+    folder = tmp_path / "run/checkpoints"
+    folder.mkdir(parents=True)
+    for age, name in ((30, "last"), (20, "epoch=7"), (10, "epoch=8")):  # a stop wrote last.ckpt, and the run went on
+        (folder / f"{name}.ckpt").touch()
+        os.utime(folder / f"{name}.ckpt", (time.time() - age,) * 2)
+    assert find_last_checkpoint(tmp_path / "run") == folder / "epoch=8.ckpt"
+    os.utime(folder / "last.ckpt", (time.time(),) * 2)
+    os.utime(folder / "epoch=8.ckpt", (os.stat(folder / "last.ckpt").st_mtime,) * 2)
+    assert find_last_checkpoint(tmp_path / "run") == folder / "last.ckpt"
+
+
+def test_last_without_a_checkpoint_is_refused_and_the_export_kept(capsys):
+    main(["fit", *SFT, *FEW])
+    kept = Path("runs/sft/export/model.safetensors").read_bytes()
+    shutil.rmtree("runs/sft/checkpoints")
+    with pytest.raises(SystemExit):
+        main(["fit", *SFT, *FEW, "--ckpt_path=last", "--model.optimizer.lr=0.1"])
+    assert "error: ckpt_path: the run in 'runs/sft' has written no checkpoint" in capsys.readouterr().err
+    assert Path("runs/sft/export/model.safetensors").read_bytes() == kept
+
+
+def test_a_run_that_had_taken_its_last_step_exports_when_it_is_resumed(capsys):
+    steps = [*SFT, *FEW, "--trainer.max_epochs=-1", "--trainer.max_steps=4"]
+    main(["fit", *steps])
+    whole = load_file("runs/sft/export/model.safetensors")
+    shutil.rmtree("runs/sft/export")
+    main(["fit", *steps, "--ckpt_path=runs/sft"])
+    again = load_file("runs/sft/export/model.safetensors")
+    assert all(whole[name].equal(again[name]) for name in whole)
+    capsys.readouterr()
+    main(["fit", *SFT, *FEW, "--out=none", "--trainer.max_epochs=0"])
+    assert "no model exported: no step was taken" in capsys.readouterr().out and not Path("none/export").exists()
+
+
+def test_a_requeued_job_goes_on_whatever_checkpoint_its_command_names(monkeypatch, capsys, caplog):
+    monkeypatch.setenv("SLURM_JOB_ID", "5")
+    monkeypatch.setattr(sys, "argv", ["modules", "fit", "as", "before"])
+    main(["fit", *SFT, *FEW, "--out=old"])
+    main(["fit", *SFT, *FEW, "--out=new", "--ckpt_path=old", "--trainer.max_epochs=3"])
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    with caplog.at_level("INFO"):
+        main(["fit", *SFT, *FEW, "--out=new", "--ckpt_path=old", "--trainer.max_epochs=4"])
+    assert "the run goes on from new/checkpoints/last.ckpt" in caplog.text
+    with pytest.raises(SystemExit):
+        main(["fit", *SFT, *FEW, "--out=null", "--trainer.default_root_dir=other"])
+    assert "without --out nothing tells where its run lies" in capsys.readouterr().err
+
+
+def test_the_folder_of_a_run_may_be_the_current_one():
+    main(["fit", *SFT, *FEW, "--out=."])
+    main(["fit", *SFT, *FEW, "--out=.", "--trainer.max_epochs=1"])
+    assert Path(f"{Path.cwd()}-2/export").is_dir()

@@ -8,13 +8,15 @@ import tempfile
 from pathlib import Path
 
 import full_disk
+import numpy
 import pytest
 import torch
 from fixed_runs import CHECKPOINTS, fit, same
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from programs import run_program
 
 from callbacks.writers.output_files import append_lines, open_whole_lines, write_whole
+from datamodules import InstructionDataModule, NumberTexts
 from modules import SFTModule
 from modules.trainer.saving import WholeCheckpoints, is_whole, keep_checkpoints_whole
 
@@ -153,3 +155,17 @@ def test_every_writer_names_its_file_on_a_full_disk_and_leaves_the_older_ones(tm
         files = {Path(each).name for each in case["files"]}
         assert left <= files and case["broken"] == [], name
         assert {each for each in files if each.startswith(".")} <= left, name
+
+
+class Keeps(Callback):
+    def state_dict(self):
+        return {"best": numpy.float64(1.0)}
+
+
+def test_a_checkpoint_that_no_resume_would_load_is_refused_when_it_is_first_written(tmp_path):
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = Trainer(accelerator="cpu", max_steps=1, default_root_dir=tmp_path, callbacks=[Keeps()], **quiet)
+    module = SFTModule("tiny")
+    with pytest.raises(ValueError, match="could never be loaded again: .* that of Keeps has numpy.float64"):
+        trainer.fit(module, InstructionDataModule(module.tokenizer, NumberTexts(20), batch_size=4, chat=False))
+    assert not list(tmp_path.rglob("*.ckpt"))

@@ -350,3 +350,16 @@ def test_what_a_resumed_run_does_not_use_is_said(tmp_path: Path) -> None:
         "these "
         "rows"
     ]
+
+
+def test_a_run_does_not_go_on_from_another_start(tmp_path):
+    """The KL would be to another model."""
+    other = GRPOModule("tiny", RegexFormat(REWARD))
+    with torch.no_grad():
+        next(other.policy.parameters()).add_(0.1)
+    other.save_pretrained(tmp_path / "other")
+    fit(grpo(), tmp_path, max_epochs=1)
+    settings = {"num_generations": 4, "sampling": Sampling(max_completion_length=4), "measure_kl": True}
+    moved = GRPOModule(str(tmp_path / "other"), RegexFormat(REWARD), **settings)
+    with pytest.raises(ValueError, match="began with other weights than model.policy"):
+        fit(moved, tmp_path, resume=tmp_path / "step1.ckpt", max_epochs=2)

@@ -8,6 +8,7 @@ from transformers import (
     AutoTokenizer,
     Gemma2Config,
     Gemma2ForCausalLM,
+    GenerationConfig,
     GPT2Config,
     GPT2LMHeadModel,
     GPTNeoConfig,
@@ -342,6 +343,25 @@ def test_transformers_generates_from_an_export_what_our_engine_samples(policy, t
         ids = torch.tensor([prompt])
         theirs = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=12)
         assert theirs[0, len(prompt) :].tolist() == mine
+
+
+def test_an_export_generates_by_nothing_that_training_did_not_use(tmp_path, caplog):
+    """Settings of the start, such as a penalty on repetition, would change what ``generate`` says."""
+    model = MODELS["llama"]()
+    model.generation_config = GenerationConfig(
+        bos_token_id=1, eos_token_id=2, pad_token_id=0, repetition_penalty=1.5, no_repeat_ngram_size=2, do_sample=True
+    )
+    model.save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    with caplog.at_level("INFO"):
+        Policy(str(tmp_path)).save_pretrained(tmp_path / "export")
+    assert "generates by do_sample, no_repeat_ngram_size, repetition_penalty; training did not" in caplog.text
+    found = GenerationConfig.from_pretrained(tmp_path / "export").to_diff_dict()
+    assert {name for name in found if not name.startswith(("transformers", "_"))} == {
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+    }
 
 
 def test_an_export_has_the_pad_token_that_the_tokenizer_had(tmp_path):

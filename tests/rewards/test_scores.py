@@ -1,8 +1,12 @@
 """What a reward may return: one check, with the reward's name, wherever a reward is called."""
 
+import copy
 import time
+from dataclasses import replace
+from decimal import Decimal
 from typing import Any
 
+import numpy
 import pytest
 import torch
 
@@ -40,6 +44,11 @@ WRONG = [
     ([0.5, [1.0]], r"returned \[1.0\] for rollout 1"),
     ([1.0], "returned 1 scores for 2"),
     ([1.0, float("inf")], "returned inf for rollout 1"),
+    ([1.0, 1e39], r"returned 1e\+39 for rollout 1"),
+    ([1.0, 10**400], "returned 10000"),
+    ([1.0, torch.tensor([1.0, 2.0])], "returned tensor"),
+    ([1.0, numpy.array([1.0, 2.0])], "returned array"),
+    ([1.0, Decimal("sNaN")], "returned Decimal"),
     (torch.tensor(1.0), "returned float"),
 ]
 
@@ -110,12 +119,25 @@ def test_a_reward_that_hangs_or_raises_is_named(monkeypatch, recwarn):
             time.sleep(0.05)
         raise KeyError("x")
 
-    with pytest.raises(KeyError) as raised:
+    with pytest.raises(ValueError, match=r"^reward 'mine' failed at test_scores.py:\d+: KeyError: 'x'$") as raised:
         score(FunctionReward(mine), rollouts())
-    assert raised.value.__notes__ == ["(in reward 'mine')"]
+    assert isinstance(raised.value.__cause__, KeyError)
     warned = recwarn.pop()
     assert str(warned.message).startswith("reward 'mine' has been scoring 2 completions for 0.2 s")
     assert warned.filename == types.__file__  # and so one line of ours, see test_command_line
+
+
+def test_a_function_may_change_what_it_is_given():
+    def mine(completion_ids, tests):
+        for ids, own in zip(completion_ids, tests, strict=True):
+            ids.clear()
+            own.pop()
+        return [1.0] * len(tests)
+
+    given = [replace(rollout, info={"tests": [[1], [2]]}) for rollout in rollouts()]
+    kept = copy.deepcopy(given)
+    assert score(FunctionReward(mine), given) == [1.0] * len(given)
+    assert given == kept
 
 
 def test_a_quick_reward_is_not_named(monkeypatch, recwarn):

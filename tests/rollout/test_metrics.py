@@ -62,7 +62,13 @@ def test_pass_at_k_is_over_prompts_with_enough_scorable_completions():
     assert share_solved(found, 2) == pytest.approx(
         (1 - (2 * 1) / (3 * 2) + 1.0) / 2
     )  # 1 - C(2, 2) / C(3, 2) = 2/3; c has one
-    assert share_solved([], 1) == 0.0
+    assert math.isnan(share_solved([], 1))
+
+
+def test_what_nothing_was_scored_for_is_no_number():
+    metrics = measure_rollouts([outcome("a", None, 2), outcome("a", None, 3)])
+    assert all(math.isnan(metrics[name]) for name in ("reward", "reward_std", "frac_reward_zero_std"))
+    assert metrics["unscorable"] == 2 and metrics["completions/mean_length"] == 2.5
 
 
 def test_outcomes_keep_what_was_scored():
