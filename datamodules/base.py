@@ -79,7 +79,7 @@ class RowsDataModule(LightningDataModule):
         self.on_bad_row: Literal["raise", "drop"] = "raise"
         self.dropped = {"train": 0, "val": 0}
         self.bad = {"train": 0, "val": 0}
-        self.content = 0  # checksum of the training rows as they were read
+        self.content = 0  # checksum of the training rows as they were read, 0 where they are not compared
         self.reading = Reading(self.purpose, self.columns)
 
     @classmethod
@@ -193,11 +193,14 @@ class RowsDataModule(LightningDataModule):
     def compare_content(self, state: Mapping[str, Any]) -> None:
         """Warns when the training rows are not those of a checkpoint's state; earlier checkpoints do not tell."""
         if self.content and state.get("content", self.content) != self.content:
-            rank_zero_warn(
-                "the training rows are not those that the checkpoint was trained on; the run goes on at the same place "
-                "in "
-                "these rows"
-            )
+            self.warn_of_other_rows()
+
+    def warn_of_other_rows(self) -> None:
+        """Warns that a run goes on with other rows than the checkpoint's."""
+        rank_zero_warn(
+            "the training rows are not those that the checkpoint was trained on; the run goes on at the same place "
+            "in these rows"
+        )
 
     def read(self, source: str | Source) -> list[Row]:
         """Reads the rows of a source."""

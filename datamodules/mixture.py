@@ -3,7 +3,7 @@ cap, 2109.01652).
 """
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from functools import partial
 from itertools import count
@@ -122,6 +122,7 @@ class MixtureDataModule(InstructionDataModule):
         )
         self.streams, self.num_steps, self.weigh_by, self.cap, self.decay = streams, num_steps, weigh_by, cap, decay
         self.stream_rows: dict[str, range] = {}  # the places of each stream's rows in ``train_rows``
+        self.contents: dict[str, int] = {}  # of each stream, the checksum of its rows
         self._row_sizes: list[float] = []  # mean tokens or examples of a row of each stream
         self._shares: list[tuple[float, float]] = []  # of each stream before and after the switch
 
@@ -147,7 +148,10 @@ class MixtureDataModule(InstructionDataModule):
         """Rows of a source of the stream ``name``, encoded by its own settings."""
         stream, seen = self.streams[name], copy(self)
         seen.columns, seen.loss_on = stream.columns or {}, stream.loss_on or self.loss_on
-        return load_documents(seen, source, stage, name)
+        rows = load_documents(seen, source, stage, name)
+        if stage == "train":
+            self.contents[name] = seen.content
+        return rows
 
     def probabilities(self, step: int) -> dict[str, float]:
         """Computes the probability of each stream to give a row of the optimiser step ``step``."""
@@ -183,9 +187,17 @@ class MixtureDataModule(InstructionDataModule):
         return self.step_loader(self.make_dataset(self.train_rows), *sizes(self.train_rows), self.batch_size, sampler)
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the place in the epoch, and how the steps were cut."""
+        """Returns the place in the epoch, how the steps were cut, and the checksum of each stream."""
         state = super().state_dict()
-        return state | self._cut() if state else state
+        return state | self._cut() | {"contents": self.contents} if state else state
+
+    def compare_content(self, state: Mapping[str, Any]) -> None:
+        """Warns when a stream's rows are not those of a checkpoint's state; streams of one of them alone are a choice,
+        and earlier checkpoints do not tell.
+        """
+        there = state.get("contents", {})
+        if any(there.get(name, content) != content for name, content in self.contents.items()):
+            self.warn_of_other_rows()
 
     def _cut(self) -> dict[str, int]:
         assert self._sampler is not None

@@ -2,6 +2,7 @@
 
 import csv
 import gzip
+import zlib
 from dataclasses import replace
 from glob import escape, glob
 from pathlib import Path
@@ -120,6 +121,7 @@ class StreamingDataModule(InstructionDataModule):
     def load_training(self) -> list[Tokens]:
         """Reads the first row alone, so that a wrong path or column shows before the first step."""
         self._loader = self._saved = None
+        self.content = self.sum_files()
         self.reading = Reading(self.purpose, self.columns)
         reader = Pieces(self, self.rank, self.world_size)
         _, _, record = next(reader.numbered(0, 1))
@@ -149,12 +151,15 @@ class StreamingDataModule(InstructionDataModule):
         return self._loader
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the places of all ranks (collective)."""
-        return {"ranks": from_all_ranks([self._loader.snapshot()])} if self._loader is not None else {}
+        """Returns the places of all ranks (collective), and the files' checksum."""
+        if self._loader is None:
+            return {}
+        return {"ranks": from_all_ranks([self._loader.snapshot()]), "content": self.content}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores the loader, or keeps the state until there is one."""
         self._saved = dict(state_dict)
+        self.compare_content(state_dict)
         self._restore()
 
     def files(self) -> list[str]:
@@ -174,6 +179,11 @@ class StreamingDataModule(InstructionDataModule):
                 f"*{kinds[0]}"
             )
         return files
+
+    def sum_files(self) -> int:
+        """Computes a checksum of the files' names and sizes, or of the hub id, since the rows are not read."""
+        told = [(Path(name).name, Path(name).stat().st_size) for name in self.files()] or str(self.train)
+        return zlib.crc32(repr(told).encode(errors="surrogatepass"))
 
     def opened(self) -> Any:
         """Opens the rows as a ``datasets`` stream. Raises ValueError without such a file or hub id."""

@@ -166,14 +166,25 @@ class VerifiableDataModule(AlignDataModule):
         return self.ptx.domain_loader(name)
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the phase loader's snapshot and the rows' checksum."""
-        return {"phase_loader": self._loader.snapshot(), "content": self.content} if self._loader is not None else {}
+        """Returns the phase loader's snapshot and the checksums of the rows and of the texts of ``ptx``."""
+        if self._loader is None:
+            return {}
+        texts = {"ptx_content": self.ptx.content} if self.ptx is not None else {}
+        return {"phase_loader": self._loader.snapshot(), "content": self.content, **texts}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores the loader, or keeps the state until there is one."""
         self._snapshot = state_dict["phase_loader"]
         self.compare_content(state_dict)
         self._restore()
+
+    def compare_content(self, state: Mapping[str, Any]) -> None:
+        """Warns when the training rows or the texts of ``ptx`` are not those of a checkpoint's state."""
+        texts = self.ptx.content if self.ptx is not None else 0
+        if texts and state.get("ptx_content", texts) != texts:
+            self.warn_of_other_rows()
+        else:
+            super().compare_content(state)
 
     def encode(self, row: Row) -> Prompt:
         """Encodes one raw row. Raises ValueError with the row's origin."""

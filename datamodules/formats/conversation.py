@@ -8,6 +8,7 @@ from typing import Any, cast
 from datamodules.formats.reading import (
     Cells,
     as_number,
+    guess,
     is_empty,
     parse_json,
     repeats,
@@ -194,7 +195,7 @@ def read_messages(value: Any, where: str) -> Conversation:
         ValueError: one sentence that begins with ``where`` (a column of a row), for unknown fields and roles, weights
             other than 0 and 1, a weight of 1 on a turn that is not the assistant's, and content that is no text.
     """
-    value = unpack(value)
+    value = unpack(value, where)
     turns: list[Message] = []
     unlearned, unread = set(), set()
     given = value if isinstance(value, list) else [value]
@@ -219,7 +220,7 @@ def read_messages(value: Any, where: str) -> Conversation:
 
 def looks_like_messages(value: Any) -> bool:
     """Tells whether a cell is a list of messages, or a single one, with role and content; also as JSON text."""
-    value = unpack(value)
+    value = guess(value)
     given = value if isinstance(value, list) else [value]
     return (
         bool(given)
@@ -260,7 +261,7 @@ def read_options(cells: Cells) -> list[tuple[str, str, str]]:
 
     ``["red", "blue"]`` and ``{"A": "red", "B": "blue"}`` are written ``A) red`` and ``B) blue``; ``["A) red"]`` as it is.
     """
-    given = unpack(cells.take("options"))
+    given = cells.take_unpacked("options")
     if given is None:
         return []
     if isinstance(given, Mapping) and set(given) == {"text", "label"}:  # ARC's and CommonsenseQA's
@@ -322,7 +323,7 @@ def _make_message(fields: Mapping[str, Any], where: str) -> Message:
     if role not in ROLES and role not in CALLS:
         raise ValueError(f"{where} has the role {role!r}; known are {', '.join(dict.fromkeys([*ROLES, *CALLS]))}")
     parts = _split_content(content, role in CALLS, where)
-    made = unpack(fields.get("tool_calls", []))
+    made = unpack(fields.get("tool_calls", []), where)
     calls = [_read_call(call, where) for call in [*(made if isinstance(made, list) else [made]), *parts["tool_call"]]]
     if not isinstance(reasoning, str) or (content is None and not calls):
         raise _no_text(where)
@@ -367,7 +368,7 @@ def _split_content(content: Any, is_call: bool, where: str) -> dict[str, list[An
 
 def _read_call(call: Any, where: str) -> dict[str, Any]:
     """Makes ``{"type": "function", "function": {"name", "arguments"}}``, with an object of arguments."""
-    call = unpack(call)
+    call = unpack(call, where)
     outer = {key: part for key, part in call.items() if part is not None} if isinstance(call, Mapping) else {}
     given = outer.pop("function", outer)
     function = {key: part for key, part in given.items() if part is not None} if isinstance(given, Mapping) else {}
@@ -388,7 +389,7 @@ def _read_call(call: Any, where: str) -> dict[str, Any]:
 
 def _read_history(cells: Cells) -> list[Message]:
     """Reads earlier turns: pairs of a question and its answer, or messages."""
-    given = unpack(cells.take("history"))
+    given = cells.take_unpacked("history")
     if given is None:
         return []
     name = cells.name("history")
@@ -420,14 +421,18 @@ def _read_tools(cells: Cells) -> Tools | None:
     )
     if not given or not all(isinstance(tool, dict) for tool in given):
         raise ValueError(f"{where} must hold a list of tools, each an object, or the JSON text of such a list")
-    tools = [_with_schema(without_nulls(tool)) for tool in given]
+    tools = [_with_schema(without_nulls(tool), where) for tool in given]
     return [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
 
 
-def _with_schema(tool: dict[str, Any]) -> dict[str, Any]:
+def _with_schema(tool: dict[str, Any], where: str) -> dict[str, Any]:
     """Parses the parameters of a tool, which some tables hold as JSON text."""
-    parts = {"parameters": unpack, "function": lambda part: _with_schema(part) if isinstance(part, dict) else part}
-    return {key: parts[key](part) if key in parts else part for key, part in tool.items()}
+    made = dict(tool)
+    if "parameters" in tool:
+        made["parameters"] = unpack(tool["parameters"], where)
+    if isinstance(tool.get("function"), dict):
+        made["function"] = _with_schema(tool["function"], where)
+    return made
 
 
 def _text_beside(cells: Cells, name: str, prompt: str) -> str:
@@ -437,7 +442,8 @@ def _text_beside(cells: Cells, name: str, prompt: str) -> str:
         written = all(re.search(rf"\b{letter}\W{{1,3}}{re.escape(text)}", prompt) for _, letter, text in options)
         return "" if written else "\n".join(line for line, _, _ in options)
     given = cells.take(name)
-    given = unpack(given) if name == "documents" or isinstance(unpack(given), Mapping) else given
+    if given is not None and (name == "documents" or isinstance(guess(given), Mapping)):
+        given = unpack(given, cells.place(name))
     if given is None or repeats(given, prompt):
         return ""
     parts = given if isinstance(given, list) else _documents_in_lists(given)

@@ -142,7 +142,7 @@ def encode_instruction(
 def _find_answer_column(cells: Cells) -> str | None:
     """Finds our name of the column that answers a conversation with a question at its end; None without one."""
     answers = next((name for name in ("completion", "answer") if cells.holds(name)), None)
-    turns = unpack(cells.values[cells.name("messages")]) if answers else None
+    turns = cells.unpack("messages") if answers else None
     if not isinstance(turns, list) or not looks_like_messages(turns):
         return None
     asks = read_messages(turns, f"{cells.origin}: {cells.name('messages')}").turns[-1]["role"] != "assistant"
@@ -151,8 +151,8 @@ def _find_answer_column(cells: Cells) -> str | None:
 
 def _read_conversation(cells: Cells) -> InstructionExample:
     name = cells.name("messages")
-    value = unpack(cells.take("messages"))
-    if value is None and isinstance(value := unpack(cells.values[name]), list | str):
+    value = cells.take_unpacked("messages")
+    if value is None and isinstance(value := cells.unpack("messages"), list | str):
         raise ValueError(f"{cells.origin}: column {name!r} is empty")
     if not isinstance(value, list) and not looks_like_messages(value):
         raise cells.wrong_type("messages", value, "a list of messages")
@@ -249,12 +249,12 @@ def _read_asked(cells: Cells, name: str) -> Asked:
 
 def _read_completion(cells: Cells, name: str) -> Any:
     """Reads text or messages; of several references the first."""
-    value, held = references(cells.take(name)), cells.values[cells.name(name)]
+    value, held = references(cells.take(name), cells.place(name)), cells.values[cells.name(name)]
     value = as_letter(cells, value) if cells.holds("options") else value
     if value is None and isinstance(held, str):
         raise ValueError(f"{cells.origin}: the completion is empty (column {cells.name(name)!r})")
     if isinstance(value, str) or looks_like_messages(value):
-        return unpack(value) if looks_like_messages(value) else value
+        return unpack(value, cells.place(name)) if looks_like_messages(value) else value
     if value and isinstance(value, list) and all(isinstance(text, str) for text in value):
         if len(value) > 1:
             cells.reading.note(f"`{cells.name(name)}`: the first of several references is learned")
@@ -264,7 +264,7 @@ def _read_completion(cells: Cells, name: str) -> Any:
 
 def first_instance(cells: Cells) -> str:
     """Reads the output of the first instance; its input becomes the row's."""
-    instances = unpack(cells.take("instances")) or []
+    instances = cells.take_unpacked("instances") or []
     first = instances[0] if isinstance(instances, list) and instances else None
     if not isinstance(first, dict) or "output" not in first:
         raise ValueError(

@@ -17,7 +17,7 @@ from datamodules.formats.conversation import (
     read_reasoning,
     read_turns,
 )
-from datamodules.formats.reading import Cells, Reading, as_number, unpack
+from datamodules.formats.reading import Cells, Reading, as_number, guess, unpack
 from datamodules.formats.table import normalize
 from datamodules.formats.verdicts import (
     VERDICTS,
@@ -167,7 +167,7 @@ def read_compared(cells: Cells, needs_verdict: bool, decided: bool = True) -> Co
     if shape is None:
         raise _no_shape(cells)
     if shape == ("chosen", "rejected"):
-        return _with_several(_take_both(cells, shape))
+        return _with_several(cells, _take_both(cells, shape))
     if shape[:2] == TWO:
         ranks, strength = _judge(cells, needs_verdict, decided)
         said = "two answers" + (" with a verdict" if ranks else "")
@@ -199,7 +199,10 @@ def read_answers(
     Raises:
         ValueError: with the row's origin, where an answer is not one assistant turn behind the prompt, or empty.
     """
-    answers = {name: unpack(value) if looks_like_messages(value) else value for name, value in answers.items()}
+    answers = {
+        name: unpack(value, f"{cells.origin}: {name}") if looks_like_messages(value) else value
+        for name, value in answers.items()
+    }
     first = next(iter(answers.values()))
     for name, value in answers.items():
         if not isinstance(value, str | dict | list) or isinstance(value, str) != isinstance(first, str):
@@ -268,7 +271,7 @@ def _no_shape(cells: Cells) -> ValueError:
 
 
 def _list_in(cells: Cells, name: str) -> list[Any]:
-    given = unpack(cells.values[cells.name(name)]) if cells.has(name) else None
+    given = cells.unpack(name) if cells.has(name) else None
     return given if isinstance(given, list) else []
 
 
@@ -288,13 +291,14 @@ def _take_both(cells: Cells, names: tuple[str, ...]) -> dict[str, Any]:
     return both
 
 
-def _with_several(both: dict[str, Any]) -> Compared:
+def _with_several(cells: Cells, both: dict[str, Any]) -> Compared:
     """Reads chosen and rejected answers, each text or, as in RewardBench 2, a list of equally good texts."""
-    given = {name: unpack(value) for name, value in both.items()}
+    given = {name: guess(value) for name, value in both.items()}
     if not all(
         value and isinstance(value, list) and all(isinstance(text, str) for text in value) for value in given.values()
     ):
         return Compared(both, [0, 1], "chosen + rejected")
+    given = {name: unpack(value, f"{cells.origin}: {name}") for name, value in both.items()}
     answers = {f"{name} {number}": text for name, texts in given.items() for number, text in enumerate(texts)}
     ranks = [rank for rank, texts in enumerate(given.values()) for _ in texts]
     return Compared(answers, ranks, "chosen + rejected, several of each")
@@ -319,17 +323,17 @@ def _judge(cells: Cells, needs_verdict: bool, decided: bool) -> tuple[list[int] 
 def _read_list(cells: Cells, needs_verdict: bool, decided: bool) -> Compared:
     """Reads a list of answers: best first, or ranked by a column, by a verdict of two, or by their own keys."""
     column = "completions" if cells.has("completions") else "answer"
-    given = unpack(cells.take(column))
+    given = cells.take_unpacked(column)
     if not isinstance(given, list) or len(given) < 2:
         raise ValueError(f"{cells.origin}: {cells.name(column)} must be a list of at least two")
     places: list[float] | None = None
     strength = None
     if cells.holds("ranks"):
-        places = _numbers(unpack(cells.take("ranks")), len(given), "ranks", cells.origin)
+        places = _numbers(cells.take_unpacked("ranks"), len(given), "ranks", cells.origin)
         if cells.take("scores") is not None:
             cells.reading.note(f"`{cells.name('scores')}`: not read, the ranks are")
     elif cells.holds("scores"):
-        places = [-score for score in _numbers(unpack(cells.take("scores")), len(given), "scores", cells.origin)]
+        places = [-score for score in _numbers(cells.take_unpacked("scores"), len(given), "scores", cells.origin)]
     elif cells.holds("labels"):
         raise ValueError(
             f"{cells.origin}: completions with labels are steps of one answer, not answers to compare; give ranks or "
@@ -353,7 +357,7 @@ def _refuse_hidden_ranks(cells: Cells, count: int, name: str) -> None:
     if {"ranks", "scores"} & set(cells.reading.by_hand):
         return
     for theirs in cells.unread:
-        held = unpack(cells.values.get(theirs))
+        held = guess(cells.values.get(theirs))
         by_answer = isinstance(held, list) and len(held) == count and all(as_number(one) is not None for one in held)
         if by_answer or (
             RANKS.search(normalize(theirs)) and (theirs.startswith(f"{name}.") or as_number(held) is not None)
@@ -416,7 +420,7 @@ def _read_own_prompt(cells: Cells, template: bool, whole: bool) -> Dialogue | No
 
     Answers that are ``whole`` conversations share theirs where no column is meant for it.
     """
-    turns = unpack(cells.values[cells.name("messages")]) if cells.holds("messages") else None
+    turns = cells.unpack("messages") if cells.holds("messages") else None
     asks = (
         looks_like_messages(turns)
         and read_messages(turns, f"{cells.origin}: {cells.name('messages')}").turns[-1]["role"] != "assistant"

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from datamodules.formats.conversation import PROMPTS, add_context, read_options, read_prompt
-from datamodules.formats.reading import Cells, Reading, as_number, is_empty, plain, references, unpack
+from datamodules.formats.reading import Cells, Reading, as_number, guess, is_empty, plain, references
 from datamodules.formats.table import normalize
 from datamodules.sources.source import Row
 from datamodules.tokens.encoding import Dialogue, Tools
@@ -91,7 +91,7 @@ def settle_choices(rows: Iterable[Cells], reading: Reading, names: tuple[str, ..
         if not cells.holds("options"):
             continue
         name = next((name for name in names if cells.holds(name)), None)
-        value = unpack(cells.values[cells.name(name)]) if name else None
+        value = guess(cells.values[cells.name(name)]) if name else None
         number = None if isinstance(value, bool) else as_number(value)
         if number is not None and number == int(number):
             origin = origin or cells.origin
@@ -125,7 +125,7 @@ def right_answer(cells: Cells, names: tuple[str, ...] = ANSWERS) -> tuple[str | 
         if not cells.holds(name):
             continue
         theirs = cells.name(name)
-        answer = references(unpack(cells.take(name, one_of_several=True)))
+        answer = references(cells.take_unpacked(name, one_of_several=True), cells.place(name))
         cells.roles[theirs] = "answer" if name not in cells.reading.by_hand else name
         if isinstance(answer, list | tuple):
             several = list(dict.fromkeys(str(one).strip() for one in answer if not is_empty(one)))

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from datamodules.formats.strict import Refused, guess_json, load_json, load_literal
 from datamodules.formats.table import (
     COMPARED,
     MODULES,
@@ -214,6 +215,19 @@ class Cells:
         """Tells whether there is such a column and it is not empty."""
         return ours in self.names and not is_empty(self.values[self.names[ours][0]])
 
+    def unpack(self, ours: str) -> Any:
+        """Reads the list or object in a column, as :func:`unpack` does; the column does not count as used."""
+        return unpack(self.values[self.name(ours)], self.place(ours))
+
+    def take_unpacked(self, ours: str, one_of_several: bool = False) -> Any:
+        """Takes the value of a column as :meth:`take` does, and the list or object in it as :func:`unpack` does."""
+        value = self.take(ours, one_of_several)
+        return value if value is None else unpack(value, self.place(ours))
+
+    def place(self, ours: str) -> str:
+        """Says where a column that is there stands."""
+        return f"{self.origin}: column {self.name(ours)!r}"
+
     def has(self, ours: str) -> bool:
         """Tells whether there is such a column, empty or not."""
         return ours in self.names
@@ -348,7 +362,7 @@ def _is_number(value: Any) -> bool:
 
 def _is_prose(value: Any) -> bool:
     """Tells whether a cell is text that holds no list and no object."""
-    return isinstance(value, str) and isinstance(unpack(value), str)
+    return isinstance(value, str) and isinstance(guess(value), str)
 
 
 def _is_neutral(ours: str, value: Any) -> bool:
@@ -377,20 +391,38 @@ def without_nulls(value: Any) -> Any:
 def parse_json(text: str, where: str) -> Any:
     """Parses the JSON in a text. Raises ValueError that begins with ``where``."""
     try:
-        return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        reason = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply"
-        raise ValueError(f"{where} holds text where JSON was expected ({reason}): {text[:60]!r}") from error
+        return load_json(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where} holds text where JSON was expected ({error.msg}): {text[:60]!r}") from error
+    except Refused as error:
+        raise ValueError(f"{where.rstrip(',')}: {error}") from error
 
 
-def unpack(value: Any) -> Any:
-    """Reads a list or object that a table holds as text (JSON, or Python's); any other value stays as it is."""
+def unpack(value: Any, where: str) -> Any:
+    """Reads a list or object that a table holds as text (JSON, or Python's); any other value stays as it is.
+
+    Raises ValueError that begins with ``where`` for one that :func:`load_json` refuses.
+    """
     if not isinstance(value, str) or not (text := value.strip()).startswith(("[", "{")):
         return value
-    for read in (json.loads, ast.literal_eval):
+    for read in (load_json, load_literal):
         try:
             return read(text)
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
+        except Refused as error:
+            raise ValueError(f"{where.rstrip(',')}: {error}") from error
+        except ValueError:
+            continue
+    return value
+
+
+def guess(value: Any) -> Any:
+    """Reads a cell as :func:`unpack` does, to see what it may be; one that would be refused is read loosely."""
+    if not isinstance(value, str) or not (text := value.strip()).startswith(("[", "{")):
+        return value
+    for read in (guess_json, ast.literal_eval):
+        try:
+            return read(text)
+        except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
             continue
     return value
 
@@ -419,10 +451,15 @@ def texts_in(value: Any) -> list[str]:
     return [text for part in parts for text in texts_in(part)]
 
 
-def references(value: Any) -> Any:
-    """Takes the texts from SQuAD's ``{"text": [...], "answer_start": [...]}``; any other value stays."""
-    held = unpack(value)
-    return held["text"] if isinstance(held, Mapping) and set(held) == {"text", "answer_start"} else value
+def references(value: Any, where: str) -> Any:
+    """Takes the texts from SQuAD's ``{"text": [...], "answer_start": [...]}``; any other value stays.
+
+    Raises ValueError as :func:`unpack` does.
+    """
+    held = guess(value)
+    if isinstance(held, Mapping) and set(held) == {"text", "answer_start"}:
+        return unpack(value, where)["text"]
+    return value
 
 
 def repeats(value: Any, other: Any) -> bool:

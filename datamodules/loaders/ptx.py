@@ -89,6 +89,11 @@ class PtxStream:
         return self.texts.make_dataset(self.rows)[MicroBatch(tuple(rows[share::shares]), supervised)]
 
     @property
+    def content(self) -> int:
+        """Checksum of the rows of ``train``, 0 before they are read."""
+        return self.texts.content if self.texts is not None else 0
+
+    @property
     def domains(self) -> Mapping[str, list[Tokens]]:
         """Packed held-out rows by domain, after ``setup``."""
         return self.texts.domains if self.texts is not None else {}

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from datamodules.formats.strict import Refused, load_json
 from datamodules.sources.locations import explain_hub_error, file_format, find_files, split_hub_id
 from datamodules.sources.source import Row, Source
 
@@ -19,7 +20,6 @@ Header = Sequence[str] | None
 TABLES_OF_TEXT = (".csv", ".tsv")
 HEADERLESS = "; if the file has no line of column names, name them with Files' header, such as [prompt, completion]"
 QUOTED = re.compile('"(?:[^"]|"")*""(?:[^"]|"")*"')  # in quotes, with doubled quotes inside
-MAX_DEPTH = 100  # of lists and objects in each other
 
 csv.field_size_limit(2**31 - 1)  # Python refuses cells above 128 KiB
 
@@ -180,49 +180,18 @@ def _decode_utf8(raw: bytes, path: Path, first_line: int) -> str:
         ) from error
 
 
-def parse_record(text: str, origin: str) -> Any:
-    """The value of a row's JSON text. ValueError, which begins with ``origin``, when it is none, is nested more than
-    MAX_DEPTH deep, or holds half of a character, which no tokenizer can encode.
+def parse_record(text: str, origin: str, path: Path | None = None) -> Any:
+    """Parses the JSON text of a row, or of a whole file ``path``, as :func:`load_json` does.
+
+    Raises ValueError that begins with ``origin``, or with the line of the file.
     """
-    value = _load_json(text, origin)
-    return _check_encodable(value, origin) if _has_surrogates(text) else value
-
-
-def _load_json(text: str, origin: str, path: Path | None = None) -> Any:
-    """The value of a JSON text; errors name the line where it is that of a whole file ``path``."""
     try:
-        value = json.loads(text)
+        return load_json(text)
     except json.JSONDecodeError as error:
         where = f"{path}:{error.lineno}" if path else origin
         raise ValueError(f"{where}: not valid JSON: {error.msg} (column {error.colno})") from error
-    except RecursionError:
-        value = None
-    if value is None or text.count("[") + text.count("{") > MAX_DEPTH:
-        _check_depth(text, origin)
-    return value
-
-
-def _has_surrogates(text: str) -> bool:
-    return "\\ud" in text.lower()  # \ud800 to \udfff, which UTF-8 holds only as escapes
-
-
-def _check_encodable(record: Any, origin: str) -> Any:
-    """The record. ValueError when it holds half of a character."""
-    try:
-        json.dumps(record, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"{origin}: the text holds half of a character (an unpaired surrogate such as \\ud83d); remove it"
-        ) from error
-    return record
-
-
-def _check_depth(text: str, origin: str) -> None:
-    depth = 0
-    for bracket in re.sub(r'"(?:[^"\\]|\\.)*"|[^][{}]', "", text):
-        depth += 1 if bracket in "[{" else -1
-        if depth > MAX_DEPTH:
-            raise ValueError(f"{origin}: lists and objects are nested more than {MAX_DEPTH} deep; flatten them")
+    except Refused as error:
+        raise ValueError(f"{f'{path}:{error.line}' if path else origin}: {error}") from error
 
 
 def _read_jsonl(path: Path, _: Header) -> Iterator[Located]:
@@ -237,14 +206,12 @@ def _read_json(path: Path, header: Header) -> Iterator[Located]:
     if _is_jsonl(text):
         yield from _read_jsonl(path, header)
         return
-    content = _load_json(text, str(path), path) if text.strip() else []
+    content = parse_record(text, str(path), path) if text.strip() else []
     if isinstance(content, dict):
         content = _rows_in_object(content, path)
     if not isinstance(content, list):
         raise ValueError(f"{path}: expected an array of rows, found a {type(content).__name__}")
-    check = _has_surrogates(text)
-    for index, record in enumerate(content):
-        yield f"{path}#{index}", _check_encodable(record, f"{path}#{index}") if check else record
+    yield from ((f"{path}#{index}", record) for index, record in enumerate(content))
 
 
 def _is_jsonl(text: str) -> bool:
@@ -252,7 +219,7 @@ def _is_jsonl(text: str) -> bool:
     first, _, rest = text.lstrip().partition("\n")
     try:
         return bool(rest.strip()) and isinstance(json.loads(first), dict)
-    except (json.JSONDecodeError, RecursionError):
+    except (ValueError, RecursionError):
         return False
 
 

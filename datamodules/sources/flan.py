@@ -1,6 +1,5 @@
 """FLAN: puts data sets into words by templates and mixes them by their sizes (arXiv 2109.01652, 2301.13688)."""
 
-import json
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -8,6 +7,7 @@ from pathlib import Path
 from string import Formatter
 from typing import Any
 
+from datamodules.formats.strict import Refused, load_json
 from datamodules.sources.files import read_rows
 from datamodules.sources.source import Row, Source
 from modules.trainer.seeds import run_seed
@@ -178,7 +178,9 @@ def _read_templates(path: str) -> list[FlanTemplate]:
 
     try:
         text = Path(path).expanduser().read_text(encoding="utf-8-sig")
-        entries: Any = json.loads(text) if path.endswith(".json") else yaml.safe_load(text)
+        entries: Any = load_json(text) if path.endswith(".json") else yaml.safe_load(text)
+    except Refused as error:
+        raise ValueError(f"{path}:{error.line}: {error}") from error
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise ValueError(
             f"{path}: not a readable JSON or YAML file of templates: {' '.join(str(error).split())}"

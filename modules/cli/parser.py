@@ -4,6 +4,7 @@ import inspect
 import re
 import sys
 from collections.abc import Callable, Iterator
+from itertools import zip_longest
 from pathlib import Path
 from types import FunctionType
 from typing import Any, NoReturn, get_args
@@ -24,6 +25,8 @@ from modules.cli.explain import (
 )
 from modules.cli.renamed import renew
 from modules.types import Reward, as_reward, make_printable
+
+LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 set_parsing_settings(import_path_denylist=[])  # enforces the parser's own list: os, subprocess, pickle, ...
 
@@ -115,6 +118,19 @@ class Parser(LightningArgumentParser):
         """Make every object by ``build``."""
         return self.instantiate(cfg, instantiators=[(build, object, True)], **kwargs)
 
+    def parse_args(self, args: Any = None, *rest: Any, **settings: Any) -> Any:
+        """Parse the arguments. Raises ValueError for a key that stands twice in one mapping of a configuration."""
+        for place, text in read_mappings(sys.argv[1:] if args is None else args):
+            try:
+                repeated = find_repeated_key(text)
+            except (yaml.YAMLError, RecursionError):
+                continue  # the parser will say so
+            if repeated is not None:
+                line, key = repeated
+                where = f"{place}:{line}" if Path(place).is_file() else place
+                raise ValueError(f"{where}: the key {key!r} stands twice in one mapping; keep one of them")
+        return super().parse_args(args, *rest, **settings)
+
     def print_usage(self, file: Any = None) -> None:
         """Print nothing: ``--help`` tells the usage."""
 
@@ -149,6 +165,55 @@ def sort_arguments(arguments: list[str]) -> list[str]:
     first = [group for group in groups if group and group[0].partition("=")[0] in free]
     rest = [group for group in groups[1:] if group not in files and group not in first]
     return [argument for group in (groups[0], *first, *files, *rest) for argument in group]
+
+
+def read_mappings(args: list[str]) -> Iterator[tuple[str, str]]:
+    """Read the configurations and mappings that arguments give, each with its file or option."""
+    for argument, after in zip_longest(args, args[1:], fillvalue=""):
+        name, equals, value = argument.partition("=")
+        value = value if equals else after
+        if not name.startswith("-"):
+            continue
+        if name in ("--config", "-c") and Path(value).is_file():
+            try:
+                yield value, Path(value).read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError):
+                continue  # the parser will say so
+        elif value.lstrip().startswith(("{", "[")):
+            yield name, value
+
+
+def find_repeated_key(text: str) -> tuple[int, str] | None:
+    """Find the first key that stands twice in a mapping of a YAML text: its line and its name.
+
+    Merge keys (``<<``) may stand in a mapping beside the keys that they bring.
+
+    Raises:
+        yaml.YAMLError: the text is no YAML.
+    """
+    found = [mark for document in yaml.compose_all(text, Loader=LOADER) for mark in find_repeated_keys(document)]
+    return min(found, default=None)
+
+
+def find_repeated_keys(document: yaml.Node | None) -> Iterator[tuple[int, str]]:
+    """Find the line and the name of every key of a YAML document that stands twice in a mapping."""
+    seen: set[int] = set()  # an anchor's node stands wherever an alias names it
+    nodes = [document]
+    while nodes:
+        node = nodes.pop()
+        if id(node) in seen or not isinstance(node, yaml.CollectionNode):
+            continue
+        seen.add(id(node))
+        if isinstance(node, yaml.MappingNode):
+            keys: set[tuple[str, str]] = set()
+            for key, value in node.value:
+                nodes += [key, value]
+                name = (key.tag, str(key.value))
+                if name in keys and key.tag != "tag:yaml.org,2002:merge":
+                    yield key.start_mark.line + 1, str(key.value)
+                keys.add(name)
+        else:
+            nodes += node.value
 
 
 def add_data_module(args: list[str]) -> list[str]:

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from modules.cli.parser import find_repeated_key
+
 LONG = '{"prompt": "' + "a" * 600 + '", "answer": "b"}'
 GOOD = '{"prompt": "1+1=", "answer": "2"}'
 NAN = '{"prompt": "1+1=", "answer": NaN}'
@@ -56,6 +58,24 @@ FILES = [
         f"{NAN}\n{NAN}\n",
         "grpo",
         "numeric_match scored none of the first 256 completions, whose rows have no answer",
+    ),
+    (
+        "twice.jsonl",
+        '{"prompt": "a", "completion": "b", "completion": "c"}\n',
+        "sft",
+        "twice.jsonl:1: the key 'completion' stands twice in one object; keep one of them",
+    ),
+    (
+        "digits.json",
+        f'[{GOOD},\n{{"prompt": "1+1=", "answer": {"9" * 4301}}}]',
+        "grpo",
+        "digits.json:2: a number has more than 4300 digits; write it as text, in quotes",
+    ),
+    (
+        "deep.csv",
+        'messages\n"[{""role"": ""user"", ""content"": ' + "[" * 600 + "]" * 600 + '}]"\n',
+        "sft",
+        "deep.csv:2: column 'messages': lists and objects are nested more than 100 deep; flatten them",
     ),
     ("header.csv", "prompt,answer\n", "grpo", "header.csv: the file holds no rows"),
     ("cells.csv", "prompt,answer\n1+1=,2,3\n", "grpo", "cells.csv:2: the row has 3 cells and the header 2"),
@@ -253,6 +273,49 @@ def test_misspelt_yaml_key_names_the_key(tmp_path, refusal):
     assert "did you mean prompts_per_phase" in refusal("grpo", "--config", str(file))
     file.write_text("model: true\ndata: [1]\n")
     assert 'Parser key "' in refusal("grpo", "--config", str(file), "--data.train=x")
+
+
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        ("model:\n  init_args: {}\nseed_everything: 1\nmodel:\n  init_args: {}\n", "4: the key 'model'"),
+        ("model:\n  init_args:\n    temperature: 1.0\n    temperature: 2.0\n", "4: the key 'temperature'"),
+    ],
+)
+@pytest.mark.parametrize("joined", [False, True])
+def test_keys_that_stand_twice_in_a_configuration_are_refused(tmp_path, refusal, text, place, joined):
+    file = tmp_path / "twice.yaml"
+    file.write_text(text)
+    said = refusal("grpo", *([f"--config={file}"] if joined else ["--config", str(file)]))
+    assert said == f"error: {file}:{place} stands twice in one mapping; keep one of them"
+
+
+def test_keys_that_stand_twice_in_an_option_are_refused(refusal):
+    said = refusal("grpo", "--data.columns", "{prompt: a, prompt: b}")
+    assert said == "error: --data.columns: the key 'prompt' stands twice in one mapping; keep one of them"
+    assert "--data.columns: the key 'prompt'" in refusal("grpo", "--data.columns={prompt: a, prompt: b}")
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("a: 1\nb: {c: 1,\n  c: 2}\n", (3, "c")),
+        ("a: &x {b: 1}\nc: {<<: *x, b: 2}\nd: {<<: [*x, *x]}\ne: *x\n", None),
+        ('1: a\n"1": b\n', None),
+        ("a:\n- {b: 1}\n- {b: 1}\n", None),
+        ("", None),
+    ],
+)
+def test_repeated_keys_of_yaml(text, found):
+    assert find_repeated_key(text) == found
+
+
+def test_anchors_and_merge_keys_of_a_configuration_work(tmp_path, run):
+    file = tmp_path / "merged.yaml"
+    file.write_text("trainer: &few {max_epochs: 1}\nseed_everything: 1\n")
+    run("grpo", "--config", str(file), *FEW)
+    file.write_text("trainer:\n  <<: &few {max_epochs: 7}\n  max_epochs: 1\n")
+    run("grpo", "--config", str(file), *FEW)
 
 
 def test_the_tip_is_a_command_that_works(capsys, run):

@@ -4,6 +4,7 @@ A step's rows depend only on seed, step and rows per step, so resuming, ranks an
 """
 
 import json
+import warnings
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -203,6 +204,24 @@ def test_a_stable_checkpoint_branches_into_decays(tmp_path: Path) -> None:
         planned = seen(mixture(STABLE | sft, **(branch | {"num_steps": end})))
         assert resumed.seen == planned.seen[start:] and same(resumed, planned), (checkpoint, limits)
         assert any("s:" in tiny_tokenizer().decode(row) for batch in resumed.seen for row in batch)
+
+
+def warnings_of(module: MixtureDataModule, state: dict[str, Any]) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        module.load_state_dict(state)
+    return [str(warning.message) for warning in caught]
+
+
+def test_other_rows_of_a_stream_are_told(tmp_path: Path) -> None:
+    seen(mixture(), callbacks=savers(tmp_path))
+    saved = torch.load(tmp_path / "stepstep=4.ckpt", weights_only=True)["MixtureDataModule"]
+    (said,) = warnings_of(mixture(STABLE | {"b": Stream(Letters("c", 20, length=14), weight=1.0)}), saved)
+    assert said.startswith("the training rows are not those that the checkpoint was trained on; the run goes on")
+    assert warnings_of(mixture(STABLE | {"b": Stream(Letters("b", 20, length=14), weight=2.0)}), saved) == []
+    assert warnings_of(mixture(STABLE | {"c": Stream(Letters("c", 5), weight=1.0)}), saved) == []
+    earlier = {key: value for key, value in saved.items() if key != "contents"}
+    assert warnings_of(mixture({"a": Stream(Letters("x", 30), weight=3.0)}), earlier | {"content": 0}) == []
 
 
 def test_checkpoints_of_other_steps_are_refused(tmp_path: Path) -> None:

@@ -239,6 +239,23 @@ def test_loading_is_reported(texts: str, caplog: pytest.LogCaptureFixture) -> No
     assert "ptx web: text; 10 rows in" in caplog.text
 
 
+def test_other_texts_of_a_resumed_run_are_told(tmp_path: Path, texts: str, recwarn: pytest.WarningsRecorder) -> None:
+    (runs := trainer(tmp_path)).fit(Recorder(), datamodule=(same := data(PtxStream(texts, 3, 25))))
+    runs.save_checkpoint(tmp_path / "last.ckpt")
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)["OnRank"]
+    earlier = {key: saved[key] for key in ("phase_loader", "content")}
+    other = tmp_path / "other.jsonl"
+    other.write_text(json.dumps({"text": "x" * 20}) + "\n")
+    resumed = data(PtxStream(str(other), 3, 25))
+    resumed.setup("fit")
+    recwarn.clear()
+    resumed.load_state_dict(earlier)
+    same.load_state_dict(saved)
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match="the training rows are not those that the checkpoint was trained on"):
+        resumed.load_state_dict(saved)
+
+
 def test_real_phases_go_on_with_texts_beside_them(tmp_path: Path, texts: str) -> None:
     """A text may fill the model's positions, because nothing is sampled after it."""
     long = tmp_path / "long.jsonl"

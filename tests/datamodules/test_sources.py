@@ -405,7 +405,7 @@ BROKEN = [
     ),
     ("a.tsv", b"a\tb\n1\n", r"a\.tsv:2: the row has 1 cells and the header 2"),
     ("a.jsonl", b'{"a": 1}\n{"a": "\\ud83d"}\n', r"a\.jsonl:2: the text holds half of a character"),
-    ("a.json", b'[{"a": 1}, {"a": ["\\uDE00 x"]}]', r"a\.json#1: the text holds half of a character"),
+    ("a.json", b'[{"a": 1}, {"a": ["\\uDE00 x"]}]', r"a\.json:1: the text holds half of a character"),
     ("a.txt", b"text", r"a\.txt: unknown kind of file, expected one that ends in \.jsonl"),
 ]
 

@@ -1,6 +1,7 @@
 """Streamed rows: each is read once a pass for any ranks and workers, packed in order, and resumed exactly."""
 
 import json
+import warnings
 from collections import Counter
 from itertools import islice
 from pathlib import Path
@@ -218,6 +219,27 @@ def test_resuming_otherwise_is_refused(folder, tmp_path, name, changes):
         match=f"2 accumulate and this run has 1 ranks, {changes.get('num_workers', 0)} workers, {accumulate} accumulate",
     ):
         fit(stream(folder, **changes), tmp_path / "again", tmp_path / "run" / "step=2.ckpt", accumulate)
+
+
+def warnings_of(data: StreamingDataModule, state: dict) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        data.setup("fit")
+        data.load_state_dict(state)
+    return [str(warning.message) for warning in caught if "training rows" in str(warning.message)]
+
+
+def test_other_files_are_told(folder, tmp_path):
+    fit(stream(folder), tmp_path / "run")
+    saved = torch.load(tmp_path / "run" / "step=2.ckpt", weights_only=True)["StreamingDataModule"]
+    assert warnings_of(stream(folder), saved) == []
+    moved = folder.rename(tmp_path / "moved")
+    assert warnings_of(stream(moved), saved) == []
+    with (moved / "1.jsonl").open("a") as file:
+        file.write('{"prompt": "new", "completion": "row"}\n')
+    (said,) = warnings_of(stream(moved), saved)
+    assert said.startswith("the training rows are not those that the checkpoint was trained on; the run goes on")
+    assert warnings_of(stream(moved), {"ranks": saved["ranks"]}) == []  # of an earlier version
 
 
 RANKS = """
