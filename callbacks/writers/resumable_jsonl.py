@@ -131,10 +131,13 @@ class ResumableJsonl(Callback):
         self._close()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Keep the part file: the next run continues from it."""
+        """Keep the part file, from which the next run continues, unless nothing was written."""
         if self._file is not None:
             with suppress(OSError):  # a full disk
                 self._close()
+            part = self._part(trainer.global_rank)
+            if part.is_file() and not part.stat().st_size:
+                part.unlink()
 
     def _join(self, trainer: Trainer, pl_module: Labels) -> None:
         parts, lines = self._parts(), self._read_parts()

@@ -202,7 +202,7 @@ def test_period_is_checked() -> None:
 
 def test_weights_are_averaged_before_they_are_exported(tmp_path: Path) -> None:
     export, average = Export(str(tmp_path / "export")), AveragedWeights(decay=0.5)
-    with pytest.raises(ValueError, match="list WeightAveraging before Export"):
+    with pytest.raises(ValueError, match="list what averages them before Export"):
         train(Tuned(), [export, average])
     train(module := Tuned(), [average, export])
     start = logits(Tuned().policy.model)

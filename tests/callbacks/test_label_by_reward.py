@@ -107,7 +107,7 @@ def test_a_stopped_run_goes_on_with_the_same_rule_alone(tmp_path: Path) -> None:
                 raise RuntimeError("stopped")
             return super().__call__(rollouts)
 
-    with pytest.raises(RuntimeError, match="stopped"):
+    with pytest.raises(ValueError, match="reward .* failed at .* RuntimeError: stopped"):
         label(tmp_path / "again.jsonl", Stops(r"(\d+)\.*"), batch_size=1)
     with pytest.raises(ValueError, match="was started with another judge or other rows"):
         label(tmp_path / "again.jsonl", GOLD)
