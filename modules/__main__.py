@@ -97,6 +97,10 @@ def main(args: list[str] | None = None) -> None:
         refuse(error)
     except KeyboardInterrupt:
         sys.exit(130)
+    except RuntimeError as error:
+        if not str(error).startswith("Early stopping conditioned on metric"):  # Lightning's, of a misspelt monitor
+            raise
+        refuse(error)
 
 
 if __name__ == "__main__":

@@ -61,6 +61,7 @@ class AlignmentModule(LightningModule):
                 f"policy: '{policy}' is a classifier (a reward model?) without an output head: name the language model"
             )
         self.optimizer, self.scheduler = optimizer, scheduler
+        self.lora_scale = None if lora is None else lora.alpha / lora.r  # of the adapters' output
         self.record = Record()
         self.num_tokens = 0  # trained on so far, all ranks
         self._step, self._evaluation = Tally(), Tally()  # metrics of the optimiser step and of the evaluation so far
@@ -263,7 +264,7 @@ class AlignmentModule(LightningModule):
         learned = [name for name, parameter in self.named_parameters() if parameter.requires_grad and name in saved]
         require_finite([saved[name] for name in learned], type(self).__name__)
         checkpoint["alignment"] = {**self.identity(), "num_tokens": self.num_tokens, "random": self._random}
-        checkpoint["alignment"]["reference"] = self.reference_id
+        checkpoint["alignment"] |= {"reference": self.reference_id, "lora_scale": self.lora_scale}
         checkpoint["alignment"] |= {"validates": validation_is_due(self.trainer), "logged": sorted(self._step_names)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -275,7 +276,7 @@ class AlignmentModule(LightningModule):
         saved = dict(checkpoint.get("alignment", {}))
         self.num_tokens = saved.pop("num_tokens", 0)
         self._random = saved.pop("random", self._random)
-        reference = saved.pop("reference", None)
+        reference, scale = saved.pop("reference", None), saved.pop("lora_scale", None)
         due, self._step_names = saved.pop("validates", None), set(saved.pop("logged", []))
         mine = self.identity()
         if saved != mine:
@@ -285,6 +286,11 @@ class AlignmentModule(LightningModule):
                 if saved.get(key) != mine[key]
             ]
             raise ValueError(f"the checkpoint is of another model: {'; '.join(differ)}")
+        if None not in (scale, self.lora_scale) and scale != self.lora_scale:
+            raise ValueError(
+                f"lora.alpha / lora.r is {self.lora_scale:g} and was {scale:g} in the checkpoint, so its adapters would "
+                "change the model by another factor: set lora.alpha as it was"
+            )
         if None not in (reference, self.reference_id) and reference != self.reference_id:
             raise ValueError(
                 "the checkpoint's run began with other weights than model.policy (or model.reference) holds now, so the "

@@ -204,3 +204,11 @@ def test_a_class_that_replaces_that_of_a_configuration_stays_in_its_place():
     given = ["fit", "--config", few_rows("grpo"), "--model.beta=0.5", "--model=DPOModule", "--data.val=-1", "--data=A"]
     assert sort_arguments(given) == given
     assert sort_arguments([given[0], *given[3:], *given[1:3]]) == given
+
+
+def test_a_misspelt_monitor_ends_the_run_in_one_sentence(capsys):
+    stopping = "--trainer.callbacks+={class_path: EarlyStopping, init_args: {monitor: val/lss}}"
+    with pytest.raises(SystemExit) as end:
+        main(["fit", "--config", few_rows("sft"), *SHORT, stopping])
+    assert end.value.code == 1
+    assert "error: Early stopping conditioned on metric `val/lss`" in capsys.readouterr().err

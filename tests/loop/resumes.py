@@ -9,7 +9,7 @@ import csv
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -92,15 +92,11 @@ STOPS: list[Stop] = [
 ]
 
 
-# The others stop like ``max_steps``, after a whole step and on all ranks at once.
-ON_TWO_RANKS = [stop_at_a_step, stop_by_max_steps, stop_inside_a_validation]
-
-
-def check_resumes(name: str, folder: Path, stops: Sequence[Stop], *more: str) -> None:
-    """Fail unless a run of ``fixed_runs`` goes on from each stop as if nothing had happened."""
+def check_resumes(name: str, folder: Path, *more: str) -> None:
+    """Fail unless a run of ``fixed_runs`` goes on from every stop as if nothing had happened."""
     settings = [*SETTINGS.get(name, []), *VALIDATES, *more]
     whole = fixed_runs.fit(name, folder / "whole", *settings)
-    for stop in stops:
+    for stop in STOPS:
         checkpoint = stop(name, folder / stop.__name__, settings)
         after = folder / f"after {stop.__name__}"
         resumed = fixed_runs.fit(name, after, *settings, "--ckpt_path", str(checkpoint))
@@ -118,4 +114,4 @@ def check_resumes(name: str, folder: Path, stops: Sequence[Stop], *more: str) ->
 
 if __name__ == "__main__":
     for method in sys.argv[2:]:
-        check_resumes(method, Path(sys.argv[1]) / method, ON_TWO_RANKS, *TWO_RANKS)
+        check_resumes(method, Path(sys.argv[1]) / method, *TWO_RANKS)
