@@ -60,7 +60,7 @@ show-batch: setup  ## print the first batch of CONFIG, what is learned of it col
 quick: lint  ## check style and types, and run tests that need no training (90 seconds on 2 cores)
 	@$(PY) -m mypy & types=$$!; OMP_NUM_THREADS=1 $(PY) -m pytest $(QUICK); tests=$$?; wait $$types && exit $$tests
 
-test: setup .venv/.smollm  ## run all tests, in two processes (18 minutes on 2 cores)
+test: setup .venv/.smollm  ## run all tests, in two processes (11 to 18 minutes on 2 cores)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal --durations 10
 
 fuzz: setup  ## feed 5,000 generated rows, files, configurations and options to the program (5 minutes)
