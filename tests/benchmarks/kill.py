@@ -35,6 +35,7 @@ from fixed_runs import same
 import modules.trainer.saving
 from callbacks.stages import export
 from modules.__main__ import main
+from modules.cli.run_folder import find_last_checkpoint
 from modules.on_policy import OnPolicyModule
 from modules.rollout.engine import InProcessEngine
 
@@ -204,8 +205,8 @@ def break_and_resume(name: str, signum: int, change: Break | None, folder: Path,
         time.sleep(moment)
         os.kill(process, signum)
     status = wait(process)
-    last = folder / "run/checkpoints/last.ckpt"
-    done = torch.load(last, weights_only=True)["global_step"] if last.is_file() else 0
+    last = find_last_checkpoint(folder / "run")
+    done = torch.load(last, weights_only=True)["global_step"] if last else 0
     if not done:
         shutil.rmtree(folder / "run", ignore_errors=True)
     resumed = wait(start(folder, ["--ckpt_path", "run"] if done else []))
