@@ -8,8 +8,10 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, TextIO
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.plugins.environments import SLURMEnvironment
@@ -34,9 +36,19 @@ def choose_folder(method: str) -> Path:
 
 
 def find_last_checkpoint(folder: Path) -> Path | None:
-    """Find the newest checkpoint in a run's folder; of several that are as new, ``last.ckpt``."""
-    found = (folder / CHECKPOINTS).glob("*.ckpt")
-    return max(found, key=lambda path: (path.stat().st_mtime, path.name == "last.ckpt", path.name), default=None)
+    """Find the newest checkpoint in a run's folder; ``last.ckpt`` where the run renews it behind each other one."""
+    found, last = (folder / CHECKPOINTS).glob("*.ckpt"), folder / CHECKPOINTS / "last.ckpt"
+    newest = max(found, key=lambda path: (path.stat().st_mtime, path == last, path.name), default=None)
+    return last if newest is not None and last.is_file() and renews_last(newest) else newest
+
+
+def renews_last(checkpoint: Path) -> bool:
+    """Return whether the run that wrote a checkpoint also keeps ``last.ckpt``, whose numbers are all logged."""
+    try:
+        callbacks = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["callbacks"]
+    except (RuntimeError, UnpicklingError, LookupError, EOFError, ValueError):  # damaged, or of another program
+        return False
+    return any(isinstance(state, dict) and state.get("last_model_path") for state in callbacks.values())
 
 
 def find_own_run(out: Path, checkpoint: str | None) -> Path | None:

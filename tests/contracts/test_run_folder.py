@@ -287,6 +287,9 @@ def test_the_newest_checkpoint_is_the_last_one(tmp_path):
         (folder / f"{name}.ckpt").touch()
         os.utime(folder / f"{name}.ckpt", (time.time() - age,) * 2)
     assert find_last_checkpoint(tmp_path / "run") == folder / "epoch=8.ckpt"
+    torch.save({"callbacks": {"ModelCheckpoint": {"last_model_path": "last.ckpt"}}}, folder / "epoch=9.ckpt")
+    assert find_last_checkpoint(tmp_path / "run") == folder / "last.ckpt"  # killed before it was renewed
+    (folder / "epoch=9.ckpt").unlink()
     os.utime(folder / "last.ckpt", (time.time(),) * 2)
     os.utime(folder / "epoch=8.ckpt", (os.stat(folder / "last.ckpt").st_mtime,) * 2)
     assert find_last_checkpoint(tmp_path / "run") == folder / "last.ckpt"
