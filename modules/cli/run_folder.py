@@ -46,7 +46,7 @@ def renews_last(checkpoint: Path) -> bool:
     """Return whether the run that wrote a checkpoint also keeps ``last.ckpt``, whose numbers are all logged."""
     try:
         callbacks = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["callbacks"]
-    except (RuntimeError, UnpicklingError, LookupError, EOFError, ValueError):  # damaged, or of another program
+    except (OSError, RuntimeError, UnpicklingError, LookupError, EOFError, ValueError):  # a folder, or damaged
         return False
     return any(isinstance(state, dict) and state.get("last_model_path") for state in callbacks.values())
 

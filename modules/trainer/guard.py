@@ -71,8 +71,7 @@ class FiniteGuard(Callback):
             often = f" It was the {self.skipped}th such step in a row." if self.skipped > 1 else ""
             raise FloatingPointError(
                 f"{what}.{often} The step is not taken, and earlier checkpoints and exports are as they were: lower "
-                "the "
-                "learning rate, or look at the rows"
+                "the learning rate, or look at the rows"
             )
         rank_zero_warn(f"{what}. The step is skipped ({self.skipped} of at most {self.max_skips} in a row)")
         for parameter in pl_module.parameters():
@@ -84,8 +83,7 @@ class FiniteGuard(Callback):
         if trainer.training and not trainer.sanity_checking and not math.isfinite(loss):
             raise FloatingPointError(
                 f"{type(pl_module).__name__}: val/loss is {loss} after step {trainer.global_step}. Nothing more is "
-                "saved, "
-                "and earlier checkpoints and exports are as they were: lower the learning rate"
+                "saved, and earlier checkpoints and exports are as they were: lower the learning rate"
             )
 
     def write_rows(self, trainer: Trainer, pl_module: LightningModule) -> str:

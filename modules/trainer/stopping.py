@@ -57,6 +57,8 @@ class StopTogether(Callback):
         """Replace the handlers that Lightning has registered by ``note``."""
         if threading.current_thread() is threading.main_thread():
             requeue = find_requeue_signal(trainer)
+            if requeue is None and signal.getsignal(signal.SIGUSR1) is requeue_at_once:
+                signal.signal(signal.SIGUSR1, signal.SIG_DFL)  # auto_requeue=False
             for signum in (signal.SIGTERM, signal.SIGINT, *([] if requeue is None else [requeue])):
                 signal.signal(signum, self.note)
 
@@ -144,13 +146,14 @@ def find_job() -> str | None:
 
 def requeue_if_told() -> None:
     """Put a job of SLURM back into the queue when its time ends before the first step, where there is nothing to save."""
-
-    def requeue(signum: int, frame: FrameType | None) -> None:
-        requeue_job()
-        sys.exit(128 + signum)
-
     if SLURMEnvironment.detect() and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGUSR1, requeue)
+        signal.signal(signal.SIGUSR1, requeue_at_once)
+
+
+def requeue_at_once(signum: int, frame: FrameType | None) -> None:
+    """Put the job back into the queue and end with the signal's exit status."""
+    requeue_job()
+    sys.exit(128 + signum)
 
 
 @rank_zero_only

@@ -27,6 +27,7 @@ from safetensors.torch import load_file
 from modules import GRPOModule, SFTModule
 from modules.__main__ import main
 from modules.cli.run_folder import RunFolder, find_last_checkpoint
+from modules.trainer.stopping import requeue_if_told
 
 ROOT = Path(__file__).parents[2]
 SFT = ["--config", few_rows("sft"), "--out=runs/sft", "--trainer.accelerator=cpu"]
@@ -336,3 +337,19 @@ def test_the_folder_of_a_run_may_be_the_current_one():
     main(["fit", *SFT, *FEW, "--out=."])
     main(["fit", *SFT, *FEW, "--out=.", "--trainer.max_epochs=1"])
     assert Path(f"{Path.cwd()}-2/export").is_dir()
+
+
+def test_a_job_that_ends_before_its_first_step_is_requeued(tmp_path, monkeypatch):
+    (tmp_path / "scontrol").write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/asked\n')
+    (tmp_path / "scontrol").chmod(0o755)
+    for name, value in {"JOB_ID": "3", "NTASKS": "1", "JOB_NAME": "train"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    before = signal.getsignal(signal.SIGUSR1)
+    try:
+        requeue_if_told()
+        with pytest.raises(SystemExit) as end:
+            os.kill(os.getpid(), signal.SIGUSR1)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert end.value.code == 128 + signal.SIGUSR1 and (tmp_path / "asked").read_text() == "requeue 3\n"
