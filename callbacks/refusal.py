@@ -102,8 +102,7 @@ class Refusal(Callback):
         if max_completion_length < 1 or (limit is not None and limit < 2):
             raise ValueError(
                 "Refusal: max_completion_length must be at least 1 and limit at least 2 (one prompt of each kind), "
-                "got "
-                f"{max_completion_length} and {limit}"
+                f"got {max_completion_length} and {limit}"
             )
         if (prompts is None) == (source is None):
             raise ValueError("Refusal: set either prompts (a file) or source")
@@ -131,8 +130,7 @@ class Refusal(Callback):
                 only = "safe" if self.prompts[0].safe else "unsafe"
                 raise ValueError(
                     f"{read_name(self.source)}: all {count} prompts are {only}; add prompts of the other kind, or a "
-                    "model "
-                    "that treats all prompts alike looks perfect"
+                    "model that treats all prompts alike looks perfect"
                 )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

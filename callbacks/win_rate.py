@@ -93,8 +93,7 @@ class WinRate(Callback):
         if not isinstance(found, str):
             raise ValueError(
                 f"WinRate: {rollout.uid} has no baseline completion in column {self.baseline!r}; set baseline of "
-                "WinRate "
-                "to the column that holds it."
+                "WinRate to the column that holds it."
             )
         return replace(rollout, answer=found)
 

@@ -110,8 +110,7 @@ class RowsDataModule(LightningDataModule):
                 owner = type(module).__name__ if module is not None else "no module"
                 raise ValueError(
                     f"{type(self).__name__} was given no tokenizer and {owner} has one; give it a tokenizer, a path or "
-                    "a "
-                    "hub id"
+                    "a hub id"
                 )
             self.tokenizer = found
 

@@ -167,8 +167,7 @@ class AlignmentModule(LightningModule):
         if max_completion_length < 1:
             raise ValueError(
                 f"a prompt of {longest} tokens leaves no room for an answer, since the model has {positions} "
-                "positions; "
-                "leave the prompt out"
+                "positions; leave the prompt out"
             )
         engine = InProcessEngine()
         engine.sync_weights(self.policy, self.global_step)
@@ -328,8 +327,7 @@ def say_kept_settings(optimizers: Sequence[torch.optim.Optimizer]) -> None:
             if isinstance(asked, int | float | tuple) and was != asked:
                 rank_zero_warn(
                     f"{name} of the optimizer stays {was}, as in the checkpoint, and {asked} has no effect; to change "
-                    "it, "
-                    "start a new run from the export"
+                    "it, start a new run from the export"
                 )
 
 

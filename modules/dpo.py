@@ -113,8 +113,7 @@ class DPOModule(AlignmentModule):
         if self.needs_reference and not hasattr(self.data, "in_order"):
             raise ValueError(
                 f"{type(self.data).__name__} has no in_order(stage), whose batches the reference reads before the "
-                "first "
-                "step: derive it from PreferenceDataModule, or set reference_free"
+                "first step: derive it from PreferenceDataModule, or set reference_free"
             )
         if self._tables_of is not self.data:
             self.tables, self.mismatched_tables, self._tables_of = {}, {}, self.data

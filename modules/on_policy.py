@@ -73,9 +73,8 @@ class OnPolicyModule(AlignmentModule):
     """
 
     least_generations = 2  # completions of a prompt that the method needs
-    on_unscored: Literal["warn", "stop"] = (
-        "warn"  # what to do in a phase after the first step in which nothing is scored
-    )
+    # What to do in a phase after the first step in which nothing is scored.
+    on_unscored: Literal["warn", "stop"] = "warn"
 
     def __init__(
         self,
@@ -261,8 +260,7 @@ class OnPolicyModule(AlignmentModule):
         if self.accuracy is None:
             rank_zero_warn(
                 f"pass@k and greedy_accuracy are left out: a score of {self.reward.name} does not say whether an "
-                "answer "
-                "is right; name a reward that does, with model.validation.accuracy"
+                "answer is right; name a reward that does, with model.validation.accuracy"
             )
             return metrics
         if sampled and all(outcome.right is None for outcome in sampled):

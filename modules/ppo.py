@@ -109,8 +109,7 @@ class PPOModule(OnPolicyModule):
         if stage == "fit" and 0 < (self.trainer.max_epochs or 0) <= self.value.warmup_phases:
             raise ValueError(
                 f"value.warmup_phases is {self.value.warmup_phases} of {self.trainer.max_epochs} phases, so the policy "
-                "would "
-                "never learn"
+                "would never learn"
             )
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         texts = stage == "fit" and getattr(data, "ptx", None) is not None
@@ -119,8 +118,7 @@ class PPOModule(OnPolicyModule):
         if stage == "fit" and self.incentives.ptx > 0 and not texts:
             raise ValueError(
                 f"incentives.ptx is {self.incentives.ptx} and there are no texts to keep likely: name them with "
-                "data.ptx or set it "
-                "to 0"
+                "data.ptx or set it to 0"
             )
 
     def parameter_groups(self) -> list[dict[str, Any]]:

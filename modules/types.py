@@ -410,11 +410,13 @@ class FunctionReward(Reward):
                 f"{', '.join(name for name in given if name not in ANSWERS)} and answers"
             )
         wanted = {name: given[name] for name in given if name in self._asked or self._takes_all}
+        # The function may change what it gets. The tokens are copied already, and by a faster way.
+        wanted = {name: each if name == "completion_ids" else copy.deepcopy(each) for name, each in wanted.items()}
         return check_scores(self.name, self._call(**wanted), len(rollouts))
 
     @staticmethod
     def lists(rollouts: Sequence[Rollout]) -> dict[str, list[Any]]:
-        """Return every list that a function can ask for, by name; it may change them.
+        """Return every list that a function can ask for, by name.
 
         If the rows have a column called ``answer``, ``ground_truth`` or ``solution``, that column is taken.
         """
@@ -422,7 +424,7 @@ class FunctionReward(Reward):
         answers = [rollout.answer for rollout in rollouts]
         return (
             dict.fromkeys(ANSWERS, answers)
-            | {name: [copy.deepcopy((rollout.info or {}).get(name)) for rollout in rollouts] for name in names}
+            | {name: [(rollout.info or {}).get(name) for rollout in rollouts] for name in names}
             | {
                 "prompts": [rollout.prompt for rollout in rollouts],
                 "completions": [rollout.text for rollout in rollouts],

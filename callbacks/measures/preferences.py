@@ -76,8 +76,7 @@ def _check_preferences(preference: Tensor) -> Tensor:
     if preference.dim() != 1 or len(preference) == 0 or not bool(((preference >= 0) & (preference <= 1)).all()):
         raise ValueError(
             f"A win rate needs at least one preference, shape [N], in [0, 1]; got shape {tuple(preference.shape)}: "
-            "leave "
-            "out what has no score."
+            "leave out what has no score."
         )
     return preference.double()
 

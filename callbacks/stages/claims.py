@@ -85,8 +85,7 @@ def find_standard_error(found: Mapping[str, float], metric: str, words: str) -> 
     if PROMPTS not in found or not 0 <= found[metric] <= 1:
         raise ValueError(
             f"claim '{words}': {metric} has no standard error: none was logged, and it is not a share of a known "
-            "number "
-            "of prompts; set standard_errors to 0"
+            "number of prompts; set standard_errors to 0"
         )
     return math.sqrt(found[metric] * (1 - found[metric]) / found[PROMPTS])
 

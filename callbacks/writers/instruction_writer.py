@@ -116,8 +116,7 @@ class InstructionWriter(Callback):
             self.part.unlink()
             raise ValueError(
                 f"InstructionWriter: {write_counts(report)}, so {self.path} is not written; use a model that follows "
-                "the "
-                "format of the list, with room for 3000 tokens"
+                "the format of the list, with room for 3000 tokens"
             )
         tasks = [task for one in pl_module.rounds for task in one["accepted"]]
         write_whole(self.path.with_name(f"{self.path.name}.report.json"), json.dumps(report, indent=1) + "\n")

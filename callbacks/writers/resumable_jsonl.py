@@ -150,8 +150,7 @@ class ResumableJsonl(Callback):
         if not labels:
             raise ValueError(
                 f"{self.name}: none of {len(ordered)} rows got a valid label, so {self.path} is not written; check "
-                "what "
-                "the judge replies"
+                "what the judge replies"
             )
         report = pl_module.summary(ordered)
         for record in lines:

@@ -149,8 +149,7 @@ def add_context(cells: Cells, asked: Asked, chat: bool) -> Asked:
             ):
                 raise ValueError(
                     f"{cells.origin}: column {cells.name(name)!r} stands beside messages, which have no place for it; "
-                    "write "
-                    f"it into the user's message, or leave it out with --data.columns '{{{name}: \"\"}}'"
+                    f"write it into the user's message, or leave it out with --data.columns '{{{name}: \"\"}}'"
                 )
     names = [cells.name(name) for name in ("system", "history", "tools") if cells.holds(name)]
     system, history, tools = cells.take_text("system"), _read_history(cells), _read_tools(cells)
@@ -160,10 +159,8 @@ def add_context(cells: Cells, asked: Asked, chat: bool) -> Asked:
         if not chat:
             raise ValueError(
                 f"{cells.origin}: column {' and '.join(map(repr, names))} cannot be written into a plain text prompt; "
-                "set "
-                "data.chat: true (or --data.chat true) to render prompts as chats, or leave it out with "
-                "--data.columns "
-                f"'{{{cells.roles[names[0]]}: \"\"}}'"
+                "set data.chat: true (or --data.chat true) to render prompts as chats, or leave it out with "
+                f"--data.columns '{{{cells.roles[names[0]]}: \"\"}}'"
             )
         prompt = [Message(role="user", content=prompt)]
     own = prompt[:1] if prompt and prompt[0]["role"] in ("system", "developer") else []
@@ -250,8 +247,7 @@ def read_reasoning(cells: Cells, answer: Dialogue | Message) -> str:
     if any(isinstance(turn, Mapping) and "reasoning_content" in turn for turn in last):
         raise ValueError(
             f"{cells.origin}: column {cells.name('reasoning')!r} and the reasoning of the answer's message differ; "
-            "keep one "
-            "of them, or leave the column out with --data.columns '{reasoning: \"\"}'"
+            "keep one of them, or leave the column out with --data.columns '{reasoning: \"\"}'"
         )
     return reasoning
 
@@ -310,8 +306,7 @@ def _split_fields(message: Mapping[str, Any], where: str) -> tuple[dict[str, Any
         known = ", ".join(name for names in FIELDS.values() for name in names)
         raise ValueError(
             f"{where} holds {', '.join(map(repr, unknown))}, which nothing here reads; remove it, or rename it to one "
-            "of "
-            f"{known}"
+            f"of {known}"
         )
     return fields, metadata
 

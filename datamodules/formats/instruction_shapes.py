@@ -172,8 +172,7 @@ def _read_document(cells: Cells, chosen: bool) -> str:
     if "role" in names or {"replies", "parent_id", "message_id"} & names:
         raise ValueError(
             f"{cells.origin}: the row is one message of a conversation ({', '.join(cells.row.columns)}), no document; "
-            "set "
-            "data.train to OasstTrees, which reads the threads of trees"
+            "set data.train to OasstTrees, which reads the threads of trees"
         )
     text = cells.accept_empty("text")
     asks = next((name for name in ("prompt", "instruction") if cells.holds(name)), None)
@@ -186,8 +185,7 @@ def _read_document(cells: Cells, chosen: bool) -> str:
         name = cells.name(asks)
         raise ValueError(
             f"{cells.origin}: column {name!r} is not in the text, so it would not be learned; if the text answers it, "
-            "say so "
-            f"with --data.columns '{{completion: {cells.name('text')}}}', or leave it out with --data.columns "
+            f"say so with --data.columns '{{completion: {cells.name('text')}}}', or leave it out with --data.columns "
             f"'{{{asks}: "
             '""}\''
         )
@@ -207,8 +205,7 @@ def _read_question(cells: Cells, asks: str, answers: str, chat: bool | None) -> 
     if asked.ends_in_answer and (isinstance(turns, str) or [turn["role"] for turn in turns[:1]] == ["assistant"]):
         raise ValueError(
             f"{cells.origin}: the prompt ends in an assistant turn and {cells.name(answers)!r} is another one; move "
-            "the "
-            "beginning of the answer into the completion"
+            "the beginning of the answer into the completion"
         )
     reasoning = read_reasoning(cells, turns)
     if reasoning and isinstance(asked.prompt, str):

@@ -234,8 +234,7 @@ def read_answers(
     if asked.ends_in_answer:
         raise ValueError(
             f"{cells.origin}: the prompt ends in an assistant turn and the answers are another one; let it end in a "
-            "user's "
-            "turn, with the whole answer in the answers"
+            "user's turn, with the whole answer in the answers"
         )
     return asked, made
 
@@ -258,8 +257,7 @@ def _no_shape(cells: Cells) -> ValueError:
         return ValueError(
             f"{cells.origin}: found the columns {', '.join(cells.row.columns)}: one answer with scores "
             f"({', '.join(sorted(scored))}) is no comparison; put the answers to one prompt into one row as "
-            "completions and "
-            "scores"
+            "completions and scores"
         )
     verdicts = {"preference": next((name for name in cells.unread if RANKS.search(normalize(name))), "my_verdict")}
     wanted = ", ".join(" + ".join(shape) for shape in SHAPES if shape != TWO)
@@ -364,8 +362,7 @@ def _refuse_hidden_ranks(cells: Cells, count: int, name: str) -> None:
         ):
             raise ValueError(
                 f"{cells.origin}: {name!r} has no ranks or scores that are known, and {theirs!r} may tell which answer "
-                "is "
-                "better; rename it to ranks (0 = best) or scores (high = best), such as with --data.columns "
+                "is better; rename it to ranks (0 = best) or scores (high = best), such as with --data.columns "
                 f"'{{scores: "
                 f"{theirs}}}', or say with --data.columns '{{scores: \"\"}}' that the answers stand best first"
             )

@@ -62,8 +62,7 @@ def verifiable_example(row: Row, reading: Reading, chat: bool = False) -> Verifi
     if "messages" in cells.roles.values() and asked.ends_in_answer:
         raise ValueError(
             f"{row.origin}: column {cells.name('messages')!r} ends in an assistant turn, so nothing is asked; set data "
-            "to "
-            "InstructionDataModule, or remove that turn (in a column 'prompt', it would be continued)"
+            "to InstructionDataModule, or remove that turn (in a column 'prompt', it would be continued)"
         )
     answer, column = right_answer(cells)
     reading.close(cells, "a prompt" + (" with an answer" if column else ""))
@@ -139,8 +138,7 @@ def right_answer(cells: Cells, names: tuple[str, ...] = ANSWERS) -> tuple[str | 
         if isinstance(answer, dict):
             raise ValueError(
                 f"{cells.wrong_type(name, answer, 'a single answer')}, or leave it to rewards that read the column, "
-                "with "
-                "--data.columns '{answer: \"\"}'"
+                "with --data.columns '{answer: \"\"}'"
             )
         return read_gold(as_letter(cells, answer)), theirs
     return None, None
@@ -159,8 +157,7 @@ def as_letter(cells: Cells, answer: Any) -> Any:
     if start == -1 and all(text != str(answer).strip() for _, _, text in options):
         raise ValueError(
             f"{cells.origin}: the answer beside the options is {answer!r}, and only all rows tell whether numbers "
-            "start at 0 "
-            "or 1; write the letters (A, B, ...) as answers"
+            "start at 0 or 1; write the letters (A, B, ...) as answers"
         )
     return answer if start in (-1, None) else options[int(number) - start][1]
 

@@ -157,13 +157,11 @@ class Reading:
         if self.purpose in column.used_by or not readers:
             return (
                 f"column {theirs!r} ({column.means}) is not empty, and a row that is read as {shape} has no use for "
-                "it; "
-                f"remove it, {way_out}"
+                f"it; remove it, {way_out}"
             )
         return (
             f"column {theirs!r} ({column.means}) is not empty, and {MODULES[self.purpose]} does not read it; set data "
-            "to "
-            f"{' or '.join(readers)}, {way_out}"
+            f"to {' or '.join(readers)}, {way_out}"
         )
 
 
@@ -257,8 +255,7 @@ class Cells:
                 continue
             raise UnclearColumn(
                 f"{self.origin}: columns {first!r} and {other!r} may both be the {ours} ({NAMED[ours].means}); name "
-                "one, "
-                f"such as --data.columns '{{{ours}: {first}}}'"
+                f"one, such as --data.columns '{{{ours}: {first}}}'"
             )
         self.used[first], self.roles[first] = value, ours
         return value

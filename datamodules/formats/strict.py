@@ -39,9 +39,8 @@ def load_json(text: str) -> Any:
         raise _find_fault(text) from error
     if text.count("[") + text.count("{") > MAX_DEPTH and _is_deep(text):
         raise _find_fault(text)
-    if (
-        "\\u" in text and "\\ud" in text.lower()
-    ):  # \ud800 to \udfff, halves of characters, which UTF-8 holds only as escapes
+    # \ud800 to \udfff are halves of characters, which UTF-8 holds only as escapes.
+    if "\\u" in text and "\\ud" in text.lower():
         _refuse_halves(value, text)
     return value
 
@@ -95,7 +94,7 @@ def _refuse_halves(value: Any, text: str) -> None:
 
 
 def _is_broken(text: str) -> bool:
-    return any("\ud800" <= letter <= "\udfff" for letter in text) if not text.isascii() else False
+    return not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 def _is_deep(text: str) -> bool:

@@ -136,8 +136,7 @@ def check_sources(name: str, values: Mapping[str, Sequence[Any]]) -> None:
     if zero_one is not None and two is not None:
         raise ValueError(
             f"{zero_one}: column {name!r} holds only 0 and 1, and that of {two} holds 2, so a number may mean "
-            "different "
-            "answers; write A and B (or tie) in both"
+            "different answers; write A and B (or tie) in both"
         )
 
 

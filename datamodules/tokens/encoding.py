@@ -296,8 +296,7 @@ def check_written(
                 what = {"reasoning_content": "reasoning", "tool_calls": "tool call"}.get(field, field)
                 raise ValueError(
                     f"{origin}: {message['role']} message {index}: the chat template changes its {what}; use a "
-                    "template "
-                    f"that writes a {what}, or remove it from the row"
+                    f"template that writes a {what}, or remove it from the row"
                 )
 
 

@@ -70,21 +70,19 @@ def measure_rollouts(found: Sequence[Outcome]) -> dict[str, float]:
     group = torch.tensor([numbers[outcome.uid] for outcome in found])
     metrics = {
         "num_prompts": float(len(numbers)),
-        "reward": mean(rewards, nothing=math.nan),
-        "reward_std": mean(
-            column(std(rewards[group == g]) for g in group[~rewards.isnan()].unique()), nothing=math.nan
-        ),
+        "reward": mean(rewards),
+        "reward_std": mean(column(std(rewards[group == g]) for g in group[~rewards.isnan()].unique())),
         "frac_reward_zero_std": math.nan if rewards.isnan().all() else float(zero_std_fraction(rewards, group)),
         "unscorable": float(rewards.isnan().sum()),
         "completions/mean_length": mean(lengths),
         "completions/min_length": float(lengths.min()),
         "completions/max_length": float(lengths.max()),
         "completions/clipped_ratio": mean((~ended).float()),
-        "completions/mean_terminated_length": mean(lengths[ended]),
+        "completions/mean_terminated_length": mean(lengths[ended], nothing=0.0),
     }
     for name in found[0].rewards:
         values = column(outcome.rewards[name] for outcome in found)
-        metrics |= {f"rewards/{name}/mean": mean(values, nothing=math.nan), f"rewards/{name}/std": std(values)}
+        metrics |= {f"rewards/{name}/mean": mean(values), f"rewards/{name}/std": std(values)}
     if found[0].kl is not None:
         metrics["sequence_kl"] = mean(column(outcome.kl for outcome in found))
     if found[0].entropy is not None:
@@ -110,7 +108,7 @@ def column(values: Any) -> Tensor:
     return torch.tensor([float("nan") if value is None else value for value in values], dtype=torch.float64)
 
 
-def mean(values: Tensor, nothing: float = 0.0) -> float:
+def mean(values: Tensor, nothing: float = math.nan) -> float:
     """Return the mean of the entries [N] that are not NaN; ``nothing`` without any."""
     kept = values[~values.isnan()]
     return float(kept.mean()) if len(kept) else nothing

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import StochasticWeightAveraging
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -202,6 +203,8 @@ def test_period_is_checked() -> None:
 
 def test_weights_are_averaged_before_they_are_exported(tmp_path: Path) -> None:
     export, average = Export(str(tmp_path / "export")), AveragedWeights(decay=0.5)
+    with pytest.raises(ValueError, match="list what averages them before Export"):
+        train(Tuned(), [export, StochasticWeightAveraging(1e-3)])
     with pytest.raises(ValueError, match="list what averages them before Export"):
         train(Tuned(), [export, average])
     train(module := Tuned(), [average, export])

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 
 from callbacks.data_report import write_markdown_table
 from callbacks.token_picture import Piece, style_pieces
+from modules.__main__ import report_error
 from modules.networks.policy import Policy
 from modules.networks.tiny import tiny_model, tiny_tokenizer
 from modules.rewards.chat.clients import HttpChat
@@ -115,3 +116,9 @@ def test_exports_are_safetensors(tmp_path):
     Policy("tiny").save_pretrained(tmp_path)
     assert [path.name for path in tmp_path.iterdir() if path.suffix not in (".json", ".jinja")] == ["model.safetensors"]
     assert AutoTokenizer.from_pretrained(tmp_path, trust_remote_code=False)
+
+
+def test_a_traceback_steers_no_terminal(capsys):
+    report_error(RuntimeError, RuntimeError(STEERS), None)
+    said = capsys.readouterr().err
+    assert said.endswith("2J\n") and "\x1b" not in said and "\x07" not in said and "\x9b" not in said

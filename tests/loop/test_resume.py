@@ -348,8 +348,7 @@ def test_what_a_resumed_run_does_not_use_is_said(tmp_path: Path) -> None:
     ]
     assert fit(["a", "b", "c", "e"], 1e-3, 4, tmp_path / "last.ckpt") == [
         "the training rows are not those that the checkpoint was trained on; the run goes on at the same place in "
-        "these "
-        "rows"
+        "these rows"
     ]
 
 
