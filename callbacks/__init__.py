@@ -21,6 +21,7 @@ from callbacks.token_picture import TokenPicture
 from callbacks.win_rate import WinRate
 from callbacks.writers.instruction_writer import InstructionWriter
 from callbacks.writers.knowledge_writer import KnowledgeWriter
+from callbacks.writers.pass_rates import PassRates
 from callbacks.writers.prediction_writer import PredictionWriter
 from callbacks.writers.preference_writer import PreferenceWriter
 
@@ -38,6 +39,7 @@ __all__ = [
     "KnowledgeWriter",
     "LengthBias",
     "Overoptimization",
+    "PassRates",
     "PredictionWriter",
     "PreferenceAudit",
     "PreferenceWriter",

@@ -1,5 +1,7 @@
 """Where examples come from and how they are batched."""
 
+from datamodules.curriculum.difficulty import Difficulty
+from datamodules.curriculum.orders import EasyToHard, HarderLater, MoPPS, Prioritised, PromptOrder
 from datamodules.instruction import InstructionDataModule
 from datamodules.loaders.mixture_streams import DecayPhase, Stream
 from datamodules.loaders.ptx import PtxStream
@@ -34,20 +36,26 @@ __all__ = [
     "AdditionPairs",
     "CandidatesDataModule",
     "DecayPhase",
+    "Difficulty",
+    "EasyToHard",
     "FactDocuments",
     "Facts",
     "FactsDataModule",
     "Files",
     "FlanTemplates",
     "GuardedAddition",
+    "HarderLater",
     "InstructionDataModule",
     "MixIn",
     "MixtureDataModule",
+    "MoPPS",
     "NumberTexts",
     "OasstTrees",
     "PreferenceDataModule",
     "PreferencePrompts",
     "PretrainingDataModule",
+    "Prioritised",
+    "PromptOrder",
     "PtxStream",
     "ReasoningGym",
     "Sampled",

@@ -1,5 +1,6 @@
 """Prompts with checkable answers, for methods that sample their own completions."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -9,13 +10,17 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from datamodules.base import AlignDataModule
+from datamodules.curriculum.difficulty import Difficulty
+from datamodules.curriculum.orders import LearningOrder, PromptOrder
 from datamodules.formats.prompt_shapes import VerifiableExample, settle_choices, verifiable_example
+from datamodules.formats.reading import plain
 from datamodules.loaders.phase_loader import PhaseLoader, from_stream
 from datamodules.loaders.ptx import PtxStream
 from datamodules.loaders.step_sampler import MicroBatch
 from datamodules.sources import PreferencePrompts, Row, Source
 from datamodules.tokens.encoding import Tokens, encode_prompt
-from modules.types import InstructionBatch, PromptBatch
+from modules.trainer.ranks import from_all_ranks
+from modules.types import InstructionBatch, PromptBatch, require_accuracy
 
 
 @dataclass(frozen=True)
@@ -25,6 +30,7 @@ class Prompt:
     text: str  # as rendered
     ids: list[int]
     example: VerifiableExample
+    columns: dict[str, Any]  # of the raw row
 
 
 class VerifiableDataModule(AlignDataModule):
@@ -50,6 +56,8 @@ class VerifiableDataModule(AlignDataModule):
         inner_epochs: passes over one phase's rollouts.
         val_batch_size: held-out prompts per batch and rank.
         ptx: texts for every update, which the policy must not forget, for methods that learn from them (PPO-ptx).
+        keep: train only on prompts whose measured difficulty lies in bounds; held-out prompts stay as they are.
+        order: which prompts a phase draws; None = all rows, shuffled anew for each pass.
         seed: of the shuffles; None = the run's.
 
     Raises:
@@ -75,6 +83,8 @@ class VerifiableDataModule(AlignDataModule):
         inner_epochs: int = 1,
         val_batch_size: int = 64,
         ptx: PtxStream | None = None,
+        keep: Difficulty | None = None,
+        order: PromptOrder | None = None,
         seed: int | None = None,
     ) -> None:
         if min(prompts_per_phase, val_batch_size, max_prompt_length) < 1:
@@ -89,9 +99,11 @@ class VerifiableDataModule(AlignDataModule):
             updates_per_phase,
             inner_epochs,
         )
-        self.val_batch_size, self.ptx = val_batch_size, ptx
+        self.val_batch_size, self.ptx, self.keep, self.order = val_batch_size, ptx, keep, order
+        self.measures = dict.fromkeys([*(keep.columns if keep else ()), *(order.columns if order else ())])
         self.train_prompts: list[Prompt] = []
         self.val_prompts: list[Prompt] = []
+        self._rows: dict[str, int] = {}  # origin -> row, for an order that learns
         self._loader: PhaseLoader | None = None
         self._snapshot: dict[str, Any] | None = None
 
@@ -111,21 +123,42 @@ class VerifiableDataModule(AlignDataModule):
             self.val_prompts = self._load(self.val, "val")
         if self.ptx is not None:
             self.ptx.setup(self, stage)
+        if self.order is not None and stage == "fit":
+            self.order.begin([prompt.example for prompt in self.train_prompts], self.seed)
+            if isinstance(self.order, LearningOrder):
+                self._prepare_learning(type(self.order).__name__)
 
     def draw(self, phase: int) -> PromptBatch:
-        """Draws this rank's prompts of ``phase`` (>= 0).
+        """Draws this rank's prompts of ``phase`` (>= 0), a stretch that is dealt to the ranks in turn.
 
-        The rows, shuffled anew for each pass by (seed, pass), form one endless stream; a phase is a stretch of it,
-        dealt to the ranks in turn.
+        Without ``order`` the rows, shuffled anew for each pass by (seed, pass), form one endless stream.
         """
-        first = phase * self.prompts_per_phase
-        places = range(first + self.rank, first + self.prompts_per_phase, self.world_size)
-        return prompt_batch(
-            [
-                (self.train_prompts[row], number)
-                for row, number in from_stream(places, len(self.train_prompts), self.seed)
-            ]
-        )
+        if self.order is None:
+            first = phase * self.prompts_per_phase
+            places = range(first + self.rank, first + self.prompts_per_phase, self.world_size)
+            drawn = from_stream(places, len(self.train_prompts), self.seed)
+        else:
+            drawn = self.order.draw(phase, self.prompts_per_phase)[self.rank :: self.world_size]
+        return prompt_batch([(self.train_prompts[row], number) for row, number in drawn])
+
+    def learn(self) -> None:
+        """Tells ``order`` how often each prompt of the phase was answered right, on all ranks (collective)."""
+        assert isinstance(self.order, LearningOrder) and self.trainer is not None
+        right, judged = Counter[int](), Counter[int]()
+        for outcome in require_accuracy(self.trainer.lightning_module, "data.order").find_outcomes():
+            row = self._rows.get(outcome.uid.rpartition("#")[0])
+            if row is not None and outcome.right is not None:
+                right[row] += outcome.right
+                judged[row] += 1
+        counts: dict[int, tuple[int, int]] = {}
+        for row, one, other in from_all_ranks([(row, right[row], judged[row]) for row in judged]):
+            before = counts.get(row, (0, 0))
+            counts[row] = before[0] + one, before[1] + other
+        self.order.learn(counts)
+
+    def prompt_rows(self) -> list[tuple[str, dict[str, Any]]]:
+        """Returns the uid in ``predict`` and the columns of each training prompt, in order."""
+        return [(f"{prompt.example.origin}#0", plain(prompt.columns)) for prompt in self.train_prompts]
 
     def draw_texts(self, update: int, micro_batch: int) -> InstructionBatch:
         """Draws this rank's texts of a micro-batch of an update, counted from the start of training."""
@@ -139,7 +172,10 @@ class VerifiableDataModule(AlignDataModule):
         if self.trainer is None:
             raise ValueError("the training loader needs a Trainer, whose epochs are the phases; use trainer.fit")
         texts = self.draw_texts if self.ptx is not None else None
-        self._loader = PhaseLoader(self.trainer, self.draw, self.updates_per_phase, self.inner_epochs, self.seed, texts)
+        learn = self.learn if isinstance(self.order, LearningOrder) else None
+        self._loader = PhaseLoader(
+            self.trainer, self.draw, self.updates_per_phase, self.inner_epochs, self.seed, texts, learn
+        )
         self._restore()
         return self._loader
 
@@ -166,16 +202,21 @@ class VerifiableDataModule(AlignDataModule):
         return self.ptx.domain_loader(name)
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the phase loader's snapshot and the checksums of the rows and of the texts of ``ptx``."""
+        """Returns the phase loader's snapshot, what ``order`` learned, and the checksums of the rows and of the texts of
+        ``ptx``.
+        """
         if self._loader is None:
             return {}
         texts = {"ptx_content": self.ptx.content} if self.ptx is not None else {}
-        return {"phase_loader": self._loader.snapshot(), "content": self.content, **texts}
+        order = {"order": self.order.state_dict()} if isinstance(self.order, LearningOrder) else {}
+        return {"phase_loader": self._loader.snapshot(), "content": self.content, **texts, **order}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores the loader, or keeps the state until there is one."""
         self._snapshot = state_dict["phase_loader"]
         self.compare_content(state_dict)
+        if isinstance(self.order, LearningOrder) and "order" in state_dict:
+            self.order.load_state_dict(state_dict["order"], state_dict["content"] == self.content)
         self._restore()
 
     def compare_content(self, state: Mapping[str, Any]) -> None:
@@ -189,10 +230,10 @@ class VerifiableDataModule(AlignDataModule):
     def encode(self, row: Row) -> Prompt:
         """Encodes one raw row. Raises ValueError with the row's origin."""
         chat = self.is_chat(row)
-        example = verifiable_example(row, self.reading, chat)
+        example = verifiable_example(row, self.reading, chat, list(self.measures))
         self.say_chat(row, isinstance(example.prompt, str))
         text, ids = encode_prompt(self.tokenizer, example.prompt, row.origin, chat, self.system, example.tools)
-        return Prompt(text, ids, example)
+        return Prompt(text, ids, example, row.columns)
 
     def read(self, source: str | Source) -> list[Row]:
         """Reads the rows of a source, and prompts of preferences as the tokenizer reads them."""
@@ -208,8 +249,25 @@ class VerifiableDataModule(AlignDataModule):
         if self._loader is not None and self._snapshot is not None:
             self._loader.restore(self._snapshot)
 
+    def _prepare_learning(self, who: str) -> None:
+        """Finds the row of each origin. Raises ValueError where outcomes could not be told or ascribed to a row."""
+        if self.trainer is not None:
+            require_accuracy(self.trainer.lightning_module, f"data.order {who}")
+        origins = Counter(prompt.example.origin for prompt in self.train_prompts)
+        name, count = origins.most_common(1)[0]
+        if count > 1:
+            raise ValueError(
+                f"data.order {who} keeps account of each row by its name, and {count} training rows are called {name}; "
+                "read every file once"
+            )
+        self._rows = {prompt.example.origin: row for row, prompt in enumerate(self.train_prompts)}
+
     def _load(self, source: str | Source, stage: str) -> list[Prompt]:
         prompts = self.encode_rows(source, stage, self.encode, lambda prompt: len(prompt.ids), self.max_prompt_length)
+        if stage == "train" and self.keep is not None:
+            prompts, left_out = self.keep.split(prompts, lambda prompt: prompt.example)
+            for reason, count in left_out.items():
+                self.reading.drop(reason, count)
         self.check_positions(stage, max(len(prompt.ids) for prompt in prompts), "max_prompt_length")
         self.report(stage, f"{sum(len(prompt.ids) for prompt in prompts) / len(prompts):.0f} tokens a prompt")
         return prompts

@@ -28,7 +28,7 @@ from modules.rollout.sampling import Sampling
 from modules.rollout.scoring import add_sums, make_batch, make_rollouts, score_in_chunks
 from modules.trainer.ranks import from_all_ranks, log_equal, mean_and_error, weighted_means
 from modules.trainer.seeds import derive_seed, run_seed
-from modules.types import Completion, InstructionBatch, PolicyBatch, PromptBatch, Reward, Rollout, as_reward
+from modules.types import Completion, InstructionBatch, Outcome, PolicyBatch, PromptBatch, Reward, Rollout, as_reward
 
 # Standard errors. By chance a right run is below in 9 of 100000 phases of 64 completions, and in 3 of 256 completions.
 NEGATIVE_KL = 4.0
@@ -233,6 +233,10 @@ class OnPolicyModule(AlignmentModule):
         self.record.rollouts = make_rollouts(
             prompts, self.sample(prompts, self.num_generations, self.sampling, "predict"), self.reward
         )
+
+    def find_outcomes(self) -> list[Outcome]:
+        """Return the outcomes of ``record.rollouts``, in order; ``right`` by ``accuracy``, None if that cannot tell."""
+        return make_outcomes(self.record.rollouts, self.accuracy, scored_by=self.reward)
 
     def evaluate(self, prompts: PromptBatch, stage: str) -> None:
         """Answer a batch of held-out prompts and keep the scored completions in ``record``; where ``accuracy`` can tell

@@ -260,6 +260,36 @@ class HasRowsInOrder(Protocol):
         """
 
 
+@runtime_checkable
+class HasOutcomes(Protocol):
+    """A module that judges what it sampled."""
+
+    accuracy: "Reward | None"  # tells right from wrong; None = nothing does
+
+    def find_outcomes(self) -> list[Outcome]:
+        """Return the outcomes of ``record.rollouts``, in order; ``right`` is None where nothing can tell."""
+
+
+def require_accuracy(module: Any, who: str) -> HasOutcomes:
+    """Return a module that tells right from wrong. Raises ValueError, which begins with ``who``, for another one."""
+    if not isinstance(module, HasOutcomes):
+        raise ValueError(f"{who} needs a method that samples and scores answers, and {type(module).__name__} does not")
+    if module.accuracy is None:
+        raise ValueError(
+            f"{who} needs to know which answers are right, and the reward does not say so; name a reward that does, with "
+            "model.validation.accuracy"
+        )
+    return module
+
+
+@runtime_checkable
+class HasPromptRows(Protocol):
+    """A DataModule whose training rows are prompts to sample from."""
+
+    def prompt_rows(self) -> list[tuple[str, dict[str, Any]]]:
+        """Return the uid in ``predict`` and the columns of each training row, in order."""
+
+
 class Reward(ABC):
     """Scores finished completions. Whoever calls a reward calls ``score``, which checks what it returned.
 

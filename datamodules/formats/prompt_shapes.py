@@ -1,8 +1,8 @@
 """The shapes of prompts with checkable answers: from a raw row to a prompt and the answer that a reward reads."""
 
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from datamodules.formats.conversation import PROMPTS, add_context, read_options, read_prompt
@@ -36,9 +36,12 @@ class VerifiableExample:
     origin: str
     source: str
     tools: Tools | None = None
+    measures: dict[str, Any] = field(default_factory=dict)  # our name -> what a column of measured difficulty holds
 
 
-def verifiable_example(row: Row, reading: Reading, chat: bool = False) -> VerifiableExample:
+def verifiable_example(
+    row: Row, reading: Reading, chat: bool = False, measures: Sequence[str] = ()
+) -> VerifiableExample:
     """Reads the prompt of a row with its context, and its answer, None where there is none.
 
     ``info`` holds every column but the prompt and one that is called ``answer``.
@@ -47,6 +50,7 @@ def verifiable_example(row: Row, reading: Reading, chat: bool = False) -> Verifi
         row: as its source gives it.
         reading: of its data set, after :func:`settle_choices`.
         chat: text prompts become user messages.
+        measures: our names of columns of measured difficulty to read, such as ``pass_rate``.
 
     Raises:
         ValueError: with the row's origin, when there is no prompt, or a column holds the wrong type.
@@ -65,12 +69,13 @@ def verifiable_example(row: Row, reading: Reading, chat: bool = False) -> Verifi
             "to InstructionDataModule, or remove that turn (in a column 'prompt', it would be continued)"
         )
     answer, column = right_answer(cells)
+    measured = {name: cells.take(name) for name in measures}
     reading.close(cells, "a prompt" + (" with an answer" if column else ""))
     asks = {theirs for theirs, role in cells.roles.items() if role in ("prompt", "instruction", "messages")}
     if "answer" not in reading.by_hand:
         asks.add("answer")
     info = {name: value for name, value in row.columns.items() if name not in asks}
-    return VerifiableExample(asked.prompt, answer, plain(info), row.origin, row.source, asked.tools)
+    return VerifiableExample(asked.prompt, answer, plain(info), row.origin, row.source, asked.tools, measured)
 
 
 def settle_choices(rows: Iterable[Cells], reading: Reading, names: tuple[str, ...] = ANSWERS) -> None:

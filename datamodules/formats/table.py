@@ -142,6 +142,10 @@ COLUMNS = (
     Column("strength", "", "a label of how much better it is, which data.margins translates", COMPARED),
     Column("knowledge", "", "whether a model knows the answer, see data.unknown", ALL),
     Column("relation", "", "facts of one relation are examples for each other", ALL),
+    Column("pass_rate", "", "share of sampled answers that are right, for data.keep and data.order", ALL),
+    Column("guess_rate", "", "the same without thinking, for data.keep", ALL),
+    Column("pass_length", "", "mean tokens of the sampled answers, for data.keep", ALL),
+    Column("pass_truncated", "", "share of the sampled answers that are cut off, for data.keep", ALL),
     Column(
         "images",
         "image img imgs picture pictures photo photos image_base64 images_base64 image_bytes videos video audios audio "

@@ -32,6 +32,7 @@ class PhaseLoader:
         trainer: gives the phase (``current_epoch``), the micro-batches per update (``accumulate_grad_batches``) and the
             module, whose ``collect(prompts)`` samples, scores and returns the phase's ``PolicyBatch``.
         draw: phase -> this rank's prompts.
+        learn: called after each phase is collected, so that later draws may depend on its rollouts.
         updates_per_phase: optimiser updates made from one phase's rollouts.
         inner_epochs: passes over the rollouts; divides ``updates_per_phase``.
         seed: for the shuffle of groups into updates.
@@ -50,6 +51,7 @@ class PhaseLoader:
         inner_epochs: int = 1,
         seed: int = 0,
         ptx: Callable[[int, int], InstructionBatch] | None = None,
+        learn: Callable[[], None] | None = None,
     ) -> None:
         if updates_per_phase < 1 or inner_epochs < 1 or updates_per_phase % inner_epochs:
             raise ValueError(
@@ -57,6 +59,7 @@ class PhaseLoader:
                 f"({inner_epochs}): each pass over the rollouts makes the same number of updates"
             )
         self.trainer, self.draw, self.seed, self.ptx = trainer, draw, seed, ptx
+        self.learn = learn
         self.updates, self.inner_epochs = updates_per_phase, inner_epochs
         self.per_pass = updates_per_phase // inner_epochs
         self.phase, self.position = -1, 0
@@ -100,7 +103,10 @@ class PhaseLoader:
         prompts = self.draw(phase)
         prompts["update"] = update_of_prompts(len(prompts["uid"]), self.per_pass)
         with evaluating(module), torch.no_grad(), self.trainer.precision_plugin.forward_context():
-            return module.collect(prompts)  # type: ignore[operator]
+            batch: PolicyBatch = module.collect(prompts)  # type: ignore[operator]
+            if self.learn is not None:
+                self.learn()
+        return batch
 
     def plan(self, batch: PolicyBatch, phase: int) -> list[PolicyBatch]:
         """Split a phase into updates and these into micro-batches, each with its update's denominator over all ranks.

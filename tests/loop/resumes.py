@@ -1,6 +1,6 @@
 """Stops a method's run in every way, resumes it, and compares what comes out with the uninterrupted run, bit for bit.
 
-    python resumes.py FOLDER METHOD ...
+    python resumes.py FOLDER METHOD ... --SETTING ...
 
 does so as one of two ranks.
 """
@@ -102,6 +102,8 @@ def check_resumes(name: str, folder: Path, *more: str) -> None:
         resumed = fixed_runs.fit(name, after, *settings, "--ckpt_path", str(checkpoint))
         for part in ("state_dict", "optimizer_states", "lr_schedulers", "global_step"):
             assert same(whole[part], resumed[part]), (stop.__name__, part)
+        orders = [end.get("VerifiableDataModule", {}).get("order", {}) for end in (whole, resumed)]
+        assert same(*orders), (stop.__name__, orders)
         if os.environ.get("LOCAL_RANK", "0") != "0":
             continue  # rank 0 logs
         numbers, found = read_numbers(folder / "whole"), read_numbers(after)
@@ -113,5 +115,6 @@ def check_resumes(name: str, folder: Path, *more: str) -> None:
 
 
 if __name__ == "__main__":
-    for method in sys.argv[2:]:
-        check_resumes(method, Path(sys.argv[1]) / method, *TWO_RANKS)
+    given = [argument for argument in sys.argv[2:] if argument.startswith("--")]
+    for method in sys.argv[2 : len(sys.argv) - len(given)]:
+        check_resumes(method, Path(sys.argv[1]) / method, *TWO_RANKS, *given)

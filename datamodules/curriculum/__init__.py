@@ -1,0 +1,1 @@
+"""Which prompts are learned from, and in which order."""
