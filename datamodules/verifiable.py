@@ -128,18 +128,18 @@ class VerifiableDataModule(AlignDataModule):
             if isinstance(self.order, LearningOrder):
                 self._prepare_learning(type(self.order).__name__)
 
-    def draw(self, phase: int) -> PromptBatch:
-        """Draws this rank's prompts of ``phase`` (>= 0), a stretch that is dealt to the ranks in turn.
+    def draw(self, number: int) -> PromptBatch:
+        """Draws this rank's prompts of stretch ``number`` (>= 0), which is dealt to the ranks in turn.
 
         Without ``order`` the rows, shuffled anew for each pass by (seed, pass), form one endless stream.
         """
         if self.order is None:
-            first = phase * self.prompts_per_phase
+            first = number * self.prompts_per_phase
             places = range(first + self.rank, first + self.prompts_per_phase, self.world_size)
             drawn = from_stream(places, len(self.train_prompts), self.seed)
         else:
-            drawn = self.order.draw(phase, self.prompts_per_phase)[self.rank :: self.world_size]
-        return prompt_batch([(self.train_prompts[row], number) for row, number in drawn])
+            drawn = self.order.draw(number, self.prompts_per_phase)[self.rank :: self.world_size]
+        return prompt_batch([(self.train_prompts[row], instance) for row, instance in drawn])
 
     def learn(self) -> None:
         """Tells ``order`` how often each prompt of the phase was answered right, on all ranks (collective)."""

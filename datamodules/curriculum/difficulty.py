@@ -1,6 +1,5 @@
 """Leaves out prompts that teach nothing: too easy, too hard, guessed or too long, by what ``predict`` measured."""
 
-import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -66,7 +65,7 @@ class Difficulty:
             example: gives the example of an item.
 
         Raises:
-            ValueError: a column is missing in all rows or holds no number, or nothing is kept.
+            ValueError: a column is missing in all rows, or nothing is kept.
         """
         for name in self.columns:
             require_some([example(item) for item in items], name, "data.keep")
@@ -79,8 +78,8 @@ class Difficulty:
         return kept, counts
 
     def find_reason(self, example: VerifiableExample) -> str | None:
-        """Return why a prompt is left out, None if it is kept. Raises ValueError for what is no number in range."""
-        found = {name: read_measure(example, name) for name in self.columns}
+        """Return why a prompt is left out, None if it is kept."""
+        found = {name: example.measures.get(name) for name in self.columns}
         missing = next((name for name, value in found.items() if value is None), None)
         if missing is not None:
             return f"without {missing}"
@@ -98,24 +97,6 @@ class Difficulty:
             if value is not None and bound is not None and value > bound:
                 return reason
         return None
-
-
-def read_measure(example: VerifiableExample, name: str) -> float | None:
-    """Return what column ``name`` says of a prompt: a share in [0, 1], or tokens for ``pass_length``.
-
-    None where the row says nothing. Raises ValueError, with the row's origin, for anything else.
-    """
-    value = example.measures.get(name)
-    if value is None:
-        return None
-    try:
-        number = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
-        number = math.nan
-    if not (0 <= number <= 1 or (name == "pass_length" and 1 < number < math.inf)):
-        wanted = "a number of tokens" if name == "pass_length" else "a share in [0, 1]"
-        raise ValueError(f"{example.origin}: {name} is {value!r}, {wanted} was expected")
-    return number
 
 
 def require_some(examples: Sequence[VerifiableExample], name: str, asker: str) -> None:

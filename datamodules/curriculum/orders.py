@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from datamodules.curriculum.difficulty import read_measure, require_some
+from datamodules.curriculum.difficulty import require_some
 from datamodules.formats.prompt_shapes import VerifiableExample
 from datamodules.loaders.phase_loader import from_stream
 from modules.functional.ranges import check_numbers
@@ -184,7 +184,7 @@ class Prioritised(LearningOrder):
     def begin(self, examples: Sequence[VerifiableExample], seed: int) -> None:
         """Start from the pass rates, and from the prior where there is none."""
         super().begin(examples, seed)
-        rates = [read_measure(example, "pass_rate") for example in examples]
+        rates = [example.measures.get("pass_rate") for example in examples]
         self.success = torch.tensor([self.prior if rate is None else rate for rate in rates], dtype=torch.float64)
 
     def weights(self) -> list[float]:
@@ -274,7 +274,7 @@ def rounds(places: int, rows: int) -> int:
 def read_all_rates(examples: Sequence[VerifiableExample], asker: str) -> list[float]:
     """Return the ``pass_rate`` of every row. Raises ValueError where one has none."""
     require_some(examples, "pass_rate", asker)
-    rates = [read_measure(example, "pass_rate") for example in examples]
+    rates = [example.measures.get("pass_rate") for example in examples]
     without = [example.origin for example, rate in zip(examples, rates, strict=True) if rate is None]
     if without:
         raise ValueError(

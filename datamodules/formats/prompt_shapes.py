@@ -1,5 +1,6 @@
 """The shapes of prompts with checkable answers: from a raw row to a prompt and the answer that a reward reads."""
 
+import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -36,7 +37,7 @@ class VerifiableExample:
     origin: str
     source: str
     tools: Tools | None = None
-    measures: dict[str, Any] = field(default_factory=dict)  # our name -> what a column of measured difficulty holds
+    measures: dict[str, float | None] = field(default_factory=dict)  # by our name, see ``read_measure``
 
 
 def verifiable_example(
@@ -69,13 +70,28 @@ def verifiable_example(
             "to InstructionDataModule, or remove that turn (in a column 'prompt', it would be continued)"
         )
     answer, column = right_answer(cells)
-    measured = {name: cells.take(name) for name in measures}
+    measured = {name: read_measure(cells, name) for name in measures}
     reading.close(cells, "a prompt" + (" with an answer" if column else ""))
     asks = {theirs for theirs, role in cells.roles.items() if role in ("prompt", "instruction", "messages")}
     if "answer" not in reading.by_hand:
         asks.add("answer")
     info = {name: value for name, value in row.columns.items() if name not in asks}
     return VerifiableExample(asked.prompt, answer, plain(info), row.origin, row.source, asked.tools, measured)
+
+
+def read_measure(cells: Cells, name: str) -> float | None:
+    """Reads a column of measured difficulty: tokens for ``pass_length``, else a share in [0, 1]; None where it is empty.
+
+    Raises ValueError, with the row's origin, for anything else.
+    """
+    value = cells.take(name)
+    if value is None:
+        return None
+    number = None if isinstance(value, bool) else as_number(value)
+    if number is None or not (0 <= number <= 1 or (name == "pass_length" and 1 < number < math.inf)):
+        wanted = "a number of tokens" if name == "pass_length" else "a share in [0, 1]"
+        raise ValueError(f"{cells.place(name)} holds {value!r}, {wanted} was expected")
+    return number
 
 
 def settle_choices(rows: Iterable[Cells], reading: Reading, names: tuple[str, ...] = ANSWERS) -> None:

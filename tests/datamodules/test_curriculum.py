@@ -83,6 +83,9 @@ def test_a_column_of_another_name_or_in_csv_is_read(tmp_path: Path) -> None:
     nested = tmp_path / "nested.jsonl"
     nested.write_text('{"prompt": "a", "extra": {"rate": 0.5}}\n{"prompt": "b", "extra": {"rate": 0}}\n')
     assert texts(load(str(nested), columns={"pass_rate": "extra.rate"}, keep=Difficulty())) == "a"
+    bad = write(tmp_path, [{"pass_rate": "n/a"}, {"pass_rate": "0.5"}])
+    assert texts(load(bad, keep=Difficulty(), on_bad_row="drop")) == "p1"
+    assert texts(load(bad)) == "p0 p1"  # nothing asks for the column
     with pytest.raises(ValueError, match="columns maps pass_rate to 'extra.rate', and nothing reads it"):
         load(str(nested), columns={"pass_rate": "extra.rate"})
 
@@ -108,9 +111,9 @@ def test_bounds_out_of_range_are_refused(settings: dict[str, float | None], sent
         (
             [{"pass_rate": 50}],
             {"keep": Difficulty()},
-            r"rows.jsonl:1: pass_rate is 50, a share in \[0, 1\] was expected",
+            r"rows.jsonl:1: column 'pass_rate' holds 50, a share in \[0, 1\] was",
         ),
-        ([{"pass_rate": True}], {"keep": Difficulty()}, "pass_rate is True, a share"),
+        ([{"pass_rate": True}], {"keep": Difficulty()}, "column 'pass_rate' holds True, a share"),
         ([{"pass_rate": 0.0}, {"pass_rate": 1.0}], {"keep": Difficulty()}, "1 never right, 1 always right; move its"),
         ([{"pass_rate": 0.5}, {}], {"order": EasyToHard()}, "EasyToHard needs the pass_rate of every row, and 1 of 2"),
         ([{}], {"order": HarderLater()}, "HarderLater reads pass_rate, and none of the 1 training rows has it"),
@@ -119,7 +122,7 @@ def test_bounds_out_of_range_are_refused(settings: dict[str, float | None], sent
             {"order": HarderLater()},
             "none of the 1 rows has a pass_rate of at most 0.5, the lowest",
         ),
-        ([{"pass_rate": "n/a"}], {"order": Prioritised()}, "pass_rate is 'n/a', a share"),
+        ([{"pass_rate": "n/a"}], {"order": Prioritised()}, "column 'pass_rate' holds 'n/a', a share"),
     ],
 )
 def test_rows_that_cannot_be_ordered_are_refused(
