@@ -222,8 +222,8 @@ class MoPPS(LearningOrder):
 
     The success rate of a row has a Beta(a, b) posterior, at first Beta(1, 1). A phase with x right and y wrong
     completions of the row makes it a <- decay a + (1 - decay) + x and b <- decay b + (1 - decay) + y. A stretch draws
-    one rate from each posterior and takes the rows whose rates are nearest to ``target``. Source: arXiv 2507.04632,
-    section 4; here all rows are candidates for every stretch, there a random part of them.
+    one rate from each posterior and takes the rows whose rates are nearest to ``target``. Source: arXiv 2507.04632 and
+    its released code; here all rows are candidates for every stretch, there a random part of them.
 
     Args:
         target: the success rate to learn from, in (0, 1).
