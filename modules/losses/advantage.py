@@ -148,7 +148,8 @@ class GDPO(Advantage):
         columns = [group_zscore(part, batch["group"], self.eps, self.ddof) for part in parts.unbind(1)]
         total = (torch.stack(columns, 1) * batch["part_weights"]).sum(1, keepdim=True)  # [N, 1]
         whole = torch.zeros_like(batch["prompt_index"])
-        return whiten_over_ranks(total, scored[:, None], whole, 1)[:, 0]
+        whitened = whiten_over_ranks(total, scored[:, None], whole, 1)
+        return whitened.masked_fill(total == 0, 0.0)[:, 0]  # the mean is 0 but for rounding
 
 
 class FunctionAdvantage(Advantage):
