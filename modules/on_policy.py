@@ -22,10 +22,11 @@ from modules.networks.reference import Frozen
 from modules.rewards.answers import name_reader
 from modules.rewards.combined import find_accuracy, walk_rewards
 from modules.rewards.learned import LearnedReward
+from modules.rollout.dynamic_sampling import Gathered
 from modules.rollout.engine import InProcessEngine, RolloutEngine
 from modules.rollout.metrics import make_outcomes, measure_gaps, measure_rollouts, measure_weights, share_solved
 from modules.rollout.sampling import Sampling
-from modules.rollout.scoring import add_sums, make_batch, make_rollouts, score_in_chunks
+from modules.rollout.scoring import add_sums, keep_prompts, make_batch, make_rollouts, score_in_chunks
 from modules.trainer.ranks import from_all_ranks, log_equal, mean_and_error, weighted_means
 from modules.trainer.seeds import derive_seed, run_seed
 from modules.types import Completion, InstructionBatch, Outcome, PolicyBatch, PromptBatch, Reward, Rollout, as_reward
@@ -73,6 +74,7 @@ class OnPolicyModule(AlignmentModule):
     """
 
     least_generations = 2  # completions of a prompt that the method needs
+    reference_moves = False  # whether the reference is another model later on, so that checkpoints hold it
     # What to do in a phase after the first step in which nothing is scored.
     on_unscored: Literal["warn", "stop"] = "warn"
 
@@ -93,13 +95,8 @@ class OnPolicyModule(AlignmentModule):
         seed: int | None,
     ) -> None:
         super().__init__(policy, optimizer, scheduler, dropout=False, lora=lora)
-        if num_generations < self.least_generations:
-            compared = (
-                ": a group needs at least 2 completions to compare"
-                if self.least_generations > 1
-                else ", expected at least 1"
-            )
-            raise ValueError(f"num_generations is {num_generations}{compared}")
+        self.num_generations = num_generations
+        self.require_generations(self.least_generations)
         if sampling.temperature <= 0:
             raise ValueError(
                 f"sampling.temperature is {sampling.temperature}: greedy completions of a prompt are all the same"
@@ -110,7 +107,7 @@ class OnPolicyModule(AlignmentModule):
         check_stop(self.accuracy or self.reward, sampling)
         if lora is not None:
             self.share_backbone()
-        self.num_generations, self.val_generations = num_generations, validation.generations
+        self.val_generations = validation.generations
         self.sampling, self.seed = sampling, run_seed(seed)
         self.engine, self.importance = engine or InProcessEngine(), importance
         other = load_companion(self.policy, reference, "reference") if isinstance(reference, str) else None
@@ -120,6 +117,17 @@ class OnPolicyModule(AlignmentModule):
         self._batch_start = 0.0
         self._kl_warned = False
         self.record.held_out = []
+
+    def require_generations(self, least: int) -> None:
+        """Refuse fewer than ``least`` completions of a prompt."""
+        if self.num_generations < least:
+            compared = ": a group needs at least 2 completions to compare" if least > 1 else ", expected at least 1"
+            raise ValueError(f"num_generations is {self.num_generations}{compared}")
+
+    def move_reference(self, moves: bool) -> None:
+        """Settle whether the reference moves; one that does not is known by its fingerprint."""
+        self.reference_moves = moves
+        self.reference_id = None if moves else self.reference_id
 
     def share_backbone(self) -> None:
         """Compute reward models that are adapters of the policy's backbone on that backbone."""
@@ -154,13 +162,12 @@ class OnPolicyModule(AlignmentModule):
     def collect(self, prompts: PromptBatch) -> PolicyBatch:
         """Make one phase of this rank: sample, score, and compute the log-probs that the updates start from."""
         start = time.perf_counter()
-        completions = self.sample(prompts, self.num_generations, self.sampling, str(self.current_epoch))
-        sampled = time.perf_counter()
-        rollouts = make_rollouts(prompts, completions, self.reward)
-        self.check_scored(rollouts)
-        batch = make_batch(rollouts, self.device)
-        mask = batch["completion_mask"]
-        if "update" in prompts:
+        self.record.metrics = {"time/sampling": 0.0}
+        found = self.gather(prompts)
+        earlier = len(self.record.carried)  # the first rollouts, sampled in the phase before
+        self.check_scored(found.rollouts[earlier:])
+        batch = make_batch(found.rollouts, self.device)
+        if "update" in prompts and found.chosen is None:
             batch["update"] = torch.tensor(prompts["update"], device=self.device)[batch["prompt_index"]]
         batch["old_logprobs"], entropies, *values = score_in_chunks(self.collected_scores, batch)
         if values:
@@ -171,13 +178,31 @@ class OnPolicyModule(AlignmentModule):
             log_ratio = kl.k1(batch["old_logprobs"], batch["ref_logprobs"])
             self.check_start(log_ratio)
             k3 = kl.k3(batch["old_logprobs"], batch["ref_logprobs"])
-        self.record.rollouts, self.record.metrics = add_sums(rollouts, entropies, log_ratio, mask), {}
-        self.log_phase(measure_gaps(mask, batch["old_logprobs"], batch["sampler_logprobs"], k3))
+        mask = batch["completion_mask"]
+        self.record.rollouts = add_sums(found.rollouts, entropies, log_ratio, mask)[earlier:]
+        now = mask & (torch.arange(len(mask), device=mask.device) >= earlier)[:, None]
+        self.log_phase(measure_gaps(now, batch["old_logprobs"], batch["sampler_logprobs"], k3))
+        self.log_phase(found.metrics)
         self.check_kl()
+        batch["old_logprobs"][:earlier] = batch["sampler_logprobs"][:earlier]  # the probabilities they were drawn with
+        if found.chosen is not None:
+            batch = keep_prompts(batch, found.chosen)
         self.prepare(batch)
-        scoring = time.perf_counter() - sampled
-        self.log_phase({"time/sampling": sampled - start, "time/scoring": scoring, "time/training": 0.0})
+        self.record.carried = found.left
+        scoring = time.perf_counter() - start - self.record.metrics["time/sampling"]
+        self.log_phase({"time/scoring": scoring, "time/training": 0.0})
         return batch
+
+    def gather(self, prompts: PromptBatch) -> Gathered:
+        """Sample and score the completions of a phase; a method may draw further prompts."""
+        return Gathered(self.sample_rollouts(prompts))
+
+    def sample_rollouts(self, prompts: PromptBatch) -> list[Rollout]:
+        """Sample and score ``num_generations`` completions of each prompt for training."""
+        start = time.perf_counter()
+        completions = self.sample(prompts, self.num_generations, self.sampling, str(self.current_epoch))
+        self.record.metrics["time/sampling"] += time.perf_counter() - start
+        return make_rollouts(prompts, completions, self.reward, self.current_epoch)
 
     def weigh(self, batch: PolicyBatch, advantages: Tensor) -> Tensor:
         """Multiply advantages [N, Tc] by the weights of ``importance``, if there is one, and log these (collective)."""
@@ -212,6 +237,19 @@ class OnPolicyModule(AlignmentModule):
             "kl": metrics.get("kl", 0.0),
         }
         log_equal(self, short, prog_bar=True, logger=False)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Save what every method saves, and a reference that moves."""
+        super().on_save_checkpoint(checkpoint)
+        if self.reference_moves and self.reference is not None:
+            checkpoint["reference"] = {name: weight.detach().cpu() for name, weight in self.reference.weights.items()}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Load what every method loads, and a reference that moved."""
+        super().on_load_checkpoint(checkpoint)
+        if self.reference is not None:
+            for name, weight in checkpoint.get("reference", {}).items():
+                self.reference.weights[name].data.copy_(weight)
 
     def phase_metrics(self) -> dict[str, float]:
         """Measure rewards, lengths, entropy, KL and times, and join what ``log_phase`` collected (collective)."""

@@ -1,6 +1,6 @@
 """Online DPO: preferences between the policy's own samples, fresh in every phase (arXiv 2402.04792; 2404.19733)."""
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -90,7 +90,7 @@ class OnlineDPOModule(OnPolicyModule):
                 "refresh: soft averages weights, and averaged adapters are not the adapters of the averaged model: use "
                 "phase"
             )
-        self.reference_id = self.reference_id if refresh == "fixed" else None
+        self.move_reference(refresh != "fixed")
         self.min_gap, self.refresh, self.refresh_every = min_gap, refresh, refresh_every
 
     def prepare(self, batch: PolicyBatch) -> None:
@@ -127,19 +127,6 @@ class OnlineDPOModule(OnPolicyModule):
             and (self.current_epoch + 1) % self.refresh_every == 0
         ):
             self.reference.mix(self.policy, 1.0 if self.refresh == "phase" else self.SOFT_SHARE)
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save what every method saves, and a reference that moves."""
-        super().on_save_checkpoint(checkpoint)
-        if self.refresh != "fixed" and self.reference is not None:
-            checkpoint["reference"] = {name: weight.detach().cpu() for name, weight in self.reference.weights.items()}
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Load what every method loads, and a reference that moved."""
-        super().on_load_checkpoint(checkpoint)
-        if self.reference is not None:
-            for name, weight in checkpoint.get("reference", {}).items():
-                self.reference.weights[name].data.copy_(weight)
 
 
 def rank_best_and_worst(rewards: Tensor, group: Tensor, min_gap: float = 0.0) -> Tensor:

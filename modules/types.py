@@ -100,6 +100,9 @@ class PromptBatch(TypedDict):
     info: list[dict[str, Any]]  # the row's other columns
     # In training: the optimiser update of each pass that learns from the prompt's completions, counted from 0.
     update: NotRequired[list[int]]
+    # In training: draws this rank's next stretch of prompts, for methods that sample more in a phase; every rank must
+    # draw equally often.
+    further: NotRequired[Callable[[], "PromptBatch"]]
 
 
 class PolicyBatch(TypedDict):
@@ -126,6 +129,13 @@ class PolicyBatch(TypedDict):
     returns: NotRequired[Tensor]  # [N, Tc], the targets of the values
     stopped: NotRequired[Tensor]  # bool [N], True = ended by itself, False = cut off
     update: NotRequired[Tensor]  # int [N], see ``PromptBatch``; only in the batch of a whole phase
+    # bool [N], False = teaches nothing, because it has no score or was cut off; default: those that have a score
+    teaches: NotRequired[Tensor]
+    # Only in the batch of a whole phase: what a KL inside the reward takes from each token [N, Tc]; the scores of the
+    # reward's parts [N, C], NaN = unscorable, and their weights [C].
+    penalties: NotRequired[Tensor]
+    parts: NotRequired[Tensor]
+    part_weights: NotRequired[Tensor]
     ptx: NotRequired[InstructionBatch]  # texts that the policy must not forget, with their own denominator
 
 
@@ -227,6 +237,8 @@ class Record:
     rollouts: list[Rollout] = field(default_factory=list)
     # Numbers of the phase by name, logged at its end as ``train/<name>``; valid and kept like ``rollouts``.
     metrics: dict[str, float] = field(default_factory=dict)
+    # Groups that were sampled in the phase and are trained on in the next one, see ``DynamicSampling``; kept likewise.
+    carried: list[Rollout] = field(default_factory=list)
     # Completions of the evaluation's last batch, valid in ``on_validation_batch_end`` and ``on_test_batch_end``.
     # None = the module samples no held-out rows.
     held_out: list[Rollout] | None = None
@@ -297,10 +309,12 @@ class Reward(ABC):
         name: labels its metric ``rewards/<name>/mean``; default the name of the class.
         checks_answer: True = a score above 0.5 means that the answer is right. False = it says nothing about that.
             None = it means that when the reward stands alone.
+        phase: the phase of the training that it scores for, counted from 0; None = it scores for something else.
     """
 
     name: str
     checks_answer: bool | None = None
+    phase: int | None = None
 
     def __init_subclass__(cls, **settings: Any) -> None:
         super().__init_subclass__(**settings)

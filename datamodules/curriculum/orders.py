@@ -204,6 +204,7 @@ class Prioritised(LearningOrder):
             noise = [1 - generator.random() for _ in weights]  # in (0, 1]
             keys = [(w > 0, math.log(u) / w if w > 0 else u) for w, u in zip(weights, noise, strict=True)]
             best = nlargest(min(self.rows, places - len(drawn)), range(self.rows), key=keys.__getitem__)
+            generator.shuffle(best)  # no update of the phase gets the heaviest
             drawn += [(row, number * turns + turn) for row in best]
         return drawn
 
@@ -252,6 +253,7 @@ class MoPPS(LearningOrder):
         for turn in range(turns):
             gaps = [-abs(generator.betavariate(right, wrong) - self.target) for right, wrong in counts]
             best = nlargest(min(self.rows, places - len(drawn)), range(self.rows), key=gaps.__getitem__)
+            generator.shuffle(best)  # no update of the phase gets the nearest
             drawn += [(row, number * turns + turn) for row in best]
         return drawn
 

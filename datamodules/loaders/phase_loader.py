@@ -11,6 +11,7 @@ import random
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from functools import lru_cache
+from itertools import count
 from typing import Any, cast
 
 import torch
@@ -22,7 +23,7 @@ from modules.trainer.ranks import from_all_ranks
 from modules.types import Completion, HasRecord, InstructionBatch, PolicyBatch, PromptBatch, Rollout
 
 PROMPT_FIELDS = ("prompt_ids", "prompt_mask")
-PHASE_FIELDS = ("denominator", "row_count", "active", "update")
+PHASE_FIELDS = ("denominator", "row_count", "active", "update", "penalties", "parts", "part_weights")
 
 
 class PhaseLoader:
@@ -31,13 +32,14 @@ class PhaseLoader:
     Args:
         trainer: gives the phase (``current_epoch``), the micro-batches per update (``accumulate_grad_batches``) and the
             module, whose ``collect(prompts)`` samples, scores and returns the phase's ``PolicyBatch``.
-        draw: phase -> this rank's prompts.
-        learn: called after each phase is collected, so that later draws may depend on its rollouts.
+        draw: number of a stretch of prompts, counted from 0 since the start -> this rank's prompts of it. A phase takes
+            one stretch; a module that samples further prompts in a phase takes further ones.
         updates_per_phase: optimiser updates made from one phase's rollouts.
         inner_epochs: passes over the rollouts; divides ``updates_per_phase``.
         seed: for the shuffle of groups into updates.
         ptx: number of an update since the start, micro-batch in it -> this rank's texts, which the update learns from
             beside its completions.
+        learn: called after a phase is collected, so that later draws may depend on its rollouts.
 
     Raises:
         ValueError: the numbers do not divide, or differ between ranks.
@@ -63,6 +65,7 @@ class PhaseLoader:
         self.updates, self.inner_epochs = updates_per_phase, inner_epochs
         self.per_pass = updates_per_phase // inner_epochs
         self.phase, self.position = -1, 0
+        self.extra = 0  # stretches that phases took beyond their first one
         self.micro_batches: list[PolicyBatch] = []
         length = torch.tensor(len(self), device=trainer.strategy.root_device)
         lengths = {int(n) for n in trainer.strategy.all_gather(length).reshape(-1)}
@@ -100,12 +103,14 @@ class PhaseLoader:
     def collect(self, phase: int) -> PolicyBatch:
         """Sample and score a phase in the Trainer's precision, without gradients, in evaluation mode."""
         module = cast(LightningModule, self.trainer.lightning_module)
-        prompts = self.draw(phase)
+        prompts, further = self.draw(phase + self.extra), count(self.extra + 1)
+        prompts["further"] = lambda: self.draw(phase + next(further))
         prompts["update"] = update_of_prompts(len(prompts["uid"]), self.per_pass)
         with evaluating(module), torch.no_grad(), self.trainer.precision_plugin.forward_context():
             batch: PolicyBatch = module.collect(prompts)  # type: ignore[operator]
             if self.learn is not None:
                 self.learn()
+        self.extra = next(further) - 1  # after collecting, which may be interrupted
         return batch
 
     def plan(self, batch: PolicyBatch, phase: int) -> list[PolicyBatch]:
@@ -164,7 +169,9 @@ class PhaseLoader:
             if self.position < len(self)
             else [],
             "rollouts": [asdict(rollout) for rollout in record.rollouts],
+            "carried": [asdict(rollout) for rollout in record.carried],
             "phase_metrics": dict(record.metrics),
+            "extra": self.extra,
         }
         return {"ranks": from_all_ranks([mine])}
 
@@ -175,11 +182,18 @@ class PhaseLoader:
         ValueError inside a phase when the ranks or the micro-batches of a phase are others than they were.
         """
         ranks, world = state["ranks"], self.trainer.world_size
+        record = cast(HasRecord, self.trainer.lightning_module).record
+        self.extra = ranks[0].get("extra", 0)
         if len(ranks) != world:
             if any(part["micro_batches"] for part in ranks):
                 raise ValueError(
                     f"the checkpoint was written inside a phase on {len(ranks)} ranks and cannot go on with {world}: "
                     f"resume on {len(ranks)}, or from a checkpoint written at the end of an epoch"
+                )
+            if any(part.get("carried") for part in ranks):
+                raise ValueError(
+                    f"the checkpoint holds groups that {len(ranks)} ranks have yet to learn from (dynamic sampling) and "
+                    f"cannot go on with {world}: resume on {len(ranks)}"
                 )
             return
         mine = ranks[self.trainer.global_rank]
@@ -190,14 +204,19 @@ class PhaseLoader:
                 "resume with the same "
                 "updates_per_phase and accumulate_grad_batches, or from a checkpoint written at the end of an epoch"
             )
-        record = cast(HasRecord, self.trainer.lightning_module).record
         self.phase = mine["phase"]
         self.position = (
             mine["position"] - mine["position"] % self.trainer.accumulate_grad_batches if saved else len(self)
         )
         self.micro_batches = [on(batch, self.trainer.strategy.root_device) for batch in mine["micro_batches"]]
-        record.rollouts = [Rollout(**{**r, "completion": Completion(**r["completion"])}) for r in mine["rollouts"]]
+        record.rollouts = [load_rollout(saved) for saved in mine["rollouts"]]
+        record.carried = [load_rollout(saved) for saved in mine.get("carried", [])]
         record.metrics = mine["phase_metrics"]
+
+
+def load_rollout(saved: dict[str, Any]) -> Rollout:
+    """The rollout that ``asdict`` made this of."""
+    return Rollout(**{**saved, "completion": Completion(**saved["completion"])})
 
 
 def update_of_prompts(num_prompts: int, updates: int) -> list[int]:

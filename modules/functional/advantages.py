@@ -91,18 +91,18 @@ def group_center(rewards: Tensor, group: Tensor) -> Tensor:
     return _center_rewards(rewards, group)[0]
 
 
-def group_zscore(rewards: Tensor, group: Tensor, eps: float = 1e-4) -> Tensor:
+def group_zscore(rewards: Tensor, group: Tensor, eps: float = 1e-4, ddof: int = 1) -> Tensor:
     """Compute (reward - mean) / (std + eps) within each group (GRPO, 2402.03300, section 4.1.2).
 
-    std is that of the sample (ddof=1); the paper leaves ddof and eps open. rewards: [N], NaN = unscorable. group: int
-    [N]. eps: >= 0, in units of reward. Returns [N], float32 or wider; every group sums to 0. Raises ValueError if the
-    shapes differ.
+    The paper leaves ddof and eps open. rewards: [N], NaN = unscorable. group: int [N]. eps: >= 0, in units of reward.
+    ddof: 1 = the sample's std, 0 = the population's. Returns [N], float32 or wider; every group sums to 0. Raises
+    ValueError if the shapes differ.
 
     >>> group_zscore(torch.tensor([1.0, 0.0, 0.0, 0.0]), torch.tensor([7, 7, 7, 7]))  # std .5
     tensor([ 1.4997, -0.4999, -0.4999, -0.4999])
     """
     centered, count, index = _center_rewards(rewards, group)
-    std = (_sum_of_own_group(centered.square(), index) / (count - 1).clamp(min=1)).sqrt()
+    std = (_sum_of_own_group(centered.square(), index) / (count - ddof).clamp(min=1)).sqrt()
     return centered / (std + eps).masked_fill(std == 0, 1.0)
 
 

@@ -14,56 +14,13 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from modules.functional.advantages import group_center, group_zscore
 from modules.functional.masked import aggregate, masked_mean
 from modules.functional.ranges import check_numbers
+from modules.losses.advantage import Advantage, Centered, LeaveOneOut, Whitened, ZScore
+from modules.losses.aggregation import Aggregation, SequenceMean, SequenceSum, TokenMean
 from modules.types import PolicyBatch
 
 Metrics = dict[str, Tensor]
-
-
-class Aggregation(ABC):
-    """Makes one number of token losses: their weighted sum over all rows of an optimiser step / sum of ``row_count``."""
-
-    @abstractmethod
-    def row_count(self, mask: Tensor) -> Tensor:
-        """Return what each row adds to the denominator, [N], from the keep-mask [N, Tc]; 0 for an empty row."""
-
-    def weights(self, mask: Tensor) -> Tensor:
-        """Return the weight of each token loss, [N, Tc], zero where the mask is False."""
-        return mask.float()
-
-
-class TokenMean(Aggregation):
-    """Every token of the step counts the same (DAPO, arXiv 2503.14476)."""
-
-    def row_count(self, mask: Tensor) -> Tensor:
-        return mask.sum(1).float()
-
-
-class SequenceMean(Aggregation):
-    """Mean over completions of their mean token loss (GRPO as published; short completions weigh more per token)."""
-
-    def row_count(self, mask: Tensor) -> Tensor:
-        return mask.any(1).float()
-
-    def weights(self, mask: Tensor) -> Tensor:
-        return mask / mask.sum(1, keepdim=True).clamp(min=1)
-
-
-class ConstantNorm(Aggregation):
-    """Sum over tokens / (completions x max_length), a constant, so that length has no bias (Dr. GRPO, arXiv 2503.20783).
-
-    Args:
-        max_length: the completion budget in tokens.
-    """
-
-    def __init__(self, max_length: int) -> None:
-        check_numbers("ConstantNorm", max_length=(max_length, "[1, inf)"))
-        self.max_length = max_length
-
-    def row_count(self, mask: Tensor) -> Tensor:
-        return mask.any(1) * float(self.max_length)
 
 
 class PolicyObjective(ABC):
@@ -72,14 +29,18 @@ class PolicyObjective(ABC):
     Attributes:
         aggregation: makes one number of its token losses, and of those of a KL beside it.
         needs_advantage: whether a completion with advantage 0 has no gradient, so that it need not be computed.
+        resets_optimizer: whether each phase begins with an optimizer without moments.
+        corrects_sampler: whether the loss weighs tokens by p of the trainer / p of the sampler itself.
     """
 
     aggregation: Aggregation
     needs_advantage = True
+    resets_optimizer = False
+    corrects_sampler = False
 
-    def make_advantages(self, rewards: Tensor, group: Tensor) -> Tensor:
-        """Compute the default advantages [N] of a phase from rewards [N] and group int [N]."""
-        return group_zscore(rewards, group)
+    def default_advantage(self) -> Advantage:
+        """Return the advantage that the method's paper uses."""
+        return ZScore()
 
     @abstractmethod
     def __call__(self, logprobs: Tensor, batch: PolicyBatch) -> tuple[Tensor, Metrics]:
@@ -155,6 +116,28 @@ class GSPO(PolicyObjective):
         return loss, metrics | {"approx_kl": measure_kl(log_ratio, mask)}
 
 
+class GSPOToken(GSPO):
+    """GSPO whose advantages may differ between the tokens of a completion: s_t = sg[s] p_t / sg[p_t], clipped like s.
+
+    sg keeps a value without its gradient. Source: arXiv 2507.18071, section 4.3. With one advantage per completion the
+    loss and the gradient are those of ``GSPO``. Metrics: those of ``Clipped``, over tokens.
+
+    Args:
+        clip_low: >= 0.
+        clip_high: >= 0.
+    """
+
+    def __call__(self, logprobs: Tensor, batch: PolicyBatch) -> tuple[Tensor, Metrics]:
+        mask, log_ratio = batch["completion_mask"], take_log_ratio(logprobs, batch)
+        advantages = take_advantages(logprobs, batch)
+        whole = masked_mean(log_ratio, mask, dim=-1).detach()[:, None]  # log s, [N, 1]
+        ratio = (whole + log_ratio - log_ratio.detach()).masked_fill(advantages == 0, 0.0).exp()  # [N, Tc]
+        losses = clip_losses(ratio, advantages, self.clip_low, self.clip_high)
+        metrics = measure_clips(ratio, advantages, mask, self.clip_low, self.clip_high)
+        loss = aggregate(losses, self.aggregation.weights(mask), batch["denominator"])
+        return loss, metrics | {"approx_kl": measure_kl(log_ratio, mask)}
+
+
 class CISPO(PolicyObjective):
     """-min(ratio, 1 + clip_high) A logprob per token, the capped ratio without gradient, so every token has a gradient.
 
@@ -181,26 +164,176 @@ class CISPO(PolicyObjective):
         return loss, {"cispo_clip_ratio": capped, "approx_kl": measure_kl(log_ratio, mask)}
 
 
+class REINFORCE(PolicyObjective):
+    """-A logprob per token, without a ratio: the policy gradient of samples from the present policy (Williams, 1992).
+
+    Further updates of a phase are off-policy and not corrected. The default advantage is reward - mean of the group.
+    Metrics: ``approx_kl``.
+
+    Args:
+        aggregation: default ``SequenceSum``.
+    """
+
+    def __init__(self, aggregation: Aggregation | None = None) -> None:
+        self.aggregation = aggregation or SequenceSum()
+
+    def default_advantage(self) -> Advantage:
+        return Centered()
+
+    def __call__(self, logprobs: Tensor, batch: PolicyBatch) -> tuple[Tensor, Metrics]:
+        mask = batch["completion_mask"]
+        losses = -take_advantages(logprobs, batch) * logprobs
+        loss = aggregate(losses, self.aggregation.weights(mask), batch["denominator"])
+        return loss, {"approx_kl": measure_kl(take_log_ratio(logprobs, batch), mask)}
+
+
+class RLOO(PolicyObjective):
+    """-min(ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A) per completion, whose ratio is a product over tokens.
+
+    Then the mean over completions. At ratio 1, in the first update of a phase, that is the policy gradient of arXiv
+    2402.14740; the ratio of whole completions and its clip are TRL's, for further updates. A product over many tokens
+    leaves the bounds soon. The default advantage is ``LeaveOneOut``; the paper has its KL in the reward (``kl_loss:
+    null``). Metrics: those of ``Clipped``, with ``clip_ratio/*`` over completions.
+
+    Args:
+        clip_low: >= 0.
+        clip_high: >= 0.
+    """
+
+    def __init__(self, clip_low: float = 0.2, clip_high: float = 0.2) -> None:
+        check_numbers("RLOO", clip_low=(clip_low, "[0, inf)"), clip_high=(clip_high, "[0, inf)"))
+        self.clip_low, self.clip_high, self.aggregation = clip_low, clip_high, SequenceSum()
+
+    def default_advantage(self) -> Advantage:
+        return LeaveOneOut()
+
+    def __call__(self, logprobs: Tensor, batch: PolicyBatch) -> tuple[Tensor, Metrics]:
+        mask, log_ratio = batch["completion_mask"], take_log_ratio(logprobs, batch)
+        keep = mask.any(-1)  # [N]
+        advantages = masked_mean(take_advantages(logprobs, batch), mask, dim=-1)  # [N]
+        ratio = log_ratio.sum(-1).masked_fill(advantages == 0, 0.0).exp()  # [N]
+        losses = clip_losses(ratio, advantages, self.clip_low, self.clip_high)
+        metrics = measure_clips(ratio, advantages, keep, self.clip_low, self.clip_high)
+        loss = aggregate(losses, keep, batch["denominator"])
+        return loss, metrics | {"approx_kl": measure_kl(log_ratio, mask)}
+
+
+class REINFORCEPlusPlus(Clipped):
+    """The loss of ``Clipped`` on advantages that are whitened over the phase: REINFORCE++, arXiv 2501.03262.
+
+    Without a baseline the paper has its KL in the reward (``kl_loss: null``), and one completion per prompt suffices;
+    with one, it has its KL in the loss, as ``kl_loss: k2``. Metrics: those of ``Clipped``.
+
+    Args:
+        baseline: first subtract the mean reward of the group.
+        clip_low: >= 0.
+        clip_high: >= 0.
+        aggregation: default ``TokenMean``.
+    """
+
+    def __init__(
+        self,
+        baseline: bool = False,
+        clip_low: float = 0.2,
+        clip_high: float = 0.2,
+        aggregation: Aggregation | None = None,
+    ) -> None:
+        super().__init__(clip_low, clip_high, aggregation=aggregation)
+        self.baseline = baseline
+
+    def default_advantage(self) -> Advantage:
+        return Whitened(self.baseline)
+
+
+class SAPO(PolicyObjective):
+    """-(4 / tau) sigmoid(tau (ratio - 1)) A per token: a soft gate in place of the clip (SAPO, arXiv 2511.20347).
+
+    Its gradient is the policy gradient times 4 s (1 - s) ratio, with s the sigmoid: whole at ratio 1, and fading away
+    from it. tau is larger for A < 0, where gradients raise many other tokens. Metrics: ``approx_kl``, and ``gate``, the
+    mean of 4 s (1 - s).
+
+    Args:
+        tau_positive: > 0, for A > 0.
+        tau_negative: > 0, for A < 0.
+        aggregation: default ``SequenceMean``, as published.
+    """
+
+    def __init__(
+        self, tau_positive: float = 1.0, tau_negative: float = 1.05, aggregation: Aggregation | None = None
+    ) -> None:
+        check_numbers("SAPO", tau_positive=(tau_positive, "(0, inf)"), tau_negative=(tau_negative, "(0, inf)"))
+        self.tau_positive, self.tau_negative = tau_positive, tau_negative
+        self.aggregation = aggregation or SequenceMean()
+
+    def __call__(self, logprobs: Tensor, batch: PolicyBatch) -> tuple[Tensor, Metrics]:
+        mask, log_ratio = batch["completion_mask"], take_log_ratio(logprobs, batch)
+        advantages = take_advantages(logprobs, batch)
+        tau = torch.full_like(advantages, self.tau_negative).masked_fill(advantages > 0, self.tau_positive)
+        # The gate is flat long before exp overflows, and inf x 0 would be NaN in the gradient.
+        gate = torch.sigmoid(tau * torch.expm1(log_ratio.clamp(max=20.0)))  # [N, Tc]
+        losses = -4 / tau * gate * advantages
+        loss = aggregate(losses, self.aggregation.weights(mask), batch["denominator"])
+        open_by = masked_mean((4 * gate * (1 - gate)).detach(), mask)
+        return loss, {"gate": open_by, "approx_kl": measure_kl(log_ratio, mask)}
+
+
+class DPPO(PolicyObjective):
+    """-keep min(ratio, cap) A logprob per token, with ratio = p / q and q the probability that the sampler drew it with.
+
+    keep drops a token once p is more than ``delta`` away from q to the side where A pushes it: p - q > delta for A > 0,
+    p - q < -delta for A < 0. That bounds the total variation of the token against all others, and leaves unlikely
+    tokens the room that a clip of the ratio takes from them (DPPO with binary TV, arXiv 2602.04879). keep and
+    min(ratio, cap) have no gradient. The ratio corrects for the sampler, so ``importance`` beside it is refused.
+    Metrics: ``dropped``, the share of tokens that keep drops; ``approx_kl``.
+
+    Args:
+        delta: (0, 1].
+        cap: > 0, largest weight, as in verl.
+        aggregation: default ``TokenMean``.
+    """
+
+    corrects_sampler = True
+
+    def __init__(self, delta: float = 0.2, cap: float = 20.0, aggregation: Aggregation | None = None) -> None:
+        check_numbers("DPPO", delta=(delta, "(0, 1]"), cap=(cap, "(0, inf)"))
+        self.delta, self.cap, self.aggregation = delta, cap, aggregation or TokenMean()
+
+    def __call__(self, logprobs: Tensor, batch: PolicyBatch) -> tuple[Tensor, Metrics]:
+        mask, log_ratio = batch["completion_mask"], take_log_ratio(logprobs, batch)
+        advantages = take_advantages(logprobs, batch)
+        sampled = batch["sampler_logprobs"].masked_fill(~mask, 0.0)
+        now = logprobs.detach().masked_fill(~mask, 0.0)
+        weight = (now - sampled).exp().clamp(max=self.cap)
+        moved = now.exp() - sampled.exp()  # [N, Tc]
+        drop = ((advantages > 0) & (moved > self.delta)) | ((advantages < 0) & (moved < -self.delta))
+        losses = -weight.masked_fill(drop, 0.0) * advantages * logprobs
+        loss = aggregate(losses, self.aggregation.weights(mask), batch["denominator"])
+        return loss, {"dropped": masked_mean(drop, mask), "approx_kl": measure_kl(log_ratio, mask)}
+
+
 class MirrorDescent(PolicyObjective):
     """-(r - mean of the group's r) l + tau/2 (l - l_old)^2 per completion, l the sum of its log-probs; then the mean.
 
     Source: Kimi k1.5, arXiv 2501.12599, section 2.3.2, eq. 3, with the mean reward in place of tau log Z. The reference
-    of the square is the policy that sampled the phase, so the square is 0 at a phase's first update. Unlike the paper,
-    we keep the optimizer's moments from phase to phase. Metrics: ``approx_kl``.
+    of the square is the policy that sampled the phase, so the square is 0 at a phase's first update. As in the paper,
+    the optimizer's moments are reset at the start of each phase, since each phase is a problem of its own. Metrics:
+    ``approx_kl``.
 
     Args:
         tau: >= 0, strength of the tie to the sampling policy; the square grows like the length squared, so keep it
             small (the paper names no number).
+        reset_optimizer: False keeps the optimizer's moments from phase to phase. With Adam and one update per phase,
+            moments without a past make every weight move by the learning rate, whatever the size of its gradient.
     """
 
     needs_advantage = False
 
-    def __init__(self, tau: float = 0.01) -> None:
+    def __init__(self, tau: float = 0.01, reset_optimizer: bool = True) -> None:
         check_numbers("MirrorDescent", tau=(tau, "[0, inf)"))
-        self.tau, self.aggregation = tau, ConstantNorm(1)  # sums over tokens, mean over completions
+        self.tau, self.resets_optimizer, self.aggregation = tau, reset_optimizer, SequenceSum()
 
-    def make_advantages(self, rewards: Tensor, group: Tensor) -> Tensor:
-        return group_center(rewards, group)
+    def default_advantage(self) -> Advantage:
+        return Centered()
 
     def __call__(self, logprobs: Tensor, batch: PolicyBatch) -> tuple[Tensor, Metrics]:
         mask, log_ratio = batch["completion_mask"], take_log_ratio(logprobs, batch)
@@ -230,8 +363,10 @@ class Clip:
 
 
 def leave_out_unscored(batch: PolicyBatch) -> PolicyBatch:
-    """Drop all tokens of completions without a score from the batch's ``completion_mask``."""
-    mask = batch["completion_mask"] & ~batch["rewards"].isnan()[:, None]
+    """Drop all tokens of completions that teach nothing from the batch's ``completion_mask``: those without a score, and
+    those that ``teaches`` leaves out.
+    """
+    mask = batch["completion_mask"] & batch.get("teaches", ~batch["rewards"].isnan())[:, None]
     return cast(PolicyBatch, {**batch, "completion_mask": mask})
 
 

@@ -301,7 +301,9 @@ class Policy(nn.Module):
             model.generation_config = GenerationConfig(
                 **kept, eos_token_id=stops[0] if len(stops) == 1 else stops or None
             )
-            unused = given.to_diff_dict().keys() - {*kept, "eos_token_id", "transformers_version", "_from_model_config"}
+            own = {*kept, "eos_token_id", "transformers_version", "use_cache"}
+            named = given.to_diff_dict().items()
+            unused = {name for name, value in named if value not in (None, False) and name[0] != "_"} - own
             if unused:
                 rank_zero_info(
                     f"export: {self.name} generates by {', '.join(sorted(unused))}; training did not, and the "

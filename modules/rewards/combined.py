@@ -2,10 +2,45 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from types import FunctionType
 
+from modules.functional.ranges import check_numbers
 from modules.types import Completion, Reward, Rollout, as_reward, score
+
+
+@dataclass(frozen=True)
+class Ramp:
+    """A weight that goes in a straight line from ``start`` to ``end`` between two phases, and stays there.
+
+    With ``first`` equal to ``last`` it jumps, as Kimi k1.5 warms up its length reward (arXiv 2501.12599, section
+    2.3.3). Outside of training, as in a validation, it is ``end``, so that scores can be compared over a run.
+
+    Raises:
+        ValueError: values out of range.
+    """
+
+    start: float
+    end: float
+    first: int  # >= 0, the last phase with ``start``; phases are counted from 0
+    last: int  # >= first, the first phase with ``end``; if it is ``first``, this phase has ``end``
+
+    def __post_init__(self) -> None:
+        check_numbers(
+            "Ramp",
+            start=(self.start, "(-inf, inf)"),
+            end=(self.end, "(-inf, inf)"),
+            first=(self.first, "[0, inf)"),
+            last=(self.last, f"[{self.first}, inf)"),
+        )
+
+    def __call__(self, phase: int | None) -> float:
+        """Compute the weight in a phase; None = outside of training."""
+        if phase is None or phase >= self.last:
+            return self.end
+        share = max(0, phase - self.first) / max(1, self.last - self.first)
+        return self.start + share * (self.end - self.start)
 
 
 class WeightedSum(Reward):
@@ -15,14 +50,15 @@ class WeightedSum(Reward):
 
     Args:
         rewards: the components, with distinct names.
-        weights: one finite factor per component; None = 1 each, as in DeepSeek-R1 (arXiv 2501.12948).
+        weights: one finite factor per component, or a ``Ramp`` for one that changes during training; None = 1 each, as
+            in DeepSeek-R1 (arXiv 2501.12948).
 
     Raises:
         ValueError: there is no component, the number of weights differs, a weight is not finite, or two components
             share a name.
     """
 
-    def __init__(self, rewards: list[Reward], weights: list[float] | None = None) -> None:
+    def __init__(self, rewards: list[Reward], weights: list[float | Ramp] | None = None) -> None:
         rewards = as_reward(rewards)
         weights = [1.0] * len(rewards) if weights is None else list(weights)
         names = [reward.name for reward in rewards]
@@ -32,7 +68,7 @@ class WeightedSum(Reward):
             raise ValueError(
                 f"WeightedSum got {len(rewards)} rewards but {len(weights)} weights; give one weight per reward"
             )
-        if not all(math.isfinite(weight) for weight in weights):
+        if not all(math.isfinite(weight) for weight in weights if not isinstance(weight, Ramp)):
             raise ValueError(f"WeightedSum weights must be finite numbers, got {weights}")
         repeated = sorted({name for name in names if names.count(name) > 1})
         if repeated:
@@ -54,11 +90,15 @@ class WeightedSum(Reward):
     def add_parts(self, parts: dict[str, float | None]) -> float | None:
         """Return the weighted sum of one rollout's ``score_parts``; None if any of them is None."""
         total = 0.0
-        for value, weight in zip(parts.values(), self.weights, strict=True):
+        for value, weight in zip(parts.values(), self.find_weights(self.phase), strict=True):
             if value is None:
                 return None
             total += weight * value
         return total
+
+    def find_weights(self, phase: int | None) -> list[float]:
+        """Return the weights in a phase of the training; None = outside of it."""
+        return [weight(phase) if isinstance(weight, Ramp) else weight for weight in self.weights]
 
 
 class LengthPenalty(Reward):
@@ -160,6 +200,19 @@ def walk_rewards(reward: Reward) -> Iterator[Reward]:
         for inner in part if isinstance(part, list | tuple) else [part]:
             if isinstance(inner, Reward) and not isinstance(inner, FunctionType):  # a reward's own function
                 yield from walk_rewards(inner)
+
+
+@contextmanager
+def in_phase(reward: Reward, phase: int | None) -> Iterator[None]:
+    """Let the rewards inside ``reward`` know, in the ``with`` block, which phase of the training they score for."""
+    parts = list(walk_rewards(reward))
+    for part in parts:
+        part.phase = phase
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.phase = None
 
 
 def list_parts(reward: Reward) -> list[Reward]:

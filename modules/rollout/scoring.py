@@ -8,18 +8,22 @@ import torch
 from torch import Tensor
 
 from modules.functional.masked import pad_rows
+from modules.rewards.combined import in_phase
 from modules.types import Completion, PolicyBatch, PromptBatch, Reward, Rollout
 
 SCORING_TOKENS = 16384  # padded tokens of one forward without gradients
 
 
-def make_rollouts(prompts: PromptBatch, completions: list[list[Completion]], reward: Reward | None) -> list[Rollout]:
+def make_rollouts(
+    prompts: PromptBatch, completions: list[list[Completion]], reward: Reward | None, phase: int | None = None
+) -> list[Rollout]:
     """Make one record per completion, prompt by prompt, and score it.
 
     Args:
         prompts: P prompts.
         completions: the completions of each prompt.
         reward: what scores them; None = no scores.
+        phase: the phase of the training that the scores are for; None = none, see ``Ramp``.
 
     Returns:
         rollouts; ``group`` is the number of the prompt in the batch.
@@ -41,11 +45,12 @@ def make_rollouts(prompts: PromptBatch, completions: list[list[Completion]], rew
     ]
     if reward is None:
         return rollouts
-    parts = reward.score_parts(rollouts)
-    return [
-        replace(rollout, rewards=part, reward=reward.add_parts(part))
-        for rollout, part in zip(rollouts, parts, strict=True)
-    ]
+    with in_phase(reward, phase):
+        parts = reward.score_parts(rollouts)
+        return [
+            replace(rollout, rewards=part, reward=reward.add_parts(part))
+            for rollout, part in zip(rollouts, parts, strict=True)
+        ]
 
 
 def make_batch(rollouts: list[Rollout], device: torch.device) -> PolicyBatch:
@@ -61,6 +66,7 @@ def make_batch(rollouts: list[Rollout], device: torch.device) -> PolicyBatch:
     sampler[completion_mask] = torch.tensor([x for rollout in rollouts for x in rollout.completion.logprobs])
     group = torch.tensor([position[rollout.group] for rollout in rollouts])
     rewards = [float("nan") if rollout.reward is None else rollout.reward for rollout in rollouts]
+    parts = [[float("nan") if x is None else x for x in rollout.rewards.values()] for rollout in rollouts]
     batch = {
         "prompt_ids": prompt_ids,
         "prompt_mask": prompt_mask,
@@ -69,10 +75,24 @@ def make_batch(rollouts: list[Rollout], device: torch.device) -> PolicyBatch:
         "prompt_index": group,
         "sampler_logprobs": sampler,
         "rewards": torch.tensor(rewards),
+        "parts": torch.tensor(parts),
         "group": group,
         "stopped": torch.tensor([rollout.completion.finish == "stop" for rollout in rollouts]),
     }
     return cast(PolicyBatch, {name: values.to(device) for name, values in batch.items()})
+
+
+def keep_prompts(batch: PolicyBatch, prompts: list[int]) -> PolicyBatch:
+    """Return the batch of a whole phase with the completions of these prompts alone, which get new numbers in order."""
+    rows = torch.cat([(batch["prompt_index"] == prompt).nonzero()[:, 0] for prompt in prompts])
+    place = torch.zeros(len(batch["prompt_ids"]), dtype=torch.long, device=rows.device)
+    place[prompts] = torch.arange(len(prompts), device=rows.device)
+    kept = {
+        name: values[prompts] if name in ("prompt_ids", "prompt_mask") else values[rows]
+        for name, values in cast(dict[str, Tensor], batch).items()
+    }
+    kept["prompt_index"] = kept["group"] = place[kept["prompt_index"]]
+    return cast(PolicyBatch, kept)
 
 
 def score_in_chunks(score: Callable[[PolicyBatch], tuple[Tensor, ...]], batch: PolicyBatch) -> tuple[Tensor, ...]:

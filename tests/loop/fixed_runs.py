@@ -147,6 +147,34 @@ RUNS: dict[str, Run] = {
         ("VerifiableDataModule", PHASES),
         [{"class_path": "Diversity"}, {"class_path": "LengthBias"}],
     ),
+    "grpo_choices": (  # everything that GRPO keeps from phase to phase
+        PROMPTS,
+        (
+            "GRPOModule",
+            {
+                **SAMPLES,
+                "reward": {
+                    "class_path": "WeightedSum",
+                    "init_args": {
+                        "rewards": [RULE, {"class_path": "RegexFormat", "init_args": {"pattern": "..", "name": "two"}}],
+                        "weights": [1.0, {"start": 0.0, "end": 0.5, "first": 0, "last": 2}],
+                    },
+                },
+                "validation": {"accuracy": RULE},
+                "num_generations": 2,
+                "advantage": {"class_path": "Centered"},
+                "objective": {"class_path": "MirrorDescent"},
+                "beta": 0.1,
+                "kl_loss": None,
+                "refresh_every": 1,
+                "entropy": 0.01,
+                "dynamic_sampling": {"max_rounds": 3},
+                "optimizer": adamw(3e-3),
+            },
+        ),
+        ("VerifiableDataModule", PHASES),
+        [],
+    ),
     "ppo": (
         PROMPTS,
         (

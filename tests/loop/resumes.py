@@ -1,15 +1,16 @@
 """Stops a method's run in every way, resumes it, and compares what comes out with the uninterrupted run, bit for bit.
 
-    python resumes.py FOLDER METHOD ... --SETTING ...
+    python resumes.py FOLDER METHOD ...
+    python resumes.py FOLDER METHOD --SETTING ...
 
-does so as one of two ranks.
+do so as one of two ranks, the second from few stops.
 """
 
 import csv
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,11 +93,14 @@ STOPS: list[Stop] = [
 ]
 
 
-def check_resumes(name: str, folder: Path, *more: str) -> None:
+FEW_STOPS: list[Stop] = [stop_at_a_step, stop_by_max_epochs]  # inside a phase and at its end
+
+
+def check_resumes(name: str, folder: Path, *more: str, stops: Sequence[Stop] = STOPS) -> None:
     """Fail unless a run of ``fixed_runs`` goes on from every stop as if nothing had happened."""
     settings = [*SETTINGS.get(name, []), *VALIDATES, *more]
     whole = fixed_runs.fit(name, folder / "whole", *settings)
-    for stop in STOPS:
+    for stop in stops:
         checkpoint = stop(name, folder / stop.__name__, settings)
         after = folder / f"after {stop.__name__}"
         resumed = fixed_runs.fit(name, after, *settings, "--ckpt_path", str(checkpoint))
@@ -117,4 +121,5 @@ def check_resumes(name: str, folder: Path, *more: str) -> None:
 if __name__ == "__main__":
     given = [argument for argument in sys.argv[2:] if argument.startswith("--")]
     for method in sys.argv[2 : len(sys.argv) - len(given)]:
-        check_resumes(method, Path(sys.argv[1]) / method, *TWO_RANKS, *given)
+        stops = FEW_STOPS if given else STOPS
+        check_resumes(method, Path(sys.argv[1]) / method, *TWO_RANKS, *given, stops=stops)

@@ -31,15 +31,20 @@ def learn_by_hand(folder: Path) -> tuple[list[float], dict[str, list[float]]]:
     success, right, wrong = [0.5] * ROWS, [1.0] * ROWS, [1.0] * ROWS
     for step in (1, 3, 5):
         state = torch.load(folder / f"checkpoints/step{step}.ckpt", weights_only=True)["VerifiableDataModule"]
+        ranks = state["phase_loader"]["ranks"]
+        rollouts = [rollout for rank in ranks for rollout in rank["rollouts"]]
         scores = defaultdict(list)
-        for rank in state["phase_loader"]["ranks"]:
-            for rollout in rank["rollouts"]:
-                scores[int(rollout["uid"].split(":")[1].split("#")[0]) - 1].append(rollout["reward"])
-        assert len(scores) == 4  # the prompts of a phase are four rows, none twice
+        for rollout in rollouts:
+            scores[int(rollout["uid"].split(":")[1].split("#")[0]) - 1].append(rollout["rewards"]["format"])
         for row, found in scores.items():
-            assert len(found) == 4  # completions
-            success[row] = success[row] + 0.3 * (sum(found) / 4 - success[row])
-            right[row], wrong[row] = 0.9 * right[row] + 0.1 + sum(found), 0.9 * wrong[row] + 0.1 + 4 - sum(found)
+            success[row] = success[row] + 0.3 * (sum(found) / len(found) - success[row])
+            right[row], wrong[row] = (
+                0.9 * right[row] + 0.1 + sum(found),
+                0.9 * wrong[row] + 0.1 + len(found) - sum(found),
+            )
+        for stretch in {rollout["uid"].split("#")[1] for rollout in rollouts}:
+            prompts = {rollout["uid"] for rollout in rollouts if rollout["uid"].endswith(f"#{stretch}")}
+            assert len(prompts) == 4  # of four different rows
     return success, {"right": right, "wrong": wrong}
 
 
@@ -54,18 +59,22 @@ def check_tables(name: str, folder: Path) -> None:
     assert len(set(success)) > 3  # it did learn
 
 
-def test_prioritised_goes_on_from_every_stop_bit_for_bit(tmp_path):
-    resumes.check_resumes("grpo", tmp_path, *ORDERS["prioritised"])
+def test_prioritised_goes_on_bit_for_bit(tmp_path):
+    resumes.check_resumes("grpo", tmp_path, *ORDERS["prioritised"], stops=resumes.FEW_STOPS)
     check_tables("prioritised", tmp_path / "whole")
 
 
-def test_mopps_goes_on_from_the_middle_of_a_phase_bit_for_bit(tmp_path):
-    whole = fixed_runs.fit("grpo", tmp_path / "whole", *ORDERS["mopps"])
-    check_tables("mopps", tmp_path / "whole")
+@pytest.mark.parametrize(("name", "method"), [("mopps", "grpo"), ("prioritised", "grpo_choices")])
+def test_what_was_learned_goes_on_in_the_middle_of_a_phase(tmp_path, name, method):
+    """``grpo_choices`` draws several stretches in a phase."""
+    whole = fixed_runs.fit(method, tmp_path / "whole", *ORDERS[name])
+    check_tables(name, tmp_path / "whole")
     middle = str(tmp_path / "whole/checkpoints/step3.ckpt")
-    resumed = fixed_runs.fit("grpo", tmp_path / "resumed", *ORDERS["mopps"], "--ckpt_path", middle)
+    resumed = fixed_runs.fit(method, tmp_path / "resumed", *ORDERS[name], "--ckpt_path", middle)
     assert fixed_runs.same(whole["state_dict"], resumed["state_dict"])
     assert fixed_runs.same(*(end["VerifiableDataModule"]["order"] for end in (whole, resumed)))
+    extra = whole["VerifiableDataModule"]["phase_loader"]["ranks"][0]["extra"]
+    assert (extra > 0) == (method == "grpo_choices")
 
 
 def test_two_ranks_learn_and_draw_the_same_and_go_on_bit_for_bit(tmp_path):

@@ -1,4 +1,4 @@
-"""Clipped, GSPO, CISPO and MirrorDescent: numbers by hand, loops over tokens, gradients, limits, splits, masked
+"""The policy objectives: numbers by hand, loops over tokens, gradients, limits, splits, masked
 columns.
 """
 
@@ -14,14 +14,24 @@ from torch.nn.functional import pad
 from modules.functional.advantages import group_center
 from modules.losses import (
     CISPO,
+    DPPO,
     GSPO,
+    REINFORCE,
+    RLOO,
+    SAPO,
+    Centered,
     Clip,
     Clipped,
     ConstantNorm,
+    GSPOToken,
+    LeaveOneOut,
     MirrorDescent,
     PolicyObjective,
+    REINFORCEPlusPlus,
     SequenceMean,
+    SequenceSum,
     TokenMean,
+    ZScore,
 )
 from modules.losses.policy import Metrics, leave_out_unscored, measure_ratio
 
@@ -39,10 +49,12 @@ def take(
     advantages: Tensor,
     mask: Tensor,
     denominator: Tensor | float,
+    sampled: Tensor | None = None,
 ) -> tuple[Tensor, Metrics]:
     """Compute the loss of a micro-batch that holds only what an objective may read."""
     batch: Any = {
         "old_logprobs": old,
+        "sampler_logprobs": old if sampled is None else sampled,
         "advantages": advantages,
         "completion_mask": mask,
         "denominator": torch.as_tensor(denominator, dtype=DOUBLE),
@@ -54,9 +66,16 @@ OBJECTIVES: list[PolicyObjective] = [
     Clipped(0.2, 0.2),
     Clipped(0.2, 0.2, dual_clip=1.5),
     GSPO(0.2, 0.2),
+    GSPOToken(0.2, 0.2),
     CISPO(0.2),
+    REINFORCE(),
+    RLOO(),
+    REINFORCEPlusPlus(),
+    SAPO(),
+    DPPO(0.1),
     MirrorDescent(0.3),
 ]
+WITH_CONSTANTS = (CISPO, GSPOToken, DPPO)  # they hold weights without gradient, which finite differences do not know
 each_objective = pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda objective: type(objective).__name__)
 
 
@@ -165,20 +184,162 @@ def test_defaults_are_the_papers() -> None:
     assert (Clipped().clip_low, Clipped().clip_high, Clipped().dual_clip) == (0.2, 0.28, None)
     assert (GSPO().clip_low, GSPO().clip_high, 1 + CISPO().clip_high) == (3e-4, 4e-4, 5)
     assert Clip() == Clip(0.2, None, 0.2)
-    rewards = torch.tensor([1.0, 0.0, 0.0, 0.0])
-    assert MirrorDescent().make_advantages(rewards, torch.zeros(4)).tolist() == [0.75, -0.25, -0.25, -0.25]
-    assert Clipped().make_advantages(rewards, torch.zeros(4))[0].item() == pytest.approx(
-        1.4997, abs=1e-5
-    )  # .75 / .5001
+    defaults = [type(objective.default_advantage()) for objective in (Clipped(), GSPO(), CISPO(), MirrorDescent())]
+    assert defaults == [ZScore, ZScore, ZScore, Centered]
+    assert [type(objective.default_advantage()) for objective in (REINFORCE(), RLOO(), SAPO(), DPPO())] == [
+        Centered,
+        LeaveOneOut,
+        ZScore,
+        ZScore,
+    ]
+    assert [
+        type(objective.aggregation) for objective in (REINFORCE(), RLOO(), SAPO(), DPPO(), REINFORCEPlusPlus())
+    ] == [
+        SequenceSum,
+        SequenceSum,
+        SequenceMean,
+        TokenMean,
+        TokenMean,
+    ]
+    assert [REINFORCEPlusPlus(baseline).default_advantage().least_generations for baseline in (False, True)] == [1, 2]
 
 
-@pytest.mark.parametrize("objective", [Clipped(), Clipped(dual_clip=1.5), CISPO(), MirrorDescent()])
+@pytest.mark.parametrize(
+    "objective",
+    [
+        Clipped(),
+        Clipped(dual_clip=1.5),
+        CISPO(),
+        REINFORCE(),
+        REINFORCE(TokenMean()),
+        REINFORCEPlusPlus(),
+        SAPO(aggregation=TokenMean()),
+        DPPO(),
+        MirrorDescent(),
+    ],
+    ids=lambda objective: type(objective).__name__,
+)
 def test_gradient_at_ratio_one_is_the_policy_gradient(objective: PolicyObjective) -> None:
     logprobs, _, advantages, mask, denominator = random_case()
     leaf = logprobs.clone().requires_grad_()
     loss, metrics = take(objective, leaf, logprobs, advantages, mask, denominator)
     torch.testing.assert_close(gradient(loss, leaf), -(advantages * mask) / 13, atol=1e-12, rtol=0)
     assert metrics["approx_kl"] == 0
+
+
+def test_gradient_of_the_sequence_ratio_at_one_is_the_policy_gradient() -> None:
+    logprobs, _, advantages, mask, denominator = random_case()
+    leaf, of_row = logprobs.clone().requires_grad_(), advantages[:, :1]
+    loss, _ = take(RLOO(), leaf, logprobs, of_row, mask, denominator)
+    torch.testing.assert_close(gradient(loss, leaf), -(of_row * mask) / 13, atol=1e-12, rtol=0)
+
+
+def loss_and_gradient_of_tokens(
+    objective: PolicyObjective, r: float, logp: float, a: float, length: int
+) -> tuple[float, float]:
+    """What one token adds to the sum before the denominator, and its derivative by the token's log-prob."""
+    if isinstance(objective, REINFORCE):
+        return -a * logp, -a
+    if isinstance(objective, SAPO):
+        tau = 1.0 if a > 0 else 1.05
+        s = 1 / (1 + math.exp(-tau * (r - 1)))
+        return -4 / tau * s * a / length, -4 * s * (1 - s) * r * a / length
+    assert isinstance(objective, DPPO)
+    p, q = math.exp(logp), math.exp(logp) / r
+    dropped = (a > 0 and p - q > 0.1) or (a < 0 and p - q < -0.1)
+    weight = 0.0 if dropped else min(r, 20.0)
+    return -weight * a * logp, -weight * a
+
+
+@pytest.mark.parametrize("objective", [REINFORCE(), SAPO(), DPPO(0.1)], ids=lambda objective: type(objective).__name__)
+def test_token_losses_and_gradients_against_a_loop(objective: PolicyObjective) -> None:
+    logprobs, old, advantages, mask, denominator = random_case(2)
+    total, expected = 0.0, torch.zeros_like(logprobs)
+    for i, t in mask.nonzero().tolist():
+        ratio = math.exp(logprobs[i, t] - old[i, t])
+        given = ratio, logprobs[i, t].item(), advantages[i, t].item(), int(mask[i].sum())
+        loss, slope = loss_and_gradient_of_tokens(objective, *given)
+        total, expected[i, t] = total + loss, slope / 13
+    leaf = logprobs.clone().requires_grad_()
+    loss_of_all, metrics = take(objective, leaf, old, advantages, mask, denominator)
+    assert loss_of_all.item() == pytest.approx(total / 13, abs=1e-8)
+    torch.testing.assert_close(gradient(loss_of_all, leaf), expected, atol=1e-8, rtol=0)  # 1 / length is in float32
+    if isinstance(objective, DPPO):
+        assert metrics["dropped"].item() == pytest.approx((expected[mask] == 0).double().mean().item())
+        assert 0 < metrics["dropped"] < 1
+
+
+@pytest.mark.parametrize("objective", [RLOO(0.2, 0.3), GSPOToken(0.05, 0.1)], ids=lambda each: type(each).__name__)
+def test_sequence_losses_and_gradients_against_a_loop(objective: Any) -> None:
+    logprobs, old, advantages, mask, denominator = random_case(3)
+    total, expected, cuts = 0.0, torch.zeros_like(logprobs), 0
+    for i in range(4):
+        kept = [t for t in range(6) if mask[i, t]]
+        sums = sum((logprobs - old)[i, t].item() for t in kept)
+        ratio = math.exp(sums if isinstance(objective, RLOO) else sums / len(kept))
+        clipped = min(max(ratio, 1 - objective.clip_low), 1 + objective.clip_high)
+        for t in kept:
+            own = isinstance(objective, GSPOToken)  # it takes each token's advantage, RLOO the mean of the row
+            a = (advantages[i, t] if own else sum(advantages[i, u] for u in kept) / len(kept)).item()
+            cut = -clipped * a > -ratio * a
+            cuts += cut
+            # RLOO's ratio has slope 1 in every log-prob, GSPOToken's in its own alone; a row counts once in both.
+            total += max(-ratio * a, -clipped * a) / len(kept)
+            expected[i, t] = 0.0 if cut else -ratio * a / (len(kept) if own else 1) / 13
+    leaf = logprobs.clone().requires_grad_()
+    loss, _ = take(objective, leaf, old, advantages, mask, denominator)
+    assert cuts > 0 and loss.item() == pytest.approx(total / 13, abs=1e-8)
+    torch.testing.assert_close(gradient(loss, leaf), expected, atol=1e-8, rtol=0)
+
+
+def test_gspo_token_is_gspo_where_a_completion_has_one_advantage() -> None:
+    logprobs, old, advantages, mask, denominator = random_case()
+    found = []
+    for objective in (GSPO(0.1, 0.1), GSPOToken(0.1, 0.1)):
+        leaf = logprobs.clone().requires_grad_()
+        loss, _ = take(objective, leaf, old, advantages[:, :1], mask, denominator)
+        found.append((loss.detach(), gradient(loss, leaf)))
+    torch.testing.assert_close(found[0], found[1], atol=1e-8, rtol=0)
+    whole = take(GSPOToken(0.1, 0.1), logprobs, old, advantages, mask, denominator)[0]
+    assert not torch.allclose(whole, take(GSPO(0.1, 0.1), logprobs, old, advantages, mask, denominator)[0])
+
+
+def test_sapo_hand_numbers() -> None:
+    for ratio, advantage, loss_of_it, slope in (
+        # sigma(.5) = .622459; -4 x .622459;  -4 x .622459 x .377541 x 1.5
+        (1.5, 1.0, -2.489837, -1.410022),
+        # sigma(1.05 x .5) = .628316;  4 / 1.05 x .628316;  4 x .628316 x .371684 x 1.5
+        (1.5, -1.0, 2.393585, 1.401210),
+    ):
+        case = single(ratio, advantage)
+        loss, metrics = take(SAPO(), *case)
+        assert loss.item() == pytest.approx(loss_of_it, abs=1e-5)
+        assert gradient(loss, case[0]).item() == pytest.approx(slope, abs=1e-5)
+        assert metrics["gate"].item() == pytest.approx(abs(slope) / 1.5, abs=1e-5)
+    case = single(1.0, 1.0)
+    far, _ = take(SAPO(), case[0] + 800, *case[1:])  # exp(800) is inf
+    assert far.item() == pytest.approx(-4.0) and gradient(far, case[0]).item() == 0.0
+
+
+@pytest.mark.parametrize(
+    ("now", "sampled", "advantage", "slope"),
+    [
+        (0.9, 0.5, 1.0, 0.0),  # .4 above: dropped
+        (0.9, 0.5, -1.0, 1.8),  # A pulls it back: kept, .9 / .5
+        (0.52, 0.5, 1.0, -1.04),
+        (0.2, 0.5, -1.0, 0.0),
+        (0.1, 1e-4, 1.0, -20.0),  # the ratio is 1000, and p - q only .0999
+    ],
+)
+def test_dppo_hand_numbers(now: float, sampled: float, advantage: float, slope: float) -> None:
+    leaf = torch.tensor([[math.log(now)]], dtype=DOUBLE, requires_grad=True)
+    old, drawn = torch.tensor([[-9.0]], dtype=DOUBLE), torch.tensor([[math.log(sampled)]], dtype=DOUBLE)
+    mask, advantages = torch.ones(1, 1, dtype=torch.bool), torch.tensor([[advantage]], dtype=DOUBLE)
+    loss, metrics = take(
+        DPPO(), leaf, old, advantages, mask, 1, sampled=drawn
+    )  # the trainer's old log-prob has no part
+    assert gradient(loss, leaf).item() == pytest.approx(slope, abs=1e-12)
+    assert metrics["dropped"] == (slope == 0)
 
 
 def test_gspo_of_one_token_is_the_clipped_loss() -> None:
@@ -260,7 +421,7 @@ def test_mirror_descent_hand_numbers() -> None:
         torch.tensor([1.0, 0.0], dtype=DOUBLE),
         torch.tensor([4, 4]),
     )
-    advantages = MirrorDescent().make_advantages(rewards, group)[:, None]
+    advantages = group_center(rewards, group)[:, None]
     loss, metrics = take(MirrorDescent(0.7), logprobs, old, advantages, mask, 2)
     # rows: -.5 * -.7 + .35 * .09 = .3815;  .5 * -2.2 + .35 * .04 = -1.086
     assert loss.item() == pytest.approx((0.3815 - 1.086) / 2, abs=1e-12)
@@ -283,14 +444,13 @@ def test_mirror_descent_against_a_loop_and_an_unscorable_row() -> None:
     for i in range(4):
         now, before = (sum(x[i, t].item() for t in range(6) if mask[i, t]) for x in (logprobs, old))
         total += -centered[i] * now + 0.3 / 2 * (now - before) ** 2
-    advantages = MirrorDescent().make_advantages(rewards, GROUP)[:, None]
+    advantages = group_center(rewards, GROUP)[:, None]
     loss = take(MirrorDescent(0.3), logprobs, old, advantages, mask, 4)[0]
     assert loss.item() == pytest.approx(total / 4, abs=1e-9)
     token_wise = 0.15 * ((logprobs - old) * mask).square().sum(1) - torch.tensor(centered, dtype=DOUBLE) * (
         logprobs * mask
     ).sum(1)
     assert not torch.allclose(loss, token_wise.mean())
-    assert torch.equal(advantages, MirrorDescent().make_advantages(rewards, GROUP * -7)[:, None])
 
 
 @each_objective
@@ -324,7 +484,7 @@ def test_padding_gradcheck_and_row_order(objective: PolicyObjective) -> None:
     order = torch.tensor([2, 0, 3, 1])
     swapped = take(objective, logprobs[order], old[order], advantages[order], mask[order], denominator)[0]
     torch.testing.assert_close(swapped, reference, atol=1e-12, rtol=0)
-    if not isinstance(objective, CISPO):  # its weight is a constant by definition, which finite differences cannot know
+    if not isinstance(objective, WITH_CONSTANTS):
         assert torch.autograd.gradcheck(
             lambda x: take(objective, x, old, advantages, mask, denominator)[0], (logprobs.requires_grad_(),)
         )
@@ -365,6 +525,9 @@ WRONG = [
     (partial(Clipped, dual_clip=1.0), "dual_clip must be > 1, got 1.0"),
     (partial(GSPO, clip_high=math.inf), "GSPO: clip_high must be finite"),
     (partial(CISPO, clip_high=-1.0), "CISPO: clip_high must be >= 0"),
+    (partial(RLOO, clip_low=-1.0), "RLOO: clip_low must be >= 0"),
+    (partial(SAPO, tau_positive=0.0), "SAPO: tau_positive must be > 0"),
+    (partial(DPPO, delta=0.0), "DPPO: delta must be > 0 and <= 1"),
     (partial(MirrorDescent, tau=math.nan), "MirrorDescent: tau must be finite and >= 0"),
     (partial(ConstantNorm, 0), "max_length must be >= 1, got 0"),
     (partial(Clip, ratio=math.nan), "clip: ratio must be finite"),
