@@ -72,6 +72,13 @@ LIMITS = {
 }
 
 
+# Objectives with metrics of their own
+CHOICES = [
+    ["--model.objective=SAPO", "--model.dynamic_sampling.max_rounds=2"],
+    ["--model.objective=DPPO", "--model.importance=null"],
+]
+
+
 def metric_patterns() -> dict[str, re.Pattern[str]]:
     names = re.findall(r"`((?:train|val)/[^`]+)`", METRICS)
     return {
@@ -96,6 +103,11 @@ def tags(tmp_path_factory) -> set[str]:
             config = few_rows(method)
             main(["fit", "--config", config, *SHORT, *limit, "--out", f"runs/{method}"])
         found |= logged(folder / "runs" / method)
+    for number, choice in enumerate(CHOICES):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(folder)
+            main(["fit", "--config", few_rows("grpo"), *SHORT, *LIMITS["grpo"], *choice, "--out", f"runs/{number}"])
+        found |= logged(folder / "runs" / str(number))
     return found
 
 
@@ -146,7 +158,7 @@ OWN = ["--model.policy=tiny", "--data.train=my.jsonl"]
 
 
 def test_forms_of_the_methods_are_there():
-    assert Counter(method for method, _ in FORMS) == {"dpo": 11, "grpo": 8, "ppo": 4}
+    assert Counter(method for method, _ in FORMS) == {"dpo": 11, "grpo": 18, "ppo": 4}
 
 
 @pytest.mark.parametrize(("method", "arguments"), FORMS)
