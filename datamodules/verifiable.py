@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from lightning.pytorch.utilities.types import EVAL_DATALOADERS
@@ -30,7 +30,7 @@ class Prompt:
     text: str  # as rendered
     ids: list[int]
     example: VerifiableExample
-    columns: dict[str, Any]  # of the raw row
+    columns: dict[str, Any] = field(default_factory=dict)  # of the raw row
 
 
 class VerifiableDataModule(AlignDataModule):
