@@ -27,7 +27,7 @@ class CodeTests(Verifier):
     The program runs in a process of its own, and the tests in another, which calls its functions and gets plain values
     back: numbers, texts, bytes, lists, tuples, dicts and sets. So a program that ends early, prints that it passed,
     changes ``assert`` or returns an object that equals everything is wrong. A program that hangs, crashes, takes all
-    memory or starts processes is wrong too. The process has an empty environment, an empty folder that is deleted, no
+    memory or starts processes is wrong too; ``faults`` counts the ``program late`` and the ``program ended``. The process has an empty environment, an empty folder that is deleted, no
     input, no output, and limits of time, memory, file size and open files. On Linux it has no network, starts, sees and
     signals no process, and writes nowhere else; a warning says what the system does not let it give up.
 

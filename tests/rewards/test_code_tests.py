@@ -151,6 +151,7 @@ HARMS = {
 def test_harm_is_wrong_and_leaves_nothing(reward: CodeTests, where: str) -> None:
     reward([roll(RIGHT, ADD)])
     before = hosts()
+    reward.faults.clear()
     programs = list(HARMS.values()) if where == "main thread" else [HARMS["hang"], HARMS["fork bomb"], HARMS["crash"]]
     rolls = [roll(f"```\n{program}\n```", ADD) for program in programs]
     found: list[list[float | None]] = []
@@ -161,6 +162,7 @@ def test_harm_is_wrong_and_leaves_nothing(reward: CodeTests, where: str) -> None
         work.start()
         work.join()
     assert found == [[0.0] * len(rolls) + [1.0]]
+    assert {"program late", "program ended"} <= set(reward.faults)
     assert not reward.failures
     assert not list(Path(tempfile.gettempdir()).glob("worker-*/program-*"))
     assert hosts() <= before
@@ -242,6 +244,7 @@ def test_a_killed_worker_takes_its_program_along(reward: CodeTests) -> None:
     assert state(host)[0] == "Z"  # dead, or gone
     work.join()  # another worker judges it again
     assert found == [0.0] and not slow.failures and hosts() <= before
+    assert slow.faults == {"program late": 1}
 
 
 def test_broken_rows(reward: CodeTests) -> None:

@@ -14,8 +14,10 @@ import sysconfig
 import tempfile
 import time
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
 from .program_host import LONGEST, die_with_parent, pack, unpack
@@ -23,12 +25,15 @@ from .program_host import LONGEST, die_with_parent, pack, unpack
 HOST = Path(__file__).parent / "program_host.py"
 START_SECONDS = 60.0
 LIBRARIES = sorted({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")})
-PASSED, FAILED, BROKEN = b"+", b"-", b"!"
+PASSED, FAILED, BROKEN, ENDED, LATE = b"+", b"-", b"!", b"x", b"t"
+FAULTS = {ENDED: "program ended", LATE: "program late"}
 _FENCED = re.compile(r"^[ \t]*```[^\n`]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
 
 
-def judge(text: str, answer: str | None, info: dict[str, Any], seconds: float, memory: int) -> float:
-    """Return 1.0 if the program in a text passes all tests of its row, else 0.0.
+def judge(
+    text: str, answer: str | None, info: dict[str, Any], seconds: float, memory: int
+) -> float | tuple[float, str]:
+    """Return 1.0 if the program in a text passes all tests of its row, else 0.0, with the fault if it is in ``FAULTS``.
 
     Args:
         text: the completion.
@@ -48,11 +53,23 @@ def judge(text: str, answer: str | None, info: dict[str, Any], seconds: float, m
     except SyntaxError as error:
         raise ValueError(f"the row's tests do not compile: {error}") from error
     program = write_program(text, info, stub)
-    return (
-        0.0
-        if program is None
-        else float(run_tests(program, code, names, stub, info.get("entry_point"), seconds, memory))
-    )
+    if program is None:
+        return 0.0
+    verdict = run_trial(Trial(program, code, names, stub, info.get("entry_point")), seconds, memory)
+    if verdict[:1] == BROKEN:
+        raise ValueError(verdict[1:].decode())
+    return (0.0, FAULTS[verdict]) if verdict in FAULTS else float(verdict == PASSED)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A program with its tests."""
+
+    program: str
+    tests: CodeType
+    names: list[str]  # that the tests read and do not define
+    stub: str  # code of the prompt, whose helpers the tests may call
+    entry_point: str | None
 
 
 def find_stub(info: dict[str, Any]) -> str:
@@ -192,27 +209,18 @@ def tell_number(value: Any) -> int:
     raise BrokenTest(f"the tests call the program with a {type(value).__name__}, which is no plain value")
 
 
-def run_tests(
-    program: str, tests: Any, names: list[str], stub: str, entry_point: str | None, seconds: float, memory: int
-) -> bool:
-    """Run a program in a host and its tests in a fork of this process; return whether all passed in time."""
+def run_trial(trial: Trial, seconds: float, memory: int) -> bytes:
+    """Run a program in a host and its tests in a fork of this process; return the verdict."""
     folder = tempfile.mkdtemp(prefix="program-")
+    host = start_host(folder, seconds, memory)
     try:
-        host = start_host(folder, seconds, memory)
-        try:
-            assert host.stdin is not None and host.stdout is not None
-            if not select.select([host.stdout], [], [], START_SECONDS)[0] or not host.stdout.readline():
-                raise RuntimeError(f"the host of programs did not start in {START_SECONDS:g} s; run {HOST} by hand")
-            verdict = fork_tests(
-                Line(host.stdin.fileno(), host.stdout.fileno()), program, tests, names, stub, entry_point, seconds
-            )
-        finally:
-            stop_host(host)
+        assert host.stdin is not None and host.stdout is not None
+        if not select.select([host.stdout], [], [], START_SECONDS)[0] or not host.stdout.readline():
+            raise RuntimeError(f"the host of programs did not start in {START_SECONDS:g} s; run {HOST} by hand")
+        return fork_tests(trial, Line(host.stdin.fileno(), host.stdout.fileno()), seconds)
     finally:
+        stop_host(host)
         shutil.rmtree(folder, ignore_errors=True)
-    if verdict[:1] == BROKEN:
-        raise ValueError(verdict[1:].decode())
-    return verdict == PASSED
 
 
 def start_host(folder: str, seconds: float, memory: int) -> "subprocess.Popen[bytes]":
@@ -247,23 +255,21 @@ def stop_host(host: "subprocess.Popen[bytes]") -> None:
         host.kill()
 
 
-def fork_tests(
-    line: Line, program: str, tests: Any, names: list[str], stub: str, entry_point: str | None, seconds: float
-) -> bytes:
-    """Run the tests in a fork of this process; return what it found, ``FAILED`` if it ends otherwise or is late."""
+def fork_tests(trial: Trial, line: Line, seconds: float) -> bytes:
+    """Run the tests in a fork of this process; return the verdict, ``FAILED`` if the fork ends without one."""
     reading, writing = os.pipe()
     deadline = time.monotonic() + seconds
     child = os.fork()
     if child == 0:
         try:
             die_with_parent()
-            os.write(writing, find_verdict(line, program, tests, names, stub, entry_point))
+            os.write(writing, find_verdict(trial, line))
         finally:
             os._exit(0)
     os.close(writing)
     try:
         late = not select.select([reading], [], [], max(0.0, deadline - time.monotonic()))[0]
-        return FAILED if late else os.read(reading, 2**12) or FAILED
+        return LATE if late else os.read(reading, 2**12) or FAILED
     finally:
         os.close(reading)
         with suppress(ProcessLookupError):
@@ -271,22 +277,22 @@ def fork_tests(
         os.waitpid(child, 0)
 
 
-def find_verdict(line: Line, program: str, tests: Any, names: list[str], stub: str, entry_point: str | None) -> bytes:
+def find_verdict(trial: Trial, line: Line) -> bytes:
     """Run the program, then the tests with its functions; helpers of the prompt are the prompt's own."""
     scope: dict[str, Any] = {"__name__": "tests"}
     try:
-        if stub:
-            exec(compile(stub, "prompt", "exec", dont_inherit=True), scope)
-        line.ask(program)
-        for name in dict.fromkeys([*names, *([entry_point] if entry_point else [])]):
-            if name == entry_point or name not in scope:
-                with suppress(NameError):
-                    scope[name] = unpack(line.ask({"get": name})["value"], partial(Remote, line))
-                    continue
-                scope.pop(name, None)
-        exec(tests, scope)
+        exec(compile(trial.stub, "prompt", "exec", dont_inherit=True), scope)
+        line.ask(trial.program)
+        own = {name for name in scope if name != trial.entry_point}
+        for name in {*trial.names, *([trial.entry_point] if trial.entry_point else [])} - own:
+            scope.pop(name, None)
+            with suppress(NameError):
+                scope[name] = unpack(line.ask({"get": name})["value"], partial(Remote, line))
+        exec(trial.tests, scope)
     except BrokenTest as error:
         return BROKEN + str(error).encode()
+    except (ProgramFailed, BrokenPipeError):
+        return ENDED
     except BaseException:
         return FAILED
     return PASSED

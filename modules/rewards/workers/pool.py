@@ -30,7 +30,8 @@ class Verdict:
     """What became of one completion."""
 
     score: float | None
-    cause: str | None = None  # why there is no score: timeout, crash, memory or error; None = it was judged
+    # Why there is no score: timeout, crash, memory or error. With a score: the completion's fault. None = neither.
+    cause: str | None = None
     detail: str = ""
 
 
@@ -251,11 +252,11 @@ class _Call:
                 raise WorkerRefused(f"check '{self.check}' cannot be loaded in a worker: {answer['refused']}")
             if not worker.ready:
                 worker.ready = worker.used = True
-            elif isinstance(answer, dict) and answer["cause"] == "memory":
+            elif isinstance(answer, dict) and answer["score"] is None and answer["cause"] == "memory":
                 self._lose(worker, "memory")
                 return
             else:
-                verdict = Verdict(None, **answer) if isinstance(answer, dict) else Verdict(answer)
+                verdict = Verdict(**answer) if isinstance(answer, dict) else Verdict(answer)
                 self.verdicts[worker.items.popleft()] = verdict
         worker.deadline = time.monotonic() + self.timeout
 
