@@ -1,24 +1,17 @@
 """Rewards for the format of a completion, whatever its content."""
 
-import re
-from collections.abc import Sequence
-
 from modules.rewards.answers import compile_pattern
-from modules.types import Reward, Rollout
+from modules.rewards.checks.whole_pattern import THINK_ANSWER
+from modules.rewards.verifier import Verifier
 
-# Any text without one of the four tags, so that each tag can occur only once. The possessive quantifiers (++, *+) keep
-# the time linear on any input.
-_UNTAGGED = r"(?:[^<]++|<(?!/?(?:think|answer)>))*+"
-
-# A whole completion in DeepSeek-R1's template: reasoning, then answer. The only group is the text between the answer
-# tags.
-THINK_ANSWER = rf"\s*<think>{_UNTAGGED}</think>\s*<answer>({_UNTAGGED})</answer>\s*"
+__all__ = ["THINK_ANSWER", "RegexFormat", "ThinkAnswerFormat"]
 
 
-class RegexFormat(Reward):
+class RegexFormat(Verifier):
     """Gives 1.0 when the whole completion matches ``pattern``, else 0.0.
 
-    It uses ``re.fullmatch`` with DOTALL; white space at the ends counts.
+    It uses ``re.fullmatch`` with DOTALL; white space at the ends counts. A completion on which the pattern is not done
+    in 5 s gets None.
 
     Args:
         pattern: regular expression. If the prompt ends with ``<think>``, the completion is read with that tag in front.
@@ -28,30 +21,28 @@ class RegexFormat(Reward):
         ValueError: ``pattern`` is not a regular expression.
     """
 
+    check = "whole_pattern"
+    reads = "text"
+
     def __init__(self, pattern: str, name: str = "format") -> None:
-        self.name = name
-        self.pattern = compile_pattern(pattern, "RegexFormat")
-
-    def __call__(self, rollouts: Sequence[Rollout]) -> list[float | None]:
-        """Return 1.0 or 0.0 per rollout, never None."""
-        return [float(self.pattern.fullmatch(rollout.text) is not None) for rollout in rollouts]
+        compile_pattern(pattern, "RegexFormat")
+        super().__init__(name, {"pattern": pattern})
 
 
-class ThinkAnswerFormat(Reward):
+class ThinkAnswerFormat(Verifier):
     """Gives 1.0 when the whole completion is ``<think>...</think><answer>...</answer>``, else 0.0.
 
     Source: DeepSeek-R1 (arXiv 2501.12948, section 2.2.2). White space is allowed between the two parts and at the ends.
     Each of the four tags must occur exactly once, so no other text can stand before, between or after the two parts.
-    Either part may be empty.
+    Either part may be empty. It is looked for in this process, in a time linear in the length of the text.
 
     Args:
         name: label of the metric.
     """
 
-    def __init__(self, name: str = "format") -> None:
-        self.name = name
-        self.pattern = re.compile(THINK_ANSWER)
+    check = "whole_pattern"
+    reads = "text"
+    in_process = True
 
-    def __call__(self, rollouts: Sequence[Rollout]) -> list[float | None]:
-        """Return 1.0 or 0.0 per rollout, never None."""
-        return [float(self.pattern.fullmatch(rollout.text) is not None) for rollout in rollouts]
+    def __init__(self, name: str = "format") -> None:
+        super().__init__(name, {"pattern": THINK_ANSWER})

@@ -242,7 +242,6 @@ def test_math_verify_reads_answers_as_they_are_written() -> None:
     for pairs, right in ((VERIFIED, 1.0), ([("77", text) for _, text in VERIFIED], 0.0), (REFUSED, 0.0)):
         scores = verify([rollout(text, gold) for gold, text in pairs])
         assert [pair for pair, score in zip(pairs, scores, strict=True) if score != right] == []
-    verify.close()
 
 
 def test_a_heading_is_no_answer() -> None:

@@ -54,7 +54,6 @@ def test_every_kind_of_reward_reads_the_same_text() -> None:
     assert FunctionReward(echo)([rollout("<think>\n", "4")]) == [1.0]
     verify = MathVerify()
     assert verify([rollout("<think>\n", "so 4"), rollout("<think>\n", "so</think>4")]) == [0.0, 1.0]
-    verify.close()
 
 
 def test_the_gold_answer_of_versus_closes_the_thought() -> None:
