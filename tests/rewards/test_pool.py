@@ -24,6 +24,9 @@ import ctypes, os, signal, sys, time
 def judge(text, answer, info, scale=1.0):
     if text == "hang":
         sum(range(10**12))
+    if text == "hang without alarm":
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        sum(range(10**12))
     if text == "exit":
         os._exit(0)
     if text == "crash":
@@ -221,15 +224,15 @@ def test_a_forked_process_gets_workers_of_its_own(hostile: Hostile) -> None:
 
 
 PROGRAM = """
-import json, sys, threading
+import json, sys, threading, time
 sys.path.insert(0, sys.argv[1])
 from pool import Pool
 pool = Pool(2)
 def judge(texts):
     return pool.judge(sys.argv[2], {}, [json.dumps([text, None, {}]) for text in texts], 3.0)
-threading.Thread(target=judge, args=[list(map(str, range(16)))]).start()
+threading.Thread(target=lambda: (judge(list(map(str, range(16)))), time.sleep(60)), daemon=True).start()
 print(judge(["ok"])[0].score, flush=True)
-judge(["hang"])
+judge(["hang without alarm"])
 """
 
 
