@@ -62,9 +62,9 @@ class Doctor(Callback):
         data = trainer.datamodule  # type: ignore[attr-defined]
         if not isinstance(pl_module, SamplesItself) or not isinstance(data, GivesPrompts):
             raise ValueError(
-                f"Doctor looks at methods that learn from their own samples, such as GRPOModule with "
-                f"VerifiableDataModule, and this run has {type(pl_module).__name__} and {type(data).__name__}: remove the "
-                "callback"
+                "Doctor looks at methods that learn from their own samples, such as GRPOModule with "
+                f"VerifiableDataModule, and this run has {type(pl_module).__name__} and {type(data).__name__}: remove "
+                "the callback"
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -91,8 +91,8 @@ class Doctor(Callback):
         listed = ", ".join(f"{name} {seconds:.3g} s" for name, seconds in times.items())
         if phases > 0 and math.isfinite(phases):
             rank_zero_info(
-                f"doctor: the first phase took {sum(times.values()):.3g} s ({listed}); the other {phases:.0f} take about "
-                f"{write_time(phases * sum(times.values()))}, without validation"
+                f"doctor: the first phase took {sum(times.values()):.3g} s ({listed}); the other {phases:.0f} take "
+                f"about {write_time(phases * sum(times.values()))}, without validation"
             )
 
     def _examine(self, trainer: Trainer, pl_module: Any, optimizers: list[torch.optim.Optimizer]) -> None:
@@ -138,17 +138,18 @@ def check_learning_rate(module: Any, optimizer: torch.optim.Optimizer, updates: 
         return [
             Finding(
                 "learning_rate",
-                f"At learning rate {rate:g}, one {type(optimizer).__name__} update on {model} can change what it computes by "
-                f"{rate * reach:.1f} times its size: set model.optimizer.lr to {round_down(TOO_FAR / 4 / reach):g} or less.",
+                f"At learning rate {rate:g}, one {type(optimizer).__name__} update on {model} can change what it "
+                f"computes by {rate * reach:.1f} times its size: set model.optimizer.lr to "
+                f"{round_down(TOO_FAR / 4 / reach):g} or less.",
             )
         ]
     if updates >= ENOUGH_UPDATES and updates * rate * reach < TOO_LITTLE:
         return [
             Finding(
                 "learning_rate",
-                f"At learning rate {rate:g}, all {updates:.0f} updates on {model} together can change what it computes by at "
-                f"most {updates * rate * reach:.2g} of its size, so nothing will be seen to rise: raise model.optimizer.lr "
-                f"(at most {round_down(TOO_FAR / 4 / reach):g}), or train longer.",
+                f"At learning rate {rate:g}, all {updates:.0f} updates on {model} together can change what it "
+                f"computes by at most {updates * rate * reach:.2g} of its size, so nothing will be seen to rise: "
+                f"raise model.optimizer.lr (at most {round_down(TOO_FAR / 4 / reach):g}), or train longer.",
             )
         ]
     return []
@@ -165,16 +166,17 @@ def summarise(found: Examination, phases: float) -> list[str]:
     generations = found.module.num_generations
     per_phase = data.prompts_per_phase * generations
     seconds = found.seconds * per_phase / count
-    whole = f", {write_time(seconds * phases)} for {phases:.0f} phases" if math.isfinite(phases) else ""
+    whole = f", {write_time(seconds * phases)} of {phases:.0f} phases" if math.isfinite(phases) else ""
     return [
-        f"{prompts} training prompts x {found.num_generations} completions in {found.seconds:.2g} s; {write_rates(found, trial)}",
-        f"{found.size} completions of a prompt all score the same, and teach nothing, for {percent(idle)} of the prompts "
-        f"(95 %: {low:.0%} to {high:.0%})",
+        f"{prompts} training prompts x {found.num_generations} completions in {write_time(found.seconds)}; "
+        f"{write_rates(found, trial)}",
+        f"{found.size} completions of a prompt all score the same, and teach nothing, for {percent(idle)} of the "
+        f"prompts (95 %: {low:.0%} to {high:.0%})",
         f"completions have {sum(lengths) / count:.3g} of at most {sampling.max_completion_length} tokens, "
         f"{percent(trial.cut())} do not end; entropy {trial.entropy():.2g} nats a token at temperature "
         f"{sampling.temperature:g}; prompts have at most {longest} tokens",
-        f"a phase is {data.prompts_per_phase} prompts x {generations} completions and {data.updates_per_phase} updates; "
-        f"sampling and scoring take about {seconds:.2g} s of it{whole}, and training comes on top",
+        f"a phase is {data.prompts_per_phase} prompts x {generations} completions and {data.updates_per_phase} "
+        f"updates; sampling and scoring take about {write_time(seconds)} of it{whole}, and training comes on top",
     ]
 
 
@@ -195,10 +197,10 @@ def write_rates(found: Examination, trial: Trial) -> str:
 def write_time(seconds: float) -> str:
     """Write a duration in seconds, minutes or hours.
 
-    >>> write_time(90), write_time(7200)
-    ('1.5 min', '2 h')
+    >>> write_time(75), write_time(90), write_time(7200)
+    ('75 s', '1.5 min', '2 h')
     """
-    unit, size = ("s", 1) if seconds < 60 else ("min", 60) if seconds < 5400 else ("h", 3600)
+    unit, size = ("s", 1) if seconds < 90 else ("min", 60) if seconds < 5400 else ("h", 3600)
     return f"{seconds / size:.2g} {unit}"
 
 

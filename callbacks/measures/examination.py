@@ -1,4 +1,4 @@
-"""What will a run that samples meet? Tries a few training prompts, and where they go wrong, tries what would mend it."""
+"""Tries a few training prompts of a run that samples, and where they go wrong, tries what would mend it."""
 
 import importlib.util
 import random
@@ -27,10 +27,12 @@ FEWEST = 4  # completions of a prompt that a pass rate needs
 GOLDS = 64  # rows whose answers the verifiers try to read
 LONGER = 4  # times the token budget, to see whether completions end at all
 # Tokens and texts that end an answer or open another turn.
-END_MARK = re.compile(r"<\|?/?[^<>|]*?(?:eos|eot|end|im_start|return)[^<>|]*\|?>|</s>", re.IGNORECASE)
+END_MARK = re.compile(
+    r"<\|[^<>|]*(?:eos|eot|end|im_start|return)[^<>|]*\|>|</s>|<(?:eos|(?:end|start)_of_turn)>", re.IGNORECASE
+)
 
 
-class AskedPrompt(Protocol):
+class TrainingPrompt(Protocol):
     """A tokenised training prompt."""
 
     @property
@@ -115,7 +117,7 @@ class Examination:
         self.trial = self.try_out(self.prompts, self.sampling, self.num_generations)
         self.seconds = max(from_all_ranks([time.perf_counter() - start]))  # of sampling and scoring
 
-    def try_out(self, prompts: Sequence[AskedPrompt], sampling: Sampling, num_generations: int) -> Trial:
+    def try_out(self, prompts: Sequence[TrainingPrompt], sampling: Sampling, num_generations: int) -> Trial:
         """Sample and score completions (collective)."""
         places = range(self.rank, len(prompts), self.ranks)
         batch = self.data.batch_of([prompts[place] for place in places])
@@ -134,7 +136,7 @@ class Examination:
         answers, rows = self.check_answers(), [*self.check_repeats(), *self.check_left_out()]
         explained = answers or self.explain()
         upset = {"answers", "template", "stop", "budget"} & {finding.cause for finding in explained}
-        return [*explained, *(() if upset else self.check_parts(explained)), *rows]
+        return [*explained, *(() if upset else self.check_parts()), *rows]
 
     # What the rows alone say.
 
@@ -159,9 +161,9 @@ class Examination:
             return [
                 Finding(
                     "answers",
-                    f"{bare:.0%} of the training rows have no answer for {name_of(self.verifiers[0])} to compare with, and "
-                    f"{where}: name the column with --data.columns '{{answer: {name}}}', or use a reward that needs no "
-                    "answer.",
+                    f"{bare:.0%} of the training rows have no answer for {name_of(self.verifiers[0])} to compare "
+                    f"with, and {where}: name the column with --data.columns '{{answer: {name}}}', or use a reward "
+                    "that needs no answer.",
                 )
             ]
         chosen = [rows[row] for row in self.rows[:GOLDS] if rows[row].example.answer is not None]
@@ -173,8 +175,8 @@ class Examination:
                 return [
                     Finding(
                         "golds",
-                        f"{name_of(verifier)} cannot read {len(unread)} of {len(golds)} answers of the training rows, such as "
-                        f"{shorten(unread[0])}, so their completions get no score: {name_reader(unread[0])}.",
+                        f"{name_of(verifier)} cannot read {len(unread)} of {len(golds)} answers of the training rows, "
+                        f"such as {shorten(unread[0])}, so their completions get no score: {name_reader(unread[0])}.",
                     )
                 ]
         return []
@@ -225,8 +227,9 @@ class Examination:
         return [
             Finding(
                 "repeats",
-                f"Only {distinct} of the {len(texts)} training prompts are different, so a phase of {drawn} holds about "
-                f"{in_phase:.0f} different ones: remove the repeated rows, or read the column that tells them apart.",
+                f"Only {distinct} of the {len(texts)} training prompts are different, so a phase of {drawn} holds "
+                f"about {in_phase:.0f} different ones: remove the repeated rows, or read the column that tells them "
+                "apart.",
             )
         ]
 
@@ -277,8 +280,8 @@ class Examination:
             return None
         return Finding(
             "answers",
-            f"{percent(self.trial.right())} of the completions match the rows' answers, and far more match their column "
-            f"'{name}': read the answers from it with --data.columns '{{answer: {name}}}'.",
+            f"{percent(self.trial.right())} of the completions match the rows' answers, and far more match their "
+            f"column '{name}': read the answers from it with --data.columns '{{answer: {name}}}'.",
         )
 
     def blame_template(self) -> Finding | None:
@@ -305,8 +308,8 @@ class Examination:
         )
         return Finding(
             "template",
-            f"With the prompts {here}, as in this run, {self.rate(before)} and {percent(before.cut())} do not end; {there}, "
-            f"{self.rate(after)} and {percent(after.cut())} do not end: set data.chat: {str(plain).lower()}.",
+            f"With the prompts {here}, as in this run, {self.rate(before)} and {percent(before.cut())} do not end; "
+            f"{there}, {self.rate(after)} and {percent(after.cut())} do not end: set data.chat: {str(plain).lower()}.",
         )
 
     def blame_budget(self) -> Finding | None:
@@ -322,9 +325,9 @@ class Examination:
         if 2 * count > len(cut):
             return Finding(
                 "stop",
-                f"{share} of the completions do not end, and {count / len(cut):.0%} of those write {mark!r} and go on behind "
-                f"it, since only {obeyed} ends a completion: add it to model.sampling.stop, or make it the eos_token of "
-                "the tokenizer and the generation config.",
+                f"{share} of the completions do not end, and {count / len(cut):.0%} of those write {mark!r} and go on "
+                f"behind it, since only {obeyed} ends a completion: add it to model.sampling.stop, or make it the "
+                "eos_token of the tokenizer and the generation config.",
             )
         longest = max(len(prompt.ids) for prompt in self.prompts)
         budget = self.sampling.max_completion_length
@@ -334,19 +337,20 @@ class Examination:
             if bound_share(sum(trial.cut()), len(trial.groups))[0] > 0.5:
                 return Finding(
                     "stop",
-                    f"{share} of the completions do not end in {budget} tokens, nor do {percent(trial.cut())} in {longer}: the "
-                    f"policy seldom writes {obeyed}. Is it a base model, or trained to end otherwise? Name what ends an "
-                    "answer in model.sampling.stop, or teach it to end by SFT first.",
+                    f"{share} of the completions do not end in {budget} tokens, nor do {percent(trial.cut())} in "
+                    f"{longer}: the policy seldom writes {obeyed}. Is it a base model, or trained to end otherwise? "
+                    "Name what ends an answer in model.sampling.stop, or teach it to end by SFT first.",
                 )
             lengths = sorted(len(one.rollout.completion.token_ids) for one in trial.all)
             needed = lengths[min(len(lengths) - 1, int(0.95 * len(lengths)))]
-            better = f"; with {longer}, {1 - mean(trial.cut()):.0%} end, and 95 % have at most {needed} tokens"
+            most = f", and 95 % have at most {needed} tokens" if needed < longer else ""
+            better = f"; with {longer}, {1 - mean(trial.cut()):.0%} end{most}"
         else:
             better, needed = "; the model has no positions for more", budget
         return Finding(
             "budget",
-            f"{share} of the completions use up model.sampling.max_completion_length ({budget} tokens){better}: raise it"
-            + (f" to {max(needed, budget + 1)} or more." if longer > budget else ", or shorten the prompts."),
+            f"{share} of the completions use up model.sampling.max_completion_length ({budget} tokens){better}: raise "
+            "it" + (f" to {max(needed, budget + 1)} or more." if longer > budget else ", or shorten the prompts."),
         )
 
     def blame_temperature(self) -> Finding | None:
@@ -358,8 +362,8 @@ class Examination:
         return Finding(
             "temperature",
             f"At temperature {self.sampling.temperature:g} the entropy is {self.trial.entropy():.2g} nats a token and "
-            f"{percent(before)} of the groups have equal scores; at 1.0 it is {trial.entropy():.2g} and {percent(after)}: "
-            "set model.sampling.temperature to 1.0.",
+            f"{percent(before)} of the groups have equal scores; at 1.0 it is {trial.entropy():.2g} and "
+            f"{percent(after)}: set model.sampling.temperature to 1.0.",
         )
 
     def blame_verifier(self) -> Finding | None:
@@ -392,19 +396,19 @@ class Examination:
         first = missed[0].rollout
         return Finding(
             "verifier",
-            f"{name_of(self.module.accuracy)}, as it is set, gives nothing to {share:.0%} of the answers that {name} finds "
-            f"right, such as {shorten(first.text)} for {shorten(str(first.answer))}: ask for the form that it reads, in the "
-            f"prompt or by SFT, or use {name} without a pattern.",
+            f"{name_of(self.module.accuracy)}, as it is set, gives nothing to {share:.0%} of the answers that {name} "
+            f"finds right, such as {shorten(first.text)} for {shorten(str(first.answer))}: ask for the form that it "
+            f"reads, in the prompt or by SFT, or use {name} without a pattern.",
         )
 
     def blame_reward(self) -> Finding | None:
-        """Ask whether the reward gives the same to any text: to all completions, to right answers, to those of others."""
+        """Ask whether the reward gives the same to all completions, and to right and wrong answers written by hand."""
         values = {one.rollout.reward for one in self.trial.all} - {None}
         if not values:
             return Finding(
                 "reward",
-                f"{name_of(self.reward)} scores none of the {len(self.trial.all)} completions, and such a run is refused in its "
-                "first phase: look at what it returns None for.",
+                f"{name_of(self.reward)} scores none of the {len(self.trial.all)} completions, and such a run is "
+                "refused in its first phase: look at what it returns None for.",
             )
         if len(values) > 1 or self.verifiers:
             return None
@@ -430,15 +434,23 @@ class Examination:
             return None
         return Finding(
             "constant",
-            f"{name_of(self.reward)} gives {values.pop():g} to all {len(self.trial.all)} completions, and also to right and to "
-            "wrong answers written by hand: it does not depend on what is answered, so nothing can be learned from it. "
-            "Look at how it reads the completion.",
+            f"{name_of(self.reward)} gives {values.pop():g} to all {len(self.trial.all)} completions, and also to "
+            "right and to wrong answers written by hand: it does not depend on what is answered, so nothing can be "
+            "learned from it. Look at how it reads the completion.",
         )
 
     def blame_difficulty(self) -> Finding | None:
         """Tell how the groups without signal divide into always right and never right."""
-        if self.module.accuracy is None or any(finding.cause == "format" for finding in self.check_parts([])):
+        if any(finding.cause == "format" for finding in self.check_parts()):
             return None
+        if not any(part is self.module.accuracy for part in walk_rewards(self.reward)):
+            scores = [one.rollout.reward for one in self.trial.all if one.rollout.reward is not None]
+            return Finding(
+                "signal",
+                f"For {percent(self.trial.idle(self.size))} of the prompts all completions score the same (the mean "
+                f"reward is {mean(scores):.3g}), so most teach nothing: take prompts or a reward by which completions "
+                "differ.",
+            )
         rates, total = self.trial.right(), len(self.trial.groups)
         never, always = sum(rate == 0 for rate in rates), sum(rate == 1 for rate in rates)
         count = len(self.trial.all)
@@ -446,22 +458,22 @@ class Examination:
             right = sum(bool(one.right) for one in self.trial.all)
             return Finding(
                 "hard",
-                f"Too hard: {right} of {count} completions are right, and {never} of {total} prompts have none, so most "
-                "groups teach nothing: take easier problems, more generations, or teach the task by SFT first.",
+                f"Too hard: {right} of {count} completions are right, and {never} of {total} prompts have none, so "
+                "most groups teach nothing: take easier problems, more generations, or teach the task by SFT first.",
             )
         if bound_share(always, total)[0] > 0.5:
             return Finding(
                 "easy",
-                f"Too easy: {percent(rates)} of the completions are right, and all of them for {always} of {total} prompts, "
-                "so most groups teach nothing: take harder problems.",
+                f"Too easy: {percent(rates)} of the completions are right, and all of them for {always} of {total} "
+                "prompts, so most groups teach nothing: take harder problems.",
             )
         return Finding(
             "signal",
-            f"{percent(self.trial.idle(self.size))} of the groups have equal scores: of {total} prompts {never} are never "
-            f"answered right and {always} always. Keep the problems between, or sample more completions of each.",
+            f"{percent(self.trial.idle(self.size))} of the groups have equal scores: of {total} prompts {never} are "
+            f"never answered right and {always} always. Keep the problems between, or sample more completions of each.",
         )
 
-    def check_parts(self, explained: Sequence[Finding]) -> list[Finding]:
+    def check_parts(self) -> list[Finding]:
         """Look for parts of the reward beside the comparison of answers that never give a point.
 
         None of n completions means that the part fires with p < z^2 / (n + z^2), Wilson's bound. Said if even at that
@@ -496,7 +508,7 @@ class Examination:
         limit = self.module.policy.max_positions
         return 2**30 if limit is None else limit
 
-    def write(self, prompt: AskedPrompt, text: str) -> Rollout:
+    def write(self, prompt: TrainingPrompt, text: str) -> Rollout:
         """Make a completion of a prompt out of a text."""
         ids = self.module.policy.tokenizer(text, add_special_tokens=False).input_ids
         completion = Completion(list(ids), [0.0] * len(ids), text, "stop")

@@ -1,4 +1,4 @@
-"""Runs with one planted fault each, and healthy ones, for the doctor: name -> seed and folder -> module, data, Trainer."""
+"""Runs with one planted fault each, and healthy ones, for the doctor: (seed, folder) -> module, data, Trainer."""
 
 import random
 from collections.abc import Callable
@@ -14,6 +14,7 @@ from datamodules import Addition, VerifiableDataModule
 from datamodules.sources import Row, Source
 from modules import GRPOModule, OnlineDPOModule, PPOModule
 from modules.networks.policy import Policy
+from modules.on_policy import Validation
 from modules.rewards import ExactMatch, NumericMatch, RegexFormat, ThinkAnswerFormat, WeightedSum
 from modules.rollout.sampling import Sampling
 
@@ -66,11 +67,11 @@ def make(
         "enable_checkpointing": False,
         "logger": False,
     }
-    return module, rows, Trainer(accelerator="cpu", devices=1, max_epochs=60, **(quiet | (trainer or {})))
+    return module, rows, Trainer(accelerator="cpu", devices=1, **({"max_epochs": 60} | quiet | (trainer or {})))
 
 
 def save_policy(folder: Path, sharpened: float = 1.0, **changes: Any) -> str:
-    """Write ``tiny-addition`` with logits times ``sharpened``, and another tokenizer: ``chat_template``, ``eos_token``."""
+    """Write ``tiny-addition`` with its logits times ``sharpened``, and changes of its tokenizer."""
     policy = Policy("tiny-addition")
     policy.model.base_model.norm.weight.data *= sharpened
     for name, value in changes.items():
@@ -117,19 +118,18 @@ def unmapped(row: dict[str, Any], place: int) -> dict[str, Any]:
     return {"prompt": row["prompt"], "key": f"k{place}", "total": row["answer"]}
 
 
-def few(row: dict[str, Any], place: int) -> dict[str, Any]:
-    return FEW[place % 12] if place >= 12 else FEW.setdefault(place, row)
+def repeat(count: int) -> Callable[[dict[str, Any], int], dict[str, Any]]:
+    kept: list[dict[str, Any]] = []
 
+    def change(row: dict[str, Any], place: int) -> dict[str, Any]:
+        kept.append(row)
+        return kept[place % count]
 
-FEW: dict[int, dict[str, Any]] = {}
+    return change
 
 
 def bare(row: dict[str, Any], place: int) -> dict[str, Any]:
     return {**row, "prompt": row["prompt"].removesuffix("=")}
-
-
-def same(row: dict[str, Any], place: int) -> dict[str, Any]:
-    return row
 
 
 ILL: dict[str, tuple[str, Callable[[int, Path], Case]]] = {
@@ -163,8 +163,12 @@ ILL: dict[str, tuple[str, Callable[[int, Path], Case]]] = {
     "temperature 0.1": ("temperature", lambda seed, folder: make(seed, temperature=0.1)),
     "answers in another column": ("answers", lambda seed, folder: make(seed, Sums(seed, elsewhere))),
     "answers in a column without a known name": ("answers", lambda seed, folder: make(seed, Sums(seed, unmapped))),
-    "duplicated prompts": ("repeats", lambda seed, folder: make(seed, Sums(seed, few))),
+    "duplicated prompts": ("repeats", lambda seed, folder: make(seed, Sums(seed, repeat(12)))),
     "a constant reward": ("constant", lambda seed, folder: make(seed, reward=constant)),
+    "a reward that nearly all completions earn": (
+        "signal",
+        lambda seed, folder: make(seed, reward=RegexFormat(r"\d{3}"), validation=Validation(accuracy=ExactMatch())),
+    ),
     "a verifier that wants another form": (
         "verifier",
         lambda seed, folder: make(seed, reward=ExactMatch(r"The answer is (\d+)\.")),
