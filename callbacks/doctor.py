@@ -182,7 +182,7 @@ def summarise(found: Examination, phases: float) -> list[str]:
 
 def write_rates(found: Examination, trial: Trial) -> str:
     """Write the histogram of the pass rates, or the mean reward where nothing tells right from wrong."""
-    if found.module.accuracy is None:
+    if found.judge is None:
         scores = [one.rollout.reward for one in trial.all if one.rollout.reward is not None]
         return f"mean reward {sum(scores) / max(1, len(scores)):.3g}"
     rates = trial.right()

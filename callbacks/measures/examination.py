@@ -113,9 +113,14 @@ class Examination:
         self.rows = drawn.sample(range(len(rows)), min(len(rows), max(GOLDS, num_prompts)))
         self.prompts = [rows[row] for row in self.rows[:num_prompts]]
         self.verifiers = [part for part in walk_rewards(self.reward) if part.checks_answer]
+        self.judge = module.accuracy  # tells right from wrong
         start = time.perf_counter()
         self.trial = self.try_out(self.prompts, self.sampling, self.num_generations)
         self.seconds = max(from_all_ranks([time.perf_counter() - start]))  # of sampling and scoring
+        scores = {one.rollout.reward for one in self.trial.all} - {None}
+        if self.judge is self.reward and not self.reward.checks_answer and not scores <= {0.0, 1.0}:
+            self.judge = None  # a shaped reward, which says better or worse
+            self.trial = Trial([[one._replace(right=None) for one in group] for group in self.trial.groups])
 
     def try_out(self, prompts: Sequence[TrainingPrompt], sampling: Sampling, num_generations: int) -> Trial:
         """Sample and score completions (collective)."""
@@ -124,7 +129,7 @@ class Examination:
         batch["uid"] = [f"{place}/{uid}" for place, uid in zip(places, batch["uid"], strict=True)]
         completions = self.module.sample(batch, num_generations, sampling, "doctor") if batch["uid"] else []
         rollouts = make_rollouts(batch, completions, self.reward)
-        outcomes = make_outcomes(rollouts, self.module.accuracy, scored_by=self.reward)
+        outcomes = make_outcomes(rollouts, self.judge, scored_by=self.reward)
         mine = [Tried(rollout, outcome.right) for rollout, outcome in zip(rollouts, outcomes, strict=True)]
         groups: list[list[Tried]] = [[] for _ in prompts]
         for one in from_all_ranks(mine):
@@ -187,7 +192,7 @@ class Examination:
         Columns of short texts or numbers are tried. Where no completion matches any of them, the first column that
         the verifier can read for nearly all rows is taken, if the rows have no answer at all.
         """
-        judge = self.module.accuracy or (self.verifiers[0] if self.verifiers else None)
+        judge = self.judge or (self.verifiers[0] if self.verifiers else None)
         if judge is None:
             return None
         names = dict.fromkeys(name for one in self.trial.all for name in one.rollout.info or {})
@@ -252,19 +257,22 @@ class Examination:
     def explain(self) -> list[Finding]:
         """Return the first cause that explains why groups have no signal or completions do not end.
 
-        No signal: surely more than half of the groups have equal scores. Cut: surely more than a tenth of the
-        completions use up their tokens.
+        Of the groups of G at pass rate 1/2, a share of 1 - 2^(1 - G) has a signal. Fewer than half of these make an
+        experiment, whose comparison then decides; a cause without one is said if it is surely fewer than half. Cut:
+        surely more than a tenth of the completions use up their tokens.
         """
         trial, prompts = self.trial, len(self.trial.groups)
         idle, cut = sum(trial.idle(self.size)), sum(trial.cut())
-        silent, endless = bound_share(idle, prompts)[0] > 0.5, bound_share(cut, prompts)[0] > WASTE
+        most = 1 - 0.5 * (1 - 2.0 ** (1 - self.size))
+        doubtful, silent = idle / prompts > most, bound_share(idle, prompts)[0] > most
+        endless = bound_share(cut, prompts)[0] > WASTE
         causes = [
-            (silent, self.blame_column),
-            (silent or endless, self.blame_template),
+            (doubtful, self.blame_column),
+            (doubtful or endless, self.blame_template),
+            ((doubtful or endless) and self.sampling.temperature != 1, self.blame_temperature),
             (endless, self.blame_budget),
-            ((silent or endless) and self.sampling.temperature != 1, self.blame_temperature),
-            (True, self.blame_verifier),
             (silent, self.blame_reward),
+            (True, self.blame_verifier),
             (silent, self.blame_difficulty),
         ]
         for suspected, blame in causes:
@@ -354,16 +362,22 @@ class Examination:
         )
 
     def blame_temperature(self) -> Finding | None:
-        """Ask whether more groups have a signal at temperature 1."""
+        """Ask whether at temperature 1 more groups have a signal, more answers are right, or more completions end."""
         trial = self.try_out(self.prompts, replace(self.sampling, temperature=1.0), self.num_generations)
         before, after = self.trial.idle(self.size), trial.idle(self.size)
-        if count_wins(before, after) >= SURE and count_wins(trial.right(), self.trial.right()) >= SURE:
+        better = min(
+            count_wins(before, after),
+            count_wins(trial.right(), self.trial.right()),
+            count_wins(self.trial.cut(), trial.cut()),
+        )
+        if better >= SURE:
             return None
         return Finding(
             "temperature",
-            f"At temperature {self.sampling.temperature:g} the entropy is {self.trial.entropy():.2g} nats a token and "
-            f"{percent(before)} of the groups have equal scores; at 1.0 it is {trial.entropy():.2g} and "
-            f"{percent(after)}: set model.sampling.temperature to 1.0.",
+            f"At temperature {self.sampling.temperature:g} the entropy is {self.trial.entropy():.2g} nats a token, "
+            f"{percent(before)} of the groups have equal scores and {percent(self.trial.cut())} of the completions do "
+            f"not end; at 1.0 it is {trial.entropy():.2g} nats, {percent(after)} and {percent(trial.cut())}: set "
+            "model.sampling.temperature to 1.0.",
         )
 
     def blame_verifier(self) -> Finding | None:
@@ -375,7 +389,7 @@ class Examination:
         answered = [one for one in self.trial.all if one.rollout.answer is not None and one.right is not None]
         forms = [part.name for part in list_parts(self.reward) if hasattr(part, "pattern") and not part.checks_answer]
         taught = any(one.rollout.rewards[name] for one in answered for name in forms)
-        if not answered or self.module.accuracy is None or taught:
+        if not answered or self.judge is None or taught:
             return None
         others: list[Reward] = [NumericMatch(), ExactMatch()]
         if mean(bool(one.right) for one in answered) < WASTE and importlib.util.find_spec("math_verify"):
@@ -396,7 +410,7 @@ class Examination:
         first = missed[0].rollout
         return Finding(
             "verifier",
-            f"{name_of(self.module.accuracy)}, as it is set, gives nothing to {share:.0%} of the answers that {name} "
+            f"{name_of(self.judge)}, as it is set, gives nothing to {share:.0%} of the answers that {name} "
             f"finds right, such as {shorten(first.text)} for {shorten(str(first.answer))}: ask for the form that it "
             f"reads, in the prompt or by SFT, or use {name} without a pattern.",
         )
@@ -435,15 +449,15 @@ class Examination:
         return Finding(
             "constant",
             f"{name_of(self.reward)} gives {values.pop():g} to all {len(self.trial.all)} completions, and also to "
-            "right and to wrong answers written by hand: it does not depend on what is answered, so nothing can be "
-            "learned from it. Look at how it reads the completion.",
+            "right and wrong answers written by hand: it does not look at what is answered, or looks for a form that "
+            "none has, so nothing can be learned from it. Look at how it reads the completion.",
         )
 
     def blame_difficulty(self) -> Finding | None:
         """Tell how the groups without signal divide into always right and never right."""
         if any(finding.cause == "format" for finding in self.check_parts()):
             return None
-        if not any(part is self.module.accuracy for part in walk_rewards(self.reward)):
+        if not any(part is self.judge for part in walk_rewards(self.reward)):
             scores = [one.rollout.reward for one in self.trial.all if one.rollout.reward is not None]
             return Finding(
                 "signal",
@@ -487,7 +501,7 @@ class Examination:
             rare = 1 - (1 - chance) ** self.size < 0.5
             if part.checks_answer or not weights.get(id(part), 1.0) or set(values) != {0.0} or not rare:
                 continue
-            if part is self.module.accuracy or (part is self.reward and not hasattr(part, "pattern")):
+            if part is self.judge or (part is self.reward and not hasattr(part, "pattern")):
                 continue
             shown = shorten(self.trial.all[0].rollout.text)
             pattern = getattr(getattr(part, "pattern", None), "pattern", None)
@@ -517,7 +531,7 @@ class Examination:
 
     def rate(self, trial: Trial) -> str:
         """Say how good completions are."""
-        if self.module.accuracy is None:
+        if self.judge is None:
             return f"the mean reward is {mean(trial.right()):.3g}"
         return f"{percent(trial.right())} of the completions are right"
 
