@@ -15,7 +15,7 @@ from datamodules.sources import Row, Source
 from modules import GRPOModule, OnlineDPOModule, PPOModule
 from modules.networks.policy import Policy
 from modules.on_policy import Validation
-from modules.rewards import ExactMatch, NumericMatch, RegexFormat, ThinkAnswerFormat, WeightedSum
+from modules.rewards import ExactMatch, LengthPenalty, NumericMatch, RegexFormat, ThinkAnswerFormat, WeightedSum
 from modules.rollout.sampling import Sampling
 
 Case = tuple[LightningModule, LightningDataModule, Trainer]
@@ -106,6 +106,10 @@ def constant(completions: list[str], answers: list[str], **columns: Any) -> list
     return [1.0 for _ in completions]
 
 
+def nothing(completions: list[str], answers: list[str], **columns: Any) -> list[float]:
+    return [0.0 for _ in completions]
+
+
 def words(row: dict[str, Any], place: int) -> dict[str, Any]:
     return {**row, "answer": "the number " + " ".join(row["answer"])}
 
@@ -165,6 +169,8 @@ ILL: dict[str, tuple[str, Callable[[int, Path], Case]]] = {
     "answers in a column without a known name": ("answers", lambda seed, folder: make(seed, Sums(seed, unmapped))),
     "duplicated prompts": ("repeats", lambda seed, folder: make(seed, Sums(seed, repeat(12)))),
     "a constant reward": ("constant", lambda seed, folder: make(seed, reward=constant)),
+    "a reward that is always 0": ("constant", lambda seed, folder: make(seed, reward=nothing)),
+    "temperature 2": ("temperature", lambda seed, folder: make(seed, temperature=2.0)),
     "a reward that nearly all completions earn": (
         "signal",
         lambda seed, folder: make(seed, reward=RegexFormat(r"\d{3}"), validation=Validation(accuracy=ExactMatch())),
@@ -176,6 +182,8 @@ ILL: dict[str, tuple[str, Callable[[int, Path], Case]]] = {
 }
 
 HEALTHY: dict[str, Callable[[int, Path], Case]] = {
+    "two completions a prompt": lambda seed, folder: make(seed, num_generations=2),
+    "a length penalty": lambda seed, folder: make(seed, reward=LengthPenalty(NumericMatch(), 0.01)),
     "GRPO": lambda seed, folder: make(seed),
     "PPO": lambda seed, folder: make(
         seed, method=PPOModule, num_generations=4, data={"prompts_per_phase": 64, "updates_per_phase": 4}
