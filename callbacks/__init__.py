@@ -5,6 +5,7 @@ training.
 from callbacks.dashboard import Dashboard
 from callbacks.data_report import DataReport
 from callbacks.diversity import Diversity
+from callbacks.doctor import Doctor
 from callbacks.forgetting import Forgetting
 from callbacks.length_bias import LengthBias
 from callbacks.overoptimization import Overoptimization
@@ -32,6 +33,7 @@ __all__ = [
     "Dashboard",
     "DataReport",
     "Diversity",
+    "Doctor",
     "Export",
     "Forgetting",
     "HandOff",

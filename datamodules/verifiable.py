@@ -18,7 +18,7 @@ from datamodules.loaders.phase_loader import PhaseLoader, from_stream
 from datamodules.loaders.ptx import PtxStream
 from datamodules.loaders.step_sampler import MicroBatch
 from datamodules.sources import PreferencePrompts, Row, Source
-from datamodules.tokens.encoding import Tokens, encode_prompt
+from datamodules.tokens.encoding import Tokens, encode_prompt, is_rendered
 from modules.trainer.ranks import from_all_ranks
 from modules.types import InstructionBatch, PromptBatch, require_accuracy
 
@@ -159,6 +159,27 @@ class VerifiableDataModule(AlignDataModule):
     def prompt_rows(self) -> list[tuple[str, dict[str, Any]]]:
         """Returns the uid in ``predict`` and the columns of each training prompt, in order."""
         return [(f"{prompt.example.origin}#0", plain(prompt.columns)) for prompt in self.train_prompts]
+
+    def batch_of(self, prompts: Sequence[Prompt]) -> PromptBatch:
+        """Gives some prompts as a batch."""
+        return prompt_batch([(prompt, 0) for prompt in prompts])
+
+    def in_other_form(self, prompt: Prompt) -> Prompt | None:
+        """Writes a plain text as one user message of the chat template, and one user message as plain text.
+
+        None where there is no other form: without a chat template, for several turns, for a text that is rendered.
+        """
+        asked = prompt.example.prompt
+        if self.tokenizer.chat_template is None:
+            return None
+        chat = not isinstance(asked, str) or prompt.text != asked
+        if not isinstance(asked, str):
+            turns = [message for message in asked if message["role"] != "system"]
+            asked = turns[0]["content"] if [turn["role"] for turn in turns] == ["user"] else ""
+        if not asked or is_rendered(self.tokenizer, asked):
+            return None
+        origin, system = prompt.example.origin, None if chat else self.system
+        return Prompt(*encode_prompt(self.tokenizer, asked, origin, not chat, system), prompt.example)
 
     def draw_texts(self, update: int, micro_batch: int) -> InstructionBatch:
         """Draws this rank's texts of a micro-batch of an update, counted from the start of training."""

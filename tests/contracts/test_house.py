@@ -52,7 +52,7 @@ ALLOWED = {
     "modules": {"method"},
     "cli": {*SHARED, *PARTS, "base", "on_policy", "method", "modules", "schedulers"},
     "datamodules": SHARED,
-    "callbacks": SHARED,
+    "callbacks": {*SHARED, "rewards", "rollout"},
 }
 
 

@@ -242,3 +242,19 @@ def test_a_prompt_needs_no_answer(tmp_path: Path) -> None:
     batch = on_rank(0, 1, str(path), prompts_per_phase=1).draw(0)
     assert (batch["prompt"], batch["answer"]) == (["Say hello."], [None])
     assert batch["info"] == [{"key": 1, "response": "nobody knows whether this is right"}]
+
+
+def test_a_prompt_in_its_other_form(tmp_path: Path) -> None:
+    asked = [{"prompt": "1+1?"}, {"prompt": [{"role": "user", "content": "1+1?"}]}]
+    asked += [{"prompt": "<|im_start|>user\n1+1?<|im_end|>\n<|im_start|>assistant\n"}]
+    asked += [{"prompt": [{"role": role, "content": "1+1?"} for role in ("user", "assistant", "user")]}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
+    found = {}
+    for chat in (True, False):
+        rows = VerifiableDataModule(tiny_tokenizer(), str(tmp_path / "rows.jsonl"), chat=chat)
+        rows.setup("fit")
+        others = [rows.in_other_form(prompt) for prompt in rows.train_prompts]
+        found[chat] = [other and other.text for other in others]
+        assert rows.batch_of(rows.train_prompts[:1])["prompt_ids"] == [rows.train_prompts[0].ids]
+    rendered = asked[2]["prompt"]
+    assert found == {True: ["1+1?", "1+1?", None, None], False: [rendered, "1+1?", None, None]}
