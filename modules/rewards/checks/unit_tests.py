@@ -55,14 +55,14 @@ def judge(
     program = write_program(text, info, stub)
     if program is None:
         return 0.0
-    verdict = run_trial(Trial(program, code, names, stub, info.get("entry_point")), seconds, memory)
+    verdict = run_trial(TestRun(program, code, names, stub, info.get("entry_point")), seconds, memory)
     if verdict[:1] == BROKEN:
         raise ValueError(verdict[1:].decode())
     return (0.0, FAULTS[verdict]) if verdict in FAULTS else float(verdict == PASSED)
 
 
 @dataclass(frozen=True)
-class Trial:
+class TestRun:
     """A program with its tests."""
 
     program: str
@@ -209,7 +209,7 @@ def tell_number(value: Any) -> int:
     raise BrokenTest(f"the tests call the program with a {type(value).__name__}, which is no plain value")
 
 
-def run_trial(trial: Trial, seconds: float, memory: int) -> bytes:
+def run_trial(trial: TestRun, seconds: float, memory: int) -> bytes:
     """Run a program in a host and its tests in a fork of this process; return the verdict."""
     folder = tempfile.mkdtemp(prefix="program-")
     host = start_host(folder, seconds, memory)
@@ -255,7 +255,7 @@ def stop_host(host: "subprocess.Popen[bytes]") -> None:
         host.kill()
 
 
-def fork_tests(trial: Trial, line: Line, seconds: float) -> bytes:
+def fork_tests(trial: TestRun, line: Line, seconds: float) -> bytes:
     """Run the tests in a fork of this process; return the verdict, ``FAILED`` if the fork ends without one."""
     reading, writing = os.pipe()
     deadline = time.monotonic() + seconds
@@ -277,7 +277,7 @@ def fork_tests(trial: Trial, line: Line, seconds: float) -> bytes:
         os.waitpid(child, 0)
 
 
-def find_verdict(trial: Trial, line: Line) -> bytes:
+def find_verdict(trial: TestRun, line: Line) -> bytes:
     """Run the program, then the tests with its functions; helpers of the prompt are the prompt's own."""
     scope: dict[str, Any] = {"__name__": "tests"}
     try:
