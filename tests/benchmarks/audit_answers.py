@@ -294,7 +294,7 @@ def exact_match_cases(rng: Random) -> Iterator[Case]:
 
 def think_answer_cases(rng: Random) -> Iterator[Case]:
     """Yield well-formed completions, and each with one fault."""
-    for _ in range(40):
+    for _ in range(50):
         thought, answer = " ".join(rng.sample(WORDS, 4)), " ".join(rng.sample(WORDS, 2))
         thought += rng.choice(("", " 1 < 2", " <b>x</b>", "\n\n\u5317\u4eac", " $\\boxed{3}$"))
         good = f"<think>{thought}</think>\n<answer>{answer}</answer>"
@@ -326,6 +326,9 @@ def regex_format_cases(rng: Random) -> Iterator[Case]:
         lines = [f"{rng.choice(WORDS)}: {rng.randint(0, 99)}" for _ in range(rng.randint(1, 4))]
         text = "\n".join(lines)
         yield Case("right", text, 1.0)
+        yield Case("right, first line", lines[0], 1.0)
+        yield Case("right, twice", f"{text}\n{text}", 1.0)
+        yield Case("right, long number", f"{text}{rng.randint(1, 10**30)}", 1.0)
         yield Case("wrong, trailing line end", text + "\n", 0.0)
         yield Case("wrong, trailing text", text + "\nthat is all", 0.0)
         yield Case("wrong, text in front", "so\n" + text, 0.0)

@@ -7,6 +7,7 @@ the wrong answers right, or more than 2 % of the right ones wrong.
 """
 
 import argparse
+import re
 import sys
 import warnings
 
@@ -16,11 +17,15 @@ from audit_cases import Audit, Case, Finding, find_interval, run_audit
 
 from callbacks.measures.refusals import is_refusal
 from modules import rewards
-from modules.rewards.chat.judge import read_verdict
+from modules.rewards.chat.judge import PAIRWISE, fill_template, read_verdict
 from modules.rewards.format import THINK_ANSWER
 from modules.types import cut_final_text
 
 MOST_HIGH, MOST_LOW = 0.005, 0.02
+SLOW = ("CodeTests",)  # each case starts processes
+ANSWERS = re.compile(
+    r"\[Answer A (\w{8})\]\n(.*)\n\[End of answer A \1\]\n\n\[Answer B \1\]\n(.*)\n\[End of answer B \1\]", re.DOTALL
+)
 LINES = r"(?:[a-z]+: \d+(?:\n(?!\Z))?)+"
 
 
@@ -36,6 +41,16 @@ def score_refusals(cases: list[Case]) -> list[float | None]:
 def score_judge_replies(cases: list[Case]) -> list[float | None]:
     """Return the verdict that is read from each reply."""
     return [read_verdict(case.text) for case in cases]
+
+
+def score_judge_questions(cases: list[Case]) -> list[float | None]:
+    """Return whether the marks of each question enclose both answers as they are."""
+    scores: list[float | None] = []
+    for case in cases:
+        first, second = case.info["answers"]
+        found = ANSWERS.search(fill_template(PAIRWISE, prompt="Question?", first=first, second=second))
+        scores.append(float(found is not None and list(found.groups()[1:]) == [first, second]))
+    return scores
 
 
 AUDITS = [
@@ -56,6 +71,7 @@ AUDITS = [
         "CosineLength", lambda: rewards.CosineLength(rewards.ExactMatch(), 100), writing.cosine_cases, tolerance=1e-9
     ),
     Audit("refusal matcher", score_refusals, writing.refusal_cases),
+    Audit("questions to a judge", score_judge_questions, writing.judge_question_cases),
     Audit("verdicts of a judge", score_judge_replies, writing.judge_reply_cases),
 ]
 
@@ -63,7 +79,9 @@ AUDITS = [
 def write_share(count: int, total: int) -> str:
     """Return a share with its interval, in per cent."""
     low, high = find_interval(count, total)
-    return f"{100 * count / max(1, total):.1f} % of {total} ({100 * low:.1f} to {100 * high:.1f})"
+    if total == 0:
+        return "none made"
+    return f"{100 * count / total:.1f} % of {total} ({100 * low:.1f} to {100 * high:.1f})"
 
 
 def write_row(finding: Finding) -> str:
