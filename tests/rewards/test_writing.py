@@ -70,7 +70,8 @@ def test_shares_of_words_by_hand():
 
 def test_the_prompt_decides_without_its_system_message():
     german = "Wie viele \u00c4pfel bekommt jedes der f\u00fcnf Kinder, wenn es zehn sind?"
-    prompt = f"<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n{german}<|im_end|>\n"
+    system = "You are a helpful assistant who thinks step by step and then gives a short answer. " * 3
+    prompt = f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{german}<|im_end|>\n"
     texts = [
         "<think>Zehn \u00c4pfel teilen wir durch f\u00fcnf Kinder.</think>Also bekommt jedes Kind zwei \u00c4pfel.",
         "<think>We divide ten apples by five children.</think>Also bekommt jedes Kind zwei \u00c4pfel.",
