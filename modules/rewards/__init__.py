@@ -5,6 +5,7 @@ from modules.rewards.answers import ExactMatch, MathVerify, NumericMatch
 from modules.rewards.chat.clients import HttpChat, LocalChat
 from modules.rewards.chat.judge import PairwiseJudge, RubricJudge
 from modules.rewards.chat.refusal_judge import RefusalJudge
+from modules.rewards.code import CodeTests
 from modules.rewards.combined import LengthPenalty, Versus, WeightedSum
 from modules.rewards.format import RegexFormat, ThinkAnswerFormat
 from modules.rewards.learned import LearnedReward
@@ -14,6 +15,7 @@ from modules.rewards.writing import InstructionConstraints, LanguageConsistency,
 from modules.types import FunctionReward
 
 __all__ = [
+    "CodeTests",
     "CosineLength",
     "ExactMatch",
     "FunctionReward",

@@ -31,6 +31,7 @@ class Verifier(Reward):
         in_process: True = the check runs in this process, because it is faster than the way to a worker and no input
             can make it hang; an exception is an ``error`` as in a worker.
         failures: how many completions got no score so far, by cause: ``timeout``, ``crash``, ``memory``, ``error``.
+        faults: how many completions got their score for a fault that the check names.
 
     Raises:
         ValueError: ``timeout`` is not a finite number > 0.
@@ -49,6 +50,7 @@ class Verifier(Reward):
         self.settings = dict(settings or {})
         self.timeout = timeout
         self.failures: Counter[str] = Counter()
+        self.faults: Counter[str] = Counter()
 
     def describe(self, rollout: Rollout) -> dict[str, Any]:
         """Return what ``judge`` gets as ``info``, as JSON has it; by default nothing."""
@@ -59,7 +61,9 @@ class Verifier(Reward):
         asked = [i for i, rollout in enumerate(rollouts) if rollout.answer is not None or not self.needs_answer]
         items = [(getattr(rollouts[i], self.reads), rollouts[i].answer, self.describe(rollouts[i])) for i in asked]
         verdicts = self._judge_here(items) if self.in_process else self._judge_in_workers(items)
-        self._tell([verdict for verdict in verdicts if verdict.cause is not None], len(rollouts))
+        named = [verdict for verdict in verdicts if verdict.cause is not None]
+        self.faults.update(str(verdict.cause) for verdict in named if verdict.score is not None)
+        self._tell([verdict for verdict in named if verdict.score is None], len(rollouts))
         scores: list[float | None] = [None] * len(rollouts)
         for i, verdict in zip(asked, verdicts, strict=True):
             scores[i] = verdict.score

@@ -12,6 +12,7 @@ import sys
 import warnings
 
 import audit_answers as answers
+import audit_programs as programs
 import audit_writing as writing
 from audit_cases import Audit, Case, Finding, find_interval, run_audit
 
@@ -22,6 +23,7 @@ from modules.rewards.format import THINK_ANSWER
 from modules.types import cut_final_text
 
 MOST_HIGH, MOST_LOW = 0.005, 0.02
+SECONDS = 2.0  # for a program with its tests
 SLOW = ("CodeTests",)  # each case starts processes
 ANSWERS = re.compile(
     r"\[Answer A (\w{8})\]\n(.*)\n\[End of answer A \1\]\n\n\[Answer B \1\]\n(.*)\n\[End of answer B \1\]", re.DOTALL
@@ -70,6 +72,7 @@ AUDITS = [
     Audit(
         "CosineLength", lambda: rewards.CosineLength(rewards.ExactMatch(), 100), writing.cosine_cases, tolerance=1e-9
     ),
+    Audit("CodeTests", lambda: rewards.CodeTests(seconds=SECONDS), programs.program_cases),
     Audit("refusal matcher", score_refusals, writing.refusal_cases),
     Audit("questions to a judge", score_judge_questions, writing.judge_question_cases),
     Audit("verdicts of a judge", score_judge_replies, writing.judge_reply_cases),

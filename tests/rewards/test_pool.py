@@ -104,12 +104,10 @@ def processes(arguments: str) -> list[str]:
     return [line for line in table.splitlines() if arguments in line]
 
 
-def children() -> set[int]:
-    """Return the processes that this one started or that are left of them in their groups, zombies too."""
-    table = subprocess.run(["ps", "-A", "-o", "pid=,ppid=,pgid=,comm="], capture_output=True, text=True, check=True)
-    rows = [line.split(maxsplit=3) for line in table.stdout.splitlines()]
-    mine = {row[0] for row in rows if int(row[1]) == os.getpid() and row[3] != "ps"}
-    return {int(row[0]) for row in rows if row[0] in mine or row[2] in mine}
+def zombies() -> list[str]:
+    """Return the children of this process that have ended and were not waited for."""
+    table = subprocess.run(["ps", "-A", "-o", "ppid=,stat=,pid="], capture_output=True, text=True, check=True).stdout
+    return [line for line in table.splitlines() if line.split()[:2] == [str(os.getpid()), "Z"]]
 
 
 @pytest.mark.filterwarnings("ignore:reward 'hostile'")
@@ -117,7 +115,6 @@ def children() -> set[int]:
 def test_each_harm_costs_its_own_sample_and_is_counted_by_cause(
     hostile: Hostile, run: Callable[[Callable[[], None]], None]
 ) -> None:
-    before = children()
     texts = ["a" * (number % 9 + 1) for number in range(60)]
     for number, harm in enumerate(HARMS):
         texts[5 * number + 3] = harm
@@ -131,7 +128,8 @@ def test_each_harm_costs_its_own_sample_and_is_counted_by_cause(
     run(lambda: results.append(hostile(roll(["bytes", "ok"]))))
     assert results[1] == [10.0, 4.0]
     close_pool()
-    assert children() <= before  # no zombie, no child of the fork bomb
+    assert processes(f"check_worker.py {os.getpid()} ") == []  # of the fork bomb neither
+    assert zombies() == []
 
 
 def test_a_warning_tells_of_each_cause_once_until_its_count_doubles(hostile: Hostile) -> None:

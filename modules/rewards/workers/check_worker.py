@@ -2,8 +2,8 @@
 
 ``Pool`` runs this file by path, so that it needs neither torch nor this repository's packages. A request is {"check":
 name in ``checks`` or path of a file, "settings": dict, "timeout": seconds, "items": [[text, answer, info], ...]}. The
-answers are one line "ready" when the check is loaded, or {"refused": why}; then a line per item: a number, null, or
-{"cause": "error" or "memory", "detail": str}.
+answers are one line "ready" when the check is loaded, or {"refused": why}; then a line per item: a number, null,
+{"score": number, "cause": fault}, or {"score": null, "cause": "error" or "memory", "detail": str}.
 """
 
 import importlib
@@ -44,14 +44,16 @@ def judge_item(check: ModuleType, item: list[Any], settings: dict[str, Any]) -> 
     """Return a check's verdict, or what went wrong, as JSON has it."""
     try:
         value = check.judge(*item, **settings)
+        if isinstance(value, tuple):
+            return {"score": float(value[0]), "cause": value[1]}
         number = None if value is None else float(value)
         if number is None or math.isfinite(number):
             return number
-        return {"cause": "error", "detail": f"judge returned {number}"}
+        return {"score": None, "cause": "error", "detail": f"judge returned {number}"}
     except MemoryError:
-        return {"cause": "memory", "detail": ""}
+        return {"score": None, "cause": "memory"}
     except BaseException as error:  # SystemExit too: the item is lost, not the worker
-        return {"cause": "error", "detail": f"{type(error).__name__}: {str(error)[:500]}"}
+        return {"score": None, "cause": "error", "detail": f"{type(error).__name__}: {str(error)[:500]}"}
 
 
 def limit_memory(limit: int) -> None:

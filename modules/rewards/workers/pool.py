@@ -4,9 +4,11 @@ import atexit
 import json
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import Counter, deque
@@ -28,7 +30,8 @@ class Verdict:
     """What became of one completion."""
 
     score: float | None
-    cause: str | None = None  # why there is no score: timeout, crash, memory or error; None = it was judged
+    # Why there is no score: timeout, crash, memory or error. With a score: the completion's fault. None = neither.
+    cause: str | None = None
     detail: str = ""
 
 
@@ -44,6 +47,7 @@ class Worker:
     """
 
     child: "subprocess.Popen[bytes] | None" = None
+    folder: str = ""  # for its temporary files
     used: bool = False  # whether the child has answered a request
     ready: bool = False  # whether it has loaded the check of the request
     deadline: float = 0.0
@@ -56,13 +60,15 @@ class Worker:
         if self.child is None:
             # -P keeps the script's folder off the import path, so that no file in it hides a library. In a session of
             # its own the child misses signals to the whole run, which may still need it.
+            self.folder = tempfile.mkdtemp(prefix="worker-")
             self.child = subprocess.Popen(
                 [sys.executable, "-P", str(SCRIPT), str(os.getpid()), str(MEMORY)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 bufsize=0,
                 start_new_session=True,
-                env=os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONUTF8": "1"},
+                env=os.environ
+                | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONUTF8": "1", "TMPDIR": self.folder},
             )
             os.set_blocking(self.input, False)
             os.set_blocking(self.output, False)
@@ -111,6 +117,7 @@ class Worker:
         with self.child as child:  # closes the pipes
             child.kill()
         self.child = None
+        shutil.rmtree(self.folder, ignore_errors=True)
         self.items.clear()
         self.unsent = memoryview(b"")
         code = child.returncode
@@ -245,11 +252,11 @@ class _Call:
                 raise WorkerRefused(f"check '{self.check}' cannot be loaded in a worker: {answer['refused']}")
             if not worker.ready:
                 worker.ready = worker.used = True
-            elif isinstance(answer, dict) and answer["cause"] == "memory":
+            elif isinstance(answer, dict) and answer["score"] is None and answer["cause"] == "memory":
                 self._lose(worker, "memory")
                 return
             else:
-                verdict = Verdict(None, **answer) if isinstance(answer, dict) else Verdict(answer)
+                verdict = Verdict(**answer) if isinstance(answer, dict) else Verdict(answer)
                 self.verdicts[worker.items.popleft()] = verdict
         worker.deadline = time.monotonic() + self.timeout
 

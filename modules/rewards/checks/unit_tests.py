@@ -1,0 +1,298 @@
+"""Tests the program in a completion by the unit tests of its row."""
+
+import ast
+import builtins
+import json
+import os
+import re
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import CodeType
+from typing import Any
+
+from .program_host import LONGEST, die_with_parent, pack, unpack
+
+HOST = Path(__file__).parent / "program_host.py"
+START_SECONDS = 60.0
+LIBRARIES = sorted({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")})
+PASSED, FAILED, BROKEN, ENDED, LATE = b"+", b"-", b"!", b"x", b"t"
+FAULTS = {ENDED: "program ended", LATE: "program late"}
+_FENCED = re.compile(r"^[ \t]*```[^\n`]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
+
+
+def judge(
+    text: str, answer: str | None, info: dict[str, Any], seconds: float, memory: int
+) -> float | tuple[float, str]:
+    """Return 1.0 if the program in a text passes all tests of its row, else 0.0, with the fault if it is in ``FAULTS``.
+
+    Args:
+        text: the completion.
+        answer: not used.
+        info: the row's ``test`` and ``entry_point``, or ``test_list``; also its ``prompt`` and ``test_setup_code``.
+        seconds: of wall time for the program and all tests.
+        memory: bytes of address space of the program.
+
+    Raises:
+        ValueError: the row's tests do not compile, or hand the program what is no plain value.
+    """
+    stub = find_stub(info)
+    tests = write_tests(info)
+    try:
+        names = find_free_names(tests)
+        code = compile(tests, "tests", "exec", dont_inherit=True)
+    except SyntaxError as error:
+        raise ValueError(f"the row's tests do not compile: {error}") from error
+    program = write_program(text, info, stub)
+    if program is None:
+        return 0.0
+    verdict = run_trial(Trial(program, code, names, stub, info.get("entry_point")), seconds, memory)
+    if verdict[:1] == BROKEN:
+        raise ValueError(verdict[1:].decode())
+    return (0.0, FAULTS[verdict]) if verdict in FAULTS else float(verdict == PASSED)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A program with its tests."""
+
+    program: str
+    tests: CodeType
+    names: list[str]  # that the tests read and do not define
+    stub: str  # code of the prompt, whose helpers the tests may call
+    entry_point: str | None
+
+
+def find_stub(info: dict[str, Any]) -> str:
+    """Return the row's prompt if it is the head of the function to write, with an empty body; "" if it is not."""
+    prompt, name = info.get("prompt"), info.get("entry_point")
+    stub = f"{prompt}\n    pass\n"
+    return stub if isinstance(prompt, str) and name and defines(stub, name) else ""
+
+
+def defines(code: str, name: str) -> bool:
+    """Return whether code compiles and defines a function, class or variable of this name on its top level."""
+    try:
+        body = ast.parse(code).body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return False
+    return any(
+        getattr(part, "name", None) == name
+        or any(isinstance(target, ast.Name) and target.id == name for target in getattr(part, "targets", []))
+        for part in body
+    )
+
+
+def write_tests(info: dict[str, Any]) -> str:
+    """Return the code of a row's tests."""
+    if info.get("test_list") is not None:
+        return "\n".join([info.get("test_setup_code") or "", *info["test_list"]])
+    return f"{info['test']}\n\ncheck({info['entry_point']})\n"
+
+
+def find_free_names(tests: str) -> list[str]:
+    """Return the names that tests read and neither they nor Python define.
+
+    >>> find_free_names("import math\\nassert add(1, x := 2) == math.floor(3.5)")
+    ['add']
+    """
+    used: dict[str, None] = {}
+    bound = set(dir(builtins))
+    for node in ast.walk(ast.parse(tests)):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
+            used[node.id] = None
+        elif isinstance(node, ast.Name):
+            bound.add(node.id)
+        elif isinstance(node, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef):
+            bound.add(node.name)
+        elif isinstance(node, ast.alias):
+            bound.add((node.asname or node.name).partition(".")[0])
+        elif isinstance(node, ast.arg):
+            bound.add(node.arg)
+    return [name for name in used if name not in bound]
+
+
+def write_program(text: str, info: dict[str, Any], stub: str) -> str | None:
+    """Return the program of a completion: its last fenced block, else all of it; None if it does not compile.
+
+    Where the prompt is the head of a function and the completion does not define it anew, the completion goes on with
+    it, up to the first line that is not indented if the rest is no program.
+    """
+    blocks = _FENCED.findall(text)
+    code = blocks[-1] if blocks else text
+    if not stub:
+        tries = [code]
+    elif defines(code, info["entry_point"]):
+        tries = [f"{stub}\n{code}"]
+    else:
+        head = re.match(r"\s*(?:.+\n?)(?:[ \t]+.*\n?|\s*\n)*", code)
+        tries = [info["prompt"] + code, info["prompt"] + (head[0] if head else "")]
+    for program in tries:
+        with suppress(SyntaxError, ValueError, RecursionError, MemoryError):
+            compile(program, "program", "exec", dont_inherit=True)
+            return program
+    return None
+
+
+class ProgramFailed(BaseException):  # so that tests with ``except Exception`` end too
+    """The program ended, or its answer is too long."""
+
+
+class BrokenTest(BaseException):
+    """The tests hand the program what cannot be handed over."""
+
+
+class Line:
+    """The connection to a program in its host, from the process that runs the tests."""
+
+    def __init__(self, requests: int, answers: int) -> None:
+        self.requests = requests
+        self.answers = os.fdopen(answers, "rb", closefd=False)
+
+    def ask(self, request: Any) -> dict[str, Any]:
+        """Send a request and return the answer, or raise what the program raised."""
+        rest = memoryview(json.dumps(request).encode() + b"\n")
+        while rest:
+            rest = rest[os.write(self.requests, rest) :]
+        line = self.answers.readline(LONGEST)
+        if not line.endswith(b"\n"):
+            raise ProgramFailed
+        answer: dict[str, Any] = json.loads(line)
+        if "raised" in answer:
+            kind = getattr(builtins, str(answer["raised"]), None)
+            known = isinstance(kind, type) and issubclass(kind, Exception) and not issubclass(kind, UnicodeError)
+            raise kind(answer["message"]) if known else RuntimeError(answer["message"])  # type: ignore[misc]
+        return answer
+
+
+class Remote:
+    """A function or another object of the program, which the tests call; equal to itself only."""
+
+    def __init__(self, line: Line, number: int) -> None:
+        self._line, self._number = line, number
+
+    def __call__(self, *positional: Any, **named: Any) -> Any:
+        """Call it in the program; lists, dicts and sets that it changes are changed here too."""
+        request = {"object": self._number, "positional": pack(list(positional), tell_number)}
+        request["named"] = pack(named, tell_number)
+        answer = self._line.ask(request)
+        find = partial(Remote, self._line)
+        for mine, left in zip(positional, unpack(answer.get("positional", []), find), strict=False):
+            if isinstance(mine, list):
+                mine[:] = left
+            elif isinstance(mine, dict | set):
+                mine.clear()
+                mine.update(left)
+        return unpack(answer["value"], find)
+
+    def __getattr__(self, name: str) -> Any:
+        """Return an attribute that it has in the program."""
+        if name.startswith("__"):
+            raise AttributeError(name)
+        answer = self._line.ask({"object": self._number, "attribute": name})
+        return unpack(answer["value"], partial(Remote, self._line))
+
+
+def tell_number(value: Any) -> int:
+    """Return the number that an object has in the program."""
+    if isinstance(value, Remote):
+        return value._number
+    raise BrokenTest(f"the tests call the program with a {type(value).__name__}, which is no plain value")
+
+
+def run_trial(trial: Trial, seconds: float, memory: int) -> bytes:
+    """Run a program in a host and its tests in a fork of this process; return the verdict."""
+    folder = tempfile.mkdtemp(prefix="program-")
+    host = start_host(folder, seconds, memory)
+    try:
+        assert host.stdin is not None and host.stdout is not None
+        if not select.select([host.stdout], [], [], START_SECONDS)[0] or not host.stdout.readline():
+            raise RuntimeError(f"the host of programs did not start in {START_SECONDS:g} s; run {HOST} by hand")
+        return fork_tests(trial, Line(host.stdin.fileno(), host.stdout.fileno()), seconds)
+    finally:
+        stop_host(host)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def start_host(folder: str, seconds: float, memory: int) -> "subprocess.Popen[bytes]":
+    """Start the process for a program, with nothing of this process's environment."""
+    environment = {
+        "HOME": folder,
+        "LANG": "C.UTF-8",
+        "OPENBLAS_NUM_THREADS": "1",
+        "PATH": "/usr/bin:/bin",
+        "PYTHONHASHSEED": "0",
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "TMPDIR": folder,
+    }
+    return subprocess.Popen(
+        # Without site (-S) it starts in half the time; libraries are found all the same.
+        [sys.executable, "-S", "-P", str(HOST), str(seconds), str(memory), *LIBRARIES],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        bufsize=0,
+        cwd=folder,
+        env=environment,
+        start_new_session=True,
+    )
+
+
+def stop_host(host: "subprocess.Popen[bytes]") -> None:
+    """Kill a host with all processes of its session."""
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(host.pid, signal.SIGKILL)
+    with host:
+        host.kill()
+
+
+def fork_tests(trial: Trial, line: Line, seconds: float) -> bytes:
+    """Run the tests in a fork of this process; return the verdict, ``FAILED`` if the fork ends without one."""
+    reading, writing = os.pipe()
+    deadline = time.monotonic() + seconds
+    child = os.fork()
+    if child == 0:
+        try:
+            die_with_parent()
+            os.write(writing, find_verdict(trial, line))
+        finally:
+            os._exit(0)
+    os.close(writing)
+    try:
+        late = not select.select([reading], [], [], max(0.0, deadline - time.monotonic()))[0]
+        return LATE if late else os.read(reading, 2**12) or FAILED
+    finally:
+        os.close(reading)
+        with suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def find_verdict(trial: Trial, line: Line) -> bytes:
+    """Run the program, then the tests with its functions; helpers of the prompt are the prompt's own."""
+    scope: dict[str, Any] = {"__name__": "tests"}
+    try:
+        exec(compile(trial.stub, "prompt", "exec", dont_inherit=True), scope)
+        line.ask(trial.program)
+        own = {name for name in scope if name != trial.entry_point}
+        for name in {*trial.names, *([trial.entry_point] if trial.entry_point else [])} - own:
+            scope.pop(name, None)
+            with suppress(NameError):
+                scope[name] = unpack(line.ask({"get": name})["value"], partial(Remote, line))
+        exec(trial.tests, scope)
+    except BrokenTest as error:
+        return BROKEN + str(error).encode()
+    except (ProgramFailed, BrokenPipeError):
+        return ENDED
+    except BaseException:
+        return FAILED
+    return PASSED

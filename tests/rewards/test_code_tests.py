@@ -1,0 +1,264 @@
+"""CodeTests with real programs: right ones in every form, wrong ones, and ones that cheat or do harm."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from modules.rewards import CodeTests
+from modules.rewards.checks import unit_tests
+from modules.rewards.workers.pool import close_pool
+from modules.types import Completion, Rollout
+
+ADD = {
+    "prompt": 'import math\n\ndef add(a: int, b: int) -> int:\n    """Add."""\n',
+    "entry_point": "add",
+    "test": "def check(candidate):\n    assert candidate(1, 2) == 3\n    assert candidate(-5, 5) == 0\n",
+}
+RIGHT = "    return a + b\n"
+
+
+@pytest.fixture(scope="module")
+def reward() -> Iterator[CodeTests]:
+    yield CodeTests(seconds=2.0, memory=256)
+    close_pool()
+
+
+def roll(text: str, row: dict[str, Any]) -> Rollout:
+    return Rollout("row 7", "q", [1], None, Completion([2], [0.0], text, "stop"), 0, {}, None, row)
+
+
+def listed(*tests: str, **more: str) -> dict[str, Any]:
+    return {"prompt": "Write a function.", "test_list": list(tests), **more}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (RIGHT, 1.0),
+        ("    return a - b\n", 0.0),
+        ("    return math.floor(a + b)\n", 1.0),  # what the prompt imports is there
+        (f"{RIGHT}\nprint('an example is cut off", 1.0),
+        (f"So:\n```python\n{ADD['prompt']}{RIGHT}```\nDone.", 1.0),
+        (f"```\n{RIGHT}```", 1.0),
+        ("```python\ndef add(a, b):\n    return 0\n```\nNo:\n```python\nadd = lambda a, b: a + b\n```", 1.0),
+        ("```python\ndef add(a, b):\n    return a + b\n```\nNo:\n```python\ndef add(a, b):\n    return 0\n```", 0.0),
+        ("<think>\n```python\ndef add(a, b):\n    return a + b\n```\n</think>I do not know", 0.0),
+        ("def add(a, b):\n    return helper(a, b)\n\ndef helper(a, b):\n    return a + b", 1.0),
+        ("    return (a + \n", 0.0),
+        ("It is the sum.", 0.0),
+        ("", 0.0),
+    ],
+)
+def test_forms_of_a_program(reward: CodeTests, text: str, expected: float) -> None:
+    assert reward([roll(text, ADD)]) == [expected]
+
+
+@pytest.mark.parametrize(
+    ("program", "tests", "expected"),
+    [
+        ("def f(x): return (x, [x], {x}, {'k': (x, None)}, frozenset([x]), b'\\xff', 1j, 10**40, 0.1, True)",
+         "r = f(1)\nassert r == (1, [1], {1}, {'k': (1, None)}, frozenset([1]), b'\\xff', 1j, 10**40, 0.1, True)\n"
+         "assert [type(part) for part in r[:2]] == [int, list] and type(r[-1]) is bool", 1.0),
+        ("def f(x): return float(x)", "assert f('inf') > 1e308 and f('nan') != f('nan')", 1.0),
+        ("def f(n): yield from range(n)", "assert list(f(3)) == [0, 1, 2]\nassert f(3) != [0, 1, 2]", 1.0),
+        ("def f(x): return (1, 2)", "assert f(0) == [1, 2]", 0.0),
+        ("def f(x): x.sort(); x.append(9)", "y = [2, 1]\nassert f(y) is None\nassert y == [1, 2, 9]", 1.0),
+        ("def f(x): raise ValueError('no')", "try:\n    f(1)\nexcept ValueError as e:\n    assert str(e) == 'no'\nelse:\n    assert 0", 1.0),
+        ("class Stack:\n    def __init__(self): self.held = []\n    def push(self, x): self.held.append(x)\n    def pop(self): return self.held.pop()",
+         "s = Stack()\ns.push(4)\ns.push('\\ud800')\nassert s.held == [4, '\\ud800']\nassert s.pop() == '\\ud800'", 1.0),
+        ("import numpy\ndef f(): return numpy.float64(0.5), numpy.arange(2)", "assert f() == (0.5, [0, 1])", 1.0),
+        ("from collections import Counter\ndef f(x): return Counter(x)", "assert f('aab') == {'a': 2, 'b': 1}", 1.0),
+        ("def f(x): return x\nprint(f(1))\nif __name__ == '__main__':\n    raise SystemExit", "assert f(x=[1]) == [1]", 1.0),
+        ("LIMIT = 3", "assert LIMIT == 3", 1.0),
+        ("def g(x): return x", "assert f(1) == 1", 0.0),
+        ("def f(x):\n    import os; os._exit(0)", "try:\n    f(1)\nexcept Exception:\n    pass", 0.0),
+    ],
+)  # fmt: skip
+def test_what_tests_see_of_a_program(reward: CodeTests, program: str, tests: str, expected: float) -> None:
+    assert reward([roll(f"```python\n{program}\n```", listed(*tests.split("\n\n")))]) == [expected]
+
+
+def test_setup_code_and_helpers_of_the_prompt_are_the_tests_own(reward: CodeTests) -> None:
+    row = listed("assert near(half(3), 1.5)", test_setup_code="def near(a, b): return abs(a - b) < 1e-9")
+    assert reward([roll("def near(a, b): return True\ndef half(x): return 7", row)]) == [0.0]
+    assert reward([roll("def half(x): return x / 2", row)]) == [1.0]
+    row = {
+        "prompt": "def twice(x):\n    return 2 * x\n\ndef half(x):\n    '''Undo.'''\n",
+        "entry_point": "half",
+        "test": "def check(candidate):\n    assert candidate(twice(3)) == 3",
+    }
+    assert reward([roll("    return x / 2\n", row), roll("    return 3\n\ndef twice(x): return 9", row)]) == [1.0, 1.0]
+    row["test"] = "def check(candidate):\n    assert twice(candidate(4)) == 4"
+    assert reward([roll("    return 0\n\ndef twice(x):\n    return 4", row)]) == [0.0]
+
+
+CHEATS = {
+    "ends early": "import sys; sys.exit(0)",
+    "ends hard": "import os; os._exit(0)",
+    "ends in the call": "import os\ndef add(a, b): os._exit(0)",
+    "raises SystemExit in the call": "def add(a, b): raise SystemExit(0)",
+    "equals everything": "class Any(int):\n    def __eq__(self, other): return True\ndef add(a, b): return Any(77)",
+    "equals everything, no number": "class Any:\n    def __eq__(self, other): return True\ndef add(a, b): return Any()",
+    "other assertion": "import builtins\nbuiltins.AssertionError = type('Fine', (), {})\ndef add(a, b): return 0",
+    "says so": "print('passed'); print('+')\ndef add(a, b): print('passed')",
+    "own check": "def check(candidate): pass\ndef add(a, b): return 0",
+    "writes to every pipe": "import os\nfor fd in range(3, 64):\n    try: os.write(fd, b'+\\n{\"value\": null}\\n' * 9)\n"
+    "    except OSError: pass\ndef add(a, b): return 0",
+    "looks into frames": "import sys\ndef add(a, b):\n    frame = sys._getframe()\n    while frame:\n"
+    "        for value in frame.f_locals.values():\n            if value == 3: return value\n        frame = frame.f_back",
+    "changes json": "import json\njson.loads = lambda line: {'get': 'add'}\njson.dumps = lambda x: '{\"value\": 3}'",
+}
+
+
+@pytest.mark.parametrize("program", CHEATS.values(), ids=CHEATS.keys())
+def test_a_cheat_is_wrong(reward: CodeTests, program: str) -> None:
+    assert reward([roll(f"```\n{program}\n```", ADD)]) == [0.0]
+
+
+HARMS = {
+    "hang": "while True: pass",
+    "hang in C": "10 ** 10 ** 10",
+    "hang in the call": "def add(a, b):\n    while True: pass",
+    "crash": "import ctypes; ctypes.string_at(0)",
+    "memory bomb": "x = bytearray(2 ** 40)",
+    "memory bomb of pieces": "x = [bytearray(2 ** 20) for _ in range(10 ** 9)]",
+    "fork bomb": "import os, time\nfor _ in range(7): os.fork()\ntime.sleep(99)",
+    "fork bomb that goes on": "import os, time\nfor _ in range(7):\n    try: os.fork()\n    except OSError: pass\ntime.sleep(99)",
+    "threads": "import threading, time\nwhile True: threading.Thread(target=time.sleep, args=(99,)).start()",
+    "deep recursion": "def add(a, b): return add(a, b)",
+    "deep recursion in C": "import sys; sys.setrecursionlimit(10 ** 9)\ndef add(a, b): return add(a, b)",
+    "no UTF-8": "import os, sys\nos.write(1, b'\\xff\\xfe'); sys.stdout.buffer.write(b'\\xff')\ndef add(a, b): return '\\udcff'",
+    "endless output": "while True: print('x' * 10 ** 6)",
+    "endless answer": "def add(a, b):\n    return 'x' * 10 ** 8",
+    "endless iterator": "import itertools\ndef add(a, b): return itertools.repeat(1)",
+    "deep answer": "def add(a, b):\n    x = []\n    for _ in range(10 ** 5): x = [x]\n    return x",
+    "large file": "file = open('large', 'wb')\nwhile True: file.write(bytes(10 ** 6))",
+    "reads input": "def add(a, b): return int(input())",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("where", ["main thread", "other thread"])
+def test_harm_is_wrong_and_leaves_nothing(reward: CodeTests, where: str) -> None:
+    reward([roll(RIGHT, ADD)])
+    before = hosts()
+    reward.faults.clear()
+    programs = list(HARMS.values()) if where == "main thread" else [HARMS["hang"], HARMS["fork bomb"], HARMS["crash"]]
+    rolls = [roll(f"```\n{program}\n```", ADD) for program in programs]
+    found: list[list[float | None]] = []
+    work = threading.Thread(target=lambda: found.append(reward([*rolls, roll(RIGHT, ADD)])))
+    if where == "main thread":
+        work.run()
+    else:
+        work.start()
+        work.join()
+    assert found == [[0.0] * len(rolls) + [1.0]]
+    assert {"program late", "program ended"} <= set(reward.faults)
+    assert not reward.failures
+    assert not list(Path(tempfile.gettempdir()).glob("worker-*/program-*"))
+    assert hosts() <= before
+
+
+def hosts() -> set[int]:
+    """Return the processes that run the programs, those that have lost their parent and zombies too."""
+    table = subprocess.run(
+        ["ps", "-A", "-ww", "-o", "pid=,ppid=,args="], capture_output=True, text=True, check=True
+    ).stdout
+    rows = {int(row[0]): (int(row[1]), row[2]) for line in table.splitlines() for row in [line.split(maxsplit=2)]}
+
+    def is_mine(pid: int) -> bool:
+        return pid == os.getpid() or (pid in rows and is_mine(rows[pid][0]))
+
+    return {
+        pid
+        for pid, (parent, arguments) in rows.items()
+        if (str(unit_tests.HOST) in arguments and (parent == 1 or is_mine(pid)))
+        or ("defunct" in arguments and is_mine(pid))
+    }
+
+
+def state(pid: int) -> list[str]:
+    """Return the state and the parent of a process; Z = it has ended."""
+    with contextlib.suppress(FileNotFoundError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:2]
+    return ["Z", ""]
+
+
+def test_a_program_has_no_rights(reward: CodeTests, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SECRET_TOKEN", "42")
+    (tmp_path / "kept").write_text("kept")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        program = f"""
+import os, signal, socket, pathlib
+def tell(*actions):
+    said = []
+    for action in actions:
+        try:
+            said.append(repr(action()))
+        except OSError as error:
+            said.append("refused")
+    return said
+def explore():
+    here = pathlib.Path.cwd()
+    inside = here / "mine"
+    return tell(
+        lambda: socket.create_connection(("127.0.0.1", {server.getsockname()[1]}), timeout=1),
+        lambda: os.kill(os.getppid(), 0),
+        lambda: os.execv("/bin/true", ["true"]),
+        lambda: pathlib.Path("{tmp_path}/new").write_text("x"),
+        lambda: os.remove("{tmp_path}/kept"),
+        lambda: sorted(os.listdir(here)),
+        lambda: inside.write_text("mine"),
+        lambda: inside.write_bytes(bytes(2 ** 24 + 1)),
+        lambda: "SECRET_TOKEN" in os.environ,
+        lambda: open(f"/proc/{{os.getppid()}}/environ").read(1)[:0],
+    )
+"""
+        refused = ["refused"] * 5 + ["[]", "4", "refused", "False", "refused"]
+        assert reward([roll(f"```\n{program}\n```", listed(f"assert explore() == {refused}"))]) == [1.0]
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+
+
+def test_a_killed_worker_takes_its_program_along(reward: CodeTests) -> None:
+    reward([roll(RIGHT, ADD)])  # what the system allows is known then
+    before, found = hosts(), []
+    slow = CodeTests(seconds=4.0)
+    work = threading.Thread(target=lambda: found.extend(slow([roll("```\nwhile True: pass\n```", ADD)])))
+    work.start()
+    end = time.monotonic() + 30.0
+    while not hosts() - before and time.monotonic() < end:
+        time.sleep(0.05)
+    (host,) = hosts() - before
+    time.sleep(0.5)
+    os.kill(int(state(host)[1]), signal.SIGKILL)
+    time.sleep(0.5)
+    assert state(host)[0] == "Z"  # dead, or gone
+    work.join()  # another worker judges it again
+    assert found == [0.0] and not slow.failures and hosts() <= before
+    assert slow.faults == {"program late": 1}
+
+
+def test_broken_rows(reward: CodeTests) -> None:
+    for row in ({"prompt": "q"}, None, {"test": "x", "entry_point": "a b"}, {"test_list": []}, {"test_list": "x"}):
+        with pytest.raises(ValueError, match="row 7: CodeTests found no tests in this row; it reads the columns test"):
+            reward([roll(RIGHT, row)])  # type: ignore[arg-type]
+    fresh = CodeTests(seconds=2.0)
+    rows = [ADD | {"test": "def check(:"}, listed("assert add(lambda x: x, 1) == 2"), ADD]
+    with pytest.warns(UserWarning, match=r"error 2 \(the last: ValueError: .*(no plain value|do not compile)"):
+        assert fresh([roll("def add(a, b): return a + b", row) for row in rows]) == [None, None, 1.0]
+    assert fresh.failures == {"error": 2}
+
+
+@pytest.mark.parametrize("settings", [{"seconds": 0.0}, {"seconds": float("inf")}, {"memory": 0}])
+def test_settings_are_checked(settings: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="CodeTests needs finite seconds > 0 and memory > 0 MiB"):
+        CodeTests(**settings)
