@@ -241,6 +241,9 @@ def math_verify_cases(rng: Random) -> Iterator[Case]:
         wrong = rng.choice(sorted(other.values()))
         two = f"It is $\\boxed{{{gold}}}$. No, it is $\\boxed{{{wrong}}}$."
         yield Case("wrong, right one first, then another", two, 0.0, gold)
+        if gold.startswith("\\{"):
+            beside = f"It is $\\boxed{{{gold}}}$ or $\\boxed{{{other['part']}}}$."
+            yield Case("wrong, a part of a set beside the set", beside, 0.0, gold)
         kind, hedge = rng.choice(sorted(HEDGES.items()))
         first, second = rng.sample((gold, wrong), 2)
         yield Case(f"wrong, two formulas, {kind}", hedge.format(a=first, b=second), 0.0, gold)
