@@ -46,8 +46,9 @@ def judge(
     else:
         match = re.compile(pattern, re.DOTALL).fullmatch(text)
         found = read_number(match[1]) if match and match[1] else None
-    # Fraction(str(0.1)) is the number as it is written, one tenth.
-    return float(found is not None and (found == gold or abs(found - gold) <= Fraction(str(tolerance))))
+    if found is None or found == gold or not tolerance:
+        return float(found is not None and found == gold)
+    return float(abs(found - gold) <= Fraction(str(tolerance)))  # as it is written: 0.1 is one tenth
 
 
 def _fraction(digits: str) -> Fraction | None:
