@@ -23,7 +23,7 @@ define run-recipe
   [ $$verb = validate ] || touch runs/$(1)/$$stage.done; done
 endef
 
-.PHONY: help setup demo demo-smollm recipe show-batch quick test fuzz test-kill lint types format
+.PHONY: help setup demo demo-smollm recipe show-batch quick test fuzz test-kill audit-verifiers lint types format
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -68,6 +68,9 @@ fuzz: setup  ## feed 5,000 generated rows, files, configurations and options to 
 
 test-kill: setup  ## kill and resume 40 runs of SFT, GRPO and PPO (3 minutes on 2 cores)
 	$(PY) tests/benchmarks/kill.py
+
+audit-verifiers: setup  ## score 10,000 generated answers with every verifier and count its errors (1 minute on 2 cores)
+	OMP_NUM_THREADS=1 $(PY) tests/benchmarks/audit_verifiers.py --errors 3
 
 lint: setup  ## check style
 	$(PY) -m ruff check . && $(PY) -m ruff format --check .

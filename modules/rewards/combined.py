@@ -225,10 +225,14 @@ def list_parts(reward: Reward) -> list[Reward]:
 def find_accuracy(reward: Reward) -> Reward | None:
     """Return the reward that tells right from wrong: the one that compares answers, or the only one there is.
 
+    A part of the sum that compares answers goes before those inside other parts, as ``KimiLength`` has one.
+
     None = several or none compare answers, or it is known that scores of this kind say nothing about that.
     """
     parts = list(walk_rewards(reward))
-    checking = [part for part in parts if part.checks_answer]
+    checking = [part for part in list_parts(reward) if part.checks_answer] or [
+        part for part in parts if part.checks_answer
+    ]
     if len(parts) == 1 and reward.checks_answer is not False:
         return reward
     return checking[0] if len(checking) == 1 else None

@@ -20,25 +20,27 @@ _ROOT = re.compile(
     r"(?:([\u221a-\u221c])|(?<![\\A-Za-z])sqrt(?=\s?\())\s?(?:\(([^()]{0,200})\)|(\d+(?:\.\d+)?|[A-Za-z]))?"
 )
 _HALVES = "[\u00bc-\u00be\u2150-\u215e\u2189]"  # signs of fractions
-_HALF = re.compile(rf"(?:(?<![\w.,])(\d{{1,9}})\s?)?({_HALVES})")
+_HALF = re.compile(rf"(?:(?<![A-Za-z0-9_.,])(\d{{1,9}})\s?)?({_HALVES})")
 _CURRENCY = "[\u00a3\u00a5\u20a0-\u20cf]"  # without the dollar, which LaTeX uses
 # Searches are fast where the pattern starts with a character, so that what must not stand before it comes second.
 # Digits in groups of three, and whole numbers with a fraction, are not next to another number.
 _GAP = r"(?:[ '_\u2019\u00a0\u2009\u202f]|\\[,;: ])"
 _SPACED = re.compile(rf"[0-9]{_GAP}[0-9]")
 _GROUPS = re.compile(
-    rf"[0-9](?<![\w.,'].)(?<!\d .)\d{{0,2}}(?P<gap>{_GAP})\d{{3}}(?:(?P=gap)\d{{3}})*(?![\d_']| \d|,\d)"
+    rf"[0-9](?<![A-Za-z0-9_.,'].)(?<!\d .)\d{{0,2}}(?P<gap>{_GAP})\d{{3}}(?:(?P=gap)\d{{3}})*(?![\d_']| \d|,\d)"
 )
-_MIXED = re.compile(r"([0-9](?<![\w.,/].)(?<!\d .)\d{0,8}) (\d{1,3})/(\d{1,3})(?![\d/]|[.,]\d)")
+_MIXED = re.compile(r"([0-9](?<![A-Za-z0-9_.,/].)(?<!\d .)\d{0,8}) (\d{1,3})/(\d{1,3})(?![\d/]|[.,]\d)")
 _LOOSE_SIGN = re.compile(r"([={($](?:(?<==)\s{1,3})?)([-+])\s{1,3}(?=[\d.$\\])")
-_BASE = re.compile(r"(?<![\w.,}])(\d+)_(\d+|\{\d+\}|\{\\text\s?\{[a-z]+\}\})")
-_POWER_OF_TEN = re.compile(r"(?<![\w.,])((?:\d+(?:\.\d+)?|\.\d+)[eE][-+]?\d{1,2})(?!\w|\.\d)")
+_BASE = re.compile(r"(?<![A-Za-z0-9_.,}])(\d+)_(\d+|\{\d+\}|\{\\text\s?\{[a-z]+\}\})")
+_POWER_OF_TEN = re.compile(r"(?<![A-Za-z0-9_.,])((?:\d+(?:\.\d+)?|\.\d+)[eE][-+]?\d{1,2})(?!\w|\.\d)")
 _TERM = r"(?:\\[a-z]+|(?<![A-Za-z])[A-Za-z](?![A-Za-z])|[-+*/^_.{}\d])"
 _LAST_FORMULA = re.compile(
     rf"(?:(?<=[\s=:*])|\A)(?:[(\[](?:{_TERM}|[ ()])+(?:,(?:{_TERM}|[ ()])+)+[)\]]|\\\{{(?:{_TERM}|[ ,()])+\\\}}"
     rf"|-?(?=[\dB\\])(?=\S*(?:\\[a-z]|[\^_]\{{))(?:{_TERM}|[()])+?)(?=[.*\s]*\Z)"
 )
 _SCRIPT = "[\u0590-\u1fff\u3040-\ufaff]"  # letters and vowel signs of scripts that need no spaces
+_ANSWER_TAG = re.compile(r"</?answer>")
+_BOLD = re.compile(r"(?<![\w)\]}*])\*\*(?=[^\s*])([^*\n]{1,200}?)\*\*(?![\w*])(?:\.(?=\s|\Z))?")
 
 
 def plain_signs(text: str) -> str:
@@ -87,14 +89,17 @@ def plain_latex(text: str) -> str:
 
 
 def space_answers(text: str) -> str:
-    """Set apart what math-verify does not find: numbers in a script without spaces or right behind a colon, fractions
-    before a full stop, and a formula at the end of a text without other formulas.
+    """Set apart what math-verify does not find: numbers in a script without spaces, right behind a colon, in bold type
+    or in tags, commas of LaTeX between groups of digits, fractions before a full stop, and a formula at the end of a
+    text without other formulas.
 
     >>> space_answers("\u7b54\u6848\u662f9\u3002") == "\u7b54\u6848\u662f 9. ", space_answers("It is 3/5.")
     (True, 'It is 3/5 ')
     >>> space_answers("The point is (3, 4).")
     'The point is $(3, 4)$.'
     """
+    text = _BOLD.sub(r" \1 ", _ANSWER_TAG.sub(" ", text))
+    text = re.sub(r"(?<=\d)\{,\}(?=\d{3})", ",", text)
     text = re.sub(rf"(?<={_SCRIPT})(?=[\d$\\-])|(?<=[\d$}}])(?={_SCRIPT})", " ", plain_latex(text))
     text = re.sub(r"(?<=[^\W\d_]:)(?=[-\d$\\])", " ", text)
     if not any(mark in text for mark in ("$", "\\(", "\\[", "\\boxed")):
