@@ -70,7 +70,7 @@ def limit_memory(limit: int) -> None:
 
 
 def die_with_parent() -> None:
-    """Let Linux kill this process when the thread that started it ends; a lost worker is started again.
+    """Let Linux kill this process when the thread that started it ends, which is when the parent does.
 
     A check may switch off the alarm below, and hang with no parent left that could end it.
     """

@@ -13,6 +13,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +34,10 @@ class Verdict:
     # Why there is no score: timeout, crash, memory or error. With a score: the completion's fault. None = neither.
     cause: str | None = None
     detail: str = ""
+
+
+# A child may end with the thread that started it, so one that lasts as long as the process starts them all.
+_STARTER = [ThreadPoolExecutor(1)]
 
 
 class WorkerRefused(RuntimeError):
@@ -61,14 +66,19 @@ class Worker:
             # -P keeps the script's folder off the import path, so that no file in it hides a library. In a session of
             # its own the child misses signals to the whole run, which may still need it.
             self.folder = tempfile.mkdtemp(prefix="worker-")
-            self.child = subprocess.Popen(
-                [sys.executable, "-P", str(SCRIPT), str(os.getpid()), str(MEMORY)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                bufsize=0,
-                start_new_session=True,
-                env=os.environ
-                | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONUTF8": "1", "TMPDIR": self.folder},
+            self.child = (
+                _STARTER[0]
+                .submit(
+                    subprocess.Popen,
+                    [sys.executable, "-P", str(SCRIPT), str(os.getpid()), str(MEMORY)],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    bufsize=0,
+                    start_new_session=True,
+                    env=os.environ
+                    | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONUTF8": "1", "TMPDIR": self.folder},
+                )
+                .result()
             )
             os.set_blocking(self.input, False)
             os.set_blocking(self.output, False)
@@ -303,6 +313,7 @@ def close_pool() -> None:
 
 def _renew() -> None:
     """Give a forked process a pool of its own."""
+    _STARTER[0] = ThreadPoolExecutor(1)
     _POOLS[0].forget()
     _POOLS[0] = Pool(count_cores())
 
