@@ -5,11 +5,13 @@ from modules.rewards.chat.clients import HttpChat, LocalChat
 from modules.rewards.chat.judge import PairwiseJudge, RubricJudge
 from modules.rewards.chat.refusal_judge import RefusalJudge
 from modules.rewards.combined import LengthPenalty, Versus, WeightedSum
+from modules.rewards.earned import EnvironmentReward
 from modules.rewards.format import RegexFormat, ThinkAnswerFormat
 from modules.rewards.learned import LearnedReward
 from modules.types import FunctionReward
 
 __all__ = [
+    "EnvironmentReward",
     "ExactMatch",
     "FunctionReward",
     "HttpChat",
