@@ -51,7 +51,7 @@ class Policy(nn.Module):
     """A causal language model and its tokenizer.
 
     Args:
-        path: ``tiny`` or ``tiny-addition`` (built in, no download), a Hugging Face folder, a ``.gguf`` file, or a hub
+        path: ``tiny``, ``tiny-addition`` or ``tiny-calculator`` (built in), a Hugging Face folder, a ``.gguf`` file, or a hub
             id.
         dropout: False sets every dropout rate of the model to zero, as reinforcement learning and preference losses
             need.

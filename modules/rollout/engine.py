@@ -32,11 +32,8 @@ PARITY_PROMPTS = ((1, 2, 3), (4, 5, 6, 7, 8))
 class RolloutEngine(ABC):
     """Samples completions from the policy that it was last synced with.
 
-    Attributes:
-        takes_replies: whether ``generate`` has the argument ``replies``, as ``InProcessEngine.generate`` has it.
+    With environments, ``generate`` also needs the argument ``replies``, as ``InProcessEngine.generate`` has it.
     """
-
-    takes_replies = False
 
     @abstractmethod
     def sync_weights(self, policy: SampledPolicy, version: int) -> None:
@@ -114,8 +111,6 @@ class InProcessEngine(RolloutEngine):
     Raises:
         ValueError: ``max_batch_tokens`` is below 1.
     """
-
-    takes_replies = True
 
     def __init__(self, max_batch_tokens: int = 65536) -> None:
         if max_batch_tokens < 1:

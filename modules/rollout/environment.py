@@ -227,10 +227,10 @@ def check_environment(environment: Environment, engine: RolloutEngine, sampling:
     Raises:
         ValueError: with the way out.
     """
-    if not engine.takes_replies:
+    if "replies" not in inspect.signature(engine.generate).parameters:
         raise ValueError(
-            f"environment: {type(engine).__name__} cannot go on behind the result of a tool (takes_replies): leave "
-            "model.engine out, or model.environment"
+            f"environment: {type(engine).__name__}.generate takes no replies, so that it cannot go on behind the result "
+            "of a tool: leave model.engine or model.environment out"
         )
     if sampling.stop:
         raise ValueError(
