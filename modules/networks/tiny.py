@@ -10,7 +10,8 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 # Built-in models and their weights: None = random; the files hold what configs/tiny/sft.yaml learned, in 16 bits. The
 # calculator's: with --data.train ProductCalls --data.train.num_examples 4000 --data.val null --data.batch_size 16
-# --model.optimizer.lr 2e-3 --trainer.max_epochs 4.
+# --model.optimizer.lr 2e-3 --trainer.max_epochs 4, and again from there with --data.train.num_examples 3200
+# --trainer.max_epochs 3 --seed_everything 1.
 BUILT_IN = {
     "tiny": None,
     "tiny-addition": Path(__file__).with_name("tiny_addition.safetensors"),
@@ -54,7 +55,7 @@ def tiny_model(name: str = "tiny", seed: int = 0) -> LlamaForCausalLM:
 
     ``tiny`` has random weights that depend on ``seed`` alone. ``tiny-addition`` has learned two-digit addition in the
     format of the source ``Addition``; about half of its sampled answers are right. ``tiny-calculator`` has learned the
-    conversations of ``ProductCalls``.
+    conversations of ``ProductCalls``: it calls the calculator at half of the time, and guesses otherwise.
 
     Args:
         name: a name in ``BUILT_IN``.

@@ -29,7 +29,7 @@ def trained_pass_rate(environment: Environment | None, seed: int) -> tuple[float
         environment=environment,
         validation=Validation(generations=4),
         sampling=Sampling(max_completion_length=64),
-        optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=3e-4, weight_decay=0.0),
+        optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.0),
     )
     val = Products(40, held_out=True)
     data = VerifiableDataModule(module.tokenizer, Products(500), val=val, prompts_per_phase=8)
