@@ -135,8 +135,10 @@ def test_generalised_advantages_skip_the_results_of_tools():
     """They are those of the rows without the columns of the tools; whitening sees what was sampled alone."""
     settings = {"gae": GAE(gamma=0.9, lam=0.8), "kl": KL(coef=0.0)}
     module, seen = make(PPOModule, engine=Traces(), importance=ImportanceWeights("sequence"), **settings), Kept()
+    torch.nn.init.normal_(module.critic.head.weight)  # it starts at 0
     fit(module, seen)
     batch = seen.batch
+    assert float(batch["values"].abs().max()) > 0.1
     for row, score in enumerate([1.0, 0.0, 0.25, 0.5] * PROMPTS):
         keep = batch["completion_mask"][row]
         values = batch["values"][row][keep].tolist()
