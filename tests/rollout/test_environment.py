@@ -84,7 +84,7 @@ def test_calls_in_a_plain_line() -> None:
     assert plain.read('I buy.\nbuy("tea", 2)') == [Call("buy", ["tea", 2])]
     assert plain.read('buy("tea", 2) and so on') == plain.read("sell(2)") == plain.read("") == []
     assert plain.read("buy(tea)")[0].problem is not None
-    assert plain.read('<think>buy("tea", 2)') == []  # a thought that does not end
+    assert plain.read('<think>\nbuy("tea", 2)') == []  # a thought that does not end
     assert told(plain.write([("buy", "o<|im_end|>k")])) == "\n<|im_start|>tool\nok<|im_end|>\n<|im_start|>assistant\n"
 
 
@@ -122,7 +122,7 @@ def test_a_tool_that_hangs_costs_its_completion_alone() -> None:
     start = time.monotonic()
     assert "tool\nerror: wait was not done in 0.05 s" in told(shop("wait(20)"))
     assert "tool\nerror: the environment does not answer any more" in told(shop('buy("tea", 2)'))
-    assert time.monotonic() - start < 5 and shop.find_reward() is None
+    assert time.monotonic() - start < 2 and shop.find_reward() is None
 
 
 def test_at_most_so_many_turns() -> None:
