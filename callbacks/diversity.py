@@ -50,7 +50,7 @@ class Diversity(PhaseCallback):
         groups: dict[int, list[Rollout]] = defaultdict(list)
         for rollout in rollouts:
             groups[rollout.group].append(rollout)
-        starts = from_all_ranks([rollout.completion.token_ids[: self.prefix_tokens] for rollout in rollouts])
+        starts = from_all_ranks([rollout.completion.sampled_ids[: self.prefix_tokens] for rollout in rollouts])
         return {
             "entropy": _token_entropy(rollouts),
             "distinct_1": _distinct(starts, 1),
@@ -78,9 +78,7 @@ def _distinct(sequences: Sequence[Sequence[int]], n: int) -> Mean:
 
 
 def _token_entropy(rollouts: Sequence[Rollout]) -> Mean:
-    known = [
-        (rollout.entropy, len(rollout.completion.token_ids)) for rollout in rollouts if rollout.entropy is not None
-    ]
+    known = [(rollout.entropy, rollout.completion.length) for rollout in rollouts if rollout.entropy is not None]
     return Mean(sum(entropy * length for entropy, length in known), sum(length for _, length in known))
 
 

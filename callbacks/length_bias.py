@@ -37,7 +37,7 @@ class LengthBias(PhaseCallback):
 
     def measure(self, rollouts: Sequence[Rollout]) -> dict[str, Mean]:
         """Measure this rank's rollouts; the class docstring explains the measures."""
-        scored = [(r.reward, len(r.completion.token_ids), r.group) for r in rollouts if r.reward is not None]
+        scored = [(r.reward, r.completion.length, r.group) for r in rollouts if r.reward is not None]
         return {
             "correlation": _correlate_within_prompts(scored),
             "right_length": Mean.of([length for reward, length, _ in scored if reward > self.right_above]),

@@ -13,6 +13,8 @@ from modules.types import Rollout
 class Samples(Callback):
     """Shows a few rollouts as text in TensorBoard: prompt, completion, expected answer and every reward.
 
+    A completion that called tools shows all its turns.
+
     ``train/samples`` shows rollouts of a phase, ``val/samples`` those of the first held-out batch. They are taken at
     even distances from rank zero's rollouts, so that they show different prompts.
 
@@ -91,11 +93,11 @@ def _section(rollout: Rollout) -> str:
     rows += [f"| {escape_cell(name)} | {_score(score)} |" for name, score in rollout.rewards.items()]
     return "\n\n".join(
         [
-            f"**{escape_cell(rollout.uid)}**: {len(completion.token_ids)} tokens, finish {completion.finish}",
+            f"**{escape_cell(rollout.uid)}**: {completion.length} tokens, finish {completion.finish}",
             "Prompt",
             indent_block(rollout.prompt),
             "Completion",
-            indent_block(completion.text),
+            indent_block(completion.transcript or completion.text),
             "Expected answer",
             indent_block("(none)" if rollout.answer is None else rollout.answer),
             "\n".join(rows),

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.text import Text
 
 from callbacks.phase import tensorboards
-from modules.types import make_printable
+from modules.types import PolicyBatch, find_attended, make_printable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -132,11 +132,14 @@ def find_rows(batch: Any) -> list[PictureRow]:
     if "completion_ids" not in batch:
         return []
     prompts = [row[keep].tolist() for row, keep in zip(batch["prompt_ids"], batch["prompt_mask"].bool(), strict=True)]
-    completions = [
-        row[keep].tolist() for row, keep in zip(batch["completion_ids"], batch["completion_mask"].bool(), strict=True)
+    kept = find_attended(cast(PolicyBatch, batch)).bool()
+    parts = zip(
+        batch["prompt_index"].tolist(), batch["completion_ids"], batch["completion_mask"].bool(), kept, strict=True
+    )
+    return [
+        PictureRow(prompts[prompt] + row[keep].tolist(), [False] * len(prompts[prompt]) + learned[keep].tolist(), [0])
+        for prompt, row, learned, keep in parts
     ]
-    both = [(prompts[prompt], ids) for prompt, ids in zip(batch["prompt_index"].tolist(), completions, strict=True)]
-    return [PictureRow(prompt + ids, [False] * len(prompt) + [True] * len(ids), [0]) for prompt, ids in both]
 
 
 def cut_pieces(tokenizer: Any, row: PictureRow) -> list[Piece]:

@@ -34,6 +34,13 @@ class HasSampling(Protocol):
     sampling: Any
 
 
+@runtime_checkable
+class HasTools(Protocol):
+    """A module whose completions may call tools: JSON schemas that prompts tell, or None."""
+
+    tools: list[dict[str, Any]] | None
+
+
 class StepLoader(DataLoader[Any]):
     """A DataLoader over micro-batches, with the two methods by which Lightning recognises a loader that resumes.
 

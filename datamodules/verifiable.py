@@ -9,7 +9,7 @@ from lightning.pytorch.utilities.types import EVAL_DATALOADERS
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from datamodules.base import AlignDataModule
+from datamodules.base import AlignDataModule, HasTools
 from datamodules.curriculum.difficulty import Difficulty
 from datamodules.curriculum.orders import LearningOrder, PromptOrder
 from datamodules.formats.prompt_shapes import VerifiableExample, settle_choices, verifiable_example
@@ -18,7 +18,7 @@ from datamodules.loaders.phase_loader import PhaseLoader, from_stream
 from datamodules.loaders.ptx import PtxStream
 from datamodules.loaders.step_sampler import MicroBatch
 from datamodules.sources import PreferencePrompts, Row, Source
-from datamodules.tokens.encoding import Tokens, encode_prompt, is_rendered
+from datamodules.tokens.encoding import Tokens, Tools, encode_prompt, is_rendered
 from modules.trainer.ranks import from_all_ranks
 from modules.types import InstructionBatch, PromptBatch, require_accuracy
 
@@ -253,8 +253,19 @@ class VerifiableDataModule(AlignDataModule):
         chat = self.is_chat(row)
         example = verifiable_example(row, self.reading, chat, list(self.measures))
         self.say_chat(row, isinstance(example.prompt, str))
-        text, ids = encode_prompt(self.tokenizer, example.prompt, row.origin, chat, self.system, example.tools)
+        tools = self.find_tools(example)
+        text, ids = encode_prompt(self.tokenizer, example.prompt, row.origin, chat, self.system, tools)
         return Prompt(text, ids, example, row.columns)
+
+    def find_tools(self, example: VerifiableExample) -> Tools | None:
+        """Finds the tools that a prompt tells: the row's, or those of the module's environment."""
+        module = self.trainer.lightning_module if self.trainer else None
+        own = module.tools if isinstance(module, HasTools) else None
+        if own and example.tools:
+            raise ValueError(
+                f"{example.origin}: the row has tools, and model.environment brings its own: leave one of them out"
+            )
+        return own or example.tools
 
     def read(self, source: str | Source) -> list[Row]:
         """Reads the rows of a source, and prompts of preferences as the tokenizer reads them."""

@@ -19,6 +19,7 @@ from modules.on_policy import OnPolicyModule, Validation
 from modules.rewards.combined import WeightedSum
 from modules.rollout.dynamic_sampling import DynamicSampling, Gathered
 from modules.rollout.engine import RolloutEngine
+from modules.rollout.environment import Environment
 from modules.rollout.metrics import make_outcomes
 from modules.rollout.sampling import Sampling
 from modules.trainer.steps import epoch_is_whole
@@ -40,6 +41,7 @@ class GRPOModule(OnPolicyModule):
         num_generations: completions per prompt; at least 2, or what the advantage needs.
         sampling: how to sample in training.
         engine: what samples; default the policy itself, in this process.
+        environment: lets completions call the tools of a class of yours; None = there are none.
         importance: weighs tokens whose probability the engine and the trainer compute differently; None = equally.
         advantage: ``ZScore``, ``Centered``, ``LeaveOneOut``, ``Whitened``, ``MaxRL``, ``GDPO``, or your own function of
             rewards [N] and group [N]; default the objective's (``ZScore`` for most).
@@ -72,6 +74,7 @@ class GRPOModule(OnPolicyModule):
         num_generations: int = 8,
         sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
         engine: RolloutEngine | None = None,
+        environment: Environment | None = None,
         importance: ImportanceWeights | None = None,
         advantage: Advantage | None = None,
         objective: PolicyObjective | None = None,
@@ -94,6 +97,7 @@ class GRPOModule(OnPolicyModule):
             num_generations=num_generations,
             sampling=sampling,
             engine=engine,
+            environment=environment,
             importance=importance,
             reference=beta > 0 or measure_kl,
             validation=validation,

@@ -21,12 +21,15 @@ from modules.networks.policy import TokenScores, load_companion
 from modules.networks.reference import Frozen
 from modules.rewards.answers import name_reader
 from modules.rewards.combined import find_accuracy, walk_rewards
+from modules.rewards.earned import check_earned
 from modules.rewards.learned import LearnedReward
 from modules.rollout.dynamic_sampling import Gathered
 from modules.rollout.engine import InProcessEngine, RolloutEngine
+from modules.rollout.environment import Environment, check_environment
 from modules.rollout.metrics import make_outcomes, measure_gaps, measure_rollouts, measure_weights, share_solved
 from modules.rollout.sampling import Sampling
 from modules.rollout.scoring import add_sums, keep_prompts, make_batch, make_rollouts, score_in_chunks
+from modules.rollout.tool_calls import ToolFormat
 from modules.trainer.ranks import from_all_ranks, log_equal, mean_and_error, weighted_means
 from modules.trainer.seeds import derive_seed, run_seed
 from modules.types import Completion, InstructionBatch, Outcome, PolicyBatch, PromptBatch, Reward, Rollout, as_reward
@@ -64,6 +67,7 @@ class OnPolicyModule(AlignmentModule):
         num_generations: completions per prompt.
         sampling: how to sample in training.
         engine: samples completions; default the policy itself, in this process.
+        environment: what gives completions tools to call; None = there are none.
         importance: weighs tokens whose probability the engine and the trainer compute differently; None = equally.
         reference: keep the frozen start policy, for a loss or to measure the KL; a folder or hub id keeps that model.
         validation: what decides right or wrong there, and how many completions of a prompt are sampled.
@@ -86,6 +90,7 @@ class OnPolicyModule(AlignmentModule):
         num_generations: int,
         sampling: Sampling,
         engine: RolloutEngine | None,
+        environment: Environment | None,
         importance: ImportanceWeights | None,
         reference: bool | str,
         validation: Validation,
@@ -110,6 +115,11 @@ class OnPolicyModule(AlignmentModule):
         self.val_generations = validation.generations
         self.sampling, self.seed = sampling, run_seed(seed)
         self.engine, self.importance = engine or InProcessEngine(), importance
+        self.environment, self.tool_format = environment, None
+        check_earned([self.reward, *([self.accuracy] if self.accuracy else [])], environment)
+        if environment is not None:
+            check_environment(environment, self.engine, sampling)
+            self.tool_format = ToolFormat(self.tokenizer, environment.tools(), self.policy.stop_token_ids)
         other = load_companion(self.policy, reference, "reference") if isinstance(reference, str) else None
         self.own_reference = other is None  # the policy as it starts
         self.reference = Frozen(other or self.policy, own=other is not None) if reference else None
@@ -146,6 +156,12 @@ class OnPolicyModule(AlignmentModule):
                 else "on a model of its own: it has no adapters of the policy's backbone"
             )
             rank_zero_info(f"reward {path}: computed {own}")
+
+    @property
+    def tools(self) -> list[dict[str, Any]] | None:
+        """JSON schemas that the prompts are to tell; None = there are no tools, or the chat template writes none."""
+        told = self.environment is not None and self.tool_format is not None and self.tool_format.writes_tools
+        return self.environment.tools() if told and self.environment is not None else None
 
     @abstractmethod
     def prepare(self, batch: PolicyBatch) -> None:
@@ -200,9 +216,9 @@ class OnPolicyModule(AlignmentModule):
     def sample_rollouts(self, prompts: PromptBatch) -> list[Rollout]:
         """Sample and score ``num_generations`` completions of each prompt for training."""
         start = time.perf_counter()
-        completions = self.sample(prompts, self.num_generations, self.sampling, str(self.current_epoch))
+        sampled = self.sample(prompts, self.num_generations, self.sampling, str(self.current_epoch))
         self.record.metrics["time/sampling"] += time.perf_counter() - start
-        return make_rollouts(prompts, completions, self.reward, self.current_epoch)
+        return make_rollouts(*sampled, self.reward, self.current_epoch)
 
     def weigh(self, batch: PolicyBatch, advantages: Tensor) -> Tensor:
         """Multiply advantages [N, Tc] by the weights of ``importance``, if there is one, and log these (collective)."""
@@ -269,7 +285,7 @@ class OnPolicyModule(AlignmentModule):
     def predict_step(self, prompts: PromptBatch, batch_idx: int) -> None:
         """Leave ``num_generations`` scored completions per prompt in ``record.rollouts``."""
         self.record.rollouts = make_rollouts(
-            prompts, self.sample(prompts, self.num_generations, self.sampling, "predict"), self.reward
+            *self.sample(prompts, self.num_generations, self.sampling, "predict"), self.reward
         )
 
     def find_outcomes(self) -> list[Outcome]:
@@ -280,7 +296,7 @@ class OnPolicyModule(AlignmentModule):
         """Answer a batch of held-out prompts and keep the scored completions in ``record``; where ``accuracy`` can tell
         right from wrong, answer them greedily too.
         """
-        rollouts = make_rollouts(prompts, self.sample(prompts, self.val_generations, self.sampling, stage), self.reward)
+        rollouts = make_rollouts(*self.sample(prompts, self.val_generations, self.sampling, stage), self.reward)
         batch = make_batch(rollouts, self.device)
         mask = batch["completion_mask"]
         logprobs, entropies = score_in_chunks(self.policy_scores, batch)
@@ -292,7 +308,7 @@ class OnPolicyModule(AlignmentModule):
         self.record.sampled += make_outcomes(rollouts, self.accuracy, scored_by=self.reward)
         if self.accuracy is not None:
             answers = self.sample(prompts, 1, replace(self.sampling, temperature=0.0), stage)
-            greedy = make_rollouts(prompts, answers, self.accuracy)
+            greedy = make_rollouts(*answers, self.accuracy)
             self.record.greedy += make_outcomes(greedy, self.accuracy, scored_by=self.accuracy)
 
     def evaluation_metrics(self) -> dict[str, float]:
@@ -315,11 +331,17 @@ class OnPolicyModule(AlignmentModule):
 
     def sample(
         self, prompts: PromptBatch, num_generations: int, sampling: Sampling, phase: str
-    ) -> list[list[Completion]]:
-        """Sample ``num_generations`` completions of each prompt from the current weights."""
+    ) -> tuple[PromptBatch, list[list[Completion]]]:
+        """Sample ``num_generations`` completions of each prompt from the current weights.
+
+        Returns:
+            the prompts, as an environment opens them if there is one, and the completions of each.
+        """
         self.engine.sync_weights(self.policy, self.global_step)
         seeds = [derive_seed(self.seed, phase, uid) for uid in prompts["uid"]]
-        return self.engine.generate(prompts["prompt_ids"], num_generations, sampling, seeds)
+        if self.environment is None or self.tool_format is None:
+            return prompts, self.engine.generate(prompts["prompt_ids"], num_generations, sampling, seeds)
+        return self.environment.sample(self.engine, self.tool_format, prompts, num_generations, sampling, seeds)
 
     def policy_scores(self, batch: PolicyBatch) -> tuple[Tensor, ...]:
         """Compute log-probs and entropies [N, Tc] under the current policy."""

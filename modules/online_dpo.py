@@ -12,6 +12,7 @@ from modules.losses.preference import PairObjective, Sigmoid, find_pairs, measur
 from modules.networks.lora import Lora
 from modules.on_policy import OnPolicyModule, Validation
 from modules.rollout.engine import RolloutEngine
+from modules.rollout.environment import Environment
 from modules.rollout.sampling import Sampling
 from modules.trainer.steps import epoch_is_whole
 from modules.types import PolicyBatch, Reward
@@ -36,6 +37,7 @@ class OnlineDPOModule(OnPolicyModule):
         refresh_every: phases between refreshes.
         sampling: how to sample in training.
         engine: samples completions; default the policy itself, in this process.
+        environment: lets completions call the tools of a class of yours; None = there are none.
         validation: what decides right or wrong there, and how many completions of a prompt are sampled.
         lora: train low-rank adapters instead of all weights.
         optimizer: parameters -> optimizer; default AdamW, learning rate 5e-7.
@@ -57,6 +59,7 @@ class OnlineDPOModule(OnPolicyModule):
         refresh_every: int = 1,
         sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
         engine: RolloutEngine | None = None,
+        environment: Environment | None = None,
         validation: Validation = Validation(),  # noqa: B008
         lora: Lora | None = None,
         optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=5e-7),
@@ -69,6 +72,7 @@ class OnlineDPOModule(OnPolicyModule):
             num_generations=num_generations,
             sampling=sampling,
             engine=engine,
+            environment=environment,
             importance=None,
             reference=True,
             validation=validation,

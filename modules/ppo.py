@@ -19,6 +19,7 @@ from modules.networks.critic import Critic, Value
 from modules.networks.lora import Lora
 from modules.on_policy import OnPolicyModule, Validation
 from modules.rollout.engine import RolloutEngine
+from modules.rollout.environment import Environment
 from modules.rollout.sampling import Sampling
 from modules.trainer.ranks import explained_variance, from_all_ranks, mean_and_error, whiten_over_ranks
 from modules.trainer.steps import epoch_is_whole
@@ -44,6 +45,7 @@ class PPOModule(OnPolicyModule):
         num_generations: completions per prompt.
         sampling: how to sample in training.
         engine: samples completions; default the policy itself, in this process.
+        environment: lets completions call the tools of a class of yours; None = there are none.
         importance: weighs tokens whose probability the engine and the trainer compute differently; None = equally.
         gae: discount, lambda, and whether to whiten token rewards.
         clip: how far the ratio and a value may move in an update.
@@ -71,6 +73,7 @@ class PPOModule(OnPolicyModule):
         num_generations: int = 1,
         sampling: Sampling = Sampling(),  # noqa: B008 (frozen, as are the six below)
         engine: RolloutEngine | None = None,
+        environment: Environment | None = None,
         importance: ImportanceWeights | None = None,
         gae: GAE = GAE(),  # noqa: B008
         clip: Clip = Clip(),  # noqa: B008
@@ -89,6 +92,7 @@ class PPOModule(OnPolicyModule):
             num_generations=num_generations,
             sampling=sampling,
             engine=engine,
+            environment=environment,
             importance=importance,
             reference=True if kl.reference in (None, policy) else str(kl.reference),
             validation=validation,

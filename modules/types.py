@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import FunctionType
-from typing import Any, Literal, NotRequired, Protocol, SupportsFloat, TypedDict, runtime_checkable
+from typing import Any, Literal, NotRequired, Protocol, SupportsFloat, TypedDict, cast, runtime_checkable
 
 from torch import Tensor
 
@@ -111,7 +111,7 @@ class PolicyBatch(TypedDict):
     prompt_ids: Tensor  # int [P, Tp]
     prompt_mask: Tensor  # bool [P, Tp]
     completion_ids: Tensor  # int [N, Tc]
-    completion_mask: Tensor  # bool [N, Tc], up to and including the end token
+    completion_mask: Tensor  # bool [N, Tc], what the policy sampled, up to and including the end token
     prompt_index: Tensor  # int [N], row of each completion's prompt
     old_logprobs: Tensor  # [N, Tc], at collection, computed by the trainer
     advantages: Tensor  # [N, Tc]
@@ -125,6 +125,8 @@ class PolicyBatch(TypedDict):
     rank: NotRequired[Tensor]
     ref_logprobs: NotRequired[Tensor]  # [N, Tc], of the frozen reference
     sampler_logprobs: NotRequired[Tensor]  # [N, Tc], computed by the engine
+    # bool [N, Tc], every token of a completion, those of tools too; default: the policy sampled them all
+    attended: NotRequired[Tensor]
     values: NotRequired[Tensor]  # [N, Tc], at collection; value of the state before each token
     returns: NotRequired[Tensor]  # [N, Tc], the targets of the values
     stopped: NotRequired[Tensor]  # bool [N], True = ended by itself, False = cut off
@@ -139,15 +141,39 @@ class PolicyBatch(TypedDict):
     ptx: NotRequired[InstructionBatch]  # texts that the policy must not forget, with their own denominator
 
 
+def find_attended(batch: PreferenceBatch | PolicyBatch) -> Tensor:
+    """Return the keep-mask [N, Tc] of every token of the completions, whoever wrote it."""
+    attended: Tensor = cast(PolicyBatch, batch).get("attended", batch["completion_mask"])
+    return attended
+
+
 @dataclass(frozen=True)
 class Completion:
     """One sampled answer."""
 
     token_ids: list[int]  # includes the end token if it was sampled
-    logprobs: list[float]  # log-prob of each token under the distribution it was drawn from; as long as token_ids
-    text: str  # the decoded tokens, without end and pad tokens, and without a stop string unless it was to be kept
+    # Log-prob of each token under the distribution it was drawn from, 0 of a token that a tool wrote; as long as token_ids
+    logprobs: list[float]
+    # The decoded tokens, without end and pad tokens, and without a stop string unless it was to be kept. Of a completion
+    # with calls of tools: its last turn.
+    text: str
     finish: Literal["stop", "length", "abort"]  # end token or stop string; token budget used up; given up
     policy_version: int = 0  # number of optimiser updates before the weights that sampled it
+    sampled: list[bool] | None = None  # False = a tool's result, which nobody sampled; None = every token was
+    transcript: str | None = None  # all turns with their calls and results; None = there is no other turn than ``text``
+    earned: float | None = None  # what the environment's ``get_reward()`` gave; None = nothing
+
+    @property
+    def sampled_ids(self) -> list[int]:
+        """The tokens that the policy sampled, the end tokens included."""
+        if self.sampled is None:
+            return self.token_ids
+        return [token for token, sampled in zip(self.token_ids, self.sampled, strict=True) if sampled]
+
+    @property
+    def length(self) -> int:
+        """How many tokens the policy sampled."""
+        return len(self.sampled_ids)
 
 
 @dataclass(frozen=True)
@@ -218,7 +244,7 @@ class Outcome:
     uid: str  # the same in all outcomes of one prompt instance
     reward: float | None  # None = unscorable
     rewards: dict[str, float | None]
-    length: int  # tokens of the completion, the end token included
+    length: int  # tokens that the policy sampled, the end token included
     stopped: bool  # True = ended by itself
     entropy: float | None  # nats per token
     right: bool | None = None  # whether the answer is right; None = not asked or unscorable

@@ -77,8 +77,10 @@ class SamplesItself(Protocol):
     policy: Any
     seed: int
 
-    def sample(self, prompts: PromptBatch, num_generations: int, sampling: Any, phase: str) -> list[list[Completion]]:
-        """Sample completions of each prompt."""
+    def sample(
+        self, prompts: PromptBatch, num_generations: int, sampling: Any, phase: str
+    ) -> tuple[PromptBatch, list[list[Completion]]]:
+        """Sample completions of each prompt; return the prompts, as they were asked, and the completions of each."""
 
 
 class Finding(NamedTuple):
@@ -127,8 +129,8 @@ class Examination:
         places = range(self.rank, len(prompts), self.ranks)
         batch = self.data.batch_of([prompts[place] for place in places])
         batch["uid"] = [f"{place}/{uid}" for place, uid in zip(places, batch["uid"], strict=True)]
-        completions = self.module.sample(batch, num_generations, sampling, "doctor") if batch["uid"] else []
-        rollouts = make_rollouts(batch, completions, self.reward)
+        sampled = self.module.sample(batch, num_generations, sampling, "doctor") if batch["uid"] else (batch, [])
+        rollouts = make_rollouts(*sampled, self.reward)
         outcomes = make_outcomes(rollouts, self.judge, scored_by=self.reward)
         mine = [Tried(rollout, outcome.right) for rollout, outcome in zip(rollouts, outcomes, strict=True)]
         groups: list[list[Tried]] = [[] for _ in prompts]

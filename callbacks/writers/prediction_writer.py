@@ -20,7 +20,7 @@ from modules.types import Rollout
 
 class PredictionWriter(Callback):
     """Writes JSONL, one line per completion: uid, prompt, completion, answer, reward, rewards by name, finish,
-    num_tokens.
+    num_tokens. A completion that called tools is its last turn; ``tool_turns`` holds all of them.
 
     Each rank writes a hidden part file beside ``path``. At the end of ``predict``, rank zero joins the parts in the
     order of the ranks and renames the result, so ``path`` is never half a file. The ranks must share that disk. A
@@ -124,6 +124,8 @@ def write_line(rollout: Rollout) -> str:
         "reward": rollout.reward,
         "rewards": rollout.rewards,
         "finish": completion.finish,
-        "num_tokens": len(completion.token_ids),
+        "num_tokens": completion.length,
     }
+    if completion.transcript is not None:
+        record["tool_turns"] = completion.transcript
     return json.dumps(record, ensure_ascii=False) + "\n"

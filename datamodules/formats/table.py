@@ -69,6 +69,13 @@ COLUMNS = (
         side=True,
     ),
     Column(
+        "tool_turns",
+        "",
+        "turns that a predicted completion has behind it; with tools they are no text to learn",
+        (),
+        True,
+    ),
+    Column(
         "tools",
         "functions available_tools tool tool_list tool_definitions tool_schemas function_schemas function_definitions "
         "available_functions api_list apis",

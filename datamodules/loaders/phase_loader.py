@@ -20,7 +20,7 @@ from torch import Tensor
 
 from modules.trainer.modes import evaluating
 from modules.trainer.ranks import from_all_ranks
-from modules.types import Completion, HasRecord, InstructionBatch, PolicyBatch, PromptBatch, Rollout
+from modules.types import Completion, HasRecord, InstructionBatch, PolicyBatch, PromptBatch, Rollout, find_attended
 
 PROMPT_FIELDS = ("prompt_ids", "prompt_mask")
 PHASE_FIELDS = ("denominator", "row_count", "active", "update", "penalties", "parts", "part_weights")
@@ -254,7 +254,7 @@ def split(batch: PolicyBatch, rows: Tensor, parts: int) -> list[Tensor]:
     Rows without gradient are left out, unless a micro-batch would stay empty.
     """
     active = rows[batch["active"][rows]]
-    tokens = batch["completion_mask"].sum(1)
+    tokens = find_attended(batch).sum(1)
     group = batch["prompt_index"][active]
     units = [active[group == g] for g in group.unique()]
     if len(units) < parts and "rank" not in batch:  # compared completions stay together
@@ -274,7 +274,7 @@ def split(batch: PolicyBatch, rows: Tensor, parts: int) -> list[Tensor]:
 def select(batch: PolicyBatch, rows: Tensor, denominator: Tensor) -> PolicyBatch:
     """The micro-batch of these rows, with only their prompts and without columns that are padding in all of them."""
     prompts, index = batch["prompt_index"][rows].unique(return_inverse=True)
-    tokens = int(batch["completion_mask"][rows].sum(1).max())
+    tokens = int(find_attended(batch)[rows].sum(1).max())
     width = int(batch["prompt_mask"][prompts].sum(1).max())
     chosen: dict[str, Tensor] = {"denominator": denominator}
     for name, value in cast(dict[str, Tensor], batch).items():

@@ -12,6 +12,7 @@ from datamodules.sources.toys.addition import Addition, AdditionPairs
 from datamodules.sources.toys.guarded_addition import GuardedAddition
 from datamodules.sources.toys.invented_facts import FactDocuments, Facts
 from datamodules.sources.toys.number_texts import NumberTexts
+from datamodules.sources.toys.products import ProductCalls, Products
 
 __all__ = [
     "Addition",
@@ -27,6 +28,8 @@ __all__ = [
     "NumberTexts",
     "OasstTrees",
     "PreferencePrompts",
+    "ProductCalls",
+    "Products",
     "ReasoningGym",
     "Row",
     "Sampled",

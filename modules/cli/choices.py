@@ -11,13 +11,14 @@ from typing import Any, is_typeddict
 
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from lightning.pytorch import callbacks as lightning_callbacks
-from torch import Tensor, optim
+from torch import optim
 
 import modules
 import modules.losses
 import modules.rewards
 import modules.schedulers
 from modules.functional import advantages, kl
+from modules.rollout.calculator import Calculator
 
 
 def import_own(name: str) -> ModuleType:
@@ -38,10 +39,11 @@ PACKAGES = (
     import_own("datamodules"),
     import_own("callbacks"),
 )
-# Options that take a function, and our functions that they may name by short name.
-FUNCTIONS: dict[str, list[Callable[..., Tensor]]] = {
+# Options that take a function or a class itself, and ours that they may name by short name.
+FUNCTIONS: dict[str, list[Callable[..., Any]]] = {
     "advantage": [advantages.group_center, advantages.group_zscore, advantages.leave_one_out],
     **dict.fromkeys(("kl_loss", "loss"), [kl.k1, kl.k2, kl.k3, kl.weighted_k3]),
+    "factory": [Calculator],
 }
 CHOICES = [vars(package)[name] for package in PACKAGES for name in package.__all__]
 CLASSES = [choice for choice in CHOICES if isinstance(choice, type) and not inspect.isabstract(choice)]

@@ -62,8 +62,8 @@ def load(path: str, role: str = "policy") -> tuple[PreTrainedModel, PreTrainedTo
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
-            f"{role}: '{path}' is not 'tiny', 'tiny-addition', a Hugging Face model folder, a .gguf file or a hub id "
-            f"that can be read ({reason})"
+            f"{role}: '{path}' is not {', '.join(map(repr, BUILT_IN))}, a Hugging Face model folder, a .gguf file or a "
+            f"hub id that can be read ({reason})"
         ) from error
 
 

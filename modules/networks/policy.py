@@ -26,7 +26,7 @@ from modules.networks.loading import (
 )
 from modules.networks.lora import Lora, add_adapters, merge_adapters
 from modules.trainer.modes import evaluating
-from modules.types import ALPACA_PROMPT, PolicyBatch, PreferenceBatch
+from modules.types import ALPACA_PROMPT, PolicyBatch, PreferenceBatch, find_attended
 
 MAX_LOGITS = 2**24  # entries of one chunk of logits: 64 MB in fp32
 # Architectures for which a test compares shared prompts with separate rows.
@@ -51,7 +51,7 @@ class Policy(nn.Module):
     """A causal language model and its tokenizer.
 
     Args:
-        path: ``tiny`` or ``tiny-addition`` (built in, no download), a Hugging Face folder, a ``.gguf`` file, or a hub
+        path: ``tiny``, ``tiny-addition`` or ``tiny-calculator`` (built in), a Hugging Face folder, a ``.gguf`` file, or a hub
             id.
         dropout: False sets every dropout rate of the model to zero, as reinforcement learning and preference losses
             need.
@@ -203,7 +203,7 @@ class Policy(nn.Module):
         hidden = (
             self._hidden_shared(batch, batch["completion_ids"]) if self._shares(batch) else self._hidden_rows(batch)
         )
-        return hidden[torch.arange(len(hidden), device=hidden.device), batch["completion_mask"].sum(1)]
+        return hidden[torch.arange(len(hidden), device=hidden.device), find_attended(batch).sum(1)]
 
     def check_packing(self) -> None:
         """Check, at the first packed rows, that the model keeps their documents apart.
@@ -350,7 +350,7 @@ class Policy(nn.Module):
         prompts = batch["prompt_ids"][batch["prompt_index"]]
         rows = nn.functional.pad(prompts, (0, len(columns) - 1)).scatter(1, at[:, :-1], batch["completion_ids"])
         # The longest prompt need not have the longest completion.
-        width = int((lengths + batch["completion_mask"].sum(1)).max())
+        width = int((lengths + find_attended(batch).sum(1)).max())
         hidden = self.hidden_states(rows[:, :width])
         return hidden.gather(1, (at - 1).clamp(max=width - 1)[..., None].expand(-1, -1, hidden.shape[-1]))
 
@@ -373,7 +373,7 @@ class Policy(nn.Module):
             layer.keys, layer.values = layer.keys.index_select(0, index), layer.values.index_select(0, index)
         ragged = not bool(prompt_mask.all())
         # The last position of a real token; padding must not go beyond the positions of the model.
-        last_place = int((lengths[index] + batch["completion_mask"].sum(1)).max()) - 1
+        last_place = int((lengths[index] + find_attended(batch).sum(1)).max()) - 1
         hidden = self.model.base_model(
             input_ids=tokens,
             attention_mask=torch.cat([prompt_mask[index], torch.ones_like(tokens, dtype=torch.bool)], 1)

@@ -138,7 +138,7 @@ class LengthPenalty(Reward):
                 "Versus?); use the reward without LengthPenalty"
             )
         return [
-            {**parts, self.name: -self.per_token * len(rollout.completion.token_ids)}
+            {**parts, self.name: -self.per_token * rollout.completion.length}
             for parts, rollout in zip(self.reward.score_parts(rollouts), rollouts, strict=True)
         ]
 

@@ -128,8 +128,10 @@ def make_row(scorer: Scorer, rollout: Rollout) -> tuple[int, ...]:
     """Return the tokens of prompt and completion in the reward model's vocabulary."""
     tokenizer, completion = scorer.tokenizer, rollout.completion
     if reads(scorer, rollout.prompt_ids, rollout.prompt, prompt=True):
-        if completion.token_ids and reads(
-            scorer, completion.token_ids, completion.text, cut=completion.finish == "stop"
+        if (
+            completion.token_ids
+            and completion.sampled is None
+            and reads(scorer, completion.token_ids, completion.text, cut=completion.finish == "stop")
         ):
             return (*rollout.prompt_ids, *completion.token_ids)
         prompt = rollout.prompt_ids

@@ -1,6 +1,8 @@
-"""Engines that sample completions from a policy."""
+"""Engines that sample completions from a policy, and environments whose tools a completion may call."""
 
+from modules.rollout.calculator import Calculator
 from modules.rollout.engine import InProcessEngine, RolloutEngine
+from modules.rollout.environment import Environment
 from modules.rollout.sampling import SampledPolicy, Sampling
 
-__all__ = ["InProcessEngine", "RolloutEngine", "SampledPolicy", "Sampling"]
+__all__ = ["Calculator", "Environment", "InProcessEngine", "RolloutEngine", "SampledPolicy", "Sampling"]

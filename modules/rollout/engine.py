@@ -6,7 +6,7 @@ a waiting request starts whenever a slot is free (continuous batching).
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -17,7 +17,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from modules.rollout.decode import DecodeStep, SlotCache, supports
-from modules.rollout.sampling import Ledger, SampledPolicy, Sampling
+from modules.rollout.sampling import Ledger, Reply, SampledPolicy, Sampling
 from modules.rollout.static import run_static
 from modules.trainer.modes import evaluating
 from modules.types import Completion
@@ -30,7 +30,10 @@ PARITY_PROMPTS = ((1, 2, 3), (4, 5, 6, 7, 8))
 
 
 class RolloutEngine(ABC):
-    """Samples completions from the policy that it was last synced with."""
+    """Samples completions from the policy that it was last synced with.
+
+    With environments, ``generate`` also needs the argument ``replies``, as ``InProcessEngine.generate`` has it.
+    """
 
     @abstractmethod
     def sync_weights(self, policy: SampledPolicy, version: int) -> None:
@@ -146,11 +149,25 @@ class InProcessEngine(RolloutEngine):
         self._policy, self._version = policy, version
 
     def generate(
-        self, prompts: list[list[int]], num_generations: int, sampling: Sampling, seeds: list[int]
+        self,
+        prompts: list[list[int]],
+        num_generations: int,
+        sampling: Sampling,
+        seeds: list[int],
+        replies: Sequence[Reply] | None = None,
     ) -> list[list[Completion]]:
         """Sample completions; see ``RolloutEngine.generate``.
 
         The model's train or eval mode and the global random state stay as they were.
+
+        Args:
+            prompts: token ids of each prompt.
+            num_generations: completions per prompt.
+            sampling: how tokens are drawn; ``max_completion_length`` counts the tokens of replies too.
+            seeds: one per prompt.
+            replies: one per completion, prompt by prompt. A turn that ended by itself is read by the completion's reply,
+                and sampling goes on behind the tokens that it returns; what was sampled is never tokenised again. A
+                reply that leaves no token to sample ends the completion with ``length``. None = no completion goes on.
         """
         if self._policy is None:
             raise ValueError("InProcessEngine: call sync_weights(policy, version) before generate")
@@ -159,7 +176,8 @@ class InProcessEngine(RolloutEngine):
             self.last_stats = {"decode_steps": 0, "slots": 0, "prefill_tokens": 0}
             return []
         with sampling_mode(self._policy.model):
-            ledger = Ledger([seed + g for seed in seeds for g in range(num_generations)], sampling, self._policy)
+            requests = [seed + g for seed in seeds for g in range(num_generations)]
+            ledger = Ledger(requests, sampling, self._policy, replies)
             self.last_stats = self._run(self._policy.model, prompts, num_generations, ledger, self.max_batch_tokens)
             completions = ledger.completions(self._version)
         return [completions[start : start + num_generations] for start in range(0, len(completions), num_generations)]

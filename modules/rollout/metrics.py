@@ -41,7 +41,7 @@ def make_outcomes(
             r.uid,
             r.reward,
             r.rewards,
-            len(r.completion.token_ids),
+            r.completion.length,
             r.completion.finish == "stop",
             r.entropy,
             None if value is None else value > 0.5,

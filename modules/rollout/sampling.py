@@ -2,7 +2,8 @@
 
 import math
 import warnings
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -12,6 +13,9 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modules.types import Completion
+
+# Reads a turn that has ended by itself; returns the tokens that follow it, or None = the completion is over.
+Reply = Callable[[str], list[int] | None]
 
 BLOCK = 256  # entries of one block of the two-level search
 SINGLE_BLOCK = 1024  # vocabularies up to this size are searched as one block
@@ -84,9 +88,14 @@ class Ledger:
         seeds: one per request.
         sampling: how tokens are drawn and when a completion ends.
         policy: gives tokenizer, end tokens and device.
+        replies: one per request; a request with a reply goes on behind it, with the tokens of the reply as if they had
+            been drawn. Each step has its own random number, so that replies change none of the others. None = no request
+            gets one.
     """
 
-    def __init__(self, seeds: list[int], sampling: Sampling, policy: SampledPolicy) -> None:
+    def __init__(
+        self, seeds: list[int], sampling: Sampling, policy: SampledPolicy, replies: Sequence[Reply] | None = None
+    ) -> None:
         self.sampling = sampling
         self.idle = len(seeds)
         self._tokenizer = policy.tokenizer
@@ -104,6 +113,10 @@ class Ledger:
         self._is_end[[*policy.stop_token_ids, *stops]] = True
         self._silent = silent_tokens(policy) | (set() if sampling.keep_stop else stops)
         self._may_complete: dict[int, bool] = {}
+        self._replies = replies
+        self._starts = [0] * len(seeds)  # where the last turn of each request begins
+        if replies is not None:
+            self._given = torch.full(shape, -1, device=device)  # tokens of replies; -1 = to be drawn
         # A token holds at least one byte, so as many tokens as a stop string has bytes cover it; four more complete a
         # character that is cut in front.
         self._tail = max((len(stop.encode()) for stop in sampling.stop), default=0) + 4
@@ -122,6 +135,9 @@ class Ledger:
         logits, requests = logits.to(self._counts.device), requests.to(self._counts.device)
         steps = self._counts[requests]
         tokens, logprobs = sample(logits.float(), self._uniforms[requests, steps], self.sampling)
+        if self._replies is not None:
+            given = self._given[requests, steps]
+            tokens, logprobs = torch.where(given < 0, tokens, given), logprobs.masked_fill(given >= 0, 0.0)
         self._tokens[requests, steps] = tokens
         self._logprobs[requests, steps] = logprobs
         self._counts[requests] = steps + 1
@@ -129,8 +145,14 @@ class Ledger:
         ended = self._is_end[tokens]
         if self.sampling.stop:
             ended |= self._completes_stop_string(tokens, requests, steps)
+        full = steps + 1 == self.sampling.max_completion_length
+        if self._replies is not None:
+            ended = ended & (given < 0) & (requests != self.idle)
+            for place in ended.nonzero()[:, 0].tolist():
+                going = self._add_reply(int(requests[place]), int(steps[place]) + 1)
+                ended[place], full[place] = going is None, full[place] | (going is False)
         self._ended[requests] = ended
-        finished = (ended | (steps + 1 == self.sampling.max_completion_length)) & (requests != self.idle)
+        finished = (ended | full) & (requests != self.idle)
         return tokens.to(home), finished.to(home)
 
     def completions(self, version: int) -> list[Completion]:
@@ -147,12 +169,36 @@ class Ledger:
         counts = self._counts.tolist()[: self.idle]
         tokens = [row[:count] for row, count in zip(self._tokens.tolist(), counts, strict=False)]
         logprobs = [row[:count] for row, count in zip(self._logprobs.tolist(), counts, strict=False)]
-        texts = [self._decode(row) for row in tokens]
+        texts = [self._decode(row[start:]) for row, start in zip(tokens, self._starts, strict=True)]
         ended = self._ended.tolist()[: self.idle]
-        return [
+        found = [
             Completion(ids, scores, self._cut(text), "stop" if end else "length", version)
             for ids, scores, text, end in zip(tokens, logprobs, texts, ended, strict=True)
         ]
+        return [self._tell_turns(each, row) if self._starts[row] else each for row, each in enumerate(found)]
+
+    def _add_reply(self, request: int, count: int) -> bool | None:
+        """Ask for the reply to a turn that ended after ``count`` tokens of a request, and let its tokens come next.
+
+        Returns:
+            None = there is none; False = it leaves no token to draw.
+        """
+        assert self._replies is not None
+        reply = self._replies[request](self._decode(self._tokens[request, self._starts[request] : count].tolist()))
+        if reply is None:
+            return None
+        start = count + len(reply)
+        if start >= self.sampling.max_completion_length:
+            return False
+        self._given[request, count:start] = torch.tensor(reply, device=self._given.device)
+        self._starts[request] = start
+        return True
+
+    def _tell_turns(self, completion: Completion, request: int) -> Completion:
+        """Return the completion of a request with replies, with what was sampled and the text of all turns."""
+        sampled = (self._given[request, : len(completion.token_ids)] < 0).tolist()
+        told = completion.token_ids[: -1 if completion.finish == "stop" else None]
+        return replace(completion, sampled=sampled, transcript=str(self._tokenizer.decode(told)))
 
     def _completes_stop_string(self, tokens: Tensor, requests: Tensor, steps: Tensor) -> Tensor:
         """Return where the end of a request's text contains a stop string: bool [N].

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from modules.functional.masked import pad_rows
 from modules.rewards.combined import in_phase
-from modules.types import Completion, PolicyBatch, PromptBatch, Reward, Rollout
+from modules.types import Completion, PolicyBatch, PromptBatch, Reward, Rollout, find_attended
 
 SCORING_TOKENS = 16384  # padded tokens of one forward without gradients
 
@@ -64,6 +64,7 @@ def make_batch(rollouts: list[Rollout], device: torch.device) -> PolicyBatch:
     completion_ids, completion_mask = pad_rows([rollout.completion.token_ids for rollout in rollouts])
     sampler = torch.zeros(completion_mask.shape)
     sampler[completion_mask] = torch.tensor([x for rollout in rollouts for x in rollout.completion.logprobs])
+    attended, completion_mask = completion_mask, leave_out_tools(completion_mask, rollouts)
     group = torch.tensor([position[rollout.group] for rollout in rollouts])
     rewards = [float("nan") if rollout.reward is None else rollout.reward for rollout in rollouts]
     parts = [[float("nan") if x is None else x for x in rollout.rewards.values()] for rollout in rollouts]
@@ -79,7 +80,20 @@ def make_batch(rollouts: list[Rollout], device: torch.device) -> PolicyBatch:
         "group": group,
         "stopped": torch.tensor([rollout.completion.finish == "stop" for rollout in rollouts]),
     }
+    if completion_mask is not attended:
+        batch["attended"] = attended
     return cast(PolicyBatch, {name: values.to(device) for name, values in batch.items()})
+
+
+def leave_out_tools(mask: Tensor, rollouts: list[Rollout]) -> Tensor:
+    """Return the mask [N, Tc] without the tokens that tools wrote; the same tensor where they wrote none."""
+    if all(rollout.completion.sampled is None for rollout in rollouts):
+        return mask
+    kept = mask.clone()
+    for row, rollout in zip(kept, rollouts, strict=True):
+        if rollout.completion.sampled is not None:
+            row[: len(rollout.completion.sampled)] = torch.tensor(rollout.completion.sampled)
+    return kept
 
 
 def keep_prompts(batch: PolicyBatch, prompts: list[int]) -> PolicyBatch:
@@ -101,11 +115,16 @@ def score_in_chunks(score: Callable[[PolicyBatch], tuple[Tensor, ...]], batch: P
     A group that is larger is scored alone. Equal completions of a prompt are scored once, because late in training most
     completions repeat others.
     """
-    lengths = batch["completion_mask"].sum(1, keepdim=True)
-    rows = torch.cat([batch["prompt_index"][:, None], lengths, batch["completion_ids"]], 1)
+    width, tools = batch["completion_ids"].shape[1], "attended" in batch
+    lengths = find_attended(batch).sum(1, keepdim=True)
+    written = [batch["completion_mask"].long()] if tools else []
+    rows = torch.cat([batch["prompt_index"][:, None], lengths, batch["completion_ids"], *written], 1)
     distinct, copies = rows.unique(dim=0, return_inverse=True)  # sorted, so still by prompt
-    mask = torch.arange(batch["completion_ids"].shape[1], device=rows.device) < distinct[:, 1:2]
-    once = {**batch, "prompt_index": distinct[:, 0], "completion_ids": distinct[:, 2:], "completion_mask": mask}
+    index, lengths, ids, *written = distinct.split([1, 1, width] + [width] * tools, 1)
+    mask = torch.arange(width, device=rows.device) < lengths
+    once = {**batch, "prompt_index": index[:, 0], "completion_ids": ids, "completion_mask": mask}
+    if tools:
+        once |= {"completion_mask": written[0].bool(), "attended": mask}
     parts = [score(part) for part in split_prompts(cast(PolicyBatch, once))]
     return tuple(torch.cat(column)[copies] for column in zip(*parts, strict=True))
 
@@ -117,7 +136,8 @@ def split_prompts(batch: PolicyBatch) -> Iterable[PolicyBatch]:
     size = max(1, SCORING_TOKENS // (width * int(rows_per_prompt.max())))
     for start in range(0, len(batch["prompt_ids"]), size):
         rows = ((index >= start) & (index < start + size)).nonzero()[:, 0]
-        part = {name: batch[name][rows] for name in ("completion_ids", "completion_mask")}  # type: ignore[literal-required]
+        names = ("completion_ids", "completion_mask", *(("attended",) if "attended" in batch else ()))
+        part = {name: batch[name][rows] for name in names}  # type: ignore[literal-required]
         part |= {name: batch[name][start : start + size] for name in ("prompt_ids", "prompt_mask")}  # type: ignore[literal-required]
         yield cast(PolicyBatch, part | {"prompt_index": index[rows] - start})
 

@@ -112,11 +112,14 @@ def unpack_rows(batch: Any, decode: Any) -> Iterator[dict[str, Any]]:
     for place in range(len(batch["input_ids"] if index is None else index)):
         row: dict[str, Any] = {}
         for name, value in batch.items():
-            if isinstance(value, Tensor) and value.dim() and name not in MASKS.values():
+            if isinstance(value, Tensor) and value.dim() and name not in (*MASKS.values(), "attended"):
                 of = int(index[place]) if index is not None and name in OF_PROMPTS else place
                 kept = value[of]
                 if name in MASKS:
-                    kept = kept[batch[MASKS[name]][of]]
+                    attended = (
+                        batch.get("attended") if name == "completion_ids" else None
+                    )  # tokens of tools are rows too
+                    kept = kept[(batch[MASKS[name]] if attended is None else attended)[of]]
                     row[name.removesuffix("_ids") + "_text"] = decode(kept.tolist())
                 row[name] = kept.tolist()
         yield row

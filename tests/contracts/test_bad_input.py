@@ -119,7 +119,10 @@ def test_a_data_file_stays_a_path(tmp_path, monkeypatch, run, caplog, name, text
     [
         (["--data.train", "absent.jsonl"], "absent.jsonl: no such file or folder"),
         (["--model.policy", "absent.gguf"], "no GGUF file at 'absent.gguf'"),
-        (["--model.policy", "./nowhere"], "'./nowhere' is not 'tiny', 'tiny-addition', a Hugging Face model folder"),
+        (
+            ["--model.policy", "./nowhere"],
+            "'./nowhere' is not 'tiny', 'tiny-addition', 'tiny-calculator', a Hugging Face model folder",
+        ),
         (
             ["--model.num_generation", "4"],
             "GRPOModule': Option 'num_generation' is not accepted; did you mean num_generations",

@@ -185,7 +185,12 @@ COMMANDS = sorted(
         line
         for text in DOCUMENTS.values()
         for line in re.findall(r"^python -m modules (?:fit|validate|test|predict) .*", text, flags=re.MULTILINE)
-        if "<" not in line and "..." not in line and "{" not in line and "my_losses" not in line and "runs/" not in line
+        if "<" not in line
+        and "..." not in line
+        and "{" not in line
+        and "my_losses" not in line
+        and "my_tools" not in line
+        and "runs/" not in line
     }
 )
 
@@ -236,6 +241,27 @@ def test_the_example_from_python_runs(tmp_path, monkeypatch):
     (code,) = blocks("README.md")
     exec(compile(code.replace("max_epochs=3", "max_epochs=1"), "README.md", "exec"), {})
     assert Path("runs/python/export/config.json").is_file()
+
+
+def test_the_example_of_a_tool_runs(tmp_path, monkeypatch):
+    """Its class is run by itself and as an environment."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (code,) = blocks("modules/README.md")
+    (tmp_path / "my_tools.py").write_text(code)
+    names: dict = {}
+    exec(compile(code, "modules/README.md", "exec"), names)
+    room = names["Thermometer"]()
+    assert room.reset("21") and room.measure("Celsius") == "21" and room.get_reward() == 1.0
+    rows = [{"prompt": f"How warm is room {number}?", "answer": str(number)} for number in range(8)]
+    (tmp_path / "my.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tools = ["--model.environment.factory=my_tools.Thermometer", "--model.reward=EnvironmentReward"]
+    short = ["--model.sampling.max_completion_length=4", "--trainer.max_epochs=1", f"--data.train={tmp_path}/my.jsonl"]
+    grpo = ["--config", str(ROOT / "configs/grpo.yaml"), "--model.policy=tiny", *tools, *short, *SHORT]
+    monkeypatch.chdir(tmp_path)
+    main(["predict", *grpo, "--data.prompts_per_phase=8", "--out", "runs/tools"])
+    lines = [json.loads(line) for line in (tmp_path / "runs/tools/predictions.jsonl").read_text().splitlines()]
+    assert all("? The room is locked.<|im_end|>" in line["prompt"] for line in lines)
+    assert {line["rewards"]["environment"] for line in lines} == {0.0}  # an untrained model calls nothing
 
 
 def test_the_example_of_contributing_runs(tmp_path):
