@@ -130,7 +130,8 @@ class Examination:
         batch = self.data.batch_of([prompts[place] for place in places])
         batch["uid"] = [f"{place}/{uid}" for place, uid in zip(places, batch["uid"], strict=True)]
         sampled = self.module.sample(batch, num_generations, sampling, "doctor") if batch["uid"] else (batch, [])
-        rollouts = make_rollouts(*sampled, self.reward)
+        asked, completions = sampled
+        rollouts = make_rollouts(asked, completions, self.reward)
         outcomes = make_outcomes(rollouts, self.judge, scored_by=self.reward)
         mine = [Tried(rollout, outcome.right) for rollout, outcome in zip(rollouts, outcomes, strict=True)]
         groups: list[list[Tried]] = [[] for _ in prompts]
