@@ -405,8 +405,6 @@ class Examination:
             prompts = len({one.rollout.uid for one in theirs})
             if prompts and bound_share(prompts * len(missed) / len(theirs), prompts)[0] > 0.5:
                 found.append((len(missed) / len(theirs), name_of(other), missed))
-        for other in others[2:]:
-            other.close()  # type: ignore[attr-defined]
         if not found:
             return None
         share, name, missed = max(found, key=lambda one: len(one[2]))
