@@ -6,6 +6,7 @@ from callbacks.dashboard import Dashboard
 from callbacks.data_report import DataReport
 from callbacks.diversity import Diversity
 from callbacks.forgetting import Forgetting
+from callbacks.group_bias import GroupBias
 from callbacks.length_bias import LengthBias
 from callbacks.overoptimization import Overoptimization
 from callbacks.preference_audit import PreferenceAudit
@@ -17,6 +18,7 @@ from callbacks.stages.comparison import Comparison
 from callbacks.stages.export import Export
 from callbacks.stages.hand_off import HandOff
 from callbacks.stages.summary import Summary
+from callbacks.token_budget import TokenBudget
 from callbacks.token_picture import TokenPicture
 from callbacks.win_rate import WinRate
 from callbacks.writers.instruction_writer import InstructionWriter
@@ -33,6 +35,7 @@ __all__ = [
     "Diversity",
     "Export",
     "Forgetting",
+    "GroupBias",
     "HandOff",
     "InstructionWriter",
     "KnowledgeWriter",
@@ -44,6 +47,7 @@ __all__ = [
     "Refusal",
     "Samples",
     "Summary",
+    "TokenBudget",
     "TokenPicture",
     "WinRate",
 ]
