@@ -62,10 +62,10 @@ class StudyClaim:
         Raises:
             ValueError: an arm or a metric is not known.
         """
-        values = [late_value(self.curve(run)) for run in self.find(runs, self.of)]
+        values = [take_late_value(self.read_curve(run)) for run in self.find(runs, self.of)]
         words = f"{self.metric} of {self.of}"
         if self.than is not None:
-            others = [late_value(self.curve(run)) for run in self.find(runs, self.than)]
+            others = [take_late_value(self.read_curve(run)) for run in self.find(runs, self.than)]
             values = [value - other for value, other in zip(values, others, strict=True)]
             words += f" - {self.than}"
         mean, low, high = find_interval(values)
@@ -80,14 +80,14 @@ class StudyClaim:
             raise ValueError(f"claim '{self.name}': there is no arm {arm}, only {', '.join(runs)}")
         return runs[arm]
 
-    def curve(self, run: Mapping[str, list[float]]) -> list[float]:
+    def read_curve(self, run: Mapping[str, list[float]]) -> list[float]:
         """Return the metric's numbers in a run."""
         if not run.get(self.metric):
             raise ValueError(f"claim '{self.name}': no {self.metric} was logged; there is {', '.join(sorted(run))}")
         return run[self.metric]
 
 
-def late_value(curve: Sequence[float]) -> float:
+def take_late_value(curve: Sequence[float]) -> float:
     """Return the mean over the last fifth of a curve, at least its last number."""
     return fmean(curve[-max(1, len(curve) // LATE) :])
 
@@ -199,9 +199,9 @@ class Study:
         """Run a YAML for a seed, unless it is done."""
         config = move_paths(path, self.name, seed)
         given = [f"--config={config}", f"--seed_everything={seed}", *arguments]
-        return self.once(self.place(seed, run) / "metrics.csv", run_fit, given, self.place(seed, run))
+        return self.do_once(self.place(seed, run) / "metrics.csv", run_fit, given, self.place(seed, run))
 
-    def once(self, file: Path, work: Any, *arguments: Any) -> "Future[Path]":
+    def do_once(self, file: Path, work: Any, *arguments: Any) -> "Future[Path]":
         """Do the work that makes a file, unless it was done."""
         done = file.parent.with_suffix(".done") if file.name == "metrics.csv" else file
         if done.exists():
@@ -221,7 +221,7 @@ class Study:
         for name, script in self.measures.items():
             files = [self.place(seed, f"{name}.json") for seed in self.seeds]
             work[name] = [
-                self.once(file, run_measure, self.folder / script, self.place(seed, start), seed, file)
+                self.do_once(file, run_measure, self.folder / script, self.place(seed, start), seed, file)
                 for file, seed in zip(files, self.seeds, strict=True)
             ]
         self.finish([future for futures in work.values() for future in futures])
@@ -258,7 +258,7 @@ def draw_study(panels: Sequence[Mapping[str, str]], arms: Sequence[str], runs: R
             label: str | None = arm
             for seed, curve in enumerate(curves):
                 if len(curve) < 4 * LATE:
-                    axes.plot([number], [late_value(curve)] if curve else [math.nan], "o", color=f"C{number}")
+                    axes.plot([number], [take_late_value(curve)] if curve else [math.nan], "o", color=f"C{number}")
                 else:
                     smooth = [fmean(curve[max(0, i - 4) : i + 1]) for i in range(len(curve))]
                     done = [(i + 1) / len(curve) for i in range(len(curve))]
@@ -283,17 +283,19 @@ def main() -> int:
     study = Study(Path(__file__).parent / arguments.name, arguments.jobs)
     try:
         runs = study.run()
+        found = [(claim.name, *claim.check(runs)) for claim in study.claims]
     except Exception as error:
         print(f"study: {study.name} failed: {error}", file=sys.stderr)
         return 1
+    finally:
+        study.pool.shutdown()
     folder = Path("runs") / study.name
     if study.figure:
         draw_study(study.figure, list(study.arms), runs, folder / f"{study.name}.png")
         print(f"figure: {folder / f'{study.name}.png'}")
     print(f"{sum(map(len, runs.values()))} runs, {time.perf_counter() - start:.0f} s")
-    for claim in study.claims:
-        shown, said = claim.check(runs)
-        print(f"study: {study.name} {claim.name} {'shown' if shown else 'not shown'} {said}", flush=True)
+    for name, shown, said in found:
+        print(f"study: {study.name} {name} {'shown' if shown else 'not shown'} {said}")
     return 0
 
 

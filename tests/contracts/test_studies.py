@@ -16,15 +16,15 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "configs/studies"))
 STUDIES = sorted(path.parent for path in (ROOT / "configs/studies").glob("*/study.yml"))
 
-from run_study import StudyClaim, find_interval, late_value, read_curves  # noqa: E402
+from run_study import StudyClaim, find_interval, read_curves, take_late_value  # noqa: E402
 
 
 def test_an_interval_by_hand():
     # 1, 2, 3: mean 2, deviation 1, Student's 4.303 with two degrees of freedom, 4.303 / sqrt(3) = 2.484
     assert find_interval([1.0, 2.0, 3.0]) == pytest.approx((2.0, 2 - 2.4843, 2 + 2.4843), abs=1e-4)
     assert find_interval([4.0])[1:] == (float("-inf"), float("inf"))
-    assert late_value([0.0] * 8 + [1.0, 3.0]) == 2.0  # the last fifth of ten
-    assert late_value([5.0, 7.0]) == 7.0
+    assert take_late_value([0.0] * 8 + [1.0, 3.0]) == 2.0  # the last fifth of ten
+    assert take_late_value([5.0, 7.0]) == 7.0
 
 
 def test_a_claim_is_shown_when_its_whole_interval_is_within_the_bounds():

@@ -16,7 +16,8 @@ from modules.losses import Clipped, SequenceMean
 from modules.rewards import ExactMatch
 from modules.rollout.sampling import Sampling
 
-SIZE, PROMPTS, PHASES = 8, 48, 30
+SIZE, PROMPTS, PHASES = 8, 32, 15
+TEMPERATURES = 1.0, 2.0  # so that prompts are easy, and hard
 
 
 class PromptGroups(Callback):
@@ -43,12 +44,21 @@ def measure(start: Path, seed: int) -> dict[str, float]:
     ``bias_<difficulty>`` is the mean share of right answers in mixed groups - the prompt's rate, and ``bias_error_`` that
     minus ``mixed_mean_bias``.
     """
+    found = {}
+    for temperature in TEMPERATURES:
+        groups = answer_often(start, seed, temperature)
+        found |= {f"{prompt} at {temperature}": mine for prompt, mine in groups.items()}
+    return compare_groups(found)
+
+
+def answer_often(start: Path, seed: int, temperature: float) -> dict[str, list[Group]]:
+    """Return the groups of each prompt over all phases of a fit at learning rate 0."""
     groups = PromptGroups()
     module = GRPOModule(
         str(start / "export"),
         ExactMatch(r"(\d{3}).*"),
         num_generations=SIZE,
-        sampling=Sampling(max_completion_length=20),
+        sampling=Sampling(temperature=temperature, max_completion_length=3),  # the digits; the weights know no length
         objective=Clipped(aggregation=SequenceMean()),
         optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.0),
         seed=seed,
@@ -65,7 +75,7 @@ def measure(start: Path, seed: int) -> dict[str, float]:
     )
     data = VerifiableDataModule(module.tokenizer, Addition(PROMPTS, seed=seed), prompts_per_phase=PROMPTS)
     trainer.fit(module, data)
-    return compare_groups(groups.found)
+    return groups.found
 
 
 def compare_groups(found: dict[str, list[Group]]) -> dict[str, float]:
