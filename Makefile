@@ -23,7 +23,7 @@ define run-recipe
   [ $$verb = validate ] || touch runs/$(1)/$$stage.done; done
 endef
 
-.PHONY: help setup demo demo-smollm recipe show-batch quick test fuzz test-kill audit-verifiers lint types format
+.PHONY: help setup demo demo-smollm recipe study show-batch quick test fuzz test-kill audit-verifiers lint types format
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -53,6 +53,9 @@ recipe: setup $(if $(findstring smollm,$(NAME)),.venv/.smollm)  ## run configs/r
 	$(if $(findstring smollm,$(NAME)),$(call link-smollm,$(NAME)))
 	$(call run-recipe,$(NAME))
 	@echo recipe: $(NAME) ok $$(cat runs/$(NAME)/*.result 2>/dev/null)
+
+study: setup  ## run configs/studies/NAME for each of its seeds and arms, without what is done, and print what it shows: grpo-bias, safety-dose
+	$(PY) configs/studies/run_study.py $(NAME)
 
 show-batch: setup  ## print the first batch of CONFIG, what is learned of it coloured
 	$(PY) -m modules fit --config $(CONFIG) --config configs/overlays/show_batch.yaml

@@ -7,6 +7,7 @@ from callbacks.data_report import DataReport
 from callbacks.diversity import Diversity
 from callbacks.doctor import Doctor
 from callbacks.forgetting import Forgetting
+from callbacks.group_bias import GroupBias
 from callbacks.length_bias import LengthBias
 from callbacks.overoptimization import Overoptimization
 from callbacks.preference_audit import PreferenceAudit
@@ -18,6 +19,7 @@ from callbacks.stages.comparison import Comparison
 from callbacks.stages.export import Export
 from callbacks.stages.hand_off import HandOff
 from callbacks.stages.summary import Summary
+from callbacks.token_budget import TokenBudget
 from callbacks.token_picture import TokenPicture
 from callbacks.win_rate import WinRate
 from callbacks.writers.instruction_writer import InstructionWriter
@@ -36,6 +38,7 @@ __all__ = [
     "Doctor",
     "Export",
     "Forgetting",
+    "GroupBias",
     "HandOff",
     "InstructionWriter",
     "KnowledgeWriter",
@@ -48,6 +51,7 @@ __all__ = [
     "Refusal",
     "Samples",
     "Summary",
+    "TokenBudget",
     "TokenPicture",
     "WinRate",
 ]

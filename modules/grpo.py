@@ -22,6 +22,7 @@ from modules.rollout.engine import RolloutEngine
 from modules.rollout.environment import Environment
 from modules.rollout.metrics import make_outcomes
 from modules.rollout.sampling import Sampling
+from modules.rollout.scoring import weigh_credits
 from modules.trainer.steps import epoch_is_whole
 from modules.types import PolicyBatch, PromptBatch, Reward
 
@@ -132,6 +133,7 @@ class GRPOModule(OnPolicyModule):
                 f"dynamic_sampling asks which answers are right, and {self.reward.name} does not say that: name a reward "
                 "that does, with model.validation.accuracy"
             )
+        self.record.credits = []
         self.beta, self.kl_loss, self.refresh_every = beta, kl_loss, refresh_every
         self.move_reference(refresh_every is not None)
         self.entropy, self.mask_truncated, self.dynamic_sampling = entropy, mask_truncated, dynamic_sampling
@@ -161,6 +163,7 @@ class GRPOModule(OnPolicyModule):
         batch["advantages"] = self.weigh(batch, (advantages if advantages.dim() == 2 else advantages[:, None]) * mask)
         batch["row_count"] = self.objective.aggregation.row_count(mask)
         batch["active"] = self.has_gradient(batch["advantages"], mask)
+        self.record.credits = weigh_credits(batch, self.objective.aggregation.weights(mask), mask)
 
     def has_gradient(self, advantages: Tensor, mask: Tensor) -> Tensor:
         """Tell which completions have one, bool [N], from ``advantages`` and the keep-mask of those that teach, [N, Tc]."""

@@ -183,8 +183,6 @@ class OnPolicyModule(AlignmentModule):
         earlier = len(self.record.carried)  # the first rollouts, sampled in the phase before
         self.check_scored(found.rollouts[earlier:])
         batch = make_batch(found.rollouts, self.device)
-        if "update" in prompts and found.chosen is None:
-            batch["update"] = torch.tensor(prompts["update"], device=self.device)[batch["prompt_index"]]
         batch["old_logprobs"], entropies, *values = score_in_chunks(self.collected_scores, batch)
         if values:
             (batch["values"],) = values
@@ -203,6 +201,8 @@ class OnPolicyModule(AlignmentModule):
         batch["old_logprobs"][:earlier] = batch["sampler_logprobs"][:earlier]  # the probabilities they were drawn with
         if found.chosen is not None:
             batch = keep_prompts(batch, found.chosen)
+        if "update" in prompts:
+            batch["update"] = torch.tensor(prompts["update"], device=self.device)[batch["prompt_index"]]
         self.prepare(batch)
         self.record.carried = found.left
         scoring = time.perf_counter() - start - self.record.metrics["time/sampling"]

@@ -251,6 +251,19 @@ class Outcome:
     kl: float | None = None  # nats, sum over the completion; None = no reference
 
 
+@dataclass(frozen=True)
+class Credit:
+    """What a completion weighs in the policy gradient of the phase that trains on it."""
+
+    group: int  # completions of one prompt instance share a number on their rank
+    length: int  # tokens, the end token included
+    reward: float | None  # None = unscorable
+    advantage: float | None  # mean over its tokens; None = it teaches nothing: unscorable, or left out as cut off
+    # Sum over its tokens of |advantage| x what multiplies grad log p at ratio 1: the aggregation's weight of the token /
+    # the denominator of its update. A KL or an entropy beside the objective is not in it.
+    weight: float
+
+
 @dataclass
 class Record:
     """What a module leaves for callbacks to read, on this rank, as its attribute ``record``.
@@ -265,6 +278,9 @@ class Record:
     metrics: dict[str, float] = field(default_factory=dict)
     # Groups that were sampled in the phase and are trained on in the next one, see ``DynamicSampling``; kept likewise.
     carried: list[Rollout] = field(default_factory=list)
+    # The completions that the phase trains on, also those carried over; valid and kept like ``rollouts``. None = the
+    # method does not say what they weigh.
+    credits: list[Credit] | None = None
     # Completions of the evaluation's last batch, valid in ``on_validation_batch_end`` and ``on_test_batch_end``.
     # None = the module samples no held-out rows.
     held_out: list[Rollout] | None = None

@@ -20,7 +20,16 @@ from torch import Tensor
 
 from modules.trainer.modes import evaluating
 from modules.trainer.ranks import from_all_ranks
-from modules.types import Completion, HasRecord, InstructionBatch, PolicyBatch, PromptBatch, Rollout, find_attended
+from modules.types import (
+    Completion,
+    Credit,
+    HasRecord,
+    InstructionBatch,
+    PolicyBatch,
+    PromptBatch,
+    Rollout,
+    find_attended,
+)
 
 PROMPT_FIELDS = ("prompt_ids", "prompt_mask")
 PHASE_FIELDS = ("denominator", "row_count", "active", "update", "penalties", "parts", "part_weights")
@@ -170,6 +179,7 @@ class PhaseLoader:
             else [],
             "rollouts": [asdict(rollout) for rollout in record.rollouts],
             "carried": [asdict(rollout) for rollout in record.carried],
+            "credits": None if record.credits is None else [asdict(credit) for credit in record.credits],
             "phase_metrics": dict(record.metrics),
             "extra": self.extra,
         }
@@ -211,6 +221,8 @@ class PhaseLoader:
         self.micro_batches = [on(batch, self.trainer.strategy.root_device) for batch in mine["micro_batches"]]
         record.rollouts = [load_rollout(saved) for saved in mine["rollouts"]]
         record.carried = [load_rollout(saved) for saved in mine.get("carried", [])]
+        if mine.get("credits") is not None:
+            record.credits = [Credit(**saved) for saved in mine["credits"]]
         record.metrics = mine["phase_metrics"]
 
 

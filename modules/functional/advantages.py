@@ -5,8 +5,13 @@ NaN is unscorable: it enters no statistic of its group, and its own advantage is
 fewer than two scorable rows or if its scorable rewards are all equal.
 """
 
+from collections.abc import Callable
+from math import comb
+
 import torch
 from torch import Tensor
+
+from modules.functional.ranges import check_numbers
 
 
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, lam: float = 0.95) -> tuple[Tensor, Tensor]:
@@ -133,3 +138,53 @@ def zero_std_fraction(rewards: Tensor, group: Tensor) -> Tensor:
     _, lowest, highest = _extremes(rewards, group)
     has_scorable = lowest <= highest
     return (lowest == highest).sum() / has_scorable.sum().clamp(min=1)
+
+
+def expected_weight(advantages: Callable[[Tensor, Tensor], Tensor], rate: float, size: int) -> float:
+    """Compute the expected sum of |A| over a group whose answers are right with probability ``rate``, exactly.
+
+    It is the sum over k of C(size, k) rate^k (1 - rate)^(size - k) |A of k rewards of 1 and size - k of 0|. Under
+    ``group_center`` that is 2 (size - 1) rate (1 - rate). Under ``group_zscore`` it is flatter, so that very easy and
+    very hard prompts weigh more beside the others (Dr. GRPO, 2503.20783, section 3.1).
+
+    advantages: a function of rewards [N] and group [N], such as ``group_zscore``. rate: in 0..1. size: completions of
+    the group, >= 1. Raises ValueError out of these ranges.
+
+    >>> round(expected_weight(group_center, rate=0.25, size=4), 6)
+    1.125
+    """
+    check_numbers("expected_weight", rate=(rate, "[0, 1]"), size=(size, "[1, inf)"))
+    group, total = torch.zeros(size, dtype=torch.long), 0.0
+    for right in range(size + 1):
+        rewards = (torch.arange(size) < right).double()
+        total += binomial(right, size, rate) * float(advantages(rewards, group).abs().sum())
+    return total
+
+
+def mixed_mean_bias(rate: float, size: int) -> float:
+    """Compute E[share of right answers | right and wrong ones] - ``rate`` of a group: the bias of its mean as a baseline.
+
+    Only groups with right and with wrong answers have a gradient, and dynamic sampling trains on no others. Among them
+    the mean is (rate - rate^size) / (1 - rate^size - (1 - rate)^size) on average: too high for hard prompts, so that
+    advantages are too low, and too low for easy ones (2601.08521, theorem 1 and lemma 2).
+
+    rate: the prompt's probability of a right answer, in 0..1. At 0 and 1 the result is its limit, 1 / size and -1 /
+    size. size: completions of the group, >= 2. Raises ValueError out of these ranges.
+
+    >>> round(mixed_mean_bias(rate=0.25, size=2), 6), round(mixed_mean_bias(rate=0.5, size=8), 6)
+    (0.25, 0.0)
+    """
+    check_numbers("mixed_mean_bias", rate=(rate, "[0, 1]"), size=(size, "[2, inf)"))
+    if rate in (0.0, 1.0):
+        return (1 - 2 * rate) / size
+    chances = [binomial(right, size, rate) for right in range(1, size)]
+    return sum(chance * right / size for right, chance in enumerate(chances, 1)) / sum(chances) - rate
+
+
+def binomial(right: int, size: int, rate: float) -> float:
+    """Compute the probability of exactly ``right`` right answers among ``size`` that are right with ``rate`` each.
+
+    >>> binomial(1, 2, 0.5)
+    0.5
+    """
+    return comb(size, right) * rate**right * (1 - rate) ** (size - right)

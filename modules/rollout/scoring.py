@@ -9,7 +9,8 @@ from torch import Tensor
 
 from modules.functional.masked import pad_rows
 from modules.rewards.combined import in_phase
-from modules.types import Completion, PolicyBatch, PromptBatch, Reward, Rollout, find_attended
+from modules.trainer.ranks import from_all_ranks
+from modules.types import Completion, Credit, PolicyBatch, PromptBatch, Reward, Rollout, find_attended
 
 SCORING_TOKENS = 16384  # padded tokens of one forward without gradients
 
@@ -154,3 +155,24 @@ def add_sums(rollouts: list[Rollout], entropies: Tensor, kl: Tensor | None, mask
     entropy = (entropies.sum(1) / mask.sum(1).clamp(min=1)).tolist()
     sums = [None] * len(rollouts) if kl is None else (kl * mask).sum(1).tolist()
     return [replace(rollout, entropy=e, kl=k) for rollout, e, k in zip(rollouts, entropy, sums, strict=True)]
+
+
+def weigh_credits(batch: PolicyBatch, weights: Tensor, mask: Tensor) -> list[Credit]:
+    """Tell what each completion weighs in the gradient of its update, see ``Credit`` (collective).
+
+    Args:
+        batch: of a whole phase of this rank, with advantages [N, Tc] and ``row_count`` [N].
+        weights: [N, Tc], of the token losses in their sum.
+        mask: bool [N, Tc], the tokens of completions that teach.
+    """
+    update = batch.get("update", torch.zeros_like(batch["prompt_index"]))  # int [N]
+    mine = torch.bincount(update.cpu(), batch["row_count"].cpu().double())  # every rank takes part in every update
+    denominators = torch.tensor(from_all_ranks([mine.tolist()]), dtype=torch.float64).sum(0)  # [updates]
+    advantages = batch["advantages"].cpu().double() * mask.cpu()
+    weighed = (advantages.abs() * weights.cpu()).sum(1) / denominators[update.cpu()].clamp(min=1e-12)  # [N]
+    means = advantages.sum(1) / mask.cpu().sum(1).clamp(min=1)
+    columns = (batch["group"], batch["completion_mask"].sum(1), batch["rewards"], mask.any(1), means, weighed)
+    return [
+        Credit(group, length, None if reward != reward else reward, mean if teaches else None, weight)
+        for group, length, reward, teaches, mean, weight in zip(*(column.tolist() for column in columns), strict=True)
+    ]

@@ -10,7 +10,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import DataLoader
 
-from modules.types import Completion, Record, Rollout
+from modules.types import Completion, Credit, Record, Rollout
 
 
 def make_rollout(
@@ -31,11 +31,11 @@ def make_rollout(
 class Scripted(LightningModule):
     """Carries ``phases[p]`` in phase p, from first micro-batch to end; one weight, two micro-batches a phase."""
 
-    def __init__(self, phases: list[list[Rollout]]) -> None:
+    def __init__(self, phases: list[list[Rollout]], credits: list[Credit] | None = None) -> None:
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(1))
         self.phases = phases
-        self.record = Record()
+        self.record = Record(credits=credits)
 
     def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
         self.record.rollouts = self.phases[self.trainer.current_epoch]
@@ -88,7 +88,11 @@ def fit(tmp_path: Path) -> Callable[..., Events]:
     runs = 0
 
     def run(
-        callback: Callback, phases: list[list[Rollout]], ckpt_path: Path | None = None, save: Path | None = None
+        callback: Callback,
+        phases: list[list[Rollout]],
+        ckpt_path: Path | None = None,
+        save: Path | None = None,
+        credits: list[Credit] | None = None,
     ) -> Events:
         nonlocal runs
         runs += 1
@@ -104,7 +108,7 @@ def fit(tmp_path: Path) -> Callable[..., Events]:
             log_every_n_steps=1,
         )
         data: DataLoader[torch.Tensor] = DataLoader([torch.ones(1)] * 2)  # type: ignore[arg-type]
-        trainer.fit(Scripted(phases), data, ckpt_path=ckpt_path)
+        trainer.fit(Scripted(phases, credits), data, ckpt_path=ckpt_path)
         if save is not None:
             trainer.save_checkpoint(save)
         return Events(Path(logger.log_dir))

@@ -65,7 +65,9 @@ LIMITS = {
             "--model.reward=RegexFormat",
             r"--model.reward.pattern=[\x00-\x7f]*",
             "--model.importance=ImportanceWeights",
+            "--trainer.callbacks+=GroupBias",
         ),
+        "--trainer.callbacks+={class_path: TokenBudget, init_args: {tokens: 1000000}}",
         "--trainer.callbacks+={class_path: WinRate, init_args: {judge: {class_path: Versus, init_args: {reward: "
         "{class_path: NumericMatch}}}}}",
     ],

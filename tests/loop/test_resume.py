@@ -18,6 +18,7 @@ from programs import run_program, run_ranks
 from resumes import check_resumes
 
 import modules
+from callbacks import GroupBias
 from datamodules import Addition, InstructionDataModule, VerifiableDataModule
 from modules import GRPOModule
 from modules.losses import Clipped, ConstantNorm, SequenceMean, TokenMean
@@ -89,7 +90,7 @@ def fit(
         devices=1,
         accumulate_grad_batches=accumulate,
         gradient_clip_val=1.0,
-        callbacks=[states, *((every_step, every_phase) if saves else ()), *extra],
+        callbacks=[states, GroupBias(), *((every_step, every_phase) if saves else ()), *extra],
         enable_checkpointing=saves,
         logger=records,
         log_every_n_steps=1,

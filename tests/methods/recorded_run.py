@@ -18,7 +18,7 @@ from lightning.pytorch.loggers.logger import Logger
 from torch.optim import SGD
 from torch.optim.lr_scheduler import ExponentialLR
 
-from callbacks import Diversity, LengthBias, Overoptimization
+from callbacks import Diversity, GroupBias, LengthBias, Overoptimization, TokenBudget
 from datamodules import InstructionDataModule, NumberTexts, PreferenceDataModule, PtxStream, VerifiableDataModule
 from datamodules.sources import Row, Source
 from modules import DPOModule, GRPOModule, OnlineDPOModule, PPOModule, RewardModule, SFTModule
@@ -263,7 +263,9 @@ def record(method: str, ranks: int, folder: Path) -> None:
     recording, module = Recording(), make_module(method)
     callbacks: list[Callback] = [Recorder(recording)]
     if method in ("grpo", "ppo", "online_dpo"):
-        callbacks += [Overoptimization(Gold()), Diversity(), LengthBias()]
+        callbacks += [Overoptimization(Gold()), Diversity(), LengthBias(), TokenBudget(10**6)]
+    if method == "grpo":
+        callbacks.append(GroupBias())
     trainer = Trainer(
         accelerator="cpu",
         devices=ranks,

@@ -444,6 +444,47 @@ def measure_callbacks(phase: Phase, first: Phase) -> Numbers:
     }
 
 
+def find_denominators(steps: Sequence[Step]) -> dict[tuple[int, ...], float]:
+    """Find what the update divides by that has a completion; those without gradient need not be in any."""
+    found = {}
+    for batch in (batch for step in steps for batch in step.batches):
+        rows = [a for answers in read_examples([batch | {"rank": batch["group"]}]) for a in answers]
+        found |= {(*row.prompt, -1, *row.ids): float(batch["denominator"]) for row in rows}
+    return found
+
+
+def measure_group_bias(phase: Phase, steps: Sequence[Step]) -> Numbers:
+    denominators, weights = find_denominators(steps), {}
+    for row in phase.scored:  # a token mean, so each token weighs 1 / the denominator
+        size = abs(phase.advantages[id(row)]) * sum(importance("grpo", row))
+        weights[id(row)] = size and size / denominators[*row.rollout.prompt_ids, -1, *row.ids]
+    total, found = sum(weights.values()), {}
+    bins: dict[str, list[list[Row]]] = {"hard": [], "middle": [], "easy": []}
+    for group in phase.groups.values():
+        scored = [row for row in group if row.reward is not None]
+        if scored:
+            rate = share([row.reward > 0.5 for row in scored])
+            bins["hard" if rate <= 0.25 else "easy" if rate >= 0.75 else "middle"].append(scored)
+    mixed = {name: [g for g in groups if len({r.reward > 0.5 for r in g}) == 2] for name, groups in bins.items()}
+    for name, groups in bins.items():
+        found[f"gradient_share_{name}"] = sum(weights[id(row)] for group in groups for row in group) / total
+        if any(mixed.values()):
+            found[f"group_share_{name}"] = len(mixed[name]) / sum(map(len, mixed.values()))
+        rates = [(share([row.reward > 0.5 for row in group]), len(group)) for group in mixed[name]]
+        if rates:
+            found[f"baseline_bias_{name}"] = fmean((p - p**n) / (1 - p**n - (1 - p) ** n) - p for p, n in rates)
+    for right, name in ((True, "right"), (False, "wrong")):
+        found[f"{name}_length"] = fmean(len(row.ids) for row in phase.scored if (row.reward > 0.5) == right)
+    lengths = [len(row.ids) for row in phase.scored]
+    parts: dict[int, list[float]] = {}
+    for row in phase.scored:
+        below = sum(length < len(row.ids) for length in lengths) + lengths.count(len(row.ids)) / 2
+        weight = fmean(importance("grpo", row))
+        parts.setdefault(int(10 * below / len(lengths)) + 1, []).append(phase.advantages[id(row)] * weight)
+    found |= {f"advantage_decile_{number}": fmean(values) for number, values in parts.items()}
+    return {f"group_bias/{name}": value for name, value in found.items()}
+
+
 def measure_clips(ratios: list[float], advantages: list[float], high: float) -> Numbers:
     both = list(zip(ratios, advantages, strict=True))
     low_mean, high_mean = share([r < 0.8 and a < 0 for r, a in both]), share([r > 1 + high and a > 0 for r, a in both])
@@ -613,6 +654,11 @@ def compare(method: str, ranks: int) -> Iterator[Compared]:
         policies = [next(Model(method, s.before) for s in steps if s.phase == p) for p in range(len(rollouts))]
         phases = [Phase(each, policy, start) for each, policy in zip(rollouts, policies, strict=True)]
         rows.append(("train", [measure_phase(method, phase, phases[0]) for phase in phases]))
+        lengths = [sum(len(row.ids) for row in phase.rows) for phase in phases]
+        rows.append(("train", [{"sampled_tokens": sum(lengths[: p + 1])} for p in range(len(phases))]))
+        if method == "grpo":
+            of_phase = [[step for step in steps if step.phase == p] for p in range(len(phases))]
+            rows.append(("train", list(map(measure_group_bias, phases, of_phase))))
         of_steps = [ON_POLICY[method](phases[s.phase], Model(method, s.before), start, s) for s in steps]
         of_evaluations = []
         for ranked in evaluations:
@@ -628,6 +674,8 @@ def compare(method: str, ranks: int) -> Iterator[Compared]:
     for stage, numbers in (*rows, ("train", of_steps), ("train", totals), ("val", of_evaluations)):
         for name in dict.fromkeys(name for each in numbers for name in each):
             tag, expected = f"{stage}/{name}", [each.get(name, math.nan) for each in numbers]
+            if name.startswith("group_bias/"):  # a phase with nothing to count logs nothing
+                expected = [value for value in expected if not math.isnan(value)]
             yield Compared(tag, expected, [line[tag] for line in logged if tag in line])
 
 
