@@ -144,9 +144,12 @@ def test_a_function_is_a_reward_from_python(kind):
     from my_package import few_letters
 
     (argument,) = take_reward(kind)
-    needed = {"policy": "tiny"} if "policy" in inspect.signature(kind).parameters else {}
+    values = {"policy": "tiny", "per_token": 0.1, "max_length": 8}
+    parameters = inspect.signature(kind).parameters
+    asked = [name for name, parameter in parameters.items() if parameter.default is parameter.empty]
+    needed = {name: value for name, value in values.items() if name in asked}
     given = [few_letters] if argument == "rewards" else few_letters
-    made = kind(**needed, **({"per_token": 0.1} if kind.__name__ == "LengthPenalty" else {}), **{argument: given})
+    made = kind(**needed, **{argument: given})
     (found,) = made.rewards if argument == "rewards" else [getattr(made, argument)]
     assert isinstance(found, FunctionReward) and found([rollout("a 3", "3")]) == [-3.0]
 
