@@ -69,8 +69,8 @@ class Doctor(Callback):
                 "the callback"
             )
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Examine a run that begins."""
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Examine a run that begins, when it listens for signals already."""
         if trainer.global_step == 0 and trainer.current_epoch == 0:
             self._examine(trainer, pl_module, trainer.optimizers)
             self._tells_time = True
@@ -131,6 +131,8 @@ def check_learning_rate(module: Any, optimizer: torch.optim.Optimizer, updates: 
     group = optimizer.param_groups[0]
     rate = float(group.get("initial_lr", group["lr"]))
     reach = measure_reach(module.policy.model, module.lora_scale) if is_normalised(optimizer) else None
+    if not any(float(each.get("initial_lr", each["lr"])) > 0 for each in optimizer.param_groups):
+        return [Finding("learning_rate", "The learning rate is 0, so nothing is learned: set model.optimizer.lr.")]
     if reach is None or not rate > 0:
         return []
     kind = "adapters" if module.lora_scale is not None else "all weights"

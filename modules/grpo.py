@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from modules.base import count_tokens
@@ -23,6 +24,7 @@ from modules.rollout.environment import Environment
 from modules.rollout.metrics import make_outcomes
 from modules.rollout.sampling import Sampling
 from modules.rollout.scoring import weigh_credits
+from modules.trainer.ranks import from_all_ranks
 from modules.trainer.steps import epoch_is_whole
 from modules.types import PolicyBatch, PromptBatch, Reward
 
@@ -123,11 +125,23 @@ class GRPOModule(OnPolicyModule):
         self.advantage = as_advantage(advantage or self.objective.default_advantage())
         self.require_generations(self.advantage.least_generations)
         self.advantage.check(self.reward)
+        if beta > 0 and kl_loss is None and not self.advantage.takes_kl:
+            raise ValueError(
+                f"advantage {type(self.advantage).__name__} has no place for a KL in the reward: set kl_loss to "
+                "weighted_k3 or k2"
+            )
+        if advantage is not None and getattr(self.objective, "baseline", False):
+            raise ValueError(
+                f"objective {type(self.objective).__name__} with a baseline brings its own advantage, and "
+                f"{type(self.advantage).__name__} would take its place: leave out one of them"
+            )
         if importance is not None and self.objective.corrects_sampler:
             raise ValueError(
                 f"objective {type(self.objective).__name__} weighs tokens by p of the trainer / p of the sampler itself, "
                 "and importance would do so again: leave one of them out"
             )
+        if dynamic_sampling is not None:
+            self.require_generations(2)
         if dynamic_sampling is not None and self.accuracy is None:
             raise ValueError(
                 f"dynamic_sampling asks which answers are right, and {self.reward.name} does not say that: name a reward "
@@ -159,6 +173,11 @@ class GRPOModule(OnPolicyModule):
         batch["teaches"] = ~batch["rewards"].isnan()
         if self.mask_truncated:
             batch["teaches"] &= batch["stopped"]
+        if self.mask_truncated and not any(from_all_ranks([bool(batch["teaches"].any())])):
+            rank_zero_warn(
+                f"phase {self.current_epoch}: no completion ended within sampling.max_completion_length, and "
+                "mask_truncated leaves out those that were cut off, so nothing is learned: raise the length"
+            )
         mask = leave_out_unscored(batch)["completion_mask"]
         batch["advantages"] = self.weigh(batch, (advantages if advantages.dim() == 2 else advantages[:, None]) * mask)
         batch["row_count"] = self.objective.aggregation.row_count(mask)

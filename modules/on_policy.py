@@ -1,6 +1,7 @@
 """The base of methods that learn from their own samples: sampling, scoring, the frozen start policy, evaluation."""
 
 import re
+import reprlib
 import time
 from abc import abstractmethod
 from collections.abc import Mapping
@@ -374,15 +375,21 @@ class OnPolicyModule(AlignmentModule):
         if any(scored for scored, _, _ in ranks):
             return
         count, name = sum(count for _, _, count in ranks), self.reward.name
+        judges = [part for part in walk_rewards(self.reward) if part.checks_answer or hasattr(part, "needs_answer")]
         gold = next((answer for _, answer, _ in ranks if answer is not None), None)
         if self.global_step > 0:
             said = (
                 f"phase {self.current_epoch}: {name} scored none of its {count} completions, so nothing is learned "
-                f"from them; their first answer is {gold!r}"
+                f"from them; their first answer is {reprlib.repr(gold)}"
             )
             if self.on_unscored == "stop":
                 raise ValueError(said)
             rank_zero_warn(said)
+        elif judges and not any(getattr(part, "needs_answer", True) for part in judges):
+            raise ValueError(
+                f"{name} scored none of the first {count} completions, and needs no answer: the warnings before this say "
+                "why, or a row lacks what it reads"
+            )
         elif gold is None:
             raise ValueError(
                 f"{name} scored none of the first {count} completions, whose rows have no answer to compare with: name "
@@ -391,7 +398,7 @@ class OnPolicyModule(AlignmentModule):
         else:
             raise ValueError(
                 f"{name} scored none of the first {count} completions; the first answer that it was to compare with is "
-                f"{gold!r}: {name_reader(gold)}"
+                f"{reprlib.repr(gold)}: {name_reader(gold)}"
             )
 
     def check_start(self, log_ratio: Tensor) -> None:

@@ -114,7 +114,8 @@ class Examination:
         rows = data.train_prompts
         self.rows = drawn.sample(range(len(rows)), min(len(rows), max(GOLDS, num_prompts)))
         self.prompts = [rows[row] for row in self.rows[:num_prompts]]
-        self.verifiers = [part for part in walk_rewards(self.reward) if part.checks_answer]
+        checking = [part for part in walk_rewards(self.reward) if part.checks_answer]
+        self.verifiers = [part for part in checking if getattr(part, "needs_answer", True)]
         self.judge = module.accuracy  # tells right from wrong
         start = time.perf_counter()
         self.trial = self.try_out(self.prompts, self.sampling, self.num_generations)
@@ -411,7 +412,7 @@ class Examination:
         first = missed[0].rollout
         return Finding(
             "verifier",
-            f"{name_of(self.judge)}, as it is set, gives nothing to {share:.0%} of the answers that {name} "
+            f"{name_of(self.judge)}, {self.place_of_judge}, gives nothing to {share:.0%} of the answers that {name} "
             f"finds right, such as {shorten(first.text)} for {shorten(str(first.answer))}: ask for the form that it "
             f"reads, in the prompt or by SFT, or use {name} without a pattern.",
         )
@@ -458,7 +459,7 @@ class Examination:
         """Tell how the groups without signal divide into always right and never right."""
         if any(finding.cause == "format" for finding in self.check_parts()):
             return None
-        if not any(part is self.judge for part in walk_rewards(self.reward)):
+        if not self.judge_decides:
             scores = [one.rollout.reward for one in self.trial.all if one.rollout.reward is not None]
             return Finding(
                 "signal",
@@ -504,6 +505,8 @@ class Examination:
                 continue
             if part is self.judge or (part is self.reward and not hasattr(part, "pattern")):
                 continue
+            if min([value for value in score(part, self.write_long()) if value is not None], default=0.0) < 0:
+                continue  # a penalty, whose best value is 0
             shown = shorten(self.trial.all[0].rollout.text)
             pattern = getattr(getattr(part, "pattern", None), "pattern", None)
             wanted = f" for the pattern {shorten(pattern)}" if pattern else ""
@@ -516,6 +519,25 @@ class Examination:
                 )
             )
         return found
+
+    @property
+    def place_of_judge(self) -> str:
+        """Where the reward that tells right from wrong is set."""
+        inside = any(part is self.judge for part in walk_rewards(self.reward))
+        return "as it is set" if inside else "as model.validation.accuracy"
+
+    @property
+    def judge_decides(self) -> bool:
+        """Whether the reward is that of right answers: it holds the judge, or agrees with it on nine of ten."""
+        if any(part is self.judge for part in walk_rewards(self.reward)):
+            return True
+        both = [one for one in self.trial.all if one.right is not None and one.rollout.reward is not None]
+        return bool(both) and mean(one.right == ((one.rollout.reward or 0.0) > 0.5) for one in both) > 1 - WASTE
+
+    def write_long(self) -> list[Rollout]:
+        """Write completions that repeat themselves beyond the budget, which penalties on length and repetition lower."""
+        text = "and so on " * self.sampling.max_completion_length
+        return [self.write(prompt, text) for prompt in self.prompts[:1]]
 
     @property
     def positions(self) -> float:

@@ -24,9 +24,11 @@ class Advantage(ABC):
 
     Attributes:
         least_generations: completions of a prompt that it needs.
+        takes_kl: whether it has a place for a KL in the reward.
     """
 
     least_generations = 2
+    takes_kl = True
 
     def check(self, reward: Reward) -> None:  # noqa: B027
         """Refuse a reward that this advantage cannot use; by default none."""
@@ -76,12 +78,14 @@ class MaxRL(Advantage):
     right answer teaches nothing. When called, a reward below 0 raises ValueError.
     """
 
+    takes_kl = False
+
     def __call__(self, batch: PolicyBatch) -> Tensor:
         rewards, group = find_returns(batch), batch["group"]
         if bool((rewards < 0).any()):
             raise ValueError(
                 f"MaxRL divides by the mean reward of a group, and a reward is {float(rewards.nan_to_num(0).min()):.3g}: "
-                "use a reward that is 0 or 1, such as ExactMatch, and a KL in the loss"
+                "use a reward that is 0 or 1, such as ExactMatch"
             )
         centered = group_center(rewards, group)
         means = rewards.to(centered.dtype) - centered  # of a row with a score
@@ -128,6 +132,8 @@ class GDPO(Advantage):
         eps: >= 0, in units of each part.
     """
 
+    takes_kl = False
+
     def __init__(self, ddof: int = 1, eps: float = 1e-4) -> None:
         check_numbers("GDPO", ddof=(ddof, "[0, 1]"), eps=(eps, "[0, inf)"))
         self.ddof, self.eps = ddof, eps
@@ -141,8 +147,6 @@ class GDPO(Advantage):
             )
 
     def __call__(self, batch: PolicyBatch) -> Tensor:
-        if "penalties" in batch:
-            raise ValueError("advantage GDPO has no place for a KL in the reward: set kl_loss to weighted_k3 or k2")
         scored = ~batch["rewards"].isnan()
         parts = batch["parts"].masked_fill(~scored[:, None], torch.nan)  # [N, C]
         columns = [group_zscore(part, batch["group"], self.eps, self.ddof) for part in parts.unbind(1)]
@@ -159,7 +163,20 @@ class FunctionAdvantage(Advantage):
         self.function = function
 
     def __call__(self, batch: PolicyBatch) -> Tensor:
-        found: Tensor = self.function(find_returns(batch), batch["group"])
+        rewards = find_returns(batch)
+        found = self.function(rewards, batch["group"])
+        if not isinstance(found, Tensor) or found.shape != rewards.shape:
+            got = f"shape {list(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+            raise ValueError(
+                f"advantage {getattr(self.function, '__name__', 'function')} returned {got}, expected a tensor of shape "
+                f"[{len(rewards)}], one number for each completion"
+            )
+        found = found.masked_fill(rewards.isnan(), 0.0)
+        if not bool(found.isfinite().all()):
+            raise ValueError(
+                f"advantage {getattr(self.function, '__name__', 'function')} returned a number that is not finite for a "
+                "completion with a score: leave completions without a score, whose reward is NaN, out of its means"
+            )
         return found
 
 

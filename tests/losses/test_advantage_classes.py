@@ -85,8 +85,7 @@ def test_a_kl_in_the_reward_is_that_of_the_whole_completion() -> None:
     penalties = torch.tensor([[0.1, 0.2, 9.0], [0.0, 0.0, 0.0]])
     batch = phase([1, 0], [0, 0], [2, 3], penalties=penalties)
     assert numbers(LeaveOneOut()(batch)) == [1 - 0.3, -(1 - 0.3)]  # r - sum k1, the reward of 2402.14740
-    with pytest.raises(ValueError, match="GDPO has no place for a KL in the reward"):
-        GDPO()(batch)
+    assert [kind.takes_kl for kind in (LeaveOneOut(), Whitened(), GDPO(), MaxRL())] == [True, True, False, False]
 
 
 def test_gdpo_against_a_loop() -> None:
@@ -125,4 +124,13 @@ def test_what_is_refused_and_what_a_function_gets() -> None:
     own = as_advantage(lambda rewards, group: rewards * 2 + group)
     assert numbers(own(phase([1, 0], [3, 4]))) == [5, 4]
     assert as_advantage(own) is own
+    assert numbers(as_advantage(lambda rewards, group: rewards)(phase([1, math.nan], [0, 0]))) == [1, 0]
+    for wrong, message in (
+        (lambda rewards, group: rewards.mean(), r"<lambda> returned shape \[\], expected a tensor of shape \[2\]"),
+        (lambda rewards, group: rewards[:1], r"returned shape \[1\]"),
+        (lambda rewards, group: rewards.tolist(), "returned list"),
+        (lambda rewards, group: rewards / 0, "returned a number that is not finite"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            as_advantage(wrong)(phase([1, 0], [0, 0]))
     assert [kind.least_generations for kind in (ZScore(), Whitened(), Whitened(True))] == [2, 1, 2]

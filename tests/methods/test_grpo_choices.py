@@ -13,7 +13,17 @@ from test_ppo import EOS, A, B, Scores, Scripted
 from datamodules import Addition, VerifiableDataModule
 from modules import GRPOModule
 from modules.functional import kl
-from modules.losses import DPPO, GDPO, Clipped, ImportanceWeights, MirrorDescent, REINFORCEPlusPlus, SequenceMean
+from modules.losses import (
+    DPPO,
+    GDPO,
+    Centered,
+    Clipped,
+    ImportanceWeights,
+    MaxRL,
+    MirrorDescent,
+    REINFORCEPlusPlus,
+    SequenceMean,
+)
 from modules.on_policy import Validation
 from modules.rewards import ExactMatch, LengthPenalty, RegexFormat, WeightedSum
 from modules.rewards.combined import Ramp
@@ -175,6 +185,13 @@ def test_truncated_completions_count_in_their_group_and_teach_nothing():
     assert len(batch["rewards"]) == 4 and batch["teaches"].all()
 
 
+def test_a_phase_in_which_everything_is_cut_off_is_told():
+    rows = [([A, B], "length"), ([A, A], "length")]
+    settings = {"num_generations": 2, "reward": Scores(1.0, 0.0), "engine": Scripted(rows), "mask_truncated": True}
+    with pytest.warns(UserWarning, match="phase 0: no completion ended within sampling.max_completion_length"):
+        fit(grpo(**settings), 1, 2)
+
+
 def test_entropy_raises_the_entropy_of_a_policy_without_advantages():
     """The gradient is that of -0.3 x the mean entropy over tokens, computed apart."""
     module, seen = grpo(reward=RegexFormat("never"), entropy=0.3), Gradients()
@@ -287,6 +304,15 @@ def test_a_kl_in_the_reward_lowers_the_advantage_of_completions_far_from_the_sta
         ({"advantage": GDPO()}, "GDPO normalises the parts of a WeightedSum"),
         ({"num_generations": 1}, "num_generations is 1: a group needs at least 2 completions to compare"),
         ({"num_generations": 0, "objective": REINFORCEPlusPlus()}, "num_generations is 0, expected at least 1"),
+        (
+            {"num_generations": 1, "objective": REINFORCEPlusPlus(), "dynamic_sampling": DynamicSampling()},
+            "is 1: a group",
+        ),
+        (
+            {"advantage": MaxRL(), "beta": 0.1, "kl_loss": None},
+            "MaxRL has no place for a KL in the reward: set kl_loss",
+        ),
+        ({"advantage": Centered(), "objective": REINFORCEPlusPlus(baseline=True)}, "baseline brings its own advantage"),
         ({"entropy": math.nan}, "GRPOModule: entropy must be finite"),
         ({"refresh_every": 0, "measure_kl": True}, "GRPOModule: refresh_every must be >= 1"),
         ({"kl_loss": kl.k1}, "or null to have k1 in the reward"),
