@@ -114,8 +114,8 @@ class Examination:
         rows = data.train_prompts
         self.rows = drawn.sample(range(len(rows)), min(len(rows), max(GOLDS, num_prompts)))
         self.prompts = [rows[row] for row in self.rows[:num_prompts]]
-        checking = [part for part in walk_rewards(self.reward) if part.checks_answer]
-        self.verifiers = [part for part in checking if getattr(part, "needs_answer", True)]
+        self.checking = [part for part in walk_rewards(self.reward) if part.checks_answer]
+        self.verifiers = [part for part in self.checking if getattr(part, "needs_answer", True)]
         self.judge = module.accuracy  # tells right from wrong
         start = time.perf_counter()
         self.trial = self.try_out(self.prompts, self.sampling, self.num_generations)
@@ -426,7 +426,7 @@ class Examination:
                 f"{name_of(self.reward)} scores none of the {len(self.trial.all)} completions, and such a run is "
                 "refused in its first phase: look at what it returns None for.",
             )
-        if len(values) > 1 or self.verifiers:
+        if len(values) > 1 or self.checking:
             return None
         # A reward of form is judged as one that never fires.
         if values == {0.0} and hasattr(self.reward, "pattern") and not self.reward.checks_answer:

@@ -15,7 +15,17 @@ from datamodules.sources import Row, Source
 from modules import GRPOModule, OnlineDPOModule, PPOModule
 from modules.networks.policy import Policy
 from modules.on_policy import Validation
-from modules.rewards import ExactMatch, LengthPenalty, NumericMatch, RegexFormat, ThinkAnswerFormat, WeightedSum
+from modules.rewards import (
+    CodeTests,
+    ExactMatch,
+    LengthPenalty,
+    NumericMatch,
+    OverlongPenalty,
+    RegexFormat,
+    Repetition,
+    ThinkAnswerFormat,
+    WeightedSum,
+)
 from modules.rollout.sampling import Sampling
 
 Case = tuple[LightningModule, LightningDataModule, Trainer]
@@ -114,6 +124,10 @@ def words(row: dict[str, Any], place: int) -> dict[str, Any]:
     return {**row, "answer": "the number " + " ".join(row["answer"])}
 
 
+def program(row: dict[str, Any], place: int) -> dict[str, Any]:
+    return {"prompt": row["prompt"], "test": "def check(add):\n    assert add(1, 2) == 3", "entry_point": "add"}
+
+
 def elsewhere(row: dict[str, Any], place: int) -> dict[str, Any]:
     return {"prompt": row["prompt"], "answer": str(random.Random(place).randrange(1000, 2000)), "total": row["answer"]}
 
@@ -147,9 +161,18 @@ ILL: dict[str, tuple[str, Callable[[int, Path], Case]]] = {
     "stop token missing": ("stop", lambda seed, folder: make(seed, policy=save_policy(folder, eos_token="<|im_end|>"))),
     "a policy that never stops": ("stop", lambda seed, folder: make(seed, policy="tiny")),
     "unreadable golds": ("golds", lambda seed, folder: make(seed, Sums(seed, words))),
+    "programs too hard, without answers": (
+        "hard",
+        lambda seed, folder: make(seed, Sums(seed, program), reward=CodeTests()),
+    ),
     "budget too short": ("budget", lambda seed, folder: make(seed, length=3)),
     "budget far too short": ("budget", lambda seed, folder: make(seed, length=2)),
     "all too hard": ("hard", lambda seed, folder: make(seed, Sums(seed, multiply))),
+    "all too hard, told right by another verifier": (
+        "hard",
+        lambda seed, folder: make(seed, Sums(seed, multiply), validation=Validation(accuracy=ExactMatch())),
+    ),
+    "a learning rate of 0": ("learning_rate", lambda seed, folder: make(seed, lr=0.0)),
     "all too easy": (
         "easy",
         lambda seed, folder: make(
@@ -184,6 +207,9 @@ ILL: dict[str, tuple[str, Callable[[int, Path], Case]]] = {
 HEALTHY: dict[str, Callable[[int, Path], Case]] = {
     "two completions a prompt": lambda seed, folder: make(seed, num_generations=2),
     "a length penalty": lambda seed, folder: make(seed, reward=LengthPenalty(NumericMatch(), 0.01)),
+    "penalties that nothing earns": lambda seed, folder: make(
+        seed, reward=WeightedSum([NumericMatch(), OverlongPenalty(40, 10), Repetition()])
+    ),
     "GRPO": lambda seed, folder: make(seed),
     "PPO": lambda seed, folder: make(
         seed, method=PPOModule, num_generations=4, data={"prompts_per_phase": 64, "updates_per_phase": 4}
