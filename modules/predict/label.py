@@ -8,6 +8,7 @@ from typing import Any, Protocol, cast, runtime_checkable
 from modules.predict.predict_module import PredictModule
 from modules.rewards.chat.judge import JudgedPair, PairwiseJudge, measure_tally, tally
 from modules.rewards.chat.protocol import ChatClient
+from modules.rewards.verifier import Verifier
 from modules.rollout.scoring import make_rollouts
 from modules.types import Completion, PromptBatch, Reward, as_reward
 
@@ -155,6 +156,11 @@ def describe_judge(value: Any) -> str:
             for name, part in vars(value).items()
             if not name.startswith("_") and not isinstance(part, Counter)
         }  # without the counts of earlier calls
+        if isinstance(value, Verifier):  # without how it is run
+            for name in ("settings", "in_process", "reads", "timeout"):
+                kept.pop(name, None)
+            kept = value.settings | kept
+            kept = {"name": kept.pop("name"), **kept}
         parts = (f"{name}={describe_judge(part)}" for name, part in kept.items())
         return f"{type(value).__name__}({', '.join(parts)})"
     if isinstance(value, list):

@@ -31,9 +31,8 @@ class ExactMatch(Verifier):
     checks_answer = True
 
     def __init__(self, pattern: str | None = None, name: str = "exact_match") -> None:
-        if pattern is not None:
-            compile_extractor(pattern, "ExactMatch")
         super().__init__(name, {"pattern": pattern})
+        self.pattern = None if pattern is None else compile_extractor(pattern, "ExactMatch")
         self.in_process = pattern in (None, THINK_ANSWER)
 
 
@@ -72,9 +71,8 @@ class NumericMatch(Verifier):
     def __init__(self, pattern: str | None = None, tolerance: float = 0.0, name: str = "numeric_match") -> None:
         if not 0.0 <= tolerance < math.inf:
             raise ValueError(f"NumericMatch: tolerance must be a finite number >= 0, got {tolerance}")
-        if pattern is not None:
-            compile_extractor(pattern, "NumericMatch")
         super().__init__(name, {"pattern": pattern, "tolerance": tolerance})
+        self.pattern = None if pattern is None else compile_extractor(pattern, "NumericMatch")
         self.reads = "final_text" if pattern is None else "text"
         self.in_process = pattern is None
 

@@ -212,7 +212,7 @@ def in_phase(reward: Reward, phase: int | None) -> Iterator[None]:
         yield
     finally:
         for part in parts:
-            part.phase = None
+            vars(part).pop("phase", None)  # a part may stand at two places
 
 
 def list_parts(reward: Reward) -> list[Reward]:

@@ -25,8 +25,8 @@ class RegexFormat(Verifier):
     reads = "text"
 
     def __init__(self, pattern: str, name: str = "format") -> None:
-        compile_pattern(pattern, "RegexFormat")
         super().__init__(name, {"pattern": pattern})
+        self.pattern = compile_pattern(pattern, "RegexFormat")
 
 
 class ThinkAnswerFormat(Verifier):
@@ -46,3 +46,4 @@ class ThinkAnswerFormat(Verifier):
 
     def __init__(self, name: str = "format") -> None:
         super().__init__(name, {"pattern": THINK_ANSWER})
+        self.pattern = compile_pattern(THINK_ANSWER, "ThinkAnswerFormat")

@@ -139,7 +139,7 @@ def test_a_data_file_stays_a_path(tmp_path, monkeypatch, run, caplog, name, text
         (["--model.optimizer", "Zzz"], "there is no class 'Zzz'; name a class of ours, or the whole class path"),
         (
             ["--model.objective.clip_high", "0.3"],
-            '"objective": name the class first, such as CISPO, Clipped, GSPO, MirrorDescent, and then its options',
+            '"objective": name the class first, such as CISPO, Clipped, DPPO, GSPO, GSPOToken, MirrorDescent, REINFORCE, REINFORCEPlusPlus, RLOO, SAPO, and ',
         ),
         (
             ["--data.train.num_exampls", "1"],
