@@ -228,6 +228,122 @@ def explore():
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
 
 
+# What a program tries with another process, with files elsewhere, and with what outlives it. libc = the C library.
+REACHES = """
+    lambda: fcntl.fcntl(reading, fcntl.F_SETOWN, victim)
+    lambda: c("syscall", {"x86_64": 72, "aarch64": 25}[machine], reading, fcntl.F_SETOWN | 1 << 40, victim)
+    lambda: fcntl.fcntl(reading, 15, struct.pack("ii", 1, victim))
+    lambda: fcntl.fcntl(reading, 10, 9)
+    lambda: fcntl.fcntl(os.open(folder + "/kept", os.O_RDONLY), 1024, 0)
+    lambda: fcntl.ioctl(pair[0].fileno(), 0x8901, struct.pack("i", victim))
+    lambda: fcntl.ioctl(pair[0].fileno(), 0x8902, struct.pack("i", victim))
+    lambda: resource.prlimit(victim, resource.RLIMIT_FSIZE, (0, 0))
+    lambda: os.setpriority(os.PRIO_PROCESS, victim, 19)
+    lambda: os.sched_setaffinity(victim, {0})
+    lambda: os.sched_setscheduler(victim, os.SCHED_BATCH, os.sched_param(0))
+    lambda: os.sched_setparam(victim, os.sched_param(0))
+    lambda: c("syscall", {"x86_64": 251, "aarch64": 30}[machine], 1, victim, 3 << 13)
+    lambda: c("syscall", {"x86_64": 256, "aarch64": 238}[machine], victim, 0, 0, 0)
+    lambda: c("syscall", {"x86_64": 279, "aarch64": 239}[machine], victim, 0, 0, 0, 0, 0)
+    lambda: c("syscall", {"x86_64": 312, "aarch64": 272}[machine], victim, victim, 0, 0, 0)
+    lambda: c("syscall", 425, 8, bytes(120))
+    lambda: os.pidfd_open(victim)
+    lambda: c("prctl", 1, 0, 0, 0, 0)
+    lambda: os.truncate(folder + "/kept", 0)
+    lambda: os.open(folder + "/kept", os.O_RDONLY | os.O_TRUNC)
+    lambda: os.open(folder + "/kept", 3 | os.O_TRUNC)
+    lambda: os.chmod(folder + "/kept", 0o777)
+    lambda: os.fchmod(os.open(folder + "/kept", os.O_RDONLY), 0o777)
+    lambda: c("syscall", 452, -100, folder.encode() + b"/kept", 0o777, 0)
+    lambda: os.chown(folder + "/kept", -1, -1)
+    lambda: os.fchown(os.open(folder + "/kept", os.O_RDONLY), -1, -1)
+    lambda: os.utime(folder + "/kept", (1, 1))
+    lambda: os.setxattr(folder + "/kept", "user.x", b"x")
+    lambda: os.removexattr(folder + "/kept", "user.x")
+    lambda: fcntl.flock(os.open(folder + "/kept", os.O_RDONLY), fcntl.LOCK_EX)
+    lambda: fcntl.ioctl(os.open(folder + "/kept", os.O_RDONLY), 0x40086602, struct.pack("q", 0x80))
+    lambda: c("shmget", 0, 1 << 20, 0o1600)
+    lambda: c("semget", 0, 1, 0o1600)
+    lambda: c("msgget", 0, 0o1600)
+    lambda: c("mq_open", b"/code-tests", os.O_CREAT | os.O_RDWR, 0o600, 0)
+    lambda: c("mq_unlink", b"/code-tests")
+    lambda: socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+"""
+
+
+def test_a_program_reaches_no_process_and_no_file_of_the_user(reward: CodeTests, tmp_path: Path) -> None:
+    kept = tmp_path / "kept"
+    kept.write_text("kept")
+    kept.chmod(0o600)
+    before = kept.stat()
+    victim = subprocess.Popen(["sleep", "99"])
+    program = f"""
+import ctypes, errno, fcntl, os, resource, socket, struct
+victim, folder, machine = {victim.pid}, "{tmp_path}", os.uname().machine
+reading, writing = os.pipe()
+pair = socket.socketpair()
+libc = ctypes.CDLL(None, use_errno=True)
+def c(name, *values):
+    values = [ctypes.c_long(value) if isinstance(value, int) else value for value in values]
+    if libc[name](*values) == -1:
+        raise OSError(ctypes.get_errno(), name)
+def explore():
+    done = []
+    for number, action in enumerate([{",".join(REACHES.strip().splitlines())}]):
+        try:
+            action()
+        except OSError as error:
+            if error.errno in (errno.EPERM, errno.EACCES):
+                continue
+        done.append(number)
+    fcntl.fcntl(reading, fcntl.F_SETFL, os.O_ASYNC)
+    os.write(writing, b"x")
+    return done
+"""
+    try:
+        assert reward([roll(f"```\n{program}\n```", listed("assert explore() == []"))]) == [1.0]
+        assert victim.poll() is None
+        assert os.getpriority(os.PRIO_PROCESS, victim.pid) == os.getpriority(os.PRIO_PROCESS, 0)
+    finally:
+        victim.kill()
+        victim.wait()
+    after = kept.stat()
+    assert (after.st_size, after.st_mode, after.st_mtime) == (4, before.st_mode, before.st_mtime)
+
+
+def test_a_program_keeps_what_it_needs(reward: CodeTests) -> None:
+    program = """
+import asyncio, os, pathlib, resource, sqlite3, tempfile, threading
+import numpy
+def work():
+    with tempfile.TemporaryFile() as file:
+        file.write(b"12345")
+        file.truncate(2)
+        assert file.tell() == 5 and file.seek(0, 2) == 2
+    os.makedirs("a/b")
+    pathlib.Path("a/one").write_text("1")
+    os.rename("a/one", "a/b/two")
+    assert pathlib.Path("a/b/two").read_text() == "1"
+    with open(os.devnull, "w") as null:
+        null.write("x")
+    with sqlite3.connect("data.sqlite") as data:
+        data.execute("create table t (x)")
+        data.execute("insert into t values (3)")
+        assert data.execute("select x from t").fetchall() == [(3,)]
+    async def two():
+        await asyncio.sleep(0.001)
+        return 2
+    assert asyncio.run(two()) == 2
+    found = []
+    thread = threading.Thread(target=lambda: found.append(float(numpy.linalg.norm(numpy.ones((4, 4)) @ numpy.ones(4)))))
+    thread.start()
+    thread.join()
+    resource.setrlimit(resource.RLIMIT_NOFILE, (32, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    return found
+"""
+    assert reward([roll(f"```\n{program}\n```", listed("assert work() == [8.0]"))]) == [1.0]
+
+
 def test_a_killed_worker_takes_its_program_along(reward: CodeTests) -> None:
     reward([roll(RIGHT, ADD)])  # what the system allows is known then
     before, found = hosts(), []
