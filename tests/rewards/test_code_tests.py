@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -234,7 +235,6 @@ REACHES = """
     lambda: c("syscall", {"x86_64": 72, "aarch64": 25}[machine], reading, fcntl.F_SETOWN | 1 << 40, victim)
     lambda: fcntl.fcntl(reading, 15, struct.pack("ii", 1, victim))
     lambda: fcntl.fcntl(reading, 10, 9)
-    lambda: fcntl.fcntl(os.open(folder + "/kept", os.O_RDONLY), 1024, 0)
     lambda: fcntl.ioctl(pair[0].fileno(), 0x8901, struct.pack("i", victim))
     lambda: fcntl.ioctl(pair[0].fileno(), 0x8902, struct.pack("i", victim))
     lambda: resource.prlimit(victim, resource.RLIMIT_FSIZE, (0, 0))
@@ -268,6 +268,7 @@ REACHES = """
     lambda: c("mq_open", b"/code-tests", os.O_CREAT | os.O_RDWR, 0o600, 0)
     lambda: c("mq_unlink", b"/code-tests")
     lambda: socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    lambda: fcntl.fcntl(os.open(folder + "/kept", os.O_RDONLY), 1024, 0)
 """
 
 
@@ -363,15 +364,101 @@ def test_a_killed_worker_takes_its_program_along(reward: CodeTests) -> None:
     assert slow.faults == {"program late": 1}
 
 
-def test_broken_rows(reward: CodeTests) -> None:
-    for row in ({"prompt": "q"}, None, {"test": "x", "entry_point": "a b"}, {"test_list": []}, {"test_list": "x"}):
+def test_folders_of_a_killed_run_are_removed(tmp_path: Path) -> None:
+    program = """
+import os, signal
+from modules.rewards import CodeTests
+from modules.types import Completion, Rollout
+row = {"test_list": ["assert f() == 1"]}
+text = "def f(): return 1"
+print(CodeTests()([Rollout("r", "q", [1], None, Completion([2], [0.0], text, "stop"), 0, {}, None, row)]), flush=True)
+if KILLED:
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+    def run(killed: bool) -> str:
+        return subprocess.run(
+            [sys.executable, "-c", program.replace("KILLED", str(killed))],
+            env=os.environ | {"TMPDIR": str(tmp_path)},
+            cwd=Path(__file__).parents[2],
+            capture_output=True,
+            text=True,
+        ).stdout
+
+    other = tmp_path / "worker-elsewhere-1-99999999-x"  # of another machine that shares the folder
+    other.mkdir()
+    assert run(killed=True) == "[1.0]\n"
+    assert len(list(tmp_path.glob("worker-*"))) == 2
+    assert run(killed=False) == "[1.0]\n"
+    assert list(tmp_path.glob("worker-*")) == [other]
+
+
+HALF, WRONG_HALF = "def half(x): return x / 2", "def half(x): return 7"
+FAKE_MATH = f"class math: isclose = lambda *values: True\n{WRONG_HALF}"
+
+
+@pytest.mark.parametrize("imports", [["import math"], None])
+def test_the_tests_have_modules_of_their_own(reward: CodeTests, imports: list[str] | None) -> None:
+    row = {"test_imports": imports, "test_list": ["assert math.isclose(half(3), 1.5)"]}
+    programs = [HALF, f"import math\n{HALF}", FAKE_MATH, f"{FAKE_MATH}\nimport sys\nsys.modules['math'] = math"]
+    assert reward([roll(program, row) for program in programs]) == [1.0, 1.0, 0.0, 0.0]
+    row = {"test_imports": imports, "entry_point": "half", "test": "def check(f): assert math.isclose(f(3), 1.5)"}
+    assert reward([roll(HALF, row), roll(FAKE_MATH, row)]) == [1.0, 0.0]
+
+
+def test_imports_of_the_tests_replace_names_of_the_program(reward: CodeTests) -> None:
+    row = {"test_imports": ["from math import isclose as near"], "test_list": ["assert near(half(3), 1.5)"]}
+    assert reward([roll(HALF, row), roll(f"near = lambda *values: True\n{WRONG_HALF}", row)]) == [1.0, 0.0]
+    own = "class copy:\n    size = 2\ndef queue(x): return x"  # names that happen to be modules too
+    assert reward([roll(own, listed("assert queue(3) == 3", "assert copy().size == 2"))]) == [1.0]
+
+
+def test_no_program_ends_a_loop_of_the_tests(reward: CodeTests) -> None:
+    row = ADD | {"test": "def check(f):\n    for value in map(f, [1, 2], [3, 4]):\n        assert value in (4, 6)"}
+    programs = ["def add(a, b): return a + b", "def add(a, b): raise StopIteration"]
+    assert reward([roll(program, row) for program in programs]) == [1.0, 0.0]
+
+
+def test_broken_rows() -> None:
+    untested: list[Any] = [{"prompt": "q"}, None, {"test": "x", "entry_point": "a b"}, {"test_list": []},
+                           {"test_list": "x"}, {"test_list": None}, listed("assert 1") | {"test_imports": "import os"},
+                           {"test": object(), "entry_point": "add"}]  # fmt: skip
+    for row in untested:
         with pytest.raises(ValueError, match="row 7: CodeTests found no tests in this row; it reads the columns test"):
-            reward([roll(RIGHT, row)])  # type: ignore[arg-type]
+            CodeTests()([roll(RIGHT, row)])
     fresh = CodeTests(seconds=2.0)
-    rows = [ADD | {"test": "def check(:"}, listed("assert add(lambda x: x, 1) == 2"), ADD]
-    with pytest.warns(UserWarning, match=r"error 2 \(the last: ValueError: .*(no plain value|do not compile)"):
-        assert fresh([roll("def add(a, b): return a + b", row) for row in rows]) == [None, None, 1.0]
-    assert fresh.failures == {"error": 2}
+    right = "def add(a, b): return a + b"
+    with pytest.warns(UserWarning, match="error 1 .the last: ValueError: row 7: CodeTests found no tests in this row"):
+        assert fresh([roll(right, ADD), roll(right, {"test_list": None})]) == [1.0, None]
+    assert fresh.failures == {"error": 1}
+    with pytest.warns(UserWarning, match="CodeTests found no tests in this row"):  # a whole group, later in the run
+        assert fresh([roll(right, row) for row in untested]) == [None] * len(untested)
+    assert fresh.failures == {"error": 1 + len(untested)}
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        (ADD | {"test": "def check(:"}, "do not compile"),
+        (ADD | {"test": "def test_add(): assert add(1, 1) == 3"}, r"does not define check\(candidate\)"),
+        (listed("assert add(lambda x: x, 1) == 2"), "no plain value"),
+        (
+            {"test_imports": ["import no_such_module"], "test_list": ["assert add(1, 1) == 2"]},
+            "imports of .* fail: Mod",
+        ),
+    ],
+)
+def test_tests_that_cannot_run_give_no_score(row: dict[str, Any], reason: str) -> None:
+    fresh = CodeTests(seconds=2.0)
+    right = "def add(a, b): return a + b\ndef check(candidate): pass"
+    with pytest.warns(UserWarning, match=f"error 1 .the last: ValueError: .*{reason}"):
+        assert fresh([roll(right, row), roll(right, ADD)]) == [None, 1.0]
+    assert fresh.failures == {"error": 1}
+
+
+def test_an_empty_list_of_tests_leaves_the_other_columns(reward: CodeTests) -> None:
+    row = ADD | {"test_list": [], "test_imports": None}
+    assert reward([roll(RIGHT, row), roll("    return 0\n", row)]) == [1.0, 0.0]
 
 
 @pytest.mark.parametrize("settings", [{"seconds": 0.0}, {"seconds": float("inf")}, {"memory": 0}])
