@@ -20,10 +20,12 @@ class CodeTests(Verifier):
     """Gives 1.0 when the program in the completion passes all unit tests of its row, else 0.0.
 
     A row has HumanEval's columns (arXiv 2107.03374) ``test``, which defines ``check(candidate)``, and ``entry_point``,
-    the function's name; or MBPP's (arXiv 2108.07732) ``test_list``, assertions, and perhaps ``test_setup_code``.
-    ``test_imports``, lines of code, come before either. A name that the tests neither define nor import is the
-    program's, except modules of Python's library such as ``math`` in ``math.isclose``. The program is the last fenced block after ``</think>``, else all of the text. If the row's column ``prompt`` is the head
-    of the function, as in HumanEval, the program may go on with it or define the function anew.
+    the function's name; or MBPP's (arXiv 2108.07732) ``test_list``, assertions, and perhaps ``test_setup_code``. With
+    either, ``test_imports`` may hold lines that import what the tests use. A name that the tests neither define nor
+    import is the program's, except modules of Python's library such as ``math`` in ``math.isclose``.
+
+    The program is the last fenced block after ``</think>``, else all of the text. If the row's column ``prompt`` is the
+    head of the function, as in HumanEval, the program may go on with it or define the function anew.
 
     The program runs in a process of its own, and the tests in another, which calls its functions and gets plain values
     back: numbers, texts, bytes, lists, tuples, dicts and sets. So a program that ends early, prints that it passed,
@@ -110,8 +112,8 @@ def warn_of_rights() -> None:
         raise RuntimeError(f"CodeTests cannot start a process for programs; run it by hand to see why: {host.args!r}")
     left = {
         "network": "use the network",
-        "processes": "start, signal and slow other processes, connect to sockets, leave shared memory behind and change "
-        "the mode and times of this user's files",
+        "processes": "start, signal and slow other processes, connect to sockets, leave shared memory behind and "
+        "change the mode and times of this user's files (before Linux 6.2 also empty them)",
         "files": "write to every file that this user may write to",
     }
     rights = [left[right] for right in json.loads(said.splitlines()[0])["left"]]

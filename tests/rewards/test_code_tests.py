@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from modules.rewards import CodeTests
-from modules.rewards.checks import unit_tests
+from modules.rewards.checks import program_host, unit_tests
 from modules.rewards.workers.pool import close_pool
 from modules.types import Completion, Rollout
 
@@ -310,6 +310,62 @@ def explore():
         victim.wait()
     after = kept.stat()
     assert (after.st_size, after.st_mode, after.st_mtime) == (4, before.st_mode, before.st_mtime)
+
+
+def filter_call(machine: str, number: int, *values: int, audit: int | None = None) -> int:
+    """Return what the filter of an architecture says to a call, by the meaning of BPF's operations."""
+    words = {0: number, 4: {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}[machine] if audit is None else audit}
+    words |= {16 + 8 * i: value & 0xFFFFFFFF for i, value in enumerate([*values, *[0] * (6 - len(values))])}
+    steps, at, held = program_host.write_filter(machine), 0, 0
+    while True:
+        operation, yes, no, operand = steps[at]
+        at += 1
+        if operation == 0x06:
+            return operand
+        if operation == 0x20:
+            held = words[operand]
+        elif operation == 0x54:
+            held &= operand
+        else:
+            at += yes if (held == operand if operation == 0x15 else held >= operand) else no
+
+
+@pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
+def test_the_filter_of_each_architecture(machine: str) -> None:
+    allow, refuse, unknown, kill = 0x7FFF0000, 0x50001, 0x50026, 0x80000000
+
+    def call(x86: int, arm: int, *values: int) -> int:
+        return filter_call(machine, x86 if machine == "x86_64" else arm, *values)
+
+    assert [call(0, 63), call(1, 64), call(77, 46), call(9, 222), call(202, 98), call(231, 94)] == [
+        allow
+    ] * 6  # read ..
+    for x86, arm in (
+        (62, 129),
+        (59, 221),
+        (203, 122),
+        (251, 30),
+        (425, 425),
+        (29, 194),
+        (268, 53),
+        (280, 88),
+        (76, 45),
+    ):
+        assert call(x86, arm) == refuse
+    assert [call(435, 435), call(437, 437)] == [unknown] * 2
+    assert [call(72, 25, 3, command) for command in (1, 4, 7, 8, 10, 15, 1024, 1030, 8 | 1 << 40)] == (
+        [allow] * 3 + [refuse] * 4 + [allow, refuse]
+    )
+    assert [call(16, 29, 3, command) for command in (0x5401, 0x5421, 0x8901, 0x8902, 0x5412)] == [allow] * 2 + [
+        refuse
+    ] * 3
+    assert [call(302, 261, pid) for pid in (0, 1, 77)] == [allow, refuse, refuse]
+    assert [call(56, 220, flags) for flags in (0x3D0F00, 0x11)] == [allow, refuse]
+    modes = (0, 0x80000, 0x241, 0x242, 0x200, 0x203)  # read, close on exec, write new, also read, and empty: by reading
+    assert [call(257, 56, 3, 0, flags) for flags in modes] == [allow] * 4 + [refuse] * 2
+    assert [call(157, 167, option) for option in (1, 15)] == [refuse, allow]
+    assert filter_call(machine, 0, audit=0x40000003) == kill  # of another architecture
+    assert filter_call(machine, 0x40000000) == refuse
 
 
 def test_a_program_keeps_what_it_needs(reward: CodeTests) -> None:
