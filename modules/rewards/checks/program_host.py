@@ -59,17 +59,13 @@ PARENT_DIED, NO_NEW_PRIVILEGES, SET_FILTER = 1, 38, 22  # of prctl
 CLONE_THREAD, CLONE_NEWUSER, CLONE_NEWNET = 0x10000, 0x10000000, 0x40000000
 READ_AND_TRUNCATE = (0x200, 0x203)  # O_TRUNC without the right to write, of which Landlock 1 and 2 do not know
 EVERY_BIT = 0xFFFFFFFF
-# An argument's place, the bits of it that count, and the values for which the call is allowed or refused. The kernel
-# reads 32 bits of each.
+FILE_COMMANDS = (*range(8), 9, *range(36, 39), *range(1030, 1035))  # those that set an owner, a signal or a lease lack
+# Numbers, the place of an argument, the bits of it that count, and the values for which the call is allowed or refused.
+# The kernel reads 32 bits of each.
 ALLOWED_FOR = {
     "clone": ((56, 220), 0, CLONE_THREAD, (CLONE_THREAD,)),
-    "fcntl": (
-        (72, 25),
-        1,
-        EVERY_BIT,
-        (*range(8), 9, *range(36, 39), *range(1030, 1035)),
-    ),  # owners, signals, leases: no
-    "ioctl": ((16, 29), 1, EVERY_BIT, (0x5401, 0x802C542A, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)),  # those of open()
+    "fcntl": ((72, 25), 1, EVERY_BIT, FILE_COMMANDS),
+    "ioctl": ((16, 29), 1, EVERY_BIT, (0x5401, 0x802C542A, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)),  # size, state
     "prlimit64": ((302, 261), 0, EVERY_BIT, (0,)),  # its own limits
     "socketpair": ((53, 199), 1, 0xF, (1,)),  # a pair of datagrams could send elsewhere
 }
