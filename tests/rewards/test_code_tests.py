@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 
 from modules.rewards import CodeTests
-from modules.rewards.checks import unit_tests
+from modules.rewards.checks import program_host, unit_tests
 from modules.rewards.workers.pool import close_pool
 from modules.types import Completion, Rollout
 
@@ -228,6 +229,178 @@ def explore():
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
 
 
+# What a program tries with another process, with files elsewhere, and with what outlives it. libc = the C library.
+REACHES = """
+    lambda: fcntl.fcntl(reading, fcntl.F_SETOWN, victim)
+    lambda: c("syscall", {"x86_64": 72, "aarch64": 25}[machine], reading, fcntl.F_SETOWN | 1 << 40, victim)
+    lambda: fcntl.fcntl(reading, 15, struct.pack("ii", 1, victim))
+    lambda: fcntl.fcntl(reading, 10, 9)
+    lambda: fcntl.ioctl(pair[0].fileno(), 0x8901, struct.pack("i", victim))
+    lambda: fcntl.ioctl(pair[0].fileno(), 0x8902, struct.pack("i", victim))
+    lambda: resource.prlimit(victim, resource.RLIMIT_FSIZE, (0, 0))
+    lambda: os.setpriority(os.PRIO_PROCESS, victim, 19)
+    lambda: os.sched_setaffinity(victim, {0})
+    lambda: os.sched_setscheduler(victim, os.SCHED_BATCH, os.sched_param(0))
+    lambda: os.sched_setparam(victim, os.sched_param(0))
+    lambda: c("syscall", {"x86_64": 251, "aarch64": 30}[machine], 1, victim, 3 << 13)
+    lambda: c("syscall", {"x86_64": 256, "aarch64": 238}[machine], victim, 0, 0, 0)
+    lambda: c("syscall", {"x86_64": 279, "aarch64": 239}[machine], victim, 0, 0, 0, 0, 0)
+    lambda: c("syscall", {"x86_64": 312, "aarch64": 272}[machine], victim, victim, 0, 0, 0)
+    lambda: c("syscall", 425, 8, bytes(120))
+    lambda: os.pidfd_open(victim)
+    lambda: c("prctl", 1, 0, 0, 0, 0)
+    lambda: os.truncate(folder + "/kept", 0)
+    lambda: os.open(folder + "/kept", os.O_RDONLY | os.O_TRUNC)
+    lambda: os.open(folder + "/kept", 3 | os.O_TRUNC)
+    lambda: os.chmod(folder + "/kept", 0o777)
+    lambda: os.fchmod(os.open(folder + "/kept", os.O_RDONLY), 0o777)
+    lambda: c("syscall", 452, -100, folder.encode() + b"/kept", 0o777, 0)
+    lambda: os.chown(folder + "/kept", -1, -1)
+    lambda: os.fchown(os.open(folder + "/kept", os.O_RDONLY), -1, -1)
+    lambda: os.utime(folder + "/kept", (1, 1))
+    lambda: os.setxattr(folder + "/kept", "user.x", b"x")
+    lambda: os.removexattr(folder + "/kept", "user.x")
+    lambda: fcntl.flock(os.open(folder + "/kept", os.O_RDONLY), fcntl.LOCK_EX)
+    lambda: fcntl.ioctl(os.open(folder + "/kept", os.O_RDONLY), 0x40086602, struct.pack("q", 0x80))
+    lambda: c("shmget", 0, 1 << 20, 0o1600)
+    lambda: c("semget", 0, 1, 0o1600)
+    lambda: c("msgget", 0, 0o1600)
+    lambda: c("mq_open", b"/code-tests", os.O_CREAT | os.O_RDWR, 0o600, 0)
+    lambda: c("mq_unlink", b"/code-tests")
+    lambda: socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    lambda: fcntl.fcntl(os.open(folder + "/kept", os.O_RDONLY), 1024, 0)
+"""
+
+
+def test_a_program_reaches_no_process_and_no_file_of_the_user(reward: CodeTests, tmp_path: Path) -> None:
+    kept = tmp_path / "kept"
+    kept.write_text("kept")
+    kept.chmod(0o600)
+    before = kept.stat()
+    victim = subprocess.Popen(["sleep", "99"])
+    program = f"""
+import ctypes, errno, fcntl, os, resource, socket, struct
+victim, folder, machine = {victim.pid}, "{tmp_path}", os.uname().machine
+reading, writing = os.pipe()
+pair = socket.socketpair()
+libc = ctypes.CDLL(None, use_errno=True)
+def c(name, *values):
+    values = [ctypes.c_long(value) if isinstance(value, int) else value for value in values]
+    if libc[name](*values) == -1:
+        raise OSError(ctypes.get_errno(), name)
+def explore():
+    done = []
+    for number, action in enumerate([{",".join(REACHES.strip().splitlines())}]):
+        try:
+            action()
+        except OSError as error:
+            if error.errno in (errno.EPERM, errno.EACCES):
+                continue
+        done.append(number)
+    fcntl.fcntl(reading, fcntl.F_SETFL, os.O_ASYNC)
+    os.write(writing, b"x")
+    return done
+"""
+    try:
+        assert reward([roll(f"```\n{program}\n```", listed("assert explore() == []"))]) == [1.0]
+        assert victim.poll() is None
+        assert os.getpriority(os.PRIO_PROCESS, victim.pid) == os.getpriority(os.PRIO_PROCESS, 0)
+    finally:
+        victim.kill()
+        victim.wait()
+    after = kept.stat()
+    assert (after.st_size, after.st_mode, after.st_mtime) == (4, before.st_mode, before.st_mtime)
+
+
+def filter_call(machine: str, number: int, *values: int, audit: int | None = None) -> int:
+    """Return what the filter of an architecture says to a call, by the meaning of BPF's operations."""
+    words = {0: number, 4: {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}[machine] if audit is None else audit}
+    words |= {16 + 8 * i: value & 0xFFFFFFFF for i, value in enumerate([*values, *[0] * (6 - len(values))])}
+    steps, at, held = program_host.write_filter(machine), 0, 0
+    while True:
+        operation, yes, no, operand = steps[at]
+        at += 1
+        if operation == 0x06:
+            return operand
+        if operation == 0x20:
+            held = words[operand]
+        elif operation == 0x54:
+            held &= operand
+        else:
+            at += yes if (held == operand if operation == 0x15 else held >= operand) else no
+
+
+@pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
+def test_the_filter_of_each_architecture(machine: str) -> None:
+    allow, refuse, unknown, kill = 0x7FFF0000, 0x50001, 0x50026, 0x80000000
+
+    def call(x86: int, arm: int, *values: int) -> int:
+        return filter_call(machine, x86 if machine == "x86_64" else arm, *values)
+
+    assert [call(0, 63), call(1, 64), call(77, 46), call(9, 222), call(202, 98), call(231, 94)] == [
+        allow
+    ] * 6  # read ..
+    for x86, arm in (
+        (62, 129),
+        (59, 221),
+        (203, 122),
+        (251, 30),
+        (425, 425),
+        (29, 194),
+        (268, 53),
+        (280, 88),
+        (76, 45),
+    ):
+        assert call(x86, arm) == refuse
+    assert [call(435, 435), call(437, 437)] == [unknown] * 2
+    assert [call(72, 25, 3, command) for command in (1, 4, 7, 8, 10, 15, 1024, 1030, 8 | 1 << 40)] == (
+        [allow] * 3 + [refuse] * 4 + [allow, refuse]
+    )
+    assert [call(16, 29, 3, command) for command in (0x5401, 0x5421, 0x8901, 0x8902, 0x5412)] == [allow] * 2 + [
+        refuse
+    ] * 3
+    assert [call(302, 261, pid) for pid in (0, 1, 77)] == [allow, refuse, refuse]
+    assert [call(56, 220, flags) for flags in (0x3D0F00, 0x11)] == [allow, refuse]
+    modes = (0, 0x80000, 0x241, 0x242, 0x200, 0x203)  # read, close on exec, write new, also read, and empty: by reading
+    assert [call(257, 56, 3, 0, flags) for flags in modes] == [allow] * 4 + [refuse] * 2
+    assert [call(157, 167, option) for option in (1, 15)] == [refuse, allow]
+    assert filter_call(machine, 0, audit=0x40000003) == kill  # of another architecture
+    assert filter_call(machine, 0x40000000) == refuse
+
+
+def test_a_program_keeps_what_it_needs(reward: CodeTests) -> None:
+    program = """
+import asyncio, os, pathlib, resource, sqlite3, tempfile, threading
+import numpy
+def work():
+    with tempfile.TemporaryFile() as file:
+        file.write(b"12345")
+        file.truncate(2)
+        assert file.tell() == 5 and file.seek(0, 2) == 2
+    os.makedirs("a/b")
+    pathlib.Path("a/one").write_text("1")
+    os.rename("a/one", "a/b/two")
+    assert pathlib.Path("a/b/two").read_text() == "1"
+    with open(os.devnull, "w") as null:
+        null.write("x")
+    with sqlite3.connect("data.sqlite") as data:
+        data.execute("create table t (x)")
+        data.execute("insert into t values (3)")
+        assert data.execute("select x from t").fetchall() == [(3,)]
+    async def two():
+        await asyncio.sleep(0.001)
+        return 2
+    assert asyncio.run(two()) == 2
+    found = []
+    thread = threading.Thread(target=lambda: found.append(float(numpy.linalg.norm(numpy.ones((4, 4)) @ numpy.ones(4)))))
+    thread.start()
+    thread.join()
+    resource.setrlimit(resource.RLIMIT_NOFILE, (32, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    return found
+"""
+    assert reward([roll(f"```\n{program}\n```", listed("assert work() == [8.0]"))]) == [1.0]
+
+
 def test_a_killed_worker_takes_its_program_along(reward: CodeTests) -> None:
     reward([roll(RIGHT, ADD)])  # what the system allows is known then
     before, found = hosts(), []
@@ -247,15 +420,101 @@ def test_a_killed_worker_takes_its_program_along(reward: CodeTests) -> None:
     assert slow.faults == {"program late": 1}
 
 
-def test_broken_rows(reward: CodeTests) -> None:
-    for row in ({"prompt": "q"}, None, {"test": "x", "entry_point": "a b"}, {"test_list": []}, {"test_list": "x"}):
+def test_folders_of_a_killed_run_are_removed(tmp_path: Path) -> None:
+    program = """
+import os, signal
+from modules.rewards import CodeTests
+from modules.types import Completion, Rollout
+row = {"test_list": ["assert f() == 1"]}
+text = "def f(): return 1"
+print(CodeTests()([Rollout("r", "q", [1], None, Completion([2], [0.0], text, "stop"), 0, {}, None, row)]), flush=True)
+if KILLED:
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+    def run(killed: bool) -> str:
+        return subprocess.run(
+            [sys.executable, "-c", program.replace("KILLED", str(killed))],
+            env=os.environ | {"TMPDIR": str(tmp_path)},
+            cwd=Path(__file__).parents[2],
+            capture_output=True,
+            text=True,
+        ).stdout
+
+    other = tmp_path / "worker-elsewhere-1-99999999-x"  # of another machine that shares the folder
+    other.mkdir()
+    assert run(killed=True) == "[1.0]\n"
+    assert len(list(tmp_path.glob("worker-*"))) == 2
+    assert run(killed=False) == "[1.0]\n"
+    assert list(tmp_path.glob("worker-*")) == [other]
+
+
+HALF, WRONG_HALF = "def half(x): return x / 2", "def half(x): return 7"
+FAKE_MATH = f"class math: isclose = lambda *values: True\n{WRONG_HALF}"
+
+
+@pytest.mark.parametrize("imports", [["import math"], None])
+def test_the_tests_have_modules_of_their_own(reward: CodeTests, imports: list[str] | None) -> None:
+    row = {"test_imports": imports, "test_list": ["assert math.isclose(half(3), 1.5)"]}
+    programs = [HALF, f"import math\n{HALF}", FAKE_MATH, f"{FAKE_MATH}\nimport sys\nsys.modules['math'] = math"]
+    assert reward([roll(program, row) for program in programs]) == [1.0, 1.0, 0.0, 0.0]
+    row = {"test_imports": imports, "entry_point": "half", "test": "def check(f): assert math.isclose(f(3), 1.5)"}
+    assert reward([roll(HALF, row), roll(FAKE_MATH, row)]) == [1.0, 0.0]
+
+
+def test_imports_of_the_tests_replace_names_of_the_program(reward: CodeTests) -> None:
+    row = {"test_imports": ["from math import isclose as near"], "test_list": ["assert near(half(3), 1.5)"]}
+    assert reward([roll(HALF, row), roll(f"near = lambda *values: True\n{WRONG_HALF}", row)]) == [1.0, 0.0]
+    own = "class copy:\n    size = 2\ndef queue(x): return x"  # names that happen to be modules too
+    assert reward([roll(own, listed("assert queue(3) == 3", "assert copy().size == 2"))]) == [1.0]
+
+
+def test_no_program_ends_a_loop_of_the_tests(reward: CodeTests) -> None:
+    row = ADD | {"test": "def check(f):\n    for value in map(f, [1, 2], [3, 4]):\n        assert value in (4, 6)"}
+    programs = ["def add(a, b): return a + b", "def add(a, b): raise StopIteration"]
+    assert reward([roll(program, row) for program in programs]) == [1.0, 0.0]
+
+
+def test_broken_rows() -> None:
+    untested: list[Any] = [{"prompt": "q"}, None, {"test": "x", "entry_point": "a b"}, {"test_list": []},
+                           {"test_list": "x"}, {"test_list": None}, listed("assert 1") | {"test_imports": "import os"},
+                           {"test": object(), "entry_point": "add"}]  # fmt: skip
+    for row in untested:
         with pytest.raises(ValueError, match="row 7: CodeTests found no tests in this row; it reads the columns test"):
-            reward([roll(RIGHT, row)])  # type: ignore[arg-type]
+            CodeTests()([roll(RIGHT, row)])
     fresh = CodeTests(seconds=2.0)
-    rows = [ADD | {"test": "def check(:"}, listed("assert add(lambda x: x, 1) == 2"), ADD]
-    with pytest.warns(UserWarning, match=r"error 2 \(the last: ValueError: .*(no plain value|do not compile)"):
-        assert fresh([roll("def add(a, b): return a + b", row) for row in rows]) == [None, None, 1.0]
-    assert fresh.failures == {"error": 2}
+    right = "def add(a, b): return a + b"
+    with pytest.warns(UserWarning, match="error 1 .the last: ValueError: row 7: CodeTests found no tests in this row"):
+        assert fresh([roll(right, ADD), roll(right, {"test_list": None})]) == [1.0, None]
+    assert fresh.failures == {"error": 1}
+    with pytest.warns(UserWarning, match="CodeTests found no tests in this row"):  # a whole group, later in the run
+        assert fresh([roll(right, row) for row in untested]) == [None] * len(untested)
+    assert fresh.failures == {"error": 1 + len(untested)}
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        (ADD | {"test": "def check(:"}, "do not compile"),
+        (ADD | {"test": "def test_add(): assert add(1, 1) == 3"}, r"does not define check\(candidate\)"),
+        (listed("assert add(lambda x: x, 1) == 2"), "no plain value"),
+        (
+            {"test_imports": ["import no_such_module"], "test_list": ["assert add(1, 1) == 2"]},
+            "imports of .* fail: Mod",
+        ),
+    ],
+)
+def test_tests_that_cannot_run_give_no_score(row: dict[str, Any], reason: str) -> None:
+    fresh = CodeTests(seconds=2.0)
+    right = "def add(a, b): return a + b\ndef check(candidate): pass"
+    with pytest.warns(UserWarning, match=f"error 1 .the last: ValueError: .*{reason}"):
+        assert fresh([roll(right, row), roll(right, ADD)]) == [None, 1.0]
+    assert fresh.failures == {"error": 1}
+
+
+def test_an_empty_list_of_tests_leaves_the_other_columns(reward: CodeTests) -> None:
+    row = ADD | {"test_list": [], "test_imports": None}
+    assert reward([roll(RIGHT, row), roll("    return 0\n", row)]) == [1.0, 0.0]
 
 
 @pytest.mark.parametrize("settings", [{"seconds": 0.0}, {"seconds": float("inf")}, {"memory": 0}])

@@ -26,26 +26,60 @@ OPEN_FILES, PROCESSES = 64, 64
 SEQUENCES: dict[str, Any] = {"tuple": tuple, "set": set, "frozenset": frozenset}
 PLAIN: tuple[Any, ...] = (bool, int, float, complex, str, bytes, tuple, list, dict, set, frozenset)
 
-# Linux numbers: the architecture in the kernel's words, clone, and the calls that start or signal processes, read their
-# memory, open sockets or leave the sandbox.
-SYSTEM_CALLS: dict[str, tuple[int, int, tuple[int, ...]]] = {
-    "x86_64": (
-        0xC000003E,
-        56,
-        (41, 57, 58, 59, 62, 101, 129, 165, 200, 234, 272, 297, 298, 308, 310, 311, 321, 322, 424, 425, 434),
-    ),
-    "aarch64": (
-        0xC00000B7,
-        220,
-        (40, 97, 117, 129, 130, 131, 138, 198, 221, 240, 241, 268, 270, 271, 280, 281, 424, 425, 434),
-    ),
-}
-CLONE3, CLONE_THREAD, CLONE_NEWUSER, CLONE_NEWNET = 435, 0x10000, 0x10000000, 0x40000000
+# Numbers of Linux's system calls on x86-64 and ARM64, -1 = it has none; from the kernel's tables
+# arch/x86/entry/syscalls/syscall_64.tbl and scripts/syscall.tbl (older: include/uapi/asm-generic/unistd.h).
+ARCHITECTURES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}  # AUDIT_ARCH_* of include/uapi/linux/audit.h
+REFUSED = {
+    # They start, signal, read, slow or limit other processes.
+    "fork": (57, -1), "vfork": (58, -1), "execve": (59, 221), "execveat": (322, 281), "kill": (62, 129),
+    "tkill": (200, 130), "tgkill": (234, 131), "rt_sigqueueinfo": (129, 138), "rt_tgsigqueueinfo": (297, 240),
+    "pidfd_open": (434, 434), "pidfd_send_signal": (424, 424), "pidfd_getfd": (438, 438), "ptrace": (101, 117),
+    "process_vm_readv": (310, 270), "process_vm_writev": (311, 271), "process_madvise": (440, 440),
+    "process_mrelease": (448, 448), "kcmp": (312, 272), "perf_event_open": (298, 241), "setpriority": (141, 140),
+    "ioprio_set": (251, 30), "sched_setaffinity": (203, 122), "sched_setscheduler": (144, 119),
+    "sched_setparam": (142, 118), "sched_setattr": (314, 274), "migrate_pages": (256, 238), "move_pages": (279, 239),
+    # What they make is shared between processes, and outlives them.
+    "shmget": (29, 194), "shmat": (30, 196), "shmctl": (31, 195), "semget": (64, 190), "semop": (65, 193),
+    "semtimedop": (220, 192), "semctl": (66, 191), "msgget": (68, 186), "msgsnd": (69, 189), "msgrcv": (70, 188),
+    "msgctl": (71, 187), "mq_open": (240, 180), "mq_unlink": (241, 181), "mq_notify": (244, 184),
+    "add_key": (248, 217), "request_key": (249, 218), "keyctl": (250, 219),
+    # They change files, and Landlock does not ask where these lie, or did not in its first versions.
+    "truncate": (76, 45), "chmod": (90, -1), "fchmod": (91, 52), "fchmodat": (268, 53), "fchmodat2": (452, 452),
+    "chown": (92, -1), "fchown": (93, 55), "lchown": (94, -1), "fchownat": (260, 54), "utime": (132, -1),
+    "utimes": (235, -1), "futimesat": (261, -1), "utimensat": (280, 88), "setxattr": (188, 5), "lsetxattr": (189, 6),
+    "fsetxattr": (190, 7), "setxattrat": (463, 463), "removexattr": (197, 14), "lremovexattr": (198, 15),
+    "fremovexattr": (199, 16), "removexattrat": (466, 466), "file_setattr": (469, 469), "flock": (73, 32),
+    # They reach what listens elsewhere, or lead out of the sandbox.
+    "socket": (41, 198), "connect": (42, 203), "sendmsg": (46, 211), "sendmmsg": (307, 269),
+    "io_uring_setup": (425, 425), "io_uring_enter": (426, 426), "io_uring_register": (427, 427), "mount": (165, 40),
+    "unshare": (272, 97), "setns": (308, 268), "bpf": (321, 280), "open_by_handle_at": (304, 265),
+}  # fmt: skip
+UNKNOWN = {"clone3": (435, 435), "openat2": (437, 437)}  # their arguments cannot be filtered; libraries do without
 PARENT_DIED, NO_NEW_PRIVILEGES, SET_FILTER = 1, 38, 22  # of prctl
+CLONE_THREAD, CLONE_NEWUSER, CLONE_NEWNET = 0x10000, 0x10000000, 0x40000000
+READ_AND_TRUNCATE = (0x200, 0x203)  # O_TRUNC without the right to write, of which Landlock 1 and 2 do not know
+EVERY_BIT = 0xFFFFFFFF
+FILE_COMMANDS = (*range(8), 9, *range(36, 39), *range(1030, 1035))  # those that set an owner, a signal or a lease lack
+# Numbers, the place of an argument, the bits of it that count, and the values for which the call is allowed or refused.
+# The kernel reads 32 bits of each.
+ALLOWED_FOR = {
+    "clone": ((56, 220), 0, CLONE_THREAD, (CLONE_THREAD,)),
+    "fcntl": ((72, 25), 1, EVERY_BIT, FILE_COMMANDS),
+    "ioctl": ((16, 29), 1, EVERY_BIT, (0x5401, 0x802C542A, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)),  # size, state
+    "prlimit64": ((302, 261), 0, EVERY_BIT, (0,)),  # its own limits
+    "socketpair": ((53, 199), 1, 0xF, (1,)),  # a pair of datagrams could send elsewhere
+}
+REFUSED_FOR = {
+    "open": ((2, -1), 1, 0x203, READ_AND_TRUNCATE),
+    "openat": ((257, 56), 2, 0x203, READ_AND_TRUNCATE),
+    "prctl": ((157, 167), 0, EVERY_BIT, (PARENT_DIED,)),
+}
 EPERM, ENOSYS = 1, 38
+CAPABILITY_VERSION = 0x20080522
 LANDLOCK_CREATE, LANDLOCK_ADD, LANDLOCK_RESTRICT = 444, 445, 446
-WRITE_FILE = 1 << 1
+WRITE_FILE, TRUNCATE, IOCTL_DEVICE = 1 << 1, 1 << 14, 1 << 15
 WRITES = WRITE_FILE | sum(1 << bit for bit in range(4, 13))  # files: write, remove, and make any kind
+WRITES_SINCE = {2: 1 << 13, 3: TRUNCATE, 5: IOCTL_DEVICE}  # by Landlock's version; 1 << 13 = move between folders
 
 
 def pack(value: Any, name_object: Callable[[Any], int]) -> Any:
@@ -175,34 +209,54 @@ def die_with_parent() -> None:
         ctypes.CDLL(None).prctl(PARENT_DIED, signal.SIGKILL)
 
 
-def give_up_processes(libc: Any) -> bool:
-    """Refuse every system call that starts, signals or reads another process or opens a socket; False = not possible.
+def write_filter(machine: str) -> list[tuple[int, int, int, int]]:
+    """Return the steps of the seccomp filter, in the kernel's classic BPF: operation, two jumps, operand."""
+    load, equal, at_least, keep_bits, give_back = 0x20, 0x15, 0x35, 0x54, 0x06
+    allow, kill, refuse = (
+        (give_back, 0, 0, 0x7FFF0000),
+        (give_back, 0, 0, 0x80000000),
+        (give_back, 0, 0, 0x50000 | EPERM),
+    )
+    column = list(ARCHITECTURES).index(machine)
+    steps = [(load, 0, 0, 4), (equal, 1, 0, ARCHITECTURES[machine]), kill, (load, 0, 0, 0)]
+    steps += [(at_least, 0, 1, 0x40000000), refuse]  # x86-64's second set of numbers
+    for calls, answer in ((REFUSED, refuse), (UNKNOWN, (give_back, 0, 0, 0x50000 | ENOSYS))):
+        for numbers in calls.values():
+            if numbers[column] >= 0:
+                steps += [(equal, 0, 1, numbers[column]), answer]
+    for rules, hit, miss in ((ALLOWED_FOR, allow, refuse), (REFUSED_FOR, refuse, allow)):
+        for numbers, argument, bits, values in rules.values():
+            if numbers[column] >= 0:
+                count = len(values)
+                steps += [(equal, 0, count + 4, numbers[column])]
+                steps += [(load, 0, 0, 16 + 8 * argument), (keep_bits, 0, 0, bits)]
+                steps += [(equal, count - i, 0, value) for i, value in enumerate(values)]
+                steps += [miss, hit]
+    return [*steps, allow]
 
-    Threads can still be started.
+
+def give_up_processes(libc: Any) -> bool:
+    """Refuse the system calls of the tables above; False = not possible.
+
+    Threads can still be started, and files that are open for writing can be made shorter.
     """
-    if sys.platform != "linux" or os.uname().machine not in SYSTEM_CALLS or sys.byteorder != "little":
+    machine = os.uname().machine
+    if sys.platform != "linux" or machine not in ARCHITECTURES or sys.byteorder != "little":
         return False
-    architecture, clone, refused = SYSTEM_CALLS[os.uname().machine]
-    load, equal, at_least, has_bit, give_back = 0x20, 0x15, 0x35, 0x45, 0x06
-    refusal = 0x50000
-    code = [(load, 0, 0, 4), (equal, 1, 0, architecture), (give_back, 0, 0, 0x80000000), (load, 0, 0, 0)]
-    code += [(at_least, 0, 1, 0x40000000), (give_back, 0, 0, refusal | EPERM)]
-    for number in refused:
-        code += [(equal, 0, 1, number), (give_back, 0, 0, refusal | EPERM)]
-    code += [(equal, 0, 1, CLONE3), (give_back, 0, 0, refusal | ENOSYS)]
-    code += [(equal, 0, 3, clone), (load, 0, 0, 16), (has_bit, 1, 0, CLONE_THREAD), (give_back, 0, 0, refusal | EPERM)]
-    code += [(give_back, 0, 0, 0x7FFF0000)]
-    filters = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in code))
-    program = ctypes.create_string_buffer(struct.pack("HxxxxxxP", len(code), ctypes.addressof(filters)))
+    steps = write_filter(machine)
+    filters = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in steps))
+    program = ctypes.create_string_buffer(struct.pack("HxxxxxxP", len(steps), ctypes.addressof(filters)))
     return bool(libc.prctl(SET_FILTER, ctypes.c_ulong(2), program, ctypes.c_ulong(0), ctypes.c_ulong(0)) == 0)
 
 
 def give_up_writing(libc: Any, folder: Path) -> bool:
-    """Refuse to write, make or remove files outside ``folder``; False = the kernel has no Landlock."""
-    if sys.platform != "linux" or libc.syscall(LANDLOCK_CREATE, None, ctypes.c_size_t(0), 1) < 1:
+    """Refuse to write, make, move or remove files outside ``folder``; False = the kernel has no Landlock."""
+    version = libc.syscall(LANDLOCK_CREATE, None, ctypes.c_size_t(0), 1) if sys.platform == "linux" else 0
+    if version < 1:
         return False
-    rules = libc.syscall(LANDLOCK_CREATE, struct.pack("Q", WRITES), ctypes.c_size_t(8), 0)
-    for path, rights in ((folder, WRITES), (Path(os.devnull), WRITE_FILE)):
+    writes = WRITES | sum(right for since, right in WRITES_SINCE.items() if version >= since)
+    rules = libc.syscall(LANDLOCK_CREATE, struct.pack("Q", writes), ctypes.c_size_t(8), 0)
+    for path, rights in ((folder, writes), (Path(os.devnull), writes & (WRITE_FILE | TRUNCATE | IOCTL_DEVICE))):
         place = os.open(path, os.O_PATH)
         libc.syscall(LANDLOCK_ADD, rules, 1, struct.pack("=Qi", rights, place), 0)
         os.close(place)
@@ -219,6 +273,7 @@ def give_up_rights(seconds: float, memory: int) -> list[str]:
     die_with_parent()
     libc.prctl(NO_NEW_PRIVILEGES, 1, 0, 0, 0)
     alone = libc.unshare(CLONE_NEWUSER | CLONE_NEWNET) == 0
+    libc.capset(struct.pack("Ii", CAPABILITY_VERSION, 0), bytes(24))  # what root may do beyond its own files
     writing = give_up_writing(libc, Path.cwd())
     processes = give_up_processes(libc)
     if alone or not processes:  # else the limit would count what the user runs elsewhere

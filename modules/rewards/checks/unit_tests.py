@@ -38,13 +38,17 @@ def judge(
     Args:
         text: the completion.
         answer: not used.
-        info: the row's ``test`` and ``entry_point``, or ``test_list``; also its ``prompt`` and ``test_setup_code``.
+        info: the row's ``test`` and ``entry_point``, or ``test_list``; also its ``prompt``, ``test_imports`` and
+            ``test_setup_code``. Or, of a row without tests, ``refusal``, a sentence.
         seconds: of wall time for the program and all tests.
         memory: bytes of address space of the program.
 
     Raises:
-        ValueError: the row's tests do not compile, or hand the program what is no plain value.
+        ValueError: the row has no tests, or they do not compile, import what is not there, or hand the program what is
+            no plain value.
     """
+    if "refusal" in info:
+        raise ValueError(info["refusal"])
     stub = find_stub(info)
     tests = write_tests(info)
     try:
@@ -52,10 +56,13 @@ def judge(
         code = compile(tests, "tests", "exec", dont_inherit=True)
     except SyntaxError as error:
         raise ValueError(f"the row's tests do not compile: {error}") from error
+    if not info.get("test_list") and not defines(tests, "check"):
+        raise ValueError("the row's column test does not define check(candidate)")
     program = write_program(text, info, stub)
     if program is None:
         return 0.0
-    verdict = run_trial(TestRun(program, code, names, stub, info.get("entry_point")), seconds, memory)
+    imports = "\n".join([*(info.get("test_imports") or []), *(f"import {name}" for name in find_modules(tests, names))])
+    verdict = run_trial(TestRun(program, code, names, stub, imports, info.get("entry_point")), seconds, memory)
     if verdict[:1] == BROKEN:
         raise ValueError(verdict[1:].decode())
     return (0.0, FAULTS[verdict]) if verdict in FAULTS else float(verdict == PASSED)
@@ -69,6 +76,7 @@ class TestRun:
     tests: CodeType
     names: list[str]  # that the tests read and do not define
     stub: str  # code of the prompt, whose helpers the tests may call
+    imports: str  # lines that give the tests modules of their own
     entry_point: str | None
 
 
@@ -94,9 +102,10 @@ def defines(code: str, name: str) -> bool:
 
 def write_tests(info: dict[str, Any]) -> str:
     """Return the code of a row's tests."""
-    if info.get("test_list") is not None:
-        return "\n".join([info.get("test_setup_code") or "", *info["test_list"]])
-    return f"{info['test']}\n\ncheck({info['entry_point']})\n"
+    imports = info.get("test_imports") or []
+    if info.get("test_list"):
+        return "\n".join([*imports, info.get("test_setup_code") or "", *info["test_list"]])
+    return "\n".join([*imports, f"{info['test']}\n\ncheck({info['entry_point']})\n"])
 
 
 def find_free_names(tests: str) -> list[str]:
@@ -119,6 +128,18 @@ def find_free_names(tests: str) -> list[str]:
         elif isinstance(node, ast.arg):
             bound.add(node.arg)
     return [name for name in used if name not in bound]
+
+
+def find_modules(tests: str, names: list[str]) -> list[str]:
+    """Return those names that are modules of Python's library, and of which the tests only read attributes.
+
+    >>> find_modules("assert math.isclose(queue(1), copy.x) and copy", ["math", "queue", "copy"])
+    ['math']
+    """
+    nodes = list(ast.walk(ast.parse(tests)))
+    read = [node.value.id for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)]
+    used = [node.id for node in nodes if isinstance(node, ast.Name)]
+    return [name for name in names if name in sys.stdlib_module_names and read.count(name) == used.count(name)]
 
 
 def write_program(text: str, info: dict[str, Any], stub: str) -> str | None:
@@ -148,7 +169,11 @@ class ProgramFailed(BaseException):  # so that tests with ``except Exception`` e
 
 
 class BrokenTest(BaseException):
-    """The tests hand the program what cannot be handed over."""
+    """The tests hand the program what cannot be handed over, or cannot start."""
+
+
+# A UnicodeError takes more than a message; a StopIteration would end a loop of the tests as if all were well.
+OTHERS = (UnicodeError, StopIteration)
 
 
 class Line:
@@ -169,7 +194,7 @@ class Line:
         answer: dict[str, Any] = json.loads(line)
         if "raised" in answer:
             kind = getattr(builtins, str(answer["raised"]), None)
-            known = isinstance(kind, type) and issubclass(kind, Exception) and not issubclass(kind, UnicodeError)
+            known = isinstance(kind, type) and issubclass(kind, Exception) and not issubclass(kind, OTHERS)
             raise kind(answer["message"]) if known else RuntimeError(answer["message"])  # type: ignore[misc]
         return answer
 
@@ -277,11 +302,20 @@ def fork_tests(trial: TestRun, line: Line, seconds: float) -> bytes:
         os.waitpid(child, 0)
 
 
+def load_imports(imports: str, scope: dict[str, Any]) -> None:
+    """Give the tests their modules, which no name of the program replaces."""
+    try:
+        exec(compile(imports, "imports", "exec", dont_inherit=True), scope)
+    except Exception as error:
+        raise BrokenTest(f"the imports of the row's tests fail: {type(error).__name__}: {error}") from error
+
+
 def find_verdict(trial: TestRun, line: Line) -> bytes:
-    """Run the program, then the tests with its functions; helpers of the prompt are the prompt's own."""
+    """Run the program, then the tests with its functions; imports and helpers of the prompt are the tests' own."""
     scope: dict[str, Any] = {"__name__": "tests"}
     try:
         exec(compile(trial.stub, "prompt", "exec", dont_inherit=True), scope)
+        load_imports(trial.imports, scope)
         line.ask(trial.program)
         own = {name for name in scope if name != trial.entry_point}
         for name in {*trial.names, *([trial.entry_point] if trial.entry_point else [])} - own:

@@ -1,6 +1,7 @@
 """A pool of child processes that judge completions; one that hangs, crashes or eats the memory costs that completion."""
 
 import atexit
+import glob
 import json
 import os
 import select
@@ -65,7 +66,7 @@ class Worker:
         if self.child is None:
             # -P keeps the script's folder off the import path, so that no file in it hides a library. In a session of
             # its own the child misses signals to the whole run, which may still need it.
-            self.folder = tempfile.mkdtemp(prefix="worker-")
+            self.folder = tempfile.mkdtemp(prefix=f"{name_owner()}{os.getpid()}-")
             self.child = (
                 _STARTER[0]
                 .submit(
@@ -150,6 +151,7 @@ class Pool:
 
     def __init__(self, size: int) -> None:
         self._workers = [Worker() for _ in range(size)]
+        self._swept = False
         self._free = list(self._workers)
         self._changed = threading.Condition()
 
@@ -168,6 +170,9 @@ class Pool:
         Raises:
             WorkerRefused: the check cannot be loaded, or no worker starts.
         """
+        if not self._swept:
+            self._swept = True
+            remove_old_folders()
         workers = self._borrow(1 + len(items) // ITEMS_PER_WORKER)
         try:
             return _Call(check, settings, items, timeout, workers).run()
@@ -291,6 +296,27 @@ class _Call:
         else:
             detail = end if cause == "crash" else ""
             self.verdicts[first] = Verdict(None, "timeout" if detail == "SIGALRM" else cause, detail)
+
+
+def name_owner() -> str:
+    """Return how names of workers' folders start; a process's number follows.
+
+    A number means a process only on one machine and in one container, so these are in it.
+    """
+    numbers = Path("/proc/self/ns/pid")
+    return f"worker-{os.uname().nodename}-{numbers.stat().st_ino if numbers.exists() else 0}-"
+
+
+def remove_old_folders() -> None:
+    """Remove the workers' folders that killed processes of this machine have left."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{glob.escape(name_owner())}*"):
+        number = folder.name.removeprefix(name_owner()).partition("-")[0]
+        try:
+            os.kill(int(number), 0)
+        except ProcessLookupError:
+            shutil.rmtree(folder, ignore_errors=True)
+        except (ValueError, PermissionError):
+            continue
 
 
 def count_cores() -> int:
