@@ -1,6 +1,7 @@
 """What tests of all packages share: a fresh run seed, and a real chat server whose answers a test decides."""
 
 import json
+import os
 import re
 import threading
 from collections.abc import Callable, Iterator
@@ -79,6 +80,12 @@ class _Quiet(ThreadingHTTPServer):
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with the long tests, so that two processes end together."""
     items.sort(key=lambda item: "learning" not in item.path.parts)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def fresh_seed_of_a_module() -> None:
+    """Forget the run seed of tests before, also for what a module's tests share, which is made before each of them."""
+    os.environ.pop("PL_GLOBAL_SEED", None)
 
 
 @pytest.fixture(autouse=True)
