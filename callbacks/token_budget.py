@@ -13,7 +13,7 @@ class TokenBudget(Callback):
     """Stops a fit after the phase in which the completions sampled since the start reach ``tokens``.
 
     Methods that answer at greater length, or that sample further prompts, so make fewer phases. Logs
-    ``train/sampled_tokens``, the number so far, of all ranks. Prompts do not count. A resumed fit goes on counting.
+    ``train/sampled_tokens``, the number so far, of all ranks. Prompts and the results of tools do not count. A resumed fit goes on counting.
 
     Args:
         tokens: >= 1.
@@ -32,7 +32,7 @@ class TokenBudget(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count the phase, and stop when the budget is spent."""
-        mine = sum(len(rollout.completion.token_ids) for rollout in record_of(pl_module).rollouts)
+        mine = sum(rollout.completion.length for rollout in record_of(pl_module).rollouts)
         self.sampled += sum(from_all_ranks([mine]))
         log_equal(pl_module, {"train/sampled_tokens": float(self.sampled)})
         if self.sampled >= self.tokens:

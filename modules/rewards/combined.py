@@ -131,15 +131,10 @@ class LengthPenalty(Reward):
         Raises:
             ValueError: a completion has text but no tokens, so that its length is unknown.
         """
-        bare = [rollout.uid for rollout in rollouts if rollout.completion.text and not rollout.completion.token_ids]
-        if bare:
-            raise ValueError(
-                f"{bare[0]}: LengthPenalty counts tokens, and this completion is text without tokens (a baseline of "
-                "Versus?); use the reward without LengthPenalty"
-            )
+        lengths = find_lengths(rollouts, "LengthPenalty")
         return [
-            {**parts, self.name: -self.per_token * rollout.completion.length}
-            for parts, rollout in zip(self.reward.score_parts(rollouts), rollouts, strict=True)
+            {**parts, self.name: -self.per_token * length}
+            for parts, length in zip(self.reward.score_parts(rollouts), lengths, strict=True)
         ]
 
     def add_parts(self, parts: dict[str, float | None]) -> float | None:
@@ -147,6 +142,21 @@ class LengthPenalty(Reward):
         inner = self.reward.add_parts({name: value for name, value in parts.items() if name != self.name})
         penalty = parts[self.name]
         return None if inner is None or penalty is None else inner + penalty
+
+
+def find_lengths(rollouts: Sequence[Rollout], owner: str) -> list[int]:
+    """Return how many tokens of each completion the policy sampled, the end token included.
+
+    Raises:
+        ValueError: a completion has text but no tokens, so that its length is unknown; ``owner`` is named.
+    """
+    bare = [rollout.uid for rollout in rollouts if rollout.completion.text and not rollout.completion.token_ids]
+    if bare:
+        raise ValueError(
+            f"{bare[0]}: {owner} counts tokens, and this completion is text without tokens (a baseline of Versus?); "
+            f"use the reward without {owner}"
+        )
+    return [rollout.completion.length for rollout in rollouts]
 
 
 class Versus(Reward):

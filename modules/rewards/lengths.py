@@ -1,9 +1,10 @@
-"""Rewards on the length of a completion, which is counted in tokens with the end token."""
+"""Rewards on the length of a completion: the tokens that the policy sampled, with the end token."""
 
 import math
 from collections import defaultdict
 from collections.abc import Sequence
 
+from modules.rewards.combined import find_lengths
 from modules.types import Reward, Rollout, as_reward, score
 
 
@@ -31,9 +32,9 @@ class KimiLength(Reward):
         """Return the reward for the length of each rollout, in [-0.5, 0.5], or None.
 
         Raises:
-            ValueError: see ``count_tokens``.
+            ValueError: see ``find_lengths``.
         """
-        lengths = count_tokens(rollouts, "KimiLength")
+        lengths = find_lengths(rollouts, "KimiLength")
         groups = defaultdict(list)
         for rollout, length in zip(rollouts, lengths, strict=True):
             groups[rollout.uid, rollout.group].append(length)
@@ -74,10 +75,10 @@ class OverlongPenalty(Reward):
         """Return the penalty per rollout, in [-1, 0], never None.
 
         Raises:
-            ValueError: see ``count_tokens``.
+            ValueError: see ``find_lengths``.
         """
         free = self.max_length - self.cache
-        lengths = count_tokens(rollouts, "OverlongPenalty")
+        lengths = find_lengths(rollouts, "OverlongPenalty")
         return [min(0.0, max(-1.0, (free - length) / self.cache)) for length in lengths]
 
 
@@ -122,27 +123,12 @@ class CosineLength(Reward):
         """Return the reward per rollout, or None.
 
         Raises:
-            ValueError: see ``count_tokens``.
+            ValueError: see ``find_lengths``.
         """
         scores: list[float | None] = []
-        lengths = count_tokens(rollouts, "CosineLength")
+        lengths = find_lengths(rollouts, "CosineLength")
         for length, value in zip(lengths, score(self.reward, rollouts), strict=True):
             start, end = self.right if value is not None and value > 0.5 else self.wrong
             curve = end + (start - end) * (1 + math.cos(math.pi * length / self.max_length)) / 2
             scores.append(None if value is None else self.exceeding if length >= self.max_length else curve)
         return scores
-
-
-def count_tokens(rollouts: Sequence[Rollout], owner: str) -> list[int]:
-    """Return the tokens of each completion, the end token included.
-
-    Raises:
-        ValueError: a completion has text but no tokens, so that its length is unknown; ``owner`` is named.
-    """
-    bare = [rollout.uid for rollout in rollouts if rollout.completion.text and not rollout.completion.token_ids]
-    if bare:
-        raise ValueError(
-            f"{bare[0]}: {owner} counts tokens, and this completion is text without tokens (a baseline of Versus?); "
-            f"use the reward without {owner}"
-        )
-    return [len(rollout.completion.token_ids) for rollout in rollouts]

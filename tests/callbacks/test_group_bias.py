@@ -1,5 +1,6 @@
 """GroupBias on completions whose numbers are known, the enumerations behind it, and TokenBudget."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -90,8 +91,10 @@ def test_the_bias_of_a_mixed_group_by_hand() -> None:
 
 
 def test_a_token_budget_ends_the_run(make: Any, fit: Any) -> None:
-    budget = TokenBudget(6)  # 3 tokens a phase: two of three phases
-    assert fit(budget, [[make(token_ids=[7] * 3)]] * 3).scalars("train/sampled_tokens") == [3, 6]
+    budget = TokenBudget(6)  # 3 tokens a phase that the policy sampled, and 2 of a tool: two of three phases
+    called = make(token_ids=[7] * 5)
+    called = replace(called, completion=replace(called.completion, sampled=[True, False, False, True, True]))
+    assert fit(budget, [[called]] * 3).scalars("train/sampled_tokens") == [3, 6]
     resumed = TokenBudget(6)
     resumed.load_state_dict(budget.state_dict())
     assert resumed.sampled == 6

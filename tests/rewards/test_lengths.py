@@ -4,7 +4,15 @@ import math
 
 import pytest
 
-from modules.rewards import CosineLength, ExactMatch, KimiLength, MathVerify, OverlongPenalty, WeightedSum
+from modules.rewards import (
+    CosineLength,
+    ExactMatch,
+    KimiLength,
+    LengthPenalty,
+    MathVerify,
+    OverlongPenalty,
+    WeightedSum,
+)
 from modules.rewards.combined import find_accuracy
 from modules.types import Completion, Rollout
 
@@ -65,3 +73,19 @@ def test_settings_are_checked():
         OverlongPenalty(9, 10)
     with pytest.raises(ValueError, match="CosineLength needs a max_length of at least 1 and finite values"):
         CosineLength(ExactMatch(), 0)
+
+
+@pytest.mark.parametrize(
+    ("reward", "expected"),
+    [
+        (KimiLength(ExactMatch()), [0.5, -0.5]),  # 3 and 4 tokens; with the results 8 and 4
+        (OverlongPenalty(4, 2), [-0.5, -1.0]),  # (2 - 3) / 2, (2 - 4) / 2
+        (LengthPenalty(ExactMatch(), 0.1), [pytest.approx(0.7), pytest.approx(0.6)]),
+        (CosineLength(ExactMatch(), 6, right=(1.0, 0.0)), [pytest.approx(0.5), pytest.approx(0.25)]),  # at 1/2 and 2/3
+    ],
+    ids=lambda each: type(each).__name__,
+)
+def test_results_of_tools_are_no_length_of_the_policy(reward, expected):
+    called = Completion([7] * 8, [0.0] * 8, "yes", "stop", sampled=[True, *[False] * 5, True, True])
+    both = [Rollout("u0", "p", [1], "yes", called, 0, {}, None), rollout(4)]
+    assert reward(both) == expected

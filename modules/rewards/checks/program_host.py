@@ -204,7 +204,7 @@ def set_limit(name: str, limit: int) -> None:
 
 
 def die_with_parent() -> None:
-    """Let the kernel kill this process when the one that started it ends, where it can."""
+    """Let the kernel kill this process when the thread that started it ends, where it can."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PARENT_DIED, signal.SIGKILL)
 

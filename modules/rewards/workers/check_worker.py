@@ -6,7 +6,6 @@ answers are one line "ready" when the check is loaded, or {"refused": why}; then
 {"score": number, "cause": fault}, or {"score": null, "cause": "error" or "memory", "detail": str}.
 """
 
-import ctypes
 import importlib
 import importlib.util
 import json
@@ -15,14 +14,12 @@ import os
 import select
 import signal
 import sys
-from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 CHECKS = Path(__file__).parents[1] / "checks"
-PR_SET_PDEATHSIG = 1
 PATIENCE = 2.0  # seconds between two looks at whether the parent lives
 
 
@@ -69,15 +66,6 @@ def limit_memory(limit: int) -> None:
         pass
 
 
-def die_with_parent() -> None:
-    """Let Linux kill this process when the thread that started it ends, which is when the parent does.
-
-    A check may switch off the alarm below, and hang with no parent left that could end it.
-    """
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-
-
 def wait_for_line(parent: int) -> bool:
     """Wait until a request or the end of the input comes; False = the parent is gone."""
     while not select.select([0], [], [], PATIENCE)[0]:
@@ -89,13 +77,14 @@ def wait_for_line(parent: int) -> bool:
 def serve(parent: int, memory: int) -> None:
     """Answer requests until the input ends or the parent is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends this process
-    die_with_parent()
-    if os.getppid() != parent:
-        return
     replies = os.dup(1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what checks and libraries print is no verdict
     importlib.import_module("importlib.machinery")
     import_file("checks", CHECKS / "__init__.py").__path__ = [str(CHECKS)]
+    # A check may switch off the alarm below, and hang with no parent left that could end it.
+    importlib.import_module("checks.program_host").die_with_parent()
+    if os.getppid() != parent:
+        return
     limit_memory(memory)
 
     def reply(value: Any) -> None:
