@@ -160,6 +160,11 @@ class VerifiableDataModule(AlignDataModule):
         """Returns the uid in ``predict`` and the columns of each training prompt, in order."""
         return [(f"{prompt.example.origin}#0", plain(prompt.columns)) for prompt in self.train_prompts]
 
+    def named_prompts(self) -> list[tuple[str, str, dict[str, Any]]]:
+        """Returns name, data set and other columns of each training and held-out prompt."""
+        examples = [prompt.example for prompt in (*self.train_prompts, *self.val_prompts)]
+        return [(example.origin, example.source, example.info) for example in examples]
+
     def batch_of(self, prompts: Sequence[Prompt]) -> PromptBatch:
         """Gives some prompts as a batch."""
         return prompt_batch([(prompt, 0) for prompt in prompts])

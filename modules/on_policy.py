@@ -21,7 +21,7 @@ from modules.networks.lora import Lora
 from modules.networks.policy import TokenScores, load_companion
 from modules.networks.reference import Frozen
 from modules.rewards.answers import name_reader
-from modules.rewards.combined import find_accuracy, walk_rewards
+from modules.rewards.combined import find_accuracy, require_tasks, walk_rewards
 from modules.rewards.earned import check_earned
 from modules.rewards.learned import LearnedReward
 from modules.rollout.dynamic_sampling import Gathered
@@ -172,7 +172,9 @@ class OnPolicyModule(AlignmentModule):
         """
 
     def on_fit_start(self) -> None:
-        """Move the frozen start policy to the device of the trained one."""
+        """Refuse prompts that no reward is for, and move the frozen start policy to the device of the trained one."""
+        for reward in (self.reward, *([self.accuracy] if self.accuracy else [])):
+            require_tasks(reward, getattr(self.trainer, "datamodule", None))
         if self.reference is not None:
             self.reference.to(self.device)
 

@@ -191,6 +191,7 @@ class Rollout:
     info: dict[str, Any] | None = None  # the row's other columns
     entropy: float | None = None  # of the whole next-token distribution, mean over the completion, nats per token
     kl: float | None = None  # sum over the completion of log pi - log pi_start, nats
+    source: str = ""  # name of the data set
 
     @property
     def text(self) -> str:
@@ -342,6 +343,14 @@ class HasPromptRows(Protocol):
 
     def prompt_rows(self) -> list[tuple[str, dict[str, Any]]]:
         """Return the uid in ``predict`` and the columns of each training row, in order."""
+
+
+@runtime_checkable
+class NamesPrompts(Protocol):
+    """A DataModule that tells of each of its prompts what a reward may ask."""
+
+    def named_prompts(self) -> list[tuple[str, str, dict[str, Any]]]:
+        """Return name, data set and other columns of each training and held-out prompt."""
 
 
 class Reward(ABC):

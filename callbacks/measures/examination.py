@@ -550,7 +550,18 @@ class Examination:
         ids = self.module.policy.tokenizer(text, add_special_tokens=False).input_ids
         completion = Completion(list(ids), [0.0] * len(ids), text, "stop")
         example = prompt.example
-        return Rollout(example.origin, prompt.text, prompt.ids, example.answer, completion, 0, {}, None, example.info)
+        return Rollout(
+            example.origin,
+            prompt.text,
+            prompt.ids,
+            example.answer,
+            completion,
+            0,
+            {},
+            None,
+            example.info,
+            source=example.source,
+        )
 
     def rate(self, trial: Trial) -> str:
         """Say how good completions are."""

@@ -7,6 +7,7 @@ from modules.rewards.chat.judge import PairwiseJudge, RubricJudge
 from modules.rewards.chat.refusal_judge import RefusalJudge
 from modules.rewards.code import CodeTests
 from modules.rewards.combined import LengthPenalty, Versus, WeightedSum
+from modules.rewards.dispatch import Dispatch
 from modules.rewards.earned import EnvironmentReward
 from modules.rewards.format import RegexFormat, ThinkAnswerFormat
 from modules.rewards.learned import LearnedReward
@@ -18,6 +19,7 @@ from modules.types import FunctionReward
 __all__ = [
     "CodeTests",
     "CosineLength",
+    "Dispatch",
     "EnvironmentReward",
     "ExactMatch",
     "FunctionReward",

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from types import FunctionType
 
 from modules.functional.ranges import check_numbers
-from modules.types import Completion, Reward, Rollout, as_reward, score
+from modules.rewards.dispatch import Dispatch
+from modules.types import Completion, NamesPrompts, Reward, Rollout, as_reward, score
 
 
 @dataclass(frozen=True)
@@ -212,6 +213,14 @@ def walk_rewards(reward: Reward) -> Iterator[Reward]:
                 yield from walk_rewards(inner)
 
 
+def require_tasks(reward: Reward, data: object) -> None:
+    """Raise ValueError if a ``Dispatch`` inside the reward has no reward for the task of a prompt of a DataModule."""
+    for part in walk_rewards(reward):
+        if isinstance(part, Dispatch) and isinstance(data, NamesPrompts):
+            for name, source, info in data.named_prompts():
+                part.find_task(name, source, info)
+
+
 @contextmanager
 def in_phase(reward: Reward, phase: int | None) -> Iterator[None]:
     """Let the rewards inside ``reward`` know, in the ``with`` block, which phase of the training they score for."""
@@ -237,11 +246,16 @@ def find_accuracy(reward: Reward) -> Reward | None:
 
     A part of the sum that compares answers goes before those inside other parts, as ``KimiLength`` has one.
 
+    A part of a ``Dispatch`` judges the prompts of its own task only, so it is never the one.
+
     None = several or none compare answers, or it is known that scores of this kind say nothing about that.
     """
     parts = list(walk_rewards(reward))
+    of_a_task = {
+        id(each) for part in parts if isinstance(part, Dispatch) for own in part.rewards for each in walk_rewards(own)
+    }
     checking = [part for part in list_parts(reward) if part.checks_answer] or [
-        part for part in parts if part.checks_answer
+        part for part in parts if part.checks_answer and id(part) not in of_a_task
     ]
     if len(parts) == 1 and reward.checks_answer is not False:
         return reward

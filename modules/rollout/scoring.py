@@ -40,6 +40,7 @@ def make_rollouts(
             rewards={},
             reward=None,
             info=prompts["info"][i],
+            source=prompts["source"][i],
         )
         for i, group in enumerate(completions)
         for completion in group

@@ -1,0 +1,76 @@
+"""A reward for each task: who scores what, what is refused, and a run on two tasks."""
+
+from pathlib import Path
+
+import pytest
+from lightning.pytorch import Trainer
+
+from datamodules import VerifiableDataModule
+from datamodules.sources.mix_in import MixIn
+from datamodules.sources.toys.addition import Addition
+from datamodules.sources.toys.products import Products
+from modules import GRPOModule
+from modules.rewards import Dispatch, ExactMatch, RegexFormat, WeightedSum
+from modules.rewards.combined import find_accuracy
+from modules.rollout.sampling import Sampling
+from modules.types import Completion, Rollout
+
+
+def rollout(text: str, source: str, answer: str | None = "5", **info: str) -> Rollout:
+    return Rollout("u", "p", [1], answer, Completion([7], [0.0], text, "stop"), 0, {}, None, info, source=source)
+
+
+def test_each_task_has_its_own_reward():
+    reward = Dispatch({"sums": ExactMatch(), "chat": RegexFormat(".*please.*"), "games": None})
+    found = [rollout("5", "sums"), rollout("5", "chat"), rollout("please", "chat"), rollout("5", "games")]
+    assert reward(found) == [1.0, 0.0, 1.0, None]
+    assert reward.score_parts(found)[:2] == [
+        {"sums": 1.0, "chat": None, "games": None},
+        {"sums": None, "chat": 0.0, "games": None},
+    ]
+    by_column = Dispatch({"a": ExactMatch(), "b": RegexFormat(".*")}, column="task")
+    assert by_column([rollout("6", "x", task="a"), rollout("6", "x", task="b")]) == [0.0, 1.0]
+
+
+def test_a_task_without_a_reward_is_refused():
+    with pytest.raises(ValueError, match="u: this prompt is of the data set 'games', for which Dispatch has no reward"):
+        Dispatch({"sums": ExactMatch()})([rollout("5", "games")])
+    with pytest.raises(ValueError, match="has in its column task 'None'"):
+        Dispatch({"sums": ExactMatch()}, column="task")([rollout("5", "games")])
+    with pytest.raises(ValueError, match="at least one task"):
+        Dispatch({"sums": None})
+
+
+def test_a_verifier_of_one_task_does_not_judge_the_others():
+    assert find_accuracy(Dispatch({"sums": ExactMatch(), "chat": RegexFormat(".*")})) is None
+    assert (
+        find_accuracy(WeightedSum([Dispatch({"sums": ExactMatch(), "chat": RegexFormat(".*")}), RegexFormat("a")]))
+        is None
+    )
+    both = Dispatch({"sums": ExactMatch(), "products": ExactMatch()})
+    assert find_accuracy(both) is both
+
+
+def fit(folder: Path, reward: Dispatch) -> Trainer:
+    data = VerifiableDataModule(
+        train=MixIn(Addition(6), Products(6), num=6), val=Products(4, held_out=True), prompts_per_phase=12
+    )
+    module = GRPOModule("tiny-addition", reward, num_generations=2, sampling=Sampling(max_completion_length=4))
+    trainer = Trainer(default_root_dir=folder, max_epochs=1, accelerator="cpu", devices=1, num_sanity_val_steps=0)
+    trainer.fit(module, datamodule=data)
+    return trainer
+
+
+def test_a_run_on_two_tasks(tmp_path):
+    trainer = fit(tmp_path, Dispatch({"addition": ExactMatch(), "products": RegexFormat(r"\d+")}))
+    found = trainer.callback_metrics
+    assert 0 <= found["train/rewards/addition/mean"] <= 1
+    assert found["train/rewards/products/mean"] > 0.9  # tiny-addition answers with digits
+    assert found["train/reward"] == pytest.approx(
+        (found["train/rewards/addition/mean"] + found["train/rewards/products/mean"]) / 2
+    )
+
+
+def test_a_run_with_an_unknown_task_ends_before_its_first_step(tmp_path):
+    with pytest.raises(ValueError, match="products-training#.* is of the data set 'products'"):
+        fit(tmp_path, Dispatch({"addition": ExactMatch()}))
