@@ -2,6 +2,7 @@
 training.
 """
 
+from callbacks.budget_curve import BudgetCurve
 from callbacks.dashboard import Dashboard
 from callbacks.data_report import DataReport
 from callbacks.diversity import Diversity
@@ -30,6 +31,7 @@ from callbacks.writers.preference_writer import PreferenceWriter
 
 __all__ = [
     "AveragedWeights",
+    "BudgetCurve",
     "Claims",
     "Comparison",
     "Dashboard",

@@ -29,6 +29,7 @@ from datamodules.sources import (
     Sampled,
     Scored,
     Source,
+    ThinkingFusion,
 )
 from datamodules.streaming import StreamingDataModule
 from datamodules.verifiable import VerifiableDataModule
@@ -68,5 +69,6 @@ __all__ = [
     "Source",
     "Stream",
     "StreamingDataModule",
+    "ThinkingFusion",
     "VerifiableDataModule",
 ]

@@ -8,6 +8,7 @@ from datamodules.sources.preference_prompts import PreferencePrompts
 from datamodules.sources.reasoning_gym import ReasoningGym
 from datamodules.sources.scored import Sampled, Scored
 from datamodules.sources.source import Row, Source
+from datamodules.sources.thinking_fusion import ThinkingFusion
 from datamodules.sources.toys.addition import Addition, AdditionPairs
 from datamodules.sources.toys.guarded_addition import GuardedAddition
 from datamodules.sources.toys.invented_facts import FactDocuments, Facts
@@ -35,4 +36,5 @@ __all__ = [
     "Sampled",
     "Scored",
     "Source",
+    "ThinkingFusion",
 ]
