@@ -14,6 +14,8 @@ from datamodules.pretraining import PretrainingDataModule
 from datamodules.sources import (
     Addition,
     AdditionPairs,
+    ChainLessons,
+    Chains,
     FactDocuments,
     Facts,
     Files,
@@ -36,6 +38,8 @@ from datamodules.verifiable import VerifiableDataModule
 __all__ = [
     "Addition",
     "AdditionPairs",
+    "ChainLessons",
+    "Chains",
     "CandidatesDataModule",
     "DecayPhase",
     "Difficulty",
