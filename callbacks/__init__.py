@@ -2,6 +2,7 @@
 training.
 """
 
+from callbacks.curves import Curves
 from callbacks.dashboard import Dashboard
 from callbacks.data_report import DataReport
 from callbacks.diversity import Diversity
@@ -32,6 +33,7 @@ __all__ = [
     "AveragedWeights",
     "Claims",
     "Comparison",
+    "Curves",
     "Dashboard",
     "DataReport",
     "Diversity",

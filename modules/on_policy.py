@@ -27,7 +27,14 @@ from modules.rewards.learned import LearnedReward
 from modules.rollout.dynamic_sampling import Gathered
 from modules.rollout.engine import InProcessEngine, RolloutEngine
 from modules.rollout.environment import Environment, check_environment
-from modules.rollout.metrics import make_outcomes, measure_gaps, measure_rollouts, measure_weights, share_solved
+from modules.rollout.metrics import (
+    make_outcomes,
+    measure_errors,
+    measure_gaps,
+    measure_rollouts,
+    measure_weights,
+    share_solved,
+)
 from modules.rollout.sampling import Sampling
 from modules.rollout.scoring import add_sums, keep_prompts, make_batch, make_rollouts, score_in_chunks
 from modules.rollout.tool_calls import ToolFormat
@@ -315,7 +322,7 @@ class OnPolicyModule(AlignmentModule):
     def evaluation_metrics(self) -> dict[str, float]:
         """Join the base's metrics; add pass@1, pass@k, greedy accuracy and the numbers of the sampled completions."""
         sampled, greedy = from_all_ranks(self.record.sampled), from_all_ranks(self.record.greedy)
-        metrics = super().evaluation_metrics() | measure_rollouts(sampled)
+        metrics = super().evaluation_metrics() | measure_rollouts(sampled) | measure_errors(sampled)
         if self.accuracy is None:
             rank_zero_warn(
                 f"pass@k and greedy_accuracy are left out: a score of {self.reward.name} does not say whether an "
