@@ -3,6 +3,7 @@ training.
 """
 
 from callbacks.budget_curve import BudgetCurve
+from callbacks.curves import Curves
 from callbacks.dashboard import Dashboard
 from callbacks.data_report import DataReport
 from callbacks.diversity import Diversity
@@ -34,6 +35,7 @@ __all__ = [
     "BudgetCurve",
     "Claims",
     "Comparison",
+    "Curves",
     "Dashboard",
     "DataReport",
     "Diversity",

@@ -11,7 +11,7 @@ from callbacks.phase import new_figure, tensorboards
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-METRIC = re.compile(r"budget/(\d+)/(accuracy|standard_error|length)")
+METRIC = re.compile(r"budget/(\d+)/(accuracy|accuracy_standard_error|length)")
 
 
 @runtime_checkable
@@ -25,7 +25,7 @@ class BudgetCurve(Callback):
     """Draws and prints the accuracy on held-out prompts against the thinking budget, at the end of each evaluation.
 
     The module measures it at ``model.validation.budgets``, and logs for each budget ``val/budget/<tokens>/accuracy``, its
-    ``standard_error`` over prompts, the ``length`` of the completions in tokens, and ``val/budget/rise``: the accuracy at
+    ``accuracy_standard_error`` over prompts, the ``length`` of the completions in tokens, and ``val/budget/rise``: the accuracy at
     the largest budget minus that at the smallest. A policy whose thoughts help has a curve that rises.
 
     Raises:
@@ -59,7 +59,7 @@ class BudgetCurve(Callback):
                 curve.setdefault(int(found[1]), {})[found[2]] = float(value)
         curve = dict(sorted(curve.items()))
         lines = [
-            f"{budget:>8}  {point['accuracy']:8.3f}  {point['standard_error']:6.3f}  {point['length']:10.1f}"
+            f"{budget:>8}  {point['accuracy']:8.3f}  {point['accuracy_standard_error']:6.3f}  {point['length']:10.1f}"
             for budget, point in curve.items()
         ]
         rank_zero_info("\n".join(["budget    accuracy    s.e.  all tokens", *lines]))
@@ -73,6 +73,6 @@ def draw_curve(figure: "Figure", curve: dict[int, dict[str, float]]) -> None:
     """Plot accuracy against budget, with a bar of one standard error on each side."""
     axes = figure.subplots()
     accuracies = [point["accuracy"] for point in curve.values()]
-    errors = [point["standard_error"] for point in curve.values()]
+    errors = [point["accuracy_standard_error"] for point in curve.values()]
     axes.errorbar(list(curve), accuracies, yerr=errors, marker="o", markersize=3, capsize=2)
     axes.set(xlabel="thinking budget, tokens", ylabel="accuracy", ylim=(-0.02, 1.02))

@@ -14,6 +14,8 @@ from datamodules.pretraining import PretrainingDataModule
 from datamodules.sources import (
     Addition,
     AdditionPairs,
+    ChainLessons,
+    Chains,
     FactDocuments,
     Facts,
     Files,
@@ -37,6 +39,8 @@ from datamodules.verifiable import VerifiableDataModule
 __all__ = [
     "Addition",
     "AdditionPairs",
+    "ChainLessons",
+    "Chains",
     "CandidatesDataModule",
     "DecayPhase",
     "Difficulty",

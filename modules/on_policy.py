@@ -30,6 +30,7 @@ from modules.rollout.environment import Environment, check_environment
 from modules.rollout.metrics import (
     make_outcomes,
     measure_budgets,
+    measure_errors,
     measure_gaps,
     measure_rollouts,
     measure_weights,
@@ -351,7 +352,7 @@ class OnPolicyModule(AlignmentModule):
     def evaluation_metrics(self) -> dict[str, float]:
         """Join the base's metrics; add pass@1, pass@k, greedy accuracy and the numbers of the sampled completions."""
         sampled, greedy = from_all_ranks(self.record.sampled), from_all_ranks(self.record.greedy)
-        metrics = super().evaluation_metrics() | measure_rollouts(sampled)
+        metrics = super().evaluation_metrics() | measure_rollouts(sampled) | measure_errors(sampled)
         if self.accuracy is None:
             rank_zero_warn(
                 f"pass@k and greedy_accuracy are left out: a score of {self.reward.name} does not say whether an "

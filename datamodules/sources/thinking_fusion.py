@@ -53,10 +53,17 @@ class ThinkingFusion(Source):
         self.empty, self.prompts, self.seed = empty, prompts, run_seed(seed)
 
     def rows(self) -> list[Row]:
-        """Return the rows that think, then the others. Raises ValueError, with the origin, for a row of the other kind."""
+        """Return the rows that think, then the others, each with an origin of its own.
+
+        Raises ValueError, with the origin, for a row of the other kind.
+        """
         draw = random.Random(self.seed)
         thinking = [self.write(row, True, draw.random() >= self.unflagged) for row in read_rows(self.thinking)]
-        return thinking + [self.write(row, False, True) for row in read_rows(self.plain)]
+        names = {row.origin for row in thinking}
+        plain = [self.write(row, False, True) for row in read_rows(self.plain)]
+        return thinking + [
+            replace(row, origin=f"{row.origin} {NO_THINK}") if row.origin in names else row for row in plain
+        ]
 
     def write(self, row: Row, thinks: bool, flagged: bool) -> Row:
         """Return a row with its flag and, where it does not think, an empty thought.

@@ -124,10 +124,34 @@ def measure_budgets(found: Mapping[int, Sequence[Outcome]]) -> dict[str, float]:
         accuracies.append(mean(rates))
         metrics |= {
             f"budget/{budget}/accuracy": accuracies[-1],
-            f"budget/{budget}/standard_error": std(rates) / max(1, len(rates)) ** 0.5,
+            f"budget/{budget}/accuracy_standard_error": std(rates) / max(1, len(rates)) ** 0.5,
             f"budget/{budget}/length": mean(column(outcome.length for outcome in outcomes)),
         }
     return metrics | ({"budget/rise": accuracies[-1] - accuracies[0]} if accuracies[1:] else {})
+
+
+def measure_errors(found: Sequence[Outcome]) -> dict[str, float]:
+    """Compute the standard errors of the reward, its parts, pass@1 and the mean length, by the metric's name.
+
+    The completions of a prompt are not independent. So an error is the sample deviation over prompts of the prompt's
+    mean, over the root of the number of prompts. It is left out where fewer than two prompts have a value.
+    """
+    columns: dict[str, list[float | None]] = {
+        "reward": [outcome.reward for outcome in found],
+        "pass@1": [outcome.right for outcome in found],
+        "completions/mean_length": [outcome.length for outcome in found],
+    }
+    columns |= {f"rewards/{name}/mean": [outcome.rewards[name] for outcome in found] for name in found[0].rewards}
+    errors = {}
+    for name, values in columns.items():
+        groups: dict[str, list[float]] = defaultdict(list)
+        for outcome, value in zip(found, values, strict=True):
+            if value is not None:
+                groups[outcome.uid].append(float(value))
+        if len(groups) > 1:
+            means = column(sum(group) / len(group) for group in groups.values())
+            errors[f"{name}_standard_error"] = float(means.std()) / math.sqrt(len(means))
+    return errors
 
 
 def share_solved(found: Sequence[Outcome], k: int) -> float:
