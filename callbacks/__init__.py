@@ -2,6 +2,8 @@
 training.
 """
 
+from callbacks.budget_curve import BudgetCurve
+from callbacks.curves import Curves
 from callbacks.dashboard import Dashboard
 from callbacks.data_report import DataReport
 from callbacks.diversity import Diversity
@@ -30,8 +32,10 @@ from callbacks.writers.preference_writer import PreferenceWriter
 
 __all__ = [
     "AveragedWeights",
+    "BudgetCurve",
     "Claims",
     "Comparison",
+    "Curves",
     "Dashboard",
     "DataReport",
     "Diversity",

@@ -14,6 +14,8 @@ from datamodules.pretraining import PretrainingDataModule
 from datamodules.sources import (
     Addition,
     AdditionPairs,
+    ChainLessons,
+    Chains,
     FactDocuments,
     Facts,
     Files,
@@ -29,6 +31,7 @@ from datamodules.sources import (
     Sampled,
     Scored,
     Source,
+    ThinkingFusion,
 )
 from datamodules.streaming import StreamingDataModule
 from datamodules.verifiable import VerifiableDataModule
@@ -36,6 +39,8 @@ from datamodules.verifiable import VerifiableDataModule
 __all__ = [
     "Addition",
     "AdditionPairs",
+    "ChainLessons",
+    "Chains",
     "CandidatesDataModule",
     "DecayPhase",
     "Difficulty",
@@ -68,5 +73,6 @@ __all__ = [
     "Source",
     "Stream",
     "StreamingDataModule",
+    "ThinkingFusion",
     "VerifiableDataModule",
 ]

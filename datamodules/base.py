@@ -1,5 +1,6 @@
 """The base of all DataModules: rows from sources, the tokenizer, dropped rows, loaders that resume inside an epoch."""
 
+import copy
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, Protocol, TypeVar, runtime_checkable
@@ -15,6 +16,7 @@ from datamodules.loaders.step_sampler import MicroBatch, StepSampler
 from datamodules.sources import Row, Source
 from datamodules.sources.files import headerless_hint, read_rows
 from datamodules.sources.held_out import Part, hold_out, parse_share
+from modules.functional.thoughts import set_in_template
 from modules.trainer.seeds import run_seed
 
 Example = TypeVar("Example")
@@ -285,6 +287,7 @@ class AlignDataModule(RowsDataModule):
     """
 
     chat: bool | None = None  # whether text prompts are user messages; None = by rule, see :meth:`is_chat`
+    chat_template_kwargs: dict[str, Any] | None = None  # variables that the chat template is given
 
     def __init__(
         self,
@@ -303,17 +306,24 @@ class AlignDataModule(RowsDataModule):
         self.drop_long, self.on_bad_row, self.seed = drop_long, on_bad_row, run_seed(seed)
         share = parse_share(val)
         self.val: Any = val if share is None else share
+        self._has_settings = False  # whether the tokenizer's template has ``chat_template_kwargs``
         self._sampler: StepSampler | None = None
         self._resume: dict[str, int] | None = None
 
     def prepare(self, stage: str) -> None:
         """Begins ``setup``: takes the tokenizer, and holds rows out where ``val`` is a share.
 
-        Raises ValueError for a stage that only reads held-out rows when there are none.
+        Raises ValueError for a stage that only reads held-out rows when there are none, and for settings that the chat
+        template does not read.
         """
         if stage in ("validate", "test") and self.val is None:
             raise ValueError("there are no held-out rows to evaluate; set data.val")
         self.take_tokenizer()
+        if self.chat_template_kwargs and not self._has_settings:
+            # a copy: the model's own tokenizer, which is exported, keeps its template
+            self.tokenizer = copy.deepcopy(self.tokenizer)
+            self.tokenizer.chat_template = set_in_template(self.tokenizer.chat_template, self.chat_template_kwargs)
+            self._has_settings = True
         if isinstance(self.val, float):
             share, rows = self.val, self.read(self.train)
             self.train, self.val = hold_out(rows, share, self.seed, self.columns)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from lightning.pytorch.utilities.types import EVAL_DATALOADERS
@@ -56,6 +56,8 @@ class InstructionDataModule(AlignDataModule):
         system: system message in front of every chat that has none.
         unknown: for training rows with a column ``knowledge`` (arXiv 2405.05904): ``drop`` keeps HighlyKnown and
             MaybeKnown rows; ``idk`` answers the Unknown ones with "I don't know."
+        chat_template_kwargs: variables that the chat template is given, such as ``{enable_thinking: false}``, which opens
+            each answer with an empty thought (Qwen3).
         seed: of the shuffle, with the epoch; None = the run's.
 
     Attributes:
@@ -84,6 +86,7 @@ class InstructionDataModule(AlignDataModule):
         chat: bool | None = None,
         system: str | None = None,
         unknown: Literal["keep", "drop", "idk"] = "keep",
+        chat_template_kwargs: dict[str, Any] | None = None,
         seed: int | None = None,
     ) -> None:
         if batch_size < 1 or max_length < 2:
@@ -106,6 +109,7 @@ class InstructionDataModule(AlignDataModule):
             batch_size,
         )
         self.chat, self.system, self.unknown = chat, system, unknown
+        self.chat_template_kwargs = chat_template_kwargs
         self.train_rows: list[Tokens] = []
         self.domains: dict[str, list[Tokens]] = {}
 

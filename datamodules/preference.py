@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, compress
-from typing import Literal, Protocol, cast, runtime_checkable
+from typing import Any, Literal, Protocol, cast, runtime_checkable
 
 import torch
 from lightning.pytorch.utilities.types import EVAL_DATALOADERS
@@ -95,6 +95,8 @@ class PreferenceDataModule(AlignDataModule):
         first_is_better: the number by which a column of verdicts of 0 and 1 says that the first of two answers is
             better; of a column that goes below 0, the sign (-1 or 1).
         on_bad_row: ``drop`` leaves out rows that cannot be read and counts them in ``bad``.
+        chat_template_kwargs: variables that the chat template is given, such as ``{enable_thinking: false}``, which opens
+            each answer with an empty thought (Qwen3).
         seed: of the shuffle, with the epoch, and of the balancing; None = the run's.
 
     Raises:
@@ -122,6 +124,7 @@ class PreferenceDataModule(AlignDataModule):
         balance_length: bool = False,
         first_is_better: Ours | None = None,
         on_bad_row: Literal["raise", "drop"] = "raise",
+        chat_template_kwargs: dict[str, Any] | None = None,
         seed: int | None = None,
     ) -> None:
         if batch_size < 1 or max_length < 2:
@@ -131,6 +134,7 @@ class PreferenceDataModule(AlignDataModule):
         super().__init__(tokenizer, train, val, columns, drop_long, on_bad_row, seed)
         self.max_length, self.batch_size, self.chat, self.system = max_length, batch_size, chat, system
         self.calibration = calibration
+        self.chat_template_kwargs = chat_template_kwargs
         self.margins = MARGINS[margins] if isinstance(margins, str) else margins
         self.balance_length, self.first_is_better = balance_length, first_is_better
         self.train_rows: list[PreferenceTokens] = []

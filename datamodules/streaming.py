@@ -111,7 +111,7 @@ class StreamingDataModule(InstructionDataModule):
             chat,
             None,
             "keep",
-            seed,
+            seed=seed,
         )
         self.steps_per_epoch, self.shuffle_buffer, self.num_workers = steps_per_epoch, shuffle_buffer, num_workers
         self._loader: StreamLoader | None = None

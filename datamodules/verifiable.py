@@ -19,6 +19,7 @@ from datamodules.loaders.ptx import PtxStream
 from datamodules.loaders.step_sampler import MicroBatch
 from datamodules.sources import PreferencePrompts, Row, Source
 from datamodules.tokens.encoding import Tokens, Tools, encode_prompt, is_rendered
+from modules.functional.thoughts import EMPTY_BLOCK, asks_for_thought
 from modules.trainer.ranks import from_all_ranks
 from modules.types import InstructionBatch, PromptBatch, require_accuracy
 
@@ -31,6 +32,7 @@ class Prompt:
     ids: list[int]
     example: VerifiableExample
     columns: dict[str, Any] = field(default_factory=dict)  # of the raw row
+    thinks: bool | None = None  # see ``PromptBatch``
 
 
 class VerifiableDataModule(AlignDataModule):
@@ -58,6 +60,8 @@ class VerifiableDataModule(AlignDataModule):
         ptx: texts for every update, which the policy must not forget, for methods that learn from them (PPO-ptx).
         keep: train only on prompts whose measured difficulty lies in bounds; held-out prompts stay as they are.
         order: which prompts a phase draws; None = all rows, shuffled anew for each pass.
+        chat_template_kwargs: variables that the chat template is given, such as ``{enable_thinking: false}``, which opens
+            each answer with an empty thought (Qwen3).
         seed: of the shuffles; None = the run's.
 
     Raises:
@@ -85,6 +89,7 @@ class VerifiableDataModule(AlignDataModule):
         ptx: PtxStream | None = None,
         keep: Difficulty | None = None,
         order: PromptOrder | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
         seed: int | None = None,
     ) -> None:
         if min(prompts_per_phase, val_batch_size, max_prompt_length) < 1:
@@ -94,6 +99,7 @@ class VerifiableDataModule(AlignDataModule):
             )
         super().__init__(tokenizer, train, val, columns, drop_long, on_bad_row, seed)
         self.system, self.chat, self.max_prompt_length = system, chat, max_prompt_length
+        self.chat_template_kwargs = chat_template_kwargs
         self.prompts_per_phase, self.updates_per_phase, self.inner_epochs = (
             prompts_per_phase,
             updates_per_phase,
@@ -111,6 +117,12 @@ class VerifiableDataModule(AlignDataModule):
         """Tokenises all prompts once; bad rows and a phase that the ranks cannot share fail here."""
         self._loader, self._snapshot = None, None
         self.prepare(stage)
+        module = self.trainer.lightning_module if self.trainer else None
+        if self.chat_template_kwargs and getattr(module, "environment", None) is not None:
+            raise ValueError(
+                "data.chat_template_kwargs do not reach the turns behind results of tools, which model.environment writes: "
+                "leave one of them out, or set the variables in the model's chat_template.jinja"
+            )
         shares = self.world_size * max(1, self.updates_per_phase // max(1, self.inner_epochs))
         if self.world_size > 1 and self.prompts_per_phase % shares:
             raise ValueError(
@@ -260,7 +272,16 @@ class VerifiableDataModule(AlignDataModule):
         self.say_chat(row, isinstance(example.prompt, str))
         tools = self.find_tools(example)
         text, ids = encode_prompt(self.tokenizer, example.prompt, row.origin, chat, self.system, tools)
-        return Prompt(text, ids, example, row.columns)
+        return Prompt(text, ids, example, row.columns, self.find_mode(example, text))
+
+    def find_mode(self, example: VerifiableExample, text: str) -> bool | None:
+        """Tells whether a prompt, rendered as ``text``, asks for a thought; None = nothing is said."""
+        if EMPTY_BLOCK.search(text):
+            return False
+        system = self.system if self.system and self.system in text else ""
+        setting = (self.chat_template_kwargs or {}).get("enable_thinking")
+        said = (asks_for_thought(example.prompt), asks_for_thought(system), None if setting is None else bool(setting))
+        return next((mode for mode in said if mode is not None), None)
 
     def find_tools(self, example: VerifiableExample) -> Tools | None:
         """Finds the tools that a prompt tells: the row's, or those of the module's environment."""
@@ -333,4 +354,5 @@ def prompt_batch(prompts: list[tuple[Prompt, int]]) -> PromptBatch:
         answer=[prompt.example.answer for prompt, _ in prompts],
         source=[prompt.example.source for prompt, _ in prompts],
         info=[prompt.example.info for prompt, _ in prompts],
+        thinks=[prompt.thinks for prompt, _ in prompts],
     )

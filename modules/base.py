@@ -179,7 +179,7 @@ class AlignmentModule(LightningModule):
     def on_validation_start(self) -> None:
         """Forget what an earlier or interrupted evaluation left."""
         self._evaluation = Tally(self.device)
-        self.record.sampled, self.record.greedy = [], []
+        self.record.sampled, self.record.greedy, self.record.budgets = [], [], {}
 
     def on_test_start(self) -> None:
         """Do the same for ``test``."""

@@ -27,9 +27,18 @@ from modules.rewards.learned import LearnedReward
 from modules.rollout.dynamic_sampling import Gathered
 from modules.rollout.engine import InProcessEngine, RolloutEngine
 from modules.rollout.environment import Environment, check_environment
-from modules.rollout.metrics import make_outcomes, measure_gaps, measure_rollouts, measure_weights, share_solved
+from modules.rollout.metrics import (
+    make_outcomes,
+    measure_budgets,
+    measure_errors,
+    measure_gaps,
+    measure_rollouts,
+    measure_weights,
+    share_solved,
+)
 from modules.rollout.sampling import Sampling
 from modules.rollout.scoring import add_sums, keep_prompts, make_batch, make_rollouts, score_in_chunks
+from modules.rollout.thinking import Thinking, check_thinking
 from modules.rollout.tool_calls import ToolFormat
 from modules.trainer.ranks import from_all_ranks, log_equal, mean_and_error, weighted_means
 from modules.trainer.seeds import derive_seed, run_seed
@@ -52,9 +61,13 @@ class Validation:
     # it has no parts; learned rewards, judges and sums without such a part leave pass@k out.
     accuracy: Reward | None = None
     generations: int = 1  # >= 1, sampled completions of a prompt, for pass@1 and pass@k
+    # >= 0, tokens: the prompts are answered once more at each of these thinking budgets, for ``BudgetCurve``.
+    budgets: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         check_numbers("validation", generations=(self.generations, "[1, inf)"))
+        if len(set(self.budgets)) < len(self.budgets) or min(self.budgets, default=0) < 0:
+            raise ValueError(f"validation: budgets must be different numbers >= 0, got {list(self.budgets)}")
 
 
 class OnPolicyModule(AlignmentModule):
@@ -113,9 +126,10 @@ class OnPolicyModule(AlignmentModule):
         check_stop(self.accuracy or self.reward, sampling)
         if lora is not None:
             self.share_backbone()
-        self.val_generations = validation.generations
+        self.val_generations, self.val_budgets = validation.generations, sorted(validation.budgets)
         self.sampling, self.seed = sampling, run_seed(seed)
         self.engine, self.importance = engine or InProcessEngine(), importance
+        self.check_budgets()
         self.environment, self.tool_format = environment, None
         check_earned([self.reward, *([self.accuracy] if self.accuracy else [])], environment)
         if environment is not None:
@@ -134,6 +148,24 @@ class OnPolicyModule(AlignmentModule):
         if self.num_generations < least:
             compared = ": a group needs at least 2 completions to compare" if least > 1 else ", expected at least 1"
             raise ValueError(f"num_generations is {self.num_generations}{compared}")
+
+    def check_budgets(self) -> None:
+        """Refuse thinking budgets that the engine does not keep, that leave no room for an answer, or that nothing judges."""
+        thinking = self.sampling.thinking or Thinking()
+        budgets = [*thinking.budgets, *self.val_budgets]
+        if budgets and not self.engine.limits_thoughts:
+            raise ValueError(
+                f"sampling.thinking: {type(self.engine).__name__} keeps no thinking budget (limits_thoughts): leave "
+                "model.engine out, or the budgets of sampling.thinking and validation"
+            )
+        check_thinking(
+            thinking, self.tokenizer, budgets, self.sampling.max_completion_length, self.sampling.stop, opened=True
+        )
+        if self.val_budgets and self.accuracy is None:
+            raise ValueError(
+                f"validation.budgets asks which answers are right, and {self.reward.name} does not say that: name a reward "
+                "that does, with model.validation.accuracy"
+            )
 
     def move_reference(self, moves: bool) -> None:
         """Settle whether the reference moves; one that does not is known by its fingerprint."""
@@ -313,11 +345,16 @@ class OnPolicyModule(AlignmentModule):
             answers = self.sample(prompts, 1, replace(self.sampling, temperature=0.0), stage)
             greedy = make_rollouts(*answers, self.accuracy)
             self.record.greedy += make_outcomes(greedy, self.accuracy, scored_by=self.accuracy)
+        for budget in self.val_budgets:
+            thinking = replace(self.sampling.thinking or Thinking(), budget=budget)
+            answers = self.sample(prompts, self.val_generations, replace(self.sampling, thinking=thinking), stage)
+            limited = make_outcomes(make_rollouts(*answers, self.accuracy), self.accuracy, scored_by=self.accuracy)
+            self.record.budgets.setdefault(budget, []).extend(limited)
 
     def evaluation_metrics(self) -> dict[str, float]:
         """Join the base's metrics; add pass@1, pass@k, greedy accuracy and the numbers of the sampled completions."""
         sampled, greedy = from_all_ranks(self.record.sampled), from_all_ranks(self.record.greedy)
-        metrics = super().evaluation_metrics() | measure_rollouts(sampled)
+        metrics = super().evaluation_metrics() | measure_rollouts(sampled) | measure_errors(sampled)
         if self.accuracy is None:
             rank_zero_warn(
                 f"pass@k and greedy_accuracy are left out: a score of {self.reward.name} does not say whether an "
@@ -330,7 +367,8 @@ class OnPolicyModule(AlignmentModule):
                 "data.val answers that it can read? What it would measure is NaN"
             )
         solved = {f"pass@{k}": share_solved(sampled, k) for k in {1, self.val_generations}}
-        return metrics | solved | {"greedy_accuracy": share_solved(greedy, 1)}
+        budgets = {budget: from_all_ranks(self.record.budgets[budget]) for budget in self.record.budgets}
+        return metrics | solved | {"greedy_accuracy": share_solved(greedy, 1)} | measure_budgets(budgets)
 
     def sample(
         self, prompts: PromptBatch, num_generations: int, sampling: Sampling, phase: str

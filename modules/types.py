@@ -98,6 +98,8 @@ class PromptBatch(TypedDict):
     answer: list[str | None]  # the gold answer; None = the row has none
     source: list[str]  # name of the data set, for metrics per source
     info: list[dict[str, Any]]  # the row's other columns
+    # Whether a thought is asked for, by a flag or a setting of the chat template; None = nothing is said, so it is.
+    thinks: NotRequired[list[bool | None]]
     # In training: the optimiser update of each pass that learns from the prompt's completions, counted from 0.
     update: NotRequired[list[int]]
     # In training: draws this rank's next stretch of prompts, for methods that sample more in a phase; every rank must
@@ -125,7 +127,7 @@ class PolicyBatch(TypedDict):
     rank: NotRequired[Tensor]
     ref_logprobs: NotRequired[Tensor]  # [N, Tc], of the frozen reference
     sampler_logprobs: NotRequired[Tensor]  # [N, Tc], computed by the engine
-    # bool [N, Tc], every token of a completion, those of tools too; default: the policy sampled them all
+    # bool [N, Tc], every token of a completion, those that were given too; default: the policy sampled them all
     attended: NotRequired[Tensor]
     values: NotRequired[Tensor]  # [N, Tc], at collection; value of the state before each token
     returns: NotRequired[Tensor]  # [N, Tc], the targets of the values
@@ -152,14 +154,15 @@ class Completion:
     """One sampled answer."""
 
     token_ids: list[int]  # includes the end token if it was sampled
-    # Log-prob of each token under the distribution it was drawn from, 0 of a token that a tool wrote; as long as token_ids
+    # Log-prob of each token under the distribution it was drawn from, 0 of a token that was given; as long as token_ids
     logprobs: list[float]
     # The decoded tokens, without end and pad tokens, and without a stop string unless it was to be kept. Of a completion
     # with calls of tools: its last turn.
     text: str
     finish: Literal["stop", "length", "abort"]  # end token or stop string; token budget used up; given up
     policy_version: int = 0  # number of optimiser updates before the weights that sampled it
-    sampled: list[bool] | None = None  # False = a tool's result, which nobody sampled; None = every token was
+    # False = given and not sampled: a tool's result, or the text that stops a thought; None = every token was sampled
+    sampled: list[bool] | None = None
     transcript: str | None = None  # all turns with their calls and results; None = there is no other turn than ``text``
     earned: float | None = None  # what the environment's ``get_reward()`` gave; None = nothing
 
@@ -192,6 +195,7 @@ class Rollout:
     entropy: float | None = None  # of the whole next-token distribution, mean over the completion, nats per token
     kl: float | None = None  # sum over the completion of log pi - log pi_start, nats
     source: str = ""  # name of the data set
+    thinks: bool | None = None  # see ``PromptBatch``
 
     @property
     def text(self) -> str:
@@ -250,6 +254,8 @@ class Outcome:
     entropy: float | None  # nats per token
     right: bool | None = None  # whether the answer is right; None = not asked or unscorable
     kl: float | None = None  # nats, sum over the completion; None = no reference
+    thinks: bool | None = None  # see ``PromptBatch``
+    thought: bool = False  # whether the completion holds a thought that is not empty
 
 
 @dataclass(frozen=True)
@@ -290,6 +296,8 @@ class Record:
     # Outcomes of all batches of the evaluation so far, until the module's ``on_validation_epoch_end``.
     sampled: list[Outcome] = field(default_factory=list)
     greedy: list[Outcome] = field(default_factory=list)
+    # The same of completions with a thinking budget, by budget.
+    budgets: dict[int, list[Outcome]] = field(default_factory=dict)
     # Rows that the last batch of ``predict`` labelled: ``row``, ``uid``, ``label`` (None = invalid), and what the
     # module adds.
     labels: list[dict[str, Any]] = field(default_factory=list)

@@ -27,6 +27,7 @@ class Claim:
         at_most: the highest value that is allowed.
         of: the earlier model whose value is judged; by default the model of this run.
         standard_errors: the value must clear the bound by so many standard errors of the difference, >= 0.
+        required: whether the run fails without it. One that is not required is printed as shown or not shown.
 
     Raises:
         ValueError: none or both of the bounds are set, or ``standard_errors`` is below 0.
@@ -38,6 +39,7 @@ class Claim:
     at_most: float | str | None = None
     of: str = HERE
     standard_errors: float = 0.0
+    required: bool = True
 
     def __post_init__(self) -> None:
         if (self.at_least is None) == (self.at_most is None):
@@ -93,6 +95,7 @@ def find_standard_error(found: Mapping[str, float], metric: str, words: str) -> 
 class Claims(Callback):
     """Checks the claims of a recipe and prints each as held or not; the run fails (exit status 1) if one does not hold.
 
+    A claim with ``required: false`` is printed as shown or not shown instead, and fails nothing.
     It reads the last validation of ``fit``, or the one of ``validate``; a ``fast_dev_run`` is not checked. List it
     after ``Summary`` and ``Comparison``, so that their tables are printed and kept first.
 
@@ -126,7 +129,7 @@ class Claims(Callback):
             raise ValueError(f"{len(self.failed)} of {len(self.claims)} claims did not hold: {'; '.join(self.failed)}")
 
     def check(self, trainer: Trainer) -> None:
-        """Check every claim and print it as held or not."""
+        """Check every claim and print it as held or not, or as shown or not."""
         if trainer.fast_dev_run:  # type: ignore[attr-defined]  # Trainer sets it without declaring it
             return
         models = find_earlier(trainer) | {HERE: self.found}
@@ -134,8 +137,9 @@ class Claims(Callback):
         for claim in self.claims:
             holds, figures = claim.check(models)
             if trainer.is_global_zero:
-                print(f"claim: {claim.words}: {'held' if holds else 'NOT held'} ({figures})", flush=True)
-            if not holds:
+                yes, no = ("held", "NOT held") if claim.required else ("shown", "not shown")
+                print(f"claim: {claim.words}: {yes if holds else no} ({figures})", flush=True)
+            if claim.required and not holds:
                 self.failed.append(f"{claim.words} ({figures})")
 
 

@@ -14,6 +14,8 @@ class Comparison(Callback):
     """Keeps a model's metrics in a JSON file and prints those of all models in it: one row per metric, one column per
     model.
 
+    A standard error that was logged stands behind its value, as in ``0.84 +- 0.03``.
+
     It does so at the end of ``validate``. The file holds the metrics as logged, by model. A model of the same name is
     replaced and keeps its place. A ``fast_dev_run`` writes nothing.
 
@@ -55,7 +57,8 @@ class Comparison(Callback):
         models = self.models()
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]  # Trainer sets it without declaring it
             write_json(self.file, models)
-        print_table([*self.metrics, *self.forgetting], choose_shown(models, self.metrics, self.forgetting))
+        errors = {model: find_errors(found, self.metrics) for model, found in models.items()}
+        print_table([*self.metrics, *self.forgetting], choose_shown(models, self.metrics, self.forgetting), errors)
 
 
 def read_models(file: Path) -> dict[str, dict[str, float]]:
@@ -92,3 +95,8 @@ def choose_shown(
             if name in found and name in first
         }
     return columns
+
+
+def find_errors(found: dict[str, float], metrics: dict[str, str]) -> dict[str, float]:
+    """Return the standard errors that a model's validation logged, by name of a row."""
+    return {row: found[f"{name}_standard_error"] for row, name in metrics.items() if f"{name}_standard_error" in found}

@@ -94,14 +94,29 @@ def read_logged(trainer: Trainer, names: Sequence[str], owner: str) -> dict[str,
     return {name: float(trainer.callback_metrics[name]) for name in kept}
 
 
-def print_table(rows: Sequence[str], columns: Mapping[str, Mapping[str, float]]) -> None:
-    """Print one row per metric and one column per model. A cell without a value stays empty."""
+def print_table(
+    rows: Sequence[str],
+    columns: Mapping[str, Mapping[str, float]],
+    errors: Mapping[str, Mapping[str, float]] | None = None,
+) -> None:
+    """Print one row per metric and one column per model. A cell without a value stays empty.
+
+    Args:
+        rows: names of the rows.
+        columns: model -> row -> value.
+        errors: model -> row -> standard error, which stands behind its value.
+    """
     from rich.console import Console
     from rich.table import Table
 
     table = Table("metric", *columns)
     for name in rows:
-        table.add_row(name, *(show_rounded(values[name]) if name in values else "" for values in columns.values()))
+        cells = []
+        for model, values in columns.items():
+            error = (errors or {}).get(model, {}).get(name)
+            behind = "" if error is None else f" +- {show_rounded(error)}"
+            cells.append(show_rounded(values[name]) + behind if name in values else "")
+        table.add_row(name, *cells)
     Console().print(table)
 
 

@@ -169,7 +169,13 @@ COLUMNS = (
         (),
         side=True,
     ),
-    Column("chat_template_kwargs", "chat_template enable_thinking", "settings of a template by row", (), side=True),
+    Column(
+        "chat_template_kwargs",
+        "chat_template enable_thinking",
+        "settings of a template by row; data.chat_template_kwargs are for all rows",
+        (),
+        side=True,
+    ),
 )
 STEMS = ("output", "response", "answer", "completion", "generation", "conversation", "candidate", "human_ref")
 PAIRS = tuple(

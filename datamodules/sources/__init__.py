@@ -8,7 +8,9 @@ from datamodules.sources.preference_prompts import PreferencePrompts
 from datamodules.sources.reasoning_gym import ReasoningGym
 from datamodules.sources.scored import Sampled, Scored
 from datamodules.sources.source import Row, Source
+from datamodules.sources.thinking_fusion import ThinkingFusion
 from datamodules.sources.toys.addition import Addition, AdditionPairs
+from datamodules.sources.toys.chains import ChainLessons, Chains
 from datamodules.sources.toys.guarded_addition import GuardedAddition
 from datamodules.sources.toys.invented_facts import FactDocuments, Facts
 from datamodules.sources.toys.number_texts import NumberTexts
@@ -17,6 +19,8 @@ from datamodules.sources.toys.products import ProductCalls, Products
 __all__ = [
     "Addition",
     "AdditionPairs",
+    "ChainLessons",
+    "Chains",
     "FactDocuments",
     "Facts",
     "Files",
@@ -35,4 +39,5 @@ __all__ = [
     "Sampled",
     "Scored",
     "Source",
+    "ThinkingFusion",
 ]

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from datamodules.tokens.picture import shorten, token_picture
 from datamodules.tokens.special import end_token_id, special_ids, special_tokens
+from modules.functional.thoughts import PROMPT_BLOCK
 
 
 class Message(TypedDict):
@@ -216,9 +217,10 @@ def encode_rendered(tokenizer: PreTrainedTokenizerBase, prompt: str, completion:
 
 
 def is_rendered(tokenizer: PreTrainedTokenizerBase, prompt: str) -> bool:
-    """Tells whether a text ends as the chat template opens an assistant turn."""
+    """Tells whether a text ends as the chat template opens an assistant turn, with or without a thought."""
     opening = _frame(tokenizer, str(tokenizer.chat_template))[0] if tokenizer.chat_template is not None else ""
-    return bool(opening.strip()) and prompt.endswith(opening)
+    opening = PROMPT_BLOCK.sub("", opening)
+    return bool(opening.strip()) and PROMPT_BLOCK.sub("", prompt).endswith(opening)
 
 
 @lru_cache(maxsize=8)

@@ -2,11 +2,12 @@
 
 import sys
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 from jsonargparse import ArgumentParser
 from transformers import AutoConfig, AutoTokenizer
 
+from modules.functional.thoughts import set_in_template
 from modules.networks.loading import is_classifier
 from modules.networks.policy import Policy
 from modules.rewards.learned import LearnedReward
@@ -22,7 +23,13 @@ SAID: dict[Form, str] = {
 }
 
 
-def chat(policy: str, form: Form | None = None, max_completion_length: int = 256, temperature: float = 0.0) -> None:
+def chat(
+    policy: str,
+    form: Form | None = None,
+    max_completion_length: int = 256,
+    temperature: float = 0.0,
+    chat_template_kwargs: dict[str, Any] | None = None,
+) -> None:
     """Answer each line that is typed. An empty line begins a new conversation, and Ctrl-D ends.
 
     With a reward model one types a prompt and an answer, and gets the score.
@@ -33,8 +40,13 @@ def chat(policy: str, form: Form | None = None, max_completion_length: int = 256
             ``alpaca``'s prompt, or as a ``text`` to continue. None = chat if there is a template, else text.
         max_completion_length: tokens of an answer.
         temperature: of the sampling; 0 = greedy.
+        chat_template_kwargs: variables that the chat template is given, such as ``{enable_thinking: false}``.
     """
     if holds_classifier(policy):
+        if chat_template_kwargs:
+            raise ValueError(
+                f"'{policy}' is a reward model, which scores with its own template: leave chat_template_kwargs out"
+            )
         score_lines(policy)
         return
     model, engine = Policy(policy, dropout=False), InProcessEngine()
@@ -42,6 +54,10 @@ def chat(policy: str, form: Form | None = None, max_completion_length: int = 256
     form = form or ("chat" if model.tokenizer.chat_template is not None else "text")
     if form == "chat" and model.tokenizer.chat_template is None:
         raise ValueError(f"'{policy}' has no chat template: --form text or --form alpaca")
+    if chat_template_kwargs and form != "chat":
+        raise ValueError(f"chat_template_kwargs are settings of a chat template, and --form {form} uses none")
+    if chat_template_kwargs:
+        model.tokenizer.chat_template = set_in_template(model.tokenizer.chat_template, chat_template_kwargs)
     say(f"{policy}: {SAID[form]}; Ctrl-D ends")
     messages: list[dict[str, str]] = []
     for number, line in enumerate(read_lines("> ")):

@@ -13,7 +13,7 @@ from modules.rewards.format import RegexFormat, ThinkAnswerFormat
 from modules.rewards.learned import LearnedReward
 from modules.rewards.lengths import CosineLength, KimiLength, OverlongPenalty
 from modules.rewards.noisy import Noisy
-from modules.rewards.writing import InstructionConstraints, LanguageConsistency, Repetition
+from modules.rewards.writing import InstructionConstraints, LanguageConsistency, Repetition, ScriptConsistency
 from modules.types import FunctionReward
 
 __all__ = [
@@ -41,6 +41,7 @@ __all__ = [
     "RegexFormat",
     "Repetition",
     "RubricJudge",
+    "ScriptConsistency",
     "ThinkAnswerFormat",
     "TokenF1",
     "Versus",

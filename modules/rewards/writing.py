@@ -141,6 +141,45 @@ class LanguageConsistency(Verifier):
         return {"prompt": rollout.prompt}
 
 
+class ScriptConsistency(Verifier):
+    """Gives the share of a thought's signs that are in the prompt's alphabet, in [0, 1]: ``LanguageConsistency`` by sign.
+
+    Source: the reward for language of DeepSeek-R1 (arXiv 2501.12948, section 2.3.2), where a language is an alphabet.
+    Signs of none of the alphabets, such as ``+``, do not count. The alphabet of the first sign of the prompt that is in
+    one is the prompt's, whatever follows. The thought is what stands between ``<think>`` and ``</think>``; the answer
+    behind it does not count.
+
+    A completion without a thought, or with a thought without signs, gets 0.0. If the prompt has no sign of any
+    alphabet, the score is None. The system message and the roles of a chat are no part of the prompt, as in
+    ``LanguageConsistency``.
+
+    Args:
+        alphabets: at least two, such as ``["0123456789", "abcdefghij"]``; no sign is in two of them.
+        name: label of the metric.
+
+    Raises:
+        ValueError: there are fewer than two alphabets, one is empty, or a sign occurs twice.
+    """
+
+    checks_answer = False
+    check = "alphabet_share"
+    reads = "text"
+    in_process = True
+
+    def __init__(self, alphabets: list[str], name: str = "script") -> None:
+        signs = "".join(alphabets)
+        if len(alphabets) < 2 or not all(alphabets) or len(set(signs)) < len(signs):
+            raise ValueError(
+                "ScriptConsistency needs at least two alphabets, each with a sign and no sign in two of them or twice, "
+                f"got {alphabets}"
+            )
+        super().__init__(name, {"alphabets": alphabets})
+
+    def describe(self, rollout: Rollout) -> dict[str, Any]:
+        """Return the prompt, as it was rendered."""
+        return {"prompt": rollout.prompt}
+
+
 class Repetition(Verifier):
     """Takes away up to ``penalty`` for n-grams of words that occurred before in the completion.
 

@@ -4,5 +4,6 @@ from modules.rollout.calculator import Calculator
 from modules.rollout.engine import InProcessEngine, RolloutEngine
 from modules.rollout.environment import Environment
 from modules.rollout.sampling import SampledPolicy, Sampling
+from modules.rollout.thinking import Thinking
 
-__all__ = ["Calculator", "Environment", "InProcessEngine", "RolloutEngine", "SampledPolicy", "Sampling"]
+__all__ = ["Calculator", "Environment", "InProcessEngine", "RolloutEngine", "SampledPolicy", "Sampling", "Thinking"]

@@ -19,6 +19,7 @@ from transformers.cache_utils import DynamicLayer
 from modules.rollout.decode import DecodeStep, SlotCache, supports
 from modules.rollout.sampling import Ledger, Reply, SampledPolicy, Sampling
 from modules.rollout.static import run_static
+from modules.rollout.thinking import ThoughtWatch, check_thinking, opens_thought
 from modules.trainer.modes import evaluating
 from modules.types import Completion
 
@@ -33,7 +34,12 @@ class RolloutEngine(ABC):
     """Samples completions from the policy that it was last synced with.
 
     With environments, ``generate`` also needs the argument ``replies``, as ``InProcessEngine.generate`` has it.
+
+    Attributes:
+        limits_thoughts: whether ``generate`` keeps to ``sampling.thinking``; a budget is refused where it does not.
     """
+
+    limits_thoughts = False
 
     @abstractmethod
     def sync_weights(self, policy: SampledPolicy, version: int) -> None:
@@ -73,8 +79,8 @@ def check_request(
     """Refuse a request that cannot be sampled, with all its problems in one message.
 
     Raises:
-        ValueError: too few generations, another number of seeds than prompts, an empty prompt, or a prompt too long for
-            the model's positions.
+        ValueError: too few generations, another number of seeds than prompts, an empty prompt, a prompt too long for the
+            model's positions, or a thinking budget that leaves no room for an answer.
     """
     problems = []
     if num_generations < 1:
@@ -92,6 +98,10 @@ def check_request(
         )
     if problems:
         raise ValueError("generate: " + "; ".join(problems))
+    if sampling.thinking is not None:
+        opened = all(opens_thought(policy.tokenizer, prompt) for prompt in prompts)
+        length, stop = sampling.max_completion_length, sampling.stop
+        check_thinking(sampling.thinking, policy.tokenizer, sampling.thinking.budgets, length, stop, opened)
 
 
 class InProcessEngine(RolloutEngine):
@@ -111,6 +121,8 @@ class InProcessEngine(RolloutEngine):
     Raises:
         ValueError: ``max_batch_tokens`` is below 1.
     """
+
+    limits_thoughts = True
 
     def __init__(self, max_batch_tokens: int = 65536) -> None:
         if max_batch_tokens < 1:
@@ -177,10 +189,24 @@ class InProcessEngine(RolloutEngine):
             return []
         with sampling_mode(self._policy.model):
             requests = [seed + g for seed in seeds for g in range(num_generations)]
-            ledger = Ledger(requests, sampling, self._policy, replies)
+            thoughts = watch_thoughts(self._policy, prompts, num_generations, sampling, seeds)
+            ledger = Ledger(requests, sampling, self._policy, replies, thoughts)
             self.last_stats = self._run(self._policy.model, prompts, num_generations, ledger, self.max_batch_tokens)
             completions = ledger.completions(self._version)
         return [completions[start : start + num_generations] for start in range(0, len(completions), num_generations)]
+
+
+def watch_thoughts(
+    policy: SampledPolicy, prompts: list[list[int]], num_generations: int, sampling: Sampling, seeds: list[int]
+) -> ThoughtWatch | None:
+    """Draw the budget of each prompt, and return what ends the thoughts of its completions; None = nothing to end."""
+    thinking = sampling.thinking
+    if thinking is None or not thinking.budgets:
+        return None
+    device = torch.device("cpu") if policy.model.device.type == "mps" else policy.model.device
+    rows = [prompt for prompt in prompts for _ in range(num_generations)]
+    budgets = [thinking.draw(seed) for seed in seeds for _ in range(num_generations)]
+    return ThoughtWatch(thinking, policy.tokenizer, rows, budgets, policy.model.config.vocab_size, device)
 
 
 @torch.inference_mode()

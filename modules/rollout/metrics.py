@@ -5,7 +5,7 @@ They are exact over batches and ranks, because they are computed from all outcom
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from modules.functional.advantages import zero_std_fraction
 from modules.functional.diagnostics import pass_at_k
+from modules.functional.thoughts import find_thought
 from modules.rewards.combined import list_parts
 from modules.trainer.ranks import from_all_ranks
 from modules.types import Outcome, Reward, Rollout, score
@@ -46,6 +47,8 @@ def make_outcomes(
             r.entropy,
             None if value is None else value > 0.5,
             r.kl,
+            r.thinks,
+            bool(find_thought(r.text)),
         )
         for r, value in zip(rollouts, scores, strict=True)
     ]
@@ -87,7 +90,68 @@ def measure_rollouts(found: Sequence[Outcome]) -> dict[str, float]:
         metrics["sequence_kl"] = mean(column(outcome.kl for outcome in found))
     if found[0].entropy is not None:
         metrics["entropy"] = float((column(outcome.entropy for outcome in found) * lengths).sum() / lengths.sum())
+    if any(outcome.thinks is not None for outcome in found):
+        metrics |= measure_modes(found)
     return metrics
+
+
+def measure_modes(found: Sequence[Outcome]) -> dict[str, float]:
+    """Compute how many completions think as they are asked to: of those that are to think, the share with a thought; of
+    the others, the share with an empty one or none.
+    """
+    shares: dict[str, float] = {}
+    for name, wanted in (("thinking", True), ("no_thinking", False)):
+        mine = [outcome.thought == wanted for outcome in found if (outcome.thinks is not False) == wanted]
+        shares |= {f"mode/{name}": sum(mine) / len(mine)} if mine else {}
+    return shares
+
+
+def measure_budgets(found: Mapping[int, Sequence[Outcome]]) -> dict[str, float]:
+    """Compute accuracy, its standard error over prompts, and tokens at each thinking budget; ``rise`` is the accuracy at
+    the largest budget minus that at the smallest.
+
+    Args:
+        found: outcomes of all ranks by budget, in rising order. Those that cannot be judged are left out.
+    """
+    metrics: dict[str, float] = {}
+    accuracies = []
+    for budget, outcomes in found.items():
+        prompts: dict[str, list[bool]] = defaultdict(list)
+        for outcome in outcomes:
+            if outcome.right is not None:
+                prompts[outcome.uid].append(outcome.right)
+        rates = column(sum(right) / len(right) for right in prompts.values())
+        accuracies.append(mean(rates))
+        metrics |= {
+            f"budget/{budget}/accuracy": accuracies[-1],
+            f"budget/{budget}/accuracy_standard_error": std(rates) / max(1, len(rates)) ** 0.5,
+            f"budget/{budget}/length": mean(column(outcome.length for outcome in outcomes)),
+        }
+    return metrics | ({"budget/rise": accuracies[-1] - accuracies[0]} if accuracies[1:] else {})
+
+
+def measure_errors(found: Sequence[Outcome]) -> dict[str, float]:
+    """Compute the standard errors of the reward, its parts, pass@1 and the mean length, by the metric's name.
+
+    The completions of a prompt are not independent. So an error is the sample deviation over prompts of the prompt's
+    mean, over the root of the number of prompts. It is left out where fewer than two prompts have a value.
+    """
+    columns: dict[str, list[float | None]] = {
+        "reward": [outcome.reward for outcome in found],
+        "pass@1": [outcome.right for outcome in found],
+        "completions/mean_length": [outcome.length for outcome in found],
+    }
+    columns |= {f"rewards/{name}/mean": [outcome.rewards[name] for outcome in found] for name in found[0].rewards}
+    errors = {}
+    for name, values in columns.items():
+        groups: dict[str, list[float]] = defaultdict(list)
+        for outcome, value in zip(found, values, strict=True):
+            if value is not None:
+                groups[outcome.uid].append(float(value))
+        if len(groups) > 1:
+            means = column(sum(group) / len(group) for group in groups.values())
+            errors[f"{name}_standard_error"] = float(means.std()) / math.sqrt(len(means))
+    return errors
 
 
 def share_solved(found: Sequence[Outcome], k: int) -> float:

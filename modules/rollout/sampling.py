@@ -4,6 +4,7 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from modules.rollout.thinking import Thinking, ThoughtWatch
 from modules.types import Completion
 
 # Reads a turn that has ended by itself; returns the tokens that follow it, or None = the completion is over.
@@ -35,6 +37,7 @@ class Sampling:
     max_completion_length: int = 64  # >= 1, in tokens, the end token included
     stop: tuple[str, ...] = ()  # a completion ends when its text contains one of these strings
     keep_stop: bool = False  # whether that string stays in the text; its tokens stay in any case
+    thinking: Thinking | None = None  # budget of thoughts; None = there is none
 
     def __post_init__(self) -> None:
         checks = {
@@ -91,10 +94,16 @@ class Ledger:
         replies: one per request; a request with a reply goes on behind it, with the tokens of the reply as if they had
             been drawn. Each step has its own random number, so that replies change none of the others. None = no request
             gets one.
+        thoughts: ends the thoughts of requests by a stop text, whose tokens are given likewise. None = nothing does.
     """
 
     def __init__(
-        self, seeds: list[int], sampling: Sampling, policy: SampledPolicy, replies: Sequence[Reply] | None = None
+        self,
+        seeds: list[int],
+        sampling: Sampling,
+        policy: SampledPolicy,
+        replies: Sequence[Reply] | None = None,
+        thoughts: ThoughtWatch | None = None,
     ) -> None:
         self.sampling = sampling
         self.idle = len(seeds)
@@ -113,10 +122,13 @@ class Ledger:
         self._is_end[[*policy.stop_token_ids, *stops]] = True
         self._silent = silent_tokens(policy) | (set() if sampling.keep_stop else stops)
         self._may_complete: dict[int, bool] = {}
-        self._replies = replies
+        self._replies, self._thoughts = replies, thoughts
+        self._gives = replies is not None or thoughts is not None
         self._starts = [0] * len(seeds)  # where the last turn of each request begins
-        if replies is not None:
-            self._given = torch.full(shape, -1, device=device)  # tokens of replies; -1 = to be drawn
+        if self._gives:
+            self._given = torch.full(shape, -1, device=device)  # tokens of replies and stop texts; -1 = to be drawn
+        for request in thoughts.used_up() if thoughts is not None else ():
+            self._stop_thought(request, 0)
         # A token holds at least one byte, so as many tokens as a stop string has bytes cover it; four more complete a
         # character that is cut in front.
         self._tail = max((len(stop.encode()) for stop in sampling.stop), default=0) + 4
@@ -135,7 +147,7 @@ class Ledger:
         logits, requests = logits.to(self._counts.device), requests.to(self._counts.device)
         steps = self._counts[requests]
         tokens, logprobs = sample(logits.float(), self._uniforms[requests, steps], self.sampling)
-        if self._replies is not None:
+        if self._gives:
             given = self._given[requests, steps]
             tokens, logprobs = torch.where(given < 0, tokens, given), logprobs.masked_fill(given >= 0, 0.0)
         self._tokens[requests, steps] = tokens
@@ -146,8 +158,13 @@ class Ledger:
         if self.sampling.stop:
             ended |= self._completes_stop_string(tokens, requests, steps)
         full = steps + 1 == self.sampling.max_completion_length
-        if self._replies is not None:
+        if self._gives:
             ended = ended & (given < 0) & (requests != self.idle)
+        if self._thoughts is not None:
+            drawn = (given < 0) & ~ended & ~full & (requests != self.idle)
+            for place in self._thoughts.follow(tokens, requests, drawn, partial(self._last_tokens, requests, steps)):
+                self._stop_thought(int(requests[place]), int(steps[place]) + 1)
+        if self._replies is not None:
             for place in ended.nonzero()[:, 0].tolist():
                 going = self._add_reply(int(requests[place]), int(steps[place]) + 1)
                 ended[place], full[place] = going is None, full[place] | (going is False)
@@ -175,7 +192,7 @@ class Ledger:
             Completion(ids, scores, self._cut(text), "stop" if end else "length", version)
             for ids, scores, text, end in zip(tokens, logprobs, texts, ended, strict=True)
         ]
-        return [self._tell_turns(each, row) if self._starts[row] else each for row, each in enumerate(found)]
+        return [self._tell_given(each, row) for row, each in enumerate(found)] if self._gives else found
 
     def _add_reply(self, request: int, count: int) -> bool | None:
         """Ask for the reply to a turn that ended after ``count`` tokens of a request, and let its tokens come next.
@@ -187,18 +204,40 @@ class Ledger:
         reply = self._replies[request](self._decode(self._tokens[request, self._starts[request] : count].tolist()))
         if reply is None:
             return None
-        start = count + len(reply)
-        if start >= self.sampling.max_completion_length:
+        if not self._give(request, count, reply):
             return False
-        self._given[request, count:start] = torch.tensor(reply, device=self._given.device)
-        self._starts[request] = start
+        self._starts[request] = count + len(reply)
+        if self._thoughts is not None and self._thoughts.open_turn(request, reply):
+            self._stop_thought(request, self._starts[request])
         return True
 
-    def _tell_turns(self, completion: Completion, request: int) -> Completion:
-        """Return the completion of a request with replies, with what was sampled and the text of all turns."""
+    def _stop_thought(self, request: int, count: int) -> None:
+        """Let the stop text of a thought follow the first ``count`` tokens of a request, if there is room."""
+        assert self._thoughts is not None
+        self._thoughts.close(request, self._give(request, count, self._thoughts.stop_ids))
+
+    def _give(self, request: int, count: int, ids: list[int]) -> bool:
+        """Let tokens follow the first ``count`` of a request; False = they leave no token to draw, and do not follow."""
+        end = count + len(ids)
+        if end >= self.sampling.max_completion_length:
+            return False
+        self._given[request, count:end] = torch.tensor(ids, dtype=torch.long, device=self._given.device)
+        return True
+
+    def _last_tokens(self, requests: Tensor, steps: Tensor, place: int, number: int) -> list[int]:
+        """Return the last ``number`` tokens of a request."""
+        end = int(steps[place]) + 1
+        ids: list[int] = self._tokens[int(requests[place]), max(0, end - number) : end].tolist()
+        return ids
+
+    def _tell_given(self, completion: Completion, request: int) -> Completion:
+        """Return a completion with what of it was sampled, and the text of all turns if there are several."""
         sampled = (self._given[request, : len(completion.token_ids)] < 0).tolist()
+        if all(sampled) and not self._starts[request]:
+            return completion
         told = completion.token_ids[: -1 if completion.finish == "stop" else None]
-        return replace(completion, sampled=sampled, transcript=str(self._tokenizer.decode(told)))
+        transcript = str(self._tokenizer.decode(told)) if self._starts[request] else None
+        return replace(completion, sampled=sampled, transcript=transcript)
 
     def _completes_stop_string(self, tokens: Tensor, requests: Tensor, steps: Tensor) -> Tensor:
         """Return where the end of a request's text contains a stop string: bool [N].

@@ -29,6 +29,7 @@ def make_rollouts(
     Returns:
         rollouts; ``group`` is the number of the prompt in the batch.
     """
+    thinks = prompts.get("thinks") or [None] * len(completions)
     rollouts = [
         Rollout(
             uid=prompts["uid"][i],
@@ -41,6 +42,7 @@ def make_rollouts(
             reward=None,
             info=prompts["info"][i],
             source=prompts["source"][i],
+            thinks=thinks[i],
         )
         for i, group in enumerate(completions)
         for completion in group
@@ -66,7 +68,7 @@ def make_batch(rollouts: list[Rollout], device: torch.device) -> PolicyBatch:
     completion_ids, completion_mask = pad_rows([rollout.completion.token_ids for rollout in rollouts])
     sampler = torch.zeros(completion_mask.shape)
     sampler[completion_mask] = torch.tensor([x for rollout in rollouts for x in rollout.completion.logprobs])
-    attended, completion_mask = completion_mask, leave_out_tools(completion_mask, rollouts)
+    attended, completion_mask = completion_mask, leave_out_given(completion_mask, rollouts)
     group = torch.tensor([position[rollout.group] for rollout in rollouts])
     rewards = [float("nan") if rollout.reward is None else rollout.reward for rollout in rollouts]
     parts = [[float("nan") if x is None else x for x in rollout.rewards.values()] for rollout in rollouts]
@@ -87,8 +89,8 @@ def make_batch(rollouts: list[Rollout], device: torch.device) -> PolicyBatch:
     return cast(PolicyBatch, {name: values.to(device) for name, values in batch.items()})
 
 
-def leave_out_tools(mask: Tensor, rollouts: list[Rollout]) -> Tensor:
-    """Return the mask [N, Tc] without the tokens that tools wrote; the same tensor where they wrote none."""
+def leave_out_given(mask: Tensor, rollouts: list[Rollout]) -> Tensor:
+    """Return the mask [N, Tc] without the tokens that were given, by tools or to stop a thought; the same tensor without any."""
     if all(rollout.completion.sampled is None for rollout in rollouts):
         return mask
     kept = mask.clone()
@@ -117,15 +119,15 @@ def score_in_chunks(score: Callable[[PolicyBatch], tuple[Tensor, ...]], batch: P
     A group that is larger is scored alone. Equal completions of a prompt are scored once, because late in training most
     completions repeat others.
     """
-    width, tools = batch["completion_ids"].shape[1], "attended" in batch
+    width, given = batch["completion_ids"].shape[1], "attended" in batch
     lengths = find_attended(batch).sum(1, keepdim=True)
-    written = [batch["completion_mask"].long()] if tools else []
+    written = [batch["completion_mask"].long()] if given else []
     rows = torch.cat([batch["prompt_index"][:, None], lengths, batch["completion_ids"], *written], 1)
     distinct, copies = rows.unique(dim=0, return_inverse=True)  # sorted, so still by prompt
-    index, lengths, ids, *written = distinct.split([1, 1, width] + [width] * tools, 1)
+    index, lengths, ids, *written = distinct.split([1, 1, width] + [width] * given, 1)
     mask = torch.arange(width, device=rows.device) < lengths
     once = {**batch, "prompt_index": index[:, 0], "completion_ids": ids, "completion_mask": mask}
-    if tools:
+    if given:
         once |= {"completion_mask": written[0].bool(), "attended": mask}
     parts = [score(part) for part in split_prompts(cast(PolicyBatch, once))]
     return tuple(torch.cat(column)[copies] for column in zip(*parts, strict=True))

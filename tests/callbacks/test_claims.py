@@ -75,6 +75,21 @@ def test_a_claim_that_fails_ends_the_run(capsys: pytest.CaptureFixture[str]) -> 
     ]
 
 
+def test_a_claim_that_is_not_required_is_shown_or_not_and_fails_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    claims = [
+        Claim("sums are right", "val/share", at_least=0.85, required=False),
+        Claim("scores stay low", "val/score", at_most=2.5, required=False),
+    ]
+    trainer(Claims(claims)).validate(Model(0.93), data(), verbose=False)
+    assert said(capsys) == [
+        "claim: sums are right: shown (0.93 >= 0.85)",
+        "claim: scores stay low: not shown (3 <= 2.5)",
+    ]
+    claims = [*claims, Claim("all", "val/share", at_least=0.99)]
+    with pytest.raises(ValueError, match="^1 of 3 claims did not hold: all "):
+        trainer(Claims(claims)).validate(Model(0.93), data(), verbose=False)
+
+
 def test_the_last_validation_of_a_fit_is_judged(capsys: pytest.CaptureFixture[str]) -> None:
     claims = Claims([Claim("warm", "val/share", at_least=0.5)])
     with pytest.raises(ValueError, match="1 of 1 claims did not hold: warm"):

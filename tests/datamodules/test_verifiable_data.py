@@ -70,7 +70,7 @@ def ten_rows(tmp_path: Path) -> str:
 
 def test_a_phase_is_a_batch_of_equal_lists(ten_rows: str) -> None:
     batch = on_rank(0, 1, ten_rows).draw(0)
-    assert set(batch) == set(PromptBatch.__required_keys__)
+    assert set(batch) == {*PromptBatch.__required_keys__, "thinks"}
     assert {len(values) for values in batch.values()} == {4}  # type: ignore[arg-type]
     number = int(batch["prompt"][0][1:])
     assert batch["uid"][0] == f"{ten_rows}:{number + 1}#0"

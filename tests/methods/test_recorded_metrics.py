@@ -589,7 +589,7 @@ def measure_online_dpo_step(phase: Phase, now: Model, start: Model, step: Step) 
 
 
 def measure_held_out(rows: list[Row], greedy: list[float | None]) -> Numbers:
-    """Compute pass@1, pass@3 and the greedy accuracy; a prompt counts with at least k scorable completions."""
+    """Compute pass@1, pass@3, the greedy accuracy and standard errors; a prompt counts with at least k scorable completions."""
     found: Numbers = {"greedy_accuracy": share([value > 0.5 for value in greedy if value is not None])}
     for k in (1, 3):
         solved = []
@@ -598,6 +598,19 @@ def measure_held_out(rows: list[Row], greedy: list[float | None]) -> Numbers:
             if len(right) >= k:
                 solved.append(share([any(drawn) for drawn in combinations(right, k)]))
         found[f"pass@{k}"] = fmean(solved)
+    measures: dict[str, Callable[[Row], float | None]] = {
+        "reward": lambda row: row.reward,
+        "pass@1": lambda row: None if row.good is None else float(row.good > 0.5),
+        "completions/mean_length": lambda row: len(row.ids),
+        "rewards/good/mean": lambda row: row.good,
+        "rewards/form/mean": lambda row: row.form,
+    }
+    for name, measure in measures.items():
+        means = []
+        for uid in dict.fromkeys(row.uid for row in rows):
+            values = [value for row in rows if row.uid == uid and (value := measure(row)) is not None]
+            means += [fmean(values)] if values else []
+        found[f"{name}_standard_error"] = stdev(means) / math.sqrt(len(means))
     return found
 
 

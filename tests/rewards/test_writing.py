@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from modules.rewards import InstructionConstraints, LanguageConsistency, Repetition
+from modules.rewards import InstructionConstraints, LanguageConsistency, Repetition, ScriptConsistency
 from modules.types import Completion, Rollout
 
 
@@ -85,6 +85,40 @@ def test_the_prompt_decides_without_its_system_message():
 def test_unknown_languages_are_refused():
     with pytest.raises(ValueError, match="LanguageConsistency: unknown language 'english'; known are ace, af, am"):
         LanguageConsistency(language="english")
+
+
+ALPHABETS = ["0123456789", "abcdefghij"]
+
+
+def test_shares_of_signs_by_hand():
+    reward = ScriptConsistency(ALPHABETS)
+    texts = {
+        "<think>7+0*0</think>0": 1.0,
+        "<think>7+a*0</think>a": 2 / 3,  # a is foreign; + and * count nowhere, and neither does the answer
+        "<think>h+a*a</think>0": 0.0,
+        "<think>7+a*0": 0.0,  # never closed
+        "<think></think>0": 0.0,
+        "<think>+*</think>0": 0.0,
+        "0": 0.0,
+    }
+    assert reward([rollout(text, "7+*=") for text in texts]) == pytest.approx(list(texts.values()))
+    # in letters the other sign is foreign, and so is everything but "a" in the thought of digits
+    texts = ["<think>7+a*0</think>a", "<think>h+a*a</think>0"]
+    assert reward([rollout(text, "h+*=") for text in texts]) == pytest.approx([1 / 3, 1.0])
+
+
+def test_the_first_sign_of_the_prompt_decides():
+    chat = "<|im_start|>system\nbad<|im_end|>\n<|im_start|>user\n7+*= /no_think<|im_end|>\n<|im_start|>assistant\n"
+    reward, text = ScriptConsistency(ALPHABETS, name="own"), "<think>7+a</think>a"
+    assert reward.name == "own"
+    assert reward([rollout(text, prompt) for prompt in (chat, "7+*=/think", "+*=")]) == [0.5, 0.5, None]
+    assert reward([rollout("7+0</think>0", "7+=<think>")]) == [1.0]  # the prompt opens the thought
+
+
+@pytest.mark.parametrize("alphabets", [["01"], ["01", ""], ["01", "12"], ["00", "1"]])
+def test_alphabets_must_tell_signs_apart(alphabets):
+    with pytest.raises(ValueError, match="ScriptConsistency needs at least two alphabets"):
+        ScriptConsistency(alphabets)
 
 
 def test_repeated_ngrams_by_hand():

@@ -10,7 +10,7 @@ from datamodules import Addition, VerifiableDataModule
 from modules import GRPOModule
 from modules.on_policy import Validation
 from modules.rewards import RegexFormat, WeightedSum
-from modules.rollout.metrics import Outcome, make_outcomes, measure_gaps, measure_rollouts, share_solved
+from modules.rollout.metrics import Outcome, make_outcomes, measure_errors, measure_gaps, measure_rollouts, share_solved
 from modules.rollout.sampling import Sampling
 from modules.types import Completion, Reward, Rollout
 
@@ -53,6 +53,23 @@ def test_numbers_of_a_phase():
     assert metrics["rewards/exact/std"] == pytest.approx(0.5)  # of 1, 0, 0.5
     assert metrics["rewards/form/std"] == 0.0
     assert metrics["entropy"] == pytest.approx((2 * 1 + 4 * 2 + 6 * 1 + 8 * 1) / 20)  # per token
+
+
+def test_standard_errors_are_over_prompts():
+    found = [
+        outcome("a", 1.0, 2, right=True),
+        outcome("a", 0.0, 4, right=False),
+        outcome("b", 1.0, 5, right=True),
+        outcome("b", None, 9),
+    ]
+    errors = measure_errors(found)
+    # rewards 0.5 and 1: deviation 0.5 / sqrt(2), over sqrt(2); lengths 3 and 7: deviation 4 / sqrt(2)
+    assert errors["reward_standard_error"] == pytest.approx(0.25)
+    assert errors["pass@1_standard_error"] == pytest.approx(0.25)
+    assert errors["rewards/exact/mean_standard_error"] == pytest.approx(0.25)
+    assert errors["rewards/form/mean_standard_error"] == 0.0
+    assert errors["completions/mean_length_standard_error"] == pytest.approx(2.0)
+    assert measure_errors(found[:2]) == {}
 
 
 def test_pass_at_k_is_over_prompts_with_enough_scorable_completions():

@@ -65,8 +65,13 @@ def judge(text: str, answer: str | None, info: dict[str, Any], language: str | N
 
     0.0 for a text without words, None where the prompt's language cannot be told.
     """
-    target = language or find_language(_ROLE.sub(" ", _SYSTEM.sub(" ", info["prompt"])))
+    target = language or find_language(find_question(info["prompt"]))
     return None if target is None else measure_share(text, target)
+
+
+def find_question(prompt: str) -> str:
+    """Return a rendered prompt without its system message and the names of its roles, as ChatML and Llama write them."""
+    return _ROLE.sub(" ", _SYSTEM.sub(" ", prompt))
 
 
 def measure_share(text: str, language: str) -> float:
