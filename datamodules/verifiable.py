@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from datamodules.base import AlignDataModule, HasTools
 from datamodules.curriculum.difficulty import Difficulty
 from datamodules.curriculum.orders import LearningOrder, PromptOrder
-from datamodules.formats.prompt_shapes import VerifiableExample, settle_choices, verifiable_example
+from datamodules.formats.prompt_shapes import VerifiableExample, asked_columns, settle_choices, verifiable_example
 from datamodules.formats.reading import plain
 from datamodules.loaders.phase_loader import PhaseLoader, from_stream
 from datamodules.loaders.ptx import PtxStream
@@ -20,7 +20,7 @@ from datamodules.loaders.step_sampler import MicroBatch
 from datamodules.sources import PreferencePrompts, Row, Source
 from datamodules.tokens.encoding import Tokens, Tools, encode_prompt, is_rendered
 from modules.trainer.ranks import from_all_ranks
-from modules.types import InstructionBatch, PromptBatch, require_accuracy
+from modules.types import AskedRow, InstructionBatch, PromptBatch, require_accuracy
 
 
 @dataclass(frozen=True)
@@ -159,6 +159,18 @@ class VerifiableDataModule(AlignDataModule):
     def prompt_rows(self) -> list[tuple[str, dict[str, Any]]]:
         """Returns the uid in ``predict`` and the columns of each training prompt, in order."""
         return [(f"{prompt.example.origin}#0", plain(prompt.columns)) for prompt in self.train_prompts]
+
+    def asked_rows(self) -> list[AskedRow]:
+        """Returns each training row without what answered it, in order; see :func:`asked_columns`."""
+        return [
+            AskedRow(
+                f"{prompt.example.origin}#0",
+                prompt.text,
+                plain(asked_columns(prompt.columns, self.columns, prompt.example.answer)),
+                prompt.text != prompt.example.prompt,
+            )
+            for prompt in self.train_prompts
+        ]
 
     def batch_of(self, prompts: Sequence[Prompt]) -> PromptBatch:
         """Gives some prompts as a batch."""
