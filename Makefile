@@ -12,14 +12,15 @@ define link-smollm
 endef
 
 # Runs the numbered YAML files of configs/recipes/$(1) in order, NN-<verb>-<what>.yaml by `python -m modules <verb>`, each behind
-# configs/recipes/shared.yaml; $(2): more arguments.
+# configs/recipes/shared.yaml, which is for runs of a Trainer and so not for merge; $(2): more arguments.
 # A fit that is not done begins anew: what an interrupted one left in its folder goes.
 define run-recipe
 @set -e; mkdir -p runs/$(1); for file in configs/recipes/$(1)/*.yaml; do \
   stage=$$(basename $$file .yaml); verb=$$(echo $$stage | cut -d- -f2); \
   if [ -e runs/$(1)/$$stage.done ]; then echo "$$stage: done before, skipped (until runs/$(1)/$$stage.done is deleted)"; continue; fi; \
   [ $$verb != fit ] || rm -rf $$(sed -n 's/^out: *//p' $$file); \
-  echo "== $(1) $$stage"; $(PY) -m modules $$verb --config configs/recipes/shared.yaml --config $$file $(2) || { echo "recipe: $(1) failed at $$stage" >&2; exit 1; }; \
+  shared="--config configs/recipes/shared.yaml"; [ $$verb != merge ] || shared=; \
+  echo "== $(1) $$stage"; $(PY) -m modules $$verb $$shared --config $$file $(2) || { echo "recipe: $(1) failed at $$stage" >&2; exit 1; }; \
   [ $$verb = validate ] || touch runs/$(1)/$$stage.done; done
 endef
 

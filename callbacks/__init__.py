@@ -26,9 +26,11 @@ from callbacks.token_picture import TokenPicture
 from callbacks.win_rate import WinRate
 from callbacks.writers.instruction_writer import InstructionWriter
 from callbacks.writers.knowledge_writer import KnowledgeWriter
+from callbacks.writers.long_to_short_pairs import LongToShortPairs
 from callbacks.writers.pass_rates import PassRates
 from callbacks.writers.prediction_writer import PredictionWriter
 from callbacks.writers.preference_writer import PreferenceWriter
+from callbacks.writers.verified_samples import VerifiedSamples
 
 __all__ = [
     "AveragedWeights",
@@ -47,6 +49,7 @@ __all__ = [
     "InstructionWriter",
     "KnowledgeWriter",
     "LengthBias",
+    "LongToShortPairs",
     "Overoptimization",
     "PassRates",
     "PredictionWriter",
@@ -57,5 +60,6 @@ __all__ = [
     "Summary",
     "TokenBudget",
     "TokenPicture",
+    "VerifiedSamples",
     "WinRate",
 ]

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from datamodules.base import AlignDataModule, HasTools
 from datamodules.curriculum.difficulty import Difficulty
 from datamodules.curriculum.orders import LearningOrder, PromptOrder
-from datamodules.formats.prompt_shapes import VerifiableExample, settle_choices, verifiable_example
+from datamodules.formats.prompt_shapes import VerifiableExample, asked_columns, settle_choices, verifiable_example
 from datamodules.formats.reading import plain
 from datamodules.loaders.phase_loader import PhaseLoader, from_stream
 from datamodules.loaders.ptx import PtxStream
@@ -21,7 +21,7 @@ from datamodules.sources import PreferencePrompts, Row, Source
 from datamodules.tokens.encoding import Tokens, Tools, encode_prompt, is_rendered
 from modules.functional.thoughts import EMPTY_BLOCK, asks_for_thought
 from modules.trainer.ranks import from_all_ranks
-from modules.types import InstructionBatch, PromptBatch, require_accuracy
+from modules.types import AskedRow, InstructionBatch, PromptBatch, require_accuracy
 
 
 @dataclass(frozen=True)
@@ -176,6 +176,18 @@ class VerifiableDataModule(AlignDataModule):
         """Returns name, data set and other columns of each training and held-out prompt."""
         examples = [prompt.example for prompt in (*self.train_prompts, *self.val_prompts)]
         return [(example.origin, example.source, example.info) for example in examples]
+
+    def asked_rows(self) -> list[AskedRow]:
+        """Returns each training row without what answered it, in order; see :func:`asked_columns`."""
+        return [
+            AskedRow(
+                f"{prompt.example.origin}#0",
+                prompt.text,
+                plain(asked_columns(prompt.columns, self.columns, prompt.example.answer)),
+                prompt.text != prompt.example.prompt,
+            )
+            for prompt in self.train_prompts
+        ]
 
     def batch_of(self, prompts: Sequence[Prompt]) -> PromptBatch:
         """Gives some prompts as a batch."""

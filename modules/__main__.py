@@ -1,4 +1,4 @@
-"""``python -m modules {fit,validate,test,predict} --config configs/x.yaml``, and ``chat`` with what a fit exported."""
+"""``python -m modules {fit,validate,test,predict} --config configs/x.yaml``; ``chat`` and ``merge`` take exports."""
 
 import logging
 import sys
@@ -14,13 +14,17 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from modules.cli.chat_command import run_chat
 from modules.cli.choices import spell_out_arguments
 from modules.cli.command import AlignmentCLI
+from modules.cli.merge_command import run_merge
 from modules.cli.parser import Parser, read_old_names, refuse, sort_arguments
 from modules.cli.renamed import renew
 from modules.cli.run_folder import SaveConfig
 from modules.trainer.stopping import requeue_if_told
 from modules.types import make_printable
 
-DESCRIPTION = "Post-training of language models. To ask a model: python -m modules chat --policy FOLDER"
+DESCRIPTION = (
+    "Post-training of language models. To ask a model: python -m modules chat --policy FOLDER. To average models: "
+    "python -m modules merge --models A B --out FOLDER"
+)
 BANNERS = ("GPU available", "TPU available", "HPU available", "\N{ELECTRIC LIGHT BULB} Tip")
 QUIET = (
     ".*does not have many workers.*",
@@ -78,6 +82,8 @@ def main(args: list[str] | None = None) -> None:
         requeue_if_told()
         if given[:1] == ["chat"]:
             run_chat(given[1:])
+        elif given[:1] == ["merge"]:
+            run_merge(given[1:])
         else:
             AlignmentCLI(
                 LightningModule,

@@ -5,8 +5,8 @@ import reprlib
 import time
 from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal, cast
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -19,7 +19,7 @@ from modules.functional.ranges import check_numbers
 from modules.losses import ImportanceWeights
 from modules.networks.lora import Lora
 from modules.networks.policy import TokenScores, load_companion
-from modules.networks.reference import Frozen
+from modules.networks.reference import Frozen, hash_weights
 from modules.rewards.answers import name_reader
 from modules.rewards.combined import find_accuracy, require_tasks, walk_rewards
 from modules.rewards.earned import check_earned
@@ -120,6 +120,7 @@ class OnPolicyModule(AlignmentModule):
             raise ValueError(
                 f"sampling.temperature is {sampling.temperature}: greedy completions of a prompt are all the same"
             )
+        self.done: set[str] | None = None  # uids that ``predict`` leaves out, see ``SkipsPrompts``
         self.reward = as_reward(reward)
         self.accuracy = as_reward(validation.accuracy) or find_accuracy(self.reward)
         check_stop(self.reward, sampling)
@@ -318,10 +319,20 @@ class OnPolicyModule(AlignmentModule):
         self.evaluate(prompts, "test")
 
     def predict_step(self, prompts: PromptBatch, batch_idx: int) -> None:
-        """Leave ``num_generations`` scored completions per prompt in ``record.rollouts``."""
-        self.record.rollouts = make_rollouts(
-            *self.sample(prompts, self.num_generations, self.sampling, "predict"), self.reward
-        )
+        """Leave ``num_generations`` scored completions per prompt in ``record.rollouts``, without those in ``done``."""
+        wanted = [number for number, uid in enumerate(prompts["uid"]) if uid not in (self.done or ())]
+        self.record.rollouts = []
+        if wanted:
+            asked = cast(PromptBatch, {name: [values[i] for i in wanted] for name, values in prompts.items()})  # type: ignore[index]
+            self.record.rollouts = make_rollouts(
+                *self.sample(asked, self.num_generations, self.sampling, "predict"), self.reward
+            )
+
+    def describe_samples(self) -> dict[str, Any]:
+        """Return what determines the samples of ``predict`` and their scores: weights, settings, names of rewards."""
+        rewards = [part.name for part in walk_rewards(self.reward)] + [self.accuracy.name if self.accuracy else None]
+        settings = {"num_generations": self.num_generations, "seed": self.seed, "rewards": rewards}
+        return {**self.identity(), "weights": hash_weights(self.policy), **settings, "sampling": asdict(self.sampling)}
 
     def find_outcomes(self) -> list[Outcome]:
         """Return the outcomes of ``record.rollouts``, in order; ``right`` by ``accuracy``, None if that cannot tell."""

@@ -361,6 +361,37 @@ class NamesPrompts(Protocol):
         """Return name, data set and other columns of each training and held-out prompt."""
 
 
+@dataclass(frozen=True)
+class AskedRow:
+    """A training row without what answered it, to which a sampled completion is added."""
+
+    uid: str  # of its prompt in ``predict``
+    prompt: str  # as it is sampled from
+    columns: dict[str, Any]  # what it asks, as the row has it, with ``answer`` where there is a gold answer
+    chat: bool  # the prompt was written by the chat template
+
+
+@runtime_checkable
+class HasAskedRows(Protocol):
+    """A DataModule that gives its training rows back, for data that sampled completions make."""
+
+    def asked_rows(self) -> list[AskedRow]:
+        """Return each training row, in order."""
+
+
+@runtime_checkable
+class SkipsPrompts(HasOutcomes, Protocol):
+    """A module that samples in ``predict`` and leaves out prompts that a writer has from an earlier run."""
+
+    done: set[str] | None  # uids of these prompts; None = no writer resumes
+    reward: "Reward"
+    num_generations: int
+    record: Record
+
+    def describe_samples(self) -> dict[str, Any]:
+        """Return what determines the samples of a prompt and their scores."""
+
+
 class Reward(ABC):
     """Scores finished completions. Whoever calls a reward calls ``score``, which checks what it returned.
 

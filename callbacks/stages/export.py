@@ -1,18 +1,15 @@
 """Writes the trained model as a Hugging Face folder, which the next stage or any other tool can load."""
 
-import shutil
 from pathlib import Path
-from typing import Protocol, cast, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 
 from callbacks.phase import require_period
 from callbacks.writers.output_files import in_run_folder, require_writable
+from modules.trainer.exports import Origin, explain_occupied, find_origin, put_back, write_export
 from modules.trainer.guard import require_finite
-from modules.trainer.saving import naming, sync
-
-MARK = ".written-by-export"  # file in an export that names the other files of the export
 
 
 @runtime_checkable
@@ -31,6 +28,9 @@ class Export(Callback):
 
     The folder is replaced as a whole: the old export stays until the new one is complete and on the disk. Only an export
     is ever replaced. Nothing is written after an exception, by a ``fast_dev_run``, or of weights that are not finite.
+
+    ``lineage.json`` in the folder tells the weights from others and says which model the fit started from; ``HandOff``
+    reads it.
 
     Args:
         folder: where to write; its parent folders are made and an earlier export is replaced. None = ``export`` in the
@@ -51,6 +51,7 @@ class Export(Callback):
         self.folder = self._given or Path("export")  # settled at setup
         self.every_n_epochs = every_n_epochs
         self.exported_step = -1
+        self.start: Origin | None = None  # what the fit started from; None = the module does not name its policy
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse a folder that holds something else, and put back an export that a killed run had moved away."""
@@ -76,8 +77,18 @@ class Export(Callback):
                 "Export would write the weights before they are averaged: list what averages them before Export in "
                 "trainer.callbacks."
             )
-        if trainer.is_global_zero and self._aside.is_dir() and not self.folder.exists():
-            self._aside.rename(self.folder)  # a run was killed between the two renames of _write
+        if trainer.is_global_zero:
+            put_back(self.folder)
+            path = getattr(getattr(pl_module, "policy", None), "path", None)
+            self.start = find_origin(path) if isinstance(path, str) else None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run started from."""
+        return {} if self.start is None else {"policy": self.start.policy, "weights": self.start.weights}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what ``state_dict`` returned; the files of that model may be others by now."""
+        self.start = Origin(**state_dict) if state_dict else self.start
 
     def explain_refusal(self, pl_module: LightningModule) -> str | None:
         """Return why the folder must not be replaced; None = it is an export, empty or not there.
@@ -87,17 +98,7 @@ class Export(Callback):
         paths = {str(getattr(part, "path", "")) for part in pl_module.modules()} - {""}
         if any(Path(path).exists() and Path(path).resolve() == self.folder.resolve() for path in paths):
             return "from which this run reads a model"
-        if not self.folder.exists():
-            return None
-        if not self.folder.is_dir():
-            return "which is a file"
-        found = {path.relative_to(self.folder).as_posix() for path in self.folder.rglob("*") if path.is_file()}
-        if not found or (MARK not in found and self._given is None):
-            return None
-        if MARK not in found:
-            return f"which no export has written (no {MARK} in it)"
-        strange = found - set((self.folder / MARK).read_text(encoding="utf-8").splitlines()) - {MARK}
-        return f"with files that no export has written ({', '.join(sorted(strange)[:3])})" if strange else None
+        return explain_occupied(self.folder, may_lack_mark=self._given is None)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Export every n epochs."""
@@ -121,40 +122,7 @@ class Export(Callback):
         module = cast(Exports, pl_module)
         module.prepare_export()
         if trainer.is_global_zero:
-            self._write(module)
+            parents = [] if self.start is None else [self.start]
+            write_export(self.folder, module.save_pretrained, type(pl_module).__name__, parents)
         self.exported_step = trainer.global_step
         trainer.strategy.barrier("export")
-
-    def _write(self, model: Exports) -> None:
-        partial = self._sibling("partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        try:
-            with naming(self.folder):
-                partial.mkdir(parents=True)
-                model.save_pretrained(partial)
-                mode = (partial / "config.json").stat().st_mode
-                files = [path for path in partial.rglob("*") if path.is_file()]
-                names = sorted(path.relative_to(partial).as_posix() for path in files)
-                (partial / MARK).write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
-                for file in files:
-                    if file.suffix == ".safetensors":
-                        file.chmod(mode)  # safetensors lets only the owner read, whatever the umask
-                for path in (*files, partial / MARK, partial):
-                    sync(path)
-                shutil.rmtree(self._aside, ignore_errors=True)
-                if self.folder.exists():
-                    self.folder.rename(self._aside)
-                partial.rename(self.folder)
-                sync(self.folder.absolute().parent)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-        shutil.rmtree(self._aside, ignore_errors=True)
-
-    @property
-    def _aside(self) -> Path:
-        return self._sibling("previous")
-
-    def _sibling(self, suffix: str) -> Path:
-        """Return a hidden name beside the folder. It is on the same disk, so that a rename is atomic."""
-        folder = self.folder.absolute()
-        return folder.with_name(f".{folder.name}.{suffix}")

@@ -8,6 +8,8 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from transformers import AutoTokenizer
 
+from modules.trainer.exports import find_origin, read_lineage
+
 
 class HandOff(Callback):
     """Checks the model folders and files of rows that a stage takes from earlier stages.
@@ -20,15 +22,24 @@ class HandOff(Callback):
 
     Args:
         inputs: stage that writes it -> folder or file, such as ``{01-fit-sft: runs/x/sft/export}``.
+        started_from: stage of ``inputs`` that writes an export -> the model that it must have started from, such as
+            ``{03-fit-sft: runs/x/base/export}``: a folder, a GGUF file, a hub id or a built-in model. A third stage of
+            DeepSeek-R1 starts again from the base, and not from the second one. The export says what it started from.
 
     Raises:
-        ValueError: an input does not fit; the message names the stage to run again.
+        ValueError: an input does not fit, with the stage to run again; ``started_from`` names no stage of ``inputs``.
     """
 
-    def __init__(self, inputs: dict[str, str]) -> None:
+    def __init__(self, inputs: dict[str, str], started_from: dict[str, str] | None = None) -> None:
         self.inputs = {stage: Path(path) for stage, path in inputs.items()}
         for stage, path in self.inputs.items():  # here already, before the DataModule reads the file
             refuse_if(stage, path, find_trouble(path))
+        for stage, start in (started_from or {}).items():
+            if stage not in self.inputs:
+                raise ValueError(
+                    f"HandOff: started_from names {stage}, which is none of the inputs: {', '.join(inputs)}"
+                )
+            refuse_if(stage, self.inputs[stage], find_other_start(self.inputs[stage], start))
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Compare the tokenizers, if the module has one."""
@@ -61,6 +72,22 @@ def find_trouble(path: Path) -> str | None:
         if not is_finite(mean) or not is_finite(deviation) or not deviation > 0:
             return f"is a reward model without normalisation (reward_mean {mean}, reward_std {deviation} in config.json; fit it with model.normalize: true)"
     return None
+
+
+def find_other_start(path: Path, start: str) -> str | None:
+    """Return how the model that an export was made from differs from ``start``; None = it does not."""
+    try:
+        lineage = read_lineage(path)
+    except ValueError as error:
+        return f"does not say what it started from ({error})"
+    if lineage is None or not lineage.parents:
+        return "does not say what it started from (no lineage.json, or none with a parent)"
+    wanted = find_origin(start)
+    if all(parent.is_same(wanted) for parent in lineage.parents):
+        return None
+    others = [parent.policy for parent in lineage.parents if not parent.is_same(wanted)]
+    since = f", which holds other weights than {start} now" if start in others else ""
+    return f"was made from {' and '.join(others)}{since} and not from {start}"
 
 
 def find_mismatch(path: Path, mine: Any) -> str | None:

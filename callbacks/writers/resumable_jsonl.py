@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, runtime_checkable
@@ -79,6 +80,20 @@ class ResumableJsonl(Callback):
         """Return the report in one line, and log it if wanted; called on rank zero."""
         raise NotImplementedError
 
+    def head(self, trainer: Trainer, pl_module: Any, batch: Any) -> dict[str, Any]:
+        """Return what determines the lines, which an earlier run must have had alike."""
+        return {**pl_module.identity(), "data": batch["info"][0].get("data")}
+
+    def skip(self, trainer: Trainer, pl_module: Any, records: list[dict[str, Any]]) -> None:
+        """Let the module leave out what the records of earlier runs hold."""
+        pl_module.done = {record["uid"] for record in records if record.get("label") is not None}
+        if pl_module.done:
+            rank_zero_info(f"labels: resuming with the {len(pl_module.done)} rows that an earlier run labelled")
+
+    def take(self, pl_module: Any) -> list[dict[str, Any]]:
+        """Return the records of the last batch."""
+        return list(pl_module.record.labels)
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot work before anything is labelled."""
         if stage != "predict":
@@ -98,15 +113,13 @@ class ResumableJsonl(Callback):
         """At the first batch, read the part files of a killed run."""
         if batch_idx > 0:
             return
-        self._header = {**pl_module.identity(), "data": batch["info"][0].get("data")}
+        self._header = self.head(trainer, pl_module, batch)
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]  # Trainer sets it without declaring it
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = open_whole_lines(self._part(trainer.global_rank))
-        records = self._read_parts()
-        pl_module.done = {record["uid"] for record in records if record.get("label") is not None}
+        records = self.read_parts()
+        self.skip(trainer, pl_module, records)
         self._used = Counter(self.usage(pl_module))
-        if pl_module.done:
-            rank_zero_info(f"labels: resuming with the {len(pl_module.done)} rows that an earlier run labelled")
 
     def on_predict_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -119,7 +132,7 @@ class ResumableJsonl(Callback):
         used = Counter(self.usage(pl_module))
         spent = {name: value - self._used[name] for name, value in used.items()}
         self._used = used
-        append_lines(self._file, [*pl_module.record.labels, {"usage": spent}])
+        append_lines(self._file, [*self.take(pl_module), {"usage": spent}])
 
     def on_predict_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Join the part files."""
@@ -127,7 +140,7 @@ class ResumableJsonl(Callback):
             return
         trainer.strategy.barrier("labels")
         if trainer.is_global_zero:
-            self._join(trainer, pl_module)
+            self.join(trainer, pl_module)
         self._close()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -139,8 +152,9 @@ class ResumableJsonl(Callback):
             if part.is_file() and not part.stat().st_size:
                 part.unlink()
 
-    def _join(self, trainer: Trainer, pl_module: Labels) -> None:
-        parts, lines = self._parts(), self._read_parts()
+    def join(self, trainer: Trainer, pl_module: Any) -> None:
+        """Write the file and the report from the part files, and delete these; called on rank zero."""
+        lines = self.read_parts()
         records: dict[int, dict[str, Any]] = {}
         for record in lines:
             if "row" in record and (record["row"] not in records or record["label"] is not None):
@@ -156,13 +170,17 @@ class ResumableJsonl(Callback):
         for record in lines:
             for name, value in record.get("usage", {}).items():
                 report[name] = report.get(name, 0.0) + value
-        write_whole(self.path.with_name(f"{self.path.name}.report.json"), json.dumps(report, indent=1) + "\n")
-        write_whole(self.path, "".join(json.dumps(label, ensure_ascii=False) + "\n" for label in labels))
-        for part in parts:
-            part.unlink()
+        self.finish(report, labels)
         rank_zero_info(f"labels: {self.path}: {self.report(trainer, report)}")
 
-    def _read_parts(self) -> list[dict[str, Any]]:
+    def finish(self, report: Mapping[str, float], rows: list[Any]) -> None:
+        """Write the report and the rows, and delete the part files."""
+        write_whole(self.path.with_name(f"{self.path.name}.report.json"), json.dumps(report, indent=1) + "\n")
+        write_whole(self.path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        for part in self._parts():
+            part.unlink()
+
+    def read_parts(self) -> list[dict[str, Any]]:
         """Read the lines of all part files after their headers. Raises ValueError when a header is another one."""
         lines: list[dict[str, Any]] = []
         for part in self._parts():

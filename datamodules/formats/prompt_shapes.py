@@ -2,13 +2,13 @@
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from datamodules.formats.conversation import PROMPTS, add_context, read_options, read_prompt
 from datamodules.formats.reading import Cells, Reading, as_number, guess, is_empty, plain, references
-from datamodules.formats.table import normalize
+from datamodules.formats.table import NAMED, normalize, our_names
 from datamodules.sources.source import Row
 from datamodules.tokens.encoding import Dialogue, Tools
 
@@ -24,6 +24,10 @@ NO_GOLD = (
     "model_response",
     "output_text",
 )  # what somebody said, right or wrong
+ANSWERING = frozenset(NAMED) - {
+    *("messages", "prompt", "instruction", "input", "context", "documents", "options", "system", "history", "tools"),
+    *("answer", "knowledge", "relation", "pass_rate", "guess_rate", "pass_length", "pass_truncated"),
+}  # our columns that hold or judge what somebody answered
 LONGEST_ANSWER = 200  # characters behind "####"; more is a worked solution with headings
 
 
@@ -77,6 +81,26 @@ def verifiable_example(
         asks.add("answer")
     info = {name: value for name, value in row.columns.items() if name not in asks}
     return VerifiableExample(asked.prompt, answer, plain(info), row.origin, row.source, asked.tools, measured)
+
+
+def asked_columns(columns: Mapping[str, Any], by_hand: Mapping[str, str] | None, answer: str | None) -> dict[str, Any]:
+    """Returns the columns of a row for data that are made of it: what is asked, as it stands there, and what is not known.
+
+    What answered the row before is left out, as it would be learned beside a new answer. ``answer`` becomes the gold
+    answer as it was read, unless another column is mapped to it.
+
+    Example: ``question``, ``reasoning`` and ``solution`` give ``question``, ``solution`` and ``answer``.
+
+    Args:
+        columns: of the row.
+        by_hand: our column name -> the data's.
+        answer: the gold answer, None where there is none.
+    """
+    ours, mapped = our_names(tuple(columns)), {name: ours for ours, name in (by_hand or {}).items() if name}
+    kept = {
+        name: value for name, value in columns.items() if name in mapped or ours.get(name, "answer") not in ANSWERING
+    }
+    return kept if answer is None or "answer" in mapped.values() else kept | {"answer": answer}
 
 
 def read_measure(cells: Cells, name: str) -> float | None:

@@ -91,8 +91,10 @@ class Parser(LightningArgumentParser):
         told = explain_missing_arguments(message) or write_sentence(message, NAMES) + suggest_argument(
             message
         ) + explain_taken_name(message)
-        told = told.replace(NO_COMMAND, "name a command: fit, validate, test, predict or chat; for example, " + EXAMPLE)
-        told = told.replace("'test', 'predict')", "'test', 'predict', 'chat')")
+        told = told.replace(
+            NO_COMMAND, "name a command: fit, validate, test, predict, chat or merge; for example, " + EXAMPLE
+        )
+        told = told.replace("'test', 'predict')", "'test', 'predict', 'chat', 'merge')")
         unknown = re.search(r"^unrecognized arguments: --([^\s=;]+)|[Oo]ption '([\w.]+)'(?: is not|$)", message)
         if unknown and "did you mean" not in message:
             name = unknown[1] or unknown[2]

@@ -57,16 +57,9 @@ class Frozen:
             self.policy.to(device)
         return self
 
-    @torch.no_grad()
     def fingerprint(self) -> str:
-        """Return a hash of names, shapes and a sample of each weight, without adapters, which begin as no change."""
-        found = hashlib.blake2b(digest_size=8)
-        for name, weight in self.policy.state_dict().items():
-            if "lora_" not in name:
-                few = weight.flatten()[:: max(1, weight.numel() // 512)].float().cpu()
-                found.update(f"{name.replace('.base_layer', '')} {tuple(weight.shape)}".encode())
-                found.update(few.contiguous().view(torch.uint8).numpy())
-        return found.hexdigest()
+        """Return the ``hash_weights`` of the model without adapters, which begin as no change."""
+        return hash_weights(self.policy, adapters=False)
 
     @torch.no_grad()
     def completion_logprobs(self, batch: PolicyBatch | PreferenceBatch, temperature: float = 1.0) -> Tensor:
@@ -104,6 +97,23 @@ class Frozen:
             for name, weight in now.items():
                 weight.data = theirs[name]
             torch.clear_autocast_cache()
+
+
+@torch.no_grad()
+def hash_weights(policy: Policy, adapters: bool = True) -> str:
+    """Return a hash of names, shapes and a sample of each weight.
+
+    Args:
+        policy: the model.
+        adapters: count its adapters too.
+    """
+    found = hashlib.blake2b(digest_size=8)
+    for name, weight in policy.state_dict().items():
+        if adapters or "lora_" not in name:
+            few = weight.flatten()[:: max(1, weight.numel() // 512)].float().cpu()
+            found.update(f"{name.replace('.base_layer', '')} {tuple(weight.shape)}".encode())
+            found.update(few.contiguous().view(torch.uint8).numpy())
+    return found.hexdigest()
 
 
 class ReferenceLogprobs:

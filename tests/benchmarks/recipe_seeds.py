@@ -67,9 +67,11 @@ def run_recipe(
     start = make_start(folder, seed, numerics)
     said = ""
     for path in sorted((ROOT / "configs/recipes" / recipe).glob("*.yaml")):
-        command = ["-m", "modules", path.stem.split("-")[1]]
-        command += [f"--config={file}" for file in (ROOT / "configs/recipes/shared.yaml", path)]
-        command += ["--trainer.enable_progress_bar=false", f"--seed_everything={seed}"]
+        verb = path.stem.split("-")[1]
+        command = ["-m", "modules", verb, f"--config={path}"]
+        if verb != "merge":  # which takes no Trainer
+            command.insert(3, f"--config={ROOT / 'configs/recipes/shared.yaml'}")
+            command += ["--trainer.enable_progress_bar=false", f"--seed_everything={seed}"]
         command += [f"--model.policy={start}"] if "policy: tiny" in path.read_text() else []
         environment = os.environ | {"PYTHONPATH": str(ROOT)} | NUMERICS[numerics]
         stage = run(*command, *(more or {}).get(path.stem, []), folder=folder, environment=environment)

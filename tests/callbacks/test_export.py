@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from callbacks import AveragedWeights, Export
-from callbacks.stages.export import MARK
 from modules.networks.tiny import tiny_model, tiny_tokenizer
+from modules.trainer.exports import MARK
 
 
 class Holder(torch.nn.Module):

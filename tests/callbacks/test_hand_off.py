@@ -3,12 +3,16 @@
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from lightning.pytorch import Trainer
 
-from callbacks import HandOff
+from callbacks import Export, HandOff
+from datamodules import Addition, InstructionDataModule
 from modules import RewardModule, SFTModule
 from modules.networks.tiny import tiny_tokenizer
 
@@ -134,3 +138,48 @@ def test_files_of_rows(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").touch()
     with pytest.raises(ValueError, match=r"rows.jsonl is empty; run 02-predict-rows again$"):
         HandOff({"02-predict-rows": str(tmp_path / "rows.jsonl")})
+
+
+def fit_from(policy: str, folder: Path, **options: Any) -> Path:
+    """Fit a step from ``policy`` and return the export."""
+    module = SFTModule(policy, optimizer=partial(torch.optim.SGD, lr=0.1))
+    data = InstructionDataModule(train=Addition(8), batch_size=8)
+    quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    checkpoint = options.pop("ckpt_path", None)
+    trainer = Trainer(accelerator="cpu", default_root_dir=folder, callbacks=[Export()], **quiet | options)
+    trainer.fit(module, data, ckpt_path=checkpoint)
+    return folder / "export"
+
+
+def test_an_export_says_what_it_started_from(tmp_path: Path) -> None:
+    base = fit_from("tiny", tmp_path / "base", max_steps=1, enable_checkpointing=False)
+    second = fit_from(str(base), tmp_path / "second", max_steps=1, enable_checkpointing=False)
+    third = fit_from(str(base), tmp_path / "third", max_steps=1, enable_checkpointing=False)
+    inputs = {"01-fit-base": str(base), "02-fit-rl": str(second), "03-fit-sft": str(third)}
+    HandOff(inputs, {"01-fit-base": "tiny", "02-fit-rl": str(base), "03-fit-sft": str(base)})
+    shutil.copytree(base, tmp_path / "copy")
+    HandOff(inputs, {"03-fit-sft": str(tmp_path / "copy")})  # the same weights in another place
+    for start in (str(second), "tiny"):
+        with pytest.raises(
+            ValueError,
+            match=rf"^hand-off from 03-fit-sft: {third} was made from {base} and not from {start}; run 03-fit-sft again$",
+        ):
+            HandOff(inputs, {"03-fit-sft": start})
+    with pytest.raises(ValueError, match=r"started_from names 04-fit-x, which is none of the inputs: 01-fit-base, .*"):
+        HandOff(inputs, {"04-fit-x": str(base)})
+    fit_from("tiny", tmp_path / "base", max_steps=2, enable_checkpointing=False)  # another base in its place
+    with pytest.raises(ValueError, match=f"was made from {base}, which holds other weights than {base} now"):
+        HandOff(inputs, {"03-fit-sft": str(base)})
+    (third / "lineage.json").unlink()
+    with pytest.raises(ValueError, match=r"third/export does not say what it started from \(no lineage.json"):
+        HandOff(inputs, {"03-fit-sft": str(base)})
+
+
+def test_a_resumed_fit_started_from_what_the_first_one_did(tmp_path: Path) -> None:
+    base = fit_from("tiny", tmp_path / "base", max_steps=1, enable_checkpointing=False)
+    shutil.copytree(base, tmp_path / "kept")
+    fit_from(str(base), tmp_path / "next", max_steps=1)
+    (checkpoint,) = (tmp_path / "next").rglob("*.ckpt")
+    fit_from("tiny", tmp_path / "base", max_steps=2, enable_checkpointing=False)
+    export = fit_from(str(base), tmp_path / "next", max_steps=2, ckpt_path=str(checkpoint))
+    HandOff({"02-fit-it": str(export)}, {"02-fit-it": str(tmp_path / "kept")})

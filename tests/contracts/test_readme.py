@@ -187,7 +187,7 @@ COMMANDS = sorted(
     {
         line
         for text in DOCUMENTS.values()
-        for line in re.findall(r"^python -m modules (?:fit|validate|test|predict) .*", text, flags=re.MULTILINE)
+        for line in re.findall(r"^python -m modules (?:fit|validate|test|predict|merge) .*", text, flags=re.MULTILINE)
         if "<" not in line
         and "..." not in line
         and "{" not in line

@@ -58,6 +58,9 @@ def stages(recipe: Path, folder: Path, epochs: int) -> Iterator[list[str]]:
         write_preferences(folder / "runs/hh")
     for path in paths:
         command, text = path.stem.split("-")[1], path.read_text()
+        if command == "merge":  # takes no Trainer
+            yield [command, "--config", str(path)]
+            continue
         changes = []
         if ".gguf" in text or "Addition" in text and "policy: tiny\n" in text:
             changes += ["--model.policy", "tiny-addition"]

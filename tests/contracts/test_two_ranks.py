@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from test_shipped_configs import ONE_BATCH, RECIPES, ROOT, shrunk, stages
+from test_shipped_configs import ONE_BATCH, RECIPES, ROOT, run, shrunk, stages
 from two_ranks import TwoRanks
 
 CONFIGS = {path.stem: path for path in sorted((ROOT / "configs").glob("*.yaml"))}
@@ -62,7 +62,10 @@ def test_a_method_ends(two_ranks, tmp_path, name):
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
 def test_a_recipe_ends(two_ranks, tmp_path, recipe):
     for arguments in stages(recipe, tmp_path, epochs=2):
-        two_ranks.run(tmp_path, *arguments, *DDP)
+        if arguments[0] == "merge":  # one process alone
+            run(*arguments, folder=tmp_path)
+        else:
+            two_ranks.run(tmp_path, *arguments, *DDP)
 
 
 def test_facts_are_sorted_by_ranks_with_other_numbers_of_batches(two_ranks, tmp_path):

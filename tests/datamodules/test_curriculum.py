@@ -56,6 +56,7 @@ def texts(module: VerifiableDataModule) -> str:
     [
         ({}, "p1 p2 p3", "3 used + 1 never right + 1 always right + 1 without pass_rate"),
         ({"above": 0.25, "below": 0.75}, "p2", "1 used + 1 never right + 1 too hard + 1 too easy + 1 always right"),
+        ({"below": 0.51}, "p1 p2", "2 used + 1 never right + 1 too easy + 1 always right + 1 without pass_rate"),
         ({"above": None}, "p0 p1 p2 p3", "4 used + 1 always right + 1 without pass_rate"),
         ({"max_guess_rate": 0.0}, "p1 p3", "2 used + 1 never right + 1 right without thinking + 1 always right"),
         ({"max_length": 50}, "p2 p3", "2 used + 1 never right + 1 with long answers + 1 always right"),

@@ -1,0 +1,177 @@
+"""The base of writers that make training data of what ``predict`` samples. A killed run continues where it stopped."""
+
+import hashlib
+import json
+from abc import abstractmethod
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+
+from callbacks.writers.pass_rates import PassRates
+from callbacks.writers.prediction_writer import PredictionWriter
+from callbacks.writers.resumable_jsonl import ResumableJsonl
+from modules.types import AskedRow, HasAskedRows, SkipsPrompts, require_accuracy
+
+
+@dataclass(frozen=True)
+class JudgedSample:
+    """A sampled completion as far as data are made of it."""
+
+    text: str
+    length: int  # tokens that the policy sampled, the end token included
+    stopped: bool  # it ended by itself
+    right: bool | None  # None = it cannot be judged
+    rewards: dict[str, float | None]  # by reward name, None = unscorable
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What becomes of the samples of one prompt."""
+
+    columns: list[dict[str, str]]  # of each new row, beside those of the prompt's
+    counts: Counter[str]  # every sample by what became of it
+
+
+class SampleWriter(ResumableJsonl):
+    """Writes JSONL with rows made of the completions of each prompt, in the order of the data.
+
+    A row has the columns of the training row as they stand there, without what answered it, and ``answer`` is the gold
+    answer. So the prompt is rendered by who reads the file, with the same ``data.columns``, ``system`` and ``chat``.
+
+    After each batch, every rank appends the judged completions to a hidden part file beside ``path``. A run that is
+    started again does not sample these prompts again, also on another number of ranks. The choice is made at the end,
+    from all completions, so its settings may change in between. ``<path>.report.json`` has counts that add up.
+
+    A subclass says which columns the completions of a prompt make.
+    """
+
+    reads = SkipsPrompts
+    module = "GRPOModule"
+    begun_with = "another model, other settings or other rows"
+
+    def __init__(self, path: str | None = None) -> None:
+        super().__init__(path)
+        self._rows: dict[str, AskedRow] = {}  # by uid
+
+    @abstractmethod
+    def choose(self, samples: Sequence[JudgedSample]) -> Chosen:
+        """Make the columns of rows of the completions of one prompt, which are in the order in which they were drawn."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse what cannot work before anything is sampled."""
+        super().setup(trainer, pl_module, stage)
+        if stage != "predict":
+            return
+        require_accuracy(pl_module, self.name)
+        if getattr(pl_module, "environment", None) is not None:
+            raise ValueError(
+                f"{self.name}: completions with calls of tools are no text that could be learned; leave "
+                "model.environment out"
+            )
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        if not isinstance(data, HasAskedRows):
+            raise ValueError(
+                f"{self.name} writes the rows of a VerifiableDataModule, and data is {type(data).__name__}: set data to "
+                "VerifiableDataModule"
+            )
+        rows = data.asked_rows()
+        self._rows = {row.uid: row for row in rows}
+        if len(self._rows) < len(rows):
+            uid = Counter(row.uid for row in rows).most_common(1)[0][0]
+            raise ValueError(
+                f"{self.name}: several training rows are called {uid.rpartition('#')[0]}; read every file once"
+            )
+
+    def head(self, trainer: Trainer, pl_module: Any, batch: Any) -> dict[str, Any]:
+        """Return what determines the completions."""
+        rows = json.dumps([[row.uid, row.prompt, row.columns] for row in self._rows.values()])
+        digest = hashlib.blake2b(rows.encode(), digest_size=8).hexdigest()
+        head: dict[str, Any] = json.loads(json.dumps({**pl_module.describe_samples(), "rows": digest}))
+        return head
+
+    def skip(self, trainer: Trainer, pl_module: Any, records: list[dict[str, Any]]) -> None:
+        """Let the module leave out the prompts that every such writer has."""
+        found = {record["uid"] for record in records if "uid" in record}
+        pl_module.done = found if pl_module.done is None else pl_module.done & found
+        if not found:
+            return
+        others = [
+            type(callback).__name__
+            for callback in trainer.callbacks  # type: ignore[attr-defined]
+            if isinstance(callback, PassRates | PredictionWriter)
+        ]
+        if others:
+            raise ValueError(
+                f"{self.name}: an earlier run sampled {len(found)} prompts, which {others[0]} would miss; delete "
+                f"{self._part(0).with_name(f'.{self.path.name}.rank*')} to sample them again, or leave {others[0]} out"
+            )
+        rank_zero_info(f"{self.name}: resuming with the {len(found)} prompts that an earlier run sampled")
+
+    def take(self, pl_module: Any) -> list[dict[str, Any]]:
+        """Return the judged completions of the last batch, one record for each prompt."""
+        samples: dict[str, list[dict[str, Any]]] = {}
+        for rollout, outcome in zip(pl_module.record.rollouts, pl_module.find_outcomes(), strict=True):
+            text = rollout.text if self._rows[rollout.uid].chat else rollout.completion.text
+            sample = JudgedSample(text, outcome.length, outcome.stopped, outcome.right, rollout.rewards)
+            samples.setdefault(rollout.uid, []).append(asdict(sample))
+        return [{"uid": uid, "samples": drawn} for uid, drawn in samples.items()]
+
+    def join(self, trainer: Trainer, pl_module: Any) -> None:
+        """Choose from the completions of all prompts and write the rows. Raises ValueError when there are none."""
+        sampled = {record["uid"]: record["samples"] for record in self.read_parts() if "uid" in record}
+        rows: list[dict[str, Any]] = []
+        counts: Counter[str] = Counter()
+        without = 0
+        for uid, asked in self._rows.items():
+            if uid in sampled:
+                chosen = self.choose([JudgedSample(**sample) for sample in sampled[uid]])
+                assert chosen.counts.total() == len(sampled[uid])
+                rows += [asked.columns | columns for columns in chosen.columns]
+                counts += chosen.counts
+                without += not chosen.columns
+        said = f"{counts.total()} completions of {len(sampled)} prompts = " + " + ".join(
+            f"{count} {what}" for what, count in counts.items()
+        )
+        if not rows:
+            raise ValueError(
+                f"{self.name}: {said}, so {self.path} is not written; start again with other bounds to choose from the "
+                f"same completions, or delete {self._part(0).with_name(f'.{self.path.name}.rank*')}"
+            )
+        report = {"prompts": len(sampled), "prompts_without": without, "rows": len(rows), "sampled": counts.total()}
+        self.finish(report | {f"sampled/{what}": count for what, count in counts.items()}, rows)
+        plain = self.plain_prompts(pl_module)
+        rank_zero_info(
+            f"{self.name}: {self.path}: {len(rows)} rows; {said}; {without} prompts without a row"
+            + ("; the prompts were plain text: read the file with data.chat: false" if plain else "")
+        )
+
+    def plain_prompts(self, pl_module: Any) -> bool:
+        """Return whether there is a chat template and the prompts were written without it."""
+        templated = pl_module.tokenizer.chat_template is not None
+        return templated and not any(row.chat for row in self._rows.values())
+
+    def on_predict_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Write the file."""
+        super().on_predict_end(trainer, pl_module)
+        pl_module.done = None
+
+    def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
+        """Keep the part file, from which the next run continues."""
+        super().on_exception(trainer, pl_module, exception)
+        pl_module.done = None
+
+
+def find_flaw(sample: JudgedSample) -> str | None:
+    """Return why nothing can be learned from a completion, right or wrong; None = something can.
+
+    One that was cut off would be learned as one that ends there.
+    """
+    if not sample.stopped:
+        return "unfinished"
+    if sample.right is None:
+        return "not judged"
+    return None if sample.text.strip() else "empty"

@@ -1,0 +1,85 @@
+"""Writes the right completions of ``predict`` as instruction data: rejection sampling."""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+
+from lightning.pytorch import LightningModule, Trainer
+
+from callbacks.writers.sample_writer import Chosen, JudgedSample, SampleWriter, find_flaw
+from modules.rewards.combined import list_parts
+
+
+class VerifiedSamples(SampleWriter):
+    """Writes JSONL with one row per kept completion: the training row's columns, ``completion`` and ``answer``.
+
+    ``InstructionDataModule`` learns the completions, and ``VerifiableDataModule`` reads the same file as prompts with
+    answers. A completion is kept if it ended by itself, is right by ``model.validation.accuracy``, scores at least
+    ``at_least``, and no earlier one of its prompt has the same text. Sources: DeepSeek-R1 (arXiv 2501.12948, section
+    2.3.3), Qwen3 (2505.09388, section 4.1), Kimi k1.5 (2501.12599, section 2.4).
+
+    See :class:`SampleWriter` for killed runs and for how the file is read.
+
+    Args:
+        at_least: part of ``model.reward`` -> its least score, such as ``{format: 1, language: 0.95, repetition: -0.1}``, for
+            answers without thoughts, mixed languages or repetitions. A part without a score is below.
+        per_prompt: most rows of a prompt, >= 1; None = all.
+        shortest: of a prompt take the completions with the fewest tokens, and not the first ones. With ``per_prompt`` 1
+            this is Kimi's shortest rejection sampling.
+        path: the file; its parent folders are made, and an earlier file is replaced at the end. None =
+            ``verified.jsonl`` in the run's folder.
+
+    Raises:
+        ValueError: a number is out of range; in ``setup``, when the reward has no such part, nothing tells right from
+            wrong, or see :class:`SampleWriter`; at the end, when nothing is kept.
+    """
+
+    file = "verified.jsonl"
+
+    def __init__(
+        self,
+        at_least: dict[str, float] | None = None,
+        per_prompt: int | None = None,
+        shortest: bool = False,
+        path: str | None = None,
+    ) -> None:
+        super().__init__(path)
+        if per_prompt is not None and per_prompt < 1:
+            raise ValueError(f"VerifiedSamples: per_prompt must be at least 1, got {per_prompt}")
+        if not all(math.isfinite(least) for least in (at_least or {}).values()):
+            raise ValueError(f"VerifiedSamples: at_least holds finite numbers, got {at_least}")
+        if shortest and per_prompt is None:
+            raise ValueError("VerifiedSamples: shortest chooses among the completions of a prompt; set per_prompt")
+        self.at_least, self.per_prompt, self.shortest = at_least or {}, per_prompt, shortest
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse parts that the reward does not have."""
+        super().setup(trainer, pl_module, stage)
+        if stage == "predict":
+            parts = [part.name for part in list_parts(pl_module.reward)]  # type: ignore[arg-type]  # a SkipsPrompts
+            unknown = [name for name in self.at_least if name not in parts]
+            if unknown:
+                raise ValueError(
+                    f"VerifiedSamples: at_least names {unknown[0]}, and the parts of model.reward are {', '.join(parts)}"
+                )
+
+    def choose(self, samples: Sequence[JudgedSample]) -> Chosen:
+        """Keep right completions that reach every bound, each text once and at most ``per_prompt``."""
+        reasons = [self.find_reason(sample) for sample in samples]
+        counts = Counter(reason for reason in reasons if reason is not None)
+        good = [sample for sample, reason in zip(samples, reasons, strict=True) if reason is None]
+        if self.shortest:
+            good.sort(key=lambda sample: sample.length)
+        texts = list(dict.fromkeys(sample.text for sample in good))
+        kept = texts[: self.per_prompt]
+        counts += Counter(kept=len(kept), repeated=len(good) - len(texts), surplus=len(texts) - len(kept))
+        return Chosen([{"completion": text} for text in kept], counts)
+
+    def find_reason(self, sample: JudgedSample) -> str | None:
+        """Return why a completion is left out; None = it is not."""
+        flaw = find_flaw(sample) or (None if sample.right else "wrong")
+        if flaw is not None:
+            return flaw
+        scores = {name: sample.rewards.get(name) for name in self.at_least}
+        low = (name for name, score in scores.items() if score is None or score < self.at_least[name])
+        return next((f"below {name}" for name in low), None)
