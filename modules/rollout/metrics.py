@@ -5,7 +5,7 @@ They are exact over batches and ranks, because they are computed from all outcom
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -88,6 +88,11 @@ def measure_rollouts(found: Sequence[Outcome]) -> dict[str, float]:
     if found[0].entropy is not None:
         metrics["entropy"] = float((column(outcome.entropy for outcome in found) * lengths).sum() / lengths.sum())
     return metrics
+
+
+def measure_unscored(failures: Mapping[str, int]) -> dict[str, float]:
+    """Name the numbers of completions of this rank without a verdict, by cause, as metrics."""
+    return {f"unscored/{cause}": float(count) for cause, count in failures.items()}
 
 
 def share_solved(found: Sequence[Outcome], k: int) -> float:
