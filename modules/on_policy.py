@@ -24,6 +24,7 @@ from modules.rewards.answers import name_reader
 from modules.rewards.combined import find_accuracy, require_tasks, walk_rewards
 from modules.rewards.earned import check_earned
 from modules.rewards.learned import LearnedReward
+from modules.rewards.verifier import count_failures
 from modules.rollout.dynamic_sampling import Gathered
 from modules.rollout.engine import InProcessEngine, RolloutEngine
 from modules.rollout.environment import Environment, check_environment
@@ -33,6 +34,7 @@ from modules.rollout.metrics import (
     measure_errors,
     measure_gaps,
     measure_rollouts,
+    measure_unscored,
     measure_weights,
     share_solved,
 )
@@ -40,7 +42,7 @@ from modules.rollout.sampling import Sampling
 from modules.rollout.scoring import add_sums, keep_prompts, make_batch, make_rollouts, score_in_chunks
 from modules.rollout.thinking import Thinking, check_thinking
 from modules.rollout.tool_calls import ToolFormat
-from modules.trainer.ranks import from_all_ranks, log_equal, mean_and_error, weighted_means
+from modules.trainer.ranks import Tally, from_all_ranks, log_equal, mean_and_error, weighted_means
 from modules.trainer.seeds import derive_seed, run_seed
 from modules.types import Completion, InstructionBatch, Outcome, PolicyBatch, PromptBatch, Reward, Rollout, as_reward
 
@@ -215,7 +217,11 @@ class OnPolicyModule(AlignmentModule):
         """Make one phase of this rank: sample, score, and compute the log-probs that the updates start from."""
         start = time.perf_counter()
         self.record.metrics = {"time/sampling": 0.0}
+        before = count_failures(self.reward)
         found = self.gather(prompts)
+        lost = Tally()
+        lost.add(measure_unscored(count_failures(self.reward, before)))
+        self.log_phase(lost.join())
         earlier = len(self.record.carried)  # the first rollouts, sampled in the phase before
         self.check_scored(found.rollouts[earlier:])
         batch = make_batch(found.rollouts, self.device)
@@ -342,7 +348,9 @@ class OnPolicyModule(AlignmentModule):
         """Answer a batch of held-out prompts and keep the scored completions in ``record``; where ``accuracy`` can tell
         right from wrong, answer them greedily too.
         """
+        before = count_failures(self.reward)
         rollouts = make_rollouts(*self.sample(prompts, self.val_generations, self.sampling, stage), self.reward)
+        self.log_evaluation(measure_unscored(count_failures(self.reward, before)))
         batch = make_batch(rollouts, self.device)
         mask = batch["completion_mask"]
         logprobs, entropies = score_in_chunks(self.policy_scores, batch)

@@ -12,9 +12,10 @@ from transformers import PreTrainedModel
 from modules.base import AlignmentModule
 from modules.networks.lora import Lora
 from modules.networks.policy import TokenScores
+from modules.rewards.verifier import count_failures
 from modules.rollout.engine import InProcessEngine
 from modules.rollout.last_answers import find_last_answers
-from modules.rollout.metrics import make_outcomes, measure_rollouts
+from modules.rollout.metrics import make_outcomes, measure_rollouts, measure_unscored
 from modules.rollout.sampling import Sampling
 from modules.rollout.scoring import make_rollouts
 from modules.trainer.ranks import from_all_ranks
@@ -122,7 +123,9 @@ class SFTModule(AlignmentModule):
             self.engine.sync_weights(self.policy, self.global_step)
             seeds = [derive_seed(0, stage, uid) for uid in prompts["uid"]]
             answers = self.engine.generate(prompts["prompt_ids"], 1, self.sampling, seeds)
+            before = count_failures(self.reward)
             self.record.held_out = make_rollouts(prompts, answers, self.reward)
+            self.log_evaluation(measure_unscored(count_failures(self.reward, before)))
             self.record.sampled += make_outcomes(self.record.held_out)
 
     def evaluation_metrics(self) -> dict[str, float]:

@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 
 from callbacks.stages.summary import print_table, read_logged
 from callbacks.writers.output_files import write_json
@@ -16,7 +17,8 @@ class Comparison(Callback):
 
     A standard error that was logged stands behind its value, as in ``0.84 +- 0.03``.
 
-    It does so at the end of ``validate``. The file holds the metrics as logged, by model. A model of the same name is
+    It does so at the end of ``validate``; in ``fit`` it only gives the models of the file to ``Claims``. The file holds
+    the metrics as logged, by model. A model of the same name is
     replaced and keeps its place. A ``fast_dev_run`` writes nothing.
 
     Args:
@@ -27,7 +29,7 @@ class Comparison(Callback):
             above 0 = forgotten.
 
     Raises:
-        ValueError: in ``setup``, when ``file`` holds something else; after a validation that did not log one of the
+        ValueError: in ``setup``, in a command without a use for it, or when ``file`` holds something else; after a validation that did not log one of the
             metrics.
     """
 
@@ -37,9 +39,13 @@ class Comparison(Callback):
         self.found: dict[str, float] = {}  # this model's metrics, as logged
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse a file of another kind before anything is measured."""
-        if stage == "validate":
-            read_models(self.file)
+        """Refuse a command in which it does nothing, and a file of another kind, before anything is measured."""
+        claims = any(hasattr(callback, "claims") for callback in trainer.callbacks)  # type: ignore[attr-defined]
+        if stage != "validate" and not (stage == "fit" and claims):
+            raise ValueError(
+                f"Comparison keeps what validate measures, and this is {TrainerFn(stage).value}: remove it, or run validate with it"
+            )
+        read_models(self.file)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the metrics."""

@@ -7,7 +7,14 @@ from typing import Any, BinaryIO, Protocol, runtime_checkable
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
-from callbacks.writers.output_files import append_lines, in_run_folder, open_whole_lines, require_writable, write_whole
+from callbacks.writers.output_files import (
+    append_lines,
+    in_run_folder,
+    open_whole_lines,
+    require_predict,
+    require_writable,
+    write_whole,
+)
 
 
 @runtime_checkable
@@ -41,8 +48,8 @@ class InstructionWriter(Callback):
             ``instructions.jsonl`` in the run's folder.
 
     Raises:
-        ValueError: ``path`` is a folder or cannot be written, the module generates no tasks, the part file was started
-            with other seeds or settings, or at the end when no task was kept.
+        ValueError: the command is not ``predict``, ``path`` is a folder or cannot be written, the module generates no
+            tasks, the part file was started with other seeds or settings, or at the end when no task was kept.
     """
 
     def __init__(self, path: str | None = None) -> None:
@@ -58,8 +65,7 @@ class InstructionWriter(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot work before any request is sent."""
-        if stage != "predict":
-            return
+        require_predict(stage, "InstructionWriter")
         self.path = in_run_folder(trainer, self._given, "instructions.jsonl")
         if self.path.is_dir():
             raise ValueError(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import IO, Any, BinaryIO
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 
 from modules.trainer.saving import naming, replacing
 
@@ -15,6 +16,14 @@ from modules.trainer.saving import naming, replacing
 def in_run_folder(trainer: Trainer, path: Path | None, name: str) -> Path:
     """Return ``path``, or ``name`` in the run's folder when ``path`` is None. The run's folder is ``default_root_dir``."""
     return Path(trainer.default_root_dir) / name if path is None else path
+
+
+def require_predict(stage: str, who: str) -> None:
+    """Refuse a command that gives a writer nothing to write. Raises ValueError, which begins with ``who``."""
+    if stage != "predict":
+        raise ValueError(
+            f"{who} writes what predict finds, and this is {TrainerFn(stage).value}: remove it, or run predict with it"
+        )
 
 
 def require_writable(path: Path, who: str) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
-from callbacks.writers.output_files import in_run_folder, require_writable, write_whole
+from callbacks.writers.output_files import in_run_folder, require_predict, require_writable, write_whole
 from modules.trainer.ranks import from_all_ranks
 from modules.types import HasPromptRows, require_accuracy
 
@@ -28,8 +28,8 @@ class PassRates(Callback):
             run's folder.
 
     Raises:
-        ValueError: ``name`` is no word; in ``setup`` of ``predict``, when ``path`` cannot be written, when nothing tells
-            right from wrong, or when two rows have one name.
+        ValueError: ``name`` is no word; in ``setup``, when the command is not ``predict``, ``path`` cannot be written,
+            nothing tells right from wrong, or two rows have one name.
     """
 
     def __init__(self, name: str = "pass", path: str | None = None) -> None:
@@ -42,8 +42,7 @@ class PassRates(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse before anything is sampled what could not be written or judged."""
-        if stage != "predict":
-            return
+        require_predict(stage, "PassRates")
         require_accuracy(pl_module, "PassRates")
         data = self._rows_of(trainer)
         name, count = Counter(uid for uid, _ in data).most_common(1)[0]

@@ -14,6 +14,7 @@ from callbacks.writers.output_files import (
     append_lines,
     in_run_folder,
     open_whole_lines,
+    require_predict,
     require_writable,
     write_whole,
 )
@@ -51,8 +52,8 @@ class ResumableJsonl(Callback):
             run's folder.
 
     Raises:
-        ValueError: ``path`` is a folder or cannot be written, the module does not label, the part files were started
-            with another module or other rows, or at the end when no row has a valid label.
+        ValueError: the command is not ``predict``, ``path`` is a folder or cannot be written, the module does not label,
+            the part files were started with another module or other rows, or at the end when no row has a valid label.
     """
 
     reads: type = Labels  # protocol of the modules whose labels this writer accepts
@@ -96,8 +97,7 @@ class ResumableJsonl(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot work before anything is labelled."""
-        if stage != "predict":
-            return
+        require_predict(stage, self.name)
         self.path = in_run_folder(trainer, self._given, self.file)
         if self.path.is_dir():
             raise ValueError(f"{self.name}: {self.path} is a folder; name a file, such as {self.path / 'rows.jsonl'}")

@@ -1,9 +1,12 @@
 """Refuses in one sentence what cannot run, before anything is loaded or trained."""
 
+import inspect
 import math
 from importlib import import_module
 from pathlib import Path
 from pickle import UnpicklingError
+from types import NoneType
+from typing import Any, get_args
 
 import torch
 from jsonargparse import Namespace
@@ -84,6 +87,21 @@ def check_trainer(settings: Namespace) -> None:
     problems = [f"trainer.{problem}" for problem, found in wrong.items() if found]
     if problems:
         raise ValueError("; ".join(problems))
+
+
+def check_nulls(method: Namespace) -> None:
+    """Refuse null for an argument of the module that has another default and no such value. Raises ValueError."""
+    module, _, name = method["class_path"].rpartition(".")
+    parameters = inspect.signature(getattr(import_module(module), name)).parameters
+    for option, value in vars(method.get("init_args") or Namespace()).items():
+        if value is None and option in parameters and needs_value(parameters[option]):
+            raise ValueError(f"model.{option} is null, and {name} needs a value: leave it out for the default")
+
+
+def needs_value(parameter: inspect.Parameter) -> bool:
+    """Return whether a parameter has an annotation that leaves out None, and another default."""
+    free = parameter.annotation in (parameter.empty, Any) or isinstance(parameter.annotation, str)
+    return not free and NoneType not in get_args(parameter.annotation) and parameter.default is not None
 
 
 def check_needs(settings: Namespace, method: str) -> None:

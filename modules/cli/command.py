@@ -12,7 +12,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
-from modules.cli.checks import check_checkpoint, check_needs, check_run, check_trainer, resolve_checkpoint
+from modules.cli.checks import check_checkpoint, check_needs, check_nulls, check_run, check_trainer, resolve_checkpoint
 from modules.cli.choices import import_own
 from modules.cli.ending import TellsHowToGoOn, write_ending
 from modules.cli.parser import add_data_module
@@ -106,6 +106,7 @@ class AlignmentCLI(LightningCLI):
                 )
         check_checkpoint(config["ckpt_path"], resumes=self.config["subcommand"] == "fit")
         check_trainer(config["trainer"])
+        check_nulls(config["model"])
         check_needs(config, config["model"]["class_path"])
 
     @property

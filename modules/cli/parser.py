@@ -121,7 +121,12 @@ class Parser(LightningArgumentParser):
         return self.instantiate(cfg, instantiators=[(build, object, True)], **kwargs)
 
     def parse_args(self, args: Any = None, *rest: Any, **settings: Any) -> Any:
-        """Parse the arguments. Raises ValueError for a key that stands twice in one mapping of a configuration."""
+        """Parse the arguments. Raises ValueError for a key that stands twice in one mapping of a configuration.
+
+        jsonargparse hands an option of a class on as one argument, in which it writes null as None.
+        """
+        if isinstance(args, list) and len(args) == 1 and args[0].endswith("=None"):
+            args = [f"{args[0].removesuffix('None')}null"]
         for place, text in read_mappings(sys.argv[1:] if args is None else args):
             try:
                 repeated = find_repeated_key(text)

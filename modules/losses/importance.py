@@ -16,18 +16,19 @@ class ImportanceWeights:
     An engine with the same weights in another precision or with other kernels samples from slightly other
     probabilities. Advantages are multiplied by w, so the policy loss is; a KL and a value loss are not. Truncation
     gives a little bias for a bounded variance (IMPALA, arXiv 1802.01561, section 4.1). TRL:
-    ``vllm_importance_sampling_mode`` and ``_clip_max``.
+    ``vllm_importance_sampling_mode`` and ``_clip_max``. Where both compute alike, w is 1. So a cap below 1 would only
+    scale the loss, or with ``mask`` leave out every token.
 
     Raises:
         ValueError: values out of range.
     """
 
     level: Literal["token", "sequence"] = "token"  # sequence: w is the product over the tokens of a completion
-    cap: float = 2.0  # > 0, largest weight
+    cap: float = 2.0  # >= 1, largest weight
     beyond: Literal["truncate", "mask"] = "truncate"  # what becomes of a larger one: cap, or 0
 
     def __post_init__(self) -> None:
-        check_numbers("importance", cap=(self.cap, "(0, inf)"))
+        check_numbers("importance", cap=(self.cap, "[1, inf)"))
         if self.level not in ("token", "sequence") or self.beyond not in ("truncate", "mask"):
             raise ValueError(
                 f"importance: level is token or sequence and beyond truncate or mask, got {self.level}, {self.beyond}"

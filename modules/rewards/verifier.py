@@ -8,8 +8,11 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
+from modules.rewards.combined import walk_rewards
 from modules.rewards.workers.pool import Verdict, get_pool
 from modules.types import Reward, Rollout
+
+CAUSES = ("timeout", "crash", "memory", "error")  # why a completion gets no verdict
 
 
 class Verifier(Reward):
@@ -30,7 +33,7 @@ class Verifier(Reward):
         needs_answer: True = a rollout without a gold answer gets None, unasked.
         in_process: True = the check runs in this process, because it is faster than the way to a worker and no input
             can make it hang; an exception is an ``error`` as in a worker.
-        failures: how many completions got no score so far, by cause: ``timeout``, ``crash``, ``memory``, ``error``.
+        failures: how many completions got no verdict so far, by cause, one of ``CAUSES``.
         faults: how many completions got their score for a fault that the check names.
 
     Raises:
@@ -101,3 +104,21 @@ class Verifier(Reward):
                 f"far by cause: {causes}",
                 stacklevel=2,
             )
+
+
+def count_failures(reward: Reward | None, before: Counter[str] | None = None) -> Counter[str]:
+    """Count the completions on which the verifiers inside a reward had no verdict, by cause.
+
+    A cause that has not occurred counts 0. Verifiers of this process know only the cause ``error``.
+
+    Args:
+        reward: walked through at any depth; None = there are no verifiers.
+        before: an earlier count, which is taken away.
+    """
+    parts = {id(part): part for part in (walk_rewards(reward) if reward is not None else ())}
+    found: Counter[str] = Counter()
+    for part in parts.values():
+        if isinstance(part, Verifier):
+            found.update({cause: part.failures[cause] for cause in (("error",) if part.in_process else CAUSES)})
+    found.subtract(before or {})
+    return found

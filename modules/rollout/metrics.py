@@ -154,6 +154,11 @@ def measure_errors(found: Sequence[Outcome]) -> dict[str, float]:
     return errors
 
 
+def measure_unscored(failures: Mapping[str, int]) -> dict[str, float]:
+    """Name the numbers of completions of this rank without a verdict, by cause, as metrics."""
+    return {f"unscored/{cause}": float(count) for cause, count in failures.items()}
+
+
 def share_solved(found: Sequence[Outcome], k: int) -> float:
     """Return pass@k: the mean over prompts of the chance that at least one of k completions is right.
 

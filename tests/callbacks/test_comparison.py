@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from callbacks import Comparison
+from callbacks import Claims, Comparison
 
 
 class Model(LightningModule):
@@ -117,6 +118,19 @@ def test_another_kind_of_file_is_refused_and_stays(tmp_path: Path, content: str)
     assert (tmp_path / "all.json").read_text() == content
     with pytest.raises(ValueError, match="is not a file of metrics"):
         validate(tmp_path, "dpo", 0.0, 1.0)
+
+
+def test_a_command_in_which_it_does_nothing_is_refused(tmp_path: Path) -> None:
+    comparison, model = Comparison("x", str(tmp_path / "all.json"), {}), Model(0.0, 1.0)
+    alone = Trainer(callbacks=[comparison], logger=False, accelerator="cpu")
+    for command in (TrainerFn.FITTING, TrainerFn.TESTING, TrainerFn.PREDICTING):
+        with pytest.raises(
+            ValueError, match=f"keeps what validate measures, and this is {command.value}: remove it, or run"
+        ):
+            comparison.setup(alone, model, command)
+    comparison.setup(
+        Trainer(callbacks=[comparison, Claims([])], logger=False, accelerator="cpu"), model, TrainerFn.FITTING
+    )
 
 
 def test_a_fast_dev_run_writes_nothing(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from programs import run_ranks
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from callbacks import KnowledgeWriter, PreferenceWriter
+from callbacks import InstructionWriter, KnowledgeWriter, PreferenceWriter
 from datamodules import FactsDataModule
 from modules import KnowledgeModule, SFTModule
 from modules.rollout.engine import InProcessEngine
@@ -146,6 +146,11 @@ def test_refusals_and_a_fast_dev_run_write_nothing(tmp_path: Path) -> None:
         ValueError, match="PreferenceWriter cannot write the results of KnowledgeModule; set model to LabelModule"
     ):
         PreferenceWriter(str(file)).setup(trainer, KnowledgeModule("tiny"), "predict")
+    for writer in (KnowledgeWriter(), PreferenceWriter(), InstructionWriter()):
+        with pytest.raises(
+            ValueError, match=f"{type(writer).__name__} writes what predict finds, and this is fit: rem"
+        ):
+            writer.setup(trainer, SFTModule("tiny"), "fit")  # type: ignore[arg-type]
     assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
 
 

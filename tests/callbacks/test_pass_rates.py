@@ -104,6 +104,12 @@ def test_what_cannot_be_measured_is_refused_before_sampling(tmp_path: Path) -> N
         ValueError, match="PassRates needs to know which answers are right, .* model.validation.accuracy"
     ):
         trainer.predict(module, VerifiableDataModule(train=rows))
+    for verb in ("fit", "validate"):
+        asked = Trainer(accelerator="cpu", callbacks=[PassRates()], max_epochs=1, default_root_dir=tmp_path, **quiet)
+        with pytest.raises(
+            ValueError, match=f"PassRates writes what predict finds, and this is {verb}: remove it, or "
+        ):
+            getattr(asked, verb)(module, VerifiableDataModule(train=rows, val=rows))
     (tmp_path / "facts.jsonl").write_text("".join(f'{{"question": "{n}", "answer": "b"}}\n' for n in range(3)))
     facts = FactsDataModule(tiny_tokenizer(), str(tmp_path / "facts.jsonl"), num_prompts=1, num_shots=1)
     trainer = Trainer(accelerator="cpu", callbacks=[PassRates()], **quiet)

@@ -203,6 +203,18 @@ def test_a_data_file_stays_a_path(tmp_path, monkeypatch, run, caplog, name, text
             "longest train row has 6 tokens and a completion up to 1020 more",
         ),
         (["--ckpt_path", "absent.ckpt"], "absent.ckpt"),
+        (
+            ["--model.validation", "null"],
+            "error: model.validation is null, and GRPOModule needs a value: leave it out for",
+        ),
+        (
+            ["--model.sampling", "null"],
+            "error: model.sampling is null, and GRPOModule needs a value: leave it out for the",
+        ),
+        (
+            ["--model.optimizer", "null"],
+            "error: model.optimizer is null, and GRPOModule needs a value: leave it out for",
+        ),
     ],
     ids=lambda value: " ".join(value[:2]) if isinstance(value, list) else "",
 )

@@ -200,6 +200,16 @@ def test_the_order_of_options_does_not_matter(capsys, overlay):
     assert config["model"]["init_args"]["beta"] == 0.5 and config["data"]["init_args"]["batch_size"] == 3
 
 
+def test_null_sets_an_option_of_a_class_to_nothing(capsys):
+    given = ["--model.validation.accuracy", "null", "--model.reward.pattern=null"]
+    with pytest.raises(SystemExit) as end:
+        main(["fit", "--config", str(CONFIGS / "tiny/grpo.yaml"), *given, "--print_config"])
+    assert end.value.code == 0
+    model = yaml.safe_load(capsys.readouterr().out)["model"]["init_args"]
+    assert model["validation"] == {"accuracy": None, "generations": 1}
+    assert model["reward"]["init_args"]["pattern"] is None  # not a search for the word None
+
+
 def test_a_class_that_replaces_that_of_a_configuration_stays_in_its_place():
     given = ["fit", "--config", few_rows("grpo"), "--model.beta=0.5", "--model=DPOModule", "--data.val=-1", "--data=A"]
     assert sort_arguments(given) == given

@@ -33,10 +33,17 @@ def test_values_by_hand(weights, expected):
     torch.testing.assert_close(weights(BATCH), torch.tensor(expected), atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("cap", [0.0, -1.0, math.nan, math.inf])
+@pytest.mark.parametrize("cap", [0.0, 0.99, math.nan, math.inf])
 def test_a_cap_out_of_range_is_refused(cap):
-    with pytest.raises(ValueError, match="importance: cap must be"):
+    with pytest.raises(ValueError, match="importance: cap must be .*>= 1"):
         ImportanceWeights(cap=cap)
+
+
+def test_a_cap_that_leaves_out_what_agrees_is_refused():
+    alike = {**BATCH, "sampler_logprobs": OLD}  # w is 1 at the five tokens
+    assert ImportanceWeights(cap=1.0, beyond="mask")(alike)[MASK].tolist() == [1.0] * 5
+    with pytest.raises(ValueError, match="importance: cap must be >= 1, got 0.5"):
+        ImportanceWeights(cap=0.5, beyond="mask")
 
 
 @pytest.mark.parametrize("wrong", [{"level": "tokens"}, {"beyond": "clip"}])

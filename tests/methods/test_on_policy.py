@@ -1,15 +1,19 @@
 """What every on-policy method does around a phase: refuse one without scores, judge answers once, time itself."""
 
+import csv
 import time
+import warnings
 
 import pytest
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.loggers import CSVLogger
 from test_grpo import QUIET, fit, grpo
-from test_ppo import EOS, A, B, Scores, Scripted
+from test_ppo import EOS, TOKENIZER, A, B, Scores, Scripted
 
 from datamodules import Addition, VerifiableDataModule
 from modules.on_policy import Validation
-from modules.rewards import LearnedReward, LengthPenalty, NumericMatch, RegexFormat, WeightedSum
+from modules.rewards import LearnedReward, LengthPenalty, NumericMatch, RegexFormat, Repetition, WeightedSum
+from modules.rewards.verifier import Verifier
 from modules.types import Reward
 
 ROWS = [([A, B, EOS], "stop"), ([A, A], "length"), ([B, 200, 201], "length")]
@@ -98,6 +102,44 @@ def test_a_later_phase_without_any_score_ends_the_run_on_request():
     with pytest.raises(ValueError, match="phase 1: fades scored none of its 12 completions"):
         trainer.fit(module, VerifiableDataModule(module.tokenizer, Addition(50), prompts_per_phase=4))
     assert trainer.global_step == 1
+
+
+BROKEN = """
+import time
+
+def judge(text, answer, info):
+    if text == info["hangs"]:
+        time.sleep(60)
+    return len(text) if text != info["fails"] else 1 / 0
+"""
+
+
+def test_causes_of_unscored_completions_are_metrics_of_the_phase_and_of_the_validation(tmp_path):
+    """Of three completions a prompt one hangs its verifier and one breaks it: 4 each in a phase, 5 in a validation."""
+    (tmp_path / "broken.py").write_text(BROKEN)
+    texts = [TOKENIZER.decode(ids, skip_special_tokens=True) for ids, _ in ROWS]
+
+    class Broken(Verifier):
+        check = str(tmp_path / "broken.py")
+
+        def describe(self, rollout):
+            return {"hangs": texts[0], "fails": texts[1]}
+
+    reward = LengthPenalty(WeightedSum([Broken("broken", timeout=0.3), Repetition()]), 0.1)
+    module = grpo(reward=reward, engine=Scripted(ROWS), num_generations=3)
+    data = VerifiableDataModule(module.tokenizer, Addition(50), val=Addition(5, held_out=True), prompts_per_phase=4)
+    trainer = Trainer(**QUIET | {"logger": CSVLogger(tmp_path, "", "")}, max_epochs=2, num_sanity_val_steps=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the verifier tells of each cause
+        trainer.fit(module, data)
+    lines = [{k: v for k, v in line.items() if v} for line in csv.DictReader((tmp_path / "metrics.csv").open())]
+    for stage, count in (("train", 4), ("val", 5)):
+        found = [line for line in lines if f"{stage}/unscorable" in line]
+        assert len(found) == 2  # phases or validations; the second counts its own
+        expected = {"timeout": count, "crash": 0, "memory": 0, "error": count}
+        for line in found:
+            assert {cause: float(line[f"{stage}/unscored/{cause}"]) for cause in expected} == expected
+            assert float(line[f"{stage}/unscorable"]) == 2 * count
 
 
 class SlowValidation(Callback):

@@ -48,6 +48,7 @@ Numbers = dict[str, float]
 # Metrics that no method computes by itself, and the file that compares each with arithmetic of its own.
 ELSEWHERE = {
     r"train/(?:gate|dropped)": "tests/losses/test_policy_loss.py",
+    r"(?:train|val)/unscored/.*": "tests/methods/test_on_policy.py",
     r"train/dynamic_sampling/\w+": "tests/methods/test_grpo_choices.py",
     r"train/group_bias/baseline_bias_easy": "tests/callbacks/test_group_bias.py",  # no such group in these runs
     r"val/perplexity/<domain>|val/forgetting.*": "tests/callbacks/test_forgetting.py",
