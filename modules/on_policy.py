@@ -64,7 +64,7 @@ class OnPolicyModule(AlignmentModule):
 
     Args:
         policy: ``tiny``, a Hugging Face folder, a GGUF file or a hub id. Dropout is off, so that the ratio starts at 1.
-        reward: scores completions.
+        reward: scores completions; None = nothing does.
         num_generations: completions per prompt.
         sampling: how to sample in training.
         engine: samples completions; default the policy itself, in this process.
@@ -86,7 +86,7 @@ class OnPolicyModule(AlignmentModule):
     def __init__(
         self,
         policy: str,
-        reward: Reward,
+        reward: Reward | None,
         *,
         num_generations: int,
         sampling: Sampling,
@@ -108,16 +108,17 @@ class OnPolicyModule(AlignmentModule):
                 f"sampling.temperature is {sampling.temperature}: greedy completions of a prompt are all the same"
             )
         self.reward = as_reward(reward)
-        self.accuracy = as_reward(validation.accuracy) or find_accuracy(self.reward)
-        check_stop(self.reward, sampling)
-        check_stop(self.accuracy or self.reward, sampling)
+        self.accuracy = as_reward(validation.accuracy) or (find_accuracy(self.reward) if self.reward else None)
+        rewards = [each for each in (self.reward, self.accuracy) if each is not None]
+        for each in rewards:
+            check_stop(each, sampling)
         if lora is not None:
             self.share_backbone()
         self.val_generations = validation.generations
         self.sampling, self.seed = sampling, run_seed(seed)
         self.engine, self.importance = engine or InProcessEngine(), importance
         self.environment, self.tool_format = environment, None
-        check_earned([self.reward, *([self.accuracy] if self.accuracy else [])], environment)
+        check_earned(rewards, environment)
         if environment is not None:
             check_environment(environment, self.engine, sampling)
             self.tool_format = ToolFormat(self.tokenizer, environment.tools(), self.policy.stop_token_ids)
@@ -248,12 +249,9 @@ class OnPolicyModule(AlignmentModule):
         """Log the metrics of the phase."""
         metrics = self.phase_metrics()
         log_equal(self, {f"train/{name}": value for name, value in metrics.items()})
-        short = {
-            "reward": metrics["reward"],
-            "length": metrics["completions/mean_length"],
-            "kl": metrics.get("kl", 0.0),
-        }
-        log_equal(self, short, prog_bar=True, logger=False)
+        scored = {"reward": metrics["reward"], "kl": metrics.get("kl", 0.0)} if "reward" in metrics else {}
+        length = {"length": metrics["completions/mean_length"]} if "completions/mean_length" in metrics else {}
+        log_equal(self, scored | length, prog_bar=True, logger=False)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save what every method saves, and a reference that moves."""
@@ -273,7 +271,8 @@ class OnPolicyModule(AlignmentModule):
         found = from_all_ranks(make_outcomes(self.record.rollouts))
         logged = weighted_means({name: (value, 1.0) for name, value in self.record.metrics.items()})
         seconds = sum(value for name, value in logged.items() if name.startswith("time/"))
-        return measure_rollouts(found) | logged | {"completions_per_second": len(found) / seconds}
+        measured = measure_rollouts(found) if found else {}
+        return measured | logged | {"completions_per_second": len(found) / seconds}
 
     def validation_step(self, prompts: PromptBatch, batch_idx: int) -> None:
         """Sample and score completions of held-out prompts, with the same seeds in every evaluation."""
@@ -316,6 +315,8 @@ class OnPolicyModule(AlignmentModule):
         """Join the base's metrics; add pass@1, pass@k, greedy accuracy and the numbers of the sampled completions."""
         sampled, greedy = from_all_ranks(self.record.sampled), from_all_ranks(self.record.greedy)
         metrics = super().evaluation_metrics() | measure_rollouts(sampled)
+        if self.accuracy is None and self.reward is None:
+            return metrics
         if self.accuracy is None:
             rank_zero_warn(
                 f"pass@k and greedy_accuracy are left out: a score of {self.reward.name} does not say whether an "
