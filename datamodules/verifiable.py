@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from lightning.pytorch.utilities.types import EVAL_DATALOADERS
@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from datamodules.base import AlignDataModule, HasTools
 from datamodules.curriculum.difficulty import Difficulty
 from datamodules.curriculum.orders import LearningOrder, PromptOrder
+from datamodules.formats.lessons import HasTeacher, Lessons
 from datamodules.formats.prompt_shapes import VerifiableExample, asked_columns, settle_choices, verifiable_example
 from datamodules.formats.reading import plain
 from datamodules.loaders.phase_loader import PhaseLoader, from_stream
@@ -33,6 +34,8 @@ class Prompt:
     example: VerifiableExample
     columns: dict[str, Any] = field(default_factory=dict)  # of the raw row
     thinks: bool | None = None  # see ``PromptBatch``
+    completion_ids: list[int] | None = None  # the row's own completion, for a module that learns from it
+    teacher_ids: list[int] | None = None  # the prompt that its conditioned teacher reads
 
 
 class VerifiableDataModule(AlignDataModule):
@@ -189,6 +192,10 @@ class VerifiableDataModule(AlignDataModule):
             for prompt in self.train_prompts
         ]
 
+    def every_prompt(self) -> PromptBatch:
+        """Returns all prompts for training and the held-out ones as one batch, the same on every rank."""
+        return self.batch_of([*self.train_prompts, *self.val_prompts])
+
     def batch_of(self, prompts: Sequence[Prompt]) -> PromptBatch:
         """Gives some prompts as a batch."""
         return prompt_batch([(prompt, 0) for prompt in prompts])
@@ -279,12 +286,19 @@ class VerifiableDataModule(AlignDataModule):
 
     def encode(self, row: Row) -> Prompt:
         """Encodes one raw row. Raises ValueError with the row's origin."""
-        chat = self.is_chat(row)
-        example = verifiable_example(row, self.reading, chat, list(self.measures))
+        chat, lessons = self.is_chat(row), self.find_lessons()
+        example = verifiable_example(row, self.reading, chat, list(self.measures), lessons.columns)
         self.say_chat(row, isinstance(example.prompt, str))
         tools = self.find_tools(example)
         text, ids = encode_prompt(self.tokenizer, example.prompt, row.origin, chat, self.system, tools)
-        return Prompt(text, ids, example, row.columns, self.find_mode(example, text))
+        prompt = Prompt(text, ids, example, row.columns, self.find_mode(example, text))
+        if lessons.completions is not None:
+            prompt = replace(prompt, completion_ids=lessons.encode_completion(self.tokenizer, text, ids, row))
+        if lessons.condition is not None:
+            asked = lessons.ask_teacher(self.tokenizer, example.prompt, row)
+            _, seen = encode_prompt(self.tokenizer, asked, row.origin, chat, self.system, tools)
+            prompt = replace(prompt, teacher_ids=seen)
+        return prompt
 
     def find_mode(self, example: VerifiableExample, text: str) -> bool | None:
         """Tells whether a prompt, rendered as ``text``, asks for a thought; None = nothing is said."""
@@ -294,6 +308,11 @@ class VerifiableDataModule(AlignDataModule):
         setting = (self.chat_template_kwargs or {}).get("enable_thinking")
         said = (asks_for_thought(example.prompt), asks_for_thought(system), None if setting is None else bool(setting))
         return next((mode for mode in said if mode is not None), None)
+
+    def find_lessons(self) -> Lessons:
+        """Finds what a module that learns from a teacher reads of the rows beside their prompts."""
+        module = self.trainer.lightning_module if self.trainer else None
+        return Lessons(module.completions, module.condition) if isinstance(module, HasTeacher) else Lessons()
 
     def find_tools(self, example: VerifiableExample) -> Tools | None:
         """Finds the tools that a prompt tells: the row's, or those of the module's environment."""
@@ -333,12 +352,12 @@ class VerifiableDataModule(AlignDataModule):
         self._rows = {prompt.example.origin: row for row, prompt in enumerate(self.train_prompts)}
 
     def _load(self, source: str | Source, stage: str) -> list[Prompt]:
-        prompts = self.encode_rows(source, stage, self.encode, lambda prompt: len(prompt.ids), self.max_prompt_length)
+        prompts = self.encode_rows(source, stage, self.encode, count_tokens_to_read, self.max_prompt_length)
         if stage == "train" and self.keep is not None:
             prompts, left_out = self.keep.split(prompts, lambda prompt: prompt.example)
             for reason, count in left_out.items():
                 self.reading.drop(reason, count)
-        self.check_positions(stage, max(len(prompt.ids) for prompt in prompts), "max_prompt_length")
+        self.check_positions(stage, max(map(count_tokens_to_read, prompts)), "max_prompt_length")
         self.report(stage, f"{sum(len(prompt.ids) for prompt in prompts) / len(prompts):.0f} tokens a prompt")
         return prompts
 
@@ -359,7 +378,7 @@ class VerifiableDataModule(AlignDataModule):
 
 def prompt_batch(prompts: list[tuple[Prompt, int]]) -> PromptBatch:
     """Makes one batch of prompts, each with the number of the pass that draws it."""
-    return PromptBatch(
+    batch = PromptBatch(
         uid=[f"{prompt.example.origin}#{number}" for prompt, number in prompts],
         prompt=[prompt.text for prompt, _ in prompts],
         prompt_ids=[prompt.ids for prompt, _ in prompts],
@@ -368,3 +387,15 @@ def prompt_batch(prompts: list[tuple[Prompt, int]]) -> PromptBatch:
         info=[prompt.example.info for prompt, _ in prompts],
         thinks=[prompt.thinks for prompt, _ in prompts],
     )
+    completions = [prompt.completion_ids for prompt, _ in prompts if prompt.completion_ids is not None]
+    seen = [prompt.teacher_ids for prompt, _ in prompts if prompt.teacher_ids is not None]
+    if completions:
+        batch["completion_ids"] = completions
+    if seen:
+        batch["teacher_prompt_ids"] = seen
+    return batch
+
+
+def count_tokens_to_read(prompt: Prompt) -> int:
+    """Counts the tokens of a prompt, or of what a conditioned teacher reads in its place if that is longer."""
+    return max(len(prompt.ids), len(prompt.teacher_ids or []))

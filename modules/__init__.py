@@ -1,5 +1,6 @@
 """Post-training methods as LightningModules. The command line knows them by these names."""
 
+from modules.distill import DistillModule
 from modules.dpo import DPOModule
 from modules.grpo import GRPOModule
 from modules.online_dpo import OnlineDPOModule
@@ -12,6 +13,7 @@ from modules.sft import SFTModule
 
 __all__ = [
     "DPOModule",
+    "DistillModule",
     "GRPOModule",
     "KnowledgeModule",
     "LabelModule",

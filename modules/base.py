@@ -292,8 +292,8 @@ class AlignmentModule(LightningModule):
             )
         if None not in (reference, self.reference_id) and reference != self.reference_id:
             raise ValueError(
-                "the checkpoint's run began with other weights than model.policy (or model.reference) holds now, so the "
-                "KL would be to another model: name the weights that it began with"
+                "the checkpoint's run began with other weights than model.policy (or model.reference, model.teacher) holds "
+                "now, so the KL would be to another model: name the weights that it began with"
             )
         if "loops" in checkpoint:
             loop, every = checkpoint["loops"]["fit_loop"], self.trainer.check_val_every_n_epoch

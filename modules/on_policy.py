@@ -79,7 +79,7 @@ class OnPolicyModule(AlignmentModule):
 
     Args:
         policy: ``tiny``, a Hugging Face folder, a GGUF file or a hub id. Dropout is off, so that the ratio starts at 1.
-        reward: scores completions.
+        reward: scores completions; None = nothing does.
         num_generations: completions per prompt.
         sampling: how to sample in training.
         engine: samples completions; default the policy itself, in this process.
@@ -101,7 +101,7 @@ class OnPolicyModule(AlignmentModule):
     def __init__(
         self,
         policy: str,
-        reward: Reward,
+        reward: Reward | None,
         *,
         num_generations: int,
         sampling: Sampling,
@@ -124,9 +124,10 @@ class OnPolicyModule(AlignmentModule):
             )
         self.done: set[str] | None = None  # uids that ``predict`` leaves out, see ``SkipsPrompts``
         self.reward = as_reward(reward)
-        self.accuracy = as_reward(validation.accuracy) or find_accuracy(self.reward)
-        check_stop(self.reward, sampling)
-        check_stop(self.accuracy or self.reward, sampling)
+        self.accuracy = as_reward(validation.accuracy) or (find_accuracy(self.reward) if self.reward else None)
+        rewards = [each for each in (self.reward, self.accuracy) if each is not None]
+        for each in rewards:
+            check_stop(each, sampling)
         if lora is not None:
             self.share_backbone()
         self.val_generations, self.val_budgets = validation.generations, sorted(validation.budgets)
@@ -134,7 +135,7 @@ class OnPolicyModule(AlignmentModule):
         self.engine, self.importance = engine or InProcessEngine(), importance
         self.check_budgets()
         self.environment, self.tool_format = environment, None
-        check_earned([self.reward, *([self.accuracy] if self.accuracy else [])], environment)
+        check_earned(rewards, environment)
         if environment is not None:
             check_environment(environment, self.engine, sampling)
             self.tool_format = ToolFormat(self.tokenizer, environment.tools(), self.policy.stop_token_ids)
@@ -208,7 +209,7 @@ class OnPolicyModule(AlignmentModule):
 
     def on_fit_start(self) -> None:
         """Refuse prompts that no reward is for, and move the frozen start policy to the device of the trained one."""
-        for reward in (self.reward, *([self.accuracy] if self.accuracy else [])):
+        for reward in filter(None, (self.reward, self.accuracy)):
             require_tasks(reward, getattr(self.trainer, "datamodule", None))
         if self.reference is not None:
             self.reference.to(self.device)
@@ -289,12 +290,9 @@ class OnPolicyModule(AlignmentModule):
         """Log the metrics of the phase."""
         metrics = self.phase_metrics()
         log_equal(self, {f"train/{name}": value for name, value in metrics.items()})
-        short = {
-            "reward": metrics["reward"],
-            "length": metrics["completions/mean_length"],
-            "kl": metrics.get("kl", 0.0),
-        }
-        log_equal(self, short, prog_bar=True, logger=False)
+        scored = {"reward": metrics["reward"], "kl": metrics.get("kl", 0.0)} if "reward" in metrics else {}
+        length = {"length": metrics["completions/mean_length"]} if "completions/mean_length" in metrics else {}
+        log_equal(self, scored | length, prog_bar=True, logger=False)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save what every method saves, and a reference that moves."""
@@ -314,7 +312,8 @@ class OnPolicyModule(AlignmentModule):
         found = from_all_ranks(make_outcomes(self.record.rollouts))
         logged = weighted_means({name: (value, 1.0) for name, value in self.record.metrics.items()})
         seconds = sum(value for name, value in logged.items() if name.startswith("time/"))
-        return measure_rollouts(found) | logged | {"completions_per_second": len(found) / seconds}
+        measured = measure_rollouts(found) if found else {}
+        return measured | logged | {"completions_per_second": len(found) / seconds}
 
     def validation_step(self, prompts: PromptBatch, batch_idx: int) -> None:
         """Sample and score completions of held-out prompts, with the same seeds in every evaluation."""
@@ -374,6 +373,8 @@ class OnPolicyModule(AlignmentModule):
         """Join the base's metrics; add pass@1, pass@k, greedy accuracy and the numbers of the sampled completions."""
         sampled, greedy = from_all_ranks(self.record.sampled), from_all_ranks(self.record.greedy)
         metrics = super().evaluation_metrics() | measure_rollouts(sampled) | measure_errors(sampled)
+        if self.accuracy is None and self.reward is None:
+            return metrics
         if self.accuracy is None:
             rank_zero_warn(
                 f"pass@k and greedy_accuracy are left out: a score of {self.reward.name} does not say whether an "

@@ -105,6 +105,10 @@ class PromptBatch(TypedDict):
     # In training: draws this rank's next stretch of prompts, for methods that sample more in a phase; every rank must
     # draw equally often.
     further: NotRequired[Callable[[], "PromptBatch"]]
+    # For distillation: the tokens of the row's own completion, its end token included, and those of the prompt that a
+    # conditioned teacher reads in place of ``prompt_ids``.
+    completion_ids: NotRequired[list[list[int]]]
+    teacher_prompt_ids: NotRequired[list[list[int]]]
 
 
 class PolicyBatch(TypedDict):
@@ -141,6 +145,11 @@ class PolicyBatch(TypedDict):
     parts: NotRequired[Tensor]
     part_weights: NotRequired[Tensor]
     ptx: NotRequired[InstructionBatch]  # texts that the policy must not forget, with their own denominator
+    # For distillation: the prompts that a conditioned teacher reads [P, Tq], and the row of each completion in the table
+    # of what the teacher says, int [N].
+    teacher_prompt_ids: NotRequired[Tensor]
+    teacher_prompt_mask: NotRequired[Tensor]
+    lesson: NotRequired[Tensor]
 
 
 def find_attended(batch: PreferenceBatch | PolicyBatch) -> Tensor:

@@ -45,7 +45,11 @@ class VerifiableExample:
 
 
 def verifiable_example(
-    row: Row, reading: Reading, chat: bool = False, measures: Sequence[str] = ()
+    row: Row,
+    reading: Reading,
+    chat: bool = False,
+    measures: Sequence[str] = (),
+    read_elsewhere: Mapping[str, str] | None = None,
 ) -> VerifiableExample:
     """Reads the prompt of a row with its context, and its answer, None where there is none.
 
@@ -56,6 +60,7 @@ def verifiable_example(
         reading: of its data set, after :func:`settle_choices`.
         chat: text prompts become user messages.
         measures: our names of columns of measured difficulty to read, such as ``pass_rate``.
+        read_elsewhere: columns by the data's name that the caller reads, and what they are to it.
 
     Raises:
         ValueError: with the row's origin, when there is no prompt, or a column holds the wrong type.
@@ -75,6 +80,10 @@ def verifiable_example(
         )
     answer, column = right_answer(cells)
     measured = {name: read_measure(cells, name) for name in measures}
+    for theirs, role in (read_elsewhere or {}).items():
+        if theirs in cells.values:
+            cells.used[theirs] = cells.values[theirs]
+            cells.roles[theirs] = " and ".join(filter(None, [cells.roles.get(theirs), role]))
     reading.close(cells, "a prompt" + (" with an answer" if column else ""))
     asks = {theirs for theirs, role in cells.roles.items() if role in ("prompt", "instruction", "messages")}
     if "answer" not in reading.by_hand:

@@ -31,7 +31,9 @@ from modules.types import (
     find_attended,
 )
 
-PROMPT_FIELDS = ("prompt_ids", "prompt_mask")
+PROMPT_FIELDS = {
+    f"{whose}prompt_{name}": f"{whose}prompt_mask" for whose in ("", "teacher_") for name in ("ids", "mask")
+}
 PHASE_FIELDS = ("denominator", "row_count", "active", "update", "penalties", "parts", "part_weights")
 
 
@@ -287,11 +289,11 @@ def select(batch: PolicyBatch, rows: Tensor, denominator: Tensor) -> PolicyBatch
     """The micro-batch of these rows, with only their prompts and without columns that are padding in all of them."""
     prompts, index = batch["prompt_index"][rows].unique(return_inverse=True)
     tokens = int(find_attended(batch)[rows].sum(1).max())
-    width = int(batch["prompt_mask"][prompts].sum(1).max())
     chosen: dict[str, Tensor] = {"denominator": denominator}
     for name, value in cast(dict[str, Tensor], batch).items():
         if name in PROMPT_FIELDS:
-            chosen[name] = value[prompts, :width]
+            mask = cast(dict[str, Tensor], batch)[PROMPT_FIELDS[name]]
+            chosen[name] = value[prompts, : int(mask[prompts].sum(1).max())]
         elif name not in PHASE_FIELDS:
             chosen[name] = value[rows, :tokens] if value.dim() == 2 else value[rows]
     chosen["prompt_index"] = index

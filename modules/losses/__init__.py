@@ -2,6 +2,7 @@
 
 from modules.losses.advantage import GDPO, Advantage, Centered, LeaveOneOut, MaxRL, Whitened, ZScore
 from modules.losses.aggregation import Aggregation, ConstantNorm, SequenceMean, SequenceSum, TokenMean
+from modules.losses.distillation import JSD, Divergence, ForwardKL, ReverseKL
 from modules.losses.importance import ImportanceWeights
 from modules.losses.policy import (
     CISPO,
@@ -40,6 +41,7 @@ __all__ = [
     "GDPO",
     "GSPO",
     "IPO",
+    "JSD",
     "KL",
     "KTO",
     "ORPO",
@@ -53,6 +55,8 @@ __all__ = [
     "Clip",
     "Clipped",
     "ConstantNorm",
+    "Divergence",
+    "ForwardKL",
     "GSPOToken",
     "Hinge",
     "ImportanceWeights",
@@ -68,6 +72,7 @@ __all__ = [
     "PolicyObjective",
     "PreferenceObjective",
     "REINFORCEPlusPlus",
+    "ReverseKL",
     "Robust",
     "SequenceMean",
     "SequenceSum",

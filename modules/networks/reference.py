@@ -68,6 +68,12 @@ class Frozen:
             return self.policy.completion_scores(batch, temperature).logprobs
 
     @torch.no_grad()
+    def token_states(self, batch: PolicyBatch) -> Tensor:
+        """Return the hidden states [N, Tc, H] in which the completion tokens are chosen; see ``Policy``."""
+        with self._in_place():
+            return self.policy.token_states(batch)
+
+    @torch.no_grad()
     def mix(self, policy: Policy, share: float) -> None:
         """Move the weights towards those of ``policy``: share x theirs + (1 - share) x mine (TR-DPO, arXiv 2404.09656).
 

@@ -73,16 +73,19 @@ def measure_rollouts(found: Sequence[Outcome]) -> dict[str, float]:
     group = torch.tensor([numbers[outcome.uid] for outcome in found])
     metrics = {
         "num_prompts": float(len(numbers)),
-        "reward": mean(rewards),
-        "reward_std": mean(column(std(rewards[group == g]) for g in group[~rewards.isnan()].unique())),
-        "frac_reward_zero_std": math.nan if rewards.isnan().all() else float(zero_std_fraction(rewards, group)),
-        "unscorable": float(rewards.isnan().sum()),
         "completions/mean_length": mean(lengths),
         "completions/min_length": float(lengths.min()),
         "completions/max_length": float(lengths.max()),
         "completions/clipped_ratio": mean((~ended).float()),
         "completions/mean_terminated_length": mean(lengths[ended], nothing=0.0),
     }
+    if found[0].rewards:  # without a reward there is nothing to score
+        metrics |= {
+            "reward": mean(rewards),
+            "reward_std": mean(column(std(rewards[group == g]) for g in group[~rewards.isnan()].unique())),
+            "frac_reward_zero_std": math.nan if rewards.isnan().all() else float(zero_std_fraction(rewards, group)),
+            "unscorable": float(rewards.isnan().sum()),
+        }
     for name in found[0].rewards:
         values = column(outcome.rewards[name] for outcome in found)
         metrics |= {f"rewards/{name}/mean": mean(values), f"rewards/{name}/std": std(values)}
