@@ -32,6 +32,7 @@ from datamodules.sources import (
     Scored,
     Source,
     ThinkingFusion,
+    WorkedChains,
 )
 from datamodules.streaming import StreamingDataModule
 from datamodules.verifiable import VerifiableDataModule
@@ -75,4 +76,5 @@ __all__ = [
     "StreamingDataModule",
     "ThinkingFusion",
     "VerifiableDataModule",
+    "WorkedChains",
 ]

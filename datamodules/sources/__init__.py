@@ -10,7 +10,7 @@ from datamodules.sources.scored import Sampled, Scored
 from datamodules.sources.source import Row, Source
 from datamodules.sources.thinking_fusion import ThinkingFusion
 from datamodules.sources.toys.addition import Addition, AdditionPairs
-from datamodules.sources.toys.chains import ChainLessons, Chains
+from datamodules.sources.toys.chains import ChainLessons, Chains, WorkedChains
 from datamodules.sources.toys.guarded_addition import GuardedAddition
 from datamodules.sources.toys.invented_facts import FactDocuments, Facts
 from datamodules.sources.toys.number_texts import NumberTexts
@@ -40,4 +40,5 @@ __all__ = [
     "Scored",
     "Source",
     "ThinkingFusion",
+    "WorkedChains",
 ]

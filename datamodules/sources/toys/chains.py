@@ -188,6 +188,32 @@ class ChainLessons(DrawnChains):
         return {"prompt": in_script(chain, script) + end, "completion": completion}
 
 
+class WorkedChains(DrawnChains):
+    """Makes tasks such as ``7+*:`` with the answer ``7+0*0``: a chain to be worked out in the open, without a thought.
+
+    Columns ``prompt``, ``completion`` and ``answer``, which are the same.
+
+    Args:
+        num_examples: rows, >= 1.
+        least: fewest operations, >= 1.
+        most: most operations. The numbers from ``least`` to ``most`` come in turn, so each has the same share.
+        held_out: draw from the held-out chains in place of the training chains.
+        seed: seed of the draw; None = the run's. The split does not depend on it.
+        mixing: chance of each value to stand in the other script, [0, 1].
+        letters: share of the rows in letters, [0, 1]; the others are in digits.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+
+    name = "worked-chains"
+
+    def columns(self, draw: random.Random, chain: str, script: str) -> dict[str, object]:
+        """Return the task and its answer."""
+        worked = write_thought(draw, chain, script, self.mixing)
+        return {"prompt": in_script(chain, script) + ":", "completion": worked, "answer": worked}
+
+
 def draw_chain(draw: random.Random, operations: int, held_out: bool) -> str:
     """Draw a chain in digits, such as ``7+*``, from the held-out or the training chains."""
     while True:
