@@ -205,7 +205,7 @@ def test_rows_keep_their_columns_and_lose_what_answered_them(tmp_path: Path) -> 
 
 
 def test_a_thought_that_the_template_opens_is_part_of_the_completion(tmp_path: Path) -> None:
-    (tmp_path / "in.jsonl").write_text('{"prompt": "2+2=", "answer": "4"}\n' * 3)
+    (tmp_path / "in.jsonl").write_text('{"prompt": "2+2=<think>", "answer": "4"}\n' * 3)
     reward = RegexFormat(r"[\s\S]*", name="all")
     for chat, start in ((True, "<think>\n"), (False, "")):
         module = GRPOModule("tiny", reward, num_generations=4, sampling=Sampling(max_completion_length=100), seed=0)
@@ -235,7 +235,7 @@ def test_a_run_that_stopped_goes_on_and_samples_nothing_twice(tmp_path: Path, ca
     with pytest.raises(ValueError, match=r"rank\d was started with another model, other settings or other rows"):
         predict(tmp_path, [VerifiedSamples()], seed=1)
     engine = Fails(at=0)
-    predict(tmp_path, [VerifiedSamples(), LongToShortPairs(1.0)], engine=engine)
+    predict(tmp_path, [LongToShortPairs(1.0), VerifiedSamples()], engine=engine)
     assert "VerifiedSamples: resuming with the 19 prompts that an earlier run sampled" in caplog.text
     assert engine.prompts == 48 - 4  # two batches were done, and the pairs had only four prompts of them
     for name in ("verified.jsonl", "verified.jsonl.report.json", "pairs.jsonl", "pairs.jsonl.report.json"):
