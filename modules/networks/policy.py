@@ -51,8 +51,8 @@ class Policy(nn.Module):
     """A causal language model and its tokenizer.
 
     Args:
-        path: ``tiny``, ``tiny-addition`` or ``tiny-calculator`` (built in), a Hugging Face folder, a ``.gguf`` file, or a hub
-            id.
+        path: ``tiny``, ``tiny-addition``, ``tiny-calculator`` or ``tiny-chains`` (built in), a Hugging Face folder, a
+            ``.gguf`` file, or a hub id.
         dropout: False sets every dropout rate of the model to zero, as reinforcement learning and preference losses
             need.
         lora: low-rank adapters to train instead of the model's own weights; None trains all weights.

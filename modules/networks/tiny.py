@@ -11,12 +11,16 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 # Built-in models and their weights: None = random; the files hold what configs/tiny/sft.yaml learned, in 16 bits. The
 # calculator's: with --data.train ProductCalls --data.train.num_examples 4000 --data.val null --data.batch_size 16
 # --model.optimizer.lr 2e-3 --trainer.max_epochs 4, and again from there with --data.train.num_examples 3200
-# --trainer.max_epochs 3 --seed_everything 1.
+# --trainer.max_epochs 3 --seed_everything 1. The chains':
+# python -m modules fit --config configs/tiny/sft.yaml --data.train ChainLessons --data.train.num_examples 48000
+# --data.val null --data.batch_size 16 --model.optimizer.lr 2e-3 --model.optimizer.betas '[0.9, 0.98]'
+# --trainer.max_epochs 1
 BUILT_IN = {
     "tiny": None,
     "tiny-small": None,
     "tiny-addition": Path(__file__).with_name("tiny_addition.safetensors"),
     "tiny-calculator": Path(__file__).with_name("tiny_calculator.safetensors"),
+    "tiny-chains": Path(__file__).with_name("tiny_chains.safetensors"),
 }
 
 PAD, BOS, EOS, TURN, END_OF_TURN = SPECIAL_TOKENS = ("<|pad|>", "<|bos|>", "<|eos|>", "<|im_start|>", "<|im_end|>")
@@ -58,6 +62,8 @@ def tiny_model(name: str = "tiny", seed: int = 0) -> LlamaForCausalLM:
     depth with 0.12 M parameters. ``tiny-addition`` has learned two-digit addition in the
     format of the source ``Addition``; about half of its sampled answers are right. ``tiny-calculator`` has learned the
     conversations of ``ProductCalls``: it calls the calculator at half of the time, and guesses otherwise.
+    ``tiny-chains`` has learned ``ChainLessons``: it thinks about 3 of 100 ``Chains`` and guesses the others; where the
+    prompt opens the thought it is right about 97 of 100, and a fifth of its thoughts mix digits and letters.
 
     Args:
         name: a name in ``BUILT_IN``.

@@ -201,7 +201,10 @@ def test_export_loads_with_equal_logits(policy, tmp_path):
     [
         (lambda d: str(d / "absent.gguf"), "no GGUF file"),
         (lambda d: str(d), "without config.json"),
-        (lambda d: str(d / "absent"), "is not 'tiny', 'tiny-addition', 'tiny-calculator', a Hugging Face model folder"),
+        (
+            lambda d: str(d / "absent"),
+            "is not 'tiny', 'tiny-addition', 'tiny-calculator', 'tiny-chains', a Hugging Face model folder",
+        ),
     ],
 )
 def test_unknown_paths_are_refused_in_one_sentence(tmp_path, monkeypatch, make, sentence):

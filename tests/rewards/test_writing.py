@@ -109,9 +109,9 @@ def test_shares_of_signs_by_hand():
 
 def test_the_first_sign_of_the_prompt_decides():
     chat = "<|im_start|>system\nbad<|im_end|>\n<|im_start|>user\n7+*= /no_think<|im_end|>\n<|im_start|>assistant\n"
-    reward, text = ScriptConsistency(ALPHABETS, name="own"), "<think>7+a</think>a"
+    reward, text = ScriptConsistency(ALPHABETS, name="own"), "<think>7+0*a</think>a"
     assert reward.name == "own"
-    assert reward([rollout(text, prompt) for prompt in (chat, "7+*=/think", "+*=")]) == [0.5, 0.5, None]
+    assert reward([rollout(text, prompt) for prompt in (chat, "7+*=/think", "+*=")]) == [2 / 3, 2 / 3, None]
     assert reward([rollout("7+0</think>0", "7+=<think>")]) == [1.0]  # the prompt opens the thought
 
 
