@@ -9,9 +9,11 @@ from test_chat import QWEN3, tokenizer_with
 from transformers import PreTrainedTokenizerFast
 
 from datamodules import InstructionDataModule, PreferenceDataModule, ThinkingFusion, VerifiableDataModule
-from datamodules.tokens.encoding import encode_prompt, is_rendered
+from datamodules.tokens.encoding import encode_prompt, is_rendered, render
 from modules.functional.thoughts import asks_for_thought, set_in_template
 from modules.networks.tiny import END_OF_TURN
+from modules.rollout import Calculator, Environment
+from modules.rollout.tool_calls import ToolFormat
 
 OPENING = "<|im_start|>assistant\n"
 SWITCHED = QWEN3.replace(  # as Qwen3's own template opens an answer
@@ -231,3 +233,25 @@ def test_rows_of_the_other_kind_are_refused(tmp_path, thinking, plain, said):
 def test_settings_out_of_range_are_refused(values):
     with pytest.raises(ValueError, match="unflagged must lie|empty must be an empty thought"):
         ThinkingFusion("t.jsonl", "p.jsonl", **values)
+
+
+def test_thoughts_stay_in_a_completion_with_tools_and_leave_the_history_of_the_next_prompt(qwen):
+    """Behind results, the tokens that the policy goes on from are what it sampled, and what the template would write."""
+    tools = Environment(Calculator).tools()
+    form = ToolFormat(qwen, tools, {qwen.convert_tokens_to_ids(END_OF_TURN)})
+    user: Any = {"role": "user", "content": "2*3?"}
+    function = {"name": "calculate", "arguments": {"expression": "2*3"}}
+    call: Any = {"role": "assistant", "content": "", "reasoning_content": "hm"}
+    call["tool_calls"] = [{"type": "function", "function": function}]
+    _, ids = encode_prompt(qwen, [user], "row", tools=tools)
+    turn = f"<think>\nhm\n</think>\n\n<tool_call>\n{json.dumps(function)}\n</tool_call>{END_OF_TURN}"
+    assert [(found.name, found.arguments) for found in form.read(turn.removesuffix(END_OF_TURN))] == [
+        ("calculate", {"expression": "2*3"})
+    ]
+    ids += qwen(turn).input_ids + form.write([("calculate", "6")])
+    result: Any = {"role": "tool", "content": "6"}
+    assert qwen.decode(ids) == render(qwen, [user, call, result], "row", open_turn=True, tools=tools)
+    answered: Any = [user, {"role": "assistant", "content": "<think>\nhm\n</think>\n\n6"}, user]
+    assert encode_prompt(qwen, answered, "row")[0] == (
+        f"<|im_start|>user\n2*3?<|im_end|>\n{OPENING}6<|im_end|>\n<|im_start|>user\n2*3?<|im_end|>\n{OPENING}"
+    )
