@@ -39,7 +39,7 @@ class CodeTests(Verifier):
     Not protected are what this user can read, among it the list of processes, the processor during ``seconds``, and the
     disk under many small files. A program can hold read locks (``fcntl``) on files that it can read, while it runs. The
     tests themselves are trusted. An object of the program's own class has attributes and methods in the tests, but
-    equals only itself.
+    equals only itself, and an assertion does not take it for true.
 
     Args:
         seconds: > 0, wall time for the program with all its tests, without the start of its process.
@@ -48,8 +48,8 @@ class CodeTests(Verifier):
 
     Raises:
         ValueError: an argument is out of range; or no row of the first call has tests. Later a row without tests counts
-            as ``error``, and its score is None. So do tests that do not compile, import what is not there, or hand the
-            program what is no plain value.
+            as ``error``, and its score is None. So do tests that do not compile, import what is not there, fail before
+            they use the program, as ``test_setup_code`` may, or hand the program what is no plain value.
     """
 
     check = "unit_tests"

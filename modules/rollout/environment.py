@@ -1,10 +1,15 @@
 """Environments: a class of the user's whose methods are tools, and of which every completion gets an instance."""
 
+import ctypes
+import faulthandler
 import inspect
 import json
+import sys
 import threading
+import warnings
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import FunctionType, MethodType
 from typing import Any, cast
 
@@ -17,6 +22,7 @@ from modules.rollout.tool_calls import Call, ToolFormat
 from modules.types import Completion, PromptBatch, check_scores, find_own_place
 
 NO_TOOLS = ("reset", "get_reward")  # public methods that a model cannot call
+GRACE = 60.0  # seconds that a tool which holds Python's lock may take beyond its time, before the process ends
 
 
 @dataclass(frozen=True)
@@ -29,7 +35,14 @@ class Environment:
     there is one, is read by ``EnvironmentReward``.
 
     A tool that raises, or is called wrongly, answers with the error. One that is not done in time answers so, and the
-    environment of that completion is left alone from then on, with None for its reward; the thread may go on.
+    environment of that completion is left alone from then on, with None for its reward. A warning tells of it, again
+    whenever the count of that tool has doubled. What its thread does in Python ends; what waits in C, as for a socket,
+    is left waiting and does not keep the process from its end. A tool that lets no other thread run, as a regular
+    expression may, ends the process ``GRACE`` seconds later, with status 1 and the stacks of all threads, since
+    nothing else can: run such work in a process of its own.
+
+    Attributes:
+        late: calls that were not done in time so far, by tool.
 
     Raises:
         ValueError: the class does not keep to the contract, or values are out of range.
@@ -38,6 +51,7 @@ class Environment:
     factory: type  # for example my_package.MyEnvironment
     max_turns: int = 4  # >= 1, turns of a completion; calls in the last one are not answered
     timeout: float = 10.0  # > 0, seconds that a tool may take
+    late: Counter[str] = field(default_factory=Counter, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         check_numbers("environment", max_turns=(self.max_turns, "[1, inf)"), timeout=(self.timeout, "(0, inf)"))
@@ -51,6 +65,17 @@ class Environment:
             )
         if not self.tools():
             raise ValueError(f"environment {name} has no tools: add public methods with docstring and annotations")
+
+    def tell_late(self, tool: str) -> None:
+        """Count a call that was not done in time, and warn if the count of its tool is 1 or has doubled."""
+        self.late[tool] += 1
+        count = self.late[tool]
+        if count & (count - 1) == 0:
+            warnings.warn(
+                f"environment {self.factory.__name__}: the tool {tool} was not done in {self.timeout:g} s, {count} times so "
+                "far; each such completion waits that long, and gets no more answers and no reward of the environment",
+                stacklevel=2,
+            )
 
     @property
     def has_reward(self) -> bool:
@@ -172,6 +197,7 @@ class Episode:
         done, result = call_in_time(lambda: tool(*positional, **named), self.settings.timeout)
         self.timed_out = not done
         if not done:
+            self.settings.tell_late(call.name)
             return f"error: {call.name} was not done in {self.settings.timeout:g} s"
         if isinstance(result, BaseException):
             return f"error: {result or type(result).__name__}"
@@ -202,10 +228,10 @@ def guard(environment: Environment, what: str, function: Callable[[], Any]) -> A
 
 
 def call_in_time(function: Callable[[], Any], seconds: float) -> tuple[bool, Any]:
-    """Call a function in a thread of its own, and wait for it.
+    """Call a function in a thread of its own, and wait for it; a function that is late gets a SystemExit.
 
     Returns:
-        (True, what it returned or raised), or (False, None) if it is not done in time; the thread then goes on alone.
+        (True, what it returned or raised), or (False, None) if it is not done in time.
     """
     found: list[Any] = []
 
@@ -216,9 +242,17 @@ def call_in_time(function: Callable[[], Any], seconds: float) -> tuple[bool, Any
             found.append(error)
 
     thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    return (True, found[0]) if found else (False, None)
+    # Without Python's lock neither this thread nor a handler of signals runs; this watch needs no lock.
+    faulthandler.dump_traceback_later(seconds + GRACE, exit=True, file=sys.__stderr__ or sys.stderr)
+    try:
+        thread.start()
+        thread.join(seconds)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+    if found:
+        return True, found[0]
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(SystemExit))
+    return False, None
 
 
 def check_environment(environment: Environment, engine: RolloutEngine, sampling: Sampling) -> None:

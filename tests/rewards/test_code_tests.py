@@ -64,6 +64,10 @@ def test_forms_of_a_program(reward: CodeTests, text: str, expected: float) -> No
     assert reward([roll(text, ADD)]) == [expected]
 
 
+ODD = "class Odd:\n    def __eq__(self, other): return True\n    def __hash__(self): return 3\n    def __bool__(self): return True"
+NODE = "class Node:\n    def __init__(self, value): self.value, self.left = value, None"
+
+
 @pytest.mark.parametrize(
     ("program", "tests", "expected"),
     [
@@ -82,6 +86,15 @@ def test_forms_of_a_program(reward: CodeTests, text: str, expected: float) -> No
         ("def f(x): return x\nprint(f(1))\nif __name__ == '__main__':\n    raise SystemExit", "assert f(x=[1]) == [1]", 1.0),
         ("LIMIT = 3", "assert LIMIT == 3", 1.0),
         ("def g(x): return x", "assert f(1) == 1", 0.0),
+        (f"{ODD}\ndef f(x): return Odd()", "assert f(1)", 0.0),
+        (f"{ODD}\ndef f(x): return Odd()", "assert not f(1)", 0.0),
+        (f"{ODD}\ndef f(x): return Odd()", "assert f(1) == 3 or f(1)", 0.0),
+        (f"{ODD}\ndef f(x): return Odd()", "assert f(1) == 3", 0.0),
+        (f"{ODD}\ndef f(x): return Odd()", "assert 3 == f(1)", 0.0),
+        (f"{ODD}\ndef f(x): return [Odd()]", "assert f(1) == [3]", 0.0),
+        (f"{ODD}\ndef f(x): return {{Odd(): 3}}", "assert f(1) == {3: 3}", 0.0),
+        (f"{ODD}\ndef f(x): return Odd()", "x = f(1)\nassert x is not None and x == x", 1.0),
+        (f"{NODE}\ndef f(x): return Node(x)", "node, seen = f(3), []\nwhile node:\n    seen.append(node.value)\n    node = node.left\nassert seen == [3]", 1.0),
         ("def f(x):\n    import os; os._exit(0)", "try:\n    f(1)\nexcept Exception:\n    pass", 0.0),
     ],
 )  # fmt: skip
@@ -101,6 +114,14 @@ def test_setup_code_and_helpers_of_the_prompt_are_the_tests_own(reward: CodeTest
     assert reward([roll("    return x / 2\n", row), roll("    return 3\n\ndef twice(x): return 9", row)]) == [1.0, 1.0]
     row["test"] = "def check(candidate):\n    assert twice(candidate(4)) == 4"
     assert reward([roll("    return 0\n\ndef twice(x):\n    return 4", row)]) == [0.0]
+
+
+def test_a_row_may_prepare_its_tests_with_the_program(reward: CodeTests) -> None:
+    row = listed("assert height(root) == 2", test_setup_code="root = Node(1)\nroot.left = Node(2)")
+    height = "def height(node): return 0 if node is None else 1 + height(node.left)"
+    assert reward([roll(f"{NODE}\n{height}", row)]) == [1.0]
+    # a program without Node, or one that fails in the preparation, is itself to blame
+    assert reward([roll(height, row), roll(f"def Node(value): raise ValueError\n{height}", row)]) == [0.0, 0.0]
 
 
 CHEATS = {
@@ -498,6 +519,11 @@ def test_broken_rows() -> None:
         (ADD | {"test": "def check(:"}, "do not compile"),
         (ADD | {"test": "def test_add(): assert add(1, 1) == 3"}, r"does not define check\(candidate\)"),
         (listed("assert add(lambda x: x, 1) == 2"), "no plain value"),
+        (listed("assert add(1, 1) == 2", test_setup_code="x = 1 / 0"), "preparations of .* fail: ZeroDivisionError"),
+        (listed("assert add(1, 1) == 2", test_setup_code="raise SystemExit"), "preparations of .* fail: SystemExit"),
+        (listed("assert add(1, 1) == 2", test_setup_code="import os; os._exit(0)"), "ends before the program begins"),
+        (listed("assert add(1, 1) == 2", test_setup_code="while True: pass"), "tests do not begin in 2 s"),
+        (ADD | {"test": f"x = [][0]\n{ADD['test']}"}, "preparations of .* fail: IndexError"),
         (
             {"test_imports": ["import no_such_module"], "test_list": ["assert add(1, 1) == 2"]},
             "imports of .* fail: Mod",

@@ -1,9 +1,17 @@
 """Environments: what a class must have, how calls are read, and what a model is told when they go wrong."""
 
+import os
+import signal
+import subprocess
+import sys
+import threading
 import time
+import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
+from programs import Program, run_program
 
 from modules.networks.tiny import tiny_tokenizer
 from modules.rollout import Calculator, Environment
@@ -11,6 +19,7 @@ from modules.rollout.environment import Episode
 from modules.rollout.tool_calls import Call, ToolFormat
 from modules.types import PromptBatch
 
+ROOT = Path(__file__).parents[2]
 HERMES = (
     "{% if tools %}<|im_start|>system\n{% for tool in tools %}{{ tool | tojson }}\n{% endfor %}<|im_end|>\n{% endif %}"
     "{% for m in messages %}<|im_start|>{% if m.role == 'tool' %}user\n<tool_response>\n{{ m.content }}\n</tool_response>"
@@ -51,6 +60,11 @@ class Shop:
         """
         time.sleep(seconds)
         return "done"
+
+    def count(self) -> str:
+        """Count for ever."""
+        while True:
+            self.paid += 1
 
     def get_reward(self) -> float:
         return self.paid
@@ -114,7 +128,7 @@ def test_what_a_tool_returns_and_every_error_is_told_to_the_model() -> None:
         assert f"tool\n{said}" in told(shop(turn))
     assert shop("I have tea.") is None
     assert shop.find_reward() == 2.0
-    assert shop.answer(Call("steal", {})) == "error: there is no tool 'steal'; the tools are buy, wait"
+    assert shop.answer(Call("steal", {})) == "error: there is no tool 'steal'; the tools are buy, count, wait"
 
 
 def test_a_tool_that_hangs_costs_its_completion_alone() -> None:
@@ -123,6 +137,77 @@ def test_a_tool_that_hangs_costs_its_completion_alone() -> None:
     assert "tool\nerror: wait was not done in 0.05 s" in told(shop("wait(20)"))
     assert "tool\nerror: the environment does not answer any more" in told(shop('buy("tea", 2)'))
     assert time.monotonic() - start < 2 and shop.find_reward() is None
+
+
+def test_a_tool_that_hangs_in_python_ends() -> None:
+    shop, _ = episode(timeout=0.05)
+    before = set(threading.enumerate())
+    with pytest.warns(UserWarning, match=r"Shop: the tool count was not done in 0.05 s, 1 times so far"):
+        assert "error: count was not done in 0.05 s" in told(shop("count()"))
+    end = time.monotonic() + 5
+    while set(threading.enumerate()) - before and time.monotonic() < end:
+        time.sleep(0.01)
+    assert set(threading.enumerate()) <= before
+    told_of = []
+    for _ in range(3):  # the second and the fourth call are told, the third is not
+        again = Episode(shop.settings, shop.form, prompts(budget=3.0), 0)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            again("count()")
+        told_of.append(len(caught))
+    assert told_of == [1, 0, 1] and shop.settings.late == {"count": 4}
+
+
+HANGS = """
+import time
+
+class Calculator:
+    def reset(self):
+        return None
+
+    def calculate(self, expression: str) -> str:
+        '''Work out.
+
+        Args:
+            expression: What.
+        '''
+        print("called", flush=True)
+        time.sleep(1e6)
+"""
+HANGING = ["fit", "--config", str(ROOT / "configs/tiny/tools.yaml"), "--trainer.accelerator=cpu", "--data.val=null"]
+HANGING += ["--model.environment.factory=hangs.Calculator", "--trainer.max_epochs=1", "--data.prompts_per_phase=2"]
+HANGING += ["--model.num_generations=4", "--trainer.callbacks=Samples", "--trainer.num_sanity_val_steps=0"]
+
+
+def test_a_run_ends_beside_tools_that_hang(tmp_path: Path) -> None:
+    (tmp_path / "hangs.py").write_text(HANGS)
+    end = run_program("-m", "modules", *HANGING, "--model.environment.timeout=0.1", folder=tmp_path, timeout=120)
+    assert end.returncode == 0, end.stderr
+    assert "warning: environment Calculator: the tool calculate was not done in 0.1 s, 1 times so far" in end.stderr
+
+
+def test_ctrl_c_ends_a_run_that_waits_for_a_tool(tmp_path: Path) -> None:
+    (tmp_path / "hangs.py").write_text(HANGS)
+    with Program("-m", "modules", *HANGING, "--model.environment.timeout=1e5", folder=tmp_path) as run:
+        for said in ("called", "a second signal stops it at once"):
+            limit = time.monotonic() + 120
+            while said not in "".join(run.said()) and run.process.is_alive() and time.monotonic() < limit:
+                time.sleep(0.05)
+            os.kill(run.process.pid or 0, signal.SIGINT)
+        run.process.join(30)
+        assert run.process.exitcode == 130, run.said()
+
+
+def test_a_tool_that_lets_no_other_thread_run_ends_the_process() -> None:
+    program = """
+import re
+from modules.rollout import environment
+environment.GRACE = 0.5
+environment.call_in_time(lambda: re.match("(a+)+$", "a" * 60 + "b"), 0.1)
+"""
+    end = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, cwd=ROOT)
+    assert end.returncode == 1
+    assert "Timeout" in end.stderr and "/re/" in end.stderr and "in run" in end.stderr
 
 
 def test_at_most_so_many_turns() -> None:

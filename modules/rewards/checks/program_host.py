@@ -146,8 +146,8 @@ def unpack(value: Any, find_object: Callable[[int], Any]) -> Any:
 class Host:
     """The program's side: runs it, keeps its objects and answers requests.
 
-    A request is {"get": name}, {"attribute": name, "object": number}, or {"object": number, "positional": [...],
-    "named": {...}}, which calls it. The answer is {"value": ...}, with "positional" if the call changed them, or
+    A request is {"get": name}, {"attribute": name, "object": number}, {"set": name, "to": value, "object": number}, or
+    {"object": number, "positional": [...], "named": {...}}, which calls it. The answer is {"value": ...}, with "positional" if the call changed them, or
     {"raised": name of the exception, "message": str}.
     """
 
@@ -170,6 +170,9 @@ class Host:
             target = self.objects[request["object"]]
             if "attribute" in request:
                 return {"value": pack(getattr(target, request["attribute"]), self.keep)}
+            if "set" in request:
+                setattr(target, request["set"], unpack(request["to"], self.objects.__getitem__))
+                return {"value": None}
             positional = unpack(request["positional"], self.objects.__getitem__)
             value = target(*positional, **unpack(request["named"], self.objects.__getitem__))
             answer = {"value": pack(value, self.keep)}

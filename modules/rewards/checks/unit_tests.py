@@ -13,6 +13,7 @@ import sys
 import sysconfig
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -26,6 +27,7 @@ HOST = Path(__file__).parent / "program_host.py"
 START_SECONDS = 60.0
 LIBRARIES = sorted({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")})
 PASSED, FAILED, BROKEN, ENDED, LATE = b"+", b"-", b"!", b"x", b"t"
+READY = b"r"  # the tests are prepared, and the program begins
 FAULTS = {ENDED: "program ended", LATE: "program late"}
 _FENCED = re.compile(r"^[ \t]*```[^\n`]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
 
@@ -44,16 +46,16 @@ def judge(
         memory: bytes of address space of the program.
 
     Raises:
-        ValueError: the row has no tests, or they do not compile, import what is not there, or hand the program what is
-            no plain value.
+        ValueError: the row has no tests, or they do not compile, import what is not there, fail before they use the
+            program, or hand it what is no plain value.
     """
     if "refusal" in info:
         raise ValueError(info["refusal"])
-    stub = find_stub(info)
-    tests = write_tests(info)
+    stub, parts = find_stub(info), write_tests(info)
+    tests = "\n".join(parts)
     try:
         names = find_free_names(tests)
-        code = compile(tests, "tests", "exec", dont_inherit=True)
+        codes = [(compile_tests(part), find_free_names(part)) for part in parts]
     except SyntaxError as error:
         raise ValueError(f"the row's tests do not compile: {error}") from error
     if not info.get("test_list") and not defines(tests, "check"):
@@ -62,7 +64,7 @@ def judge(
     if program is None:
         return 0.0
     imports = "\n".join([*(info.get("test_imports") or []), *(f"import {name}" for name in find_modules(tests, names))])
-    verdict = run_trial(TestRun(program, code, names, stub, imports, info.get("entry_point")), seconds, memory)
+    verdict = run_trial(TestRun(program, codes, names, stub, imports, info.get("entry_point")), seconds, memory)
     if verdict[:1] == BROKEN:
         raise ValueError(verdict[1:].decode())
     return (0.0, FAULTS[verdict]) if verdict in FAULTS else float(verdict == PASSED)
@@ -73,7 +75,8 @@ class TestRun:
     """A program with its tests."""
 
     program: str
-    tests: CodeType
+    # What prepares the tests, and the tests; each with the names that it reads and does not define.
+    tests: list[tuple[CodeType, list[str]]]
     names: list[str]  # that the tests read and do not define
     stub: str  # code of the prompt, whose helpers the tests may call
     imports: str  # lines that give the tests modules of their own
@@ -100,12 +103,36 @@ def defines(code: str, name: str) -> bool:
     )
 
 
-def write_tests(info: dict[str, Any]) -> str:
-    """Return the code of a row's tests."""
+def write_tests(info: dict[str, Any]) -> list[str]:
+    """Return the code of a row's tests: what prepares them, and then the tests."""
     imports = info.get("test_imports") or []
     if info.get("test_list"):
-        return "\n".join([*imports, info.get("test_setup_code") or "", *info["test_list"]])
-    return "\n".join([*imports, f"{info['test']}\n\ncheck({info['entry_point']})\n"])
+        return ["\n".join([*imports, info.get("test_setup_code") or ""]), "\n".join(info["test_list"])]
+    return ["\n".join([*imports, info["test"]]), f"check({info['entry_point']})\n"]
+
+
+def compile_tests(tests: str) -> CodeType:
+    """Compile tests so that an assertion fails on an object of the program, which Python would take for true.
+
+    Raises:
+        SyntaxError: they are no Python.
+    """
+    tree = ast.parse(tests)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assert):
+            node.test = demand_plain(node.test)
+    return compile(ast.fix_missing_locations(tree), "tests", "exec", dont_inherit=True)
+
+
+def demand_plain(test: ast.expr) -> ast.expr:
+    """Return an expression that refuses the objects of the program whose truth is asked."""
+    if isinstance(test, ast.BoolOp):
+        test.values = [demand_plain(part) for part in test.values]
+    elif isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
+        test.operand = demand_plain(test.operand)
+    elif not isinstance(test, ast.Compare):
+        return ast.Call(ast.Name(refuse_object.__name__, ast.Load()), [test], [])
+    return test
 
 
 def find_free_names(tests: str) -> list[str]:
@@ -203,7 +230,7 @@ class Remote:
     """A function or another object of the program, which the tests call; equal to itself only."""
 
     def __init__(self, line: Line, number: int) -> None:
-        self._line, self._number = line, number
+        vars(self).update(_line=line, _number=number)
 
     def __call__(self, *positional: Any, **named: Any) -> Any:
         """Call it in the program; lists, dicts and sets that it changes are changed here too."""
@@ -225,6 +252,17 @@ class Remote:
             raise AttributeError(name)
         answer = self._line.ask({"object": self._number, "attribute": name})
         return unpack(answer["value"], partial(Remote, self._line))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute in the program."""
+        self._line.ask({"object": self._number, "set": name, "to": pack(value, tell_number)})
+
+
+def refuse_object(value: Any) -> Any:
+    """Return a value whose truth an assertion asks. Raises AssertionError for an object of the program."""
+    if isinstance(value, Remote):
+        raise AssertionError("the program gave an object of its own, which is no plain value")
+    return value
 
 
 def tell_number(value: Any) -> int:
@@ -281,20 +319,31 @@ def stop_host(host: "subprocess.Popen[bytes]") -> None:
 
 
 def fork_tests(trial: TestRun, line: Line, seconds: float) -> bytes:
-    """Run the tests in a fork of this process; return the verdict, ``FAILED`` if the fork ends without one."""
+    """Run the tests in a fork of this process; return the verdict, ``FAILED`` if the fork ends without one.
+
+    If it ends or is late before the program begins, the tests are broken.
+    """
     reading, writing = os.pipe()
     deadline = time.monotonic() + seconds
     child = os.fork()
     if child == 0:
         try:
             die_with_parent()
-            os.write(writing, find_verdict(trial, line))
+            os.write(writing, find_verdict(trial, line, partial(os.write, writing, READY)))
         finally:
             os._exit(0)
     os.close(writing)
+    said = b""
     try:
-        late = not select.select([reading], [], [], max(0.0, deadline - time.monotonic()))[0]
-        return LATE if late else os.read(reading, 2**12) or FAILED
+        while said in (b"", READY):
+            ready = said == READY
+            if not select.select([reading], [], [], max(0.0, deadline - time.monotonic()))[0]:
+                return LATE if ready else BROKEN + f"the row's tests do not begin in {seconds:g} s".encode()
+            part = os.read(reading, 2**12)
+            if not part:
+                return FAILED if ready else BROKEN + b"the process of the row's tests ends before the program begins"
+            said += part
+        return said.removeprefix(READY)
     finally:
         os.close(reading)
         with suppress(ProcessLookupError):
@@ -302,27 +351,38 @@ def fork_tests(trial: TestRun, line: Line, seconds: float) -> bytes:
         os.waitpid(child, 0)
 
 
-def load_imports(imports: str, scope: dict[str, Any]) -> None:
-    """Give the tests their modules, which no name of the program replaces."""
+def run_alone(code: CodeType, scope: dict[str, Any], what: str) -> None:
+    """Run what the tests need before the program. Raises BrokenTest if it fails."""
     try:
-        exec(compile(imports, "imports", "exec", dont_inherit=True), scope)
-    except Exception as error:
-        raise BrokenTest(f"the imports of the row's tests fail: {type(error).__name__}: {error}") from error
+        exec(code, scope)
+    except BaseException as error:
+        raise BrokenTest(f"the {what} of the row's tests fail: {type(error).__name__}: {str(error)[:500]}") from error
 
 
-def find_verdict(trial: TestRun, line: Line) -> bytes:
-    """Run the program, then the tests with its functions; imports and helpers of the prompt are the tests' own."""
-    scope: dict[str, Any] = {"__name__": "tests"}
+def find_verdict(trial: TestRun, line: Line, begin: Callable[[], Any]) -> bytes:
+    """Run the program, then the tests with its functions; imports and helpers of the prompt are the tests' own.
+
+    What prepares the tests runs before the program, if it reads no name of the program. Then its failure is the row's
+    fault.
+    """
+    scope: dict[str, Any] = {"__name__": "tests", refuse_object.__name__: refuse_object}
+    entry = {trial.entry_point} if trial.entry_point else set()
+    ((prepare, needed), (tests, _)) = trial.tests
     try:
         exec(compile(trial.stub, "prompt", "exec", dont_inherit=True), scope)
-        load_imports(trial.imports, scope)
+        run_alone(compile(trial.imports, "imports", "exec", dont_inherit=True), scope, "imports")
+        alone = not (set(needed) - set(scope) | set(needed) & entry)
+        if alone:
+            run_alone(prepare, scope, "preparations")
+        begin()
         line.ask(trial.program)
-        own = {name for name in scope if name != trial.entry_point}
-        for name in {*trial.names, *([trial.entry_point] if trial.entry_point else [])} - own:
+        for name in {*trial.names, *entry} - (set(scope) - entry):
             scope.pop(name, None)
             with suppress(NameError):
                 scope[name] = unpack(line.ask({"get": name})["value"], partial(Remote, line))
-        exec(trial.tests, scope)
+        if not alone:
+            exec(prepare, scope)
+        exec(tests, scope)
     except BrokenTest as error:
         return BROKEN + str(error).encode()
     except (ProgramFailed, BrokenPipeError):
