@@ -69,6 +69,12 @@ class Doctor(Callback):
                 "the callback"
             )
 
+        if pl_module.reward is None:
+            raise ValueError(
+                f"Doctor looks at what a reward teaches, and model.reward of {type(pl_module).__name__} is null: remove "
+                "the callback, or name a reward"
+            )
+
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Examine a run that begins, when it listens for signals already."""
         if trainer.global_step == 0 and trainer.current_epoch == 0:

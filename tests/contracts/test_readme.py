@@ -57,6 +57,7 @@ LIMITS = {
             "--data.ptx.max_length=40",
         ),
     ],
+    "distill": ["--trainer.max_epochs=1", "--trainer.check_val_every_n_epoch=1", "--model.on_policy=0.5"],
     # plain ASCII: an untrained model fulfils it now and then, so that there are right and wrong completions
     "grpo": [
         *(

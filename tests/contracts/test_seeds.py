@@ -23,6 +23,7 @@ METHODS = {
     "grpo": FEW,
     "ppo": FEW,
     "online_dpo": FEW,
+    "distill": [*FEW, "--data.updates_per_phase=1", "--model.on_policy=0.5"],
 }
 SHORT = ["--trainer.max_steps=2", "--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu"]
 

@@ -79,14 +79,14 @@ def test_stages_of_a_recipe_are_numbered(recipe):  # tests/contracts/test_two_ra
     assert sorted(numbers) == list(range(1, len(numbers) + 1))
 
 
-@pytest.mark.parametrize("method", ["sft", "reward", "dpo", "online_dpo", "grpo"])
+@pytest.mark.parametrize("method", ["sft", "reward", "dpo", "online_dpo", "grpo", "distill"])
 def test_methods_run_on_one_process(tmp_path, method):
     overlay = str(ROOT / "configs/overlays/cpu_tiny.yaml")
     run("fit", "--config", few_rows(method), "--config", overlay, folder=tmp_path)
     assert [path.name for path in tmp_path.iterdir()] in ([], ["runs"])
 
 
-@pytest.mark.parametrize("method", ["reward", "dpo", "online_dpo", "grpo"])
+@pytest.mark.parametrize("method", ["reward", "dpo", "online_dpo", "grpo", "distill"])
 def test_methods_run_with_adapters(tmp_path, method):
     overlays = [
         argument

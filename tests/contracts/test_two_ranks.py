@@ -55,6 +55,8 @@ def test_a_method_ends(two_ranks, tmp_path, name):
         own += ["--model.sampling.max_completion_length=4"]
     if name in ("online_dpo", "ppo"):  # the reward is the user's to name
         own += ["--model.reward=ExactMatch"]
+    if name == "distill":  # and so is the teacher
+        own += ["--model.teacher=tiny-addition"]
     two_ranks.run(tmp_path, "fit", "--config", shrunk(CONFIGS[name], tmp_path), *DDP, *TWO_EPOCHS, *own)
     assert list(tmp_path.glob("runs/*/export/config.json"))
 

@@ -128,6 +128,26 @@ RUNS: dict[str, Run] = {
         ("VerifiableDataModule", PHASES),
         [],
     ),
+    "distill": (  # everything that distillation keeps from step to step
+        PROMPTS,
+        (
+            "DistillModule",
+            {
+                **SAMPLES,
+                "condition": "{prompt}{answer} {prompt}",
+                "ema": 0.25,
+                "objective": {"class_path": "JSD", "init_args": {"beta": 0.5}},
+                "on_policy": 0.5,
+                "completions": "answer",
+                "first_tokens": 0.7,
+                "top_k": 8,
+                "num_generations": 2,
+                "optimizer": adamw(3e-3),
+            },
+        ),
+        ("VerifiableDataModule", PHASES),
+        [],
+    ),
     "grpo": (
         PROMPTS,
         (

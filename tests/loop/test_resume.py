@@ -317,6 +317,35 @@ def test_two_ranks_resume_bitwise_from_every_step_and_equal_one_rank(tmp_path):
         torch.testing.assert_close(value, end["state_dict"][name], atol=1e-5, rtol=0)
 
 
+DISTILLED = {
+    "own": {"condition": "{prompt}{answer} {prompt}", "ema": 0.3, "on_policy": 0.5},
+    "cached": {"teacher": "tiny-addition", "on_policy": 0.0, "top_k": 9, "objective": {"class_path": "ForwardKL"}},
+}
+
+
+@pytest.mark.parametrize("name", DISTILLED)
+def test_two_ranks_distil_as_one(tmp_path, name):
+    """They draw who answers by the prompt, share the work on the cache, and divide by the tokens of both."""
+    ends = []
+    for ranks in (1, 2):
+        folder = tmp_path / str(ranks)
+        folder.mkdir()
+        settings = DISTILLED[name] | ({"teacher_cache": str(folder / "cache")} if name == "cached" else {})
+        config = config_for(folder, ranks, 3 - ranks)
+        sgd = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1}}
+        init = {"policy": "tiny", "sampling": {"max_completion_length": 4}, "optimizer": sgd, **settings}
+        config["model"] = {"class_path": "DistillModule", "init_args": init}
+        config["data"]["init_args"]["train"]["init_args"]["num_examples"] = 200
+        ends.append(run_cli(config, folder))
+    one, two = ({**end["state_dict"], **end.get("teacher", {})} for end in ends)
+    assert len(one) > 30
+    for key, value in one.items():
+        torch.testing.assert_close(value, two[key], atol=1e-5, rtol=0)
+    if name == "cached":
+        files = [sorted(file.name for file in (tmp_path / ranks / "cache").iterdir()) for ranks in "12"]
+        assert files[0] == files[1] and len(files[0]) == 4  # 64 of 200 to a file
+
+
 def test_another_number_of_ranks_is_refused_inside_a_phase(tmp_path):
     fit(grpo(), tmp_path, max_epochs=1)
     checkpoint = torch.load(tmp_path / "step1.ckpt", weights_only=True)
