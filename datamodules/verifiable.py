@@ -175,11 +175,6 @@ class VerifiableDataModule(AlignDataModule):
         """Returns the uid in ``predict`` and the columns of each training prompt, in order."""
         return [(f"{prompt.example.origin}#0", plain(prompt.columns)) for prompt in self.train_prompts]
 
-    def named_prompts(self) -> list[tuple[str, str, dict[str, Any]]]:
-        """Returns name, data set and other columns of each training and held-out prompt."""
-        examples = [prompt.example for prompt in (*self.train_prompts, *self.val_prompts)]
-        return [(example.origin, example.source, example.info) for example in examples]
-
     def asked_rows(self) -> list[AskedRow]:
         """Returns each training row without what answered it, in order; see :func:`asked_columns`."""
         return [

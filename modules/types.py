@@ -363,11 +363,11 @@ class HasPromptRows(Protocol):
 
 
 @runtime_checkable
-class NamesPrompts(Protocol):
-    """A DataModule that tells of each of its prompts what a reward may ask."""
+class HasEveryPrompt(Protocol):
+    """A DataModule of prompts that shows all of them at once."""
 
-    def named_prompts(self) -> list[tuple[str, str, dict[str, Any]]]:
-        """Return name, data set and other columns of each training and held-out prompt."""
+    def every_prompt(self) -> PromptBatch:
+        """Return all prompts for training and the held-out ones as one batch, the same on every rank."""
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from types import FunctionType
 
 from modules.functional.ranges import check_numbers
 from modules.rewards.dispatch import Dispatch
-from modules.types import Completion, NamesPrompts, Reward, Rollout, as_reward, score
+from modules.types import Completion, HasEveryPrompt, Reward, Rollout, as_reward, score
 
 
 @dataclass(frozen=True)
@@ -216,8 +216,9 @@ def walk_rewards(reward: Reward) -> Iterator[Reward]:
 def require_tasks(reward: Reward, data: object) -> None:
     """Raise ValueError if a ``Dispatch`` inside the reward has no reward for the task of a prompt of a DataModule."""
     for part in walk_rewards(reward):
-        if isinstance(part, Dispatch) and isinstance(data, NamesPrompts):
-            for name, source, info in data.named_prompts():
+        if isinstance(part, Dispatch) and isinstance(data, HasEveryPrompt):
+            prompts = data.every_prompt()
+            for name, source, info in zip(prompts["uid"], prompts["source"], prompts["info"], strict=True):
                 part.find_task(name, source, info)
 
 
