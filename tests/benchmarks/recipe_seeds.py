@@ -2,7 +2,7 @@
 
 Run: python tests/benchmarks/recipe_seeds.py RECIPE ... [--seeds 0 1 2] [--numerics native avx2 sse41 perturbed]
 
-A seed moves the start weights, the order of the rows and the samples. Each run prints what its claims printed. The last
+A seed moves the start weights, if they are random, the order of the rows and the samples. Each run prints what its claims printed. The last
 line is ``recipe-seeds: RECIPE: N of N runs hold all claims``; the exit status is 1 if a claim of any run did not hold.
 """
 
@@ -30,19 +30,21 @@ NUMERICS = {  # the environment of a run; perturbed: the start weights are off b
     "perturbed": {},
     "two-threads": {"OMP_NUM_THREADS": "2", "MKL_NUM_THREADS": "2"},
 }
+BUILT_IN = re.compile(r"policy: (tiny[\w-]*)$", re.MULTILINE)
 CLAIM = re.compile(r"^claim: .*", re.MULTILINE)
 
 
-def make_start(folder: Path, seed: int, numerics: str) -> Path:
-    """Write a tiny model with start weights of its own and return its folder."""
-    model = tiny_model(seed=seed)
+def make_start(name: str, folder: Path, seed: int, numerics: str) -> Path:
+    """Write a built-in model, with start weights of its own if they are random, and return its folder."""
+    model = tiny_model(name, seed)
     if numerics == "perturbed":
         torch.manual_seed(seed)
         for weight in model.parameters():
             weight.data *= 1 + 1e-6 * torch.randn_like(weight)
-    model.save_pretrained(folder / "start")
-    tiny_tokenizer().save_pretrained(folder / "start")
-    return folder / "start"
+    start = folder / f"start-{name}"
+    model.save_pretrained(start)
+    tiny_tokenizer().save_pretrained(start)
+    return start
 
 
 def run_python(*arguments: str, folder: Path, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
@@ -64,13 +66,13 @@ def run_recipe(
     Raises:
         RuntimeError: a stage fails for another reason; the message holds the end of what it printed.
     """
-    start = make_start(folder, seed, numerics)
     said = ""
     for path in sorted((ROOT / "configs/recipes" / recipe).glob("*.yaml")):
         command = ["-m", "modules", path.stem.split("-")[1]]
         command += [f"--config={file}" for file in (ROOT / "configs/recipes/shared.yaml", path)]
         command += ["--trainer.enable_progress_bar=false", f"--seed_everything={seed}"]
-        command += [f"--model.policy={start}"] if "policy: tiny" in path.read_text() else []
+        built_in = BUILT_IN.search(path.read_text())
+        command += [f"--model.policy={make_start(built_in[1], folder, seed, numerics)}"] if built_in else []
         environment = os.environ | {"PYTHONPATH": str(ROOT)} | NUMERICS[numerics]
         stage = run(*command, *(more or {}).get(path.stem, []), folder=folder, environment=environment)
         if stage.returncode and "claims did not hold" not in stage.stderr:
