@@ -2,7 +2,7 @@
 
 Run: python tests/benchmarks/recipe_seeds.py RECIPE ... [--seeds 0 1 2] [--numerics native avx2 sse41 perturbed]
 
-A seed moves the start weights, the order of the rows and the samples. Each run prints what its claims printed. The last
+A seed moves the start weights, if they are random, the order of the rows and the samples. Each run prints what its claims printed. The last
 line is ``recipe-seeds: RECIPE: N of N runs hold all claims``; the exit status is 1 if a claim of any run did not hold.
 """
 
@@ -21,6 +21,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
+from modules.networks.tiny import BUILT_IN as LEARNED  # noqa: E402
 from modules.networks.tiny import tiny_model, tiny_tokenizer  # noqa: E402
 
 NUMERICS = {  # the environment of a run; perturbed: the start weights are off by a millionth
@@ -30,19 +31,26 @@ NUMERICS = {  # the environment of a run; perturbed: the start weights are off b
     "perturbed": {},
     "two-threads": {"OMP_NUM_THREADS": "2", "MKL_NUM_THREADS": "2"},
 }
+BUILT_IN = re.compile(r"(?<=: )tiny[\w-]*$", re.MULTILINE)  # as a value
 CLAIM = re.compile(r"^claim: .*", re.MULTILINE)
 
 
-def make_start(folder: Path, seed: int, numerics: str) -> Path:
-    """Write a tiny model with start weights of its own and return its folder."""
-    model = tiny_model(seed=seed)
-    if numerics == "perturbed":
-        torch.manual_seed(seed)
-        for weight in model.parameters():
-            weight.data *= 1 + 1e-6 * torch.randn_like(weight)
-    model.save_pretrained(folder / "start")
-    tiny_tokenizer().save_pretrained(folder / "start")
-    return folder / "start"
+def make_start(name: str, folder: Path, seed: int, numerics: str) -> str | Path:
+    """Return what stands for a built-in model: a folder with start weights of this run, or the name where they are
+    learned and stay as they are.
+    """
+    if numerics != "perturbed" and LEARNED[name] is not None:
+        return name
+    start = folder / f"start-{name}"
+    if not start.exists():
+        model = tiny_model(name, seed)
+        if numerics == "perturbed":
+            torch.manual_seed(seed)
+            for weight in model.parameters():
+                weight.data *= 1 + 1e-6 * torch.randn_like(weight)
+        model.save_pretrained(start)
+        tiny_tokenizer().save_pretrained(start)
+    return start
 
 
 def run_python(*arguments: str, folder: Path, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
@@ -64,15 +72,17 @@ def run_recipe(
     Raises:
         RuntimeError: a stage fails for another reason; the message holds the end of what it printed.
     """
-    start = make_start(folder, seed, numerics)
     said = ""
     for path in sorted((ROOT / "configs/recipes" / recipe).glob("*.yaml")):
         verb = path.stem.split("-")[1]
-        command = ["-m", "modules", verb, f"--config={path}"]
+        stage_file = folder / path.name
+        stage_file.write_text(
+            BUILT_IN.sub(lambda name: str(make_start(name[0], folder, seed, numerics)), path.read_text())
+        )
+        command = ["-m", "modules", verb, f"--config={stage_file}"]
         if verb != "merge":  # which takes no Trainer
             command.insert(3, f"--config={ROOT / 'configs/recipes/shared.yaml'}")
             command += ["--trainer.enable_progress_bar=false", f"--seed_everything={seed}"]
-        command += [f"--model.policy={start}"] if "policy: tiny" in path.read_text() else []
         environment = os.environ | {"PYTHONPATH": str(ROOT)} | NUMERICS[numerics]
         stage = run(*command, *(more or {}).get(path.stem, []), folder=folder, environment=environment)
         if stage.returncode and "claims did not hold" not in stage.stderr:
