@@ -80,6 +80,13 @@ CHOICES = [
     ["--model.objective=SAPO", "--model.dynamic_sampling.max_rounds=2"],
     # ends with an even digit: prompts of every difficulty
     ["--model.objective=DPPO", "--model.importance=null", "--model.reward.pattern=.*[02468]"],
+    [
+        "--data.chat=true",
+        "--data.system=/no_think",
+        "--model.validation.budgets=[0, 2]",
+        "--model.sampling.max_completion_length=24",
+        "--model.sampling.thinking.stop_text=</think>",
+    ],
 ]
 
 
