@@ -131,10 +131,16 @@ def test_groups_of_a_fixed_policy_by_hand():
 
 def test_gold_over_the_distance_by_hand():
     script = runpy.run_path(str(ROOT / "configs/studies/verifiable-vs-learned/gold_over_kl.py"))
-    # the peak 0.8 is at the second of ten; the end is the mean of the last two, 0.3, and of the optimised reward 7.5
-    gold = [0.6, 0.8, 0.7, 0.6, 0.5, 0.5, 0.5, 0.4, 0.4, 0.2]
-    fall = script["find_fall"](gold, list(range(-1, 9)), [0.1 * place for place in range(10)])
-    assert fall == pytest.approx({"fall": 0.8 - 0.3, "rise": 7.5 - 0, "peak_kl": 0.1})
+    # the peak 0.8 is at the second of ten validations; the end is the mean of the last two, 0.3 and 7.5
+    gold, optimised, kl = (
+        [0.6, 0.8, 0.7, 0.6, 0.5, 0.5, 0.5, 0.4, 0.4, 0.2],
+        range(-1, 9),
+        [place / 10 for place in range(11)],
+    )
+    fall = script["find_fall"]([0.3, *gold], optimised, kl)
+    assert fall == pytest.approx({"fall": 0.8 - 0.3, "rise": 7.5 - 0, "peak_kl": 0.2})
+    fall = script["find_fall"]([0.9, *gold], optimised, kl)  # the start, where no reward was validated
+    assert fall == pytest.approx({"fall": 0.9 - 0.3, "rise": 7.5 + 1, "peak_kl": 0.0})
     # from 0.5 at KL 0 to 0.7 at KL 2: 0.6 halfway, although the KL returns there later
     assert script["find_first"](1.0, [0.0, 2.0, 0.5, 3.0], [0.5, 0.7, 0.1, 0.0]) == pytest.approx(0.6)
     assert script["find_first"](3.0, [0.0, 2.0, 0.5, 3.0], [0.5, 0.7, 0.1, 0.0]) == 0.0
