@@ -55,7 +55,7 @@ recipe: setup $(if $(findstring smollm,$(NAME)),.venv/.smollm)  ## run configs/r
 	$(call run-recipe,$(NAME))
 	@echo recipe: $(NAME) ok $$(cat runs/$(NAME)/*.result 2>/dev/null)
 
-study: setup  ## run configs/studies/NAME for each of its seeds and arms, without what is done, and print what it shows: grpo-bias, safety-dose
+study: setup  ## run configs/studies/NAME for each of its seeds and arms, without what is done, and print what it shows: grpo-bias, safety-dose, verifiable-vs-learned
 	$(PY) configs/studies/run_study.py $(NAME)
 
 show-batch: setup  ## print the first batch of CONFIG, what is learned of it coloured

@@ -42,6 +42,7 @@ def shrunk(path: Path, folder: Path) -> str:
     """Copy the YAML with few rows and small batches; it then validates every epoch or every step."""
     text = lower(path.read_text(), ROWS | BATCHES)
     text = re.sub(r"(check_val_every_n_epoch|val_check_interval): \d+", r"\1: 1", text)
+    text = text.replace(r"\.{3,8}", r"\.*")  # dots that few rows do not teach
     copy = folder / path.name
     copy.write_text(text)
     return str(copy)
