@@ -121,7 +121,7 @@ def test_a_data_file_stays_a_path(tmp_path, monkeypatch, run, caplog, name, text
         (["--model.policy", "absent.gguf"], "no GGUF file at 'absent.gguf'"),
         (
             ["--model.policy", "./nowhere"],
-            "'./nowhere' is not 'tiny', 'tiny-addition', 'tiny-calculator', 'tiny-chains', a Hugging Face model folder",
+            "'./nowhere' is not 'tiny', 'tiny-small', 'tiny-addition', 'tiny-calculator', 'tiny-chains', a Hugging Face model folder",
         ),
         (
             ["--model.num_generation", "4"],

@@ -206,7 +206,7 @@ def test_null_sets_an_option_of_a_class_to_nothing(capsys):
         main(["fit", "--config", str(CONFIGS / "tiny/grpo.yaml"), *given, "--print_config"])
     assert end.value.code == 0
     model = yaml.safe_load(capsys.readouterr().out)["model"]["init_args"]
-    assert model["validation"] == {"accuracy": None, "generations": 1}
+    assert model["validation"] == {"accuracy": None, "generations": 1, "budgets": []}
     assert model["reward"]["init_args"]["pattern"] is None  # not a search for the word None
 
 

@@ -18,6 +18,7 @@ from modules.__main__ import main
 from modules.cli.choices import CLASSES
 from modules.cli.parser import takes_reward
 from modules.on_policy import Validation
+from modules.rewards import Dispatch
 from modules.types import Completion, FunctionReward, Reward, Rollout
 
 ROOT = Path(__file__).parents[2]
@@ -144,11 +145,14 @@ def test_a_function_is_a_reward_from_python(kind):
     from my_package import few_letters
 
     (argument,) = take_reward(kind)
-    values = {"policy": "tiny", "per_token": 0.1, "max_length": 8}
+    values = {"policy": "tiny", "teacher": "tiny", "per_token": 0.1, "max_length": 8}
     parameters = inspect.signature(kind).parameters
-    asked = [name for name, parameter in parameters.items() if parameter.default is parameter.empty]
+    asked = [
+        name for name, parameter in parameters.items() if parameter.default is parameter.empty or name == "teacher"
+    ]
     needed = {name: value for name, value in values.items() if name in asked}
-    given = [few_letters] if argument == "rewards" else few_letters
+    several = {"tools": few_letters} if kind is Dispatch else [few_letters]
+    given = several if argument == "rewards" else few_letters
     made = kind(**needed, **{argument: given})
     (found,) = made.rewards if argument == "rewards" else [getattr(made, argument)]
     assert isinstance(found, FunctionReward) and found([rollout("a 3", "3")]) == [-3.0]

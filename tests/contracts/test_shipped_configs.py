@@ -67,6 +67,8 @@ def stages(recipe: Path, folder: Path, epochs: int) -> Iterator[list[str]]:
             changes += ["--model.policy", "tiny-addition"]
         if "unknown: drop" in text:  # after so short a start everything is unknown
             changes += ["--data.unknown=keep"]
+        if "prompts: true" in text:  # prompts of both modes, which stand one behind the other
+            changes += ["--trainer.limit_val_batches=1.0"]
         if command == "fit":  # one with a checkpoint goes on behind the epochs of the stage before
             last = 2 * epochs if "ckpt_path:" in text else epochs
             changes = ["--trainer.limit_train_batches=1", f"--trainer.max_epochs={last}", *changes]

@@ -203,7 +203,7 @@ def test_export_loads_with_equal_logits(policy, tmp_path):
         (lambda d: str(d), "without config.json"),
         (
             lambda d: str(d / "absent"),
-            "is not 'tiny', 'tiny-addition', 'tiny-calculator', 'tiny-chains', a Hugging Face model folder",
+            "is not 'tiny', 'tiny-small', 'tiny-addition', 'tiny-calculator', 'tiny-chains', a Hugging Face model folder",
         ),
     ],
 )
