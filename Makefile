@@ -55,7 +55,7 @@ recipe: setup $(if $(findstring smollm,$(NAME)),.venv/.smollm)  ## run configs/r
 	$(call run-recipe,$(NAME))
 	@echo recipe: $(NAME) ok $$(cat runs/$(NAME)/*.result 2>/dev/null)
 
-study: setup  ## run configs/studies/NAME for each of its seeds and arms, without what is done, and print what it shows: grpo-bias, safety-dose
+study: setup  ## run configs/studies/NAME for each of its seeds and arms, without what is done, and print what it shows: grpo-bias, safety-dose, verifiable-vs-learned
 	$(PY) configs/studies/run_study.py $(NAME)
 
 show-batch: setup  ## print the first batch of CONFIG, what is learned of it coloured
@@ -73,7 +73,7 @@ fuzz: setup  ## feed 5,000 generated rows, files, configurations and options to 
 test-kill: setup  ## kill and resume 40 runs of SFT, GRPO and PPO (3 minutes on 2 cores)
 	$(PY) tests/benchmarks/kill.py
 
-audit-verifiers: setup  ## score 10,000 generated answers with every verifier and count its errors (1 minute on 2 cores)
+audit-verifiers: setup  ## score 13,000 generated answers with every verifier and count its errors (1 minute on 2 cores)
 	OMP_NUM_THREADS=1 $(PY) tests/benchmarks/audit_verifiers.py --errors 3
 
 lint: setup  ## check style

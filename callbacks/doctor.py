@@ -33,8 +33,9 @@ class Doctor(Callback):
     - answers that are missing, stand in another column, or cannot be read; repeated prompts; rows left out
     - prompts in the wrong form, with or without the chat template
     - a stop token that is written and not obeyed, or never written; a token budget that is too short
-    - a temperature at which completions are alike, or do not end
+    - a temperature at which completions are alike, or do not end; below 0.5 it is always compared with 1
     - a verifier that misses right answers; a part of the reward that never fires; a reward that is constant
+    - weights of a ``WeightedSum`` by which a right answer is worth nothing, or parts cancel each other
     - problems that are too hard or too easy
     - a learning rate with which one update can change all that the model computes (see ``measure_reach``: above 1), or
       the whole run hardly anything (below 0.1); told for optimizers of Adam's kind

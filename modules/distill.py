@@ -58,7 +58,7 @@ class DistillModule(OnPolicyModule):
         on_policy: [0, 1], share of prompts that the student answers (GKD's lambda).
         completions: the column with the completions of the others; they are cut at ``sampling.max_completion_length``.
         condition: what the teacher reads in place of the question. ``{prompt}`` stands for the question, and ``{name}``
-            for a column: ``"{prompt}\\n\\nAn example answer: {demonstration}"``. None = what the student reads.
+            for a column: ``"{prompt} An example answer: {demonstration}"``. None = what the student reads.
         ema: [0, 1], share of the policy in its own teacher after each update: teacher <- ema policy + (1 - ema)
             teacher. 0 keeps the start, 1 follows the policy; default 0.05. Another model stays as it is.
         top_k: tokens that the teacher finds most likely; all others count as one. None = the whole vocabulary.

@@ -122,6 +122,8 @@ class OnPolicyModule(AlignmentModule):
             raise ValueError(
                 f"sampling.temperature is {sampling.temperature}: greedy completions of a prompt are all the same"
             )
+        if sampling.top_k == 1:
+            raise ValueError("sampling.top_k is 1: completions of a prompt from the likeliest tokens are all the same")
         self.done: set[str] | None = None  # uids that ``predict`` leaves out, see ``SkipsPrompts``
         self.reward = as_reward(reward)
         self.accuracy = as_reward(validation.accuracy) or (find_accuracy(self.reward) if self.reward else None)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 from callbacks.measures.prognosis import bound_share, count_wins, expect_distinct
 from callbacks.measures.trial import Trial, Tried, mean, percent, shorten
 from modules.rewards.answers import ExactMatch, MathVerify, NumericMatch, name_reader
-from modules.rewards.combined import list_parts, walk_rewards
+from modules.rewards.combined import WeightedSum, list_parts, walk_rewards
 from modules.rollout.metrics import make_outcomes
 from modules.rollout.sampling import Sampling
 from modules.rollout.scoring import make_rollouts
@@ -25,6 +25,7 @@ SURE = 0.01  # chance of a false alarm in a comparison of the same prompts under
 LEFT_OUT = 0.05  # share of the rows, as in DataReport
 FEWEST = 4  # completions of a prompt that a pass rate needs
 GOLDS = 64  # rows whose answers the verifiers try to read
+COLD, COLD_SURE = 0.5, 0.05  # a temperature below it is compared with 1, symptoms or not, at this chance
 LONGER = 4  # times the token budget, to see whether completions end at all
 # Tokens and texts that end an answer or open another turn.
 END_MARK = re.compile(
@@ -143,7 +144,7 @@ class Examination:
     def find(self) -> list[Finding]:
         """Return what is wrong, causes before what they cause (collective)."""
         answers, rows = self.check_answers(), [*self.check_repeats(), *self.check_left_out()]
-        explained = answers or self.explain()
+        explained = answers or self.check_weights() or self.explain()
         upset = {"answers", "template", "stop", "budget"} & {finding.cause for finding in explained}
         return [*explained, *(() if upset else self.check_parts()), *rows]
 
@@ -256,6 +257,26 @@ class Examination:
             )
         ]
 
+    def check_weights(self) -> list[Finding]:
+        """Look for weights of a ``WeightedSum`` by which a right answer is worth no more than a wrong one.
+
+        Parts that compare answers agree on most of them, so their weights add. All 0 = they are only measured.
+        """
+        if not isinstance(self.reward, WeightedSum):
+            return []
+        pairs = zip(self.reward.rewards, self.reward.find_weights(None), strict=True)
+        weights = {part.name: weight for part, weight in pairs if part.checks_answer and weight}
+        if not weights or sum(weights.values()) > 0:
+            return []
+        listed = ", ".join(f"{name} {weight:g}" for name, weight in weights.items())
+        return [
+            Finding(
+                "weights",
+                f"The weights of the rewards that compare answers ({listed}) add up to {sum(weights.values()):g}, so a "
+                "right answer is worth no more than a wrong one: mend model.reward.weights.",
+            )
+        ]
+
     # What the samples say.
 
     def explain(self) -> list[Finding]:
@@ -270,11 +291,13 @@ class Examination:
         most = 1 - 0.5 * (1 - 2.0 ** (1 - self.size))
         doubtful, silent = idle / prompts > most, bound_share(idle, prompts)[0] > most
         endless = bound_share(cut, prompts)[0] > WASTE
+        strange = doubtful or endless
         causes = [
             (doubtful, self.blame_column),
-            (doubtful or endless, self.blame_template),
-            ((doubtful or endless) and self.sampling.temperature != 1, self.blame_temperature),
+            (strange, self.blame_template),
+            (self.sampling.temperature < COLD or (strange and self.sampling.temperature != 1), self.blame_temperature),
             (endless, self.blame_budget),
+            (silent, self.blame_weights),
             (silent, self.blame_reward),
             (True, self.blame_verifier),
             (silent, self.blame_difficulty),
@@ -366,7 +389,11 @@ class Examination:
         )
 
     def blame_temperature(self) -> Finding | None:
-        """Ask whether at temperature 1 more groups have a signal, more answers are right, or more completions end."""
+        """Ask whether at temperature 1 more groups have a signal, more answers are right, or more completions end.
+
+        Below ``COLD`` it is enough that pairs of completions have equal scores more often, at 5 %, and that a fifth more
+        of the groups of G has no signal: pairs say more of a few prompts than whole groups do.
+        """
         trial = self.try_out(self.prompts, replace(self.sampling, temperature=1.0), self.num_generations)
         before, after = self.trial.idle(self.size), trial.idle(self.size)
         better = min(
@@ -374,7 +401,9 @@ class Examination:
             count_wins(trial.right(), self.trial.right()),
             count_wins(self.trial.cut(), trial.cut()),
         )
-        if better >= SURE:
+        alike = count_wins(self.trial.idle(2), trial.idle(2))
+        cold = self.sampling.temperature < COLD and alike < COLD_SURE and mean(before) - mean(after) > 2 * WASTE
+        if better >= SURE and not cold:
             return None
         return Finding(
             "temperature",
@@ -415,6 +444,23 @@ class Examination:
             f"{name_of(self.judge)}, {self.place_of_judge}, gives nothing to {share:.0%} of the answers that {name} "
             f"finds right, such as {shorten(first.text)} for {shorten(str(first.answer))}: ask for the form that it "
             f"reads, in the prompt or by SFT, or use {name} without a pattern.",
+        )
+
+    def blame_weights(self) -> Finding | None:
+        """Ask whether parts of the reward tell completions apart, and their sum does not."""
+        if not isinstance(self.reward, WeightedSum):
+            return None
+        pairs = zip(self.reward.rewards, self.reward.find_weights(0), strict=True)
+        weights = {part.name: weight for part, weight in pairs if weight}
+        idle = {name: self.trial.idle(self.size, name) for name in weights}
+        alive = [name for name in weights if bound_share(sum(idle[name]), len(self.prompts))[1] < 0.5]
+        if not alive:
+            return None
+        shares = ", ".join(f"{percent(idle[name])} of those by {name} (weight {weights[name]:g})" for name in alive)
+        return Finding(
+            "weights",
+            f"{percent(self.trial.idle(self.size))} of the groups have equal rewards, and only {shares}: the weights let "
+            "the parts cancel each other, so mend model.reward.weights.",
         )
 
     def blame_reward(self) -> Finding | None:

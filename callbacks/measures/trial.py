@@ -41,9 +41,18 @@ class Trial:
             for group in self.groups
         ]
 
-    def idle(self, size: int) -> list[float]:
-        """Return for each prompt the chance that ``size`` of its completions have the same score, or none has one."""
-        scores = [[one.rollout.reward for one in group if one.rollout.reward is not None] for group in self.groups]
+    def idle(self, size: int, part: str | None = None) -> list[float]:
+        """Return for each prompt the chance that ``size`` of its completions have the same score, or none has one.
+
+        Args:
+            size: of a group.
+            part: name of a part of the reward whose scores count; None = the whole reward.
+        """
+        read = [
+            [one.rollout.reward if part is None else one.rollout.rewards[part] for one in group]
+            for group in self.groups
+        ]
+        scores = [[score for score in group if score is not None] for group in read]
         return [expect_equal(found, min(size, len(found))) if len(found) > 1 else 1.0 for found in scores]
 
     def entropy(self) -> float:

@@ -15,7 +15,7 @@ class Comparison(Callback):
     """Keeps a model's metrics in a JSON file and prints those of all models in it: one row per metric, one column per
     model.
 
-    A standard error that was logged stands behind its value, as in ``0.84 +- 0.03``.
+    A standard error that was logged stands behind its value, as in ``0.84±0.03``.
 
     It does so at the end of ``validate``; in ``fit`` it only gives the models of the file to ``Claims``. The file holds
     the metrics as logged, by model. A model of the same name is

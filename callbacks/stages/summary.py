@@ -114,7 +114,7 @@ def print_table(
         cells = []
         for model, values in columns.items():
             error = (errors or {}).get(model, {}).get(name)
-            behind = "" if error is None else f" +- {show_rounded(error)}"
+            behind = "" if error is None else f"±{show_rounded(error)}"
             cells.append(show_rounded(values[name]) + behind if name in values else "")
         table.add_row(name, *cells)
     Console().print(table)

@@ -1,12 +1,13 @@
-"""Runs a study of configs/studies: its fits for each seed, and what they say about its claims.
+"""Runs a study of configs/studies: its stages for each seed, and what they say about its claims.
 
 Run: make study NAME=grpo-bias, or python configs/studies/run_study.py NAME [--jobs 2]
 
-``study.yml`` in the study's folder names the seeds, the arms and the claims. The numbered YAML files before the last are
-run once for each seed, the last one once for each arm and seed, with the arm's arguments; a ``measures`` file is a script
-whose function ``measure`` takes a seed and a folder of the first runs and returns numbers. What is done is kept in
-runs/NAME and skipped, until it is deleted. Each claim ends in a line ``study: NAME CLAIM shown`` or ``not shown``, with
-its numbers. The exit status is 1 if a run fails, and 0 whatever the claims.
+``study.yml`` in the study's folder names the seeds, the arms and the claims. The YAML files are numbered and say what is
+run, NN-<verb>-<what>.yaml, by ``python -m modules <verb>``. Those before the last are run once for each seed, the last
+one once for each arm and seed, with the arm's arguments. A ``measures`` file is a script whose function ``measure`` takes
+the folder of the last stage before the arms, beside which the arms' folders lie, and a seed, and returns numbers. What is
+done is kept in runs/NAME and skipped, until it is deleted. Each claim ends in a line ``study: NAME CLAIM shown`` or ``not
+shown``, with its numbers. The exit status is 1 if a run fails, and 0 whatever the claims.
 """
 
 import argparse
@@ -117,8 +118,8 @@ def read_curves(file: Path) -> dict[str, list[float]]:
     return curves
 
 
-def run_fit(arguments: Sequence[str], out: Path) -> Path:
-    """Run ``python -m modules fit`` in this process, with what it prints in ``out.log``; return its numbers.
+def run_stage(verb: str, arguments: Sequence[str], out: Path) -> Path:
+    """Run ``python -m modules VERB`` in this process, with what it prints in ``out.log``; return its file of numbers.
 
     Raises:
         RuntimeError: the run fails; the message holds the end of what it printed.
@@ -130,7 +131,7 @@ def run_fit(arguments: Sequence[str], out: Path) -> Path:
     try:
         from modules.__main__ import main as run_modules
 
-        run_modules(["fit", *arguments, f"--out={out}", "--logger=csv", "--trainer.enable_progress_bar=false"])
+        run_modules([verb, *arguments, f"--out={out}", "--logger=csv", "--trainer.enable_progress_bar=false"])
     except SystemExit as end:
         if end.code not in (None, 0):
             raise RuntimeError(f"{out} failed: {log.read_text()[-2000:]}") from end
@@ -195,11 +196,12 @@ class Study:
         """Return the folder of a run."""
         return Path("runs") / self.name / f"seed-{seed}" / run
 
-    def fit(self, path: Path, seed: int, run: str, arguments: Sequence[str] = ()) -> "Future[Path]":
+    def run_yaml(self, path: Path, seed: int, run: str, arguments: Sequence[str] = ()) -> "Future[Path]":
         """Run a YAML for a seed, unless it is done."""
         config = move_paths(path, self.name, seed)
         given = [f"--config={config}", f"--seed_everything={seed}", *arguments]
-        return self.do_once(self.place(seed, run) / "metrics.csv", run_fit, given, self.place(seed, run))
+        out = self.place(seed, run)
+        return self.do_once(out / "metrics.csv", run_stage, path.stem.split("-")[1], given, out)
 
     def do_once(self, file: Path, work: Any, *arguments: Any) -> "Future[Path]":
         """Do the work that makes a file, unless it was done."""
@@ -213,13 +215,18 @@ class Study:
     def run(self) -> dict[str, list[dict[str, list[float]]]]:
         """Make all runs and return their curves by arm, one for each seed."""
         for path in self.starts:
-            self.finish([self.fit(path, seed, path.stem.split("-", 2)[2]) for seed in self.seeds])
+            self.finish([self.run_yaml(path, seed, path.stem.split("-", 2)[2]) for seed in self.seeds])
         work: dict[str, list[Future[Path]]] = {}
         for arm, arguments in self.arms.items():
-            work[arm] = [self.fit(self.last, seed, arm, arguments) for seed in self.seeds]
+            work[arm] = [self.run_yaml(self.last, seed, arm, arguments) for seed in self.seeds]
+        self.finish([future for futures in work.values() for future in futures])  # measures read their numbers
+        made = max(future.result().stat().st_mtime for futures in work.values() for future in futures)
         start = self.starts[-1].stem.split("-", 2)[2]
         for name, script in self.measures.items():
             files = [self.place(seed, f"{name}.json") for seed in self.seeds]
+            for file in files:
+                if file.exists() and file.stat().st_mtime < made:  # an arm was run again
+                    file.unlink()
             work[name] = [
                 self.do_once(file, run_measure, self.folder / script, self.place(seed, start), seed, file)
                 for file, seed in zip(files, self.seeds, strict=True)
@@ -247,7 +254,8 @@ def read_numbers(file: Path) -> dict[str, list[float]]:
 def draw_study(panels: Sequence[Mapping[str, str]], arms: Sequence[str], runs: Runs, file: Path) -> None:
     """Draw one panel for each ``{metric, label}``: every seed's curve by arm, or its late values where there is no curve.
 
-    Curves are drawn over the share of the run that is done.
+    Curves are drawn over the share of the run that is done, smoothed. With ``over`` and ``over_label`` a panel draws them
+    over another metric that is logged as often, and as they are.
     """
     from matplotlib.figure import Figure
 
@@ -257,14 +265,19 @@ def draw_study(panels: Sequence[Mapping[str, str]], arms: Sequence[str], runs: R
             curves = [run.get(panel["metric"], []) for run in runs[arm]]
             label: str | None = arm
             for seed, curve in enumerate(curves):
-                if len(curve) < 4 * LATE:
+                if "over" in panel:
+                    distances = runs[arm][seed].get(panel["over"], [])
+                    axes.plot(
+                        distances, curve, ".-", color=f"C{number}", linewidth=1, label=label if seed == 0 else None
+                    )
+                elif len(curve) < 4 * LATE:
                     axes.plot([number], [take_late_value(curve)] if curve else [math.nan], "o", color=f"C{number}")
                 else:
                     smooth = [fmean(curve[max(0, i - 4) : i + 1]) for i in range(len(curve))]
                     done = [(i + 1) / len(curve) for i in range(len(curve))]
                     axes.plot(done, smooth, color=f"C{number}", linewidth=1, label=label if seed == 0 else None)
         if axes.get_legend_handles_labels()[0]:
-            axes.set(xlabel="share of the run")
+            axes.set(xlabel=panel.get("over_label", panel.get("over", "share of the run")))
             axes.legend()
         else:
             axes.set_xticks(range(len(arms)), arms, rotation=20)

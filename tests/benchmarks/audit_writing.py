@@ -47,6 +47,7 @@ TEXTS = [
     "n_queens",
     "countdown",
 ]
+NO_GOLD = ("boxnet", "graph_color", "propositional_logic", "rubiks_cube", "rush_hour")  # any of many answers is right
 INJECTED = ("__import__('os').system('true')", "exec('1')", "().__class__.__bases__", "open('/tmp/x').read()")
 
 
@@ -73,8 +74,26 @@ def reasoning_gym_cases(rng: Random) -> Iterator[Case]:
             yield Case(f"wrong, two tags, {task}", f"<answer>{gold}</answer><answer>{gold}</answer>", 0.0, gold, info)
             yield Case(f"wrong, a refusal, {task}", "I do not know.", 0.0, gold, info)
             yield Case(f"wrong, code, {task}", rng.choice(INJECTED), 0.0, gold, info)
+    yield from other_gym_cases(rng)
     yield Case("no metadata", "5", None, "5")
     yield Case("unknown task", "5", None, "5", {"metadata": {"source_dataset": "no_such_task"}})
+
+
+def other_gym_cases(rng: Random) -> Iterator[Case]:
+    """Yield the right answer of every other task that has one, a half of it, and what is no answer."""
+    import reasoning_gym
+    from reasoning_gym.factory import DATASETS
+
+    for task in sorted(set(DATASETS) - {*NUMBERS, *TEXTS, *NO_GOLD, "composite"}):
+        for problem in reasoning_gym.create_dataset(task, size=2, seed=rng.randrange(1000)):
+            gold, info = str(problem["answer"]), {"metadata": json.loads(json.dumps(problem["metadata"]))}
+            tag = f"<answer>{gold}</answer>"
+            yield Case(f"right, plain, {task}", gold, 1.0, gold, info)
+            yield Case(f"right, tag, {task}", f"So:\n{tag}", 1.0, gold, info)
+            yield Case(f"wrong, a half, {task}", f"{gold[(len(gold) + 1) // 2 :]}#", 0.0, gold, info)
+            yield Case(f"wrong, a refusal, {task}", "I do not know.", 0.0, gold, info)
+            yield Case(f"wrong, two tags, {task}", tag + tag, 0.0, gold, info)
+            yield Case(f"wrong, only in the thinking, {task}", f"<think>{gold}</think>", 0.0, gold, info)
 
 
 def say(rng: Random, words: int) -> str:

@@ -27,6 +27,7 @@ from modules.rewards import (
     WeightedSum,
 )
 from modules.rollout.sampling import Sampling
+from modules.types import as_reward
 
 Case = tuple[LightningModule, LightningDataModule, Trainer]
 ADD = "{% for message in messages %}{{ message['content'] }}{% endfor %}{% if add_generation_prompt %}={% endif %}"
@@ -116,6 +117,10 @@ def constant(completions: list[str], answers: list[str], **columns: Any) -> list
     return [1.0 for _ in completions]
 
 
+def same(completions: list[str], answers: list[str], **columns: Any) -> list[float]:
+    return [float(text == answer) for text, answer in zip(completions, answers, strict=True)]
+
+
 def nothing(completions: list[str], answers: list[str], **columns: Any) -> list[float]:
     return [0.0 for _ in completions]
 
@@ -188,6 +193,15 @@ ILL: dict[str, tuple[str, Callable[[int, Path], Case]]] = {
     "learning rate 100 times too high": ("learning_rate", lambda seed, folder: make(seed, lr=3e-2)),
     "learning rate 10000 times too low": ("learning_rate", lambda seed, folder: make(seed, lr=3e-8)),
     "temperature 0.1": ("temperature", lambda seed, folder: make(seed, temperature=0.1)),
+    "temperature 0.3": ("temperature", lambda seed, folder: make(seed, temperature=0.3)),
+    "weights of two verifiers that cancel": (
+        "weights",
+        lambda seed, folder: make(seed, reward=WeightedSum([NumericMatch(), ExactMatch()], [1.0, -1.0])),
+    ),
+    "a penalty that takes back what is right": (
+        "weights",
+        lambda seed, folder: make(seed, reward=WeightedSum([NumericMatch(), as_reward(same)], [1.0, -1.0])),
+    ),
     "answers in another column": ("answers", lambda seed, folder: make(seed, Sums(seed, elsewhere))),
     "answers in a column without a known name": ("answers", lambda seed, folder: make(seed, Sums(seed, unmapped))),
     "duplicated prompts": ("repeats", lambda seed, folder: make(seed, Sums(seed, repeat(12)))),
@@ -218,6 +232,10 @@ HEALTHY: dict[str, Callable[[int, Path], Case]] = {
     "online DPO": lambda seed, folder: make(seed, method=OnlineDPOModule, num_generations=8, lr=1e-4),
     "accuracy and format": lambda seed, folder: make(
         seed, reward=WeightedSum([ExactMatch(), RegexFormat(r"\d{3}")], [0.9, 0.1]), data={"prompts_per_phase": 64}
+    ),
+    "a part that is only measured, one that pulls back": lambda seed, folder: make(
+        seed,
+        reward=WeightedSum([NumericMatch(), ExactMatch(), RegexFormat(r"\d*[02468]", "even")], [1.0, 0.0, -0.2]),
     ),
     "a chat template": lambda seed, folder: make(
         seed, Sums(seed, bare, plain=False), policy=save_policy(folder, chat_template=ADD)

@@ -72,7 +72,7 @@ def test_a_logged_standard_error_stands_behind_its_value(tmp_path: Path, capsys:
     file = tmp_path / "all.json"
     file.write_text('{"start": {"val/reward": 0.5, "val/reward_standard_error": 0.034}}')
     validate(file, "dpo", 1.0, 4.0)
-    assert table(capsys.readouterr().out)[1] == ["proxy reward", "0.50 +- 0.03", "1.00"]
+    assert table(capsys.readouterr().out)[1] == ["proxy reward", "0.50±0.03", "1.00"]
 
 
 def test_a_model_that_is_measured_again_keeps_its_place(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

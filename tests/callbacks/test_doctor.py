@@ -1,6 +1,10 @@
 """The doctor names the cause of planted faults, says nothing of healthy runs, and changes no run."""
 
+import os
 import random
+import shlex
+import signal
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -10,7 +14,7 @@ import pytest
 import torch
 from doctor_cases import HEALTHY, ILL, examine, make
 from lightning.pytorch import LightningDataModule, Trainer, seed_everything
-from programs import run_program, run_ranks
+from programs import Program, run_program, run_ranks
 
 from callbacks import Doctor
 from callbacks.measures.examination import find_mark
@@ -79,6 +83,43 @@ def test_a_fault_in_a_fit_is_told_before_its_first_phase() -> None:
     with pytest.warns(UserWarning, match="doctor: At temperature 0.1 the entropy is .* set model.sampling.temperature"):
         trainer.fit(module, datamodule=rows)
     assert told == [["temperature"], ["temperature"]]
+
+
+SLOW = """
+import time
+
+def score(completions, answers, **columns):
+    if len(completions) == 16 * 8:  # the doctor's 16 prompts; a phase has 32
+        print("examined", flush=True)
+        time.sleep(2)
+    return [float(text == answer) for text, answer in zip(completions, answers)]
+"""
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_while_the_doctor_looks_ends_the_run_with_a_command_that_goes_on(
+    tmp_path: Path, number: int, status: int
+) -> None:
+    (tmp_path / "slow.py").write_text(SLOW)
+    arguments = ["fit", "--config", str(ROOT / "configs/tiny/grpo.yaml"), "--trainer.accelerator=cpu", "--out=runs/one"]
+    arguments += ["--model.reward=slow.score", "--data.val=null", "--trainer.max_epochs=2"]
+    with Program("-m", "modules", *arguments, folder=tmp_path) as run:
+        limit = time.monotonic() + 120
+        while "examined" not in run.said()[0] and run.process.is_alive() and time.monotonic() < limit:
+            time.sleep(0.02)
+        os.kill(run.process.pid or 0, number)
+        run.process.join(60)
+        output, errors = run.said()
+    assert run.process.exitcode == status, errors
+    assert "doctor: " in errors and "stopped after step 1; " in errors
+    (line,) = [line for line in output.splitlines() if line.startswith("go on: ")]
+    command = shlex.split(line.removeprefix("go on: "))
+    assert command[1:3] == ["-m", "modules"]
+    end = run_program(*command[1:], folder=tmp_path)
+    assert end.returncode == 0, end.stderr
+    assert "examined" not in end.stdout  # a run that goes on is not examined again
+    ended = torch.load(tmp_path / "runs/one/checkpoints/last.ckpt", weights_only=True)
+    assert ended["global_step"] == 2
 
 
 def test_two_ranks_find_what_one_rank_finds(tmp_path: Path) -> None:

@@ -172,6 +172,10 @@ def test_a_data_file_stays_a_path(tmp_path, monkeypatch, run, caplog, name, text
             "module 'modules.functional.advantages' has no attribute 'group_centre'",
         ),
         (["--model.sampling.temperature", "0"], "sampling.temperature is 0.0: greedy completions"),
+        (
+            ["--model.sampling.top_k", "1"],
+            "error: sampling.top_k is 1: completions of a prompt from the likeliest tokens",
+        ),
         (["--model.sampling.top_p", "2"], "error: sampling: top_p 2.0 must lie in (0, 1]"),
         (["--model.optimizer.lr", "fast"], "\"lr\": expected type float, got 'fast'"),
         (["--trainer.accumulate_grad_batches", "300"], "cannot make 1 updates of 300 micro-batches"),

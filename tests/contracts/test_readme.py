@@ -163,13 +163,15 @@ def test_named_files_exist(document):
 
 ROWS = re.compile(r"^\| [^`|].*\| `(--model[^`]+)` \|$", flags=re.MULTILINE)
 METHODS = DOCUMENTS["modules/README.md"]
-PARTS = zip(("dpo", "grpo", "ppo"), re.split("## Losses on the|## PPO", METHODS), strict=True)
+PARTS = zip(
+    ("dpo", "grpo", "distill", "ppo"), re.split("## Losses on the|## Distillation|## PPO", METHODS), strict=True
+)
 FORMS = [(method, arguments) for method, part in PARTS for arguments in ROWS.findall(part)]
 OWN = ["--model.policy=tiny", "--data.train=my.jsonl"]
 
 
 def test_forms_of_the_methods_are_there():
-    assert Counter(method for method, _ in FORMS) == {"dpo": 11, "grpo": 18, "ppo": 4}
+    assert Counter(method for method, _ in FORMS) == {"dpo": 11, "grpo": 18, "distill": 7, "ppo": 4}
 
 
 @pytest.mark.parametrize(("method", "arguments"), FORMS)

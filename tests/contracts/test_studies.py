@@ -3,12 +3,14 @@
 import csv
 import json
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from few_rows import lower
 
 from modules.functional.advantages import expected_weight, group_zscore
 
@@ -66,15 +68,21 @@ def test_claims_name_arms_that_are_there(study):
 def test_a_study_runs_and_reports_and_a_failed_run_fails_it(tmp_path):
     study = tmp_path / "configs/studies/small"
     study.mkdir(parents=True)
-    shipped = ROOT / "configs/studies/grpo-bias"
-    for file in ("01-fit-start.yaml", "02-fit-arm.yaml"):
-        text = (shipped / file).read_text().replace("grpo-bias", "small")
-        (study / file).write_text(text.replace("num_examples: 7000", "num_examples: 64"))
+    shipped = ROOT / "configs/studies/verifiable-vs-learned"
+    short = {"num_examples": 64, "batch_size|prompts_per_phase": 16, "check_val_every_n_epoch": 1}
+    for file in shipped.glob("[0-9]*.yaml"):  # after so few rows no answer has its dots
+        text = file.read_text().replace("verifiable-vs-learned", "small").replace(r"\.{3,8}", r"\.*")
+        (study / file.name).write_text(lower(text, short))
+    shutil.copy(shipped / "gold_over_kl.py", study)
     settings = {
         "seeds": [0],
-        "arms": {"recipe": ["--trainer.max_epochs=2"], "never": ["--trainer.max_epochs=2", "--model.beta=-1"]},
-        "claims": [{"name": "right", "metric": "train/reward", "of": "recipe", "at_least": 0.0}],
-        "figure": [{"metric": "train/reward", "label": "reward"}],
+        "arms": {"learned": ["--trainer.max_epochs=2"], "verifier": ["--trainer.max_epochs=2", "--model.beta=-1"]},
+        "measures": {"curves": "gold_over_kl.py"},
+        "claims": [
+            {"name": "right", "metric": "train/reward", "of": "verifier", "at_least": 0.0},
+            {"name": "fair", "metric": "start_gold", "of": "curves", "at_least": 0.0},
+        ],
+        "figure": [{"metric": "val/pass@1", "over": "val/sequence_kl", "label": "gold"}],
     }
     command = [sys.executable, str(ROOT / "configs/studies/run_study.py"), str(study)]
 
@@ -84,18 +92,26 @@ def test_a_study_runs_and_reports_and_a_failed_run_fails_it(tmp_path):
 
     failed = run()
     assert failed.returncode == 1 and "beta must be >= 0, got -1" in failed.stderr
-    settings["arms"]["never"][-1] = "--model.beta=0"
-    first = tmp_path / "runs/small/seed-0/start/metrics.csv"
-    written = first.stat().st_mtime_ns
+    settings["arms"]["verifier"] = ["--trainer.max_epochs=2", "--model.reward=ExactMatch"]
+    seed = tmp_path / "runs/small/seed-0"
+    written = (seed / "reward/metrics.csv").stat().st_mtime_ns
     done = run()
     assert done.returncode == 0, done.stderr
-    assert first.stat().st_mtime_ns == written  # was not run again
-    line = done.stdout.splitlines()[-1]
-    assert line.startswith("study: small right not shown train/reward of recipe: ") and line.endswith("1 seeds")
-    with (tmp_path / "runs/small/seed-0/recipe/metrics.csv").open() as rows:
+    assert (seed / "reward/metrics.csv").stat().st_mtime_ns == written  # was not run again
+    right, fair = done.stdout.splitlines()[-2:]
+    assert right.startswith("study: small right not shown train/reward of verifier: ") and right.endswith("1 seeds")
+    with (seed / "verifier/metrics.csv").open() as rows:
         rewards = [float(row["train/reward"]) for row in csv.DictReader(rows) if row["train/reward"]]
-    assert len(rewards) == 2 and f": {rewards[-1]:.3g} [" in line  # of two phases, the last is the late part
+    assert len(rewards) == 2 and f": {rewards[-1]:.3g} [" in right  # of two phases, the last is the late part
+    samples = [json.loads(line) for line in (seed / "held-out.jsonl").read_text().splitlines()]
+    assert len(samples) == 64 * 8
+    gold = sum(sample["reward"] for sample in samples) / 512
+    assert f"start_gold of curves: {gold:.3g} [" in fair
     assert (tmp_path / "runs/small/small.png").stat().st_size > 1000
+
+    measured = (seed / "curves.json").stat().st_mtime_ns
+    (seed / "verifier.done").unlink()  # an arm that is run again is measured again
+    assert run().returncode == 0 and (seed / "curves.json").stat().st_mtime_ns > measured
 
 
 def test_groups_of_a_fixed_policy_by_hand():
@@ -111,3 +127,20 @@ def test_groups_of_a_fixed_policy_by_hand():
     p = 1 / 8
     assert found["bias_error_hard"] == pytest.approx(1 / 4 - (p - p**4) / (1 - p**4 - (1 - p) ** 4))
     assert "weight_easy" not in found and json.dumps(found)
+
+
+def test_gold_over_the_distance_by_hand():
+    script = runpy.run_path(str(ROOT / "configs/studies/verifiable-vs-learned/gold_over_kl.py"))
+    # the peak 0.8 is at the second of ten validations; the end is the mean of the last two, 0.3 and 7.5
+    gold, optimised, kl = (
+        [0.6, 0.8, 0.7, 0.6, 0.5, 0.5, 0.5, 0.4, 0.4, 0.2],
+        range(-1, 9),
+        [place / 10 for place in range(11)],
+    )
+    fall = script["find_fall"]([0.3, *gold], optimised, kl)
+    assert fall == pytest.approx({"fall": 0.8 - 0.3, "rise": 7.5 - 0, "peak_kl": 0.2})
+    fall = script["find_fall"]([0.9, *gold], optimised, kl)  # the start, where no reward was validated
+    assert fall == pytest.approx({"fall": 0.9 - 0.3, "rise": 7.5 + 1, "peak_kl": 0.0})
+    # from 0.5 at KL 0 to 0.7 at KL 2: 0.6 halfway, although the KL returns there later
+    assert script["find_first"](1.0, [0.0, 2.0, 0.5, 3.0], [0.5, 0.7, 0.1, 0.0]) == pytest.approx(0.6)
+    assert script["find_first"](3.0, [0.0, 2.0, 0.5, 3.0], [0.5, 0.7, 0.1, 0.0]) == 0.0

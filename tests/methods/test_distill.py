@@ -11,6 +11,7 @@ from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from safetensors.torch import load_file
 
+from callbacks import Doctor
 from datamodules import Addition, VerifiableDataModule
 from modules import DistillModule
 from modules.losses import JSD, ForwardKL, ReverseKL
@@ -170,13 +171,13 @@ def test_a_conditioned_teacher_reads_more_than_the_student():
 
 def test_the_condition_is_written_into_the_last_user_message(tmp_path):
     rows = tmp_path / "rows.jsonl"
-    asked = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Two and two?"}]
+    asked = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Two and {two}?"}]
     rows.write_text(json.dumps({"prompt": asked, "answer": "4", "feedback": "Not {five}."}) + "\n")
     module, batches = distill(TEACHER, condition="{feedback} {prompt}"), Batches()
     fit(module, 1, [batches], rows=str(rows), data={"prompts_per_phase": 1, "updates_per_phase": 1})
     (student,), (teacher,) = (texts(batches.seen[0], name) for name in ("prompt", "teacher_prompt"))
-    assert "Two and two?" in student and "five" not in student
-    assert teacher == student.replace("Two and two?", "Not {five}. Two and two?")
+    assert "Two and {two}?" in student and "five" not in student
+    assert teacher == student.replace("Two and {two}?", "Not {five}. Two and {two}?")
 
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
@@ -299,6 +300,13 @@ def test_a_reward_and_no_reward():
     without = fit(distill(TEACHER)).callback_metrics
     assert not [name for name in without if "reward" in name or "pass@" in name or "unscorable" in name]
     assert {"train/completions/mean_length", "val/completions/mean_length", "val/loss"} <= set(without)
+
+
+def test_the_doctor_asks_for_a_reward():
+    with pytest.raises(
+        ValueError, match="Doctor looks at what a reward teaches, and model.reward of DistillModule is null"
+    ):
+        fit(distill(), callbacks=[Doctor()])
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
