@@ -11,6 +11,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from callbacks.writers.output_files import write_whole
 
 PROMPTS = "val/num_prompts"  # of which shares and means were taken
+WIDE = 200  # characters of a table that no terminal shows
 
 
 class Summary(Callback):
@@ -107,9 +108,9 @@ def print_table(
         errors: model -> row -> standard error, which stands behind its value.
     """
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    table = Table("metric", *columns)
+    table = Table(*(Column(name, overflow="fold") for name in ("metric", *columns)))
     for name in rows:
         cells = []
         for model, values in columns.items():
@@ -117,7 +118,8 @@ def print_table(
             behind = "" if error is None else f"±{show_rounded(error)}"
             cells.append(show_rounded(values[name]) + behind if name in values else "")
         table.add_row(name, *cells)
-    Console().print(table)
+    console = Console()
+    (console if console.is_terminal else Console(width=WIDE)).print(table)
 
 
 def show_rounded(value: float) -> str:
