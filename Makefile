@@ -50,7 +50,7 @@ demo-smollm: setup .venv/.smollm  ## SmolLM2-135M on sums in <think>/<answer> fo
 	$(call link-smollm,smollm)
 	$(call run-recipe,smollm)
 
-recipe: setup $(if $(findstring smollm,$(NAME)),.venv/.smollm)  ## run configs/recipes/NAME in order, without the fits and predictions that are done: instructgpt, instructgpt-smollm, preferences, iterative-dpo, minicpm, known-facts, demo, r1_zero, r1, kimi_k15, qwen3
+recipe: setup $(if $(findstring smollm,$(NAME)),.venv/.smollm)  ## run configs/recipes/NAME in order, without the fits and predictions that are done: instructgpt, instructgpt-smollm, preferences, iterative-dpo, minicpm, known-facts, demo, r1_zero, r1, kimi_k15, qwen3, r1_zero-smollm, r1-smollm, kimi_k15-smollm, qwen3-smollm
 	$(if $(findstring smollm,$(NAME)),$(call link-smollm,$(NAME)))
 	$(call run-recipe,$(NAME))
 	@echo recipe: $(NAME) ok $$(cat runs/$(NAME)/*.result 2>/dev/null)

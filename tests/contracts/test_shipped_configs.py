@@ -38,9 +38,19 @@ def write_preferences(folder: Path) -> None:
     (folder / "val.jsonl").write_text("".join(rows[:8]))
 
 
+def write_problems(folder: Path) -> None:
+    """Write problems like those of GSM8K, with a thought, with the number alone, and with a worked solution."""
+    folder.mkdir(parents=True)
+    answers = {"thoughts": "<think>1 + 1 = 2</think>2", "answers": "2", "val": "1 + 1 = 2\n#### 2"}
+    for name, answer in answers.items():
+        rows = [json.dumps({"question": f"{number} and 1?", "answer": answer}) + "\n" for number in range(40)]
+        (folder / f"{name}.jsonl").write_text("".join(rows))
+
+
 def shrunk(path: Path, folder: Path) -> str:
-    """Copy the YAML with few rows and small batches; it then validates every epoch or every step."""
+    """Copy the YAML with few rows, small batches and a built-in model; it then validates every epoch or every step."""
     text = lower(path.read_text(), ROWS | BATCHES)
+    text = re.sub(r"runs/\S+\.gguf", "tiny-addition", text)
     text = re.sub(r"(check_val_every_n_epoch|val_check_interval): \d+", r"\1: 1", text)
     text = text.replace(r"\.{3,8}", r"\.*")  # dots that few rows do not teach
     copy = folder / path.name
@@ -57,14 +67,18 @@ def stages(recipe: Path, folder: Path, epochs: int) -> Iterator[list[str]]:
     paths = sorted(recipe.glob("*.yaml"))
     if any("runs/hh/" in path.read_text() for path in paths):
         write_preferences(folder / "runs/hh")
+    if any("runs/gsm8k/" in path.read_text() for path in paths):
+        write_problems(folder / "runs/gsm8k")
     for path in paths:
         command, text = path.stem.split("-")[1], path.read_text()
         if command == "merge":  # takes no Trainer
             yield [command, "--config", str(path)]
             continue
         changes = []
-        if ".gguf" in text or "Addition" in text and "policy: tiny\n" in text:
+        if "Addition" in text and "policy: tiny\n" in text:
             changes += ["--model.policy", "tiny-addition"]
+        if command == "predict" and "-smollm" in recipe.name:  # the built-in model gets nothing right: any text is
+            changes += ["--model.reward=RegexFormat", "--model.reward.pattern=.*", "--model.sampling.temperature=9"]
         if "unknown: drop" in text:  # after so short a start everything is unknown
             changes += ["--data.unknown=keep"]
         if "prompts: true" in text:  # prompts of both modes, which stand one behind the other
