@@ -34,7 +34,8 @@ MARKS = str.maketrans({"\u201c": '"', "\u201d": '"', "\u2018": "'", "\u2019": "'
 APOSTROPHE = re.compile(r"(?<=\w)'(?=\w)")
 PAIRS = {")": "(", "]": "[", "}": "{"}
 GRADES = ["StudentID", "Subject", "Grade", "Semester", "Score"]
-TEMPLATE = re.compile(r"My Answer:(.+?)My Conclusion:(.+?)Future Outlook:(.+)", re.DOTALL)
+LABELS = ("My Answer:", "My Conclusion:", "Future Outlook:")
+TEMPLATE = re.compile("(.+)".join(LABELS) + "(.+)", re.DOTALL)
 
 
 def trim(text: str) -> str:
@@ -66,7 +67,7 @@ def cut_sentences(text: str) -> list[str]:
     """Return the sentences as the library cuts them, without those that have no word."""
     from if_verifiable.ifbench.instructions_util import split_into_sentences
 
-    return [sentence for sentence in split_into_sentences(text) if re.search(r"\w", sentence)]
+    return [sentence for sentence in split_into_sentences(text) if cut_words(sentence)]
 
 
 def cut_lines(text: str) -> list[str]:
@@ -224,10 +225,8 @@ def changes_first_word(text: str, request: str) -> bool:
 
 def fills_template(text: str) -> bool:
     """Return whether a text has the three labels in order, each once and with something behind it."""
-    found = TEMPLATE.fullmatch(text)
-    return found is not None and all(
-        part.strip() and not re.search("My Answer:|My Conclusion:|Future Outlook:", part) for part in found.groups()
-    )
+    found = TEMPLATE.fullmatch(text) if all(text.count(label) == 1 for label in LABELS) else None
+    return found is not None and all(part.strip() for part in found.groups())
 
 
 # Kinds where a curly quote or a dash is not the straight quote or hyphen of the instruction.
