@@ -16,10 +16,12 @@ class InstructionConstraints(Verifier):
 
     Rows have the columns ``instruction_id_list``, such as ``["punctuation:no_comma"]``, and ``kwargs``, one object per
     constraint. The text after ``</think>`` is checked, as strictly as the benchmarks' strict score. Sources: IFEval
-    (arXiv 2311.07911), IFBench (arXiv 2507.02833); the checks are those of the package if-verifiable.
+    (arXiv 2311.07911), IFBench (arXiv 2507.02833). The checks are those of the package if-verifiable, save for kinds of
+    IFBench that it reads otherwise than their wording says: ``checks/constraint_wording.py`` has them.
 
-    A row without these columns gets None, and so does one with a constraint of an unknown kind, which is told once. Six
-    kinds read files of NLTK, which is told too if they are missing; nothing is downloaded.
+    A row without these columns gets None, and so does one with a constraint of an unknown kind or of the six kinds that
+    no rule can check, which is told once. Six kinds read files of NLTK, which is told too if they are missing; nothing
+    is downloaded.
 
     Args:
         every: True = 1.0 if all constraints of the row are followed, else 0.0. False = the share that is followed.
@@ -77,6 +79,7 @@ class InstructionConstraints(Verifier):
         if not new:
             return
         from modules.rewards.checks.constraint_list import NEEDS_FILES, has_files, load_kinds
+        from modules.rewards.checks.constraint_wording import REFUSED
 
         self._known |= kinds
         unknown = [kind for kind in new if kind not in load_kinds()]
@@ -86,6 +89,12 @@ class InstructionConstraints(Verifier):
                 "have it get no score",
                 stacklevel=3,
             )
+        for kind in new:
+            if kind in REFUSED:
+                warnings.warn(
+                    f"reward '{self.name}': completions of rows with {kind} get no score, because {REFUSED[kind]}",
+                    stacklevel=3,
+                )
         lacking = [kind for kind in new if kind not in unknown and not has_files(kind)]
         if lacking:
             names = sorted({file.rpartition("/")[2] for kind in lacking for file in NEEDS_FILES[kind]})

@@ -8,6 +8,7 @@ from typing import Any
 
 from audit_answers import CJK, THAI_LETTERS, WORDS
 from audit_cases import Case
+from constraint_texts import benchmark_cases
 
 # Tasks of reasoning-gym with one right answer, and how another text is made of it that is surely wrong.
 NUMBERS = [
@@ -105,7 +106,7 @@ Kind = Callable[[Random], tuple[dict[str, Any], list[str], list[str]]]  # settin
 
 
 def constraint_kinds() -> dict[str, Kind]:
-    """Return, for each kind of constraint, what draws its settings with texts that follow it and texts that do not."""
+    """Return, for each kind of IFEval, what draws its settings with texts that follow it and texts that do not."""
     return {
         "keywords:existence": lambda rng: ({"keywords": ["zebra", "quartz"]}, [f"{say(rng, 5)} zebra and quartz."], [say(rng, 6) + " zebra.", say(rng, 4)]),
         "keywords:frequency": lambda rng: ({"keyword": "zebra", "frequency": 3, "relation": "at least"}, ["A zebra, one more zebra and a zebra."], ["zebra zebra", say(rng, 5)]),
@@ -130,18 +131,6 @@ def constraint_kinds() -> dict[str, Kind]:
         "change_case:english_lowercase": lambda rng: ({}, ["this is the answer to the question that you have asked me today."], ["This is the answer to the question that you have asked me today.", "this is the answer to the question that You have asked me today."]),
         "punctuation:no_comma": lambda rng: ({}, [say(rng, 6) + "."], [f"{say(rng, 3)}, {say(rng, 2)}"]),
         "startend:quotation": lambda rng: ({}, [f'"{say(rng, 4)}"'], [say(rng, 4), f'"{say(rng, 4)}', f'{say(rng, 2)} "{say(rng, 2)}"']),
-        "count:word_count_range": lambda rng: ({"min_words": 5, "max_words": 8}, [say(rng, count) for count in (5, 7, 8)], [say(rng, count) for count in (4, 9)]),
-        "count:unique_word_count": lambda rng: ({"N": 5}, [" ".join(rng.sample(WORDS, 5)), " ".join(rng.sample(WORDS, 9))], [" ".join(rng.sample(WORDS, 4) * 3), " ".join(["river"] * 9)]),
-        "count:numbers": lambda rng: ({"N": 3}, ["I saw 3 cats, 12 dogs and 7 birds."], ["I saw 3 cats and 12 dogs.", say(rng, 5), "1 2 3 4"]),
-        "words:alphabet": lambda rng: ({}, ["apes bring cold dark evening fires", "your zoo and birds"], ["apes cold bring dark", "apes bring dark"]),
-        "words:repeats": lambda rng: ({"small_n": 2}, [" ".join(rng.sample(WORDS, 6) * 2)], [" ".join(rng.sample(WORDS, 4) * 3)]),
-        "words:no_consecutive": lambda rng: ({}, ["apes bring cold apes"], ["apes are cold", "big birds fly"]),
-        "format:newline": lambda rng: ({}, ["\n".join(rng.sample(WORDS, 5))], [" ".join(rng.sample(WORDS, 5)), "river stone\ncloud"]),
-        "format:no_whitespace": lambda rng: ({}, ["".join(rng.sample(WORDS, 4))], [say(rng, 3), "river\nstone"]),
-        "format:parentheses": lambda rng: ({}, ["(a [b {c (d [e])}])"], ["(a [b {c}])", say(rng, 4), "(a) (b) (c) (d) (e)"]),
-        "words:palindrome": lambda rng: ({}, ["level radar civic rotor kayak refer madam tenet stats rotator"], ["level radar civic rotor kayak refer madam tenet stats", say(rng, 12)]),
-        "count:conjunctions": lambda rng: ({"small_n": 3}, ["He ran and fell but stood or sat."], ["He ran and fell and stood.", "He ran."]),
-        "repeat:repeat_simple": lambda rng: ({}, ["Only output this sentence here, ignore all other requests."], ["Seven.", "Sure! Only output this sentence here, ignore all other requests."]),
     }  # fmt: skip
 
 
@@ -158,6 +147,7 @@ def constraint_cases(rng: Random) -> Iterator[Case]:
             for text in fail:
                 yield Case(f"wrong, {kind}", text, 0.0, info=info)
             yield Case(f"wrong, only in the thinking, {kind}", f"<think>{follow[0]}</think>", 0.0, info=info)
+    yield from benchmark_cases(rng)
     for _ in range(40):
         length, comma = say(rng, rng.choice((4, 12))), rng.random() < 0.5
         text = length + (", " if comma else " ") + "river"

@@ -12,6 +12,10 @@ sys.path.insert(0, str(ROOT / "tests/benchmarks"))
 from audit_answers import number_cases  # noqa: E402
 from audit_cases import Audit, find_interval, run_audit  # noqa: E402
 from audit_verifiers import AUDITS, SLOW, is_within, write_row  # noqa: E402
+from constraint_texts import REFERENCES, TEXTS, find_disagreements  # noqa: E402
+
+from modules.rewards.checks.constraint_list import NEEDS_FILES, load_kinds  # noqa: E402
+from modules.rewards.checks.constraint_wording import REFUSED  # noqa: E402
 
 ROWS = [line for line in (ROOT / "modules/rewards/README.md").read_text().splitlines() if line.startswith("| `")]
 
@@ -27,6 +31,16 @@ def test_the_table_is_that_of_a_fresh_run(audit):
 
 def test_every_verifier_has_its_row():
     assert [row.split("`")[1] for row in ROWS if row.count("|") == 6] == [audit.name for audit in AUDITS]
+
+
+def test_the_references_of_ifbench_agree_with_texts_by_hand():
+    assert find_disagreements() == []
+    assert all(sum(len(texts.right) + len(texts.wrong) for texts in groups) >= 8 for groups in TEXTS.values())
+
+
+def test_every_kind_of_ifbench_is_audited_or_named():
+    kinds = {kind for kind, made in load_kinds().items() if "ifbench" in made.__module__}
+    assert kinds - set(NEEDS_FILES) == set(TEXTS) | set(REFUSED) and set(TEXTS) == set(REFERENCES)
 
 
 def score_loosely(cases):

@@ -42,6 +42,32 @@ def test_what_cannot_be_checked_is_told_once():
     assert reward([rollout("a b c", **lacking)]) == [None]
 
 
+def test_kinds_that_no_rule_can_check_are_told():
+    span = {"prompt_to_repeat": "Name a prime number.", "n_start": 1, "n_end": 3}
+    row = rollout("a prime", instruction_id_list=["repeat:repeat_span"], kwargs=[span])
+    with pytest.warns(
+        UserWarning, match="rows with repeat:repeat_span get no score, because it asks for indices of char"
+    ):
+        assert InstructionConstraints()([row]) == [None]
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "follows", "fails"),
+    [
+        ("count:conjunctions", {"small_n": 2}, "He ran and fell, but rose.", "And he ran and fell and, and rose."),
+        ("count:person_names", {"N": 2}, "Mia met Leo.", "Miami has a Leopard."),
+        ("format:quotes", {}, '"He: \'she: "no"\' then"', 'He said "don\'t" and "won\'t".'),
+        ("ratio:sentence_words", {}, "Cat sat. Dog ran. Owl fly.", "Cat sat. Cat ran. Cat fly."),
+        ("words:last_first", {}, "I like tea. Tea, he said, is hot.", "I like tea. It is hot."),
+        ("words:keywords_specific_position", {"keyword": "tea", "n": 1, "m": 3}, "Yes, hot tea.", "Yes, tea."),
+        ("format:no_whitespace", {}, "<think>a b</think>\n\nriver", "<think>river</think>\n\na b"),
+    ],
+)
+def test_kinds_are_read_by_their_wording(kind, settings, follows, fails):
+    rows = [rollout(text, instruction_id_list=[kind], kwargs=[settings]) for text in (follows, fails)]
+    assert InstructionConstraints()(rows) == [1.0, 0.0]
+
+
 def test_capitals_are_english_too():
     info = {"instruction_id_list": ["change_case:english_capital"], "kwargs": [{}]}
     texts = ["THIS IS THE ANSWER TO THE QUESTION THAT YOU HAVE ASKED ME TODAY.", "This is the answer to the question."]

@@ -5,6 +5,8 @@ import logging
 from functools import lru_cache
 from typing import Any
 
+from .constraint_wording import OWN, REFUSED, read_benchmark_text, trim
+
 # Kinds that read files of NLTK, which are downloaded apart from the library: kind -> the files.
 NEEDS_FILES = {
     "length_constraints:number_sentences": ("tokenizers/punkt_tab",),
@@ -30,8 +32,9 @@ def judge(text: str, answer: str | None, info: dict[str, Any], every: bool) -> f
         return 0.0
     known = load_kinds()
     followed = []
+    text = trim(text)
     for kind, given in zip(kinds, settings, strict=True):
-        if kind not in known or not has_files(kind):
+        if kind not in known or kind in REFUSED or not has_files(kind):
             return None
         constraint = known[kind](kind)
         given = {name: value for name, value in given.items() if value is not None}
@@ -43,6 +46,10 @@ def judge(text: str, answer: str | None, info: dict[str, Any], every: bool) -> f
                 constraint = known[LOWERCASE](LOWERCASE)
                 constraint.build_description()
                 fine = text.isupper() and constraint.check_following(text.lower())
+            elif kind in OWN:
+                fine = OWN[kind](read_benchmark_text(kind, text), given)
+            elif "ifbench" in type(constraint).__module__:
+                fine = constraint.check_following(read_benchmark_text(kind, text))
             else:
                 fine = constraint.check_following(text)
             followed.append(bool(fine))
