@@ -1,5 +1,6 @@
 """Does thinking longer help?"""
 
+import math
 import re
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
@@ -59,7 +60,7 @@ class BudgetCurve(Callback):
                 curve.setdefault(int(found[1]), {})[found[2]] = float(value)
         curve = dict(sorted(curve.items()))
         lines = [
-            f"{budget:>8}  {point['accuracy']:8.3f}  {point['accuracy_standard_error']:6.3f}  {point['length']:10.1f}"
+            f"{budget:>8}  {point['accuracy']:8.3f}  {point.get('accuracy_standard_error', math.nan):6.3f}  {point['length']:10.1f}"
             for budget, point in curve.items()
         ]
         rank_zero_info("\n".join(["budget    accuracy    s.e.  all tokens", *lines]))
@@ -73,6 +74,6 @@ def draw_curve(figure: "Figure", curve: dict[int, dict[str, float]]) -> None:
     """Plot accuracy against budget, with a bar of one standard error on each side."""
     axes = figure.subplots()
     accuracies = [point["accuracy"] for point in curve.values()]
-    errors = [point["accuracy_standard_error"] for point in curve.values()]
+    errors = [point.get("accuracy_standard_error", 0.0) for point in curve.values()]
     axes.errorbar(list(curve), accuracies, yerr=errors, marker="o", markersize=3, capsize=2)
     axes.set(xlabel="thinking budget, tokens", ylabel="accuracy", ylim=(-0.02, 1.02))

@@ -42,7 +42,10 @@ class Curves(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the metrics of the phase."""
-        found = measure_rollouts(from_all_ranks(make_outcomes(record_of(pl_module).rollouts)))
+        outcomes = from_all_ranks(make_outcomes(record_of(pl_module).rollouts))
+        if not outcomes:
+            raise ValueError("Curves draws what is sampled in a phase, and nothing was: leave it out")
+        found = measure_rollouts(outcomes)
         known = {f"train/{name}": value for name, value in found.items()}
         unknown = [name for name in self.metrics.values() if name not in known]
         if unknown:

@@ -27,8 +27,12 @@ class TokenBudget(Callback):
         self.tokens, self.sampled = tokens, 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse a module that leaves no rollouts."""
+        """Refuse a module that leaves no rollouts, or samples none."""
         record_of(pl_module)
+        if getattr(pl_module, "on_policy", 1) == 0:
+            raise ValueError(
+                "TokenBudget counts tokens that are sampled, and with model.on_policy 0 none are: leave it out"
+            )
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count the phase, and stop when the budget is spent."""

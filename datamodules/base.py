@@ -319,6 +319,11 @@ class AlignDataModule(RowsDataModule):
         if stage in ("validate", "test") and self.val is None:
             raise ValueError("there are no held-out rows to evaluate; set data.val")
         self.take_tokenizer()
+        if self.chat_template_kwargs and getattr(self, "chat", None) is False:
+            raise ValueError(
+                "data.chat_template_kwargs are settings of the chat template, and data.chat is false, which leaves it out: "
+                "leave out one of them"
+            )
         if self.chat_template_kwargs and not self._has_settings:
             # a copy: the model's own tokenizer, which is exported, keeps its template
             self.tokenizer = copy.deepcopy(self.tokenizer)

@@ -21,7 +21,7 @@ from modules.networks.lora import Lora
 from modules.networks.policy import TokenScores, load_companion
 from modules.networks.reference import Frozen, hash_weights
 from modules.rewards.answers import name_reader
-from modules.rewards.combined import find_accuracy, require_tasks, walk_rewards
+from modules.rewards.combined import describe_reward, find_accuracy, require_tasks, walk_rewards
 from modules.rewards.earned import check_earned
 from modules.rewards.learned import LearnedReward
 from modules.rewards.verifier import count_failures
@@ -169,8 +169,8 @@ class OnPolicyModule(AlignmentModule):
         )
         if self.val_budgets and self.accuracy is None:
             raise ValueError(
-                f"validation.budgets asks which answers are right, and {self.reward.name} does not say that: name a reward "
-                "that does, with model.validation.accuracy"
+                "validation.budgets asks which answers are right, and model.reward does not say that: name a reward that "
+                "does, with model.validation.accuracy"
             )
 
     def move_reference(self, moves: bool) -> None:
@@ -336,8 +336,9 @@ class OnPolicyModule(AlignmentModule):
             )
 
     def describe_samples(self) -> dict[str, Any]:
-        """Return what determines the samples of ``predict`` and their scores: weights, settings, names of rewards."""
-        rewards = [part.name for part in walk_rewards(self.reward)] + [self.accuracy.name if self.accuracy else None]
+        """Return what determines the samples of ``predict`` and their scores: weights, settings, rewards with theirs."""
+        asked = [each for each in (self.reward, self.accuracy) if each is not None]
+        rewards = [describe_reward(part) for each in asked for part in walk_rewards(each)]
         settings = {"num_generations": self.num_generations, "seed": self.seed, "rewards": rewards}
         return {**self.identity(), "weights": hash_weights(self.policy), **settings, "sampling": asdict(self.sampling)}
 

@@ -13,6 +13,7 @@ from callbacks.measures.prognosis import bound_share, count_wins, expect_distinc
 from callbacks.measures.trial import Trial, Tried, mean, percent, shorten
 from modules.rewards.answers import ExactMatch, MathVerify, NumericMatch, name_reader
 from modules.rewards.combined import WeightedSum, list_parts, walk_rewards
+from modules.rewards.dispatch import Dispatch
 from modules.rollout.metrics import make_outcomes
 from modules.rollout.sampling import Sampling
 from modules.rollout.scoring import make_rollouts
@@ -179,13 +180,14 @@ class Examination:
         chosen = [rows[row] for row in self.rows[:GOLDS] if rows[row].example.answer is not None]
         golds = [self.write(prompt, prompt.example.answer) for prompt in chosen]
         for verifier in self.verifiers:
-            scores = score(verifier, golds)
-            unread = [str(gold.answer) for gold, value in zip(golds, scores, strict=True) if value is None]
-            if golds and bound_share(len(unread), len(golds))[0] > WASTE:
+            asked = [gold for gold in golds if not isinstance(verifier, Dispatch) or verifier.scores(gold)]
+            scores = score(verifier, asked)
+            unread = [str(gold.answer) for gold, value in zip(asked, scores, strict=True) if value is None]
+            if asked and bound_share(len(unread), len(asked))[0] > WASTE:
                 return [
                     Finding(
                         "golds",
-                        f"{name_of(verifier)} cannot read {len(unread)} of {len(golds)} answers of the training rows, "
+                        f"{name_of(verifier)} cannot read {len(unread)} of {len(asked)} answers of the training rows, "
                         f"such as {shorten(unread[0])}, so their completions get no score: {name_reader(unread[0])}.",
                     )
                 ]

@@ -27,7 +27,8 @@ class Claim:
         at_most: the highest value that is allowed.
         of: the earlier model whose value is judged; by default the model of this run.
         standard_errors: the value must clear the bound by so many standard errors of the difference, >= 0.
-        required: whether the run fails without it. One that is not required is printed as shown or not shown.
+        required: whether the run fails without it. One that is not required is printed as shown or not shown;
+            an unknown metric is an error all the same.
 
     Raises:
         ValueError: none or both of the bounds are set, or ``standard_errors`` is below 0.

@@ -3,11 +3,14 @@
 import math
 from collections import Counter
 from collections.abc import Sequence
+from typing import cast
 
 from lightning.pytorch import LightningModule, Trainer
 
 from callbacks.writers.sample_writer import Chosen, JudgedSample, SampleWriter, find_flaw
-from modules.rewards.combined import list_parts
+from modules.rewards.combined import name_parts
+from modules.rewards.dispatch import Dispatch
+from modules.types import SkipsPrompts
 
 
 class VerifiedSamples(SampleWriter):
@@ -22,7 +25,8 @@ class VerifiedSamples(SampleWriter):
 
     Args:
         at_least: part of ``model.reward`` -> its least score, such as ``{format: 1, language: 0.95, repetition: -0.1}``, for
-            answers without thoughts, mixed languages or repetitions. A part without a score is below.
+            answers without thoughts, mixed languages or repetitions. A part without a score is below, but for a
+            task of ``Dispatch`` that is not the prompt's.
         per_prompt: most rows of a prompt, >= 1; None = all.
         shortest: of a prompt take the completions with the fewest tokens, and not the first ones. With ``per_prompt`` 1
             this is Kimi's shortest rejection sampling.
@@ -51,16 +55,19 @@ class VerifiedSamples(SampleWriter):
         if shortest and per_prompt is None:
             raise ValueError("VerifiedSamples: shortest chooses among the completions of a prompt; set per_prompt")
         self.at_least, self.per_prompt, self.shortest = at_least or {}, per_prompt, shortest
+        self.tasks: list[str] = []  # parts that score only the prompts of their own task
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse parts that the reward does not have."""
         super().setup(trainer, pl_module, stage)
         if stage == "predict":
-            parts = [part.name for part in list_parts(pl_module.reward)]  # type: ignore[arg-type]  # a SkipsPrompts
+            reward = cast(SkipsPrompts, pl_module).reward
+            parts = name_parts(reward) if reward is not None else []
+            self.tasks = reward.tasks if isinstance(reward, Dispatch) else []
             unknown = [name for name in self.at_least if name not in parts]
             if unknown:
                 raise ValueError(
-                    f"VerifiedSamples: at_least names {unknown[0]}, and the parts of model.reward are {', '.join(parts)}"
+                    f"VerifiedSamples: at_least names {unknown[0]}, and the parts of model.reward are {', '.join(parts) or 'none'}"
                 )
 
     def choose(self, samples: Sequence[JudgedSample]) -> Chosen:
@@ -81,5 +88,6 @@ class VerifiedSamples(SampleWriter):
         if flaw is not None:
             return flaw
         scores = {name: sample.rewards.get(name) for name in self.at_least}
-        low = (name for name, score in scores.items() if score is None or score < self.at_least[name])
+        asked = ((name, score) for name, score in scores.items() if score is not None or name not in self.tasks)
+        low = (name for name, score in asked if score is None or score < self.at_least[name])
         return next((f"below {name}" for name in low), None)

@@ -7,6 +7,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, TextIO
@@ -192,7 +193,10 @@ class KeepsFolder(Callback):
         self._began = True
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Release the folder of a run that failed."""
+        """Release the folder of a run that failed; what loggers hold is written first, as they write no more behind it."""
+        for logger in trainer.loggers:
+            with suppress(OSError):
+                logger.finalize("failed")
         self.folder.close(keep=self._began or isinstance(exception, FloatingPointError))  # whose rows lie there
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

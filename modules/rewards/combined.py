@@ -1,8 +1,9 @@
 """Rewards that are made of other rewards: sums, a price on length, a comparison with the gold answer."""
 
+import json
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from types import FunctionType
 
@@ -213,6 +214,15 @@ def walk_rewards(reward: Reward) -> Iterator[Reward]:
                 yield from walk_rewards(inner)
 
 
+def describe_reward(reward: Reward) -> str:
+    """Return the class of a reward with those of its settings that are plain values, as text."""
+    plain = {}
+    for name, value in sorted(vars(reward).items()):
+        with suppress(TypeError, ValueError):
+            plain[name] = json.dumps(value, sort_keys=True)
+    return f"{type(reward).__name__} {json.dumps(plain)}"
+
+
 def require_tasks(reward: Reward, data: object) -> None:
     """Raise ValueError if a ``Dispatch`` inside the reward has no reward for the task of a prompt of a DataModule."""
     for part in walk_rewards(reward):
@@ -235,8 +245,17 @@ def in_phase(reward: Reward, phase: int | None) -> Iterator[None]:
             vars(part).pop("phase", None)  # a part may stand at two places
 
 
+def name_parts(reward: Reward) -> list[str]:
+    """Return the names under which ``score_parts`` keeps scores."""
+    if isinstance(reward, LengthPenalty):
+        return [*name_parts(reward.reward), reward.name]
+    return reward.tasks if isinstance(reward, Dispatch) else [part.name for part in list_parts(reward)]
+
+
 def list_parts(reward: Reward) -> list[Reward]:
-    """Return the rewards whose scores ``score_parts`` keeps under their names."""
+    """Return the rewards whose scores ``score_parts`` keeps under their names; none of a ``Dispatch``, which names tasks."""
+    if isinstance(reward, Dispatch):
+        return []
     if isinstance(reward, WeightedSum):
         return reward.rewards
     return list_parts(reward.reward) if isinstance(reward, LengthPenalty) else [reward]

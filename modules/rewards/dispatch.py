@@ -15,8 +15,8 @@ class Dispatch(Reward):
     Args:
         rewards: task -> its reward, such as ``{gsm8k: {class_path: MathVerify}, chat: {class_path: LearnedReward, ...}}``.
             null = its completions get no score, as in an accuracy for some of the tasks.
-        column: the column of the rows that names the task; None = the name of the data set, which is its file without
-            ending.
+        column: the column of the rows that names the task; None = the name of the data set, which is the file without
+            its ending (``gsm8k``), with or without its folder (``data/gsm8k``), or a source's own name (``addition``).
 
     Raises:
         ValueError: there is no reward; at the start of a fit, or when it scores, a prompt's task is not among them.
@@ -27,8 +27,8 @@ class Dispatch(Reward):
     def __init__(self, rewards: dict[str, Reward | None], column: str | None = None) -> None:
         if not any(reward is not None for reward in rewards.values()):
             raise ValueError("Dispatch needs a reward for at least one task, got none")
-        self.tasks, self.column = list(rewards), column
-        scored = {task: as_reward(reward) for task, reward in rewards.items() if reward is not None}
+        self.tasks, self.column = [str(task) for task in rewards], column
+        scored = {str(task): as_reward(reward) for task, reward in rewards.items() if reward is not None}
         self.scored, self.rewards = list(scored), list(scored.values())
         if all(reward.checks_answer for reward in self.rewards):
             self.checks_answer = True
@@ -51,6 +51,10 @@ class Dispatch(Reward):
         """Return the only score there is, None without one."""
         return next((value for value in parts.values() if value is not None), None)
 
+    def scores(self, rollout: Rollout) -> bool:
+        """Tell whether the task of a rollout has a reward."""
+        return self.find_task(rollout.uid, rollout.source, rollout.info) in self.scored
+
     def find_task(self, name: str, source: str, info: Mapping[str, Any] | None) -> str:
         """Return the task of a prompt.
 
@@ -63,8 +67,11 @@ class Dispatch(Reward):
             ValueError: no reward is named for the task.
         """
         task = source if self.column is None else str((info or {}).get(self.column))
+        if self.column is None and task not in self.tasks:
+            task = task.rpartition("/")[2]
         if task not in self.tasks:
             where = "is of the data set" if self.column is None else f"has in its column {self.column}"
+            task = source if self.column is None else task
             raise ValueError(
                 f"{name}: this prompt {where} {task!r}, for which Dispatch has no reward, only for "
                 f"{', '.join(self.tasks)}: name one in its rewards, or null for none"

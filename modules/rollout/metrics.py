@@ -111,26 +111,33 @@ def measure_modes(found: Sequence[Outcome]) -> dict[str, float]:
 
 def measure_budgets(found: Mapping[int, Sequence[Outcome]]) -> dict[str, float]:
     """Compute accuracy, its standard error over prompts, and tokens at each thinking budget; ``rise`` is the accuracy at
-    the largest budget minus that at the smallest.
+    the largest budget minus that at the smallest, with the standard error of the difference on the same prompts.
 
     Args:
         found: outcomes of all ranks by budget, in rising order. Those that cannot be judged are left out.
     """
     metrics: dict[str, float] = {}
-    accuracies = []
+    by_prompt: list[dict[str, float]] = []
     for budget, outcomes in found.items():
         prompts: dict[str, list[bool]] = defaultdict(list)
         for outcome in outcomes:
             if outcome.right is not None:
                 prompts[outcome.uid].append(outcome.right)
-        rates = column(sum(right) / len(right) for right in prompts.values())
-        accuracies.append(mean(rates))
-        metrics |= {
-            f"budget/{budget}/accuracy": accuracies[-1],
-            f"budget/{budget}/accuracy_standard_error": std(rates) / max(1, len(rates)) ** 0.5,
-            f"budget/{budget}/length": mean(column(outcome.length for outcome in outcomes)),
-        }
-    return metrics | ({"budget/rise": accuracies[-1] - accuracies[0]} if accuracies[1:] else {})
+        by_prompt.append({uid: sum(right) / len(right) for uid, right in prompts.items()})
+        metrics |= measure_mean(f"budget/{budget}/accuracy", list(by_prompt[-1].values()))
+        metrics[f"budget/{budget}/length"] = mean(column(outcome.length for outcome in outcomes))
+    if by_prompt[1:]:
+        least, most = by_prompt[0], by_prompt[-1]
+        metrics |= measure_mean("budget/rise", [most[uid] - least[uid] for uid in most if uid in least])
+    return metrics
+
+
+def measure_mean(name: str, values: Sequence[float]) -> dict[str, float]:
+    """Compute a mean over prompts and, of two or more, its standard error."""
+    found = {name: mean(column(values))}
+    if len(values) > 1:
+        found[f"{name}_standard_error"] = std(column(values)) / len(values) ** 0.5
+    return found
 
 
 def measure_errors(found: Sequence[Outcome]) -> dict[str, float]:

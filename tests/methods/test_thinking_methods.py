@@ -154,15 +154,17 @@ def test_validation_measures_each_budget(rows):
     )
     metrics = validate(module, rows)
     assert list(module.record.budgets) == [0, 4]
-    means = {}
+    means, every = {}, {}
     for budget, outcomes in module.record.budgets.items():
-        rates = torch.tensor([float(outcome.right) for outcome in outcomes]).view(20, 3).mean(1)
-        means[budget] = float(rates.mean())
+        rates = torch.tensor([float(outcome.right) for outcome in outcomes], dtype=torch.float64).view(20, 3).mean(1)
+        means[budget], every[budget] = float(rates.mean()), rates
         assert metrics[f"val/budget/{budget}/accuracy"] == pytest.approx(means[budget])
         assert metrics[f"val/budget/{budget}/accuracy_standard_error"] == pytest.approx(float(rates.std()) / 20**0.5)
         lengths = [outcome.length for outcome in outcomes]
         assert metrics[f"val/budget/{budget}/length"] == pytest.approx(sum(lengths) / 60)
     assert metrics["val/budget/rise"] == pytest.approx(means[4] - means[0])
+    error = float((every[4] - every[0]).std()) / 20**0.5  # the prompts are the same at both budgets
+    assert metrics["val/budget/rise_standard_error"] == pytest.approx(error)
     assert means[0] + means[4] > 0
     uids = [outcome.uid for outcome in module.record.budgets[0]]
     assert [outcome.uid for outcome in module.record.budgets[4]] == uids and len(set(uids)) == 20

@@ -1,5 +1,6 @@
 """A reward for each task: who scores what, what is refused, and a run on two tasks."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,11 @@ from datamodules.sources.mix_in import MixIn
 from datamodules.sources.toys.addition import Addition
 from datamodules.sources.toys.products import Products
 from modules import GRPOModule
-from modules.rewards import Dispatch, ExactMatch, RegexFormat, WeightedSum
-from modules.rewards.combined import find_accuracy
+from modules.rewards import Dispatch, ExactMatch, LengthPenalty, RegexFormat, WeightedSum
+from modules.rewards.combined import describe_reward, find_accuracy, name_parts
+from modules.rollout.metrics import make_outcomes
 from modules.rollout.sampling import Sampling
-from modules.types import Completion, Rollout
+from modules.types import Completion, Reward, Rollout
 
 
 def rollout(text: str, source: str, answer: str | None = "5", **info: str) -> Rollout:
@@ -39,6 +41,29 @@ def test_a_task_without_a_reward_is_refused():
         Dispatch({"sums": ExactMatch()}, column="task")([rollout("5", "games")])
     with pytest.raises(ValueError, match="at least one task"):
         Dispatch({"sums": None})
+
+
+def test_a_data_set_is_known_by_its_file_with_or_without_its_folder():
+    found = [rollout("5", "data/gsm8k")]
+    assert Dispatch({"gsm8k": ExactMatch()})(found) == Dispatch({"data/gsm8k": ExactMatch()})(found) == [1.0]
+    with pytest.raises(ValueError, match="of the data set 'data/gsm8k'"):
+        Dispatch({"other/gsm8k": ExactMatch()})(found)
+    assert Dispatch({1: ExactMatch()}, column="level")([rollout("5", "x", level=1)]) == [1.0]
+
+
+def test_parts_inside_another_reward_have_the_names_of_tasks():
+    reward = LengthPenalty(Dispatch({"sums": ExactMatch(), "chat": RegexFormat(".*")}), 0.5)
+    assert name_parts(reward) == ["sums", "chat", "dispatch_length_penalty"]
+    assert list(reward.score_parts([rollout("5", "sums")])[0]) == name_parts(reward)
+    outcomes = make_outcomes(
+        make_scored(reward), find_accuracy(LengthPenalty(Dispatch({"sums": ExactMatch()}), 0.5)), reward
+    )
+    assert [outcome.right for outcome in outcomes] == [True]
+
+
+def make_scored(reward: Reward) -> list[Rollout]:
+    (parts,) = reward.score_parts([rollout("5", "sums")])
+    return [replace(rollout("5", "sums"), rewards=parts, reward=reward.add_parts(parts))]
 
 
 def test_a_verifier_of_one_task_does_not_judge_the_others():
@@ -74,3 +99,8 @@ def test_a_run_on_two_tasks(tmp_path):
 def test_a_run_with_an_unknown_task_ends_before_its_first_step(tmp_path):
     with pytest.raises(ValueError, match="products-training#.* is of the data set 'products'"):
         fit(tmp_path, Dispatch({"addition": ExactMatch()}))
+
+
+def test_rewards_are_told_apart_by_their_settings():
+    assert describe_reward(RegexFormat("a")) != describe_reward(RegexFormat("b"))
+    assert describe_reward(RegexFormat("a")) == describe_reward(RegexFormat("a"))
