@@ -12,8 +12,13 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 OnNonfinite = Literal["stop", "skip"]
-MASKS = {"input_ids": "attention_mask", "prompt_ids": "prompt_mask", "completion_ids": "completion_mask"}
-OF_PROMPTS = ("prompt_ids", "prompt_mask", "margin")  # one entry per prompt, found by ``prompt_index``
+MASKS = {
+    "input_ids": "attention_mask",
+    "prompt_ids": "prompt_mask",
+    "teacher_prompt_ids": "teacher_prompt_mask",
+    "completion_ids": "completion_mask",
+}
+OF_PROMPTS = ("prompt_ids", "teacher_prompt_ids", "margin")  # one entry per prompt, found by ``prompt_index``
 
 
 class FiniteGuard(Callback):
