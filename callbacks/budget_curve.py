@@ -26,8 +26,8 @@ class BudgetCurve(Callback):
     """Draws and prints the accuracy on held-out prompts against the thinking budget, at the end of each evaluation.
 
     The module measures it at ``model.validation.budgets``, and logs for each budget ``val/budget/<tokens>/accuracy``, its
-    ``accuracy_standard_error`` over prompts, the ``length`` of the completions in tokens, and ``val/budget/rise``: the accuracy at
-    the largest budget minus that at the smallest. A policy whose thoughts help has a curve that rises.
+    ``accuracy_standard_error`` over prompts and the ``length`` of the completions in tokens. ``val/budget/rise`` is the
+    accuracy at the largest budget minus that at the smallest. A policy whose thoughts help has a curve that rises.
 
     Raises:
         ValueError: in ``setup``, when there is no budget to measure.

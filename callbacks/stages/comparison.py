@@ -18,8 +18,8 @@ class Comparison(Callback):
     A standard error that was logged stands behind its value, as in ``0.84±0.03``.
 
     It does so at the end of ``validate``; in ``fit`` it only gives the models of the file to ``Claims``. The file holds
-    the metrics as logged, by model. A model of the same name is
-    replaced and keeps its place. A ``fast_dev_run`` writes nothing.
+    the metrics as logged, by model. A model of the same name is replaced and keeps its place. A ``fast_dev_run`` writes
+    nothing.
 
     Args:
         name: this model's column.
@@ -29,8 +29,8 @@ class Comparison(Callback):
             above 0 = forgotten.
 
     Raises:
-        ValueError: in ``setup``, in a command without a use for it, or when ``file`` holds something else; after a validation that did not log one of the
-            metrics.
+        ValueError: in ``setup``, in a command without a use for it, or when ``file`` holds something else; after a
+            validation that did not log one of the metrics.
     """
 
     def __init__(self, name: str, file: str, metrics: dict[str, str], forgetting: dict[str, str] | None = None) -> None:
