@@ -222,6 +222,7 @@ class OnPolicyModule(AlignmentModule):
         self.record.metrics = {"time/sampling": 0.0}
         before = count_failures(self.reward)
         found = self.gather(prompts)
+        self.engine.release()
         lost = Tally()
         lost.add(measure_unscored(count_failures(self.reward, before)))
         self.log_phase(lost.join())
@@ -324,6 +325,16 @@ class OnPolicyModule(AlignmentModule):
     def test_step(self, prompts: PromptBatch, batch_idx: int) -> None:
         """Do the same for ``test``."""
         self.evaluate(prompts, "test")
+
+    def on_validation_end(self) -> None:
+        """Let the engine give its memory back."""
+        self.engine.release()
+
+    on_test_end = on_validation_end
+
+    def teardown(self, stage: str) -> None:
+        """End what the engine started."""
+        self.engine.close()
 
     def predict_step(self, prompts: PromptBatch, batch_idx: int) -> None:
         """Leave ``num_generations`` scored completions per prompt in ``record.rollouts``, without those in ``done``."""

@@ -169,11 +169,18 @@ class Completion:
     # with calls of tools: its last turn.
     text: str
     finish: Literal["stop", "length", "abort"]  # end token or stop string; token budget used up; given up
-    policy_version: int = 0  # number of optimiser updates before the weights that sampled it
+    policy_version: int = 0  # number of optimiser updates before the weights that sampled it, or its last token
     # False = given and not sampled: a tool's result, or the text that stops a thought; None = every token was sampled
     sampled: list[bool] | None = None
     transcript: str | None = None  # all turns with their calls and results; None = there is no other turn than ``text``
     earned: float | None = None  # what the environment's ``get_reward()`` gave; None = nothing
+    # The version of each token, as long as token_ids; None = ``policy_version`` sampled them all.
+    versions: list[int] | None = None
+
+    @property
+    def token_versions(self) -> list[int]:
+        """The ``policy_version`` that sampled each token."""
+        return self.versions or [self.policy_version] * len(self.token_ids)
 
     @property
     def sampled_ids(self) -> list[int]:

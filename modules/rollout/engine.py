@@ -33,13 +33,21 @@ PARITY_PROMPTS = ((1, 2, 3), (4, 5, 6, 7, 8))
 class RolloutEngine(ABC):
     """Samples completions from the policy that it was last synced with.
 
-    With environments, ``generate`` also needs the argument ``replies``, as ``InProcessEngine.generate`` has it.
+    With environments, ``generate`` also needs the argument ``replies``, and to go on with what an earlier call began the
+    argument ``started``, as ``InProcessEngine.generate`` has them.
 
     Attributes:
         limits_thoughts: whether ``generate`` keeps to ``sampling.thinking``; a budget is refused where it does not.
+        copies_weights: whether it samples from a copy of the weights. Then it may sample while the policy trains, and
+            its log-probs may differ from the trainer's.
+        max_staleness: >= 0, phases that a sample may be older than the weights it trains; needs a copy of the weights.
+        last_stats: numbers of the last ``generate`` by name.
     """
 
     limits_thoughts = False
+    copies_weights = False
+    max_staleness = 0
+    last_stats: dict[str, float]
 
     @abstractmethod
     def sync_weights(self, policy: SampledPolicy, version: int) -> None:
@@ -72,15 +80,27 @@ class RolloutEngine(ABC):
                 finite.
         """
 
+    def release(self) -> None:  # noqa: B027 (an engine may have nothing to do)
+        """Give back, until the next ``sync_weights``, the memory that only sampling needs; called after each phase's."""
+
+    def close(self) -> None:  # noqa: B027
+        """End what the engine started, for good."""
+
 
 def check_request(
-    policy: SampledPolicy, prompts: list[list[int]], num_generations: int, sampling: Sampling, seeds: list[int]
+    policy: SampledPolicy,
+    prompts: list[list[int]],
+    num_generations: int,
+    sampling: Sampling,
+    seeds: list[int],
+    started: Sequence[Completion] | None = None,
 ) -> None:
     """Refuse a request that cannot be sampled, with all its problems in one message.
 
     Raises:
         ValueError: too few generations, another number of seeds than prompts, an empty prompt, a prompt too long for the
-            model's positions, or a thinking budget that leaves no room for an answer.
+            model's positions, a beginning that leaves no token to sample, or a thinking budget that leaves no room for
+            an answer.
     """
     problems = []
     if num_generations < 1:
@@ -96,6 +116,13 @@ def check_request(
             f"the longest prompt ({longest} tokens) and max_completion_length ({sampling.max_completion_length}) make "
             f"{longest + sampling.max_completion_length} tokens, the model has {limit} positions; shorten either"
         )
+    if started is not None and len(started) != len(prompts) * num_generations:
+        problems.append(f"{len(prompts)} x {num_generations} completions, but {len(started)} beginnings")
+    full = [i for i, each in enumerate(started or ()) if len(each.token_ids) >= sampling.max_completion_length]
+    if full:
+        problems.append(f"beginnings {full[:8]} have max_completion_length tokens already")
+    if started is not None and sampling.thinking is not None and sampling.thinking.budgets:
+        problems.append("a thinking budget cannot be kept in a completion that goes on from a beginning")
     if problems:
         raise ValueError("generate: " + "; ".join(problems))
     if sampling.thinking is not None:
@@ -128,7 +155,7 @@ class InProcessEngine(RolloutEngine):
         if max_batch_tokens < 1:
             raise ValueError(f"InProcessEngine: max_batch_tokens {max_batch_tokens} must be >= 1")
         self.max_batch_tokens = max_batch_tokens
-        self.last_stats: dict[str, int] = {}
+        self.last_stats = {}
         self._policy: SampledPolicy | None = None
         self._version = 0
         self._run = run_static
@@ -167,6 +194,7 @@ class InProcessEngine(RolloutEngine):
         sampling: Sampling,
         seeds: list[int],
         replies: Sequence[Reply] | None = None,
+        started: Sequence[Completion] | None = None,
     ) -> list[list[Completion]]:
         """Sample completions; see ``RolloutEngine.generate``.
 
@@ -180,18 +208,28 @@ class InProcessEngine(RolloutEngine):
             replies: one per completion, prompt by prompt. A turn that ended by itself is read by the completion's reply,
                 and sampling goes on behind the tokens that it returns; what was sampled is never tokenised again. A
                 reply that leaves no token to sample ends the completion with ``length``. None = no completion goes on.
+            started: one per completion, prompt by prompt: its beginning, which may be empty. It counts as part of the
+                completion, and the tokens behind it are those that an unbroken completion of the same weights would have
+                got. None = all begin with their first token.
         """
         if self._policy is None:
             raise ValueError("InProcessEngine: call sync_weights(policy, version) before generate")
-        check_request(self._policy, prompts, num_generations, sampling, seeds)
+        check_request(self._policy, prompts, num_generations, sampling, seeds, started)
+        if started is not None and replies is not None:
+            raise ValueError("generate: a completion that goes on from a beginning cannot have replies")
         if not prompts:
-            self.last_stats = {"decode_steps": 0, "slots": 0, "prefill_tokens": 0}
+            self.last_stats = {"decode_steps": 0.0, "slots": 0.0, "prefill_tokens": 0.0}
             return []
         with sampling_mode(self._policy.model):
             requests = [seed + g for seed in seeds for g in range(num_generations)]
             thoughts = watch_thoughts(self._policy, prompts, num_generations, sampling, seeds)
-            ledger = Ledger(requests, sampling, self._policy, replies, thoughts)
-            self.last_stats = self._run(self._policy.model, prompts, num_generations, ledger, self.max_batch_tokens)
+            ledger = Ledger(requests, sampling, self._policy, replies, thoughts, started)
+            rows, shared = prompts, num_generations
+            if started is not None:  # rows of a prompt go on from different places, so that each is computed by itself
+                rows = [prompts[i // num_generations] + each.token_ids for i, each in enumerate(started)]
+                shared = 1
+            stats = self._run(self._policy.model, rows, shared, ledger, self.max_batch_tokens)
+            self.last_stats = {name: float(value) for name, value in stats.items()}
             completions = ledger.completions(self._version)
         return [completions[start : start + num_generations] for start in range(0, len(completions), num_generations)]
 
@@ -304,7 +342,7 @@ class ContinuousBatch:
         # Prompts are taken from the end, so the long ones come first.
         self.queue = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
         # The last token is never fed back, so it needs no column.
-        columns = len(prompts[self.queue[-1]]) + ledger.sampling.max_completion_length - 1
+        columns = len(prompts[self.queue[-1]]) + ledger.most_left() - 1
         slots = max(1, min(len(prompts) * num_generations, max_batch_tokens // columns))
         self.prefill_tokens = min(PREFILL_TOKENS, max_batch_tokens)
         self.cache = SlotCache.allocate(model, slots, columns)

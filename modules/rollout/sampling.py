@@ -95,6 +95,8 @@ class Ledger:
             been drawn. Each step has its own random number, so that replies change none of the others. None = no request
             gets one.
         thoughts: ends the thoughts of requests by a stop text, whose tokens are given likewise. None = nothing does.
+        started: one per request, the beginning that it goes on from; step t has the same random number as without a
+            beginning. None = all begin with their first token.
     """
 
     def __init__(
@@ -104,6 +106,7 @@ class Ledger:
         policy: SampledPolicy,
         replies: Sequence[Reply] | None = None,
         thoughts: ThoughtWatch | None = None,
+        started: Sequence[Completion] | None = None,
     ) -> None:
         self.sampling = sampling
         self.idle = len(seeds)
@@ -116,6 +119,12 @@ class Ledger:
         self._logprobs = torch.zeros(shape, device=device)
         self._counts = torch.zeros(shape[0], dtype=torch.long, device=device)
         self._ended = torch.zeros(shape[0], dtype=torch.bool, device=device)
+        self._started = started
+        for request, beginning in enumerate(started or ()):
+            count = len(beginning.token_ids)
+            self._tokens[request, :count] = torch.tensor(beginning.token_ids, dtype=torch.long, device=device)
+            self._logprobs[request, :count] = torch.tensor(beginning.logprobs, device=device)
+            self._counts[request] = count
         self._is_end = torch.zeros(policy.model.config.vocab_size, dtype=torch.bool, device=device)
         special = {token.content: i for i, token in policy.tokenizer.added_tokens_decoder.items() if token.special}
         stops = {special[stop] for stop in sampling.stop if stop in special}
@@ -132,6 +141,10 @@ class Ledger:
         # A token holds at least one byte, so as many tokens as a stop string has bytes cover it; four more complete a
         # character that is cut in front.
         self._tail = max((len(stop.encode()) for stop in sampling.stop), default=0) + 4
+
+    def most_left(self) -> int:
+        """Return how many tokens a request may still draw at most."""
+        return self.sampling.max_completion_length - int(self._counts[: self.idle].min())
 
     def draw(self, logits: Tensor, requests: Tensor) -> tuple[Tensor, Tensor]:
         """Draw and record the next token of some requests.
@@ -192,6 +205,11 @@ class Ledger:
             Completion(ids, scores, self._cut(text), "stop" if end else "length", version)
             for ids, scores, text, end in zip(tokens, logprobs, texts, ended, strict=True)
         ]
+        if self._started is not None:
+            found = [
+                replace(each, versions=[*old.token_versions, *[version] * (len(each.token_ids) - len(old.token_ids))])
+                for each, old in zip(found, self._started, strict=True)
+            ]
         return [self._tell_given(each, row) for row, each in enumerate(found)] if self._gives else found
 
     def _add_reply(self, request: int, count: int) -> bool | None:

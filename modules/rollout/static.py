@@ -20,8 +20,9 @@ def run_static(
     """
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
     stats = {"decode_steps": 0, "slots": 0, "prefill_tokens": 0}
+    most_left = ledger.most_left()
     while order:
-        columns = len(prompts[order[0]]) + ledger.sampling.max_completion_length - 1
+        columns = len(prompts[order[0]]) + most_left - 1
         rows = max(1, max_batch_tokens // columns)
         chosen, order = order[: max(1, rows // num_generations)], order[max(1, rows // num_generations) :]
         for generations in torch.arange(num_generations).split(min(rows, num_generations)):

@@ -323,3 +323,43 @@ def test_logits_that_are_not_finite_are_an_error(either: Holder) -> None:
         next(either.model.parameters()).fill_(torch.nan)
     with pytest.raises(ValueError, match="not finite"):
         engine.generate([[5, 6]], 2, Sampling(max_completion_length=3), [0])
+
+
+@pytest.mark.parametrize("values", [{}, {"temperature": 0}, {"stop": (" 1",)}])
+def test_a_completion_in_pieces_is_the_unbroken_one(either: Holder, values: dict[str, Any]) -> None:
+    prompts, sampling = ragged(4), settings(**values, max_completion_length=20)
+    seeds = [100 * i for i in range(4)]
+    engine = engine_for(either)
+    whole = engine.generate(prompts, 3, sampling, seeds)
+    for lengths in ((7, 20), (1, 2, 13, 20)):
+        done: list[Completion | None] = [None] * 12
+        begun = [Completion([], [], "", "length")] * 12
+        for number, length in enumerate(lengths):
+            engine.sync_weights(either, 5 + number)
+            going = [i for i, each in enumerate(done) if each is None]
+            found = engine.generate(
+                [prompts[i // 3] for i in going],
+                1,
+                settings(**values, max_completion_length=length),
+                [seeds[i // 3] + i % 3 for i in going],
+                started=[begun[i] for i in going],
+            )
+            for i, (each,) in zip(going, found, strict=True):
+                begun[i] = each
+                done[i] = each if each.finish == "stop" or length == 20 else None
+        for i, each in enumerate(done):
+            assert each is not None
+            unbroken = whole[i // 3][i % 3]
+            assert (each.token_ids, each.text, each.finish) == (unbroken.token_ids, unbroken.text, unbroken.finish)
+            assert each.logprobs == pytest.approx(unbroken.logprobs, abs=1e-4)
+            # each token keeps the version of the weights that sampled it
+            expected = [5 + next(k for k, end in enumerate(lengths) if t < end) for t in range(len(each.token_ids))]
+            assert each.token_versions == expected and each.policy_version == expected[-1]
+
+
+def test_beginnings_that_cannot_go_on_are_refused(either: Holder) -> None:
+    engine, full = engine_for(either), Completion([3, 4], [-1.0, -1.0], "", "length")
+    with pytest.raises(
+        ValueError, match=r"1 x 2 completions, but 1 beginnings; beginnings \[0\] have max_completion_length"
+    ):
+        engine.generate([[5]], 2, settings(max_completion_length=2), [0], started=[full])
