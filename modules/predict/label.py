@@ -157,7 +157,7 @@ def describe_judge(value: Any) -> str:
             if not name.startswith("_") and not isinstance(part, Counter)
         }  # without the counts of earlier calls
         if isinstance(value, Verifier):  # without how it is run
-            for name in ("settings", "in_process", "reads", "timeout"):
+            for name in ("settings", "reads", "timeout"):
                 kept.pop(name, None)
             kept = value.settings | kept
             kept = {"name": kept.pop("name"), **kept}

@@ -25,7 +25,6 @@ class MultipleChoice(Verifier):
     checks_answer = True
     check = "option_letter"
     needs_answer = True
-    in_process = True
 
     def __init__(self, name: str = "multiple_choice") -> None:
         super().__init__(name)
@@ -48,7 +47,6 @@ class TokenF1(Verifier):
 
     check = "token_overlap"
     needs_answer = True
-    in_process = True
 
     def __init__(self, name: str = "token_f1") -> None:
         super().__init__(name)

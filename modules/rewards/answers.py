@@ -6,14 +6,13 @@ import re
 
 from modules.rewards.checks.golds import cut_final_answer
 from modules.rewards.checks.numeric import read_number
-from modules.rewards.checks.whole_pattern import THINK_ANSWER
 from modules.rewards.verifier import Verifier
 
 
 class ExactMatch(Verifier):
     """Gives 1.0 when the answer in the completion equals the gold answer as text, else 0.0; None without a gold answer.
 
-    Both are stripped. Without a pattern, and with ``format.THINK_ANSWER``, they are compared in this process.
+    Both are stripped.
 
     Args:
         pattern: regular expression with exactly one group, the answer. It must match the whole completion
@@ -33,7 +32,6 @@ class ExactMatch(Verifier):
     def __init__(self, pattern: str | None = None, name: str = "exact_match") -> None:
         super().__init__(name, {"pattern": pattern})
         self.pattern = None if pattern is None else compile_extractor(pattern, "ExactMatch")
-        self.in_process = pattern in (None, THINK_ANSWER)
 
 
 class NumericMatch(Verifier):
@@ -47,8 +45,6 @@ class NumericMatch(Verifier):
     in LaTeX (``\\frac{1}{2}``) or as one sign, also behind a whole number (2 1/2). A percent sign is ignored. Not read
     as numbers are powers, roots, factorials, hexadecimal numbers, other formulas, and numbers with more than 1000
     characters or above 1e1000. ``The answer is 5!`` ends with an exclamation mark, ``x = 5!`` with a factorial.
-
-    Without a pattern the numbers are read in this process, in a time linear in the length of the text.
 
     The gold answer is the text after its last ``####``, else in its last box, see ``cut_final_answer``.
 
@@ -74,7 +70,6 @@ class NumericMatch(Verifier):
         super().__init__(name, {"pattern": pattern, "tolerance": tolerance})
         self.pattern = None if pattern is None else compile_extractor(pattern, "NumericMatch")
         self.reads = "final_text" if pattern is None else "text"
-        self.in_process = pattern is None
 
 
 class MathVerify(Verifier):

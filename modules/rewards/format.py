@@ -34,7 +34,7 @@ class ThinkAnswerFormat(Verifier):
 
     Source: DeepSeek-R1 (arXiv 2501.12948, section 2.2.2). White space is allowed between the two parts and at the ends.
     Each of the four tags must occur exactly once, so no other text can stand before, between or after the two parts.
-    Either part may be empty. It is looked for in this process, in a time linear in the length of the text.
+    Either part may be empty.
 
     Args:
         name: label of the metric.
@@ -42,7 +42,6 @@ class ThinkAnswerFormat(Verifier):
 
     check = "whole_pattern"
     reads = "text"
-    in_process = True
 
     def __init__(self, name: str = "format") -> None:
         super().__init__(name, {"pattern": THINK_ANSWER})

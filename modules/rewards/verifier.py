@@ -1,6 +1,5 @@
 """The base of rewards that follow rules: their checks run in killable worker processes."""
 
-import importlib
 import json
 import math
 import warnings
@@ -31,8 +30,6 @@ class Verifier(Reward):
         check: name of a module in ``modules.rewards.checks``, or the path of a file.
         reads: what the check gets of the rollout: its ``final_text``, or all of its ``text``.
         needs_answer: True = a rollout without a gold answer gets None, unasked.
-        in_process: True = the check runs in this process, because it is faster than the way to a worker and no input
-            can make it hang; an exception is an ``error`` as in a worker.
         failures: how many completions got no verdict so far, by cause, one of ``CAUSES``.
         faults: how many completions got their score for a fault that the check names.
 
@@ -44,7 +41,6 @@ class Verifier(Reward):
     check: ClassVar[str]
     reads: Literal["final_text", "text"] = "final_text"
     needs_answer: ClassVar[bool] = False
-    in_process: bool = False
 
     def __init__(self, name: str, settings: dict[str, Any] | None = None, timeout: float = 5.0) -> None:
         if not 0.0 < timeout < math.inf:
@@ -63,7 +59,7 @@ class Verifier(Reward):
         """Return one score per rollout; None where the check has no verdict, or none in time."""
         asked = [i for i, rollout in enumerate(rollouts) if rollout.answer is not None or not self.needs_answer]
         items = [(getattr(rollouts[i], self.reads), rollouts[i].answer, self.describe(rollouts[i])) for i in asked]
-        verdicts = self._judge_here(items) if self.in_process else self._judge_in_workers(items)
+        verdicts = self._judge(items)
         named = [verdict for verdict in verdicts if verdict.cause is not None]
         self.faults.update(str(verdict.cause) for verdict in named if verdict.score is not None)
         self._tell([verdict for verdict in named if verdict.score is None], len(rollouts))
@@ -72,22 +68,12 @@ class Verifier(Reward):
             scores[i] = verdict.score
         return scores
 
-    def _judge_in_workers(self, items: list[tuple[str, str | None, dict[str, Any]]]) -> list[Verdict]:
+    def _judge(self, items: list[tuple[str, str | None, dict[str, Any]]]) -> list[Verdict]:
         lines = [json.dumps(item) for item in items]
         distinct = list(dict.fromkeys(lines))
         found = get_pool().judge(self.check, self.settings, distinct, self.timeout) if distinct else []
         verdicts = dict(zip(distinct, found, strict=True))
         return [verdicts[line] for line in lines]
-
-    def _judge_here(self, items: list[tuple[str, str | None, dict[str, Any]]]) -> list[Verdict]:
-        judge = importlib.import_module(f"modules.rewards.checks.{self.check}").judge
-        verdicts = []
-        for item in items:
-            try:
-                verdicts.append(Verdict(judge(*item, **self.settings)))
-            except Exception as error:
-                verdicts.append(Verdict(None, "error", f"{type(error).__name__}: {error}"))
-        return verdicts
 
     def _tell(self, lost: list[Verdict], count: int) -> None:
         """Count the completions without a verdict, and tell of causes that are new or have doubled."""
@@ -109,7 +95,7 @@ class Verifier(Reward):
 def count_failures(reward: Reward | None, before: Counter[str] | None = None) -> Counter[str]:
     """Count the completions on which the verifiers inside a reward had no verdict, by cause.
 
-    A cause that has not occurred counts 0. Verifiers of this process know only the cause ``error``.
+    A cause that has not occurred counts 0.
 
     Args:
         reward: walked through at any depth; None = there are no verifiers.
@@ -119,6 +105,6 @@ def count_failures(reward: Reward | None, before: Counter[str] | None = None) ->
     found: Counter[str] = Counter()
     for part in parts.values():
         if isinstance(part, Verifier):
-            found.update({cause: part.failures[cause] for cause in (("error",) if part.in_process else CAUSES)})
+            found.update({cause: part.failures[cause] for cause in CAUSES})
     found.subtract(before or {})
     return found

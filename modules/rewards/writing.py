@@ -173,7 +173,6 @@ class ScriptConsistency(Verifier):
     checks_answer = False
     check = "alphabet_share"
     reads = "text"
-    in_process = True
 
     def __init__(self, alphabets: list[str], name: str = "script") -> None:
         signs = "".join(alphabets)
@@ -208,7 +207,6 @@ class Repetition(Verifier):
     checks_answer = False
     check = "repeats"
     reads = "text"
-    in_process = True
 
     def __init__(self, size: int = 3, penalty: float = 1.0, name: str = "repetition") -> None:
         if size < 1 or not 0 <= penalty < math.inf:
