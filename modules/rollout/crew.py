@@ -30,7 +30,7 @@ class LostWorker(Exception):
     """Tells why a worker is of no use any more."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Task:
     """What a worker is to do."""
 
@@ -270,13 +270,15 @@ class Crew:
                 continue
             if not process.tasks or answer.get("done") != process.tasks[0].name:
                 raise LostWorker("it answered what it was not asked")
-            if "refused" in answer:
-                raise ValueError(answer["refused"])
             if "failed" in answer:
                 raise LostWorker(str(answer["failed"]))
+            if "refused" in answer:
+                process.tasks.popleft()
+                raise ValueError(answer["refused"])
             try:
                 process.tasks[0].take(answer)
             except RuntimeError:
+                process.tasks.popleft()
                 raise
             except Exception as error:
                 raise LostWorker(f"its answer is nonsense: {error}") from error
