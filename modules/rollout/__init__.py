@@ -5,5 +5,15 @@ from modules.rollout.engine import InProcessEngine, RolloutEngine
 from modules.rollout.environment import Environment
 from modules.rollout.sampling import SampledPolicy, Sampling
 from modules.rollout.thinking import Thinking
+from modules.rollout.vllm import VLLMEngine
 
-__all__ = ["Calculator", "Environment", "InProcessEngine", "RolloutEngine", "SampledPolicy", "Sampling", "Thinking"]
+__all__ = [
+    "Calculator",
+    "Environment",
+    "InProcessEngine",
+    "RolloutEngine",
+    "SampledPolicy",
+    "Sampling",
+    "Thinking",
+    "VLLMEngine",
+]

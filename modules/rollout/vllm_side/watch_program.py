@@ -1,0 +1,57 @@
+"""Runs a program, and ends it with all that it started when it ends or when the process that asked for it is gone.
+
+    python watch_program.py PARENT FOLDER PROGRAM [ARGUMENT ...]
+
+PARENT is the number of the process that asks, FOLDER is removed at the end. SIGTERM ends the program too. Its processes
+get SIGTERM first, so that they remove their shared memory, and SIGKILL ten seconds later. Standard library only.
+"""
+
+import ctypes
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+GRACE = 10.0  # seconds
+PARENT_DIED, ADOPT_ORPHANS = 1, 36  # of prctl
+
+
+def prctl(option: int, value: int) -> None:
+    """Set a property of this process, where the system has it."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
+
+
+def watch(parent: int, folder: str, command: list[str]) -> None:
+    """Run the program until it ends, the parent is gone or SIGTERM comes."""
+    asked: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, frame: asked.append(number))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    prctl(ADOPT_ORPHANS, 1)
+    program = subprocess.Popen(command, preexec_fn=lambda: prctl(PARENT_DIED, signal.SIGKILL))
+    while program.poll() is None and os.getppid() == parent and not asked:
+        time.sleep(0.1)
+    if program.returncode is not None:
+        print(f"the server has ended with status {program.returncode}", flush=True)
+    end_group(program)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.killpg(0, signal.SIGKILL)
+
+
+def end_group(program: "subprocess.Popen[bytes]") -> None:
+    """Ask every process of this group to end, and wait until all have or the grace is over."""
+    os.killpg(0, signal.SIGTERM)
+    deadline = time.monotonic() + GRACE
+    while time.monotonic() < deadline:
+        try:
+            while os.waitpid(-1, os.WNOHANG) != (0, 0):
+                pass
+        except ChildProcessError:
+            return
+        time.sleep(0.05)
+
+
+if __name__ == "__main__":
+    watch(int(sys.argv[1]), sys.argv[2], sys.argv[3:])
