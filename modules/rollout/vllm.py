@@ -1,10 +1,12 @@
 """An engine that samples with a vLLM server, which has an environment of its own: no module of vLLM is imported here."""
 
+import os
 import threading
 import time
 import warnings
+import weakref
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from math import isfinite
@@ -24,7 +26,15 @@ from modules.rollout.syncing import (
     probe_rows,
 )
 from modules.rollout.vllm_client import ServerLost, ServerRefused, VLLMClient
-from modules.rollout.vllm_server import Settings, VLLMServer, check_arguments, find_environment
+from modules.rollout.vllm_server import (
+    Settings,
+    VLLMServer,
+    check_arguments,
+    clean_environment,
+    end_watcher,
+    find_environment,
+    start_watcher,
+)
 from modules.rollout.weight_folder import WeightFolder
 from modules.trainer.seeds import derive_seed
 from modules.types import Completion
@@ -119,6 +129,7 @@ class VLLMEngine(RolloutEngine):
         self._dead = ""  # why nothing may be sampled any more
         self._closing = False
         self._updates = 0
+        self._end_watcher: Callable[[], object] | None = None  # of what removes the files for a server of the user's
         self._lock = threading.Lock()  # held by a sync and by a sampling call; other threads may sample
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "VLLMEngine":
@@ -212,6 +223,9 @@ class VLLMEngine(RolloutEngine):
             self._attached.abandon()
         with self._lock:
             self._stop()
+            if self._end_watcher is not None:
+                self._end_watcher()
+                self._end_watcher = None
             self._ready = False
             self._weights.close()
 
@@ -278,12 +292,14 @@ class VLLMEngine(RolloutEngine):
     def _connect(self) -> None:
         """Start a server, or greet the one that is there, unless that was done."""
         if self._attached is not None:
-            if not self._attached.model:
+            if self._end_watcher is None:
                 self._attached.model = greet(self._attached)
+                watcher = start_watcher(None, self._weights.path, [], clean_environment(), None)
+                self._end_watcher = weakref.finalize(self, end_watcher, watcher, os.getpid())
         elif self._server is None or not self._server.alive:
             self._stop(keep_log=True)
             assert self._environment is not None and self._policy is not None
-            self._server = VLLMServer(self._settings, self._environment, self._policy)
+            self._server = VLLMServer(self._settings, self._environment, self._policy, self._weights.path)
             self._call("/init_weight_transfer_engine", {"init_info": {}})
 
     def _send(self) -> None:

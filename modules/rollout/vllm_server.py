@@ -15,17 +15,18 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from modules.rewards.workers.pool import count_cores
 from modules.rollout.sampling import SampledPolicy
 from modules.rollout.vllm_client import ServerLost, VLLMClient
 
 SIDE = Path(__file__).parent / "vllm_side"  # what the server's environment imports
+MODEL = "policy"  # what the server calls it
 MAKE = "run make vllm-env, and name its interpreter as python (.venv-vllm/bin/python)"
 START_SECONDS = 900.0  # for a server to load its libraries, and to compile on a GPU
 END_SECONDS = 15.0  # for the server's processes to end
 LOG_LINES, LOG_WIDTH = 12, 240  # of the log's end, in messages
-SHARED_MEMORY = Path("/dev/shm")
 # Tells where an environment lies, and whether its vLLM is a build for CPUs, without importing vLLM.
 ASK = (
     "import importlib.metadata as m, importlib.util as u, json, sys\n"
@@ -122,6 +123,7 @@ class VLLMServer:
         settings: how to start it.
         environment: where vLLM is.
         policy: whose config and tokenizer the server gets, and on whose device it computes.
+        shared: a folder to be removed if this process is killed.
 
     Attributes:
         log: the file with all that the server prints; it is removed when the server ends well.
@@ -130,7 +132,9 @@ class VLLMServer:
         RuntimeError: the server does not start; the message has the end of its log.
     """
 
-    def __init__(self, settings: Settings, environment: Environment, policy: SampledPolicy) -> None:
+    def __init__(
+        self, settings: Settings, environment: Environment, policy: SampledPolicy, shared: Path | None
+    ) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="vllm-"))
         write_model(policy, self.folder / "model", settings.dtype)
         number, name = tempfile.mkstemp(prefix="vllm-server-", suffix=".log")
@@ -138,14 +142,13 @@ class VLLMServer:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        model = f"policy-{port}-{os.getpid()}"
         command = [
             environment.python,
             "-m",
             "vllm.entrypoints.openai.api_server",
             *("--model", str(self.folder / "model")),
         ]
-        command += ["--served-model-name", model, "--host", "127.0.0.1", "--port", str(port), "--dtype", settings.dtype]
+        command += ["--served-model-name", MODEL, "--host", "127.0.0.1", "--port", str(port), "--dtype", settings.dtype]
         command += ["--load-format", "dummy", "--generation-config", "vllm", "--max-logprobs", "-1"]
         command += ["--logprobs-mode", "processed_logprobs", "--worker-extension-cls", "weight_files.WorkerMethods"]
         command += ["--weight-transfer-config", '{"backend": "files"}']
@@ -157,18 +160,9 @@ class VLLMServer:
         with os.fdopen(number, "wb") as log:
             log.write(f"{' '.join(command + list(settings.arguments))}\n".encode())
             log.flush()
-            # In a session of its own it misses Ctrl-C: the run ends its step first, and then the server.
-            self.watcher = subprocess.Popen(
-                [sys.executable, "-I", "-S", str(SIDE / "watch_program.py"), str(os.getpid()), str(self.folder)]
-                + [*command, *settings.arguments],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=variables,
-                start_new_session=True,
-            )
+            self.watcher = start_watcher(self.folder, shared, [*command, *settings.arguments], variables, log)
         self._end = weakref.finalize(self, end_watcher, self.watcher, os.getpid())
-        self.client = VLLMClient(f"http://127.0.0.1:{port}", model)
+        self.client = VLLMClient(f"http://127.0.0.1:{port}", MODEL)
         self._wait_until_ready()
 
     @property
@@ -224,6 +218,24 @@ def server_variables(
         seen, index = os.environ.get("CUDA_VISIBLE_DEVICES"), policy.model.device.index or 0
         required["CUDA_VISIBLE_DEVICES"] = seen.split(",")[index] if seen else str(index)  # the GPU of this rank
     return {name: value for name, value in usual.items() if name not in os.environ} | required
+
+
+def start_watcher(
+    own: Path | None, shared: Path | None, command: list[str], variables: dict[str, str], log: IO[bytes] | None
+) -> "subprocess.Popen[bytes]":
+    """Start a program under ``watch_program.py``, in a session of its own.
+
+    There it misses Ctrl-C: the run ends its step first, and then the server.
+    """
+    watched = [str(os.getpid()), str(own or ""), str(shared or ""), *command]
+    return subprocess.Popen(
+        [sys.executable, "-I", "-S", str(SIDE / "watch_program.py"), *watched],
+        stdin=subprocess.DEVNULL,
+        stdout=log or subprocess.DEVNULL,
+        stderr=subprocess.STDOUT,
+        env=variables,
+        start_new_session=True,
+    )
 
 
 def end_watcher(watcher: "subprocess.Popen[bytes]", owner: int) -> None:

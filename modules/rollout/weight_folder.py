@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -35,34 +36,39 @@ class WeightFolder:
         self.dtype = dtype
         self.files: list[Path] = []
         self.path: Path | None = None
+        self._writes = 0
 
     def write(self, policy: SampledPolicy) -> None:
-        """Replace the files by the weights that the policy has now, adapters merged.
+        """Replace the files by the weights that the policy has now, adapters merged; no file has an earlier one's name.
 
         Raises:
             RuntimeError: there is no room for them.
         """
-        self.close()
         size = torch.empty((), dtype=self.dtype).element_size()
         needed = size * sum(weight.numel() for weight in policy.model.parameters()) + SPARE
-        roomy = SHARED_MEMORY.is_dir() and shutil.disk_usage(SHARED_MEMORY).free > needed
-        base = str(SHARED_MEMORY) if roomy and os.access(SHARED_MEMORY, os.W_OK) else tempfile.gettempdir()
-        self.path = Path(tempfile.mkdtemp(prefix="policy-weights-", dir=base))
-        weakref.finalize(self, remove_folder, self.path, os.getpid())
+        if self.path is None:
+            roomy = SHARED_MEMORY.is_dir() and os.access(SHARED_MEMORY, os.W_OK)
+            roomy = roomy and shutil.disk_usage(SHARED_MEMORY).free > needed
+            self.path = Path(tempfile.mkdtemp(prefix="policy-weights-", dir=SHARED_MEMORY if roomy else None))
+            weakref.finalize(self, remove_folder, self.path, os.getpid())
+        for file in self.files:
+            file.unlink(missing_ok=True)
+        self.files, self._writes = [], self._writes + 1
         try:
             for number, bucket in enumerate(self._buckets(policy)):
-                file = self.path / f"{number:05}.safetensors"
+                file = self.path / f"{self._writes}-{number:05}.safetensors"
                 save_file(bucket, file)
                 self.files.append(file)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
+            folder = self.path.parent
             self.close()
             raise RuntimeError(
-                f"the weights for the engine take {needed / 2**20:.0f} MB, which cannot be written to {base} ({error}); "
-                "make room there or set TMPDIR to another folder"
+                f"the weights for the engine take {needed / 2**20:.0f} MB, which cannot be written to {folder} ({error}); "
+                "make room there, or set TMPDIR to a folder with room"
             ) from error
 
     def close(self) -> None:
-        """Remove the files."""
+        """Remove the folder; the next ``write`` makes another."""
         self.files = []
         if self.path is not None:
             remove_folder(self.path, os.getpid())

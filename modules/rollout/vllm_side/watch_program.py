@@ -1,9 +1,10 @@
 """Runs a program, and ends it with all that it started when it ends or when the process that asked for it is gone.
 
-    python watch_program.py PARENT FOLDER PROGRAM [ARGUMENT ...]
+    python watch_program.py PARENT OWN SHARED [PROGRAM [ARGUMENT ...]]
 
-PARENT is the number of the process that asks, FOLDER is removed at the end. SIGTERM ends the program too. Its processes
-get SIGTERM first, so that they remove their shared memory, and SIGKILL ten seconds later. Standard library only.
+PARENT is the number of the process that asks. The folder OWN is removed at the end, the folder SHARED when the parent is
+gone. SIGTERM ends the program too. Its processes get SIGTERM first, so that they remove their shared memory, and SIGKILL
+ten seconds later. Without a program, only the parent is watched. Standard library only.
 """
 
 import ctypes
@@ -24,23 +25,25 @@ def prctl(option: int, value: int) -> None:
         ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
 
 
-def watch(parent: int, folder: str, command: list[str]) -> None:
+def watch(parent: int, own: str, shared: str, command: list[str]) -> None:
     """Run the program until it ends, the parent is gone or SIGTERM comes."""
     asked: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, frame: asked.append(number))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     prctl(ADOPT_ORPHANS, 1)
-    program = subprocess.Popen(command, preexec_fn=lambda: prctl(PARENT_DIED, signal.SIGKILL))
-    while program.poll() is None and os.getppid() == parent and not asked:
+    program = subprocess.Popen(command, preexec_fn=lambda: prctl(PARENT_DIED, signal.SIGKILL)) if command else None
+    while os.getppid() == parent and not asked and (program is None or program.poll() is None):
         time.sleep(0.1)
-    if program.returncode is not None:
+    if program is not None and program.returncode is not None:
         print(f"the server has ended with status {program.returncode}", flush=True)
-    end_group(program)
-    shutil.rmtree(folder, ignore_errors=True)
+    end_group()
+    shutil.rmtree(own, ignore_errors=True)
+    if os.getppid() != parent:
+        shutil.rmtree(shared, ignore_errors=True)
     os.killpg(0, signal.SIGKILL)
 
 
-def end_group(program: "subprocess.Popen[bytes]") -> None:
+def end_group() -> None:
     """Ask every process of this group to end, and wait until all have or the grace is over."""
     os.killpg(0, signal.SIGTERM)
     deadline = time.monotonic() + GRACE
@@ -54,4 +57,4 @@ def end_group(program: "subprocess.Popen[bytes]") -> None:
 
 
 if __name__ == "__main__":
-    watch(int(sys.argv[1]), sys.argv[2], sys.argv[3:])
+    watch(int(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4:])
