@@ -1,0 +1,32 @@
+"""The engines that the conformance suite tries. A new one is one entry of ``CASES``."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from modules.rollout import InProcessEngine, RolloutEngine
+
+
+@dataclass(frozen=True)
+class EngineCase:
+    """An engine, the architecture that it samples from here, and what it may leave out.
+
+    ``small`` makes one with so little memory that 80 requests of up to 30 tokens wait for each other. ``tolerance`` bounds
+    the difference of its log-probs from those of the trainer, in nats. ``exact``: greedy tokens are those of the trainer's
+    model, however close its logits are. ``disturb`` does to a sampling engine what it has to survive,
+    such as killing a worker; it is called in another thread a moment after ``generate``.
+    """
+
+    policy: str  # a name of ``conftest.FAST`` or ``conftest.GENERAL``
+    make: Callable[[], RolloutEngine]
+    small: Callable[[], RolloutEngine]
+    tolerance: float = 1e-4
+    exact: bool = True
+    goes_on: bool = True  # ``generate`` takes ``started``
+    unbroken: bool = True  # what goes on from a beginning is what one call would have sampled
+    disturb: Callable[[RolloutEngine], None] | None = None
+
+
+CASES = {
+    "in process, fast": EngineCase("qwen3", InProcessEngine, lambda: InProcessEngine(max_batch_tokens=150)),
+    "in process, static": EngineCase("gpt2", InProcessEngine, lambda: InProcessEngine(max_batch_tokens=150)),
+}
