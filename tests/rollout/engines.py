@@ -1,9 +1,12 @@
 """The engines that the conformance suite tries. A new one is one entry of ``CASES``."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from modules.rollout import InProcessEngine, RolloutEngine
+from fakes import running_fake
+
+from modules.rollout import InProcessEngine, RolloutEngine, VLLMEngine
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,18 @@ class EngineCase:
     disturb: Callable[[RolloutEngine], None] | None = None
 
 
+def attach_to_fake() -> VLLMEngine:
+    return VLLMEngine(url=running_fake("qwen3").url)
+
+
+def start_vllm() -> VLLMEngine:
+    return VLLMEngine(os.environ["VLLM_PYTHON"], cache_gb=0.25)
+
+
 CASES = {
     "in process, fast": EngineCase("qwen3", InProcessEngine, lambda: InProcessEngine(max_batch_tokens=150)),
     "in process, static": EngineCase("gpt2", InProcessEngine, lambda: InProcessEngine(max_batch_tokens=150)),
+    "vllm, fake server": EngineCase("qwen3", attach_to_fake, attach_to_fake, unbroken=False),
 }
+if "VLLM_PYTHON" in os.environ:  # make test-vllm
+    CASES = {"vllm itself": EngineCase("qwen3", start_vllm, start_vllm, unbroken=False)}

@@ -68,6 +68,7 @@ class FakeServer:
         torch.manual_seed(len(REPORTS.joinpath("calls.jsonl").read_text()) if report_exists() else 0)
         model = AutoModelForCausalLM.from_config(config).eval()
         self.policy = Model(model, AutoTokenizer.from_pretrained(folder), frozenset())
+        self.engine = InProcessEngine()
         self.name, self.version = name, "default"
         self.paused, self.loaded, self.engine_lock = False, None, threading.Lock()
         self.cache: dict[str, Any] = {}
@@ -171,9 +172,8 @@ class FakeServer:
             max_completion_length=body["max_tokens"],
             stop=tuple(body["stop"]),
         )
-        engine = InProcessEngine()
-        engine.sync_weights(self.policy, 0)
-        group = engine.generate([body["prompt"]], body["n"], sampling, [body["seed"]])[0]
+        self.engine.sync_weights(self.policy, 0)
+        group = self.engine.generate([body["prompt"]], body["n"], sampling, [body["seed"]])[0]
         self.tokens += sum(len(each.token_ids) for each in group)
         return [
             {

