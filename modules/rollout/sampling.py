@@ -19,6 +19,10 @@ from modules.types import Completion
 # Reads a turn that has ended by itself; returns the tokens that follow it, or None = the completion is over.
 Reply = Callable[[str], list[int] | None]
 
+NOT_FINITE = (
+    "generate: the policy's logits are not finite, so its completions mean nothing; go back to an earlier checkpoint, with "
+    "a smaller learning rate or gradient clipping"
+)
 BLOCK = 256  # entries of one block of the two-level search
 SINGLE_BLOCK = 1024  # vocabularies up to this size are searched as one block
 
@@ -131,8 +135,7 @@ class Ledger:
             self._logprobs[request, :count] = torch.tensor(beginning.logprobs, device=device)
             self._counts[request] = count
         self._is_end = torch.zeros(policy.model.config.vocab_size, dtype=torch.bool, device=device)
-        special = {token.content: i for i, token in policy.tokenizer.added_tokens_decoder.items() if token.special}
-        stops = {special[stop] for stop in sampling.stop if stop in special}
+        stops = special_stops(policy, sampling)
         self._is_end[[*policy.stop_token_ids, *stops]] = True
         self._silent = silent_tokens(policy) | (set() if sampling.keep_stop else stops)
         self._may_complete: dict[int, bool] = {}
@@ -198,17 +201,14 @@ class Ledger:
             ValueError: the policy's logits were not finite.
         """
         if not bool(self._logprobs.isfinite().all()):
-            raise ValueError(
-                "generate: the policy's logits are not finite, so its completions mean nothing; go back to an earlier "
-                "checkpoint, with a smaller learning rate or gradient clipping"
-            )
+            raise ValueError(NOT_FINITE)
         counts = self._counts.tolist()[: self.idle]
         tokens = [row[:count] for row, count in zip(self._tokens.tolist(), counts, strict=False)]
         logprobs = [row[:count] for row, count in zip(self._logprobs.tolist(), counts, strict=False)]
         texts = [self._decode(row[start:]) for row, start in zip(tokens, self._starts, strict=True)]
         ended = self._ended.tolist()[: self.idle]
         found = [
-            Completion(ids, scores, self._cut(text), "stop" if end else "length", version)
+            Completion(ids, scores, cut_stop(text, self.sampling), "stop" if end else "length", version)
             for ids, scores, text, end in zip(tokens, logprobs, texts, ended, strict=True)
         ]
         if self._started is not None:
@@ -295,11 +295,18 @@ class Ledger:
     def _decode(self, tokens: list[int]) -> str:
         return str(self._tokenizer.decode([token for token in tokens if token not in self._silent]))
 
-    def _cut(self, text: str) -> str:
-        """Return the text up to the first stop string, and with it if it is kept."""
-        found = [(text.index(stop), stop) for stop in self.sampling.stop if stop in text]
-        start, stop = min(found, default=(len(text), ""))
-        return text[: start + len(stop) * self.sampling.keep_stop]
+
+def cut_stop(text: str, sampling: Sampling) -> str:
+    """Return the text up to the first stop string, and with it if it is kept."""
+    found = [(text.index(stop), stop) for stop in sampling.stop if stop in text]
+    start, stop = min(found, default=(len(text), ""))
+    return text[: start + len(stop) * sampling.keep_stop]
+
+
+def special_stops(policy: SampledPolicy, sampling: Sampling) -> set[int]:
+    """Return the special tokens among the stop strings; they end a completion as end tokens do."""
+    special = {token.content: i for i, token in policy.tokenizer.added_tokens_decoder.items() if token.special}
+    return {special[stop] for stop in sampling.stop if stop in special}
 
 
 def silent_tokens(policy: SampledPolicy) -> set[int]:

@@ -1,0 +1,1 @@
+"""What runs beside a vLLM server, in its environment: nothing here may import this repository or its dependencies."""
