@@ -212,6 +212,8 @@ class Rollout:
     kl: float | None = None  # sum over the completion of log pi - log pi_start, nats
     source: str = ""  # name of the data set
     thinks: bool | None = None  # see ``PromptBatch``
+    # With which an engine goes on with the completion in the next phase, see ``PartialRollouts``; None = it is complete.
+    seed: int | None = None
 
     @property
     def text(self) -> str:
@@ -299,7 +301,8 @@ class Record:
     rollouts: list[Rollout] = field(default_factory=list)
     # Numbers of the phase by name, logged at its end as ``train/<name>``; valid and kept like ``rollouts``.
     metrics: dict[str, float] = field(default_factory=dict)
-    # Groups that were sampled in the phase and are trained on in the next one, see ``DynamicSampling``; kept likewise.
+    # Groups that were sampled so far and are trained on later, see ``DynamicSampling`` and ``PartialRollouts``, which
+    # leaves also such as are not complete; kept likewise.
     carried: list[Rollout] = field(default_factory=list)
     # The completions that the phase trains on, also those carried over; valid and kept like ``rollouts``. None = the
     # method does not say what they weigh.

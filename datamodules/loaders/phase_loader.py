@@ -20,6 +20,7 @@ from torch import Tensor
 
 from modules.trainer.modes import evaluating
 from modules.trainer.ranks import from_all_ranks
+from modules.trainer.steps import update_of_prompts
 from modules.types import (
     Completion,
     Credit,
@@ -204,8 +205,8 @@ class PhaseLoader:
                 )
             if any(part.get("carried") for part in ranks):
                 raise ValueError(
-                    f"the checkpoint holds groups that {len(ranks)} ranks have yet to learn from (dynamic sampling) and "
-                    f"cannot go on with {world}: resume on {len(ranks)}"
+                    f"the checkpoint holds groups that {len(ranks)} ranks have yet to learn from (dynamic sampling, partial "
+                    f"rollouts) and cannot go on with {world}: resume on {len(ranks)}"
                 )
             return
         mine = ranks[self.trainer.global_rank]
@@ -231,13 +232,6 @@ class PhaseLoader:
 def load_rollout(saved: dict[str, Any]) -> Rollout:
     """The rollout that ``asdict`` made this of."""
     return Rollout(**{**saved, "completion": Completion(**saved["completion"])})
-
-
-def update_of_prompts(num_prompts: int, updates: int) -> list[int]:
-    """The update of a pass, 0 to ``updates`` - 1, that trains on each of a rank's prompts: stretches of like length, in
-    the order of drawing.
-    """
-    return [update for update, stretch in enumerate(torch.arange(num_prompts).tensor_split(updates)) for _ in stretch]
 
 
 def from_stream(places: Iterable[int], num_rows: int, seed: int) -> list[tuple[int, int]]:

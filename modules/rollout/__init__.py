@@ -3,7 +3,17 @@
 from modules.rollout.calculator import Calculator
 from modules.rollout.engine import InProcessEngine, RolloutEngine
 from modules.rollout.environment import Environment
+from modules.rollout.partial import PartialRollouts
 from modules.rollout.sampling import SampledPolicy, Sampling
 from modules.rollout.thinking import Thinking
 
-__all__ = ["Calculator", "Environment", "InProcessEngine", "RolloutEngine", "SampledPolicy", "Sampling", "Thinking"]
+__all__ = [
+    "Calculator",
+    "Environment",
+    "InProcessEngine",
+    "PartialRollouts",
+    "RolloutEngine",
+    "SampledPolicy",
+    "Sampling",
+    "Thinking",
+]

@@ -86,6 +86,7 @@ CHOICES = [
         "--model.validation.budgets=[0, 2]",
         "--model.sampling.max_completion_length=24",
         "--model.sampling.thinking.stop_text=</think>",
+        "--model.sampling.partial.tokens_per_phase=12",
     ],
 ]
 
@@ -171,7 +172,7 @@ OWN = ["--model.policy=tiny", "--data.train=my.jsonl"]
 
 
 def test_forms_of_the_methods_are_there():
-    assert Counter(method for method, _ in FORMS) == {"dpo": 11, "grpo": 18, "distill": 7, "ppo": 4}
+    assert Counter(method for method, _ in FORMS) == {"dpo": 11, "grpo": 20, "distill": 7, "ppo": 4}
 
 
 @pytest.mark.parametrize(("method", "arguments"), FORMS)
