@@ -208,6 +208,16 @@ def merge_adapters(model: PreTrainedModel) -> PreTrainedModel:
     return plain
 
 
+def merge_layers(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
+    """Return the name of each layer that has adapters, and a copy of it as a plain layer, merged as ``merge_adapters``
+    does, one after another.
+    """
+    for name, layer in _layers(model):
+        layer = copy.deepcopy(layer)
+        layer.merge(adapter_names=[POLICY])
+        yield name, layer.get_base_layer()
+
+
 def _inject(model: PreTrainedModel, config: "LoraConfig", name: str) -> None:
     """Wrap the layers that ``config`` names in peft's layers, and add a trainable set ``name``.
 

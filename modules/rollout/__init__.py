@@ -6,6 +6,7 @@ from modules.rollout.environment import Environment
 from modules.rollout.partial import PartialRollouts
 from modules.rollout.sampling import SampledPolicy, Sampling
 from modules.rollout.thinking import Thinking
+from modules.rollout.workers import WorkerEngine
 
 __all__ = [
     "Calculator",
@@ -16,4 +17,5 @@ __all__ = [
     "SampledPolicy",
     "Sampling",
     "Thinking",
+    "WorkerEngine",
 ]

@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -103,7 +103,12 @@ class Ledger:
         thoughts: ends the thoughts of requests by a stop text, whose tokens are given likewise. None = nothing does.
         started: one per request, the beginning that it goes on from; step t has the same random number as without a
             beginning. None = all begin with their first token.
+
+    Attributes:
+        total_draws: calls of ``draw`` in this process so far, by which another thread sees that sampling goes on.
     """
+
+    total_draws: ClassVar[int] = 0
 
     def __init__(
         self,
@@ -162,6 +167,7 @@ class Ledger:
         Returns:
             tokens int [N]; finished bool [N], True where a request just got its last token (never for ``idle``).
         """
+        Ledger.total_draws += 1
         home = logits.device
         logits, requests = logits.to(self._counts.device), requests.to(self._counts.device)
         steps = self._counts[requests]

@@ -298,6 +298,11 @@ class _Call:
             self.verdicts[first] = Verdict(None, "timeout" if detail == "SIGALRM" else cause, detail)
 
 
+def start_child(command: Sequence[str], **settings: Any) -> "subprocess.Popen[bytes]":
+    """Start a process that does not end with the thread that asks for it; see ``subprocess.Popen`` for the settings."""
+    return _STARTER[0].submit(lambda: subprocess.Popen(list(command), **settings)).result()
+
+
 def name_owner() -> str:
     """Return how names of workers' folders start; a process's number follows.
 
