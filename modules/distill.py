@@ -136,6 +136,11 @@ class DistillModule(OnPolicyModule):
             raise ValueError(f"first_tokens is {first_tokens}: give a share below 1, or a whole number of tokens")
         self.refuse_contradictions(teacher, on_policy, condition, ema, top_k, teacher_cache, environment, lora)
         require_all_segments(sampling, "DistillModule")
+        if self.overlap is not None and on_policy < 1:
+            raise ValueError(
+                f"max_staleness of the engine is {self.engine.max_staleness}, and only whole phases are sampled ahead: set it "
+                f"to 0, or on_policy ({on_policy}) to 1"
+            )
         if sampling.partial is not None and (on_policy < 1 or condition is not None):
             raise ValueError(
                 "sampling.partial trains in a phase on the prompts of earlier ones too, and neither a row's completion nor a "
@@ -258,9 +263,13 @@ class DistillModule(OnPolicyModule):
         if self.sampling.partial is not None:
             found = self.gather(prompts)
             sampled, self.record.carried = found.rollouts, found.left
-            self.log_phase(found.metrics | measure_staleness(sampled, self.global_step))
+            self.log_phase(found.metrics)
+        elif all(own):
+            sampled = self.sample_rollouts(prompts)
         else:
             sampled = self.sample_rollouts(pick_prompts(prompts, own)) if any(own) else []
+        if self.sampling.partial is not None or self.overlap is not None:
+            self.log_phase(measure_staleness(sampled, self.global_step))
         if self.reward is not None and any(from_all_ranks([bool(sampled)])):
             self.check_scored(sampled)
         self.record.rollouts = sampled

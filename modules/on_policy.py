@@ -4,8 +4,9 @@ import re
 import reprlib
 import time
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any, Literal, cast
 
 import torch
@@ -38,6 +39,7 @@ from modules.rollout.metrics import (
     measure_weights,
     share_solved,
 )
+from modules.rollout.overlap import Overlap, check_overlap
 from modules.rollout.sampling import Sampling
 from modules.rollout.scoring import (
     add_sums,
@@ -154,6 +156,8 @@ class OnPolicyModule(AlignmentModule):
             check_environment(environment, self.engine, sampling)
             self.tool_format = ToolFormat(self.tokenizer, environment.tools(), self.policy.stop_token_ids)
         check_partial(self.engine, sampling, environment)
+        check_overlap(self.engine, environment)
+        self.overlap = Overlap(self.engine) if self.engine.max_staleness > 0 else None
         other = load_companion(self.policy, reference, "reference") if isinstance(reference, str) else None
         self.own_reference = other is None  # the policy as it starts
         self.reference = Frozen(other or self.policy, own=other is not None) if reference else None
@@ -222,6 +226,12 @@ class OnPolicyModule(AlignmentModule):
         Numbers of the phase go to ``log_phase``.
         """
 
+    def setup(self, stage: str) -> None:
+        """Do what every method does, and begin a fit without what an earlier one left."""
+        super().setup(stage)
+        if stage == "fit":
+            self.record.carried, self.record.ahead = [], {}
+
     def on_fit_start(self) -> None:
         """Refuse prompts that no reward is for, and move the frozen start policy to the device of the trained one."""
         for reward in filter(None, (self.reward, self.accuracy)):
@@ -235,7 +245,7 @@ class OnPolicyModule(AlignmentModule):
         self.record.metrics = {"time/sampling": 0.0}
         before = count_failures(self.reward)
         found = self.gather(prompts)
-        self.engine.release()
+        self.release_engine()
         lost = Tally()
         lost.add(measure_unscored(count_failures(self.reward, before)))
         self.log_phase(lost.join())
@@ -244,23 +254,26 @@ class OnPolicyModule(AlignmentModule):
         batch["old_logprobs"], entropies, *values = score_in_chunks(self.collected_scores, batch)
         if values:
             (batch["values"],) = values
-        stale = find_stale(found.rollouts, self.global_step).to(self.device)
-        # the probabilities that they were drawn with
-        batch["old_logprobs"] = torch.where(stale, batch["sampler_logprobs"], batch["old_logprobs"])
+        stale = self.find_stale(found, batch)
+        drawn = torch.where(stale, batch["sampler_logprobs"], batch["old_logprobs"])
         log_ratio = k3 = None
         if self.reference is not None:
             (batch["ref_logprobs"],) = score_in_chunks(self.reference_scores, batch)
-            log_ratio = kl.k1(batch["old_logprobs"], batch["ref_logprobs"])
+            log_ratio = kl.k1(drawn, batch["ref_logprobs"])
             self.check_start(log_ratio)
             k3 = kl.k3(batch["old_logprobs"], batch["ref_logprobs"])
         mask = batch["completion_mask"]
         self.record.rollouts = add_sums(found.rollouts, entropies, log_ratio, mask)[found.earlier :]
-        self.log_phase(measure_gaps(mask & ~stale, batch["old_logprobs"], batch["sampler_logprobs"], k3))
+        now = mask & ~stale if self.overlap is None else mask
+        self.log_phase(measure_gaps(now, batch["old_logprobs"], batch["sampler_logprobs"], k3))
         self.log_phase(found.metrics)
         self.check_kl()
-        if self.sampling.partial is not None:
+        if self.overlap is None:  # else ``importance`` weighs what other weights sampled
+            batch["old_logprobs"] = drawn
+        if self.overlap is not None or self.sampling.partial is not None:
             self.log_phase(measure_staleness(found.rollouts, self.global_step))
-            batch = batch if self.sampling.partial.learn_earlier else leave_out_tokens(batch, stale)
+        if self.sampling.partial is not None and not self.sampling.partial.learn_earlier:
+            batch = leave_out_tokens(batch, stale)
         if found.chosen is not None:
             batch = keep_prompts(batch, found.chosen)
         if "update" in prompts:
@@ -271,6 +284,13 @@ class OnPolicyModule(AlignmentModule):
         scoring = time.perf_counter() - start - self.record.metrics["time/sampling"]
         self.log_phase({"time/scoring": scoring, "time/training": 0.0})
         return batch
+
+    def find_stale(self, found: Gathered, batch: PolicyBatch) -> Tensor:
+        """Tell which tokens [N, Tc] of a phase earlier weights sampled."""
+        if self.overlap is not None or self.sampling.partial is not None:
+            return find_stale(found.rollouts, self.global_step).to(self.device)
+        rows = torch.arange(len(batch["prompt_index"]), device=self.device) < found.earlier
+        return rows[:, None].expand_as(batch["completion_mask"])
 
     def gather(self, prompts: PromptBatch) -> Gathered:
         """Sample and score the completions of a phase; a method may draw further prompts, or carry groups over."""
@@ -301,9 +321,31 @@ class OnPolicyModule(AlignmentModule):
     def sample_rollouts(self, prompts: PromptBatch) -> list[Rollout]:
         """Sample and score ``num_generations`` completions of each prompt for training."""
         start = time.perf_counter()
-        sampled = self.sample(prompts, self.num_generations, self.sampling, str(self.current_epoch))
+        if self.overlap is None:
+            if self.record.ahead:
+                rank_zero_warn(
+                    f"what the checkpoint has of phases {sorted(self.record.ahead)} is sampled anew, because this engine "
+                    "has no max_staleness"
+                )
+                self.record.ahead = {}
+            sampled = self.sample(prompts, self.num_generations, self.sampling, str(self.current_epoch))
+        else:
+            sampled = prompts, self.sample_ahead(self.overlap, prompts)
         self.record.metrics["time/sampling"] += time.perf_counter() - start
         return make_rollouts(*sampled, self.reward, self.current_epoch)
+
+    def sample_ahead(self, overlap: Overlap, prompts: PromptBatch) -> list[list[Completion]]:
+        """Return the completions of this phase's prompts, and begin those of a later phase."""
+        phase = self.current_epoch
+
+        def ask(number: int) -> Callable[[], list[list[Completion]]]:
+            asked = prompts if number == phase else prompts["ahead"](number - phase)
+            seeds = self.find_seeds(asked, str(number))
+            return partial(self.engine.generate, asked["prompt_ids"], self.num_generations, self.sampling, seeds)
+
+        found, waited = overlap.sample(self.record.ahead, phase, self.policy, self.global_step, ask)
+        self.log_phase({"overlap/time_waited": waited})
+        return found
 
     def weigh(self, batch: PolicyBatch, advantages: Tensor) -> Tensor:
         """Multiply advantages [N, Tc] by the weights of ``importance``, if there is one, and log these (collective)."""
@@ -367,12 +409,19 @@ class OnPolicyModule(AlignmentModule):
 
     def on_validation_end(self) -> None:
         """Let the engine give its memory back."""
-        self.engine.release()
+        self.release_engine()
 
     on_test_end = on_validation_end
 
+    def release_engine(self) -> None:
+        """Let the engine give its memory back, unless it samples beside the training."""
+        if self.overlap is None:
+            self.engine.release()
+
     def teardown(self, stage: str) -> None:
         """End what the engine started."""
+        if self.overlap is not None:
+            self.overlap.close(self.record.ahead)
         self.engine.close()
 
     def predict_step(self, prompts: PromptBatch, batch_idx: int) -> None:
@@ -451,7 +500,10 @@ class OnPolicyModule(AlignmentModule):
         Returns:
             the prompts, as an environment opens them if there is one, and the completions of each.
         """
-        self.engine.sync_weights(self.policy, self.global_step)
+        if self.overlap is None:
+            self.engine.sync_weights(self.policy, self.global_step)
+        else:
+            self.overlap.sync(self.record.ahead, self.policy, self.global_step)
         seeds = self.find_seeds(prompts, phase)
         if self.environment is None or self.tool_format is None:
             return prompts, self.engine.generate(prompts["prompt_ids"], num_generations, sampling, seeds)

@@ -29,6 +29,7 @@ from modules.types import (
     PolicyBatch,
     PromptBatch,
     Rollout,
+    SampledAhead,
     find_attended,
 )
 
@@ -117,6 +118,7 @@ class PhaseLoader:
         module = cast(LightningModule, self.trainer.lightning_module)
         prompts, further = self.draw(phase + self.extra), count(self.extra + 1)
         prompts["further"] = lambda: self.draw(phase + next(further))
+        prompts["ahead"] = lambda phases: self.draw(phase + self.extra + phases)
         prompts["update"] = update_of_prompts(len(prompts["uid"]), self.per_pass)
         with evaluating(module), torch.no_grad(), self.trainer.precision_plugin.forward_context():
             batch: PolicyBatch = module.collect(prompts)  # type: ignore[operator]
@@ -171,7 +173,7 @@ class PhaseLoader:
 
     def snapshot(self) -> dict[str, Any]:
         """State of all ranks for the checkpoint (collective): phase, position, buffered micro-batches, the module's
-        record.
+        record. It waits for what is being sampled.
         """
         record = cast(HasRecord, self.trainer.lightning_module).record
         mine = {
@@ -182,6 +184,15 @@ class PhaseLoader:
             else [],
             "rollouts": [asdict(rollout) for rollout in record.rollouts],
             "carried": [asdict(rollout) for rollout in record.carried],
+            "ahead": [
+                {
+                    "phase": number,
+                    "weights": each.weights,
+                    "completions": [[asdict(completion) for completion in group] for group in each.completions()],
+                }
+                for number, each in sorted(record.ahead.items())
+                if number > self.phase
+            ],
             "credits": None if record.credits is None else [asdict(credit) for credit in record.credits],
             "phase_metrics": dict(record.metrics),
             "extra": self.extra,
@@ -224,9 +235,16 @@ class PhaseLoader:
         self.micro_batches = [on(batch, self.trainer.strategy.root_device) for batch in mine["micro_batches"]]
         record.rollouts = [load_rollout(saved) for saved in mine["rollouts"]]
         record.carried = [load_rollout(saved) for saved in mine.get("carried", [])]
+        record.ahead = {saved["phase"]: load_ahead(saved) for saved in mine.get("ahead", [])}
         if mine.get("credits") is not None:
             record.credits = [Credit(**saved) for saved in mine["credits"]]
         record.metrics = mine["phase_metrics"]
+
+
+def load_ahead(saved: dict[str, Any]) -> SampledAhead:
+    """The completions of a later phase that a checkpoint holds."""
+    completions = [[Completion(**each) for each in group] for group in saved["completions"]]
+    return SampledAhead(saved["weights"], lambda: completions)
 
 
 def load_rollout(saved: dict[str, Any]) -> Rollout:
