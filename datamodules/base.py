@@ -43,6 +43,13 @@ class HasTools(Protocol):
     tools: list[dict[str, Any]] | None
 
 
+@runtime_checkable
+class HasEngine(Protocol):
+    """A module whose engine samples completions, at most ``engine.max_staleness`` phases ahead."""
+
+    engine: Any
+
+
 class StepLoader(DataLoader[Any]):
     """A DataLoader over micro-batches, with the two methods by which Lightning recognises a loader that resumes.
 

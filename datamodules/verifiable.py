@@ -9,7 +9,7 @@ from lightning.pytorch.utilities.types import EVAL_DATALOADERS
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from datamodules.base import AlignDataModule, HasTools
+from datamodules.base import AlignDataModule, HasEngine, HasTools
 from datamodules.curriculum.difficulty import Difficulty
 from datamodules.curriculum.orders import LearningOrder, PromptOrder
 from datamodules.formats.lessons import HasTeacher, Lessons
@@ -336,7 +336,14 @@ class VerifiableDataModule(AlignDataModule):
     def _prepare_learning(self, who: str) -> None:
         """Finds the row of each origin. Raises ValueError where outcomes could not be told or ascribed to a row."""
         if self.trainer is not None:
-            require_accuracy(self.trainer.lightning_module, f"data.order {who}")
+            module = self.trainer.lightning_module
+            require_accuracy(module, f"data.order {who}")
+            engine: Any = module.engine if isinstance(module, HasEngine) else None
+            if engine is not None and engine.max_staleness > 0:
+                raise ValueError(
+                    f"data.order {who} learns from a phase before it draws the next, and max_staleness of the engine "
+                    f"({engine.max_staleness}) has the next sampled before: set it to 0 or take another order"
+                )
         origins = Counter(prompt.example.origin for prompt in self.train_prompts)
         name, count = origins.most_common(1)[0]
         if count > 1:

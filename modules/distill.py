@@ -33,6 +33,8 @@ from modules.rollout.engine import RolloutEngine
 from modules.rollout.environment import Environment
 from modules.rollout.sampling import Sampling
 from modules.rollout.scoring import make_batch, make_rollouts
+from modules.rollout.segments import require_all_segments
+from modules.rollout.staleness import measure_staleness
 from modules.trainer.ranks import from_all_ranks
 from modules.trainer.seeds import derive_seed
 from modules.types import Completion, PolicyBatch, PromptBatch, Reward, Rollout
@@ -133,6 +135,17 @@ class DistillModule(OnPolicyModule):
         if first_tokens is not None and first_tokens > 1 and first_tokens != int(first_tokens):
             raise ValueError(f"first_tokens is {first_tokens}: give a share below 1, or a whole number of tokens")
         self.refuse_contradictions(teacher, on_policy, condition, ema, top_k, teacher_cache, environment, lora)
+        require_all_segments(sampling, "DistillModule")
+        if self.overlap is not None and on_policy < 1:
+            raise ValueError(
+                f"max_staleness of the engine is {self.engine.max_staleness}, and only whole phases are sampled ahead: set it "
+                f"to 0, or on_policy ({on_policy}) to 1"
+            )
+        if sampling.partial is not None and (on_policy < 1 or condition is not None):
+            raise ValueError(
+                "sampling.partial trains in a phase on the prompts of earlier ones too, and neither a row's completion nor a "
+                "condition is kept for them: set on_policy to 1 and condition to null, or leave sampling.partial out"
+            )
         self.objective, self.on_policy = objective or ReverseKL(), on_policy
         self.completions = completions if on_policy < 1 else None  # read by the DataModule, like the condition
         self.condition, self.first_tokens, self.top_k = condition, first_tokens, top_k
@@ -247,7 +260,16 @@ class DistillModule(OnPolicyModule):
         start = time.perf_counter()
         self.record.metrics = {"time/sampling": 0.0}
         own = [self.answers(uid) for uid in prompts["uid"]]
-        sampled = self.sample_rollouts(pick_prompts(prompts, own)) if any(own) else []
+        if self.sampling.partial is not None:
+            found = self.gather(prompts)
+            sampled, self.record.carried = found.rollouts, found.left
+            self.log_phase(found.metrics)
+        elif all(own):
+            sampled = self.sample_rollouts(prompts)
+        else:
+            sampled = self.sample_rollouts(pick_prompts(prompts, own)) if any(own) else []
+        if self.sampling.partial is not None or self.overlap is not None:
+            self.log_phase(measure_staleness(sampled, self.global_step))
         if self.reward is not None and any(from_all_ranks([bool(sampled)])):
             self.check_scored(sampled)
         self.record.rollouts = sampled

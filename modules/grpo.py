@@ -142,6 +142,16 @@ class GRPOModule(OnPolicyModule):
             )
         if dynamic_sampling is not None:
             self.require_generations(2)
+        if dynamic_sampling is not None and self.overlap is not None:
+            raise ValueError(
+                "dynamic_sampling draws as many prompts as a phase turns out to need, so that the next phases are not known "
+                "ahead: set max_staleness of the engine to 0 or leave dynamic_sampling out"
+            )
+        if dynamic_sampling is not None and sampling.partial is not None:
+            raise ValueError(
+                "dynamic_sampling needs whole completions in the phase that draws them, and sampling.partial carries them "
+                "over: leave one of them out"
+            )
         if dynamic_sampling is not None and self.accuracy is None:
             raise ValueError(
                 f"dynamic_sampling asks which answers are right, and {self.reward.name} does not say that: name a reward "

@@ -4,8 +4,9 @@ import re
 import reprlib
 import time
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any, Literal, cast
 
 import torch
@@ -38,12 +39,24 @@ from modules.rollout.metrics import (
     measure_weights,
     share_solved,
 )
+from modules.rollout.overlap import Overlap, check_overlap
 from modules.rollout.sampling import Sampling
-from modules.rollout.scoring import add_sums, keep_prompts, make_batch, make_rollouts, score_in_chunks
+from modules.rollout.scoring import (
+    add_sums,
+    keep_prompts,
+    leave_out_tokens,
+    make_batch,
+    make_rollouts,
+    score_in_chunks,
+    score_rollouts,
+)
+from modules.rollout.segments import begin_rollouts, check_partial, count_least, cut_to_segment, gather_segments
+from modules.rollout.staleness import find_stale, measure_staleness
 from modules.rollout.thinking import Thinking, check_thinking
 from modules.rollout.tool_calls import ToolFormat
 from modules.trainer.ranks import Tally, from_all_ranks, log_equal, mean_and_error, weighted_means
 from modules.trainer.seeds import derive_seed, run_seed
+from modules.trainer.steps import update_of_prompts
 from modules.types import Completion, InstructionBatch, Outcome, PolicyBatch, PromptBatch, Reward, Rollout, as_reward
 
 # Standard errors. By chance a right run is below in 9 of 100000 phases of 64 completions, and in 3 of 256 completions.
@@ -94,6 +107,7 @@ class OnPolicyModule(AlignmentModule):
     """
 
     least_generations = 2  # completions of a prompt that the method needs
+    splits_groups = True  # whether completions of a prompt may be in different micro-batches
     reference_moves = False  # whether the reference is another model later on, so that checkpoints hold it
     # What to do in a phase after the first step in which nothing is scored.
     on_unscored: Literal["warn", "stop"] = "warn"
@@ -141,6 +155,9 @@ class OnPolicyModule(AlignmentModule):
         if environment is not None:
             check_environment(environment, self.engine, sampling)
             self.tool_format = ToolFormat(self.tokenizer, environment.tools(), self.policy.stop_token_ids)
+        check_partial(self.engine, sampling, environment)
+        check_overlap(self.engine, environment)
+        self.overlap = Overlap(self.engine) if self.engine.max_staleness > 0 else None
         other = load_companion(self.policy, reference, "reference") if isinstance(reference, str) else None
         self.own_reference = other is None  # the policy as it starts
         self.reference = Frozen(other or self.policy, own=other is not None) if reference else None
@@ -209,6 +226,12 @@ class OnPolicyModule(AlignmentModule):
         Numbers of the phase go to ``log_phase``.
         """
 
+    def setup(self, stage: str) -> None:
+        """Do what every method does, and begin a fit without what an earlier one left."""
+        super().setup(stage)
+        if stage == "fit":
+            self.record.carried, self.record.ahead = [], {}
+
     def on_fit_start(self) -> None:
         """Refuse prompts that no reward is for, and move the frozen start policy to the device of the trained one."""
         for reward in filter(None, (self.reward, self.accuracy)):
@@ -222,49 +245,107 @@ class OnPolicyModule(AlignmentModule):
         self.record.metrics = {"time/sampling": 0.0}
         before = count_failures(self.reward)
         found = self.gather(prompts)
-        self.engine.release()
+        self.release_engine()
         lost = Tally()
         lost.add(measure_unscored(count_failures(self.reward, before)))
         self.log_phase(lost.join())
-        earlier = len(self.record.carried)  # the first rollouts, sampled in the phase before
-        self.check_scored(found.rollouts[earlier:])
+        self.check_scored(found.rollouts[found.earlier :])
         batch = make_batch(found.rollouts, self.device)
         batch["old_logprobs"], entropies, *values = score_in_chunks(self.collected_scores, batch)
         if values:
             (batch["values"],) = values
+        stale = self.find_stale(found, batch)
+        drawn = torch.where(stale, batch["sampler_logprobs"], batch["old_logprobs"])
         log_ratio = k3 = None
         if self.reference is not None:
             (batch["ref_logprobs"],) = score_in_chunks(self.reference_scores, batch)
-            log_ratio = kl.k1(batch["old_logprobs"], batch["ref_logprobs"])
+            log_ratio = kl.k1(drawn, batch["ref_logprobs"])
             self.check_start(log_ratio)
             k3 = kl.k3(batch["old_logprobs"], batch["ref_logprobs"])
         mask = batch["completion_mask"]
-        self.record.rollouts = add_sums(found.rollouts, entropies, log_ratio, mask)[earlier:]
-        now = mask & (torch.arange(len(mask), device=mask.device) >= earlier)[:, None]
+        self.record.rollouts = add_sums(found.rollouts, entropies, log_ratio, mask)[found.earlier :]
+        now = mask & ~stale if self.overlap is None else mask
         self.log_phase(measure_gaps(now, batch["old_logprobs"], batch["sampler_logprobs"], k3))
         self.log_phase(found.metrics)
         self.check_kl()
-        batch["old_logprobs"][:earlier] = batch["sampler_logprobs"][:earlier]  # the probabilities they were drawn with
+        if self.overlap is None:  # else ``importance`` weighs what other weights sampled
+            batch["old_logprobs"] = drawn
+        if self.overlap is not None or self.sampling.partial is not None:
+            self.log_phase(measure_staleness(found.rollouts, self.global_step))
+        if self.sampling.partial is not None and not self.sampling.partial.learn_earlier:
+            batch = leave_out_tokens(batch, stale)
         if found.chosen is not None:
             batch = keep_prompts(batch, found.chosen)
         if "update" in prompts:
-            batch["update"] = torch.tensor(prompts["update"], device=self.device)[batch["prompt_index"]]
+            update = update_of_prompts(len(batch["prompt_ids"]), max(prompts["update"]) + 1)
+            batch["update"] = torch.tensor(update, device=self.device)[batch["prompt_index"]]
         self.prepare(batch)
         self.record.carried = found.left
         scoring = time.perf_counter() - start - self.record.metrics["time/sampling"]
         self.log_phase({"time/scoring": scoring, "time/training": 0.0})
         return batch
 
+    def find_stale(self, found: Gathered, batch: PolicyBatch) -> Tensor:
+        """Tell which tokens [N, Tc] of a phase earlier weights sampled."""
+        if self.overlap is not None or self.sampling.partial is not None:
+            return find_stale(found.rollouts, self.global_step).to(self.device)
+        rows = torch.arange(len(batch["prompt_index"]), device=self.device) < found.earlier
+        return rows[:, None].expand_as(batch["completion_mask"])
+
     def gather(self, prompts: PromptBatch) -> Gathered:
-        """Sample and score the completions of a phase; a method may draw further prompts."""
+        """Sample and score the completions of a phase; a method may draw further prompts, or carry groups over."""
+        if self.sampling.partial is not None:
+            return self.gather_parts(prompts)
+        if self.record.carried:
+            rank_zero_warn(
+                f"{len(self.record.carried)} completions that the checkpoint carried over (sampling.partial or "
+                "dynamic_sampling) are left out, because this run carries none"
+            )
         return Gathered(self.sample_rollouts(prompts))
+
+    def gather_parts(self, prompts: PromptBatch) -> Gathered:
+        """Begin the completions of a phase, go on with those that were carried over, and score the complete groups."""
+        start, phase = time.perf_counter(), str(self.current_epoch)
+        sampled = self.sample(prompts, self.num_generations, cut_to_segment(self.sampling), phase)
+        begun = begin_rollouts(make_rollouts(*sampled, None), self.find_seeds(prompts, phase), self.sampling)
+        need, updates, micro = len(prompts["uid"]), max(prompts["update"]) + 1, self.trainer.accumulate_grad_batches
+        least = count_least(self.sampling, need, updates, micro, self.num_generations if self.splits_groups else 1)
+        found = gather_segments(self.engine, self.sampling, self.record.carried, begun, need, least)
+        self.record.metrics["time/sampling"] += time.perf_counter() - start
+        return replace(found, rollouts=score_rollouts(found.rollouts, self.reward, self.current_epoch))
+
+    def find_seeds(self, prompts: PromptBatch, phase: str) -> list[int]:
+        """Return the seed of each prompt's first completion; the others' follow it."""
+        return [derive_seed(self.seed, phase, uid) for uid in prompts["uid"]]
 
     def sample_rollouts(self, prompts: PromptBatch) -> list[Rollout]:
         """Sample and score ``num_generations`` completions of each prompt for training."""
         start = time.perf_counter()
-        sampled = self.sample(prompts, self.num_generations, self.sampling, str(self.current_epoch))
+        if self.overlap is None:
+            if self.record.ahead:
+                rank_zero_warn(
+                    f"what the checkpoint has of phases {sorted(self.record.ahead)} is sampled anew, because this engine "
+                    "has no max_staleness"
+                )
+                self.record.ahead = {}
+            sampled = self.sample(prompts, self.num_generations, self.sampling, str(self.current_epoch))
+        else:
+            sampled = prompts, self.sample_ahead(self.overlap, prompts)
         self.record.metrics["time/sampling"] += time.perf_counter() - start
         return make_rollouts(*sampled, self.reward, self.current_epoch)
+
+    def sample_ahead(self, overlap: Overlap, prompts: PromptBatch) -> list[list[Completion]]:
+        """Return the completions of this phase's prompts, and begin those of a later phase."""
+        phase = self.current_epoch
+
+        def ask(number: int) -> Callable[[], list[list[Completion]]]:
+            asked = prompts if number == phase else prompts["ahead"](number - phase)
+            seeds = self.find_seeds(asked, str(number))
+            return partial(self.engine.generate, asked["prompt_ids"], self.num_generations, self.sampling, seeds)
+
+        found, waited = overlap.sample(self.record.ahead, phase, self.policy, self.global_step, ask)
+        self.log_phase({"overlap/time_waited": waited})
+        return found
 
     def weigh(self, batch: PolicyBatch, advantages: Tensor) -> Tensor:
         """Multiply advantages [N, Tc] by the weights of ``importance``, if there is one, and log these (collective)."""
@@ -328,12 +409,19 @@ class OnPolicyModule(AlignmentModule):
 
     def on_validation_end(self) -> None:
         """Let the engine give its memory back."""
-        self.engine.release()
+        self.release_engine()
 
     on_test_end = on_validation_end
 
+    def release_engine(self) -> None:
+        """Let the engine give its memory back, unless it samples beside the training."""
+        if self.overlap is None:
+            self.engine.release()
+
     def teardown(self, stage: str) -> None:
         """End what the engine started."""
+        if self.overlap is not None:
+            self.overlap.close(self.record.ahead)
         self.engine.close()
 
     def predict_step(self, prompts: PromptBatch, batch_idx: int) -> None:
@@ -412,8 +500,11 @@ class OnPolicyModule(AlignmentModule):
         Returns:
             the prompts, as an environment opens them if there is one, and the completions of each.
         """
-        self.engine.sync_weights(self.policy, self.global_step)
-        seeds = [derive_seed(self.seed, phase, uid) for uid in prompts["uid"]]
+        if self.overlap is None:
+            self.engine.sync_weights(self.policy, self.global_step)
+        else:
+            self.overlap.sync(self.record.ahead, self.policy, self.global_step)
+        seeds = self.find_seeds(prompts, phase)
         if self.environment is None or self.tool_format is None:
             return prompts, self.engine.generate(prompts["prompt_ids"], num_generations, sampling, seeds)
         return self.environment.sample(self.engine, self.tool_format, prompts, num_generations, sampling, seeds)

@@ -14,6 +14,7 @@ from modules.on_policy import OnPolicyModule, Validation
 from modules.rollout.engine import RolloutEngine
 from modules.rollout.environment import Environment
 from modules.rollout.sampling import Sampling
+from modules.rollout.segments import require_all_segments
 from modules.trainer.steps import epoch_is_whole
 from modules.types import PolicyBatch, Reward
 
@@ -45,6 +46,7 @@ class OnlineDPOModule(OnPolicyModule):
         seed: of the sampling; None = the run's.
     """
 
+    splits_groups = False
     SOFT_SHARE = 0.6
 
     def __init__(
@@ -89,6 +91,7 @@ class OnlineDPOModule(OnPolicyModule):
             min_gap=(min_gap, "[0, inf)"),
             refresh_every=(refresh_every, "[1, inf)"),
         )
+        require_all_segments(sampling, "OnlineDPOModule")
         if refresh == "soft" and lora is not None:
             raise ValueError(
                 "refresh: soft averages weights, and averaged adapters are not the adapters of the averaged model: use "

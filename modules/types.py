@@ -105,6 +105,8 @@ class PromptBatch(TypedDict):
     # In training: draws this rank's next stretch of prompts, for methods that sample more in a phase; every rank must
     # draw equally often.
     further: NotRequired[Callable[[], "PromptBatch"]]
+    # In training: draws this rank's prompts of the phase that comes so many phases later, as that phase will.
+    ahead: NotRequired[Callable[[int], "PromptBatch"]]
     # For distillation: the tokens of the row's own completion, its end token included, and those of the prompt that a
     # conditioned teacher reads in place of ``prompt_ids``.
     completion_ids: NotRequired[list[list[int]]]
@@ -212,6 +214,8 @@ class Rollout:
     kl: float | None = None  # sum over the completion of log pi - log pi_start, nats
     source: str = ""  # name of the data set
     thinks: bool | None = None  # see ``PromptBatch``
+    # With which an engine goes on with the completion in the next phase, see ``PartialRollouts``; None = it is complete.
+    seed: int | None = None
 
     @property
     def text(self) -> str:
@@ -287,6 +291,14 @@ class Credit:
     weight: float
 
 
+@dataclass(frozen=True)
+class SampledAhead:
+    """The completions of a later phase, which may still be being sampled, see ``RolloutEngine.max_staleness``."""
+
+    weights: int  # the phase that began with the weights which sample them
+    completions: Callable[[], list[list[Completion]]]  # waits for those of each prompt
+
+
 @dataclass
 class Record:
     """What a module leaves for callbacks to read, on this rank, as its attribute ``record``.
@@ -299,8 +311,11 @@ class Record:
     rollouts: list[Rollout] = field(default_factory=list)
     # Numbers of the phase by name, logged at its end as ``train/<name>``; valid and kept like ``rollouts``.
     metrics: dict[str, float] = field(default_factory=dict)
-    # Groups that were sampled in the phase and are trained on in the next one, see ``DynamicSampling``; kept likewise.
+    # Groups that were sampled so far and are trained on later, see ``DynamicSampling`` and ``PartialRollouts``, which
+    # leaves also such as are not complete; kept likewise.
     carried: list[Rollout] = field(default_factory=list)
+    # What is sampled of later phases, by their number; kept in checkpoints, which wait for it.
+    ahead: dict[int, SampledAhead] = field(default_factory=dict)
     # The completions that the phase trains on, also those carried over; valid and kept like ``rollouts``. None = the
     # method does not say what they weigh.
     credits: list[Credit] | None = None

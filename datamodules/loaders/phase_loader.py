@@ -20,6 +20,7 @@ from torch import Tensor
 
 from modules.trainer.modes import evaluating
 from modules.trainer.ranks import from_all_ranks
+from modules.trainer.steps import update_of_prompts
 from modules.types import (
     Completion,
     Credit,
@@ -28,6 +29,7 @@ from modules.types import (
     PolicyBatch,
     PromptBatch,
     Rollout,
+    SampledAhead,
     find_attended,
 )
 
@@ -116,6 +118,7 @@ class PhaseLoader:
         module = cast(LightningModule, self.trainer.lightning_module)
         prompts, further = self.draw(phase + self.extra), count(self.extra + 1)
         prompts["further"] = lambda: self.draw(phase + next(further))
+        prompts["ahead"] = lambda phases: self.draw(phase + self.extra + phases)
         prompts["update"] = update_of_prompts(len(prompts["uid"]), self.per_pass)
         with evaluating(module), torch.no_grad(), self.trainer.precision_plugin.forward_context():
             batch: PolicyBatch = module.collect(prompts)  # type: ignore[operator]
@@ -170,7 +173,7 @@ class PhaseLoader:
 
     def snapshot(self) -> dict[str, Any]:
         """State of all ranks for the checkpoint (collective): phase, position, buffered micro-batches, the module's
-        record.
+        record. It waits for what is being sampled.
         """
         record = cast(HasRecord, self.trainer.lightning_module).record
         mine = {
@@ -181,6 +184,15 @@ class PhaseLoader:
             else [],
             "rollouts": [asdict(rollout) for rollout in record.rollouts],
             "carried": [asdict(rollout) for rollout in record.carried],
+            "ahead": [
+                {
+                    "phase": number,
+                    "weights": each.weights,
+                    "completions": [[asdict(completion) for completion in group] for group in each.completions()],
+                }
+                for number, each in sorted(record.ahead.items())
+                if number > self.phase
+            ],
             "credits": None if record.credits is None else [asdict(credit) for credit in record.credits],
             "phase_metrics": dict(record.metrics),
             "extra": self.extra,
@@ -204,8 +216,8 @@ class PhaseLoader:
                 )
             if any(part.get("carried") for part in ranks):
                 raise ValueError(
-                    f"the checkpoint holds groups that {len(ranks)} ranks have yet to learn from (dynamic sampling) and "
-                    f"cannot go on with {world}: resume on {len(ranks)}"
+                    f"the checkpoint holds groups that {len(ranks)} ranks have yet to learn from (dynamic sampling, partial "
+                    f"rollouts) and cannot go on with {world}: resume on {len(ranks)}"
                 )
             return
         mine = ranks[self.trainer.global_rank]
@@ -223,21 +235,21 @@ class PhaseLoader:
         self.micro_batches = [on(batch, self.trainer.strategy.root_device) for batch in mine["micro_batches"]]
         record.rollouts = [load_rollout(saved) for saved in mine["rollouts"]]
         record.carried = [load_rollout(saved) for saved in mine.get("carried", [])]
+        record.ahead = {saved["phase"]: load_ahead(saved) for saved in mine.get("ahead", [])}
         if mine.get("credits") is not None:
             record.credits = [Credit(**saved) for saved in mine["credits"]]
         record.metrics = mine["phase_metrics"]
 
 
+def load_ahead(saved: dict[str, Any]) -> SampledAhead:
+    """The completions of a later phase that a checkpoint holds."""
+    completions = [[Completion(**each) for each in group] for group in saved["completions"]]
+    return SampledAhead(saved["weights"], lambda: completions)
+
+
 def load_rollout(saved: dict[str, Any]) -> Rollout:
     """The rollout that ``asdict`` made this of."""
     return Rollout(**{**saved, "completion": Completion(**saved["completion"])})
-
-
-def update_of_prompts(num_prompts: int, updates: int) -> list[int]:
-    """The update of a pass, 0 to ``updates`` - 1, that trains on each of a rank's prompts: stretches of like length, in
-    the order of drawing.
-    """
-    return [update for update, stretch in enumerate(torch.arange(num_prompts).tensor_split(updates)) for _ in stretch]
 
 
 def from_stream(places: Iterable[int], num_rows: int, seed: int) -> list[tuple[int, int]]:

@@ -3,6 +3,7 @@
 from modules.rollout.calculator import Calculator
 from modules.rollout.engine import InProcessEngine, RolloutEngine
 from modules.rollout.environment import Environment
+from modules.rollout.partial import PartialRollouts
 from modules.rollout.sampling import SampledPolicy, Sampling
 from modules.rollout.thinking import Thinking
 from modules.rollout.vllm import VLLMEngine
@@ -12,6 +13,7 @@ __all__ = [
     "Calculator",
     "Environment",
     "InProcessEngine",
+    "PartialRollouts",
     "RolloutEngine",
     "SampledPolicy",
     "Sampling",

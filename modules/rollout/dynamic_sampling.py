@@ -12,10 +12,11 @@ from modules.types import Outcome, Rollout
 class Gathered:
     """The scored completions of a phase of this rank."""
 
-    rollouts: list[Rollout]  # first those that ``record.carried`` held, then those sampled in this phase
+    rollouts: list[Rollout]
+    earlier: int = 0  # so many, the first, belong to the record of the phase before
     # Groups to train on, by their number in the order of ``rollouts``; None = all.
     chosen: list[int] | None = None
-    left: list[Rollout] = field(default_factory=list)  # to be trained on in the next phase
+    left: list[Rollout] = field(default_factory=list)  # to be trained on later
     metrics: dict[str, float] = field(default_factory=dict)  # of the choice
 
 
@@ -75,6 +76,7 @@ class DynamicSampling:
         }
         return Gathered(
             rollouts,
+            len(carried),
             mixed[:need] + other[: max(0, need - len(mixed))],
             [rollout for rollout in rollouts if rollout.group in left],
             {f"dynamic_sampling/{name}": value for name, value in metrics.items()},

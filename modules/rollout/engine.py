@@ -41,6 +41,7 @@ class RolloutEngine(ABC):
         copies_weights: whether it samples from a copy of the weights. Then it may sample while the policy trains, and
             its log-probs may differ from the trainer's.
         max_staleness: >= 0, phases that a sample may be older than the weights it trains; needs a copy of the weights.
+            Above 0, another thread may call the engine, one call after the other.
         last_stats: numbers of the last ``generate`` by name.
     """
 

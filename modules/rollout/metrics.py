@@ -209,7 +209,8 @@ def measure_gaps(mask: Tensor, old_logprobs: Tensor, sampler_logprobs: Tensor, k
         kl: [N, Tc], nats; its mean over tokens becomes the metric ``kl``. None = no such metric.
     """
     gaps = (old_logprobs - sampler_logprobs).abs()[mask]
-    mine = (int(mask.sum()), float(gaps.sum()), float(gaps.max()), 0.0 if kl is None else float(kl[mask].sum()))
+    largest_here = float(gaps.max()) if len(gaps) else 0.0
+    mine = (int(mask.sum()), float(gaps.sum()), largest_here, 0.0 if kl is None else float(kl[mask].sum()))
     counts, sums, largest, kls = zip(*from_all_ranks([mine]), strict=True)
     tokens = max(1, sum(counts))
     difference = {
@@ -220,8 +221,11 @@ def measure_gaps(mask: Tensor, old_logprobs: Tensor, sampler_logprobs: Tensor, k
 
 
 def measure_weights(weights: Tensor) -> dict[str, float]:
-    """Measure the importance weights of the tokens of all ranks, given those of this one (collective)."""
-    mine = (len(weights), float(weights.sum()), float(weights.min()), float(weights.max()))
-    counts, sums, smallest, largest = zip(*from_all_ranks([mine]), strict=True)
+    """Measure the importance weights of the tokens of all ranks, given those of this one (collective); {} without any."""
+    mine = [(len(weights), float(weights.sum()), float(weights.min()), float(weights.max()))] if len(weights) else []
+    found = from_all_ranks(mine)
+    if not found:
+        return {}
+    counts, sums, smallest, largest = zip(*found, strict=True)
     values = {"min": min(smallest), "mean": sum(sums) / sum(counts), "max": max(largest)}
     return {f"sampling/importance_sampling_ratio/{name}": value for name, value in values.items()}

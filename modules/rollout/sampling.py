@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from modules.rollout.partial import PartialRollouts
 from modules.rollout.thinking import Thinking, ThoughtWatch
 from modules.types import Completion
 
@@ -42,6 +43,7 @@ class Sampling:
     stop: tuple[str, ...] = ()  # a completion ends when its text contains one of these strings
     keep_stop: bool = False  # whether that string stays in the text; its tokens stay in any case
     thinking: Thinking | None = None  # budget of thoughts; None = there is none
+    partial: PartialRollouts | None = None  # what a completion may sample in a phase of training; None = all of it
 
     def __post_init__(self) -> None:
         checks = {
@@ -53,6 +55,10 @@ class Sampling:
             f"max_completion_length {self.max_completion_length} must be >= 1": self.max_completion_length >= 1,
             f"stop {self.stop!r} must be a tuple of non-empty strings": not isinstance(self.stop, str)
             and all(self.stop),
+            f"partial: max_repeats and learn_earlier do nothing where tokens_per_phase is at least max_completion_length "
+            f"{self.max_completion_length}": self.partial is None
+            or self.partial.tokens_per_phase < self.max_completion_length
+            or (self.partial.max_repeats is None and self.partial.learn_earlier),
         }
         problems = [problem for problem, fine in checks.items() if not fine]
         if problems:

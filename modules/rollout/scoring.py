@@ -47,6 +47,11 @@ def make_rollouts(
         for i, group in enumerate(completions)
         for completion in group
     ]
+    return score_rollouts(rollouts, reward, phase)
+
+
+def score_rollouts(rollouts: list[Rollout], reward: Reward | None, phase: int | None = None) -> list[Rollout]:
+    """Return the rollouts with the scores of a reward; see ``make_rollouts``."""
     if reward is None:
         return rollouts
     with in_phase(reward, phase):
@@ -98,6 +103,12 @@ def leave_out_given(mask: Tensor, rollouts: list[Rollout]) -> Tensor:
         if rollout.completion.sampled is not None:
             row[: len(rollout.completion.sampled)] = torch.tensor(rollout.completion.sampled)
     return kept
+
+
+def leave_out_tokens(batch: PolicyBatch, tokens: Tensor) -> PolicyBatch:
+    """Return the batch without these tokens, bool [N, Tc], which are attended to and no part of the loss."""
+    kept = {"attended": find_attended(batch), "completion_mask": batch["completion_mask"] & ~tokens}
+    return cast(PolicyBatch, {**batch, **kept})
 
 
 def keep_prompts(batch: PolicyBatch, prompts: list[int]) -> PolicyBatch:

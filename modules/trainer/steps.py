@@ -5,6 +5,7 @@ import math
 from collections.abc import Sized
 from typing import Any, cast
 
+import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
@@ -25,6 +26,13 @@ def count_updates(trainer: Trainer) -> float:
     if trainer.max_epochs in (None, -1) or not math.isfinite(trainer.num_training_batches):
         return limit
     return min(limit, math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches) * trainer.max_epochs)
+
+
+def update_of_prompts(num_prompts: int, updates: int) -> list[int]:
+    """Return the update of a pass, 0 to ``updates`` - 1, that trains on each of a rank's prompts: stretches of like length,
+    in the order of drawing.
+    """
+    return [update for update, stretch in enumerate(torch.arange(num_prompts).tensor_split(updates)) for _ in stretch]
 
 
 def validation_is_due(trainer: Trainer) -> bool:

@@ -79,13 +79,17 @@ LIMITS = {
 CHOICES = [
     ["--model.objective=SAPO", "--model.dynamic_sampling.max_rounds=2"],
     # ends with an even digit: prompts of every difficulty
-    ["--model.objective=DPPO", "--model.importance=null", "--model.reward.pattern=.*[02468]"],
+    [
+        *("--model.objective=DPPO", "--model.importance=null", "--model.reward.pattern=.*[02468]"),
+        *("--model.engine=WorkerEngine", "--model.engine.workers=1", "--model.engine.max_staleness=1"),
+    ],
     [
         "--data.chat=true",
         "--data.system=/no_think",
         "--model.validation.budgets=[0, 2]",
         "--model.sampling.max_completion_length=24",
         "--model.sampling.thinking.stop_text=</think>",
+        "--model.sampling.partial.tokens_per_phase=12",
     ],
 ]
 
@@ -171,7 +175,7 @@ OWN = ["--model.policy=tiny", "--data.train=my.jsonl"]
 
 
 def test_forms_of_the_methods_are_there():
-    assert Counter(method for method, _ in FORMS) == {"dpo": 11, "grpo": 18, "distill": 7, "ppo": 4}
+    assert Counter(method for method, _ in FORMS) == {"dpo": 11, "grpo": 20, "distill": 7, "ppo": 4}
 
 
 @pytest.mark.parametrize(("method", "arguments"), FORMS)

@@ -17,8 +17,8 @@ from datamodules import (
     Source,
     VerifiableDataModule,
 )
-from datamodules.loaders.phase_loader import update_of_prompts
 from modules.networks.tiny import tiny_tokenizer
+from modules.trainer.steps import update_of_prompts
 from modules.types import PromptBatch
 
 
