@@ -26,6 +26,7 @@ class JudgedSample:
     stopped: bool  # it ended by itself
     right: bool | None  # None = it cannot be judged
     rewards: dict[str, float | None]  # by reward name, None = unscorable
+    limited: bool = False  # its thought was ended by a budget, whose stop text nobody sampled
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,8 @@ class SampleWriter(ResumableJsonl):
         samples: dict[str, list[dict[str, Any]]] = {}
         for rollout, outcome in zip(pl_module.record.rollouts, pl_module.find_outcomes(), strict=True):
             text = rollout.text if self._rows[rollout.uid].chat else rollout.completion.text
-            sample = JudgedSample(text, outcome.length, outcome.stopped, outcome.right, rollout.rewards)
+            limited = not all(rollout.completion.sampled or ())
+            sample = JudgedSample(text, outcome.length, outcome.stopped, outcome.right, rollout.rewards, limited)
             samples.setdefault(rollout.uid, []).append(asdict(sample))
         return [{"uid": uid, "samples": drawn} for uid, drawn in samples.items()]
 
@@ -168,10 +170,13 @@ class SampleWriter(ResumableJsonl):
 def find_flaw(sample: JudgedSample) -> str | None:
     """Return why nothing can be learned from a completion, right or wrong; None = something can.
 
-    One that was cut off would be learned as one that ends there.
+    One that was cut off would be learned as one that ends there, and the stop text of a thinking budget as the policy's
+    own words.
     """
     if not sample.stopped:
         return "unfinished"
+    if sample.limited:
+        return "thought ended by its budget"
     if sample.right is None:
         return "not judged"
     return None if sample.text.strip() else "empty"
