@@ -44,8 +44,9 @@ class SampleWriter(ResumableJsonl):
     answer. So the prompt is rendered by who reads the file, with the same ``data.columns``, ``system`` and ``chat``.
 
     After each batch, every rank appends the judged completions to a hidden part file beside ``path``. A run that is
-    started again does not sample these prompts again, also on another number of ranks. The choice is made at the end,
-    from all completions, so its settings may change in between. ``<path>.report.json`` has counts that add up.
+    started again does not sample these prompts again, also on another number of ranks, nor those that another such writer
+    of the run has. The choice is made at the end, from all completions, so its settings may change in between.
+    ``<path>.report.json`` has counts that add up.
 
     A subclass says which columns the completions of a prompt make.
     """
@@ -95,20 +96,26 @@ class SampleWriter(ResumableJsonl):
         return head
 
     def skip(self, trainer: Trainer, pl_module: Any, records: list[dict[str, Any]]) -> None:
-        """Let the module leave out the prompts that every such writer has."""
-        found = {record["uid"] for record in records if "uid" in record}
-        pl_module.done = found if pl_module.done is None else pl_module.done & found
+        """Let the module leave out the prompts that an earlier run sampled, for this writer or another one of the run."""
+        mine = {record["uid"] for record in records if "uid" in record}
+        others = [each for each in trainer.callbacks if isinstance(each, SampleWriter) and each is not self]  # type: ignore[attr-defined]
+        theirs = self.read_parts([part for other in others for part in other._parts()])
+        missed = {record["uid"]: record for record in theirs if "uid" in record and record["uid"] not in mine}
+        if missed and self._file is not None and trainer.is_global_zero:
+            self._append(list(missed.values()))
+        found = mine | set(missed)
+        pl_module.done = found
         if not found:
             return
-        others = [
+        whole = [
             type(callback).__name__
             for callback in trainer.callbacks  # type: ignore[attr-defined]
             if isinstance(callback, PassRates | PredictionWriter)
         ]
-        if others:
+        if whole:
             raise ValueError(
-                f"{self.name}: an earlier run sampled {len(found)} prompts, which {others[0]} would miss; delete "
-                f"{self._part(0).with_name(f'.{self.path.name}.rank*')} to sample them again, or leave {others[0]} out"
+                f"{self.name}: an earlier run sampled {len(found)} prompts, which {whole[0]} would miss; delete "
+                f"{self._part(0).with_name(f'.{self.path.name}.rank*')} to sample them again, or leave {whole[0]} out"
             )
         rank_zero_info(f"{self.name}: resuming with the {len(found)} prompts that an earlier run sampled")
 

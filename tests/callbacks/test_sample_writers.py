@@ -229,7 +229,9 @@ def test_a_thought_that_a_budget_ended_is_no_data(tmp_path: Path) -> None:
     (tmp_path / "in.jsonl").write_text("".join(json.dumps({"prompt": text, "answer": "4"}) + "\n" for text in prompts))
     thinking = Thinking(budget=5, stop_text="!</think>")
     sampling = Sampling(max_completion_length=60, thinking=thinking)
-    module = GRPOModule("tiny-chains", RegexFormat(r"[\s\S]*", name="all"), num_generations=8, sampling=sampling, seed=0)
+    module = GRPOModule(
+        "tiny-chains", RegexFormat(r"[\s\S]*", name="all"), num_generations=8, sampling=sampling, seed=0
+    )
     data = VerifiableDataModule(train=str(tmp_path / "in.jsonl"), chat=False)
     callbacks = [VerifiedSamples(), PredictionWriter()]
     Trainer(accelerator="cpu", devices=1, callbacks=callbacks, default_root_dir=tmp_path, **QUIET).predict(module, data)
@@ -258,10 +260,25 @@ def test_a_run_that_stopped_goes_on_and_samples_nothing_twice(tmp_path: Path, ca
     engine = Fails(at=0)
     predict(tmp_path, [LongToShortPairs(1.0), VerifiedSamples()], engine=engine)
     assert "VerifiedSamples: resuming with the 19 prompts that an earlier run sampled" in caplog.text
-    assert engine.prompts == 48 - 4  # two batches were done, and the pairs had only four prompts of them
+    assert engine.prompts == 48 - 19  # two batches were done; the pairs had four of their prompts, and take the others
     for name in ("verified.jsonl", "verified.jsonl.report.json", "pairs.jsonl", "pairs.jsonl.report.json"):
         assert (tmp_path / name).read_bytes() == (tmp_path / "calm" / name).read_bytes()
     assert hidden(tmp_path) == []
+
+
+def test_writers_share_what_was_sampled_when_one_of_them_is_done(tmp_path: Path) -> None:
+    everything = RegexFormat(r"[\s\S]*", name="all")
+    predict(tmp_path / "calm", [VerifiedSamples(), LongToShortPairs(1.0)], accuracy=everything)
+    with pytest.raises(ValueError, match=r"pairs.jsonl is not written; start again with other bounds to choose from"):
+        predict(tmp_path, [VerifiedSamples(), LongToShortPairs(100.0)], accuracy=everything)
+    assert hidden(tmp_path) == [".pairs.jsonl.rank0"] and (tmp_path / "verified.jsonl").exists()
+    engine = Fails(at=0)
+    predict(tmp_path, [VerifiedSamples(), LongToShortPairs(1.0)], accuracy=everything, engine=engine)
+    assert engine.prompts == 0
+    for name in ("verified.jsonl", "verified.jsonl.report.json", "pairs.jsonl", "pairs.jsonl.report.json"):
+        assert (tmp_path / name).read_bytes() == (tmp_path / "calm" / name).read_bytes()
+    with pytest.raises(ValueError, match=r"VerifiedSamples: another writer of this run writes .*verified.jsonl too"):
+        predict(tmp_path, [VerifiedSamples(), VerifiedSamples(per_prompt=1)], engine=engine)
 
 
 def test_a_killed_process_and_two_ranks_write_what_one_writes(tmp_path: Path) -> None:
