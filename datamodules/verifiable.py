@@ -336,7 +336,13 @@ class VerifiableDataModule(AlignDataModule):
     def _prepare_learning(self, who: str) -> None:
         """Finds the row of each origin. Raises ValueError where outcomes could not be told or ascribed to a row."""
         if self.trainer is not None:
-            require_accuracy(self.trainer.lightning_module, f"data.order {who}")
+            module = self.trainer.lightning_module
+            require_accuracy(module, f"data.order {who}")
+            if isinstance(module, HasTeacher) and module.on_policy == 0:
+                raise ValueError(
+                    f"data.order {who} learns from the answers that the policy samples, and with model.on_policy 0 it "
+                    "samples none: use EasyToHard or HarderLater, or raise model.on_policy"
+                )
         origins = Counter(prompt.example.origin for prompt in self.train_prompts)
         name, count = origins.most_common(1)[0]
         if count > 1:
