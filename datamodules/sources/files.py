@@ -129,7 +129,7 @@ def read_rows(source: str | Source) -> list[Row]:
     return Files(source).rows()
 
 
-def find_kinds(base: type[Source]) -> dict[str, type[Source]]:
+def find_kinds(base: Any) -> dict[str, type[Source]]:
     """Find all classes that derive from ``base``, by name."""
     found = {kind.__name__: kind for kind in base.__subclasses__()}
     return found | {name: kind for each in found.values() for name, kind in find_kinds(each).items()}

@@ -304,7 +304,9 @@ def test_a_reward_and_no_reward():
 
 @pytest.mark.parametrize("order", [Prioritised, MoPPS])
 def test_an_order_that_learns_needs_sampled_answers(order):
-    with pytest.raises(ValueError, match=f"data.order {order.__name__} learns from .* with model.on_policy 0 it samples"):
+    with pytest.raises(
+        ValueError, match=f"data.order {order.__name__} learns from .* with model.on_policy 0 it samples"
+    ):
         fit(distill(on_policy=0.0, reward=ExactMatch()), data={"order": order()})
     learns = order()  # every row starts alike
     fit(distill(TEACHER, on_policy=0.5, reward=ExactMatch(), lr=0.0), data={"order": learns})
