@@ -173,10 +173,13 @@ class InstructionDataModule(AlignDataModule):
         chat = self.is_chat(row)
         example = instruction_example(row, self.reading, self.format, chat, known=unknown != "keep")
         self.say_chat(row, isinstance(example.prompt, str) and not example.whole)
-        last = True if self.loss_on == "last" else None
-        unused = (
-            {"data.system": self.system, "data.chat": self.chat, "data.loss_on last": last} if example.whole else {}
-        )
+        unused = {
+            "data.system": self.system,
+            "data.chat": self.chat,
+            "data.chat_template_kwargs": self.chat_template_kwargs,
+            "data.loss_on last": True if self.loss_on == "last" else None,
+        }
+        unused = unused if example.whole else {}
         for option in [option for option, value in unused.items() if value is not None]:
             self.reading.note(f"{option}: not used, for a document is no chat")
         if unknown == "drop" and example.knowledge in UNKNOWN:

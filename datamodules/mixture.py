@@ -78,7 +78,7 @@ class MixtureDataModule(InstructionDataModule):
         on_bad_row: ``drop`` leaves out rows that cannot be read and counts them in ``bad``.
         packing: put several documents into one row, where they do not see each other.
         batch_size: rows per micro-batch and rank.
-        chat, system: as in :class:`InstructionDataModule`.
+        chat, system, chat_template_kwargs: as in :class:`InstructionDataModule`.
         seed: of the draws and shuffles; None = the run's.
     """
 
@@ -100,6 +100,7 @@ class MixtureDataModule(InstructionDataModule):
         batch_size: int = 8,
         chat: bool | None = None,
         system: str | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
         seed: int | None = None,
     ) -> None:
         self.check_needs({"streams": streams, "num_steps": num_steps})
@@ -118,6 +119,7 @@ class MixtureDataModule(InstructionDataModule):
             batch_size=batch_size,
             chat=chat,
             system=system,
+            chat_template_kwargs=chat_template_kwargs,
             seed=seed,
         )
         self.streams, self.num_steps, self.weigh_by, self.cap, self.decay = streams, num_steps, weigh_by, cap, decay

@@ -61,6 +61,7 @@ class StreamingDataModule(InstructionDataModule):
         chat: text prompts are user messages of the chat template; None = where the tokenizer has one.
         shuffle_buffer: rows among which the next is drawn.
         num_workers: processes that read and tokenise.
+        chat_template_kwargs: variables that the chat template is given, such as ``{enable_thinking: false}``.
         seed: of the shuffle, with the pass; None = the run's.
 
     Raises:
@@ -85,6 +86,7 @@ class StreamingDataModule(InstructionDataModule):
         chat: bool | None = None,
         shuffle_buffer: int = 1000,
         num_workers: int = 0,
+        chat_template_kwargs: dict[str, Any] | None = None,
         seed: int | None = None,
     ) -> None:
         self.check_needs({"train": train, "steps_per_epoch": steps_per_epoch})
@@ -111,7 +113,8 @@ class StreamingDataModule(InstructionDataModule):
             chat,
             None,
             "keep",
-            seed=seed,
+            chat_template_kwargs,
+            seed,
         )
         self.steps_per_epoch, self.shuffle_buffer, self.num_workers = steps_per_epoch, shuffle_buffer, num_workers
         self._loader: StreamLoader | None = None

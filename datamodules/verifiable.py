@@ -344,6 +344,11 @@ class VerifiableDataModule(AlignDataModule):
                     f"data.order {who} learns from a phase before it draws the next, and max_staleness of the engine "
                     f"({engine.max_staleness}) has the next sampled before: set it to 0 or take another order"
                 )
+            if isinstance(module, HasTeacher) and module.on_policy == 0:
+                raise ValueError(
+                    f"data.order {who} learns from the answers that the policy samples, and with model.on_policy 0 it "
+                    "samples none: use EasyToHard or HarderLater, or raise model.on_policy"
+                )
         origins = Counter(prompt.example.origin for prompt in self.train_prompts)
         name, count = origins.most_common(1)[0]
         if count > 1:

@@ -15,12 +15,15 @@ from lightning.pytorch.utilities import rank_zero_info
 from callbacks.phase import record_of
 from callbacks.writers.output_files import claim, in_run_folder, require_writable
 from modules.trainer.saving import naming, sync
-from modules.types import Rollout
+from modules.types import HasAskedRows, Rollout
 
 
 class PredictionWriter(Callback):
     """Writes JSONL, one line per completion: uid, prompt, completion, answer, reward, rewards by name, finish,
     num_tokens. A completion that called tools is its last turn; ``tool_turns`` holds all of them.
+
+    A prompt is written as it was sampled from. A DataModule reads one that the chat template has rendered as it stands; for
+    plain texts it needs ``chat: false`` where the tokenizer has a template, and the run says so.
 
     Each rank writes a hidden part file beside ``path``. At the end of ``predict``, rank zero joins the parts in the
     order of the ranks and renames the result, so ``path`` is never half a file. The ranks must share that disk. A
@@ -82,7 +85,7 @@ class PredictionWriter(Callback):
         trainer.strategy.barrier("predictions")  # every batch was flushed
         if trainer.is_global_zero:
             self._join(trainer.world_size)
-            rank_zero_info(f"predictions: {self.path}")
+            rank_zero_info(f"predictions: {self.path}{tell_how_to_read(trainer, pl_module)}")
         self._close()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -111,6 +114,15 @@ class PredictionWriter(Callback):
     def _part(self, rank: int) -> Path:
         """Return a hidden name beside the file. It is on the same disk, so that the rename is atomic."""
         return self.path.with_name(f".{self.path.name}.rank{rank}")
+
+
+def tell_how_to_read(trainer: Trainer, pl_module: Any) -> str:
+    """Return, as the end of a sentence, what reads the prompts as they were; "" where nothing need be set."""
+    data = trainer.datamodule  # type: ignore[attr-defined]
+    if not isinstance(data, HasAskedRows) or pl_module.tokenizer.chat_template is None:
+        return ""
+    plain = any(not row.chat for row in data.asked_rows())
+    return "; some prompts are texts of the rows as they stand: read the file with data.chat: false" if plain else ""
 
 
 def write_line(rollout: Rollout) -> str:

@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, runtime_checkable
@@ -106,6 +106,9 @@ class ResumableJsonl(Callback):
             raise ValueError(
                 f"{self.name} cannot write the results of {type(pl_module).__name__}; set model to {self.module}"
             )
+        twins = [each for each in trainer.callbacks if isinstance(each, ResumableJsonl) and each is not self]  # type: ignore[attr-defined]
+        if any(each.path.absolute() == self.path.absolute() for each in twins):
+            raise ValueError(f"{self.name}: another writer of this run writes {self.path} too; name another path")
 
     def on_predict_batch_start(
         self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -127,12 +130,10 @@ class ResumableJsonl(Callback):
         """Write the records of the batch and what they cost, all or nothing."""
         if self._file is None:
             return
-        if self._file.tell() == 0:
-            append_lines(self._file, [self._header])
         used = Counter(self.usage(pl_module))
         spent = {name: value - self._used[name] for name, value in used.items()}
         self._used = used
-        append_lines(self._file, [*self.take(pl_module), {"usage": spent}])
+        self._append([*self.take(pl_module), {"usage": spent}])
 
     def on_predict_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Join the part files."""
@@ -180,10 +181,13 @@ class ResumableJsonl(Callback):
         for part in self._parts():
             part.unlink()
 
-    def read_parts(self) -> list[dict[str, Any]]:
-        """Read the lines of all part files after their headers. Raises ValueError when a header is another one."""
+    def read_parts(self, parts: Iterable[Path] | None = None) -> list[dict[str, Any]]:
+        """Read the lines of part files, by default all of this writer, after their headers.
+
+        Raises ValueError when a header is another one.
+        """
         lines: list[dict[str, Any]] = []
-        for part in self._parts():
+        for part in self._parts() if parts is None else parts:
             whole = part.read_bytes().split(b"\n")[:-1]  # a killed run may have left half a line
             first, *rest = [json.loads(line) for line in whole] or [self._header]
             if first != self._header:
@@ -192,6 +196,11 @@ class ResumableJsonl(Callback):
                 )
             lines += rest
         return lines
+
+    def _append(self, records: list[dict[str, Any]]) -> None:
+        """Add records to the part file of this rank, which begins with the header."""
+        assert self._file is not None
+        append_lines(self._file, [*([self._header] if self._file.tell() == 0 else []), *records])
 
     def _close(self) -> None:
         assert self._file is not None

@@ -26,6 +26,7 @@ class JudgedSample:
     stopped: bool  # it ended by itself
     right: bool | None  # None = it cannot be judged
     rewards: dict[str, float | None]  # by reward name, None = unscorable
+    limited: bool = False  # its thought was ended by a budget, whose stop text nobody sampled
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,9 @@ class SampleWriter(ResumableJsonl):
     answer. So the prompt is rendered by who reads the file, with the same ``data.columns``, ``system`` and ``chat``.
 
     After each batch, every rank appends the judged completions to a hidden part file beside ``path``. A run that is
-    started again does not sample these prompts again, also on another number of ranks. The choice is made at the end,
-    from all completions, so its settings may change in between. ``<path>.report.json`` has counts that add up.
+    started again does not sample these prompts again, also on another number of ranks, nor those that another such writer
+    of the run has. The choice is made at the end, from all completions, so its settings may change in between.
+    ``<path>.report.json`` has counts that add up.
 
     A subclass says which columns the completions of a prompt make.
     """
@@ -94,20 +96,26 @@ class SampleWriter(ResumableJsonl):
         return head
 
     def skip(self, trainer: Trainer, pl_module: Any, records: list[dict[str, Any]]) -> None:
-        """Let the module leave out the prompts that every such writer has."""
-        found = {record["uid"] for record in records if "uid" in record}
-        pl_module.done = found if pl_module.done is None else pl_module.done & found
+        """Let the module leave out the prompts that an earlier run sampled, for this writer or another one of the run."""
+        mine = {record["uid"] for record in records if "uid" in record}
+        others = [each for each in trainer.callbacks if isinstance(each, SampleWriter) and each is not self]  # type: ignore[attr-defined]
+        theirs = self.read_parts([part for other in others for part in other._parts()])
+        missed = {record["uid"]: record for record in theirs if "uid" in record and record["uid"] not in mine}
+        if missed and self._file is not None and trainer.is_global_zero:
+            self._append(list(missed.values()))
+        found = mine | set(missed)
+        pl_module.done = found
         if not found:
             return
-        others = [
+        whole = [
             type(callback).__name__
             for callback in trainer.callbacks  # type: ignore[attr-defined]
             if isinstance(callback, PassRates | PredictionWriter)
         ]
-        if others:
+        if whole:
             raise ValueError(
-                f"{self.name}: an earlier run sampled {len(found)} prompts, which {others[0]} would miss; delete "
-                f"{self._part(0).with_name(f'.{self.path.name}.rank*')} to sample them again, or leave {others[0]} out"
+                f"{self.name}: an earlier run sampled {len(found)} prompts, which {whole[0]} would miss; delete "
+                f"{self._part(0).with_name(f'.{self.path.name}.rank*')} to sample them again, or leave {whole[0]} out"
             )
         rank_zero_info(f"{self.name}: resuming with the {len(found)} prompts that an earlier run sampled")
 
@@ -116,7 +124,8 @@ class SampleWriter(ResumableJsonl):
         samples: dict[str, list[dict[str, Any]]] = {}
         for rollout, outcome in zip(pl_module.record.rollouts, pl_module.find_outcomes(), strict=True):
             text = rollout.text if self._rows[rollout.uid].chat else rollout.completion.text
-            sample = JudgedSample(text, outcome.length, outcome.stopped, outcome.right, rollout.rewards)
+            limited = not all(rollout.completion.sampled or ())
+            sample = JudgedSample(text, outcome.length, outcome.stopped, outcome.right, rollout.rewards, limited)
             samples.setdefault(rollout.uid, []).append(asdict(sample))
         return [{"uid": uid, "samples": drawn} for uid, drawn in samples.items()]
 
@@ -168,10 +177,13 @@ class SampleWriter(ResumableJsonl):
 def find_flaw(sample: JudgedSample) -> str | None:
     """Return why nothing can be learned from a completion, right or wrong; None = something can.
 
-    One that was cut off would be learned as one that ends there.
+    One that was cut off would be learned as one that ends there, and the stop text of a thinking budget as the policy's
+    own words.
     """
     if not sample.stopped:
         return "unfinished"
+    if sample.limited:
+        return "thought ended by its budget"
     if sample.right is None:
         return "not judged"
     return None if sample.text.strip() else "empty"

@@ -17,9 +17,10 @@ class VerifiedSamples(SampleWriter):
     """Writes JSONL with one row per kept completion: the training row's columns, ``completion`` and ``answer``.
 
     ``InstructionDataModule`` learns the completions, and ``VerifiableDataModule`` reads the same file as prompts with
-    answers. A completion is kept if it ended by itself, is right by ``model.validation.accuracy``, scores at least
-    ``at_least``, and no earlier one of its prompt has the same text. Sources: DeepSeek-R1 (arXiv 2501.12948, section
-    2.3.3), Qwen3 (2505.09388, section 4.1), Kimi k1.5 (2501.12599, section 2.4).
+    answers. A completion is kept if it ended by itself, no thinking budget ended its thought, it is right by
+    ``model.validation.accuracy``, it scores at least ``at_least``, and no earlier one of its prompt has the same text.
+    Sources: DeepSeek-R1 (arXiv 2501.12948, section 2.3.3), Qwen3 (2505.09388, section 4.1), Kimi k1.5 (2501.12599,
+    section 2.4).
 
     See :class:`SampleWriter` for killed runs and for how the file is read.
 

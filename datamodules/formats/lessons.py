@@ -15,8 +15,9 @@ NAME = re.compile(r"\{([^{}]+)\}")  # in a condition
 
 @runtime_checkable
 class HasTeacher(Protocol):
-    """A module that learns from a teacher; the attributes are those of ``Lessons``."""
+    """A module that learns from a teacher; the attributes beside the first are those of ``Lessons``."""
 
+    on_policy: float  # share of the prompts that it answers itself
     completions: str | None
     condition: str | None
 

@@ -2,6 +2,7 @@
 
 import csv
 import gzip
+import inspect
 import io
 import json
 import re
@@ -113,8 +114,25 @@ class Files(Source):
 
 
 def read_rows(source: str | Source) -> list[Row]:
-    """Read the rows of a source, or of what ``Files`` takes."""
-    return (Files(source) if isinstance(source, str) else source).rows()
+    """Read the rows of a source, or of what ``Files`` takes.
+
+    Raises ValueError for the bare name of a source, which cannot be made without its arguments.
+    """
+    if not isinstance(source, str):
+        return source.rows()
+    kind = find_kinds(Source).get(source)
+    parameters = inspect.signature(kind).parameters.values() if kind is not None else ()
+    needed = [parameter.name for parameter in parameters if parameter.default is parameter.empty]
+    if needed and not Path(source).exists():
+        options = " ".join(f"--data.train.{name} ..." for name in needed)
+        raise ValueError(f"{source} is a source that needs {', '.join(needed)}: write --data.train {source} {options}")
+    return Files(source).rows()
+
+
+def find_kinds(base: Any) -> dict[str, type[Source]]:
+    """Find all classes that derive from ``base``, by name."""
+    found = {kind.__name__: kind for kind in base.__subclasses__()}
+    return found | {name: kind for each in found.values() for name, kind in find_kinds(each).items()}
 
 
 def headerless_hint(source: str | Source, row: Row) -> str:

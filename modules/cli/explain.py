@@ -121,6 +121,23 @@ def suggest_argument(message: str) -> str:
     return suggest_names(found[2], list(inspect.signature(kind).parameters))
 
 
+def point_to_owner(message: str) -> str:
+    """Say, as the end of a sentence, that an outer class has the option that was set in one of its parts."""
+    chain = re.findall(r"Parser key \"(\w+)\":[^\"]*?class_path '([\w.]+)'", message)
+    refused = re.search(r"Option '(\w+)' is not accepted", message)
+    unnamed = re.search(r"name the class first.*NestedArg\(key='[\w.]+\.(\w+)'", message, flags=re.DOTALL)
+    found = refused or unnamed
+    if found is None:
+        return ""
+    for depth, (_, path) in enumerate(chain[:-1] if refused else chain, start=1):
+        module, _, name = path.rpartition(".")
+        kind = getattr(importlib.import_module(module), name)
+        if found[1] in inspect.signature(kind).parameters:
+            keys = ".".join(key for key, _ in chain[:depth])
+            return f"; {found[1]} is an option of {name}: --{keys}.{found[1]}"
+    return ""
+
+
 def explain_taken_name(message: str) -> str:
     """Say, as the end of a sentence, that a folder of the user's has the name of a package of ours."""
     for name in re.findall(r"class_path '(callbacks|datamodules|modules)\.", message):
@@ -131,13 +148,16 @@ def explain_taken_name(message: str) -> str:
 
 
 def suggest_names(name: str, known: Sequence[str], before: str = "") -> str:
-    """Suggest the known names that are nearest to a misspelt one, as the end of a sentence; empty if none is near.
+    """Suggest the known names that are nearest to a misspelt one, as the end of a sentence; empty if none is near, or if
+    it is a known name.
 
     Args:
         name: the misspelt name.
         known: the right names.
         before: text in front of each suggestion.
     """
+    if name in known:
+        return ""
     near = {other: difflib.SequenceMatcher(None, name, other).ratio() for other in sorted(set(known))}
     best = max(near.values(), default=0.0)
     close = sorted((other for other in near if near[other] >= max(0.6, best - 0.1)), key=lambda other: -near[other])[:3]

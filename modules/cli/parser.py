@@ -19,6 +19,7 @@ from modules.cli.choices import NAMES, choose_data, spell_out
 from modules.cli.explain import (
     explain_missing_arguments,
     explain_taken_name,
+    point_to_owner,
     suggest_argument,
     suggest_names,
     write_sentence,
@@ -88,9 +89,8 @@ class Parser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """End with the sentence and exit status 2."""
-        told = explain_missing_arguments(message) or write_sentence(message, NAMES) + suggest_argument(
-            message
-        ) + explain_taken_name(message)
+        ends = (suggest_argument(message), point_to_owner(message), explain_taken_name(message))
+        told = explain_missing_arguments(message) or write_sentence(message, NAMES) + "".join(ends)
         told = told.replace(
             NO_COMMAND, "name a command: fit, validate, test, predict, chat or merge; for example, " + EXAMPLE
         )

@@ -7,7 +7,6 @@ import shlex
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, TextIO
@@ -193,10 +192,15 @@ class KeepsFolder(Callback):
         self._began = True
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Release the folder of a run that failed; what loggers hold is written first, as they write no more behind it."""
-        for logger in trainer.loggers:
-            with suppress(OSError):
+        """Release the folder of a run that failed; what loggers hold is written first, as they write no more behind it.
+
+        A logger that cannot write is left out, for Lightning ends it once more, and its error would hide the run's.
+        """
+        for logger in list(trainer.loggers):
+            try:
                 logger.finalize("failed")
+            except OSError:
+                trainer.loggers = [other for other in trainer.loggers if other is not logger]
         self.folder.close(keep=self._began or isinstance(exception, FloatingPointError))  # whose rows lie there
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -10,6 +10,10 @@ from lightning.pytorch import LightningModule, Trainer
 from torch.utils.data import DataLoader
 
 from callbacks import PredictionWriter
+from datamodules import Addition, VerifiableDataModule
+from modules import GRPOModule
+from modules.rewards import NumericMatch
+from modules.rollout import Sampling
 from modules.types import Record, Rollout
 
 
@@ -104,3 +108,18 @@ def test_two_runs_do_not_write_the_same_file(tmp_path: Path, make: Any) -> None:
     Trainer(accelerator="cpu", callbacks=[PredictionWriter(str(module.path))], **options).predict(module, data)
     assert [json.loads(line)["uid"] for line in module.path.read_text().splitlines()] == ["row0", "row1", "row2"]
     assert [path.name for path in tmp_path.iterdir()] == ["out.jsonl"]
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_prompts_are_read_back_as_they_were_sampled_from(tmp_path: Path, caplog: Any, chat: bool) -> None:
+    """A plain text would become a user message, and the run says how to read it; a rendered one stays as it is."""
+    module = GRPOModule("tiny", NumericMatch(), num_generations=2, sampling=Sampling(max_completion_length=4), seed=0)
+    data = VerifiableDataModule(train=Addition(6, seed=0), chat=chat)
+    options: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    writer = PredictionWriter(str(tmp_path / "out.jsonl"))
+    Trainer(accelerator="cpu", callbacks=[writer], **options).predict(module, data)
+    said = "out.jsonl; some prompts are texts of the rows as they stand: read the file with data.chat: false"
+    assert (said in caplog.text) is not chat
+    again = VerifiableDataModule(module.tokenizer, str(writer.path), chat=None if chat else False)
+    again.setup("fit")
+    assert [prompt.ids for prompt in again.train_prompts] == [p.ids for p in data.train_prompts for _ in range(2)]

@@ -21,6 +21,7 @@ from modules.rewards import ExactMatch, NumericMatch, RegexFormat, WeightedSum
 from modules.rollout.engine import InProcessEngine
 from modules.rollout.environment import Environment
 from modules.rollout.sampling import Sampling
+from modules.rollout.thinking import Thinking
 
 ROOT = Path(__file__).parents[2]
 QUIET: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
@@ -77,11 +78,13 @@ def test_what_is_kept_by_hand() -> None:
         sample("short", 5, even=1.0),
         sample("long", 9, even=1.0),
         sample("middle", 7, even=1.0),
+        JudgedSample("by budget", 2, True, True, {"even": 1.0}, limited=True),
     ]
     kept = VerifiedSamples({"even": 1.0}, per_prompt=2).choose(drawn)
     assert [row["completion"] for row in kept.columns] == ["long", "short"]
     expected = {"unfinished": 1, "wrong": 1, "not judged": 1, "empty": 1, "below even": 2, "repeated": 1}
-    assert kept.counts == Counter(expected | {"kept": 2, "surplus": 1}) and kept.counts.total() == 10
+    expected |= {"thought ended by its budget": 1, "kept": 2, "surplus": 1}
+    assert kept.counts == Counter(expected) and kept.counts.total() == 11
     kept = VerifiedSamples({"even": 1.0}, per_prompt=2, shortest=True).choose(drawn)
     assert [row["completion"] for row in kept.columns] == ["short", "middle"]
     assert [row["completion"] for row in VerifiedSamples().choose(drawn).columns] == [
@@ -220,6 +223,26 @@ def test_a_thought_that_the_template_opens_is_part_of_the_completion(tmp_path: P
         assert found == {start + line["completion"] for line in ended if line["completion"].strip()}
 
 
+def test_a_thought_that_a_budget_ended_is_no_data(tmp_path: Path) -> None:
+    """Nobody sampled the stop text, and SFT would teach it."""
+    prompts = [f"{n}{'+' * (1 + n % 4)}=<think>" for n in range(9)]  # thoughts of 3, 5, 7 and 9 tokens
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"prompt": text, "answer": "4"}) + "\n" for text in prompts))
+    thinking = Thinking(budget=5, stop_text="!</think>")
+    sampling = Sampling(max_completion_length=60, thinking=thinking)
+    module = GRPOModule(
+        "tiny-chains", RegexFormat(r"[\s\S]*", name="all"), num_generations=8, sampling=sampling, seed=0
+    )
+    data = VerifiableDataModule(train=str(tmp_path / "in.jsonl"), chat=False)
+    callbacks = [VerifiedSamples(), PredictionWriter()]
+    Trainer(accelerator="cpu", devices=1, callbacks=callbacks, default_root_dir=tmp_path, **QUIET).predict(module, data)
+    ended = [row for row in read_rows(tmp_path / "predictions.jsonl") if row["finish"] == "stop"]
+    own = {(row["prompt"], row["completion"]) for row in ended if "!</think>" not in row["completion"]}
+    found = read_rows(tmp_path / "verified.jsonl")
+    assert {(row["prompt"], row["completion"]) for row in found} == {each for each in own if each[1].strip()}
+    report = json.loads((tmp_path / "verified.jsonl.report.json").read_text())
+    assert report["sampled/thought ended by its budget"] == sum("!</think>" in row["completion"] for row in ended) > 0
+
+
 def test_a_run_that_stopped_goes_on_and_samples_nothing_twice(tmp_path: Path, caplog: Any) -> None:
     predict(tmp_path / "calm", [VerifiedSamples(), LongToShortPairs(1.0)])
     with pytest.raises(ValueError, match="gave up"):
@@ -237,10 +260,25 @@ def test_a_run_that_stopped_goes_on_and_samples_nothing_twice(tmp_path: Path, ca
     engine = Fails(at=0)
     predict(tmp_path, [LongToShortPairs(1.0), VerifiedSamples()], engine=engine)
     assert "VerifiedSamples: resuming with the 19 prompts that an earlier run sampled" in caplog.text
-    assert engine.prompts == 48 - 4  # two batches were done, and the pairs had only four prompts of them
+    assert engine.prompts == 48 - 19  # two batches were done; the pairs had four of their prompts, and take the others
     for name in ("verified.jsonl", "verified.jsonl.report.json", "pairs.jsonl", "pairs.jsonl.report.json"):
         assert (tmp_path / name).read_bytes() == (tmp_path / "calm" / name).read_bytes()
     assert hidden(tmp_path) == []
+
+
+def test_writers_share_what_was_sampled_when_one_of_them_is_done(tmp_path: Path) -> None:
+    everything = RegexFormat(r"[\s\S]*", name="all")
+    predict(tmp_path / "calm", [VerifiedSamples(), LongToShortPairs(1.0)], accuracy=everything)
+    with pytest.raises(ValueError, match=r"pairs.jsonl is not written; start again with other bounds to choose from"):
+        predict(tmp_path, [VerifiedSamples(), LongToShortPairs(100.0)], accuracy=everything)
+    assert hidden(tmp_path) == [".pairs.jsonl.rank0"] and (tmp_path / "verified.jsonl").exists()
+    engine = Fails(at=0)
+    predict(tmp_path, [VerifiedSamples(), LongToShortPairs(1.0)], accuracy=everything, engine=engine)
+    assert engine.prompts == 0
+    for name in ("verified.jsonl", "verified.jsonl.report.json", "pairs.jsonl", "pairs.jsonl.report.json"):
+        assert (tmp_path / name).read_bytes() == (tmp_path / "calm" / name).read_bytes()
+    with pytest.raises(ValueError, match=r"VerifiedSamples: another writer of this run writes .*verified.jsonl too"):
+        predict(tmp_path, [VerifiedSamples(), VerifiedSamples(per_prompt=1)], engine=engine)
 
 
 def test_a_killed_process_and_two_ranks_write_what_one_writes(tmp_path: Path) -> None:

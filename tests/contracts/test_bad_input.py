@@ -142,6 +142,14 @@ def test_a_data_file_stays_a_path(tmp_path, monkeypatch, run, caplog, name, text
             '"objective": name the class first, such as CISPO, Clipped, DPPO, GSPO, GSPOToken, MirrorDescent, REINFORCE, REINFORCEPlusPlus, RLOO, SAPO, and ',
         ),
         (
+            ["--model.objective", "Clipped", "--model.objective.advantage", "Centered"],
+            "Option 'advantage' is not accepted; advantage is an option of GRPOModule: --model.advantage",
+        ),
+        (
+            ["--data.order.prompts_per_phase", "4"],
+            "and then its options; prompts_per_phase is an option of VerifiableDataModule: --data.prompts_per_phase",
+        ),
+        (
             ["--data.train.num_exampls", "1"],
             "datamodules.Addition': Option 'num_exampls' is not accepted; did you mean num_examples?",
         ),

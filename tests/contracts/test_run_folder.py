@@ -99,6 +99,33 @@ def test_a_fast_dev_run_and_a_refused_run_leave_nothing(capsys):
     assert "error: Export: runs/export cannot be written" in capsys.readouterr().err
 
 
+REFUSES = """
+import shutil
+from lightning.pytorch import Callback
+
+class Refuses(Callback):
+    def __init__(self, breaks: bool):
+        self.breaks = breaks
+
+    def on_train_start(self, trainer, pl_module):
+        if self.breaks:
+            shutil.rmtree(trainer.default_root_dir)
+        trainer.logger.experiment.add_text("note", "x" * 300_000)  # which takes TensorBoard a while to write
+        raise ValueError("these rows cannot be learned")
+"""
+
+
+@pytest.mark.parametrize("breaks", [False, True])
+def test_a_refusal_keeps_its_sentence_whatever_becomes_of_the_logs(tmp_path, breaks):
+    """TensorBoard writes what it still holds before the folder goes, and may not be able to."""
+    (tmp_path / "refusing.py").write_text(REFUSES)
+    callback = f"--trainer.callbacks={{class_path: refusing.Refuses, init_args: {{breaks: {breaks}}}}}"
+    end = run_program("-m", "modules", "fit", *SFT, *FEW, callback, folder=tmp_path)
+    said = [line for line in end.stderr.splitlines() if line.startswith("error") or not breaks and "Errno" in line]
+    assert (end.returncode, said) == (1, ["error: these rows cannot be learned"]), end.stderr
+    assert "Traceback" not in end.stderr and not Path("runs/sft").exists()
+
+
 def test_two_runs_at_once_never_share_a_folder():
     other = RunFolder(Path("runs/x"))
     mine = RunFolder(Path("runs/x"))

@@ -1,5 +1,6 @@
 """Files of every format, and damaged ones."""
 
+import contextlib
 import gzip
 import json
 import math
@@ -8,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from datamodules import Files, InstructionDataModule
+from datamodules import Addition, Files, InstructionDataModule, VerifiableDataModule
 from datamodules.formats.prompt_shapes import verifiable_example
 from datamodules.formats.reading import Reading
+from datamodules.sources.files import read_rows
 from datamodules.sources.locations import explain_hub_error
 from datamodules.tokens.encoding import encode_prompt
 from modules.networks.tiny import tiny_tokenizer
@@ -424,6 +426,19 @@ def test_broken_files_say_where(tmp_path: Path, name: str, content: bytes, messa
 def test_a_missing_path_is_not_looked_for_on_the_hub(path: str) -> None:
     with pytest.raises(ValueError, match="no such file or folder"):
         Files(path).rows()
+
+
+@pytest.mark.parametrize(("name", "needs"), [("Chains", "num_examples"), ("ThinkingFusion", "thinking, plain")])
+def test_a_source_without_its_arguments_is_not_looked_for_on_the_hub(tmp_path: Path, name: str, needs: str) -> None:
+    first = needs.partition(",")[0]
+    said = f"^{name} is a source that needs {needs}: write --data.train {name} --data.train.{first} ..."
+    rows = Addition(4)
+    for train, val in ((name, None), (rows, name)):
+        with pytest.raises(ValueError, match=said):
+            VerifiableDataModule(tiny_tokenizer(), train, val).setup("fit")
+    (tmp_path / name).mkdir()
+    with contextlib.chdir(tmp_path), pytest.raises(ValueError, match="the folder holds no file"):
+        read_rows(name)
 
 
 def test_empty_folder(tmp_path: Path) -> None:

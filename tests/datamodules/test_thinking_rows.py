@@ -8,8 +8,17 @@ import pytest
 from test_chat import QWEN3, tokenizer_with
 from transformers import PreTrainedTokenizerFast
 
-from datamodules import InstructionDataModule, PreferenceDataModule, ThinkingFusion, VerifiableDataModule
-from datamodules.tokens.encoding import encode_prompt, is_rendered, render
+from datamodules import (
+    InstructionDataModule,
+    MixtureDataModule,
+    PreferenceDataModule,
+    Stream,
+    StreamingDataModule,
+    ThinkingFusion,
+    VerifiableDataModule,
+)
+from datamodules.loaders.stream_loader import Pieces, Place
+from datamodules.tokens.encoding import Tokens, encode_prompt, is_rendered, render
 from modules.functional.thoughts import asks_for_thought, set_in_template
 from modules.networks.tiny import END_OF_TURN
 from modules.rollout import Calculator, Environment
@@ -46,10 +55,11 @@ def say(*texts: str, **last: str) -> dict[str, Any]:
 def learned(data: InstructionDataModule) -> list[str]:
     """What the rows learn, as text."""
     data.setup("fit")
-    return [
-        str(data.tokenizer.decode([token for token, keep in zip(row.ids, row.supervised, strict=True) if keep]))
-        for row in data.train_rows
-    ]
+    return [supervised_text(data, row) for row in data.train_rows]
+
+
+def supervised_text(data: InstructionDataModule, row: Tokens) -> str:
+    return str(data.tokenizer.decode([token for token, keep in zip(row.ids, row.supervised, strict=True) if keep]))
 
 
 def whole(data: InstructionDataModule) -> list[str]:
@@ -84,6 +94,17 @@ def test_the_empty_thought_is_learned_where_the_model_writes_it_alone(tmp_path, 
     thoughtful = write(tmp_path / "b.jsonl", say("2+2?", "4", reasoning_content="two twos"))
     with pytest.raises(ValueError, match="assistant message 1 unlike the prompt that it gives for it"):
         learned(InstructionDataModule(qwen, thoughtful, chat_template_kwargs=NEVER))
+
+
+def test_every_module_of_supervised_rows_gives_the_template_its_settings(tmp_path, qwen):
+    rows = write(tmp_path / "a.jsonl", say("2+2?", "4"))
+    streams = {"chats": Stream(rows), "texts": Stream(write(tmp_path / "b.jsonl", {"text": "Four."}))}
+    mixed = MixtureDataModule(qwen, streams, num_steps=1, loss_on="assistant", chat_template_kwargs=NEVER)
+    assert learned(mixed) == ["4" + END_OF_TURN, "our." + qwen.eos_token]
+    streamed = StreamingDataModule(qwen, rows, steps_per_epoch=1, chat_template_kwargs=NEVER)
+    streamed.setup("fit")
+    rows_read, _ = next(Pieces(streamed, 0, 1).batches(Place(), 0, 1))
+    assert supervised_text(streamed, rows_read[0]) == "4" + END_OF_TURN
 
 
 def test_prompts_that_are_rendered_with_or_without_an_empty_thought_stay_as_they_are(qwen):

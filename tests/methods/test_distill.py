@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from safetensors.torch import load_file
 
 from callbacks import Doctor
-from datamodules import Addition, VerifiableDataModule
+from datamodules import Addition, MoPPS, Prioritised, VerifiableDataModule
 from modules import DistillModule
 from modules.losses import JSD, ForwardKL, ReverseKL
 from modules.networks.lora import Lora
@@ -300,6 +300,17 @@ def test_a_reward_and_no_reward():
     without = fit(distill(TEACHER)).callback_metrics
     assert not [name for name in without if "reward" in name or "pass@" in name or "unscorable" in name]
     assert {"train/completions/mean_length", "val/completions/mean_length", "val/loss"} <= set(without)
+
+
+@pytest.mark.parametrize("order", [Prioritised, MoPPS])
+def test_an_order_that_learns_needs_sampled_answers(order):
+    with pytest.raises(
+        ValueError, match=f"data.order {order.__name__} learns from .* with model.on_policy 0 it samples"
+    ):
+        fit(distill(on_policy=0.0, reward=ExactMatch()), data={"order": order()})
+    learns = order()  # every row starts alike
+    fit(distill(TEACHER, on_policy=0.5, reward=ExactMatch(), lr=0.0), data={"order": learns})
+    assert all(table.unique().numel() > 1 for table in learns.tables().values())
 
 
 def test_the_doctor_asks_for_a_reward():
