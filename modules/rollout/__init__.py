@@ -3,7 +3,16 @@
 from modules.rollout.calculator import Calculator
 from modules.rollout.engine import InProcessEngine, RolloutEngine
 from modules.rollout.environment import Environment
-from modules.rollout.sampling import SampledPolicy, Sampling
+from modules.rollout.sampling import Reuse, SampledPolicy, Sampling
 from modules.rollout.thinking import Thinking
 
-__all__ = ["Calculator", "Environment", "InProcessEngine", "RolloutEngine", "SampledPolicy", "Sampling", "Thinking"]
+__all__ = [
+    "Calculator",
+    "Environment",
+    "InProcessEngine",
+    "Reuse",
+    "RolloutEngine",
+    "SampledPolicy",
+    "Sampling",
+    "Thinking",
+]
