@@ -139,7 +139,8 @@ class Drafts:
             # copies: a view keeps, and sends to other ranks, the completions of all prompts
             mine[self._key(rollouts[group[0]].prompt_ids)] = ([lengths[i] for i in group], Draft.join([part]))
         self._kept |= dict(from_all_ranks(list(mine.items())))
-        counts = self._counts
+        ranks = from_all_ranks([dict(self._counts)])
+        counts = defaultdict(float, {name: sum(rank.get(name, 0.0) for rank in ranks) for name in ranks[0]})
         self._used, self._counts = set(), defaultdict(float)
         drawn = counts["tokens"] - counts["reused"]
         if not counts["drafts"] and drawn:
@@ -149,8 +150,8 @@ class Drafts:
             "tokens": counts["reused"] / max(1, counts["tokens"]),
             "prefix_length": counts["reused"] / max(1, counts["drafts"]),
             "whole": counts["whole"] / max(1, counts["completions"]),
-            "verification_time": counts["verifying"],
-            "saved_time": counts["reused"] * rate - counts["verifying"],
+            "verification_time": counts["verifying"] / len(ranks),
+            "saved_time": (counts["reused"] * rate - counts["verifying"]) / len(ranks),
         }
         return {f"reuse/{name}": value for name, value in metrics.items()}
 
