@@ -237,8 +237,9 @@ class OnPolicyModule(AlignmentModule):
         score = self.collected_scores if self.drafts is None else self.drafts.noting(self.collected_scores)
         batch["old_logprobs"], entropies, *values = score_in_chunks(score, batch)
         if self.drafts is not None:
-            *values, ids, logprobs = values
-            self.log_phase(self.drafts.remember(found.rollouts[earlier:], ids[earlier:], logprobs[earlier:]))
+            *values, ids, logprobs, places = values
+            noted = (each[earlier:] for each in (ids, logprobs, places))
+            self.log_phase(self.drafts.remember(found.rollouts[earlier:], *noted))
         if values:
             (batch["values"],) = values
         log_ratio = k3 = None

@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from modules.functional.masked import pad_rows
-from modules.losses.distillation import Buckets, gather_buckets
+from modules.losses.distillation import gather_buckets
 from modules.networks.policy import Policy
 from modules.rollout.engine import InProcessEngine, RolloutEngine
 from modules.rollout.environment import Environment
@@ -33,6 +33,9 @@ class Draft(NamedTuple):
     tokens: Tensor  # int32 [T]
     ids: Tensor  # int32 [T, k], the likeliest tokens in place of each token
     logprobs: Tensor  # [T, k + 1], theirs and that of all other tokens together, nats
+    # [T, 2], where the other tokens in the order of their numbers share [0, 1] by their probabilities: where the part of
+    # the token that was drawn begins, and its size. Of a token that is among the likeliest: 0 and 0.
+    places: Tensor
 
     def split(self, lengths: list[int]) -> list["Draft"]:
         """Return each completion."""
@@ -50,12 +53,14 @@ class Drafts:
     A draft's token x was drawn from q, and the policy now says p. Both are known of k + 1 buckets: the k likeliest tokens
     of q, one each, and all other tokens. The bucket B of x is accepted with probability min(1, l p_B / q_B), l being the
     lenience; else B is drawn from (p - min(q, l p))+. A bucket of one token gives that token, and from the bucket of all
-    others a token is drawn by p. The draft is followed while these tokens are its own; behind the first other one the
-    engine goes on.
+    others a token is drawn by p. There p finds the token at the place in [0, 1] where q would have found x, so that it is
+    x if little has changed. The draft is followed while these tokens are its own; behind the first other one the engine
+    goes on.
 
-    Proof that this is exact for l <= 1 and every k: B is accepted with probability sum of min(q_B, l p_B) in all, so
-    P(B) = min(q_B, l p_B) + (p_B - min(q_B, l p_B)) = p_B, and the token is drawn by p in B. The buckets depend on the
-    tokens before x alone, and so does whether x is looked at; so each token is drawn by p, given those before it.
+    Proof that this is exact for l <= 1 and every k: B is drawn and accepted with probability min(q_B, l p_B), and else
+    with the rest of p_B, since the rejections add up to the sum of p - min(q, l p); so P(B) = p_B. In B the token is drawn
+    by p, as a place drawn evenly in the part of x, with x drawn by q, is even in [0, 1]. The buckets depend on the tokens
+    before x alone, and so does whether x is looked at; so each token is drawn by p, given those before it.
 
     The paper keeps of q the draft's own token alone and goes on by p at a rejection. That is not exact for any l: tokens
     that p finds less likely than q come too often, and what q says of the others is needed to know.
@@ -107,31 +112,36 @@ class Drafts:
         return [done[first : first + num_generations] for first in range(0, len(done), num_generations)]
 
     def noting(self, score: Callable[[PolicyBatch], tuple[Tensor, ...]]) -> Callable[[PolicyBatch], tuple[Tensor, ...]]:
-        """Return a function that scores a batch as ``score`` does, and adds ids [N, Tc, k] and log-probs [N, Tc, k + 1] of
-        the buckets.
-        """
+        """Return a function that scores a batch as ``score`` does, and adds what ``remember`` takes."""
 
         def scored(batch: PolicyBatch) -> tuple[Tensor, ...]:
-            found: list[Buckets] = []
-            with self.policy.watching(lambda logprobs: found.append(self._find_buckets(logprobs))):
+            mask, found = batch["completion_mask"], list[tuple[Tensor, ...]]()
+            tokens = batch["completion_ids"][mask]
+
+            def watch(logprobs: Tensor) -> None:
+                first = sum(len(ids) for ids, *_ in found)
+                found.append(
+                    describe_tokens(self._cut(logprobs), tokens[first : first + len(logprobs)], self.reuse.buckets)
+                )
+
+            with self.policy.watching(watch):
                 scores = score(batch)
-            mask = batch["completion_mask"]
             return (*scores, *(spread_rows(torch.cat(parts), mask) for parts in zip(*found, strict=True)))
 
         return scored
 
-    def remember(self, rollouts: Sequence[Rollout], ids: Tensor, logprobs: Tensor) -> dict[str, float]:
+    def remember(self, rollouts: Sequence[Rollout], *noted: Tensor) -> dict[str, float]:
         """Keep a phase's completions as the drafts of their prompts, and return the phase's metrics (collective).
 
         Args:
             rollouts: of this rank, prompt by prompt.
-            ids: int [N, Tc, k], as ``noting`` has them.
-            logprobs: [N, Tc, k + 1].
+            noted: of their tokens, ``ids``, ``logprobs`` and ``places`` of a ``Draft``, each [N, Tc, ...].
         """
         lengths = [len(rollout.completion.token_ids) for rollout in rollouts]
-        mask = torch.arange(ids.shape[1], device=ids.device) < torch.tensor(lengths, device=ids.device)[:, None]
+        columns, device = torch.arange(noted[0].shape[1]), noted[0].device
+        mask = (columns < torch.tensor(lengths)[:, None]).to(device)
         tokens = [token for rollout in rollouts for token in rollout.completion.token_ids]
-        everything = Draft(torch.tensor(tokens, dtype=torch.int32), ids[mask].cpu(), logprobs[mask].cpu())
+        everything = Draft(torch.tensor(tokens, dtype=torch.int32), *(each[mask].cpu() for each in noted))
         groups = [list(group) for _, group in groupby(range(len(rollouts)), key=lambda i: rollouts[i].group)]
         mine = {}
         parts = everything.split([sum(lengths[i] for i in group) for group in groups])
@@ -195,11 +205,6 @@ class Drafts:
             return logprobs
         return truncate(logprobs, self.sampling.top_k, self.sampling.top_p).log_softmax(-1)
 
-    def _find_buckets(self, logprobs: Tensor) -> Buckets:
-        cut = self._cut(logprobs)
-        ids = cut.topk(min(self.reuse.buckets, cut.shape[1])).indices
-        return Buckets(ids.int(), gather_buckets(cut, ids))
-
     @torch.no_grad()
     def _verify(
         self, prompts: list[list[int]], drafts: list[Draft | None], seeds: list[int], version: int
@@ -226,8 +231,8 @@ class Drafts:
         def watch(logprobs: Tensor) -> None:
             first = sum(len(tokens) for tokens, _ in found)
             now = self._cut(logprobs.to(place))
-            own, ids, q, drawn = (column[first : first + len(now)] for column in columns)
-            tokens = verify_tokens(now, own, ids, q, drawn, self.reuse.lenience)
+            *draft, drawn = (column[first : first + len(now)] for column in columns)
+            tokens = verify_tokens(now, Draft(*draft), drawn, self.reuse.lenience)
             found.append((tokens, now.gather(1, tokens[:, None])[:, 0]))
 
         with self.policy.watching(watch):
@@ -266,37 +271,49 @@ class Drafts:
         ]
 
 
-def verify_tokens(
-    logprobs: Tensor, tokens: Tensor, ids: Tensor, drafted: Tensor, uniforms: Tensor, lenience: float
-) -> Tensor:
+def describe_tokens(logprobs: Tensor, tokens: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return ``ids``, ``logprobs`` and ``places`` of a ``Draft`` of ``tokens`` int [K] from log q [K, V]."""
+    ids = logprobs.topk(min(k, logprobs.shape[1])).indices
+    places = torch.zeros(len(tokens), 2, device=tokens.device)
+    rare = (ids != tokens[:, None]).all(1).nonzero()[:, 0]
+    if len(rare):
+        others = logprobs[rare].exp().scatter(1, ids[rare], 0.0)
+        before = others * (torch.arange(others.shape[1], device=others.device) < tokens[rare, None])
+        own = others.gather(1, tokens[rare, None])
+        total = others.sum(1, keepdim=True).clamp(min=torch.finfo(others.dtype).tiny)
+        places[rare] = torch.cat([before.sum(1, keepdim=True), own], 1) / total
+    return ids.int(), gather_buckets(logprobs, ids), places
+
+
+def verify_tokens(logprobs: Tensor, draft: Draft, uniforms: Tensor, lenience: float) -> Tensor:
     """Draw a token by p in each place of a draft, the draft's own one as often as may be; see ``Drafts``.
 
     Args:
         logprobs: [K, V], log p, nats.
-        tokens: int [K], the draft's.
-        ids: int [K, k], the likeliest tokens of q.
-        drafted: [K, k + 1], log q of them and of all other tokens, nats.
+        draft: K tokens.
         uniforms: float64 [K, 2] in [0, 1).
         lenience: > 0.
 
     Returns:
         tokens int [K].
     """
-    tokens, ids, k = tokens.long(), ids.long(), ids.shape[1]
-    p, q = gather_buckets(logprobs, ids).exp(), drafted.exp()  # [K, k + 1]
+    tokens, ids, k = draft.tokens.long(), draft.ids.long(), draft.ids.shape[1]
+    p, q = gather_buckets(logprobs, ids).exp(), draft.logprobs.exp()  # [K, k + 1]
     own = ids == tokens[:, None]
     bucket = torch.where(own.any(1), own.int().argmax(1), k)[:, None]
     accepted = uniforms[:, 0] * q.gather(1, bucket)[:, 0] < lenience * p.gather(1, bucket)[:, 0]
     drawn = (~accepted | (bucket[:, 0] == k)).nonzero()[:, 0]
-    p, q, ids = p[drawn], q[drawn], ids[drawn]
+    p, q, ids, rare = p[drawn], q[drawn], ids[drawn], accepted[drawn]
     # By how much p counts in each bucket: after a rejection what p has beyond q, else only in the bucket of all others.
     beyond = (p - torch.minimum(q, lenience * p)).clamp(min=0) / p.clamp(min=torch.finfo(p.dtype).tiny)
     others = torch.arange(k + 1, device=p.device) == k
-    factor = torch.where(accepted[drawn, None], others, beyond)
+    factor = torch.where(rare[:, None], others, beyond)
     whole = logprobs[drawn].exp()
     weights = (whole * factor[:, k:]).scatter(1, ids, p[:, :k] * factor[:, :k])
     weights = torch.where(weights.sum(1, keepdim=True) > 0, weights, whole)  # by rounding nothing may be beyond q
-    return tokens.index_copy(0, drawn, invert_cdf(weights, uniforms[drawn, 1]))
+    begin, size = draft.places[drawn].double().unbind(1)
+    even = uniforms[drawn, 1]
+    return tokens.index_copy(0, drawn, invert_cdf(weights, torch.where(rare, begin + size * even, even)))
 
 
 def spread_rows(rows: Tensor, mask: Tensor) -> Tensor:
