@@ -79,7 +79,12 @@ LIMITS = {
 CHOICES = [
     ["--model.objective=SAPO", "--model.dynamic_sampling.max_rounds=2"],
     # ends with an even digit: prompts of every difficulty
-    ["--model.objective=DPPO", "--model.importance=null", "--model.reward.pattern=.*[02468]"],
+    [
+        "--model.objective=DPPO",
+        "--model.importance=null",
+        "--model.reward.pattern=.*[02468]",
+        "--model.sampling.reuse.lenience=1",
+    ],
     [
         "--data.chat=true",
         "--data.system=/no_think",

@@ -51,6 +51,7 @@ ELSEWHERE = {
     r"(?:train|val)/unscored/.*": "tests/methods/test_on_policy.py",
     r"(?:train|val)/mode/<mode>|val/budget/.*": "tests/methods/test_thinking_methods.py",
     r"train/dynamic_sampling/\w+": "tests/methods/test_grpo_choices.py",
+    r"train/reuse/\w+": "tests/rollout/test_reuse.py",
     r"train/group_bias/baseline_bias_easy": "tests/callbacks/test_group_bias.py",  # no such group in these runs
     r"val/perplexity/<domain>|val/forgetting.*": "tests/callbacks/test_forgetting.py",
     r"val/audit/.*": "tests/callbacks/test_audit_report.py",
