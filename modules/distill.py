@@ -31,6 +31,7 @@ from modules.networks.teacher_table import TeacherTable, describe_weights, read_
 from modules.on_policy import OnPolicyModule, Validation
 from modules.rollout.engine import RolloutEngine
 from modules.rollout.environment import Environment
+from modules.rollout.reuse import refuse_reuse
 from modules.rollout.sampling import Sampling
 from modules.rollout.scoring import make_batch, make_rollouts
 from modules.rollout.segments import require_all_segments
@@ -107,6 +108,7 @@ class DistillModule(OnPolicyModule):
         scheduler: LRSchedulerCallable | None = None,
         seed: int | None = None,
     ) -> None:
+        refuse_reuse(sampling, "DistillModule")
         super().__init__(
             policy,
             reward,

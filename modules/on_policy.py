@@ -5,7 +5,7 @@ import reprlib
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, cast
 
@@ -40,6 +40,7 @@ from modules.rollout.metrics import (
     share_solved,
 )
 from modules.rollout.overlap import Overlap, check_overlap
+from modules.rollout.reuse import Drafts, check_reuse
 from modules.rollout.sampling import Sampling
 from modules.rollout.scoring import (
     add_sums,
@@ -158,6 +159,10 @@ class OnPolicyModule(AlignmentModule):
         check_partial(self.engine, sampling, environment)
         check_overlap(self.engine, environment)
         self.overlap = Overlap(self.engine) if self.engine.max_staleness > 0 else None
+        self.drafts = None  # of the completions of the next phases
+        if sampling.reuse is not None:
+            check_reuse(sampling, self.engine, environment)
+            self.drafts = Drafts(self.policy, sampling)
         other = load_companion(self.policy, reference, "reference") if isinstance(reference, str) else None
         self.own_reference = other is None  # the policy as it starts
         self.reference = Frozen(other or self.policy, own=other is not None) if reference else None
@@ -251,7 +256,12 @@ class OnPolicyModule(AlignmentModule):
         self.log_phase(lost.join())
         self.check_scored(found.rollouts[found.earlier :])
         batch = make_batch(found.rollouts, self.device)
-        batch["old_logprobs"], entropies, *values = score_in_chunks(self.collected_scores, batch)
+        score = self.collected_scores if self.drafts is None else self.drafts.noting(self.collected_scores)
+        batch["old_logprobs"], entropies, *values = score_in_chunks(score, batch)
+        if self.drafts is not None:
+            *values, ids, logprobs, places = values
+            noted = (each[found.earlier :] for each in (ids, logprobs, places))
+            self.log_phase(self.drafts.remember(found.rollouts[found.earlier :], *noted))
         if values:
             (batch["values"],) = values
         stale = self.find_stale(found, batch)
@@ -328,7 +338,7 @@ class OnPolicyModule(AlignmentModule):
                     "has no max_staleness"
                 )
                 self.record.ahead = {}
-            sampled = self.sample(prompts, self.num_generations, self.sampling, str(self.current_epoch))
+            sampled = self.sample(prompts, self.num_generations, self.sampling, str(self.current_epoch), self.drafts)
         else:
             sampled = prompts, self.sample_ahead(self.overlap, prompts)
         self.record.metrics["time/sampling"] += time.perf_counter() - start
@@ -379,14 +389,18 @@ class OnPolicyModule(AlignmentModule):
         log_equal(self, scored | length, prog_bar=True, logger=False)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save what every method saves, and a reference that moves."""
+        """Save what every method saves, a reference that moves, and drafts."""
         super().on_save_checkpoint(checkpoint)
+        if self.drafts is not None:
+            checkpoint["drafts"] = self.drafts.state_dict()
         if self.reference_moves and self.reference is not None:
             checkpoint["reference"] = {name: weight.detach().cpu() for name, weight in self.reference.weights.items()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Load what every method loads, and a reference that moved."""
+        """Load what every method loads, a reference that moved, and drafts."""
         super().on_load_checkpoint(checkpoint)
+        if self.drafts is not None and "drafts" in checkpoint:
+            self.drafts.load_state_dict(checkpoint["drafts"])
         if self.reference is not None:
             for name, weight in checkpoint.get("reference", {}).items():
                 self.reference.weights[name].data.copy_(weight)
@@ -439,7 +453,12 @@ class OnPolicyModule(AlignmentModule):
         asked = [each for each in (self.reward, self.accuracy) if each is not None]
         rewards = [describe_reward(part) for each in asked for part in walk_rewards(each)]
         settings = {"num_generations": self.num_generations, "seed": self.seed, "rewards": rewards}
-        return {**self.identity(), "weights": hash_weights(self.policy), **settings, "sampling": asdict(self.sampling)}
+        return {
+            **self.identity(),
+            "weights": hash_weights(self.policy),
+            **settings,
+            "sampling": self.sampling.identity(),
+        }
 
     def find_outcomes(self) -> list[Outcome]:
         """Return the outcomes of ``record.rollouts``, in order; ``right`` by ``accuracy``, None if that cannot tell."""
@@ -493,9 +512,10 @@ class OnPolicyModule(AlignmentModule):
         return metrics | solved | {"greedy_accuracy": share_solved(greedy, 1)} | measure_budgets(budgets)
 
     def sample(
-        self, prompts: PromptBatch, num_generations: int, sampling: Sampling, phase: str
+        self, prompts: PromptBatch, num_generations: int, sampling: Sampling, phase: str, drafts: Drafts | None = None
     ) -> tuple[PromptBatch, list[list[Completion]]]:
-        """Sample ``num_generations`` completions of each prompt from the current weights.
+        """Sample ``num_generations`` completions of each prompt from the current weights, where there are ``drafts`` from
+        these on.
 
         Returns:
             the prompts, as an environment opens them if there is one, and the completions of each.
@@ -505,6 +525,9 @@ class OnPolicyModule(AlignmentModule):
         else:
             self.overlap.sync(self.record.ahead, self.policy, self.global_step)
         seeds = self.find_seeds(prompts, phase)
+        if drafts is not None:
+            ids, version = prompts["prompt_ids"], self.global_step
+            return prompts, drafts.generate(self.engine, ids, num_generations, seeds, version)
         if self.environment is None or self.tool_format is None:
             return prompts, self.engine.generate(prompts["prompt_ids"], num_generations, sampling, seeds)
         return self.environment.sample(self.engine, self.tool_format, prompts, num_generations, sampling, seeds)

@@ -16,6 +16,7 @@ from modules.rewards.verifier import count_failures
 from modules.rollout.engine import InProcessEngine
 from modules.rollout.last_answers import find_last_answers
 from modules.rollout.metrics import make_outcomes, measure_rollouts, measure_unscored
+from modules.rollout.reuse import refuse_reuse
 from modules.rollout.sampling import Sampling
 from modules.rollout.scoring import make_rollouts
 from modules.trainer.ranks import from_all_ranks
@@ -59,6 +60,7 @@ class SFTModule(AlignmentModule):
                 f"label_smoothing must be in [0, 1) and neftune_noise_alpha >= 0, got {label_smoothing} and "
                 f"{neftune_noise_alpha}"
             )
+        refuse_reuse(sampling, "SFTModule")
         self.label_smoothing, self.neftune_noise_alpha, self.reward = (
             label_smoothing,
             neftune_noise_alpha,

@@ -4,6 +4,8 @@ This is the only file that shifts tokens. Everywhere else a per-token tensor is 
 """
 
 import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -71,6 +73,7 @@ class Policy(nn.Module):
 
     def __init__(self, path: str, dropout: bool = True, lora: Lora | None = None, role: str = "policy") -> None:
         super().__init__()
+        self._watch: Callable[[Tensor], None] | None = None  # see ``watching``
         self.path, self.name = path, f"{role}: '{path}'"  # name: how messages begin
         self.model, self.tokenizer = load(path, role)
         self.has_adapters = lora is not None
@@ -287,6 +290,17 @@ class Policy(nn.Module):
         # Some tokenizers put an eos token behind every text.
         return ids[:-1] if ids[-1] == self.tokenizer.eos_token_id else ids
 
+    @contextmanager
+    def watching(self, watch: Callable[[Tensor], None]) -> Iterator[None]:
+        """Show ``watch`` the log-probabilities [K, V] of every token that is scored inside the ``with`` block, chunk by
+        chunk in the order of the tokens.
+        """
+        self._watch = watch
+        try:
+            yield
+        finally:
+            self._watch = None
+
     def save_pretrained(self, folder: str | Path) -> None:
         """Write model and tokenizer as a Hugging Face folder, with adapters merged into the weights.
 
@@ -323,6 +337,8 @@ class Policy(nn.Module):
         with torch.autocast(hidden.device.type, enabled=False):  # rounding of 16 bits here would be the largest error
             logits = head(hidden.to(self.model.dtype))  # [K, V]
         logprobs = vocabulary_logprobs(logits, temperature)
+        if self._watch is not None:
+            self._watch(logprobs.detach())
         scores = TokenScores(logprobs.gather(-1, targets[:, None])[:, 0])
         if means:
             scaled = logits / temperature

@@ -4,7 +4,7 @@ from modules.rollout.calculator import Calculator
 from modules.rollout.engine import InProcessEngine, RolloutEngine
 from modules.rollout.environment import Environment
 from modules.rollout.partial import PartialRollouts
-from modules.rollout.sampling import SampledPolicy, Sampling
+from modules.rollout.sampling import Reuse, SampledPolicy, Sampling
 from modules.rollout.thinking import Thinking
 from modules.rollout.vllm import VLLMEngine
 from modules.rollout.workers import WorkerEngine
@@ -14,6 +14,7 @@ __all__ = [
     "Environment",
     "InProcessEngine",
     "PartialRollouts",
+    "Reuse",
     "RolloutEngine",
     "SampledPolicy",
     "Sampling",

@@ -3,9 +3,9 @@
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from modules.functional.ranges import check_numbers
 from modules.rollout.partial import PartialRollouts
 from modules.rollout.thinking import Thinking, ThoughtWatch
 from modules.types import Completion
@@ -26,6 +27,24 @@ NOT_FINITE = (
 )
 BLOCK = 256  # entries of one block of the two-level search
 SINGLE_BLOCK = 1024  # vocabularies up to this size are searched as one block
+
+
+@dataclass(frozen=True)
+class Reuse:
+    """Begins a completion in training with the part of the prompt's last one that the policy would still write (SPEC-RL,
+    arXiv 2509.23232); see ``Drafts``.
+
+    Raises:
+        ValueError: values out of range.
+    """
+
+    # > 0; up to 1 the completions of given weights are distributed as without reuse, and about 1 - lenience of the tokens
+    # are drawn anew even where the weights stay; above 1 more is kept than the policy would write, which is biased.
+    lenience: float = 1.0
+    buckets: int = 32  # >= 1, likeliest tokens that are compared one by one; 8 bytes each for every token that is kept
+
+    def __post_init__(self) -> None:
+        check_numbers("sampling.reuse", lenience=(self.lenience, "(0, inf)"), buckets=(self.buckets, "[1, inf)"))
 
 
 @dataclass(frozen=True)
@@ -44,6 +63,7 @@ class Sampling:
     keep_stop: bool = False  # whether that string stays in the text; its tokens stay in any case
     thinking: Thinking | None = None  # budget of thoughts; None = there is none
     partial: PartialRollouts | None = None  # what a completion may sample in a phase of training; None = all of it
+    reuse: Reuse | None = None  # of earlier completions, in training alone; None = all tokens are sampled
 
     def __post_init__(self) -> None:
         checks = {
@@ -69,6 +89,10 @@ class Sampling:
                 "sampler's log-probs differ from the trainer's; use top_p 1 and top_k 0 for reinforcement learning",
                 stacklevel=3,
             )
+
+    def identity(self) -> dict[str, Any]:
+        """Return what determines a sample, by name: all but ``reuse``."""
+        return {name: value for name, value in asdict(self).items() if name != "reuse"}
 
 
 class SampledPolicy(Protocol):
@@ -199,6 +223,18 @@ class Ledger:
         self._ended[requests] = ended
         finished = (ended | full) & (requests != self.idle)
         return tokens.to(home), finished.to(home)
+
+    def end_started(self) -> list[bool]:
+        """Tell which beginnings are whole completions: their last token ends them, or they are full."""
+        requests = torch.arange(self.idle, device=self._counts.device)
+        counts = self._counts[requests]
+        steps = (counts - 1).clamp(min=0)
+        tokens = self._tokens[requests, steps]
+        ended = self._is_end[tokens]
+        if self.sampling.stop:
+            ended |= self._completes_stop_string(tokens, requests, steps)
+        self._ended[requests] = ended & (counts > 0)
+        return (self._ended[requests] | (counts == self.sampling.max_completion_length)).tolist()
 
     def completions(self, version: int) -> list[Completion]:
         """Return all requests as plain records, in order.

@@ -84,6 +84,10 @@ CHOICES = [
         *("--model.engine=WorkerEngine", "--model.engine.workers=1", "--model.engine.max_staleness=1"),
     ],
     [
+        *("--model.objective=DPPO", "--model.importance=null", "--model.reward.pattern=.*[02468]"),
+        "--model.sampling.reuse.lenience=1",
+    ],
+    [
         "--data.chat=true",
         "--data.system=/no_think",
         "--model.validation.budgets=[0, 2]",

@@ -53,6 +53,7 @@ ELSEWHERE = {
     r"train/dynamic_sampling/\w+": "tests/methods/test_grpo_choices.py",
     r"train/(?:partial|staleness)/\w+": "tests/loop/test_partial_rollouts.py",
     r"train/overlap/\w+": "tests/loop/test_overlap.py",
+    r"train/reuse/\w+": "tests/rollout/test_reuse.py",
     r"train/group_bias/baseline_bias_easy": "tests/callbacks/test_group_bias.py",  # no such group in these runs
     r"val/perplexity/<domain>|val/forgetting.*": "tests/callbacks/test_forgetting.py",
     r"val/audit/.*": "tests/callbacks/test_audit_report.py",

@@ -10,7 +10,7 @@ import time
 import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -244,7 +244,7 @@ class LocalChat(ChatClient):
                 f"LocalChat: '{policy}' has no chat template (a base model?), so it cannot be asked; name a chat model"
             )
         self.engine = InProcessEngine()
-        self.identity = f"{policy} {json.dumps(asdict(self.sampling))}"
+        self.identity = f"{policy} {json.dumps(self.sampling.identity())}"
 
     def complete(self, conversations: Sequence[Conversation]) -> list[str | None]:
         """Sample one answer to each conversation."""
