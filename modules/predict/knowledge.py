@@ -105,6 +105,10 @@ class KnowledgeModule(PredictModule):
                 }
             )
 
+    def teardown(self, stage: str) -> None:
+        """End what the engine started."""
+        self.engine.close()
+
     def right(self, prompts: PromptBatch, wanted: list[int], num_generations: int, sampling: Sampling) -> torch.Tensor:
         """Sample answers to the wanted prompts in one call, and return which are right: bool [len(wanted),
         num_generations].

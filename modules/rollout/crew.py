@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -31,7 +32,7 @@ class LostWorker(Exception):
 
 
 @dataclass(frozen=True, eq=False)
-class Task:
+class Assignment:
     """What a worker is to do."""
 
     name: str  # a method of ``Servant``
@@ -50,7 +51,7 @@ class SamplingProcess:
     """
 
     def __init__(self, command: Sequence[str], threads: int, memory: int) -> None:
-        self.tasks: deque[Task] = deque()
+        self.tasks: deque[Assignment] = deque()
         self.deadline = time.monotonic() + START_SECONDS
         self.is_ready = False  # whether it has answered
         self._unsent, self._received = memoryview(b""), bytearray()
@@ -153,7 +154,7 @@ class Crew:
 
     def __init__(self, size: int, timeout: float, command: Sequence[str]) -> None:
         self.timeout, self.command = timeout, command
-        self.prelude: list[Task] = []
+        self.prelude: list[Assignment] = []
         self.replaced = 0
         self.processes: list[SamplingProcess | None] = [None] * size
         self._memory = -1
@@ -167,7 +168,7 @@ class Crew:
         ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or (torch.distributed.get_world_size() if distributed else 1))
         return max(1, count_cores() // (len(self.processes) * ranks))
 
-    def start(self, memory: int, prelude: Sequence[Task]) -> None:
+    def start(self, memory: int, prelude: Sequence[Assignment]) -> None:
         """Start all workers, and let them do the prelude without waiting for it.
 
         Args:
@@ -178,7 +179,7 @@ class Crew:
         for number in range(len(self.processes)):
             self._renew(number, [])
 
-    def run(self, tasks: Mapping[int, Task]) -> list[float]:
+    def run(self, tasks: Mapping[int, Assignment]) -> list[float]:
         """Have tasks done, and return the times at which they were, in order.
 
         Args:
@@ -211,6 +212,11 @@ class Crew:
                         losses[number] += 1
                         if losses[number] >= TRIES:
                             raise self._give_up(process.tasks[-1], error) from error
+                        lost = process.tasks[-1].what
+                        warnings.warn(
+                            f"WorkerEngine: a worker was lost while it {lost}: {error}; a new one does so again",
+                            stacklevel=2,
+                        )
                         self.replaced += 1
                         kept = [task for task in process.tasks if task not in self.prelude]
                         process.stop()
@@ -243,20 +249,20 @@ class Crew:
             process.stop()
         self.processes = [None] * len(self.processes)
 
-    def _renew(self, number: int, tasks: Sequence[Task]) -> None:
+    def _renew(self, number: int, tasks: Sequence[Assignment]) -> None:
         """Start a worker with the prelude and these tasks before it."""
         command = [*self.command, str(os.getpid()), str(self._memory), str(number)]
         process = self.processes[number] = SamplingProcess(command, self.threads, self._memory)
         for task in [*self.prelude, *tasks]:
             self._give(process, task)
 
-    def _give(self, process: SamplingProcess, task: Task) -> None:
+    def _give(self, process: SamplingProcess, task: Assignment) -> None:
         if process.is_ready and not process.tasks:
             process.deadline = time.monotonic() + self.timeout
         process.tasks.append(task)
         process.send(task.name, task.arguments)
 
-    def _follow(self, process: SamplingProcess) -> list[Task]:
+    def _follow(self, process: SamplingProcess) -> list[Assignment]:
         """Send and read what can be; return the tasks that are done.
 
         Raises:
@@ -292,7 +298,7 @@ class Crew:
         return done
 
     @staticmethod
-    def _give_up(task: Task, error: LostWorker) -> RuntimeError:
+    def _give_up(task: Assignment, error: LostWorker) -> RuntimeError:
         return RuntimeError(
             f"WorkerEngine: {TRIES} workers in a row were lost while the last of them {task.what}: {error}"
         )

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from modules.rollout.engine import InProcessEngine
 from modules.rollout.sampling import Ledger, Sampling
-from modules.rollout.shared_weights import Place, view_weight
+from modules.rollout.shared_weights import MemoryPlace, view_weight
 from modules.rollout.syncing import checksum, name_weights, probe_logprobs
 from modules.types import Completion
 
@@ -39,7 +39,7 @@ class Blueprint:
     stop_token_ids: frozenset[int]
     max_positions: int | None
     engine: InProcessEngine  # not synced
-    places: dict[str, Place]  # of each weight, by name
+    places: dict[str, MemoryPlace]  # of each weight, by name
     device: torch.device
     probe: list[list[int]]
     threads: int

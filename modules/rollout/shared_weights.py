@@ -16,7 +16,7 @@ ALIGNMENT = 64  # bytes
 
 
 @dataclass(frozen=True)
-class Place:
+class MemoryPlace:
     """Where a weight lies in the shared memory."""
 
     offset: int  # in bytes, a multiple of ``ALIGNMENT``
@@ -40,11 +40,11 @@ class SharedWeights:
     """
 
     def __init__(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        self.places: dict[str, Place] = {}
+        self.places: dict[str, MemoryPlace] = {}
         self.checksums: dict[str, str] = {}
         size = 0
         for name, weight in weights:
-            self.places[name] = Place(size, tuple(weight.shape), weight.dtype)
+            self.places[name] = MemoryPlace(size, tuple(weight.shape), weight.dtype)
             size += -(-weight.numel() * weight.element_size() // ALIGNMENT) * ALIGNMENT
         self.file = reserve_memory(max(size, 1))
         self._memory: mmap.mmap | None = mmap.mmap(self.file, 0)
@@ -66,7 +66,7 @@ class SharedWeights:
         os.close(self.file)
 
 
-def view_weight(memory: mmap.mmap, place: Place) -> Tensor:
+def view_weight(memory: mmap.mmap, place: MemoryPlace) -> Tensor:
     """Return the weight at a place of the shared memory, without a copy."""
     count = torch.Size(place.shape).numel()
     if not count:

@@ -2,6 +2,7 @@
 
 import math
 import os
+import pickle
 import sys
 import threading
 import time
@@ -15,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from modules.rollout.crew import Crew, Task
+from modules.rollout.crew import Assignment, Crew
 from modules.rollout.engine import InProcessEngine, RolloutEngine, check_request
 from modules.rollout.sampling import SampledPolicy, Sampling
 from modules.rollout.sampling_worker import Blueprint
@@ -130,13 +131,13 @@ class WorkerEngine(RolloutEngine):
                 self._policy, self._anatomy = policy, anatomy
                 self._weights = SharedWeights(list_weights(policy))
                 blueprint = self._draw(policy, self._weights)
-                self._crew.start(self._weights.file, [Task("build", {"blueprint": blueprint}, ignore, "started")])
+                self._crew.start(self._weights.file, [Assignment("build", {"blueprint": blueprint}, ignore, "started")])
             before, self._version = self._version, None
             changed = self._weights.write(list_weights(policy))
             if changed or version != before:
                 expected = self._weights.checksums, probe_logprobs(policy.model, find_probe(policy))
                 take = partial(check_copy, version, *expected, find_bound(policy.model))
-                sync = Task("sync", {"version": version}, take, "took the weights")
+                sync = Assignment("sync", {"version": version}, take, "took the weights")
                 self._crew.prelude = self._crew.prelude[:1]
                 self._crew.run(dict.fromkeys(range(self.workers), sync))
                 self._crew.prelude.append(sync)
@@ -187,7 +188,9 @@ class WorkerEngine(RolloutEngine):
                 )
                 if share:
                     listed = f"{', '.join(map(str, share[:8]))}{', ...' if len(share) > 8 else ''}"
-                    tasks[number] = Task("generate", arguments, take, f"sampled prompts {listed} of {len(prompts)}")
+                    tasks[number] = Assignment(
+                        "generate", arguments, take, f"sampled prompts {listed} of {len(prompts)}"
+                    )
             times = self._crew.run(tasks)
             self.last_stats = join_stats(stats) | {
                 "sync_seconds": self._sync_seconds,
@@ -212,8 +215,12 @@ class WorkerEngine(RolloutEngine):
             self._end()
 
     def _draw(self, policy: SampledPolicy, weights: SharedWeights) -> Blueprint:
-        """Describe the policy without its weights."""
-        return Blueprint(
+        """Describe the policy without its weights.
+
+        Raises:
+            ValueError: a part of it cannot be sent to another process.
+        """
+        blueprint = Blueprint(
             config=policy.model.config,
             attention=policy.model.config._attn_implementation,
             tokenizer=policy.tokenizer,
@@ -226,6 +233,15 @@ class WorkerEngine(RolloutEngine):
             threads=self._crew.threads,
             matmul_precision=torch.get_float32_matmul_precision(),
         )
+        for name, part in vars(blueprint).items():
+            try:
+                pickle.dumps(part)
+            except Exception as error:
+                raise ValueError(
+                    f"WorkerEngine cannot send the {name} of the policy ({type(part).__name__}) to a worker: {error}; leave "
+                    "model.engine out"
+                ) from error
+        return blueprint
 
     def _end(self) -> None:
         """End the workers and give the memory of the weights back."""

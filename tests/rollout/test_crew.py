@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from modules.rollout import crew as crew_module
-from modules.rollout.crew import Crew, Task
+from modules.rollout.crew import Assignment, Crew
 
 # Does what the name of a request says. ``once`` does so in the first process that comes to it, and echoes in others.
 SERVANT = """
@@ -63,8 +63,8 @@ def crew(tmp_path: Path) -> Iterator[Crew]:
     found.stop()
 
 
-def echo(found: list[Any], value: Any, **given: Any) -> Task:
-    return Task("echo", {"value": value, **given}, lambda answer: found.append(answer["value"]), "echoed")
+def echo(found: list[Any], value: Any, **given: Any) -> Assignment:
+    return Assignment("echo", {"value": value, **given}, lambda answer: found.append(answer["value"]), "echoed")
 
 
 @pytest.mark.parametrize("fault", [*FAULTS, "hang", "half"])
@@ -72,7 +72,8 @@ def test_the_task_of_a_lost_worker_is_done_again_and_once(crew: Crew, tmp_path: 
     found: list[int] = []
     before = list(crew.processes)
     once = {"fault": fault, "once": str(tmp_path / "mark")}
-    times = crew.run({0: echo(found, 10, **once), 1: echo(found, 11)})
+    with pytest.warns(UserWarning, match="a worker was lost while it echoed: .*; a new one does so again"):
+        times = crew.run({0: echo(found, 10, **once), 1: echo(found, 11)})
     assert sorted(found) == [10, 11] and len(times) == 2 and crew.replaced == 1
     assert [new is old for new, old in zip(crew.processes, before, strict=True)] == [False, True]
     crew.run({0: echo(found, 20)})
@@ -87,7 +88,7 @@ def test_an_answer_that_its_task_cannot_read_costs_the_worker(crew: Crew) -> Non
         if len(seen) == 1:
             raise ValueError("a completion has 3 tokens")
 
-    crew.run({0: Task("echo", {}, take, "echoed")})
+    crew.run({0: Assignment("echo", {}, take, "echoed")})
     assert len(set(seen)) == 2 and crew.replaced == 1
 
 
@@ -156,7 +157,7 @@ def test_workers_are_no_ranks_and_share_the_cores(tmp_path: Path, crew: Crew, mo
     assert crew.threads == 2
     crew.start(0, [])
     seen: list[dict[str, str]] = []
-    crew.run({0: Task("echo", {}, lambda answer: seen.append(answer["variables"]), "echoed")})
+    crew.run({0: Assignment("echo", {}, lambda answer: seen.append(answer["variables"]), "echoed")})
     assert not {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID"} & set(seen[0])
     assert seen[0]["OMP_NUM_THREADS"] == "2" and seen[0]["OMP_WAIT_POLICY"] == "PASSIVE"
 
