@@ -27,7 +27,7 @@ from modules.rollout.syncing import (
 )
 from modules.rollout.vllm_client import ServerLost, ServerRefused, VLLMClient
 from modules.rollout.vllm_server import (
-    Settings,
+    ServerSettings,
     VLLMServer,
     check_arguments,
     clean_environment,
@@ -114,7 +114,7 @@ class VLLMEngine(RolloutEngine):
         check_arguments(arguments)
         self.max_staleness, self.timeout, self.teardown = max_staleness, timeout, teardown
         self.max_model_len, self.last_stats = max_model_len, {}
-        self._settings = Settings(python, dtype, max_model_len, cache_gb, teardown == "sleep", tuple(arguments))
+        self._settings = ServerSettings(python, dtype, max_model_len, cache_gb, teardown == "sleep", tuple(arguments))
         self._attached = VLLMClient(url) if url is not None else None
         self._environment = find_environment(python) if url is None else None
         if self._environment is not None and self._environment.on_cpu and teardown == "sleep":
@@ -420,9 +420,10 @@ class VLLMEngine(RolloutEngine):
                     raise RuntimeError("VLLMEngine: it was closed while it sampled") from error
                 if restarts == RESTARTS or self._attached is not None:
                     self._give_up(f"the server is lost ({error})", error)
+                log = self._server.log if self._server is not None else None
                 warnings.warn(
                     f"VLLMEngine: the server is lost ({error}); it is started again, and {len(bodies) - len(answers)} "
-                    f"of {len(bodies)} requests are sampled again with the same seeds",
+                    f"of {len(bodies)} requests are sampled again with the same seeds; the log of the lost one is {log}",
                     stacklevel=3,
                 )
                 self._stop(keep_log=True)

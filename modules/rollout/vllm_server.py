@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -26,7 +27,8 @@ MODEL = "policy"  # what the server calls it
 MAKE = "run make vllm-env, and name its interpreter as python (.venv-vllm/bin/python)"
 START_SECONDS = 900.0  # for a server to load its libraries, and to compile on a GPU
 END_SECONDS = 15.0  # for the server's processes to end
-LOG_LINES, LOG_WIDTH = 12, 240  # of the log's end, in messages
+LOG_ERRORS, LOG_LINES, LOG_WIDTH = 3, 5, 300  # of a log, in messages
+ERROR = re.compile(r"\b((?:\w+\.)*\w*(?:Error|Exception): .+)")
 # Tells where an environment lies, and whether its vLLM is a build for CPUs, without importing vLLM.
 ASK = (
     "import importlib.metadata as m, importlib.util as u, json, sys\n"
@@ -61,7 +63,7 @@ OURS = (  # options that the engine sets itself
 
 
 @dataclass(frozen=True)
-class Settings:
+class ServerSettings:
     """How a server is started; see ``VLLMEngine``."""
 
     python: str
@@ -73,7 +75,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Environment:
+class VLLMEnvironment:
     """An environment with vLLM."""
 
     python: str
@@ -81,7 +83,7 @@ class Environment:
     prefix: str
 
 
-def find_environment(python: str) -> Environment:
+def find_environment(python: str) -> VLLMEnvironment:
     """Return the environment of an interpreter that has vLLM.
 
     Raises:
@@ -97,7 +99,7 @@ def find_environment(python: str) -> Environment:
         raise ValueError(f"VLLMEngine: {python} is not a Python interpreter that runs: {MAKE}") from error
     if not has:
         raise ValueError(f"VLLMEngine: the environment of {python} has no vLLM: {MAKE}")
-    return Environment(path, on_cpu, prefix)
+    return VLLMEnvironment(path, on_cpu, prefix)
 
 
 def clean_environment() -> dict[str, str]:
@@ -133,7 +135,7 @@ class VLLMServer:
     """
 
     def __init__(
-        self, settings: Settings, environment: Environment, policy: SampledPolicy, shared: Path | None
+        self, settings: ServerSettings, environment: VLLMEnvironment, policy: SampledPolicy, shared: Path | None
     ) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="vllm-"))
         write_model(policy, self.folder / "model", settings.dtype)
@@ -179,9 +181,11 @@ class VLLMServer:
             self.log.unlink(missing_ok=True)
 
     def tell_log(self) -> str:
-        """Return the name and the end of the log, for messages."""
-        lines = [line for line in self.log.read_text(errors="replace").splitlines() if line.strip()][-LOG_LINES:]
-        return f"the end of its log {self.log}:\n" + "\n".join(line[:LOG_WIDTH] for line in lines)
+        """Return the name of the log and what it says: its first errors, or its end without any, for messages."""
+        lines = [line.strip() for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
+        errors = [found[1] for line in lines if "WARNING" not in line and (found := ERROR.search(line)) is not None]
+        said = list(dict.fromkeys(errors))[:LOG_ERRORS] or lines[-LOG_LINES:]
+        return f"its log {self.log} says: " + " | ".join(line[:LOG_WIDTH] for line in said)
 
     def _wait_until_ready(self) -> None:
         deadline = time.monotonic() + START_SECONDS
@@ -203,7 +207,7 @@ class VLLMServer:
 
 
 def server_variables(
-    environment: Environment, policy: SampledPolicy, folder: Path, arguments: Sequence[str]
+    environment: VLLMEnvironment, policy: SampledPolicy, folder: Path, arguments: Sequence[str]
 ) -> dict[str, str]:
     """Return the environment variables of a server, without those that the user has set for vLLM."""
     required = {"PYTHONPATH": str(SIDE), "VLLM_SERVER_DEV_MODE": "1", "TMPDIR": str(folder)}

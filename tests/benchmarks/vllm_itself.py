@@ -34,7 +34,7 @@ import sys, time
 from modules.networks.policy import Policy
 from modules.rollout import VLLMEngine
 engine = VLLMEngine(sys.argv[1], cache_gb=0.25)
-engine.sync_weights(Policy("tiny-small"), 0)
+engine.sync_weights(Policy("tiny"), 0)
 print(engine._server.watcher.pid, engine._weights.path, engine._server.folder, flush=True)
 time.sleep(1000)
 """
