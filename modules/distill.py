@@ -262,7 +262,7 @@ class DistillModule(OnPolicyModule):
         start = time.perf_counter()
         self.record.metrics = {"time/sampling": 0.0}
         own = [self.answers(uid) for uid in prompts["uid"]]
-        if self.sampling.partial is not None:
+        if self.partial is not None:
             found = self.gather(prompts)
             sampled, self.record.carried = found.rollouts, found.left
             self.log_phase(found.metrics)
@@ -270,7 +270,7 @@ class DistillModule(OnPolicyModule):
             sampled = self.sample_rollouts(prompts)
         else:
             sampled = self.sample_rollouts(pick_prompts(prompts, own)) if any(own) else []
-        if self.sampling.partial is not None or self.overlap is not None:
+        if self.partial is not None or self.overlap is not None:
             self.log_phase(measure_staleness(sampled, self.global_step))
         if self.reward is not None and any(from_all_ranks([bool(sampled)])):
             self.check_scored(sampled)

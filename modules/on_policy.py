@@ -148,7 +148,8 @@ class OnPolicyModule(AlignmentModule):
         if lora is not None:
             self.share_backbone()
         self.val_generations, self.val_budgets = validation.generations, sorted(validation.budgets)
-        self.sampling, self.seed = sampling, run_seed(seed)
+        self.partial, self.seed = sampling.partial, run_seed(seed)
+        self.sampling = sampling if self.partial is None else replace(sampling, partial=None)  # of whole completions
         self.engine, self.importance = engine or InProcessEngine(), importance
         self.check_budgets()
         self.environment, self.tool_format = environment, None
@@ -280,9 +281,9 @@ class OnPolicyModule(AlignmentModule):
         self.check_kl()
         if self.overlap is None:  # else ``importance`` weighs what other weights sampled
             batch["old_logprobs"] = drawn
-        if self.overlap is not None or self.sampling.partial is not None:
+        if self.overlap is not None or self.partial is not None:
             self.log_phase(measure_staleness(found.rollouts, self.global_step))
-        if self.sampling.partial is not None and not self.sampling.partial.learn_earlier:
+        if self.partial is not None and not self.partial.learn_earlier:
             batch = leave_out_tokens(batch, stale)
         if found.chosen is not None:
             batch = keep_prompts(batch, found.chosen)
@@ -297,14 +298,14 @@ class OnPolicyModule(AlignmentModule):
 
     def find_stale(self, found: Gathered, batch: PolicyBatch) -> Tensor:
         """Tell which tokens [N, Tc] of a phase earlier weights sampled."""
-        if self.overlap is not None or self.sampling.partial is not None:
+        if self.overlap is not None or self.partial is not None:
             return find_stale(found.rollouts, self.global_step).to(self.device)
         rows = torch.arange(len(batch["prompt_index"]), device=self.device) < found.earlier
         return rows[:, None].expand_as(batch["completion_mask"])
 
     def gather(self, prompts: PromptBatch) -> Gathered:
         """Sample and score the completions of a phase; a method may draw further prompts, or carry groups over."""
-        if self.sampling.partial is not None:
+        if self.partial is not None:
             return self.gather_parts(prompts)
         if self.record.carried:
             rank_zero_warn(
@@ -315,12 +316,16 @@ class OnPolicyModule(AlignmentModule):
 
     def gather_parts(self, prompts: PromptBatch) -> Gathered:
         """Begin the completions of a phase, go on with those that were carried over, and score the complete groups."""
-        start, phase = time.perf_counter(), str(self.current_epoch)
-        sampled = self.sample(prompts, self.num_generations, cut_to_segment(self.sampling), phase)
-        begun = begin_rollouts(make_rollouts(*sampled, None), self.find_seeds(prompts, phase), self.sampling)
+        start, phase, sampling = (
+            time.perf_counter(),
+            str(self.current_epoch),
+            replace(self.sampling, partial=self.partial),
+        )
+        sampled = self.sample(prompts, self.num_generations, cut_to_segment(sampling), phase)
+        begun = begin_rollouts(make_rollouts(*sampled, None), self.find_seeds(prompts, phase), sampling)
         need, updates, micro = len(prompts["uid"]), max(prompts["update"]) + 1, self.trainer.accumulate_grad_batches
-        least = count_least(self.sampling, need, updates, micro, self.num_generations if self.splits_groups else 1)
-        found = gather_segments(self.engine, self.sampling, self.record.carried, begun, need, least)
+        least = count_least(sampling, need, updates, micro, self.num_generations if self.splits_groups else 1)
+        found = gather_segments(self.engine, sampling, self.record.carried, begun, need, least)
         self.record.metrics["time/sampling"] += time.perf_counter() - start
         return replace(found, rollouts=score_rollouts(found.rollouts, self.reward, self.current_epoch))
 

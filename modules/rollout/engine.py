@@ -38,6 +38,8 @@ class RolloutEngine(ABC):
 
     Attributes:
         limits_thoughts: whether ``generate`` keeps to ``sampling.thinking``; a budget is refused where it does not.
+        limits_segments: whether a call of ``generate`` samples at most ``sampling.partial.tokens_per_phase`` tokens of each
+            completion, behind what it has already.
         copies_weights: whether it samples from a copy of the weights. Then it may sample while the policy trains, and
             its log-probs may differ from the trainer's.
         max_staleness: >= 0, phases that a sample may be older than the weights it trains; needs a copy of the weights.
@@ -46,6 +48,7 @@ class RolloutEngine(ABC):
     """
 
     limits_thoughts = False
+    limits_segments = False
     copies_weights = False
     max_staleness = 0
     last_stats: dict[str, float]
@@ -150,7 +153,7 @@ class InProcessEngine(RolloutEngine):
         ValueError: ``max_batch_tokens`` is below 1.
     """
 
-    limits_thoughts = True
+    limits_thoughts = limits_segments = True
 
     def __init__(self, max_batch_tokens: int = 65536) -> None:
         if max_batch_tokens < 1:

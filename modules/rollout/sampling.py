@@ -62,7 +62,7 @@ class Sampling:
     stop: tuple[str, ...] = ()  # a completion ends when its text contains one of these strings
     keep_stop: bool = False  # whether that string stays in the text; its tokens stay in any case
     thinking: Thinking | None = None  # budget of thoughts; None = there is none
-    partial: PartialRollouts | None = None  # what a completion may sample in a phase of training; None = all of it
+    partial: PartialRollouts | None = None  # what a completion may sample in a phase of training; None = the whole
     reuse: Reuse | None = None  # of earlier completions, in training alone; None = all tokens are sampled
 
     def __post_init__(self) -> None:
@@ -164,6 +164,8 @@ class Ledger:
             self._tokens[request, :count] = torch.tensor(beginning.token_ids, dtype=torch.long, device=device)
             self._logprobs[request, :count] = torch.tensor(beginning.logprobs, device=device)
             self._counts[request] = count
+        budget = sampling.max_completion_length if sampling.partial is None else sampling.partial.tokens_per_phase
+        self._limits = (self._counts + budget).clamp(max=sampling.max_completion_length)
         self._is_end = torch.zeros(policy.model.config.vocab_size, dtype=torch.bool, device=device)
         stops = special_stops(policy, sampling)
         self._is_end[[*policy.stop_token_ids, *stops]] = True
@@ -182,7 +184,7 @@ class Ledger:
 
     def most_left(self) -> int:
         """Return how many tokens a request may still draw at most."""
-        return self.sampling.max_completion_length - int(self._counts[: self.idle].min())
+        return int((self._limits - self._counts)[: self.idle].max())
 
     def draw(self, logits: Tensor, requests: Tensor) -> tuple[Tensor, Tensor]:
         """Draw and record the next token of some requests.
@@ -209,7 +211,7 @@ class Ledger:
         ended = self._is_end[tokens]
         if self.sampling.stop:
             ended |= self._completes_stop_string(tokens, requests, steps)
-        full = steps + 1 == self.sampling.max_completion_length
+        full = steps + 1 == self._limits[requests]
         if self._gives:
             ended = ended & (given < 0) & (requests != self.idle)
         if self._thoughts is not None:

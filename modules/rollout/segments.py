@@ -109,19 +109,21 @@ def go_on(
 ) -> list[Rollout]:
     """Sample one more segment of each rollout that is not complete, or of those of some groups, with the engine's weights.
 
-    An engine has one length for all completions of a call, so that those of different lengths take a call each.
+    An engine that does not keep to ``sampling.partial`` has one length for all completions of a call, so that those of
+    different lengths take a call each.
     """
     assert sampling.partial is not None
     found = list(rollouts)
-    by_limit: dict[int, list[int]] = {}
+    calls: dict[int, list[int]] = {}
     for place, rollout in enumerate(rollouts):
         if rollout.seed is not None and (groups is None or rollout.group in groups):
             limit = len(rollout.completion.token_ids) + sampling.partial.tokens_per_phase
-            by_limit.setdefault(min(limit, sampling.max_completion_length), []).append(place)
-    for limit, places in sorted(by_limit.items(), reverse=True):
+            limit = sampling.max_completion_length if engine.limits_segments else limit
+            calls.setdefault(min(limit, sampling.max_completion_length), []).append(place)
+    for limit, places in calls.items():
+        segment = sampling if engine.limits_segments else replace(sampling, max_completion_length=limit, partial=None)
         chosen = [rollouts[place] for place in places]
         seeds = [rollout.seed for rollout in chosen if rollout.seed is not None]
-        segment = replace(sampling, max_completion_length=limit, partial=None)
         started = [rollout.completion for rollout in chosen]
         completions: list[list[Completion]] = engine.generate(  # type: ignore[call-arg]
             [rollout.prompt_ids for rollout in chosen], 1, segment, seeds, started=started

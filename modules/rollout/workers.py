@@ -68,7 +68,7 @@ class WorkerEngine(RolloutEngine):
         ValueError: values out of range, or settings that contradict each other.
     """
 
-    limits_thoughts = True
+    limits_thoughts = limits_segments = True
     copies_weights = True
     command: Sequence[str] = (sys.executable, "-P", str(SCRIPT))
 

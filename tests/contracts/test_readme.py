@@ -42,7 +42,10 @@ LIMITS = {
     ],
     "reward": ["--trainer.limit_train_batches=3", "--trainer.max_epochs=1"],
     "dpo": ["--trainer.limit_train_batches=3", "--trainer.max_epochs=1"],
-    "online_dpo": ["--trainer.max_epochs=1", "--trainer.check_val_every_n_epoch=1", "--trainer.limit_val_batches=1"],
+    "online_dpo": [
+        *("--trainer.max_epochs=1", "--trainer.check_val_every_n_epoch=1", "--trainer.limit_val_batches=1"),
+        *("--model.engine=WorkerEngine", "--model.engine.workers=1", "--model.engine.max_staleness=1"),
+    ],
     "ppo": [
         *(
             "--trainer.max_epochs=1",
@@ -79,10 +82,7 @@ LIMITS = {
 CHOICES = [
     ["--model.objective=SAPO", "--model.dynamic_sampling.max_rounds=2"],
     # ends with an even digit: prompts of every difficulty
-    [
-        *("--model.objective=DPPO", "--model.importance=null", "--model.reward.pattern=.*[02468]"),
-        *("--model.engine=WorkerEngine", "--model.engine.workers=1", "--model.engine.max_staleness=1"),
-    ],
+    ["--model.objective=DPPO", "--model.importance=null", "--model.reward.pattern=.*[02468]"],
     [
         *("--model.objective=DPPO", "--model.importance=null", "--model.reward.pattern=.*[02468]"),
         "--model.sampling.reuse.lenience=1",

@@ -14,7 +14,7 @@ class CopyEngine(InProcessEngine):
 
     Args:
         max_staleness: phases.
-        delay: seconds that each ``generate`` takes longer.
+        delay: seconds that each ``generate`` beside the training takes longer.
         fails_at: version of the weights with which it does not sample; None = none.
     """
 
@@ -40,7 +40,8 @@ class CopyEngine(InProcessEngine):
         assert self._busy.acquire(blocking=False), "asked while it samples"
         try:
             self.calls.append((threading.current_thread().name, self._version))
-            time.sleep(self.delay)
+            if threading.current_thread() is not threading.main_thread():
+                time.sleep(self.delay)
             if self._version == self.fails_at:
                 raise RuntimeError("CopyEngine: the sampler is gone")
             return super().generate(prompts, num_generations, sampling, seeds, replies, started)

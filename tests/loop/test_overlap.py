@@ -50,7 +50,7 @@ def test_without_staleness_a_copy_is_the_ordinary_run_bit_for_bit():
 
 @pytest.mark.parametrize(("bound", "beta"), [(1, 0.0), (2, 0.01)])
 def test_each_phase_has_the_weights_of_the_phase_before_by_the_bound(bound, beta):
-    engine = CopyEngine(bound)
+    engine = CopyEngine(bound, delay=0.3)  # still busy when the validation begins
     seen = fit(engine, beta=beta, phases=5, validates=True)
     for phase, (rollouts, metrics) in enumerate(zip(seen.rollouts, seen.metrics, strict=True)):
         version = 2 * max(0, phase - bound)  # two updates a phase
@@ -70,7 +70,7 @@ def test_each_phase_has_the_weights_of_the_phase_before_by_the_bound(bound, beta
 
 
 def test_what_is_sampled_depends_on_no_clock():
-    assert equal(fit(CopyEngine(2)), fit(CopyEngine(2, delay=0.05)))
+    assert equal(fit(CopyEngine(2), phases=4), fit(CopyEngine(2, delay=0.6), phases=4))
 
 
 def test_the_policy_trains_while_the_next_phase_is_sampled():

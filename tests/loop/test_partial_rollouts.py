@@ -133,6 +133,17 @@ def test_a_completion_that_repeats_itself_ends_as_cut_off():
     assert ended > 0
 
 
+def test_held_out_prompts_are_answered_without_a_break():
+    def validate(partial: PartialRollouts | None) -> list[Any]:
+        module = GRPOModule("tiny", ASCII, sampling=Sampling(max_completion_length=LENGTH, partial=partial), seed=0)
+        data = VerifiableDataModule(module.tokenizer, Addition(40), val=Addition(8, held_out=True))
+        Trainer(**QUIET, accelerator="cpu").validate(module, data, verbose=False)
+        return module.record.held_out or []
+
+    answers = validate(PartialRollouts(4))
+    assert answers == validate(None) and max(len(each.completion.token_ids) for each in answers) > 4
+
+
 METHODS = {
     "ppo": (PPOModule, {}),
     "online_dpo": (OnlineDPOModule, {}),

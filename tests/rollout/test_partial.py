@@ -1,12 +1,13 @@
 """Partial rollouts by themselves: what ends a completion, the settings, and the groups that a phase takes."""
 
 import random
+from dataclasses import replace
 
 import pytest
 
 from modules.rollout import InProcessEngine, PartialRollouts, Sampling
 from modules.rollout.partial import repeats_at_end
-from modules.rollout.segments import count_least, gather_segments
+from modules.rollout.segments import count_least, gather_segments, go_on
 from modules.types import Completion, Rollout
 
 
@@ -58,6 +59,8 @@ def test_what_goes_on_has_used_up_its_tokens_and_not_its_length():
 
 class Counting(InProcessEngine):
     """Goes on with the numbers 0, 1, 2, ...; the seed is the length at which a completion stops."""
+
+    limits_segments = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -133,3 +136,32 @@ def test_a_phase_takes_a_group_for_as_many_micro_batches_as_it_can_be_split_into
         count_least(SETTINGS, need=10, updates=2, micro_batches=5, per_group=1)
     ordinary = Sampling(max_completion_length=12, partial=PartialRollouts(12))
     assert count_least(ordinary, need=10, updates=2, micro_batches=5, per_group=1) == 10
+
+
+class Single(InProcessEngine):
+    """Keeps to no budget of a phase, so that completions of different lengths take a call each."""
+
+    limits_segments = False
+
+
+def test_a_call_samples_as_much_of_each_completion_as_a_phase_allows(either):
+    """In continuous and in static batches."""
+    prompts, seeds = [[5, 6, 7], [8, 9]], [3, 40]
+    whole = Sampling(max_completion_length=11)
+    parts = Sampling(max_completion_length=11, partial=PartialRollouts(3))
+    found = []
+    for engine in (InProcessEngine(), Single()):
+        engine.sync_weights(either, 0)
+        unbroken = engine.generate(prompts, 1, whole, seeds)
+        begun = []
+        for row, (length, seed) in enumerate(zip((2, 7), seeds, strict=True)):
+            done = replace(unbroken[row][0], token_ids=unbroken[row][0].token_ids[:length])
+            done = replace(done, logprobs=done.logprobs[:length], finish="length")
+            begun.append(Rollout("", "", prompts[row], None, done, row, {}, None, seed=seed))
+        for lengths in ((5, 10), (8, 11), (11, 11)):
+            begun = go_on(engine, begun, parts)
+            for each, (expected,), length in zip(begun, unbroken, lengths, strict=True):
+                assert each.completion.token_ids == expected.token_ids[:length]
+        assert [each.seed for each in begun] == [None, None]
+        found.append([each.completion.token_ids for each in begun])
+    assert found[0] == found[1]
