@@ -19,7 +19,7 @@ from datamodules.loaders.phase_loader import PhaseLoader, from_stream
 from datamodules.loaders.ptx import PtxStream
 from datamodules.loaders.step_sampler import MicroBatch
 from datamodules.sources import PreferencePrompts, Row, Source
-from datamodules.tokens.encoding import Tokens, Tools, encode_prompt, is_rendered
+from datamodules.tokens.encoding import Dialogue, Tokens, Tools, encode_prompt, is_rendered
 from modules.functional.thoughts import EMPTY_BLOCK, asks_for_thought
 from modules.trainer.ranks import from_all_ranks
 from modules.types import AskedRow, InstructionBatch, PromptBatch, require_accuracy
@@ -183,9 +183,14 @@ class VerifiableDataModule(AlignDataModule):
                 prompt.text,
                 plain(asked_columns(prompt.columns, self.columns, prompt.example.answer)),
                 prompt.text != prompt.example.prompt,
+                find_question(prompt.example.prompt),
             )
             for prompt in self.train_prompts
         ]
+
+    def held_out_questions(self) -> list[str]:
+        """Returns the text of each held-out prompt, or the last message of its user."""
+        return [find_question(prompt.example.prompt) for prompt in self.val_prompts]
 
     def every_prompt(self) -> PromptBatch:
         """Returns all prompts for training and the held-out ones as one batch, the same on every rank."""
@@ -401,6 +406,13 @@ def prompt_batch(prompts: list[tuple[Prompt, int]]) -> PromptBatch:
     if seen:
         batch["teacher_prompt_ids"] = seen
     return batch
+
+
+def find_question(prompt: Dialogue) -> str:
+    """Returns a text prompt, or the last message of the user in a conversation; "" without one."""
+    if isinstance(prompt, str):
+        return prompt
+    return next((message["content"] for message in reversed(prompt) if message["role"] == "user"), "")
 
 
 def count_tokens_to_read(prompt: Prompt) -> int:

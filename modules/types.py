@@ -400,6 +400,7 @@ class AskedRow:
     prompt: str  # as it is sampled from
     columns: dict[str, Any]  # what it asks, as the row has it, with ``answer`` where there is a gold answer
     chat: bool  # the prompt was written by the chat template
+    question: str  # its text, or the last message of its user
 
 
 @runtime_checkable
@@ -408,6 +409,9 @@ class HasAskedRows(Protocol):
 
     def asked_rows(self) -> list[AskedRow]:
         """Return each training row, in order."""
+
+    def held_out_questions(self) -> list[str]:
+        """Return the question of each held-out row, as ``AskedRow`` has it."""
 
 
 @runtime_checkable

@@ -38,7 +38,7 @@ class LongToShortPairs(SampleWriter):
             raise ValueError(f"LongToShortPairs: per_prompt must be at least 1, got {per_prompt}")
         self.factor, self.per_prompt = factor, per_prompt
 
-    def choose(self, samples: Sequence[JudgedSample]) -> Chosen:
+    def choose(self, samples: Sequence[JudgedSample], question: str = "") -> Chosen:
         """Pair the shortest right completion with longer ones, each text once."""
         flaws = [find_flaw(sample) for sample in samples]
         counts = Counter(flaw for flaw in flaws if flaw is not None)

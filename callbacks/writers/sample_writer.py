@@ -60,7 +60,7 @@ class SampleWriter(ResumableJsonl):
         self._rows: dict[str, AskedRow] = {}  # by uid
 
     @abstractmethod
-    def choose(self, samples: Sequence[JudgedSample]) -> Chosen:
+    def choose(self, samples: Sequence[JudgedSample], question: str = "") -> Chosen:
         """Make the columns of rows of the completions of one prompt, which are in the order in which they were drawn."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -137,7 +137,7 @@ class SampleWriter(ResumableJsonl):
         without = 0
         for uid, asked in self._rows.items():
             if uid in sampled:
-                chosen = self.choose([JudgedSample(**sample) for sample in sampled[uid]])
+                chosen = self.choose([JudgedSample(**sample) for sample in sampled[uid]], asked.question)
                 assert chosen.counts.total() == len(sampled[uid])
                 rows += [asked.columns | columns for columns in chosen.columns]
                 counts += chosen.counts

@@ -7,10 +7,11 @@ from typing import cast
 
 from lightning.pytorch import LightningModule, Trainer
 
+from callbacks.measures.sample_filters import contradicts_thought, find_runs
 from callbacks.writers.sample_writer import Chosen, JudgedSample, SampleWriter, find_flaw
 from modules.rewards.combined import name_parts
 from modules.rewards.dispatch import Dispatch
-from modules.types import SkipsPrompts
+from modules.types import HasAskedRows, SkipsPrompts
 
 
 class VerifiedSamples(SampleWriter):
@@ -29,6 +30,10 @@ class VerifiedSamples(SampleWriter):
             answers without thoughts, mixed languages or repetitions. A part without a score is below, but for a
             task of ``Dispatch`` that is not the prompt's.
         per_prompt: most rows of a prompt, >= 1; None = all.
+        consistent: leave out a completion whose thought concludes another answer than it gives, see
+            ``contradicts_thought``.
+        unlike_held_out: leave out a completion that, with its question, has so many words in a row in common with a
+            question of ``data.val``, and one whose question is held out. >= 1, such as 10; None = keep both.
         shortest: of a prompt take the completions with the fewest tokens, and not the first ones. With ``per_prompt`` 1
             this is Kimi's shortest rejection sampling.
         path: the file; its parent folders are made, and an earlier file is replaced at the end. None =
@@ -46,6 +51,8 @@ class VerifiedSamples(SampleWriter):
         at_least: dict[str, float] | None = None,
         per_prompt: int | None = None,
         shortest: bool = False,
+        consistent: bool = False,
+        unlike_held_out: int | None = None,
         path: str | None = None,
     ) -> None:
         super().__init__(path)
@@ -55,11 +62,16 @@ class VerifiedSamples(SampleWriter):
             raise ValueError(f"VerifiedSamples: at_least holds finite numbers, got {at_least}")
         if shortest and per_prompt is None:
             raise ValueError("VerifiedSamples: shortest chooses among the completions of a prompt; set per_prompt")
+        if unlike_held_out is not None and unlike_held_out < 1:
+            raise ValueError(f"VerifiedSamples: unlike_held_out must be at least 1, got {unlike_held_out}")
         self.at_least, self.per_prompt, self.shortest = at_least or {}, per_prompt, shortest
+        self.consistent, self.unlike_held_out = consistent, unlike_held_out
+        self.held_out: set[str] = set()  # questions
+        self.runs: set[tuple[str, ...]] = set()  # of words, in these questions
         self.tasks: list[str] = []  # parts that score only the prompts of their own task
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse parts that the reward does not have."""
+        """Refuse parts that the reward does not have, and read the held-out questions."""
         super().setup(trainer, pl_module, stage)
         if stage == "predict":
             reward = cast(SkipsPrompts, pl_module).reward
@@ -68,12 +80,21 @@ class VerifiedSamples(SampleWriter):
             unknown = [name for name in self.at_least if name not in parts]
             if unknown:
                 raise ValueError(
-                    f"VerifiedSamples: at_least names {unknown[0]}, and the parts of model.reward are {', '.join(parts) or 'none'}"
+                    f"VerifiedSamples: at_least names {unknown[0]}, and the parts of model.reward are "
+                    f"{', '.join(parts) or 'none'}"
                 )
+            if self.unlike_held_out is not None:
+                questions = cast(HasAskedRows, trainer.datamodule).held_out_questions()  # type: ignore[attr-defined]
+                if not questions:
+                    raise ValueError(
+                        "VerifiedSamples: unlike_held_out compares with the rows of data.val: set data.val"
+                    )
+                self.held_out = {text.strip() for text in questions}
+                self.runs = {run for text in questions for run in find_runs(text, self.unlike_held_out)}
 
-    def choose(self, samples: Sequence[JudgedSample]) -> Chosen:
+    def choose(self, samples: Sequence[JudgedSample], question: str = "") -> Chosen:
         """Keep right completions that reach every bound, each text once and at most ``per_prompt``."""
-        reasons = [self.find_reason(sample) for sample in samples]
+        reasons = [self.find_reason(sample, question) for sample in samples]
         counts = Counter(reason for reason in reasons if reason is not None)
         good = [sample for sample, reason in zip(samples, reasons, strict=True) if reason is None]
         if self.shortest:
@@ -83,7 +104,7 @@ class VerifiedSamples(SampleWriter):
         counts += Counter(kept=len(kept), repeated=len(good) - len(texts), surplus=len(texts) - len(kept))
         return Chosen([{"completion": text} for text in kept], counts)
 
-    def find_reason(self, sample: JudgedSample) -> str | None:
+    def find_reason(self, sample: JudgedSample, question: str = "") -> str | None:
         """Return why a completion is left out; None = it is not."""
         flaw = find_flaw(sample) or (None if sample.right else "wrong")
         if flaw is not None:
@@ -91,4 +112,12 @@ class VerifiedSamples(SampleWriter):
         scores = {name: sample.rewards.get(name) for name in self.at_least}
         asked = ((name, score) for name, score in scores.items() if score is not None or name not in self.tasks)
         low = (name for name, score in asked if score is None or score < self.at_least[name])
-        return next((f"below {name}" for name in low), None)
+        below = next((f"below {name}" for name in low), None)
+        if below is not None:
+            return below
+        if self.consistent and contradicts_thought(sample.text):
+            return "contradicts its thought"
+        if self.unlike_held_out is None:
+            return None
+        runs = find_runs(f"{question}\n{sample.text}", self.unlike_held_out)
+        return "like held-out rows" if question.strip() in self.held_out or runs & self.runs else None

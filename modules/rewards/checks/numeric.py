@@ -84,6 +84,12 @@ def read_number(text: str) -> Fraction | None:
     return _value(_NUMBER.fullmatch(re.sub(r"\A([-+])\s+", r"\1", text)))
 
 
+def read_numbers(text: str) -> list[Fraction]:
+    """Return the values of the numbers in a text, in order; parts of powers, roots and other formulas are none."""
+    found = (_value(match) for match in _NUMBER_OR_FORMULA.finditer(_plain_math(text)))
+    return [value for value in found if value is not None]
+
+
 def read_last_number(text: str) -> Fraction | None:
     """Return the value of the last number in a text; None if it is part of a power, a root or another formula."""
     last = deque(_NUMBER_OR_FORMULA.finditer(_plain_math(text)), maxlen=1)
