@@ -17,6 +17,7 @@ from modules.base import AlignmentModule
 from modules.functional import kl
 from modules.functional.ranges import check_numbers
 from modules.losses import ImportanceWeights
+from modules.losses.importance import choose_importance
 from modules.networks.lora import Lora
 from modules.networks.policy import TokenScores, load_companion
 from modules.networks.reference import Frozen, hash_weights
@@ -29,6 +30,7 @@ from modules.rollout.dynamic_sampling import Gathered
 from modules.rollout.engine import InProcessEngine, RolloutEngine
 from modules.rollout.environment import Environment, check_environment
 from modules.rollout.metrics import (
+    add_engine_stats,
     make_outcomes,
     measure_budgets,
     measure_errors,
@@ -39,7 +41,14 @@ from modules.rollout.metrics import (
     share_solved,
 )
 from modules.rollout.sampling import Sampling
-from modules.rollout.scoring import add_sums, keep_prompts, make_batch, make_rollouts, score_in_chunks
+from modules.rollout.scoring import (
+    add_sums,
+    add_trainer_logprobs,
+    keep_prompts,
+    make_batch,
+    make_rollouts,
+    score_in_chunks,
+)
 from modules.rollout.thinking import Thinking, check_thinking
 from modules.rollout.tool_calls import ToolFormat
 from modules.trainer.ranks import Tally, from_all_ranks, log_equal, mean_and_error, weighted_means
@@ -84,7 +93,8 @@ class OnPolicyModule(AlignmentModule):
         sampling: how to sample in training.
         engine: samples completions; default the policy itself, in this process.
         environment: what gives completions tools to call; None = there are none.
-        importance: weighs tokens whose probability the engine and the trainer compute differently; None = equally.
+        importance: weighs tokens whose probability the engine and the trainer compute differently; false = equally, true =
+            with the defaults, None = true where the engine samples from a copy of the weights, else false.
         reference: keep the frozen start policy, for a loss or to measure the KL; a folder or hub id keeps that model.
         validation: what decides right or wrong there, and how many completions of a prompt are sampled.
         lora: train low-rank adapters instead of all weights.
@@ -94,6 +104,7 @@ class OnPolicyModule(AlignmentModule):
     """
 
     least_generations = 2  # completions of a prompt that the method needs
+    keeps_logprobs = True  # whether the rollouts of a phase carry the trainer's log-probs
     reference_moves = False  # whether the reference is another model later on, so that checkpoints hold it
     # What to do in a phase after the first step in which nothing is scored.
     on_unscored: Literal["warn", "stop"] = "warn"
@@ -107,7 +118,7 @@ class OnPolicyModule(AlignmentModule):
         sampling: Sampling,
         engine: RolloutEngine | None,
         environment: Environment | None,
-        importance: ImportanceWeights | None,
+        importance: ImportanceWeights | bool | None,
         reference: bool | str,
         validation: Validation,
         lora: Lora | None,
@@ -134,7 +145,8 @@ class OnPolicyModule(AlignmentModule):
             self.share_backbone()
         self.val_generations, self.val_budgets = validation.generations, sorted(validation.budgets)
         self.sampling, self.seed = sampling, run_seed(seed)
-        self.engine, self.importance = engine or InProcessEngine(), importance
+        self.engine = engine or InProcessEngine()
+        self.importance = choose_importance(importance, self.engine.copies_weights)
         self.check_budgets()
         self.environment, self.tool_format = environment, None
         check_earned(rewards, environment)
@@ -146,6 +158,7 @@ class OnPolicyModule(AlignmentModule):
         self.reference = Frozen(other or self.policy, own=other is not None) if reference else None
         self.reference_id = self.reference.fingerprint() if self.reference is not None else None
         self._batch_start = 0.0
+        self._syncing = 0.0  # seconds of the last sync of the engine
         self._kl_warned = False
         self.record.held_out = []
 
@@ -239,7 +252,8 @@ class OnPolicyModule(AlignmentModule):
             self.check_start(log_ratio)
             k3 = kl.k3(batch["old_logprobs"], batch["ref_logprobs"])
         mask = batch["completion_mask"]
-        self.record.rollouts = add_sums(found.rollouts, entropies, log_ratio, mask)[earlier:]
+        rollouts = add_trainer_logprobs(found.rollouts, batch["old_logprobs"], self.global_step)
+        self.record.rollouts = add_sums(rollouts, entropies, log_ratio, mask)[earlier:]
         now = mask & (torch.arange(len(mask), device=mask.device) >= earlier)[:, None]
         self.log_phase(measure_gaps(now, batch["old_logprobs"], batch["sampler_logprobs"], k3))
         self.log_phase(found.metrics)
@@ -263,8 +277,14 @@ class OnPolicyModule(AlignmentModule):
         """Sample and score ``num_generations`` completions of each prompt for training."""
         start = time.perf_counter()
         sampled = self.sample(prompts, self.num_generations, self.sampling, str(self.current_epoch))
-        self.record.metrics["time/sampling"] += time.perf_counter() - start
+        tokens = sum(completion.length for group in sampled[1] for completion in group)
+        self.add_sampling(tokens, time.perf_counter() - start)
         return make_rollouts(*sampled, self.reward, self.current_epoch)
+
+    def add_sampling(self, tokens: int, seconds: float) -> None:
+        """Add a call of the engine, with the sync before it, to the times and the numbers of the phase."""
+        stats = getattr(self.engine, "last_stats", {})
+        add_engine_stats(self.record.metrics, stats, tokens, seconds, self._syncing)
 
     def weigh(self, batch: PolicyBatch, advantages: Tensor) -> Tensor:
         """Multiply advantages [N, Tc] by the weights of ``importance``, if there is one, and log these (collective)."""
@@ -330,7 +350,7 @@ class OnPolicyModule(AlignmentModule):
         """Let the engine give its memory back."""
         self.engine.release()
 
-    on_test_end = on_validation_end
+    on_test_end = on_predict_end = on_validation_end
 
     def teardown(self, stage: str) -> None:
         """End what the engine started."""
@@ -412,7 +432,9 @@ class OnPolicyModule(AlignmentModule):
         Returns:
             the prompts, as an environment opens them if there is one, and the completions of each.
         """
+        start = time.perf_counter()
         self.engine.sync_weights(self.policy, self.global_step)
+        self._syncing = time.perf_counter() - start
         seeds = [derive_seed(self.seed, phase, uid) for uid in prompts["uid"]]
         if self.environment is None or self.tool_format is None:
             return prompts, self.engine.generate(prompts["prompt_ids"], num_generations, sampling, seeds)

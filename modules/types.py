@@ -212,6 +212,10 @@ class Rollout:
     kl: float | None = None  # sum over the completion of log pi - log pi_start, nats
     source: str = ""  # name of the data set
     thinks: bool | None = None  # see ``PromptBatch``
+    # What the trainer computes for the completion at collection: the log-prob of each token at the sampling temperature,
+    # as long as its token_ids, and the optimiser updates before the weights that did. None = nothing was computed.
+    trainer_logprobs: list[float] | None = None
+    trainer_version: int = 0
 
     @property
     def text(self) -> str:

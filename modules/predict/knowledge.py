@@ -105,6 +105,14 @@ class KnowledgeModule(PredictModule):
                 }
             )
 
+    def on_predict_end(self) -> None:
+        """Let the engine give its memory back."""
+        self.engine.release()
+
+    def teardown(self, stage: str) -> None:
+        """End what the engine started."""
+        self.engine.close()
+
     def right(self, prompts: PromptBatch, wanted: list[int], num_generations: int, sampling: Sampling) -> torch.Tensor:
         """Sample answers to the wanted prompts in one call, and return which are right: bool [len(wanted),
         num_generations].

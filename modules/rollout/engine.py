@@ -41,7 +41,8 @@ class RolloutEngine(ABC):
         copies_weights: whether it samples from a copy of the weights. Then it may sample while the policy trains, and
             its log-probs may differ from the trainer's.
         max_staleness: >= 0, phases that a sample may be older than the weights it trains; needs a copy of the weights.
-        last_stats: numbers of the last ``generate`` by name.
+        last_stats: numbers of the last ``generate`` by name, logged as ``train/engine/<name>``; ``add_engine_stats`` says
+            how those of several calls are joined.
     """
 
     limits_thoughts = False
