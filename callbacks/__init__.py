@@ -8,6 +8,7 @@ from callbacks.dashboard import Dashboard
 from callbacks.data_report import DataReport
 from callbacks.diversity import Diversity
 from callbacks.doctor import Doctor
+from callbacks.engine_mismatch import EngineMismatch
 from callbacks.forgetting import Forgetting
 from callbacks.group_bias import GroupBias
 from callbacks.length_bias import LengthBias
@@ -42,6 +43,7 @@ __all__ = [
     "DataReport",
     "Diversity",
     "Doctor",
+    "EngineMismatch",
     "Export",
     "Forgetting",
     "GroupBias",

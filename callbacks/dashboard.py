@@ -24,6 +24,8 @@ ON_REWARDS: dict[str, Charts] = {
         "critic: explained variance": ["train/explained_variance"],
         "learning rate": ["train/learning_rate"],
         "seconds per phase": ["train/time/sampling", "train/time/scoring", "train/time/training"],
+        "tokens per second of sampling": ["train/engine/tokens_per_second"],
+        "KL of engine and trainer, nats per token": ["train/engine_mismatch/kl", "train/engine_mismatch/fresh_kl"],
     },
 }
 ON_PREFERENCES: dict[str, Charts] = {

@@ -84,6 +84,7 @@ class DistillModule(OnPolicyModule):
     """
 
     least_generations = 1
+    keeps_logprobs = False
 
     def __init__(
         self,
@@ -116,7 +117,7 @@ class DistillModule(OnPolicyModule):
             sampling=sampling,
             engine=engine,
             environment=environment,
-            importance=None,
+            importance=False,
             reference=False,
             validation=validation,
             lora=lora,

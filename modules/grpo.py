@@ -45,7 +45,8 @@ class GRPOModule(OnPolicyModule):
         sampling: how to sample in training.
         engine: what samples; default the policy itself, in this process.
         environment: lets completions call the tools of a class of yours; None = there are none.
-        importance: weighs tokens whose probability the engine and the trainer compute differently; None = equally.
+        importance: weighs tokens whose probability the engine and the trainer compute differently; false = equally, true =
+            with the defaults, None = true where the engine samples from a copy of the weights, else false.
         advantage: ``ZScore``, ``Centered``, ``LeaveOneOut``, ``Whitened``, ``MaxRL``, ``GDPO``, or your own function of
             rewards [N] and group [N]; default the objective's (``ZScore`` for most).
         objective: the policy loss; default ``Clipped``. Others are ``GSPO``, ``GSPOToken``, ``CISPO``, ``REINFORCE``,
@@ -78,7 +79,7 @@ class GRPOModule(OnPolicyModule):
         sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
         engine: RolloutEngine | None = None,
         environment: Environment | None = None,
-        importance: ImportanceWeights | None = None,
+        importance: ImportanceWeights | bool | None = None,
         advantage: Advantage | None = None,
         objective: PolicyObjective | None = None,
         beta: float = 0.0,
@@ -135,11 +136,13 @@ class GRPOModule(OnPolicyModule):
                 f"objective {type(self.objective).__name__} with a baseline brings its own advantage, and "
                 f"{type(self.advantage).__name__} would take its place: leave out one of them"
             )
-        if importance is not None and self.objective.corrects_sampler:
+        if importance and self.objective.corrects_sampler:
             raise ValueError(
                 f"objective {type(self.objective).__name__} weighs tokens by p of the trainer / p of the sampler itself, "
                 "and importance would do so again: leave one of them out"
             )
+        if self.objective.corrects_sampler:
+            self.importance = None
         if dynamic_sampling is not None:
             self.require_generations(2)
         if dynamic_sampling is not None and self.overlap is not None:

@@ -18,6 +18,7 @@ from modules.base import AlignmentModule
 from modules.functional import kl
 from modules.functional.ranges import check_numbers
 from modules.losses import ImportanceWeights
+from modules.losses.importance import choose_importance
 from modules.networks.lora import Lora
 from modules.networks.policy import TokenScores, load_companion
 from modules.networks.reference import Frozen, hash_weights
@@ -30,6 +31,7 @@ from modules.rollout.dynamic_sampling import Gathered
 from modules.rollout.engine import InProcessEngine, RolloutEngine
 from modules.rollout.environment import Environment, check_environment
 from modules.rollout.metrics import (
+    add_engine_stats,
     make_outcomes,
     measure_budgets,
     measure_errors,
@@ -44,6 +46,7 @@ from modules.rollout.reuse import Drafts, check_reuse
 from modules.rollout.sampling import Sampling
 from modules.rollout.scoring import (
     add_sums,
+    add_trainer_logprobs,
     keep_prompts,
     leave_out_tokens,
     make_batch,
@@ -51,7 +54,14 @@ from modules.rollout.scoring import (
     score_in_chunks,
     score_rollouts,
 )
-from modules.rollout.segments import begin_rollouts, check_partial, count_least, cut_to_segment, gather_segments
+from modules.rollout.segments import (
+    begin_rollouts,
+    check_partial,
+    count_least,
+    count_sampled,
+    cut_to_segment,
+    gather_segments,
+)
 from modules.rollout.staleness import find_stale, measure_staleness
 from modules.rollout.thinking import Thinking, check_thinking
 from modules.rollout.tool_calls import ToolFormat
@@ -98,7 +108,8 @@ class OnPolicyModule(AlignmentModule):
         sampling: how to sample in training.
         engine: samples completions; default the policy itself, in this process.
         environment: what gives completions tools to call; None = there are none.
-        importance: weighs tokens whose probability the engine and the trainer compute differently; None = equally.
+        importance: weighs tokens whose probability the engine and the trainer compute differently; false = equally, true =
+            with the defaults, None = true where the engine samples from a copy of the weights, else false.
         reference: keep the frozen start policy, for a loss or to measure the KL; a folder or hub id keeps that model.
         validation: what decides right or wrong there, and how many completions of a prompt are sampled.
         lora: train low-rank adapters instead of all weights.
@@ -109,6 +120,7 @@ class OnPolicyModule(AlignmentModule):
 
     least_generations = 2  # completions of a prompt that the method needs
     splits_groups = True  # whether completions of a prompt may be in different micro-batches
+    keeps_logprobs = True  # whether the rollouts of a phase carry the trainer's log-probs
     reference_moves = False  # whether the reference is another model later on, so that checkpoints hold it
     # What to do in a phase after the first step in which nothing is scored.
     on_unscored: Literal["warn", "stop"] = "warn"
@@ -122,7 +134,7 @@ class OnPolicyModule(AlignmentModule):
         sampling: Sampling,
         engine: RolloutEngine | None,
         environment: Environment | None,
-        importance: ImportanceWeights | None,
+        importance: ImportanceWeights | bool | None,
         reference: bool | str,
         validation: Validation,
         lora: Lora | None,
@@ -150,7 +162,8 @@ class OnPolicyModule(AlignmentModule):
         self.val_generations, self.val_budgets = validation.generations, sorted(validation.budgets)
         self.partial, self.seed = sampling.partial, run_seed(seed)
         self.sampling = sampling if self.partial is None else replace(sampling, partial=None)  # of whole completions
-        self.engine, self.importance = engine or InProcessEngine(), importance
+        self.engine = engine or InProcessEngine()
+        self.importance = choose_importance(importance, self.engine.copies_weights)
         self.check_budgets()
         self.environment, self.tool_format = environment, None
         check_earned(rewards, environment)
@@ -169,6 +182,7 @@ class OnPolicyModule(AlignmentModule):
         self.reference = Frozen(other or self.policy, own=other is not None) if reference else None
         self.reference_id = self.reference.fingerprint() if self.reference is not None else None
         self._batch_start = 0.0
+        self._syncing = 0.0  # seconds of the last sync of the engine
         self._kl_warned = False
         self.record.held_out = []
 
@@ -274,7 +288,8 @@ class OnPolicyModule(AlignmentModule):
             self.check_start(log_ratio)
             k3 = kl.k3(batch["old_logprobs"], batch["ref_logprobs"])
         mask = batch["completion_mask"]
-        self.record.rollouts = add_sums(found.rollouts, entropies, log_ratio, mask)[found.earlier :]
+        rollouts = add_trainer_logprobs(found.rollouts, batch["old_logprobs"], self.global_step)
+        self.record.rollouts = add_sums(rollouts, entropies, log_ratio, mask)[found.earlier :]
         now = mask & ~stale if self.overlap is None else mask
         self.log_phase(measure_gaps(now, batch["old_logprobs"], batch["sampler_logprobs"], k3))
         self.log_phase(found.metrics)
@@ -316,17 +331,15 @@ class OnPolicyModule(AlignmentModule):
 
     def gather_parts(self, prompts: PromptBatch) -> Gathered:
         """Begin the completions of a phase, go on with those that were carried over, and score the complete groups."""
-        start, phase, sampling = (
-            time.perf_counter(),
-            str(self.current_epoch),
-            replace(self.sampling, partial=self.partial),
-        )
+        start, phase = time.perf_counter(), str(self.current_epoch)
+        sampling = replace(self.sampling, partial=self.partial)
         sampled = self.sample(prompts, self.num_generations, cut_to_segment(sampling), phase)
         begun = begin_rollouts(make_rollouts(*sampled, None), self.find_seeds(prompts, phase), sampling)
         need, updates, micro = len(prompts["uid"]), max(prompts["update"]) + 1, self.trainer.accumulate_grad_batches
         least = count_least(sampling, need, updates, micro, self.num_generations if self.splits_groups else 1)
         found = gather_segments(self.engine, sampling, self.record.carried, begun, need, least)
-        self.record.metrics["time/sampling"] += time.perf_counter() - start
+        tokens = count_sampled([*found.rollouts, *found.left]) - count_sampled(self.record.carried)
+        add_engine_stats(self.record.metrics, {}, tokens, time.perf_counter() - start, self._syncing)
         return replace(found, rollouts=score_rollouts(found.rollouts, self.reward, self.current_epoch))
 
     def find_seeds(self, prompts: PromptBatch, phase: str) -> list[int]:
@@ -343,10 +356,14 @@ class OnPolicyModule(AlignmentModule):
                     "has no max_staleness"
                 )
                 self.record.ahead = {}
+            before = 0 if self.drafts is None else self.drafts.reused
             sampled = self.sample(prompts, self.num_generations, self.sampling, str(self.current_epoch), self.drafts)
+            tokens = sum(completion.length for group in sampled[1] for completion in group)
+            tokens -= 0 if self.drafts is None else self.drafts.reused - before
+            self.add_sampling(tokens, time.perf_counter() - start)
         else:
             sampled = prompts, self.sample_ahead(self.overlap, prompts)
-        self.record.metrics["time/sampling"] += time.perf_counter() - start
+            self.record.metrics["time/sampling"] += time.perf_counter() - start
         return make_rollouts(*sampled, self.reward, self.current_epoch)
 
     def sample_ahead(self, overlap: Overlap, prompts: PromptBatch) -> list[list[Completion]]:
@@ -361,6 +378,11 @@ class OnPolicyModule(AlignmentModule):
         found, waited = overlap.sample(self.record.ahead, phase, self.policy, self.global_step, ask)
         self.log_phase({"overlap/time_waited": waited})
         return found
+
+    def add_sampling(self, tokens: int, seconds: float) -> None:
+        """Add a call of the engine, with the sync before it, to the times and the numbers of the phase."""
+        stats = getattr(self.engine, "last_stats", {})
+        add_engine_stats(self.record.metrics, stats, tokens, seconds, self._syncing)
 
     def weigh(self, batch: PolicyBatch, advantages: Tensor) -> Tensor:
         """Multiply advantages [N, Tc] by the weights of ``importance``, if there is one, and log these (collective)."""
@@ -430,7 +452,7 @@ class OnPolicyModule(AlignmentModule):
         """Let the engine give its memory back."""
         self.release_engine()
 
-    on_test_end = on_validation_end
+    on_test_end = on_predict_end = on_validation_end
 
     def release_engine(self) -> None:
         """Let the engine give its memory back, unless it samples beside the training."""
@@ -525,10 +547,12 @@ class OnPolicyModule(AlignmentModule):
         Returns:
             the prompts, as an environment opens them if there is one, and the completions of each.
         """
+        start = time.perf_counter()
         if self.overlap is None:
             self.engine.sync_weights(self.policy, self.global_step)
         else:
             self.overlap.sync(self.record.ahead, self.policy, self.global_step)
+        self._syncing = time.perf_counter() - start
         seeds = self.find_seeds(prompts, phase)
         if drafts is not None:
             ids, version = prompts["prompt_ids"], self.global_step

@@ -75,7 +75,7 @@ class OnlineDPOModule(OnPolicyModule):
             sampling=sampling,
             engine=engine,
             environment=environment,
-            importance=None,
+            importance=False,
             reference=True,
             validation=validation,
             lora=lora,

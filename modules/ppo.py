@@ -46,7 +46,8 @@ class PPOModule(OnPolicyModule):
         sampling: how to sample in training.
         engine: samples completions; default the policy itself, in this process.
         environment: lets completions call the tools of a class of yours; None = there are none.
-        importance: weighs tokens whose probability the engine and the trainer compute differently; None = equally.
+        importance: weighs tokens whose probability the engine and the trainer compute differently; false = equally, true =
+            with the defaults, None = true where the engine samples from a copy of the weights, else false.
         gae: discount, lambda, and whether to whiten token rewards.
         clip: how far the ratio and a value may move in an update.
         kl: the KL to the reference: its weight, a target for it, whether it is part of the reward or of the loss, and
@@ -74,7 +75,7 @@ class PPOModule(OnPolicyModule):
         sampling: Sampling = Sampling(),  # noqa: B008 (frozen, as are the six below)
         engine: RolloutEngine | None = None,
         environment: Environment | None = None,
-        importance: ImportanceWeights | None = None,
+        importance: ImportanceWeights | bool | None = None,
         gae: GAE = GAE(),  # noqa: B008
         clip: Clip = Clip(),  # noqa: B008
         kl: KL = KL(),  # noqa: B008

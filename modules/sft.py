@@ -13,7 +13,7 @@ from modules.base import AlignmentModule
 from modules.networks.lora import Lora
 from modules.networks.policy import TokenScores
 from modules.rewards.verifier import count_failures
-from modules.rollout.engine import InProcessEngine
+from modules.rollout.engine import InProcessEngine, RolloutEngine
 from modules.rollout.last_answers import find_last_answers
 from modules.rollout.metrics import make_outcomes, measure_rollouts, measure_unscored
 from modules.rollout.reuse import refuse_reuse
@@ -38,6 +38,7 @@ class SFTModule(AlignmentModule):
         reward: scores sampled answers to the held-out rows, for ``val/reward``, by which InstructGPT chose its
             checkpoint (arXiv 2203.02155 section 3.5). The row's own answer is the ``answer`` that it compares with.
         sampling: how to sample held-out answers. Default: greedy, up to 256 tokens, with a reward; none without one.
+        engine: what samples them; default the policy itself, in this process.
         lora: train low-rank adapters instead of all weights.
         optimizer: parameters -> optimizer; default AdamW, learning rate 2e-5.
         scheduler: optimizer -> scheduler, stepped per update.
@@ -50,6 +51,7 @@ class SFTModule(AlignmentModule):
         neftune_noise_alpha: float | None = None,
         reward: Reward | None = None,
         sampling: Sampling | None = None,
+        engine: RolloutEngine | None = None,
         lora: Lora | None = None,
         optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=2e-5),
         scheduler: LRSchedulerCallable | None = None,
@@ -69,7 +71,11 @@ class SFTModule(AlignmentModule):
         self.sampling = sampling or (
             Sampling(temperature=0.0, max_completion_length=256) if reward is not None else None
         )
-        self.engine = InProcessEngine()
+        if engine is not None and self.sampling is None:
+            raise ValueError(
+                "engine samples answers to held-out rows, and there are none: set sampling or reward, or leave engine out"
+            )
+        self.engine = engine or InProcessEngine()
         self.record.held_out = None if self.sampling is None else []
 
     def scores(self, batch: InstructionBatch, means: bool = False) -> TokenScores:
@@ -129,6 +135,16 @@ class SFTModule(AlignmentModule):
             self.record.held_out = make_rollouts(prompts, answers, self.reward)
             self.log_evaluation(measure_unscored(count_failures(self.reward, before)))
             self.record.sampled += make_outcomes(self.record.held_out)
+
+    def on_validation_end(self) -> None:
+        """Let the engine give its memory back."""
+        self.engine.release()
+
+    on_test_end = on_validation_end
+
+    def teardown(self, stage: str) -> None:
+        """End what the engine started."""
+        self.engine.close()
 
     def evaluation_metrics(self) -> dict[str, float]:
         """Join the base's metrics; add rewards and lengths of the answers."""

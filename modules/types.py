@@ -216,6 +216,10 @@ class Rollout:
     thinks: bool | None = None  # see ``PromptBatch``
     # With which an engine goes on with the completion in the next phase, see ``PartialRollouts``; None = it is complete.
     seed: int | None = None
+    # What the trainer computes for the completion at collection: the log-prob of each token at the sampling temperature,
+    # as long as its token_ids, and the optimiser updates before the weights that did. None = nothing was computed.
+    trainer_logprobs: list[float] | None = None
+    trainer_version: int = 0
 
     @property
     def text(self) -> str:

@@ -43,3 +43,15 @@ class ImportanceWeights:
         weights = log_weights.exp()
         bounded = weights.clamp(max=self.cap)
         return (bounded if self.beyond == "truncate" else weights * (weights <= self.cap)).masked_fill(~mask, 0.0)
+
+
+def choose_importance(importance: ImportanceWeights | bool | None, copies_weights: bool) -> ImportanceWeights | None:
+    """Return the weights to use; None = all tokens weigh the same.
+
+    Args:
+        importance: weights, or whether to use the default ones; None = where it is not the policy itself that samples.
+        copies_weights: whether the engine samples from a copy of the policy's weights.
+    """
+    if isinstance(importance, ImportanceWeights):
+        return importance
+    return ImportanceWeights() if (copies_weights if importance is None else importance) else None

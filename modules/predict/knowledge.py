@@ -105,6 +105,10 @@ class KnowledgeModule(PredictModule):
                 }
             )
 
+    def on_predict_end(self) -> None:
+        """Let the engine give its memory back."""
+        self.engine.release()
+
     def teardown(self, stage: str) -> None:
         """End what the engine started."""
         self.engine.close()

@@ -44,7 +44,8 @@ class RolloutEngine(ABC):
             its log-probs may differ from the trainer's.
         max_staleness: >= 0, phases that a sample may be older than the weights it trains; needs a copy of the weights.
             Above 0, another thread may call the engine, one call after the other.
-        last_stats: numbers of the last ``generate`` by name.
+        last_stats: numbers of the last ``generate`` by name, logged as ``train/engine/<name>``; ``add_engine_stats`` says
+            how those of several calls are joined.
     """
 
     limits_thoughts = False

@@ -229,3 +229,35 @@ def measure_weights(weights: Tensor) -> dict[str, float]:
     counts, sums, smallest, largest = zip(*found, strict=True)
     values = {"min": min(smallest), "mean": sum(sums) / sum(counts), "max": max(largest)}
     return {f"sampling/importance_sampling_ratio/{name}": value for name, value in values.items()}
+
+
+def add_engine_stats(
+    metrics: dict[str, float], stats: Mapping[str, float], tokens: int, seconds: float, syncing: float
+) -> None:
+    """Add one call of an engine to a phase's metrics ``engine/<name>`` of this rank.
+
+    ``occupancy`` and shares become means over the calls, weighted by their seconds; ``slots`` and what is measured in GB
+    the largest; all other numbers sums. ``tokens_per_second`` is tokens / seconds of sampling, over all calls so far.
+
+    Args:
+        metrics: numbers of the phase; ``time/sampling`` and ``engine/*`` are changed.
+        stats: the engine's ``last_stats``.
+        tokens: that the call sampled.
+        seconds: of the call, syncing and sampling.
+        syncing: seconds of it that the engine took to get the weights; the metric ``sync_seconds``, whatever ``stats`` say.
+    """
+    before = metrics.get("time/sampling", 0.0) - metrics.get("engine/sync_seconds", 0.0)
+    sampling = seconds - syncing
+    for name, value in {**stats, "tokens": float(tokens), "sync_seconds": syncing}.items():
+        old = metrics.get(f"engine/{name}")
+        if old is None:
+            joined = value
+        elif name == "slots" or name.endswith("_gb"):
+            joined = max(old, value)
+        elif name == "occupancy" or name.endswith("_share"):
+            joined = (old * before + value * sampling) / max(before + sampling, 1e-9)
+        else:
+            joined = old + value
+        metrics[f"engine/{name}"] = joined
+    metrics["time/sampling"] = metrics.get("time/sampling", 0.0) + seconds
+    metrics["engine/tokens_per_second"] = metrics["engine/tokens"] / max(before + sampling, 1e-9)

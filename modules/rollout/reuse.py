@@ -165,6 +165,11 @@ class Drafts:
         }
         return {f"reuse/{name}": value for name, value in metrics.items()}
 
+    @property
+    def reused(self) -> int:
+        """How many tokens of this phase are taken over so far."""
+        return int(self._counts["reused"])
+
     def state_dict(self) -> dict[str, Any]:
         """Return the drafts, which are equal on all ranks."""
         drafts = Draft.join(draft for _, draft in self._kept.values())._asdict() if self._kept else {}

@@ -171,6 +171,14 @@ def add_sums(rollouts: list[Rollout], entropies: Tensor, kl: Tensor | None, mask
     return [replace(rollout, entropy=e, kl=k) for rollout, e, k in zip(rollouts, entropy, sums, strict=True)]
 
 
+def add_trainer_logprobs(rollouts: list[Rollout], logprobs: Tensor, version: int) -> list[Rollout]:
+    """Add the log-probs of each rollout's tokens that the trainer computed, [N, Tc] in nats, with weights of ``version``."""
+    return [
+        replace(rollout, trainer_logprobs=row[: len(rollout.completion.token_ids)], trainer_version=version)
+        for rollout, row in zip(rollouts, logprobs.tolist(), strict=True)
+    ]
+
+
 def weigh_credits(batch: PolicyBatch, weights: Tensor, mask: Tensor) -> list[Credit]:
     """Tell what each completion weighs in the gradient of its update, see ``Credit`` (collective).
 

@@ -160,7 +160,7 @@ def read_end(folder: Path) -> dict[str, Any]:
         with path.open() as file:
             for row in csv.DictReader(file):
                 for name, value in row.items():
-                    if value and "time" not in name and "per_second" not in name:
+                    if value and "time" not in name and "second" not in name:
                         numbers.setdefault((int(row["step"]), name), set()).add(value)
     return {
         "weights": last["state_dict"],

@@ -10,6 +10,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import DataLoader
 
+from modules.rollout import Sampling
 from modules.types import Completion, Credit, Record, Rollout
 
 
@@ -31,10 +32,12 @@ def make_rollout(
 class Scripted(LightningModule):
     """Carries ``phases[p]`` in phase p, from first micro-batch to end; one weight, two micro-batches a phase."""
 
-    def __init__(self, phases: list[list[Rollout]], credits: list[Credit] | None = None) -> None:
+    keeps_logprobs, importance, sampling = True, None, Sampling(max_completion_length=8)
+
+    def __init__(self, phases: list[list[Rollout]], credits: list[Credit] | None = None, lr: float = 0.1) -> None:
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(1))
-        self.phases = phases
+        self.phases, self.lr = phases, lr
         self.record = Record(credits=credits)
 
     def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
@@ -45,7 +48,7 @@ class Scripted(LightningModule):
         self.record.rollouts = []
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.1)
+        return torch.optim.SGD(self.parameters(), lr=self.lr)
 
 
 class Events:
@@ -93,6 +96,7 @@ def fit(tmp_path: Path) -> Callable[..., Events]:
         ckpt_path: Path | None = None,
         save: Path | None = None,
         credits: list[Credit] | None = None,
+        lr: float = 0.1,
     ) -> Events:
         nonlocal runs
         runs += 1
@@ -108,7 +112,7 @@ def fit(tmp_path: Path) -> Callable[..., Events]:
             log_every_n_steps=1,
         )
         data: DataLoader[torch.Tensor] = DataLoader([torch.ones(1)] * 2)  # type: ignore[arg-type]
-        trainer.fit(Scripted(phases, credits), data, ckpt_path=ckpt_path)
+        trainer.fit(Scripted(phases, credits, lr), data, ckpt_path=ckpt_path)
         if save is not None:
             trainer.save_checkpoint(save)
         return Events(Path(logger.log_dir))

@@ -1,18 +1,23 @@
 """Two real ranks log the same as one rank with all rollouts, also when one of them has nothing to count."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from programs import run_ranks
 
-from callbacks import Diversity, LengthBias, Overoptimization
+from callbacks import Diversity, EngineMismatch, LengthBias, Overoptimization
 from modules.types import Reward, Rollout
 
 MEASURES = {
     "overoptimization": ["proxy", "gold", "gap", "sqrt_kl"],
     "diversity": ["entropy", "distinct_1", "distinct_2", "distinct_answers", "frac_reward_zero_std"],
+    "engine_mismatch": [
+        *("kl", "fresh_kl", "perplexity_ratio", "log_weight_mean", "log_weight_max", "truncated", "staleness_mean"),
+        *("staleness_max", "quarter_1_kl", "quarter_2_log_weight", "quarter_3_truncated", "quarter_4_kl"),
+    ],
     "length_bias": ["correlation", "right_length", "wrong_length", "truncated"],
 }
 
@@ -22,7 +27,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import ones
 from torch.utils.data import DataLoader
-from callbacks import Diversity, LengthBias, Overoptimization, Samples
+from callbacks import Diversity, EngineMismatch, LengthBias, Overoptimization, Samples
 from conftest import Scripted, make_rollout
 from test_phase_ranks import LengthIsGold, rank_phases
 
@@ -31,7 +36,7 @@ class Ranked(Scripted):
         self.phases = rank_phases(make_rollout)[self.global_rank]
 
 if __name__ == "__main__":
-    callbacks = [Overoptimization(LengthIsGold()), Diversity(), LengthBias(), Samples()]
+    callbacks = [Overoptimization(LengthIsGold()), Diversity(), EngineMismatch(), LengthBias(), Samples()]
     trainer = Trainer(accelerator="cpu", devices=2, strategy="ddp", max_epochs=3, callbacks=callbacks, enable_checkpointing=False,
                       logger=TensorBoardLogger(sys.argv[1], name="two", version=""), enable_progress_bar=False, enable_model_summary=False)
     trainer.fit(Ranked([]), DataLoader([ones(1)] * 4))
@@ -55,7 +60,17 @@ def rank_phases(make: Callable[..., Rollout]) -> list[list[list[Rollout]]]:
     wrong = make(0.0, [7] * 5, "b", 0, "length", entropy=2.0, kl=3.0)
     right = make(1.0, [7] * 2, "a", 0, entropy=1.0, kl=1.0)
     other = [make(1.0, [7] * 9, text, 1, entropy=0.5) for text in "aab"]
-    return [[[wrong, right], [right, right], [wrong]], [other, [], [*other, make(None, [], group=1)]]]
+    mine = [[[wrong, right], [right, right], [wrong]], [other, [], [*other, make(None, [], group=1)]]]
+    return [
+        [[rescore(rollout, rank + 2 * phase) for rollout in each] for phase, each in enumerate(phases)]
+        for rank, phases in enumerate(mine)
+    ]
+
+
+def rescore(rollout: Rollout, number: int) -> Rollout:
+    """Add what a trainer computes: log w of 0.1 x ``number`` up to 0.9 more at later tokens, with weights 0 to 2 newer."""
+    scores = [-1 + 0.1 * (number + place) for place in range(len(rollout.completion.token_ids))]
+    return replace(rollout, trainer_logprobs=scores, trainer_version=number % 3)
 
 
 def test_two_ranks_equal_one(make: Any, fit: Any, tmp_path: Path) -> None:
@@ -65,7 +80,7 @@ def test_two_ranks_equal_one(make: Any, fit: Any, tmp_path: Path) -> None:
     first, second = rank_phases(make)
     phases = [a + b for a, b in zip(first, second, strict=True)]
     events = type(fit(Diversity(), [[]]))(tmp_path / "two")
-    for callback in (Overoptimization(LengthIsGold()), Diversity(), LengthBias()):
+    for callback in (Overoptimization(LengthIsGold()), Diversity(), EngineMismatch(), LengthBias()):
         expected = fit(callback, phases)
         for measure in MEASURES[callback.name]:
             name = f"train/{callback.name}/{measure}"

@@ -36,7 +36,7 @@ def read_numbers(folder: Path) -> dict[tuple[str, str], str]:
             (row["step"], name): value
             for row in csv.DictReader(file)
             for name, value in row.items()
-            if value and "time" not in name and "per_second" not in name
+            if value and "time" not in name and "second" not in name
         }
 
 

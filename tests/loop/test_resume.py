@@ -60,7 +60,7 @@ class Records(Logger):
 
     def log_metrics(self, metrics, step=None) -> None:
         self.found |= {
-            (step, name): value for name, value in metrics.items() if "time" not in name and "per_second" not in name
+            (step, name): value for name, value in metrics.items() if "time" not in name and "second" not in name
         }
 
     def log_hyperparams(self, *args, **kwargs) -> None:

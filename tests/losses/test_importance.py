@@ -8,9 +8,10 @@ import torch
 from lightning.pytorch import Trainer
 
 from datamodules import Addition, VerifiableDataModule
-from modules import GRPOModule
-from modules.losses import ImportanceWeights
+from modules import DistillModule, GRPOModule, OnlineDPOModule, PPOModule
+from modules.losses import DPPO, ImportanceWeights
 from modules.rewards import RegexFormat
+from modules.rollout import InProcessEngine
 from modules.rollout.sampling import Sampling
 
 OLD = torch.tensor([[-1.0, -2.0, -3.0], [-1.0, -1.0, float("nan")]])
@@ -75,3 +76,38 @@ def test_weights_of_a_run_are_one_where_sampler_and_trainer_compute_alike(tmp_pa
     }
     assert found["min"] <= found["mean"] <= found["max"]
     assert least <= max(1 - found["min"], found["max"] - 1) <= most
+
+
+class Copying(InProcessEngine):
+    """Says that it samples from a copy; its log-probs are those of the policy."""
+
+    copies_weights = True
+
+
+FORM = RegexFormat(r"[\x00-\x7f].*")
+
+
+@pytest.mark.parametrize("method", [GRPOModule, PPOModule])
+@pytest.mark.parametrize(
+    ("settings", "own", "copied"),
+    [
+        ({}, None, ImportanceWeights()),
+        ({"importance": False}, None, None),
+        ({"importance": True}, ImportanceWeights(), ImportanceWeights()),
+        ({"importance": ImportanceWeights("sequence", 3.0)}, *[ImportanceWeights("sequence", 3.0)] * 2),
+    ],
+)
+def test_the_default_is_on_where_the_engine_copies_the_weights(method, settings, own, copied):
+    assert method("tiny", FORM, **settings).importance == own
+    assert method("tiny", FORM, engine=Copying(), **settings).importance == copied
+
+
+def test_nothing_is_weighed_twice_or_where_no_probability_is_read():
+    assert GRPOModule("tiny", FORM, engine=Copying(), objective=DPPO()).importance is None
+    for doubled in (True, ImportanceWeights()):
+        with pytest.raises(
+            ValueError, match="DPPO weighs tokens by p of the trainer .* itself, and importance would do"
+        ):
+            GRPOModule("tiny", FORM, importance=doubled, objective=DPPO())
+    assert OnlineDPOModule("tiny", FORM, engine=Copying()).importance is None
+    assert DistillModule("tiny", "tiny-addition", engine=Copying()).importance is None

@@ -41,6 +41,7 @@ from tests.methods.recorded_run import (
 
 TIMES = ["train/time/sampling", "train/time/scoring", "train/time/training"]
 TIMES += ["train/completions_per_second", "train/tokens_per_second"]
+TIMES += ["train/engine/tokens_per_second", "train/engine/sync_seconds"]
 METHODS = ["sft", "reward", "dpo", "kto", "grpo", "ppo", "online_dpo"]
 BETA, NLL, CENTERING, KL_COEF, MISSING_EOS, LAMBDA = 0.1, 0.1, 0.1, 0.07, 0.3, 0.95
 Numbers = dict[str, float]
@@ -54,6 +55,8 @@ ELSEWHERE = {
     r"train/(?:partial|staleness)/\w+": "tests/loop/test_partial_rollouts.py",
     r"train/overlap/\w+": "tests/loop/test_overlap.py",
     r"train/reuse/\w+": "tests/rollout/test_reuse.py",
+    r"train/engine/<name>": "tests/rollout/test_metrics.py",
+    r"train/engine_mismatch/.*": "tests/callbacks/test_engine_mismatch.py",
     r"train/group_bias/baseline_bias_easy": "tests/callbacks/test_group_bias.py",  # no such group in these runs
     r"val/perplexity/<domain>|val/forgetting.*": "tests/callbacks/test_forgetting.py",
     r"val/audit/.*": "tests/callbacks/test_audit_report.py",
@@ -677,6 +680,7 @@ def compare(method: str, ranks: int) -> Iterator[Compared]:
         rows.append(("train", [measure_phase(method, phase, phases[0]) for phase in phases]))
         lengths = [sum(len(row.ids) for row in phase.rows) for phase in phases]
         rows.append(("train", [{"sampled_tokens": sum(lengths[: p + 1])} for p in range(len(phases))]))
+        rows.append(("train", [{"engine/tokens": length / ranks} for length in lengths]))
         if method == "grpo":
             of_phase = [[step for step in steps if step.phase == p] for p in range(len(phases))]
             rows.append(("train", list(map(measure_group_bias, phases, of_phase))))
@@ -728,6 +732,9 @@ def check_times(method: str, ranks: int) -> None:
         sampling, scoring, training = (line[name] for name in TIMES[:3])
         inside = fmean(sum(s.seconds for s in r.steps if s.phase == number) for r in saw)
         assert 0 < sampling < scoring and 0.5 * inside < training <= 1.5 * inside
+        speed, syncing = (line[f"train/engine/{name}"] for name in ("tokens_per_second", "sync_seconds"))
+        each = [sum(rollout.completion.length for rollout in r.phases[number]) for r in saw]
+        assert 0 <= syncing < sampling and speed > 0.5 * fmean(each) / sampling
         assert sampling + scoring + training < max(recording.seconds[number] for recording in saw)
         rollouts = sum(len(recording.phases[number]) for recording in saw)
         assert line["train/completions_per_second"] == pytest.approx(rollouts / (sampling + scoring + training))

@@ -139,6 +139,7 @@ def test_a_reward_chooses_the_checkpoint_and_samples_are_shown(tmp_path):
     data = InstructionDataModule(module.tokenizer, Addition(16), val=Addition(8, held_out=True), batch_size=8)
     data.setup("validate")
     prompts = [row.ids[: row.supervised.index(True)] for row in data.val_rows]
+    module.engine.sync_weights(module.policy, 0)
     answers = [group[0].text for group in module.engine.generate(prompts, 1, module.sampling, [0] * 8)]
     right = sum(
         row.columns["completion"] == answer

@@ -10,7 +10,15 @@ from datamodules import Addition, VerifiableDataModule
 from modules import GRPOModule
 from modules.on_policy import Validation
 from modules.rewards import RegexFormat, WeightedSum
-from modules.rollout.metrics import Outcome, make_outcomes, measure_errors, measure_gaps, measure_rollouts, share_solved
+from modules.rollout.metrics import (
+    Outcome,
+    add_engine_stats,
+    make_outcomes,
+    measure_errors,
+    measure_gaps,
+    measure_rollouts,
+    share_solved,
+)
 from modules.rollout.sampling import Sampling
 from modules.types import Completion, Reward, Rollout
 
@@ -107,6 +115,31 @@ def test_gaps_are_means_over_kept_tokens():
     }
 
 
+def test_numbers_of_several_calls_of_an_engine_are_joined():
+    metrics: dict[str, float] = {}
+    first = {"decode_steps": 9.0, "slots": 8.0, "cache_gb": 0.5, "occupancy": 0.9, "sync_seconds": 7.0}
+    add_engine_stats(metrics, first, tokens=60, seconds=3.0, syncing=1.0)
+    assert metrics == {f"engine/{name}": value for name, value in first.items()} | {
+        "engine/sync_seconds": 1.0,  # by the clock of the run
+        "engine/tokens": 60.0,
+        "engine/tokens_per_second": 60 / 2,
+        "time/sampling": 3.0,
+    }
+    second = {"decode_steps": 5.0, "slots": 4.0, "cache_gb": 0.7, "occupancy": 0.5, "replaced": 1.0}
+    add_engine_stats(metrics, second, tokens=20, seconds=6.5, syncing=0.5)
+    assert metrics == {
+        "engine/decode_steps": 14.0,
+        "engine/slots": 8.0,
+        "engine/cache_gb": 0.7,
+        "engine/occupancy": pytest.approx((2 * 0.9 + 6 * 0.5) / 8),
+        "engine/replaced": 1.0,
+        "engine/sync_seconds": 1.5,
+        "engine/tokens": 80.0,
+        "engine/tokens_per_second": pytest.approx(80 / 8),
+        "time/sampling": 9.5,
+    }
+
+
 class Partly(Reward):
     """A reward that cannot score about every third completion."""
 
@@ -165,7 +198,7 @@ def test_step_metrics_and_unscorable_rewards_do_not_depend_on_accumulation():
             {
                 name: float(value)
                 for name, value in trainer.callback_metrics.items()
-                if "time" not in name and "per_second" not in name
+                if "time" not in name and "second" not in name
             }
         )
     assert results[0]["train/unscorable"] > 0
