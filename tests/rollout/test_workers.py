@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -101,11 +102,17 @@ def test_it_goes_on_with_what_was_begun_and_keeps_budgets(engine: WorkerEngine, 
 def test_new_weights_are_taken_and_proved(engine: WorkerEngine, policy: Holder) -> None:
     request = ragged(6), 2, SAMPLING, list(range(0, 60, 10))
     before, workers = engine.generate(*request), pids(engine)
-    with torch.no_grad():
-        policy.model.lm_head.weight.mul_(1.5)
-    assert engine.generate(*request) == before  # the copy has not changed
-    with torch.inference_mode():  # as in a validation
-        engine.sync_weights(policy, 4)
+    first = engine._crew.processes[0]
+    assert first is not None
+    with ThreadPoolExecutor(1) as thread:
+        sampling = thread.submit(engine.generate, *request)
+        while not first.tasks and not sampling.done():
+            time.sleep(0.001)
+        with torch.no_grad():
+            policy.model.lm_head.weight.mul_(1.5)
+        with torch.inference_mode():  # as in a validation
+            engine.sync_weights(policy, 4)  # waits for the thread, which samples from the copy that it began with
+        assert sampling.result() == before
     found = engine.generate(*request)
     assert found != before and close_to(found, in_process(policy, 4, *request)) and pids(engine) == workers
     with torch.no_grad():
