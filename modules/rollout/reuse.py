@@ -62,8 +62,8 @@ class Drafts:
     by p, as a place drawn evenly in the part of x, with x drawn by q, is even in [0, 1]. The buckets depend on the tokens
     before x alone, and so does whether x is looked at; so each token is drawn by p, given those before it.
 
-    The paper keeps of q the draft's own token alone and goes on by p at a rejection. That is not exact for any l: tokens
-    that p finds less likely than q come too often, and what q says of the others is needed to know.
+    The paper keeps of q the draft's own token alone, and goes on by p at a rejection. That is not exact at l = 1: tokens
+    that p finds less likely than q come too often. To draw fewer of them one must know what q says of other tokens.
 
     Exact holds for weights that do not depend on the draft. A policy that has learned from the draft likes it, and at a
     small learning rate completions stay the same for many phases; a lenience below 1 draws some of them anew.
