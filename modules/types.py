@@ -462,6 +462,14 @@ class Reward(ABC):
         (value,) = parts.values()
         return value
 
+    def list_parts(self) -> list["Reward"]:
+        """Return the rewards whose own scores ``score_parts`` keeps under their names."""
+        return [self]
+
+    def name_parts(self) -> list[str]:
+        """Return the names under which ``score_parts`` keeps scores."""
+        return [part.name for part in self.list_parts()]
+
 
 def score(reward: Reward, rollouts: Sequence[Rollout]) -> list[float | None]:
     """Call a reward and check what it returned; without rollouts it is not called.

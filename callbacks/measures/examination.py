@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 from callbacks.measures.prognosis import bound_share, count_wins, expect_distinct
 from callbacks.measures.trial import Trial, Tried, mean, percent, shorten
 from modules.rewards.answers import ExactMatch, MathVerify, NumericMatch, name_reader
-from modules.rewards.combined import WeightedSum, list_parts, walk_rewards
+from modules.rewards.combined import WeightedSum, walk_rewards
 from modules.rewards.dispatch import Dispatch
 from modules.rollout.metrics import make_outcomes
 from modules.rollout.sampling import Sampling
@@ -422,7 +422,7 @@ class Examination:
         second, is asked only if hardly anything is right.
         """
         answered = [one for one in self.trial.all if one.rollout.answer is not None and one.right is not None]
-        forms = [part.name for part in list_parts(self.reward) if hasattr(part, "pattern") and not part.checks_answer]
+        forms = [part.name for part in self.reward.list_parts() if hasattr(part, "pattern") and not part.checks_answer]
         taught = any(one.rollout.rewards[name] for one in answered for name in forms)
         if not answered or self.judge is None or taught:
             return None
@@ -544,8 +544,8 @@ class Examination:
         bound fewer than half of the groups of G would hold one: 1 - (1 - p)^G < 1/2.
         """
         found, count = [], len(self.trial.all)
-        weights = dict(zip(map(id, list_parts(self.reward)), getattr(self.reward, "weights", []), strict=False))
-        for part in list_parts(self.reward):
+        weights = dict(zip(map(id, self.reward.list_parts()), getattr(self.reward, "weights", []), strict=False))
+        for part in self.reward.list_parts():
             values = [one.rollout.rewards.get(part.name) for one in self.trial.all]
             chance = bound_share(0, count)[1]
             rare = 1 - (1 - chance) ** self.size < 0.5

@@ -9,7 +9,6 @@ from lightning.pytorch import LightningModule, Trainer
 
 from callbacks.measures.sample_filters import contradicts_thought, find_runs
 from callbacks.writers.sample_writer import Chosen, JudgedSample, SampleWriter, find_flaw
-from modules.rewards.combined import name_parts
 from modules.rewards.dispatch import Dispatch
 from modules.types import HasAskedRows, SkipsPrompts
 
@@ -75,7 +74,7 @@ class VerifiedSamples(SampleWriter):
         super().setup(trainer, pl_module, stage)
         if stage == "predict":
             reward = cast(SkipsPrompts, pl_module).reward
-            parts = name_parts(reward) if reward is not None else []
+            parts = reward.name_parts() if reward is not None else []
             self.tasks = reward.tasks if isinstance(reward, Dispatch) else []
             unknown = [name for name in self.at_least if name not in parts]
             if unknown:

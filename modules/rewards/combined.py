@@ -89,6 +89,10 @@ class WeightedSum(Reward):
         names = [reward.name for reward in self.rewards]
         return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
 
+    def list_parts(self) -> list[Reward]:
+        """Return the components."""
+        return self.rewards
+
     def add_parts(self, parts: dict[str, float | None]) -> float | None:
         """Return the weighted sum of one rollout's ``score_parts``; None if any of them is None."""
         total = 0.0
@@ -144,6 +148,14 @@ class LengthPenalty(Reward):
         inner = self.reward.add_parts({name: value for name, value in parts.items() if name != self.name})
         penalty = parts[self.name]
         return None if inner is None or penalty is None else inner + penalty
+
+    def list_parts(self) -> list[Reward]:
+        """Return the parts of the other reward; the penalty is no score of its own."""
+        return self.reward.list_parts()
+
+    def name_parts(self) -> list[str]:
+        """Return the names of the other reward's parts and that of the penalty."""
+        return [*self.reward.name_parts(), self.name]
 
 
 def find_lengths(rollouts: Sequence[Rollout], owner: str) -> list[int]:
@@ -245,22 +257,6 @@ def in_phase(reward: Reward, phase: int | None) -> Iterator[None]:
             vars(part).pop("phase", None)  # a part may stand at two places
 
 
-def name_parts(reward: Reward) -> list[str]:
-    """Return the names under which ``score_parts`` keeps scores."""
-    if isinstance(reward, LengthPenalty):
-        return [*name_parts(reward.reward), reward.name]
-    return reward.tasks if isinstance(reward, Dispatch) else [part.name for part in list_parts(reward)]
-
-
-def list_parts(reward: Reward) -> list[Reward]:
-    """Return the rewards whose scores ``score_parts`` keeps under their names; none of a ``Dispatch``, which names tasks."""
-    if isinstance(reward, Dispatch):
-        return []
-    if isinstance(reward, WeightedSum):
-        return reward.rewards
-    return list_parts(reward.reward) if isinstance(reward, LengthPenalty) else [reward]
-
-
 def find_accuracy(reward: Reward) -> Reward | None:
     """Return the reward that tells right from wrong: the one that compares answers, or the only one there is.
 
@@ -274,7 +270,7 @@ def find_accuracy(reward: Reward) -> Reward | None:
     of_a_task = {
         id(each) for part in parts if isinstance(part, Dispatch) for own in part.rewards for each in walk_rewards(own)
     }
-    checking = [part for part in list_parts(reward) if part.checks_answer] or [
+    checking = [part for part in reward.list_parts() if part.checks_answer] or [
         part for part in parts if part.checks_answer and id(part) not in of_a_task
     ]
     if len(parts) == 1 and reward.checks_answer is not False:

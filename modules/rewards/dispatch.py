@@ -51,6 +51,14 @@ class Dispatch(Reward):
         """Return the only score there is, None without one."""
         return next((value for value in parts.values() if value is not None), None)
 
+    def list_parts(self) -> list[Reward]:
+        """Return no reward, as the scores have the names of the tasks."""
+        return []
+
+    def name_parts(self) -> list[str]:
+        """Return the tasks."""
+        return self.tasks
+
     def scores(self, rollout: Rollout) -> bool:
         """Tell whether the task of a rollout has a reward."""
         return self.find_task(rollout.uid, rollout.source, rollout.info) in self.scored

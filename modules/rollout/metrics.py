@@ -14,7 +14,6 @@ from torch import Tensor
 from modules.functional.advantages import zero_std_fraction
 from modules.functional.diagnostics import pass_at_k
 from modules.functional.thoughts import find_thought
-from modules.rewards.combined import list_parts
 from modules.trainer.ranks import from_all_ranks
 from modules.types import Outcome, Reward, Rollout, score
 
@@ -33,7 +32,7 @@ def make_outcomes(
     scores: list[float | None] = [None] * len(rollouts)
     if accuracy is not None and accuracy is scored_by:
         scores = [rollout.reward for rollout in rollouts]
-    elif accuracy is not None and scored_by is not None and accuracy in list_parts(scored_by):
+    elif accuracy is not None and scored_by is not None and accuracy in scored_by.list_parts():
         scores = [rollout.rewards[accuracy.name] for rollout in rollouts]
     elif accuracy is not None:
         scores = score(accuracy, rollouts)

@@ -66,6 +66,12 @@ AUDITS = [
     Audit("ReasoningGymScore", rewards.ReasoningGymScore, writing.reasoning_gym_cases),
     Audit("InstructionConstraints", rewards.InstructionConstraints, writing.constraint_cases),
     Audit("LanguageConsistency", rewards.LanguageConsistency, writing.language_cases, tolerance=1e-9),
+    Audit(
+        "ScriptConsistency",
+        lambda: rewards.ScriptConsistency(list(writing.ALPHABETS)),
+        writing.script_cases,
+        tolerance=1e-9,
+    ),
     Audit("Repetition", rewards.Repetition, writing.repetition_cases, tolerance=1e-9),
     Audit("KimiLength", lambda: rewards.KimiLength(rewards.ExactMatch()), writing.kimi_cases, tolerance=1e-9),
     Audit("OverlongPenalty", lambda: rewards.OverlongPenalty(100, 40), writing.overlong_cases, tolerance=1e-9),

@@ -222,6 +222,33 @@ def language_cases(rng: Random) -> Iterator[Case]:
     yield Case("prompt without words", "Five", None, prompt="2 + 3 =")
 
 
+ALPHABETS = ("0123456789", "abcdefghij")
+
+
+def script_cases(rng: Random) -> Iterator[Case]:
+    """Yield thoughts with drawn numbers of signs of the prompt's alphabet and of the other, and signs of neither."""
+    chat = (
+        "<|im_start|>system\nBe brief: {other}<|im_end|>\n<|im_start|>user\n{asked}<|im_end|>\n<|im_start|>assistant\n"
+    )
+    for number in range(60):
+        mine, other = (ALPHABETS, ALPHABETS[::-1])[number % 2]
+        own, foreign = rng.randint(0, 9), rng.choice((0, 0, rng.randint(1, 9)))
+        signs = [rng.choice(mine) for _ in range(own)] + [rng.choice(other) for _ in range(foreign)]
+        rng.shuffle(signs)
+        label = own / len(signs) if signs else 0.0
+        thought, plain = "".join(f"{sign}{rng.choice('+-*~^? =')}" for sign in signs), f"{rng.choice(mine)}+*="
+        told = chat.format(other=other, asked=plain)
+        yield Case("plain", f"<think>{thought}</think>{rng.choice(mine)}", label, prompt=plain)
+        yield Case("answer of the other", f"<think>{thought}</think>{other}", label, prompt=plain)
+        yield Case("signs of neither", f"<think>XYZ {thought}\n\u4e00</think>{rng.choice(mine)}", label, prompt=plain)
+        yield Case("chat", f"<think>{thought}</think>{rng.choice(mine)}", label, prompt=told)
+        yield Case("opened by the prompt", f"{thought}</think>{rng.choice(mine)}", label, prompt=f"{told}<think>\n")
+        yield Case("the other later in the prompt", f"<think>{thought}</think>", label, prompt=f"{plain} {other}")
+        yield Case("no thought", thought, 0.0, prompt=plain)
+        yield Case("unclosed", f"<think>{thought}", 0.0, prompt=plain)
+        yield Case("prompt without signs", f"<think>{thought}</think>{rng.choice(mine)}", None, prompt="XYZ + ?")
+
+
 def repetition_cases(rng: Random) -> Iterator[Case]:
     """Yield texts of drawn words, of letters in scripts without spaces, and of repeated blocks."""
     for _ in range(110):

@@ -1,5 +1,6 @@
 """A reward for each task: who scores what, what is refused, and a run on two tasks."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from datamodules.sources.toys.addition import Addition
 from datamodules.sources.toys.products import Products
 from modules import GRPOModule
 from modules.rewards import Dispatch, ExactMatch, LengthPenalty, RegexFormat, WeightedSum
-from modules.rewards.combined import describe_reward, find_accuracy, name_parts
+from modules.rewards.combined import describe_reward, find_accuracy
 from modules.rollout.metrics import make_outcomes
 from modules.rollout.sampling import Sampling
 from modules.types import Completion, Reward, Rollout
@@ -53,8 +54,8 @@ def test_a_data_set_is_known_by_its_file_with_or_without_its_folder():
 
 def test_parts_inside_another_reward_have_the_names_of_tasks():
     reward = LengthPenalty(Dispatch({"sums": ExactMatch(), "chat": RegexFormat(".*")}), 0.5)
-    assert name_parts(reward) == ["sums", "chat", "dispatch_length_penalty"]
-    assert list(reward.score_parts([rollout("5", "sums")])[0]) == name_parts(reward)
+    assert reward.name_parts() == ["sums", "chat", "dispatch_length_penalty"]
+    assert list(reward.score_parts([rollout("5", "sums")])[0]) == reward.name_parts()
     outcomes = make_outcomes(
         make_scored(reward), find_accuracy(LengthPenalty(Dispatch({"sums": ExactMatch()}), 0.5)), reward
     )
@@ -64,6 +65,37 @@ def test_parts_inside_another_reward_have_the_names_of_tasks():
 def make_scored(reward: Reward) -> list[Rollout]:
     (parts,) = reward.score_parts([rollout("5", "sums")])
     return [replace(rollout("5", "sums"), rewards=parts, reward=reward.add_parts(parts))]
+
+
+class Doubled(Reward):
+    """A reward of one's own with parts."""
+
+    def __init__(self, *rewards: Reward) -> None:
+        self.rewards = list(rewards)
+
+    def __call__(self, rollouts: Sequence[Rollout]) -> list[float | None]:
+        return [self.add_parts(parts) for parts in self.score_parts(rollouts)]
+
+    def score_parts(self, rollouts: Sequence[Rollout]) -> list[dict[str, float | None]]:
+        columns = [reward(rollouts) for reward in self.rewards]
+        return [dict(zip(self.name_parts(), row, strict=True)) for row in zip(*columns, strict=True)]
+
+    def add_parts(self, parts: dict[str, float | None]) -> float | None:
+        return 2 * sum(value or 0.0 for value in parts.values())
+
+    def list_parts(self) -> list[Reward]:
+        return self.rewards
+
+
+def test_a_reward_says_itself_what_its_parts_are():
+    """So its verifier tells right from wrong by the scores that are there, and is not asked again."""
+    exact, even = ExactMatch(), RegexFormat(r"\d*[02468]", name="even")
+    reward = LengthPenalty(Doubled(exact, even), 0.5)
+    assert reward.name_parts() == ["exact_match", "even", "Doubled_length_penalty"]
+    assert find_accuracy(reward) is exact
+    scored = [replace(each, rewards=each.rewards | {"exact_match": 0.0}) for each in make_scored(reward)]
+    assert [outcome.right for outcome in make_outcomes(scored, exact, reward)] == [False]
+    assert [outcome.right for outcome in make_outcomes(scored, exact, even)] == [True]
 
 
 def test_a_verifier_of_one_task_does_not_judge_the_others():

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from modules.rewards import InstructionConstraints, LanguageConsistency, Repetition, ScriptConsistency
+from modules.rewards.verifier import Verifier
 from modules.types import Completion, Rollout
 
 
@@ -40,6 +41,38 @@ def test_what_cannot_be_checked_is_told_once():
     # without its number the library would draw one
     lacking = {"instruction_id_list": ["length_constraints:number_words"], "kwargs": [{"relation": "at least"}]}
     assert reward([rollout("a b c", **lacking)]) == [None]
+
+
+BOMB = """
+from checks.constraint_list import judge as follow, load_kinds
+
+class Bomb:
+    def __init__(self, kind):
+        self.kind = kind
+    def build_description(self, **settings):
+        return ""
+    def check_following(self, text):
+        return bytearray(2**40) if text == "bomb" else text / 2
+
+def judge(text, answer, info):
+    load_kinds()["own:bomb"] = Bomb
+    return follow(text, answer, {"instruction_id_list": ["own:bomb"], "kwargs": [{}]}, every=True)
+"""
+
+
+class Bombed(Verifier):
+    """The check of constraints with one more kind."""
+
+    reads = "text"
+
+
+def test_a_constraint_that_takes_all_memory_counts_as_a_memory_bomb(tmp_path):
+    (tmp_path / "bomb.py").write_text(BOMB)
+    reward = Bombed("bombed", timeout=30.0)
+    reward.check = str(tmp_path / "bomb.py")
+    with pytest.warns(UserWarning, match="memory 1"):
+        assert reward([rollout("bomb"), rollout("an error")]) == [None, None]
+    assert reward.failures == {"memory": 1}  # what cannot be checked is no failure
 
 
 def test_kinds_that_no_rule_can_check_are_told():

@@ -23,7 +23,8 @@ CAPITALS, LOWERCASE = "change_case:english_capital", "change_case:english_lowerc
 def judge(text: str, answer: str | None, info: dict[str, Any], every: bool) -> float | None:
     """Return the share of constraints that a text follows, or with ``every`` 1.0 if it follows all and else 0.0.
 
-    None without constraints, and where one of them is of an unknown kind, lacks what it needs, or cannot be checked.
+    None without constraints, and where one of them is of an unknown kind, lacks what it needs, or cannot be checked. A
+    constraint that takes all memory raises MemoryError, which the worker counts.
     """
     kinds, settings = info.get("instruction_id_list"), info.get("kwargs")
     if not kinds or not settings:
@@ -53,6 +54,8 @@ def judge(text: str, answer: str | None, info: dict[str, Any], every: bool) -> f
             else:
                 fine = constraint.check_following(text)
             followed.append(bool(fine))
+        except MemoryError:
+            raise
         except Exception:
             return None
     return float(all(followed)) if every else sum(followed) / len(followed)
