@@ -52,7 +52,7 @@ class EngineMismatch(PhaseCallback):
     It warns when ``fresh_kl``, with log w counted up to 1, is above ``max_kl`` by more than two standard errors (over
     completions) for two phases, and again at ten times as much; and once when ``fresh_kl`` grows steadily, over the last ten phases or over the run in ten
     stretches: to three times its size, or to twice its size while the learning rate is 0, where nothing should change.
-    Ten values are steady if 31 more of their 45 pairs rise than fall; below ``max_kl`` / 100 no growth counts. The
+    Ten values are steady if 37 more of their 45 pairs rise than fall; below ``max_kl`` / 100 no growth counts. The
     sentence names likely causes.
 
     Args:
