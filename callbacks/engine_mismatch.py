@@ -11,7 +11,6 @@ from torch import Tensor
 from callbacks.measures.gaps import Gaps, estimate_ratio, find_growth
 from callbacks.phase import Mean, PhaseCallback, draw_series
 from modules.functional.ranges import check_numbers
-from modules.losses import ImportanceWeights
 from modules.rollout import Sampling
 from modules.trainer.ranks import from_all_ranks
 from modules.types import Rollout
@@ -32,7 +31,7 @@ class KeepsLogprobs(Protocol):
 
     keeps_logprobs: bool
     sampling: Sampling
-    importance: ImportanceWeights | None
+    importance: Any  # with ``level`` and ``cap``, or None
 
 
 class EngineMismatch(PhaseCallback):
@@ -53,7 +52,7 @@ class EngineMismatch(PhaseCallback):
     It warns when ``fresh_kl``, with log w counted up to 1, is above ``max_kl`` by more than two standard errors (over
     completions) for two phases, and again at ten times as much; and once when ``fresh_kl`` grows steadily, over the last ten phases or over the run in ten
     stretches: to three times its size, or to twice its size while the learning rate is 0, where nothing should change.
-    Ten values are steady if 31 more of their 45 pairs rise than fall; below ``max_kl`` / 100 no growth counts. The
+    Ten values are steady if 37 more of their 45 pairs rise than fall; below ``max_kl`` / 100 no growth counts. The
     sentence names likely causes.
 
     Args:
@@ -74,7 +73,7 @@ class EngineMismatch(PhaseCallback):
         self.told: dict[str, float] = {}  # what was warned of -> the KL then
         self.above = 0  # phases in a row with a KL above ``max_kl``
         self.moved = -1.0  # last phase with a learning rate above 0
-        self._importance, self._length = ImportanceWeights(), 1
+        self._level, self._cap, self._length = "token", 2.0, 1
         self._completions: list[tuple[float, float, float]] = []  # see ``Gaps.sum_completions``, of all ranks
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -86,15 +85,16 @@ class EngineMismatch(PhaseCallback):
                 f"EngineMismatch compares log-probs of engine and trainer, and {type(pl_module).__name__} does not compute "
                 "the trainer's at collection: use it with GRPOModule, PPOModule or OnlineDPOModule, or remove it"
             )
-        self._importance = pl_module.importance or ImportanceWeights()
+        if pl_module.importance is not None:
+            self._level, self._cap = pl_module.importance.level, pl_module.importance.cap
         self._length = pl_module.sampling.max_completion_length
 
     def measure(self, rollouts: Sequence[Rollout]) -> dict[str, Mean]:
         """Measure the tokens of this rank's rollouts; the class docstring explains the measures."""
         found = Gaps.of(rollouts)
         gaps, distances, ages = found.log_weights, found.distances, found.ages.double()
-        weights = (found.sum_gaps() if self._importance.level == "sequence" else gaps).exp()
-        over, fresh = (weights > self._importance.cap).double(), found.ages == 0
+        weights = (found.sum_gaps() if self._level == "sequence" else gaps).exp()
+        over, fresh = (weights > self._cap).double(), found.ages == 0
         quarters = (4 * found.places // self._length).clamp(max=3) + 1
         self._completions = from_all_ranks(found.sum_completions(fresh))
         largest, oldest = (max(from_all_ranks([float(x.max()) if len(x) else 0.0])) for x in (gaps.abs(), ages))
