@@ -69,6 +69,12 @@ OPTIONS = {  # by class: options that moved into a group; "" = the option had no
     },
     "SelfInstructModule": {"policy": ""},
 }
+# By class: options that now have another unit, the default that they had, and what says the same today.
+REPLACED = {
+    "InProcessEngine": {
+        "max_batch_tokens": (65536, "set max_cache_gb, a bound in GB (65536 tokens of SmolLM2-135M in fp32 are 3 GB)")
+    }
+}
 # Options that switched their group on: without a value, the other options of the group had no effect.
 SWITCHES = {"missing_eos_penalty": "incentives.missing_eos.", "decay_start": "decay."}
 OLD = re.compile(rf"\b({'|'.join(sorted(map(re.escape, MODULES), key=len, reverse=True))})\.(?=[A-Za-z_]\w*$)")
@@ -90,6 +96,8 @@ def renew(value: Any) -> Any:
             return find_function(name, value.get("init_args") or {})
         if name in OPTIONS and isinstance(value.get("init_args"), dict):
             value = value | {"init_args": move(value["init_args"], OPTIONS[name])}
+        if name in REPLACED and isinstance(value.get("init_args"), dict):
+            value = value | {"init_args": leave_out(name, value["init_args"])}
         return {key: renew(part) for key, part in value.items()}
     return value
 
@@ -108,6 +116,18 @@ def find_function(name: str, arguments: dict[str, Any]) -> str:
             f"{', '.join(f'{option}={value}' for option, value in other.items())}"
         )
     return path
+
+
+def leave_out(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a class without those that have another unit today.
+
+    Raises:
+        ValueError: one of them was not left at its default.
+    """
+    for option, (default, advice) in REPLACED[name].items():
+        if arguments.get(option, default) != default:
+            raise ValueError(f"{name} has no {option} any more, which was {arguments[option]}: {advice}")
+    return {option: value for option, value in arguments.items() if option not in REPLACED[name]}
 
 
 def move(arguments: dict[str, Any], places: dict[str, str]) -> dict[str, Any]:

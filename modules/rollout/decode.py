@@ -1,9 +1,12 @@
-"""One decode step of a Llama-family model over a cache of fixed size.
+"""One decode step of a Llama-family model over caches of fixed sizes.
 
 It reads the model's own parameters, so nothing is copied or synced.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +22,8 @@ FAMILY = {
     "qwen3": Qwen3ForCausalLM,
 }
 STATIC_ROPE = ("default", "llama3")  # rotary frequencies that do not depend on the length
-TRANSPOSED_ROWS = range(16, 256)  # batch sizes at which W @ x is faster than x @ W.T on CPU
+ROW_STEP = 16  # batches shrink in steps of this many rows: on CPU 2 rows cost as much as 12
+TRANSPOSED_ROWS = range(16, 256)  # multiples of 16 in it: batch sizes at which W @ x is faster than x @ W.T on CPU
 
 
 def supports(model: PreTrainedModel) -> bool:
@@ -53,21 +57,44 @@ class SlotCache:
         attention = model.model.layers[0].self_attn
         shape = (slots, model.config.num_key_value_heads, columns, attention.head_dim)
         keys, values = (
-            [torch.zeros(shape, dtype=model.dtype, device=model.device) for _ in model.model.layers]
+            [torch.zeros(shape, dtype=layer_dtype(model), device=model.device) for _ in model.model.layers]
             for _ in ("keys", "values")
         )
         return SlotCache(keys, values)
 
+    @property
+    def slots(self) -> int:
+        return self.keys[0].shape[0]
+
+    @property
+    def columns(self) -> int:
+        return self.keys[0].shape[2]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(each.numel() * each.element_size() for each in self.keys + self.values)
+
     def put(self, slots: Tensor, source: "SlotCache", rows: Tensor) -> None:
         """Copy ``rows`` [K] of another cache into the first columns of ``slots`` [K]."""
-        columns = min(source.keys[0].shape[2], self.keys[0].shape[2])
+        columns = min(source.columns, self.columns)
         for mine, theirs in zip(self.keys + self.values, source.keys + source.values, strict=True):
-            mine[slots, :, :columns] = theirs[rows, :, :columns]
+            mine[slots, :, :columns] = theirs[rows, :, :columns].to(mine.dtype)
 
-    def shrink(self, slots: int) -> None:
-        """Keep the first ``slots`` slots and drop the others."""
-        self.keys = [keys[:slots] for keys in self.keys]
-        self.values = [values[:slots] for values in self.values]
+    def resize(self, slots: int, columns: int) -> None:
+        """Keep the first ``slots`` slots and make room for ``columns``, layer by layer, to need little memory beside."""
+        for layers in (self.keys, self.values):
+            for number, old in enumerate(layers):
+                new = old.new_zeros(slots, old.shape[1], columns, old.shape[3])
+                new[:, :, : old.shape[2]] = old[:slots, :, :columns]
+                layers[number] = new
+
+
+class CachedRows(NamedTuple):
+    """Consecutive rows of a batch that share a cache."""
+
+    cache: SlotCache  # the rows lie in its first slots
+    rows: int  # how many they are
+    horizon: int  # a number above their positions; the step does not read columns from here on
 
 
 class Rows:
@@ -107,57 +134,97 @@ class Columns:
 class DecodeStep:
     """Computes next-token logits of N rows, each at its own position.
 
+    With linear layers in 16 bits, what lies between them (residual stream, norms, rotation, head) stays in 32.
+
     Args:
         model: a model that ``supports`` accepts.
         columns: number of positions in the table of rotary positions.
+        compiled: whether ``torch.compile`` makes the step; each combination of rows and horizons is compiled once.
     """
 
-    def __init__(self, model: PreTrainedModel, columns: int) -> None:
+    def __init__(self, model: PreTrainedModel, columns: int, compiled: bool = False) -> None:
         self.model = model
         positions = torch.arange(columns, device=model.device)[None]
-        cos, sin = model.model.rotary_emb(model.get_input_embeddings().weight, positions)
+        cos, sin = model.model.rotary_emb(model.lm_head.weight, positions)
         half = cos.shape[-1] // 2
         self._cos, self._sin = cos[0], torch.cat([-sin[0, :, :half], sin[0, :, half:]], -1)  # [columns, head dim]
         # Adapters replace linear layers by other modules, which only the row layout calls.
         linears = [model.lm_head, *(part for layer in model.model.layers for part in linear_layers(layer))]
         self._transposable = model.device.type == "cpu" and all(type(linear) is nn.Linear for linear in linears)
+        self._compute = compile_logits(model.device.type) if compiled else compute_logits
 
-    def __call__(self, tokens: Tensor, positions: Tensor, cache: SlotCache, horizon: int) -> Tensor:
+    def __call__(self, tokens: Tensor, positions: Tensor, parts: Sequence[CachedRows]) -> Tensor:
         """Append one token to each slot and return the logits that follow it.
 
         Args:
-            tokens: int [N], one per slot of the cache.
+            tokens: int [N].
             positions: int [N], the column that each token goes to. The token attends to the columns up to its own.
-            cache: N slots; the step writes to it.
-            horizon: a number above every position; the step does not read columns from here on.
+            parts: the caches of the first rows, in order, which the step writes to. Logits of rows beyond are garbage.
 
         Returns:
             logits [N, V].
         """
-        layout = Columns if self._transposable and len(tokens) in TRANSPOSED_ROWS else Rows
-        slots = torch.arange(len(tokens), device=tokens.device)
-        x = layout.turn(self.model.model.embed_tokens(tokens))
-        rope = self._cos[positions][:, None], self._sin[positions][:, None]  # [N, 1, D]
-        hidden = torch.arange(horizon, device=tokens.device) > positions[:, None]
-        mask = torch.zeros(hidden.shape, dtype=self.model.dtype, device=tokens.device).masked_fill(hidden, -torch.inf)[
-            :, None, None
-        ]
-        for layer, keys, values in zip(self.model.model.layers, cache.keys, cache.values, strict=True):
-            attention, mlp = layer.self_attn, layer.mlp
-            states = layout.norm(layer.input_layernorm, x)
-            q, k, v = (
-                layout.turn(layout.linear(part, states))
-                for part in (attention.q_proj, attention.k_proj, attention.v_proj)
-            )
-            q, k, v = split_heads(attention, q, k, v)
-            keys[slots, :, positions] = rotate(k, *rope)
-            values[slots, :, positions] = v
-            attended = attend(rotate(q, *rope), keys[:, :, :horizon], values[:, :, :horizon], mask)
-            x = x + layout.linear(attention.o_proj, layout.turn(attended))
-            states = layout.norm(layer.post_attention_layernorm, x)
-            gated = mlp.act_fn(layout.linear(mlp.gate_proj, states)) * layout.linear(mlp.up_proj, states)
-            x = x + layout.linear(mlp.down_proj, gated)
-        return layout.turn(layout.linear(self.model.lm_head, layout.norm(self.model.model.norm, x)))
+        transposed = self._transposable and len(tokens) in TRANSPOSED_ROWS and len(tokens) % ROW_STEP == 0
+        layout = Columns if transposed else Rows
+        return self._compute(self.model, layout, self._cos, self._sin, tokens, positions, parts)
+
+
+def compute_logits(
+    model: PreTrainedModel,
+    layout: type[Rows] | type[Columns],
+    cos: Tensor,
+    sin: Tensor,
+    tokens: Tensor,
+    positions: Tensor,
+    parts: Sequence[CachedRows],
+) -> Tensor:
+    """Do the work of ``DecodeStep`` in a layout, with rotary tables [columns, head dim]."""
+    device, dtype = tokens.device, layer_dtype(model)
+    x = layout.turn(model.model.embed_tokens(tokens).to(cos.dtype))
+    rope = cos[positions][:, None], sin[positions][:, None]  # [N, 1, D]
+    busy = sum(part.rows for part in parts)
+    places = positions[:busy].split([part.rows for part in parts])
+    slots = [torch.arange(part.rows, device=device) for part in parts]
+    masks = []
+    for part, place in zip(parts, places, strict=True):
+        hidden = torch.arange(part.horizon, device=device) > place[:, None]
+        mask = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill(hidden, -torch.inf)
+        masks.append(mask[:, None, None])
+    for number, layer in enumerate(model.model.layers):
+        attention, mlp = layer.self_attn, layer.mlp
+        states = layout.norm(layer.input_layernorm, x).to(dtype)
+        q, k, v = (
+            layout.turn(layout.linear(part, states)) for part in (attention.q_proj, attention.k_proj, attention.v_proj)
+        )
+        q, k, v = split_heads(attention, q, k, v)
+        q, k = rotate(q, *rope).to(dtype), rotate(k, *rope).to(dtype)
+        attended, start = [], 0
+        for (held, rows, horizon), slot, place, mask in zip(parts, slots, places, masks, strict=True):
+            keys, values, own = held.keys[number], held.values[number], slice(start, start + rows)
+            keys[slot, :, place] = k[own]
+            values[slot, :, place] = v[own]
+            attended.append(attend(q[own], keys[:rows, :, :horizon], values[:rows, :, :horizon], mask))
+            start += rows
+        if start < len(tokens):
+            attended.append(attended[0].new_zeros(len(tokens) - start, attended[0].shape[1]))
+        together = torch.cat(attended) if len(attended) > 1 else attended[0]
+        x = x + layout.linear(attention.o_proj, layout.turn(together))
+        states = layout.norm(layer.post_attention_layernorm, x).to(dtype)
+        gated = mlp.act_fn(layout.linear(mlp.gate_proj, states)) * layout.linear(mlp.up_proj, states)
+        x = x + layout.linear(mlp.down_proj, gated)
+    return layout.turn(layout.linear(model.lm_head, layout.norm(model.model.norm, x)))
+
+
+@cache
+def compile_logits(device_type: str) -> Callable[..., Tensor]:
+    """Return the compiled step: shapes are fixed, so that CUDA can keep it as a graph."""
+    return torch.compile(compute_logits, dynamic=False, mode="reduce-overhead" if device_type == "cuda" else None)
+
+
+def layer_dtype(model: PreTrainedModel) -> torch.dtype:
+    """Return the precision of the linear layers and of the keys and values."""
+    dtype: torch.dtype = next(model.model.layers[0].mlp.down_proj.parameters()).dtype
+    return dtype
 
 
 def linear_layers(layer: LlamaDecoderLayer) -> list[nn.Module]:

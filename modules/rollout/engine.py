@@ -1,33 +1,36 @@
 """What samples completions: the contract of every engine, and the default one, which works in this process.
 
-The default engine samples with the policy's own parameters, so syncing costs nothing. It computes each prompt once, and
-a waiting request starts whenever a slot is free (continuous batching).
+The default engine samples with the policy's own parameters, so syncing costs nothing, or with a copy of them in 16 bits.
+It computes each prompt once, and a waiting request starts whenever there is room (continuous batching).
 """
 
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from modules.rollout.decode import DecodeStep, SlotCache, supports
+from modules.rollout.continuous import run_continuous
+from modules.rollout.decode import supports
 from modules.rollout.sampling import Ledger, Reply, SampledPolicy, Sampling
+from modules.rollout.shadow import count_bytes, make_shadow, measure_gain, refresh_shadow
 from modules.rollout.static import run_static
 from modules.rollout.thinking import ThoughtWatch, check_thinking, opens_thought
 from modules.trainer.modes import evaluating
 from modules.types import Completion
 
-PREFILL_TOKENS = 2048  # padded prompt tokens of one forward
-DRAW_ROWS = 256  # first tokens are drawn from this many rows of logits at a time
-ROW_STEP = 16  # batches shrink in steps of this many rows: on CPU 2 rows cost as much as 12
 PARITY = 1e-3  # nats; the log-probs of our decode step and of the Hugging Face forward may differ by less than this
+PARITY_BF16 = 0.1  # nats, the same on average, where the decode step computes in 16 bits
+GAIN = 1.2  # times; precision auto takes 16 bits where their matrix products are so much faster
 PARITY_PROMPTS = ((1, 2, 3), (4, 5, 6, 7, 8))
+# In 16 bits the log-probs of arbitrary tokens differ much more than those of text (SmolLM2-135M: by 1.3 and 0.02 nats).
+PARITY_TEXTS = ("The capital of France is Paris, and", "Two and two are four. Three and three are")
 
 
 class RolloutEngine(ABC):
@@ -143,54 +146,122 @@ class InProcessEngine(RolloutEngine):
     warns and uses static batches.
 
     Args:
-        max_batch_tokens: >= 1, bounds the memory: cache columns summed over the rows of a batch. A column holds 2 x
-            layers x kv heads x head dim numbers (SmolLM2-135M in fp32: 46 KB, so 65536 columns take 3 GB).
+        max_cache_gb: > 0, bounds the memory of keys and values, in 10^9 bytes. A column (one token of one row) holds 2 x
+            layers x kv heads x head dim numbers (SmolLM2-135M in fp32: 46 KB, so 3 GB are 65000 columns). Rows take
+            columns as they grow; the youngest ones wait and are computed again when memory runs out, which changes no
+            completion. Static batches reserve all columns that a row may need.
+        precision: ``same`` samples with the policy's own weights; ``bf16`` with a copy of them whose linear layers, keys
+            and values are in bf16 and whose head is in fp32 (SmolLM2-135M: 0.3 GB), made anew at each sync; ``auto``
+            times matrix products of the policy's shapes once, takes ``bf16`` if they are 1.2 times as fast in it, and says so.
+        check_every: >= 1, decode steps between two looks at which completions have ended; None = 1 on CPU, else 16. It
+            changes no completion. With replies or thinking budgets it is always 1.
+        compile: whether ``torch.compile`` makes the decode step, once for each shape (on GPUs as a CUDA graph, which has not
+            been run yet); on CPU it needs a C++ compiler.
 
     Attributes:
-        last_stats: counts of the last ``generate``: ``decode_steps``, ``slots`` (largest batch), ``prefill_tokens``
-            (prompt tokens computed).
+        copies_weights: True if it samples in bf16; with ``auto``, until the first sync, if it may.
+        last_stats: of the last ``generate``: ``decode_steps``, ``slots`` (rows of the largest batch),
+            ``prefill_tokens`` (computed, those of preempted completions again), ``tokens`` (that completions got),
+            ``occupancy`` (share of the computed rows that were busy, over all decode steps), ``cache_gb`` (most bytes of
+            keys and values / 10^9), ``preempted`` (times that a completion had to make room), ``copy_gb`` (of the copy of
+            the weights).
 
     Raises:
-        ValueError: ``max_batch_tokens`` is below 1.
+        ValueError: a value is out of range.
     """
 
     limits_thoughts = limits_segments = True
 
-    def __init__(self, max_batch_tokens: int = 65536) -> None:
-        if max_batch_tokens < 1:
-            raise ValueError(f"InProcessEngine: max_batch_tokens {max_batch_tokens} must be >= 1")
-        self.max_batch_tokens = max_batch_tokens
+    def __init__(
+        self,
+        max_cache_gb: float = 3.0,
+        precision: Literal["same", "bf16", "auto"] = "same",
+        check_every: int | None = None,
+        compile: bool = False,
+    ) -> None:
+        if not max_cache_gb > 0:
+            raise ValueError(f"InProcessEngine: max_cache_gb {max_cache_gb} must be > 0")
+        if precision not in ("same", "bf16", "auto"):
+            raise ValueError(f"InProcessEngine: precision {precision!r} must be same, bf16 or auto")
+        if check_every is not None and check_every < 1:
+            raise ValueError(f"InProcessEngine: check_every {check_every} must be >= 1")
+        self.max_cache_gb, self.precision, self.check_every, self.compile = (
+            max_cache_gb,
+            precision,
+            check_every,
+            compile,
+        )
+        self.copies_weights = precision != "same"
         self.last_stats = {}
         self._policy: SampledPolicy | None = None
         self._version = 0
-        self._run = run_static
+        self._run: Any = run_static
+        self._shadow: PreTrainedModel | None = None
 
     def sync_weights(self, policy: SampledPolicy, version: int) -> None:
-        """Remember the policy, whose parameters are shared, and the version.
+        """Remember the policy, whose parameters are shared or copied in 16 bits, and the version.
 
         Raises:
-            ValueError: some layers of the model keep no keys and values.
+            ValueError: some layers of the model keep no keys and values, or the settings need the fast decode step,
+                which it does not have.
         """
         if policy is not self._policy:
-            layers = DynamicCache(config=policy.model.config).layers
-            if not all(isinstance(layer, DynamicLayer) for layer in layers):
-                raise ValueError(
-                    f"InProcessEngine cannot sample from {type(policy.model).__name__}: some of its layers keep no "
-                    "keys and values; use a model with attention in every layer"
-                )
-            self._run = run_static
-            if supports(policy.model):
-                gap = parity_gap(policy)
-                if gap < PARITY:
-                    self._run = run_continuous
-                else:
-                    warnings.warn(
-                        f"InProcessEngine: log-probs of the fast decode step differ by {gap:.2g} nats from the Hugging "
-                        f"Face forward of {type(policy.model).__name__}; it samples through that forward, which is "
-                        "slower",
-                        stacklevel=2,
-                    )
+            self._shadow = None
+            self._choose(policy)
+        if self.copies_weights and self._shadow is None:
+            self._shadow = make_shadow(policy.model)
+        elif self._shadow is not None:
+            refresh_shadow(self._shadow, policy.model)
         self._policy, self._version = policy, version
+
+    def release(self) -> None:
+        """Forget the copy of the weights until the next sync."""
+        self._shadow = None
+
+    def _choose(self, policy: SampledPolicy) -> None:
+        """Find out how to sample from a new policy: through which loop, and in which precision."""
+        kind = type(policy.model).__name__
+        if not all(isinstance(layer, DynamicLayer) for layer in DynamicCache(config=policy.model.config).layers):
+            raise ValueError(
+                f"InProcessEngine cannot sample from {kind}: some of its layers keep no keys and values; use a model with "
+                "attention in every layer"
+            )
+        self._run = run_static
+        if supports(policy.model):
+            prompts = [[token % policy.model.config.vocab_size for token in prompt] for prompt in PARITY_PROMPTS]
+            gap = float(measure_parity(policy, policy.model, prompts, self.compile).max())
+            if gap < PARITY:
+                self._run = run_continuous
+            else:
+                warnings.warn(
+                    f"InProcessEngine: log-probs of the fast decode step differ by {gap:.2g} nats from the Hugging "
+                    f"Face forward of {kind}; it samples through that forward, which is slower",
+                    stacklevel=3,
+                )
+        unused = {"precision bf16": self.precision == "bf16", "compile": self.compile, "check_every": self.check_every}
+        unused = {name: value for name, value in unused.items() if value}
+        if unused and self._run is run_static:
+            names = " and ".join(unused)
+            raise ValueError(
+                f"InProcessEngine: {kind} cannot use the fast decode step, which alone has {names}; leave {names} out"
+            )
+        self.copies_weights = self.precision != "same" and self._run is run_continuous
+        if self.copies_weights and self.precision == "auto":
+            gain = measure_gain(policy.model)
+            self.copies_weights = gain >= GAIN
+            rank_zero_info(
+                f"InProcessEngine: samples in {'bf16' if self.copies_weights else 'fp32'}; matrix products of this model "
+                f"in bf16 are {gain:.2f} times as fast as in fp32 here"
+            )
+        if self.copies_weights:
+            self._shadow = make_shadow(policy.model)
+            prompts = [list(policy.tokenizer(text).input_ids) for text in PARITY_TEXTS]
+            gap = float(measure_parity(policy, self._shadow, prompts, self.compile).mean())
+            if not gap < PARITY_BF16:
+                raise ValueError(
+                    f"InProcessEngine: log-probs of {kind} in bf16 differ by {gap:.2g} nats on average from those in "
+                    f"{str(policy.model.dtype).removeprefix('torch.')}, more than {PARITY_BF16}; use precision same"
+                )
 
     def generate(
         self,
@@ -219,11 +290,13 @@ class InProcessEngine(RolloutEngine):
         """
         if self._policy is None:
             raise ValueError("InProcessEngine: call sync_weights(policy, version) before generate")
+        if self.copies_weights and self._shadow is None:
+            raise ValueError("InProcessEngine: call sync_weights(policy, version) again between release and generate")
         check_request(self._policy, prompts, num_generations, sampling, seeds, started)
         if started is not None and replies is not None:
             raise ValueError("generate: a completion that goes on from a beginning cannot have replies")
         if not prompts:
-            self.last_stats = {"decode_steps": 0.0, "slots": 0.0, "prefill_tokens": 0.0}
+            self.last_stats = {}
             return []
         with sampling_mode(self._policy.model):
             requests = [seed + g for seed in seeds for g in range(num_generations)]
@@ -233,8 +306,11 @@ class InProcessEngine(RolloutEngine):
             if started is not None:  # rows of a prompt go on from different places, so that each is computed by itself
                 rows = [prompts[i // num_generations] + each.token_ids for i, each in enumerate(started)]
                 shared = 1
-            stats = self._run(self._policy.model, rows, shared, ledger, self.max_batch_tokens)
-            self.last_stats = {name: float(value) for name, value in stats.items()}
+            model = self._shadow or self._policy.model
+            settings = (self.check_every, self.compile) if self._run is run_continuous else ()
+            stats = self._run(model, rows, shared, ledger, self.max_cache_gb * 1e9, *settings)
+            copied = count_bytes(self._shadow) / 1e9 if self._shadow is not None else 0.0
+            self.last_stats = {**{name: float(value) for name, value in stats.items()}, "copy_gb": copied}
             completions = ledger.completions(self._version)
         return [completions[start : start + num_generations] for start in range(0, len(completions), num_generations)]
 
@@ -252,17 +328,6 @@ def watch_thoughts(
     return ThoughtWatch(thinking, policy.tokenizer, rows, budgets, policy.model.config.vocab_size, device)
 
 
-@torch.inference_mode()
-def run_continuous(
-    model: PreTrainedModel, prompts: list[list[int]], num_generations: int, ledger: Ledger, max_batch_tokens: int
-) -> dict[str, int]:
-    """Finish every request with ``ContinuousBatch``.
-
-    Inference mode is safe here, because the supported models keep nothing between forwards.
-    """
-    return ContinuousBatch(model, prompts, num_generations, ledger, max_batch_tokens).run()
-
-
 @contextmanager
 def sampling_mode(model: PreTrainedModel) -> Iterator[None]:
     """Set evaluation mode, no gradients and no autocast inside the ``with`` block.
@@ -274,171 +339,34 @@ def sampling_mode(model: PreTrainedModel) -> Iterator[None]:
         yield
 
 
-def parity_gap(policy: SampledPolicy) -> float:
-    """Return by how many nats the log-probs of a few sampled tokens differ at most from a plain forward, in both
-    layouts.
+def measure_parity(policy: SampledPolicy, model: PreTrainedModel, prompts: list[list[int]], compiled: bool) -> Tensor:
+    """Return by how many nats the log-probs of a few tokens, sampled by the fast decode step in both layouts, differ
+    from those of the policy's plain forward.
+
+    Args:
+        policy: gives the forward.
+        model: that the tokens are sampled from: the policy's, or its copy in 16 bits.
+        prompts: two prompts.
+        compiled: whether the decode step is compiled.
+
+    Raises:
+        ValueError: the decode step cannot be compiled.
     """
-    prompts = [[token % policy.model.config.vocab_size for token in prompt] for prompt in PARITY_PROMPTS]
-    gap = 0.0
+    gaps = []
     with sampling_mode(policy.model):
         for num_generations in (1, 8):  # 2 rows, 16 rows
             ledger = Ledger(list(range(2 * num_generations)), Sampling(max_completion_length=3), policy)
-            run_continuous(policy.model, prompts, num_generations, ledger, max_batch_tokens=1024)
-            completions = ledger.completions(0)
-            rows = [
-                prompts[index // num_generations] + completion.token_ids for index, completion in enumerate(completions)
-            ]
-            ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(policy.model.device)
-            logprobs = (
-                policy.model(input_ids=ids)
-                .logits[:, :-1]
-                .float()
-                .log_softmax(-1)
-                .gather(2, ids[:, 1:, None])[..., 0]
-                .tolist()
-            )
-            for row, completion, expected in zip(rows, completions, logprobs, strict=True):
-                start = len(row) - len(completion.token_ids) - 1
-                pairs = zip(completion.logprobs, expected[start : len(row) - 1], strict=True)
-                gap = max(gap, *(abs(mine - theirs) for mine, theirs in pairs))
-    return gap
-
-
-@dataclass(frozen=True)
-class Waiting:
-    """K requests whose prompt is computed and whose first token is drawn, and which wait for a slot."""
-
-    cache: SlotCache  # keys and values of the prompts of one forward
-    rows: Tensor  # int [K], row of each request's prompt in ``cache``
-    requests: Tensor  # int [K], numbers of the requests
-    tokens: Tensor  # int [K], first token of each request
-    positions: Tensor  # int [K], the cache column that this token goes to
-
-    def split(self, size: int) -> tuple["Waiting", "Waiting"]:
-        """Return the first ``size`` requests and the others."""
-        fields = (self.rows, self.requests, self.tokens, self.positions)
-        return Waiting(self.cache, *(field[:size] for field in fields)), Waiting(
-            self.cache, *(field[size:] for field in fields)
-        )
-
-
-class ContinuousBatch:
-    """Slots over one cache, filled from a queue of prompts until every request is finished. Long prompts come first.
-
-    Args:
-        model: a model that ``decode.supports`` accepts.
-        prompts: token ids of each prompt; at least one prompt.
-        num_generations: G; request r is generation r % G of prompt r // G.
-        ledger: draws and records tokens.
-        max_batch_tokens: bound on the cache columns of all slots together; there is always at least one slot. Prompts
-            that are computed and wait for a slot take at most ``PREFILL_TOKENS`` columns more, or those of one longer
-            prompt.
-    """
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        prompts: list[list[int]],
-        num_generations: int,
-        ledger: Ledger,
-        max_batch_tokens: int,
-    ) -> None:
-        self.model, self.prompts, self.num_generations, self.ledger = model, prompts, num_generations, ledger
-        # Prompts are taken from the end, so the long ones come first.
-        self.queue = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-        # The last token is never fed back, so it needs no column.
-        columns = len(prompts[self.queue[-1]]) + ledger.most_left() - 1
-        slots = max(1, min(len(prompts) * num_generations, max_batch_tokens // columns))
-        self.prefill_tokens = min(PREFILL_TOKENS, max_batch_tokens)
-        self.cache = SlotCache.allocate(model, slots, columns)
-        self.step = DecodeStep(model, columns)
-        self.waiting: Waiting | None = None
-        self.requests = torch.full((slots,), ledger.idle, device=model.device)
-        self.tokens, self.positions = torch.zeros_like(self.requests), torch.zeros_like(self.requests)
-        self.horizon = 0
-        self.stats = {"decode_steps": 0, "slots": slots, "prefill_tokens": 0}
-
-    def run(self) -> dict[str, int]:
-        """Finish every request.
-
-        Returns:
-            ``decode_steps``, ``slots`` (of the largest batch) and ``prefill_tokens`` (prompt tokens computed).
-        """
-        busy = self._refill()
-        while busy:
-            logits = self.step(self.tokens, self.positions, self.cache, self.horizon)
-            self.tokens, finished = self.ledger.draw(logits, self.requests)
-            self.positions += 1  # a refill sets idle slots back to 0, so they never overtake the busy ones
-            self.horizon += 1
-            self.stats["decode_steps"] += 1
-            if bool(finished.any()):
-                self.requests[finished] = self.ledger.idle
-                busy = self._refill()
-        return self.stats
-
-    def _refill(self) -> bool:
-        """Give free slots to waiting requests, compute prompts as needed, and return whether any slot is busy."""
-        free = (self.requests == self.ledger.idle).nonzero()[:, 0]
-        while len(free) and (self.queue or self.waiting):
-            admitted, rest = (self.waiting or self._prefill()).split(len(free))
-            slots, free = free.split([len(admitted.rows), len(free) - len(admitted.rows)])
-            self.cache.put(slots, admitted.cache, admitted.rows)
-            self.requests[slots], self.tokens[slots], self.positions[slots] = (
-                admitted.requests,
-                admitted.tokens,
-                admitted.positions,
-            )
-            self.waiting = rest if len(rest.rows) else None
-        self.positions[free] = 0
-        self.horizon = int(self.positions.max()) + 1
-        busy = len(self.requests) - len(free)
-        if busy and len(free):
-            self._compact(free, busy)
-        return busy > 0
-
-    def _compact(self, free: Tensor, busy: int) -> None:
-        """Move busy slots to the front and drop empty ones behind them, down to a multiple of 16 rows, or to a single
-        row.
-        """
-        size = 1 if busy == 1 else min(len(self.requests), -(-busy // ROW_STEP) * ROW_STEP)
-        movers = (self.requests[size:] != self.ledger.idle).nonzero()[:, 0] + size
-        holes = free[: len(movers)]  # ascending, and at least as many below ``size`` as there are movers
-        self.cache.put(holes, self.cache, movers)
-        for field in (self.requests, self.tokens, self.positions):
-            field[holes] = field[movers]
-        self.requests, self.tokens, self.positions = self.requests[:size], self.tokens[:size], self.positions[:size]
-        self.cache.shrink(size)
-
-    def _prefill(self) -> Waiting:
-        """Compute the next prompts of the queue and draw first tokens for all their requests; keep those that go on."""
-        chosen = [self.queue.pop()]
-        limit = self.prefill_tokens // len(self.prompts[chosen[0]])
-        while self.queue and len(chosen) < limit:
-            chosen.append(self.queue.pop())
-        device = self.model.device
-        lengths = torch.tensor([len(self.prompts[index]) for index in chosen], device=device)
-        self.stats["prefill_tokens"] += int(lengths.sum())
-        logits, cache = compute_prompts(self.model, [self.prompts[index] for index in chosen], lengths)
-        rows = torch.arange(len(chosen), device=device).repeat_interleave(self.num_generations)
-        generations = torch.arange(self.num_generations, device=device).repeat(len(chosen))
-        requests = torch.tensor(chosen, device=device)[rows] * self.num_generations + generations
-        drawn = [
-            self.ledger.draw(logits[r], q)
-            for r, q in zip(rows.split(DRAW_ROWS), requests.split(DRAW_ROWS), strict=True)
-        ]
-        tokens, finished = (torch.cat(parts) for parts in zip(*drawn, strict=True))
-        going = ~finished
-        return Waiting(cache, rows[going], requests[going], tokens[going], lengths[rows][going])
-
-
-def compute_prompts(model: PreTrainedModel, prompts: list[list[int]], lengths: Tensor) -> tuple[Tensor, SlotCache]:
-    """Return the logits [P, V] after each prompt, and the keys and values of the P prompts.
-
-    Columns of the cache behind a prompt's entry in ``lengths`` [P] hold garbage.
-    """
-    ids = pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True).to(model.device)
-    # A causal model never looks at padding on the right, so no attention mask is needed.
-    output = model.model(input_ids=ids, use_cache=True)
-    last = output.last_hidden_state[torch.arange(len(prompts), device=ids.device), lengths - 1]
-    layers = output.past_key_values.layers
-    return model.lm_head(last), SlotCache([layer.keys for layer in layers], [layer.values for layer in layers])
+            try:
+                run_continuous(model, prompts, num_generations, ledger, 1e9, compiled=compiled)
+            except torch._dynamo.exc.BackendCompilerFailed as error:
+                reason = str(error).strip().splitlines()[0]
+                raise ValueError(
+                    f"InProcessEngine: torch.compile cannot compile the decode step here ({reason}); leave compile out"
+                ) from error
+            for index, completion in enumerate(ledger.completions(0)):
+                prompt = prompts[index // num_generations]
+                ids = torch.tensor([prompt + completion.token_ids], device=policy.model.device)
+                logprobs = policy.model(input_ids=ids).logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)
+                expected = logprobs.gather(1, ids[0, len(prompt) :, None])[:, 0]
+                gaps.append((torch.tensor(completion.logprobs) - expected.cpu()).abs())
+    return torch.cat(gaps)

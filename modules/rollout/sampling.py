@@ -186,12 +186,28 @@ class Ledger:
         """Return how many tokens a request may still draw at most."""
         return int((self._limits - self._counts)[: self.idle].max())
 
-    def draw(self, logits: Tensor, requests: Tensor) -> tuple[Tensor, Tensor]:
+    @property
+    def reads_each_token(self) -> bool:
+        """Whether the next token may depend on what the text of the last one says, so that none can be drawn ahead."""
+        return self._gives
+
+    def num_drawn(self) -> int:
+        """Return how many tokens the requests have got behind their beginnings, those of replies and stop texts included."""
+        begun = sum(len(each.token_ids) for each in self._started or ())
+        return int(self._counts[: self.idle].sum()) - begun
+
+    def so_far(self, request: int) -> list[int]:
+        """Return the tokens of a request, its beginning included."""
+        ids: list[int] = self._tokens[request, : int(self._counts[request])].tolist()
+        return ids
+
+    def draw(self, logits: Tensor, requests: Tensor, late: bool = False) -> tuple[Tensor, Tensor]:
         """Draw and record the next token of some requests.
 
         Args:
             logits: [N, V].
             requests: int [N], each at most once, except ``idle``.
+            late: whether stop strings are looked for later, by ``end_late``. Then the device waits for nothing here.
 
         Returns:
             tokens int [N]; finished bool [N], True where a request just got its last token (never for ``idle``).
@@ -209,7 +225,7 @@ class Ledger:
         self._counts[requests] = steps + 1
         self._counts[self.idle] = 0
         ended = self._is_end[tokens]
-        if self.sampling.stop:
+        if self.sampling.stop and not late:
             ended |= self._completes_stop_string(tokens, requests, steps)
         full = steps + 1 == self._limits[requests]
         if self._gives:
@@ -237,6 +253,30 @@ class Ledger:
             ended |= self._completes_stop_string(tokens, requests, steps)
         self._ended[requests] = ended & (counts > 0)
         return (self._ended[requests] | (counts == self.sampling.max_completion_length)).tolist()
+
+    def counts(self, requests: Tensor) -> Tensor:
+        """Return how many tokens each of ``requests`` int [N] has."""
+        return self._counts[requests.to(self._counts.device)]
+
+    def end_late(self, requests: Tensor, begun: Tensor) -> Tensor:
+        """End requests at the first token that completes a stop string, and forget what was drawn behind it.
+
+        Args:
+            requests: int [N], each at most once, except ``idle``.
+            begun: int [N], how many tokens each had when the late draws began.
+
+        Returns:
+            bool [N], True where a request has ended so.
+        """
+        late, here = torch.zeros(len(requests), dtype=torch.bool), requests.to(self._counts.device)
+        counts, rows = self.counts(requests).tolist(), self._tokens[here].tolist()
+        for place, (request, first, count) in enumerate(zip(requests.tolist(), begun.tolist(), counts, strict=True)):
+            for end in range(first + 1, count + 1) if request != self.idle else ():
+                possible = self._token_may_complete(rows[place][end - 1])
+                if possible and self._has_stop_string(rows[place][max(0, end - self._tail) : end]):
+                    self._counts[request], self._ended[request], late[place] = end, True, True
+                    break
+        return late.to(requests.device)
 
     def completions(self, version: int) -> list[Completion]:
         """Return all requests as plain records, in order.

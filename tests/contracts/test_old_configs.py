@@ -109,3 +109,11 @@ def test_functions_of_ours_have_short_names(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["fit", f"--config={tiny / 'grpo'}.yaml", "--model.advantage=group_centre"])
     assert "'group_centre'; did you mean group_center" in capsys.readouterr().err
+
+
+def test_a_bound_in_tokens_is_refused_unless_it_was_the_default():
+    old = {"class_path": "modules.rollout.in_process.InProcessEngine", "init_args": {"max_batch_tokens": 65536}}
+    assert renew(old) == {"class_path": "modules.rollout.engine.InProcessEngine", "init_args": {}}
+    old["init_args"]["max_batch_tokens"] = 4096
+    with pytest.raises(ValueError, match="no max_batch_tokens any more, which was 4096: set max_cache_gb"):
+        renew(old)

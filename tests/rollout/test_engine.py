@@ -11,11 +11,12 @@ from transformers import MambaConfig
 
 from modules.rollout import InProcessEngine, Sampling
 from modules.rollout import engine as engine_module
+from modules.rollout.static import count_column_bytes
 from modules.types import Completion
 
 
-def engine_for(policy: Holder, max_batch_tokens: int = 65536) -> InProcessEngine:
-    engine = InProcessEngine(max_batch_tokens)
+def engine_for(policy: Holder, columns: float = 1e6) -> InProcessEngine:
+    engine = InProcessEngine(columns * count_column_bytes(policy.model) / 1e9)
     engine.sync_weights(policy, 3)
     return engine
 
@@ -93,7 +94,7 @@ def test_continuous_batching_takes_fewer_steps_than_static(qwen3: Holder) -> Non
     """
     qwen3.stop_token_ids = frozenset(range(0, 300, 6))
     prompts = [[30 + i, 40] for i in range(64)]
-    engine = engine_for(qwen3, 8 * 25)
+    engine = engine_for(qwen3, 8 * 25 + 2 * 8)  # rows and prompts that wait for a row
     groups = engine.generate(prompts, 1, Sampling(max_completion_length=24), list(range(64)))
     lengths = [len(group[0].token_ids) for group in groups]
     static = sum(max(lengths[start : start + 8]) - 1 for start in range(0, 64, 8))
@@ -137,7 +138,7 @@ def test_a_fast_path_that_differs_is_not_used(qwen3: Holder) -> None:
 
 
 def test_an_impossible_memory_is_refused() -> None:
-    with pytest.raises(ValueError, match="max_batch_tokens 0"):
+    with pytest.raises(ValueError, match="max_cache_gb 0"):
         InProcessEngine(0)
 
 
