@@ -183,6 +183,9 @@ def test_a_sync_replaces_all_weights_once(
     engine.sync_weights(policy, 5)
     assert shared.calls.count("/update_weights") == sent + files
     assert engine.generate(*request)[0][0].policy_version == 5
+    perturb(policy)  # other weights of the same version, as an average has in validation
+    engine.sync_weights(policy, 5)
+    assert same(engine.generate(*request), in_process(policy, 5).generate(*request))
     assert len(list(engine._weights.path.iterdir())) == files  # type: ignore[union-attr]
 
 
@@ -315,18 +318,18 @@ def test_a_server_that_hangs_or_dies_is_replaced(fake: FakeVLLM, policy: Holder)
     engine.close()
 
 
-def test_no_process_outlives_the_run(fake: FakeVLLM, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_no_process_outlives_the_run(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Three runs end by SIGKILL, by Ctrl-C and by an error; servers, their children and files are gone."""
     fakes = {how: FakeVLLM(tmp_path_factory.mktemp(how)) for how in ("kill", "interrupt", "crash")}
-    script = fake.folder / "run.py"
+    script = tmp_path / "run.py"
     script.write_text(SCRIPT)
     runs = {
         how: Program(
             str(script),
             str(each.python),
             how,
-            folder=fake.folder,
-            environment=os.environ | {"TMPDIR": str(fake.folder)},
+            folder=tmp_path,
+            environment=os.environ | {"TMPDIR": str(tmp_path)},
         )
         for how, each in fakes.items()
     }
