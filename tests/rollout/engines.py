@@ -1,12 +1,16 @@
 """The engines that the conformance suite tries. A new one is one entry of ``CASES``."""
 
 import os
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from fakes import running_fake
 
-from modules.rollout import InProcessEngine, RolloutEngine, VLLMEngine
+from modules.rollout import InProcessEngine, RolloutEngine, VLLMEngine, WorkerEngine
+
+SMALL_GB = 150e-6  # 150 tokens of the models of ``conftest``
 
 
 @dataclass(frozen=True)
@@ -33,13 +37,31 @@ def attach_to_fake() -> VLLMEngine:
     return VLLMEngine(url=running_fake("qwen3").url)
 
 
+def kill_worker(engine: Any) -> None:
+    """End one of an engine's two processes."""
+    os.kill(engine._crew.processes[0].child.pid, signal.SIGKILL)
+
+
+def small_engine() -> InProcessEngine:
+    return InProcessEngine(SMALL_GB)
+
+
 def start_vllm() -> VLLMEngine:
     return VLLMEngine(os.environ["VLLM_PYTHON"], cache_gb=0.25)
 
 
 CASES = {
-    "in process, fast": EngineCase("qwen3", InProcessEngine, lambda: InProcessEngine(max_batch_tokens=150)),
-    "in process, static": EngineCase("gpt2", InProcessEngine, lambda: InProcessEngine(max_batch_tokens=150)),
+    "in process, fast": EngineCase("qwen3", InProcessEngine, small_engine),
+    "in process, in blocks": EngineCase("qwen3", lambda: InProcessEngine(check_every=4), small_engine),
+    "in process, static": EngineCase("gpt2", InProcessEngine, small_engine),
+    "in process, bf16": EngineCase(
+        "qwen3",
+        lambda: InProcessEngine(precision="bf16"),
+        lambda: InProcessEngine(SMALL_GB, precision="bf16"),
+        tolerance=0.1,
+        exact=False,
+    ),
+    "workers": EngineCase("qwen3", WorkerEngine, lambda: WorkerEngine(1, small_engine()), disturb=kill_worker),
     "vllm, fake server": EngineCase("qwen3", attach_to_fake, attach_to_fake, unbroken=False),
 }
 if "VLLM_PYTHON" in os.environ:  # make test-vllm
