@@ -94,7 +94,7 @@ def test_an_answer_that_its_task_cannot_read_costs_the_worker(crew: Crew) -> Non
 
 def test_a_new_worker_begins_with_the_prelude(crew: Crew, tmp_path: Path) -> None:
     found: list[str] = []
-    crew.prelude = [echo(found, "build"), echo(found, "sync")]
+    crew.prelude = [echo(found, "build", fault="kill", once=str(tmp_path / "other")), echo(found, "sync")]
     crew.run({0: echo(found, "work", fault="kill", once=str(tmp_path / "mark"))})
     assert found == ["build", "sync", "work"]
 
