@@ -85,7 +85,8 @@ vllm-env: .venv-vllm/.complete  ## make .venv-vllm with vLLM for CPUs, for VLLME
 	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
 
-test-vllm: setup vllm-env  ## run VLLMEngine against vLLM itself, and GRPO through it (10 minutes on 2 cores)
+test-vllm: setup vllm-env  ## run VLLMEngine against vLLM itself, and GRPO through it (15 minutes on 2 cores)
+	VLLM_PYTHON=.venv-vllm/bin/python OMP_NUM_THREADS=1 $(PY) -m pytest tests/rollout/test_conformance.py
 	OMP_NUM_THREADS=1 $(PY) -m pytest tests/benchmarks/vllm_itself.py -s --durations 0
 
 lint: setup  ## check style

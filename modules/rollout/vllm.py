@@ -56,7 +56,7 @@ class VLLMEngine(RolloutEngine):
 
     A server that dies, or that makes no progress for ``timeout`` seconds, is started again with the same weights. Prompts
     without an answer are then sampled again with their seeds. Seeds belong to vLLM's own random numbers: they repeat its
-    samples, and give others than ``InProcessEngine``. On CPU the lower 32 bits of a seed count. A completion that goes
+    samples, and give others than ``InProcessEngine``. A completion that goes
     on from a beginning of t tokens has the seed made from its own and t, so it is not what an unbroken one would be.
 
     Only the transfer of weights by files is built: vLLM's ``nccl`` and ``ipc`` need GPUs, and were not run. Several
@@ -193,11 +193,13 @@ class VLLMEngine(RolloutEngine):
             self._check_sampling(prompts, sampling)
             bodies = self._bodies(prompts, num_generations, sampling, seeds, started)
             answers, restarts = self._answer_all(bodies)
+            sampled = sum(len(choice["token_ids"]) for answer in answers for choice in answer)
+            if started is None:
+                answers = [answer * (num_generations // len(answer)) for answer in answers]
             completions = [
                 self._read(choice, sampling, None if started is None else started[place])
                 for place, choice in enumerate(choice for answer in answers for choice in answer)
             ]
-            sampled = sum(len(choice["token_ids"]) for answer in answers for choice in answer)
             self.last_stats |= {"requests": len(bodies), "sampled_tokens": sampled, "restarts": restarts}
         return [completions[at : at + num_generations] for at in range(0, len(completions), num_generations)]
 
@@ -387,15 +389,16 @@ class VLLMEngine(RolloutEngine):
         }
         length = sampling.max_completion_length
         if started is None:
+            alike = 1 if sampling.temperature == 0 else num_generations  # vLLM gives one greedy completion a request
             return [
-                common | {"prompt": prompt, "n": num_generations, "seed": seed, "max_tokens": length}
+                common | {"prompt": prompt, "n": alike, "seed": fold_seed(seed), "max_tokens": length}
                 for prompt, seed in zip(prompts, seeds, strict=True)
             ]
         bodies = []
         for place, beginning in enumerate(started):
             row, number = divmod(place, num_generations)
             count, seed = len(beginning.token_ids), seeds[row] + number
-            seed = derive_seed(seed, "started", str(count)) if count else seed
+            seed = fold_seed(derive_seed(seed, "started", str(count)) if count else seed)
             prompt = prompts[row] + beginning.token_ids
             bodies.append(common | {"prompt": prompt, "n": 1, "seed": seed, "max_tokens": length - count})
         return bodies
@@ -529,6 +532,18 @@ def greet(client: VLLMClient) -> str:
             f"VLLMEngine: the server at {client.url} has {'; '.join(wrong)}; start it with these options"
         )
     return str(name)
+
+
+def fold_seed(seed: int) -> int:
+    """Return a seed of 32 bits, as many as torch's generator reads on CPU, in which all bits of ``seed`` count.
+
+    Seeds that follow each other still do, so that completion g has the seed of ``seed + g``.
+
+    >>> fold_seed(5), fold_seed(2**40 + 6) - fold_seed(2**40 + 5)
+    (5, 1)
+    """
+    high = seed >> 32
+    return (seed + (derive_seed(high, "high bits", "") if high else 0)) % 2**32
 
 
 def read_choices(answer: Any, body: dict[str, Any]) -> list[dict[str, Any]]:

@@ -92,6 +92,7 @@ def find_environment(python: str) -> VLLMEnvironment:
     path = shutil.which(os.path.expanduser(python))
     if path is None:
         raise ValueError(f"VLLMEngine: there is no interpreter {python}: {MAKE}")
+    path = os.path.abspath(path)
     try:
         said = subprocess.run([path, "-c", ASK], capture_output=True, text=True, timeout=60, env=clean_environment())
         has, on_cpu, prefix = json.loads(said.stdout)
@@ -157,7 +158,8 @@ class VLLMServer:
         command += ["--kv-cache-memory-bytes", str(int(settings.cache_gb * 2**30))]
         command += ["--max-model-len", str(settings.max_model_len)] if settings.max_model_len is not None else []
         command += ["--enable-sleep-mode"] if settings.sleeps else []
-        command += ["--enforce-eager"] if environment.on_cpu and "--enforce-eager" not in settings.arguments else []
+        # On CPU vLLM 0.32 fails when it splits the prompt of a request with a seed.
+        command += ["--enforce-eager", "--no-enable-chunked-prefill"] if environment.on_cpu else []
         variables = clean_environment() | server_variables(environment, policy, self.folder, settings.arguments)
         with os.fdopen(number, "wb") as log:
             log.write(f"{' '.join(command + list(settings.arguments))}\n".encode())

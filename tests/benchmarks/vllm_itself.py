@@ -156,6 +156,15 @@ def test_a_prompt_of_older_weights_is_not_kept(engine: VLLMEngine) -> None:
             assert find_gap(policy, prompts, groups) < 1e-4
 
 
+def test_many_long_prompts_at_a_time(engine: VLLMEngine) -> None:
+    """More prompt tokens than the server reads in one step."""
+    policy = make_policy()
+    engine.sync_weights(policy, 0)
+    prompts = [[5 + (i * 7 + k * k) % 250 for i in range(400 + k)] for k in range(12)]
+    groups = engine.generate(prompts, 2, Sampling(max_completion_length=4), [10 * k for k in range(12)])
+    assert find_gap(policy, prompts, groups) < 1e-4 and engine.last_stats["restarts"] == 0
+
+
 def test_adapters_are_merged(engine: VLLMEngine) -> None:
     policy = make_policy(noise=0.1, lora=Lora(r=4))
     plain = make_policy()

@@ -147,7 +147,8 @@ class FakeServer:
             scores = probe_logprobs(self.policy.model, [row])[0]
             told = [{str(token): {"logprob": score}} for token, score in zip(row[1:], scores, strict=True)]
             return {"choices": [{"prompt_logprobs": [None, *told]}]}
-        assert body["ignore_eos"] and body["return_token_ids"] and body["logprobs"] == 0
+        assert body["n"] == 1 or body["temperature"] > 0, "n must be 1 when using greedy sampling"
+        assert 0 <= body["seed"] < 2**32 and body["ignore_eos"] and body["return_token_ids"] and body["logprobs"] == 0
         if body["seed"] == faults.get("at_seed"):
             forgive()
             match faults["how"]:

@@ -142,7 +142,7 @@ def test_it_gives_what_the_policy_samples(attached: Any, policy: Holder, values:
     policy.stop_token_ids = frozenset({2, *range(5, 300, 9)})  # several end tokens, not those of the config
     stops = tuple(pick_stop(policy) if stop == "stop" else stop for stop in values.get("stop", ()))
     sampling = settings(**values | {"stop": stops}, max_completion_length=12)
-    engine, prompts, seeds = attached(), ragged(7), [10 * i + 2**61 for i in range(7)]
+    engine, prompts, seeds = attached(), ragged(7), [10 * i + 2**29 for i in range(7)]
     engine.sync_weights(policy, 3)
     found = engine.generate(prompts, 4, sampling, seeds)
     assert same(found, in_process(policy).generate(prompts, 4, sampling, seeds))
@@ -150,7 +150,8 @@ def test_it_gives_what_the_policy_samples(attached: Any, policy: Holder, values:
     assert {each.finish for each in completions} == {"stop", "length"} and {
         each.policy_version for each in completions
     } == {3}
-    sampled = sum(len(each.token_ids) for each in completions)
+    # a greedy completion is sampled once
+    sampled = sum(len(each.token_ids) for each in completions) // (1 if sampling.temperature else 4)
     assert engine.last_stats.items() >= {"requests": 7, "sampled_tokens": sampled, "restarts": 0}.items()
 
 
@@ -361,6 +362,13 @@ def make_module(engine: RolloutEngine) -> GRPOModule:
     )
 
 
+class Folded(InProcessEngine):
+    """Draws with the seeds that the server gets."""
+
+    def generate(self, prompts: Any, num_generations: int, sampling: Sampling, seeds: list[int]) -> Any:  # type: ignore[override]
+        return super().generate(prompts, num_generations, sampling, [vllm_module.fold_seed(seed) for seed in seeds])
+
+
 def fit(engine: RolloutEngine) -> list[torch.Tensor]:
     module = make_module(engine)
     trainer = Trainer(
@@ -380,7 +388,7 @@ def test_grpo_through_a_server_is_grpo(fake: FakeVLLM) -> None:
     """
     engine = VLLMEngine(str(fake.python))
     assert copy.deepcopy(engine) is engine
-    through, inside = fit(engine), fit(InProcessEngine())
+    through, inside = fit(engine), fit(Folded())
     assert all(torch.allclose(mine, theirs, atol=1e-5) for mine, theirs in zip(through, inside, strict=True))
     assert all(map(is_gone, fake.pids)) and engine._server is None
     log = fake.calls
@@ -410,6 +418,13 @@ def test_grpo_through_a_server_is_grpo(fake: FakeVLLM) -> None:
 def test_impossible_settings_are_refused(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"^VLLMEngine: {message}"):
         VLLMEngine(**values)
+
+
+def test_a_seed_is_folded_to_32_bits() -> None:
+    fold = vllm_module.fold_seed
+    seeds = [7, 2**32 + 7, 2**61 + 7, 2**61 + 2**40 + 7]
+    assert len({fold(seed) for seed in seeds}) == 4 and fold(7) == 7
+    assert all(0 <= fold(seed) < 2**32 and fold(seed + 3) == (fold(seed) + 3) % 2**32 for seed in seeds)
 
 
 def test_impossible_requests_are_refused(attached: Any, policy: Holder) -> None:
