@@ -76,12 +76,12 @@ class HeadNotSynced(Copying):
 
 
 class AddsUp(Copying):
-    """Each sync leaves a little noise behind that the next one adds to."""
+    """Each sync leaves half as much noise again behind as the one before."""
 
-    noise = 0.0
+    noise = 1e-3
 
     def take(self, weights: dict[str, torch.Tensor]) -> None:
-        self.noise += 2e-3
+        self.noise *= 1.5
         for number, (name, weight) in enumerate(weights.items()):
             draw = torch.Generator().manual_seed(number)
             weights[name] = weight + self.noise * weight.std() * torch.randn(weight.shape, generator=draw)

@@ -182,7 +182,7 @@ def run(make_case: Any, **options: Any) -> tuple[EngineMismatch, list[str]]:
         ("another temperature", {"phases": 2}),
         ("raw log-probs", {"phases": 3}),
         ("prompt cut", {"phases": 2}),
-        ("adds up at learning rate 0", {"phases": 14}),
+        ("adds up at learning rate 0", {"phases": 11}),
     ],
 )
 def test_the_cause_of_a_planted_fault_is_told(name: str, options: dict[str, Any]) -> None:

@@ -68,9 +68,9 @@ def rank_phases(make: Callable[..., Rollout]) -> list[list[list[Rollout]]]:
 
 
 def rescore(rollout: Rollout, number: int) -> Rollout:
-    """Add what a trainer computes: log w of 0.1 x ``number`` up to 0.9 more at later tokens, with weights 0 to 2 newer."""
+    """Add what a trainer computes: log w of 0.1 x ``number`` up to 0.9 more at later tokens, with weights that are 0 or 1 newer."""
     scores = [-1 + 0.1 * (number + place) for place in range(len(rollout.completion.token_ids))]
-    return replace(rollout, trainer_logprobs=scores, trainer_version=number % 3)
+    return replace(rollout, trainer_logprobs=scores, trainer_version=number % 3 // 2)
 
 
 def test_two_ranks_equal_one(make: Any, fit: Any, tmp_path: Path) -> None:
