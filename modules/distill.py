@@ -31,11 +31,11 @@ from modules.networks.teacher_table import TeacherTable, describe_weights, read_
 from modules.on_policy import OnPolicyModule, Validation
 from modules.rollout.engine import RolloutEngine
 from modules.rollout.environment import Environment
-from modules.rollout.reuse import refuse_reuse
+from modules.rollout.phases.reuse import refuse_reuse
+from modules.rollout.phases.segments import require_all_segments
+from modules.rollout.phases.staleness import measure_staleness
 from modules.rollout.sampling import Sampling
 from modules.rollout.scoring import make_batch, make_rollouts
-from modules.rollout.segments import require_all_segments
-from modules.rollout.staleness import measure_staleness
 from modules.trainer.ranks import from_all_ranks
 from modules.trainer.seeds import derive_seed
 from modules.types import Completion, PolicyBatch, PromptBatch, Reward, Rollout

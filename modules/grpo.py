@@ -18,10 +18,10 @@ from modules.losses.policy import leave_out_unscored
 from modules.networks.lora import Lora
 from modules.on_policy import OnPolicyModule, Validation
 from modules.rewards.combined import WeightedSum
-from modules.rollout.dynamic_sampling import DynamicSampling, Gathered
 from modules.rollout.engine import RolloutEngine
 from modules.rollout.environment import Environment
 from modules.rollout.metrics import make_outcomes
+from modules.rollout.phases.dynamic_sampling import DynamicSampling, Gathered
 from modules.rollout.sampling import Sampling
 from modules.rollout.scoring import weigh_credits
 from modules.trainer.ranks import from_all_ranks

@@ -27,7 +27,6 @@ from modules.rewards.combined import describe_reward, find_accuracy, require_tas
 from modules.rewards.earned import check_earned
 from modules.rewards.learned import LearnedReward
 from modules.rewards.verifier import count_failures
-from modules.rollout.dynamic_sampling import Gathered
 from modules.rollout.engine import InProcessEngine, RolloutEngine
 from modules.rollout.environment import Environment, check_environment
 from modules.rollout.metrics import (
@@ -41,8 +40,18 @@ from modules.rollout.metrics import (
     measure_weights,
     share_solved,
 )
-from modules.rollout.overlap import Overlap, check_overlap
-from modules.rollout.reuse import Drafts, check_reuse
+from modules.rollout.phases.dynamic_sampling import Gathered
+from modules.rollout.phases.overlap import Overlap, check_overlap
+from modules.rollout.phases.reuse import Drafts, check_reuse
+from modules.rollout.phases.segments import (
+    begin_rollouts,
+    check_partial,
+    count_least,
+    count_sampled,
+    cut_to_segment,
+    gather_segments,
+)
+from modules.rollout.phases.staleness import find_stale, measure_staleness
 from modules.rollout.sampling import Sampling
 from modules.rollout.scoring import (
     add_sums,
@@ -54,15 +63,6 @@ from modules.rollout.scoring import (
     score_in_chunks,
     score_rollouts,
 )
-from modules.rollout.segments import (
-    begin_rollouts,
-    check_partial,
-    count_least,
-    count_sampled,
-    cut_to_segment,
-    gather_segments,
-)
-from modules.rollout.staleness import find_stale, measure_staleness
 from modules.rollout.thinking import Thinking, check_thinking
 from modules.rollout.tool_calls import ToolFormat
 from modules.trainer.ranks import Tally, from_all_ranks, log_equal, mean_and_error, weighted_means

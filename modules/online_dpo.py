@@ -13,8 +13,8 @@ from modules.networks.lora import Lora
 from modules.on_policy import OnPolicyModule, Validation
 from modules.rollout.engine import RolloutEngine
 from modules.rollout.environment import Environment
+from modules.rollout.phases.segments import require_all_segments
 from modules.rollout.sampling import Sampling
-from modules.rollout.segments import require_all_segments
 from modules.trainer.steps import epoch_is_whole
 from modules.types import PolicyBatch, Reward
 

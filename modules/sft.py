@@ -16,7 +16,7 @@ from modules.rewards.verifier import count_failures
 from modules.rollout.engine import InProcessEngine, RolloutEngine
 from modules.rollout.last_answers import find_last_answers
 from modules.rollout.metrics import make_outcomes, measure_rollouts, measure_unscored
-from modules.rollout.reuse import refuse_reuse
+from modules.rollout.phases.reuse import refuse_reuse
 from modules.rollout.sampling import Sampling
 from modules.rollout.scoring import make_rollouts
 from modules.trainer.ranks import from_all_ranks

@@ -3,7 +3,7 @@
 from modules.rollout.calculator import Calculator
 from modules.rollout.engine import InProcessEngine, RolloutEngine
 from modules.rollout.environment import Environment
-from modules.rollout.partial import PartialRollouts
+from modules.rollout.phases.partial import PartialRollouts
 from modules.rollout.sampling import Reuse, SampledPolicy, Sampling
 from modules.rollout.thinking import Thinking
 from modules.rollout.vllm import VLLMEngine

@@ -16,11 +16,11 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from modules.rollout.continuous import run_continuous
-from modules.rollout.decode import supports
+from modules.rollout.decoding.continuous import run_continuous
+from modules.rollout.decoding.decode import supports
+from modules.rollout.decoding.shadow import count_bytes, make_shadow, measure_gain, refresh_shadow
+from modules.rollout.decoding.static import run_static
 from modules.rollout.sampling import Ledger, Reply, SampledPolicy, Sampling
-from modules.rollout.shadow import count_bytes, make_shadow, measure_gain, refresh_shadow
-from modules.rollout.static import run_static
 from modules.rollout.thinking import ThoughtWatch, check_thinking, opens_thought
 from modules.trainer.modes import evaluating
 from modules.types import Completion

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modules.functional.ranges import check_numbers
-from modules.rollout.partial import PartialRollouts
+from modules.rollout.phases.partial import PartialRollouts
 from modules.rollout.thinking import Thinking, ThoughtWatch
 from modules.types import Completion
 

@@ -24,7 +24,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from modules.networks.lora import Lora
 from modules.networks.policy import Policy
 from modules.rollout import InProcessEngine, Sampling, VLLMEngine
-from modules.rollout import vllm_server as server_module
+from modules.rollout.vllm import vllm_server as server_module
 from modules.types import Completion
 
 ROOT = Path(__file__).parents[2]

@@ -20,7 +20,7 @@ from datamodules import Addition, MoPPS, VerifiableDataModule
 from modules import DistillModule, GRPOModule, OnlineDPOModule, PPOModule
 from modules.rollout import Environment, InProcessEngine, PartialRollouts, RolloutEngine, Sampling, WorkerEngine
 from modules.rollout.calculator import Calculator
-from modules.rollout.dynamic_sampling import DynamicSampling
+from modules.rollout.phases.dynamic_sampling import DynamicSampling
 
 
 def fit(

@@ -15,7 +15,7 @@ from modules import DistillModule, GRPOModule, OnlineDPOModule, PPOModule
 from modules.rewards import RegexFormat
 from modules.rollout import Environment, InProcessEngine, PartialRollouts, RolloutEngine, Sampling, Thinking
 from modules.rollout.calculator import Calculator
-from modules.rollout.dynamic_sampling import DynamicSampling
+from modules.rollout.phases.dynamic_sampling import DynamicSampling
 
 ASCII = RegexFormat(r"[\x00-\x7f].*")
 QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}

@@ -9,7 +9,7 @@ from datamodules import Addition, Facts, FactsDataModule, InstructionDataModule,
 from modules import DistillModule, GRPOModule, KnowledgeModule, OnlineDPOModule, PPOModule, SFTModule
 from modules.rewards import ExactMatch
 from modules.rollout import InProcessEngine, Sampling
-from modules.rollout.dynamic_sampling import DynamicSampling
+from modules.rollout.phases.dynamic_sampling import DynamicSampling
 
 QUIET: dict[str, Any] = {
     **dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False),

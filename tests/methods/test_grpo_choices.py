@@ -27,7 +27,7 @@ from modules.losses import (
 from modules.on_policy import Validation
 from modules.rewards import ExactMatch, LengthPenalty, RegexFormat, WeightedSum
 from modules.rewards.combined import Ramp
-from modules.rollout.dynamic_sampling import DynamicSampling
+from modules.rollout.phases.dynamic_sampling import DynamicSampling
 from modules.rollout.sampling import Sampling
 
 

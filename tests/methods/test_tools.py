@@ -22,7 +22,7 @@ from modules.networks.policy import Policy
 from modules.on_policy import OnPolicyModule
 from modules.rewards import EnvironmentReward, ExactMatch, LengthPenalty, RegexFormat
 from modules.rollout import Calculator, Environment, RolloutEngine, Sampling
-from modules.rollout.dynamic_sampling import DynamicSampling
+from modules.rollout.phases.dynamic_sampling import DynamicSampling
 from modules.rollout.tool_calls import ToolFormat
 from modules.types import Completion, Reward
 

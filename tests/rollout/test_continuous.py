@@ -8,8 +8,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Qwen3Config
 
 from modules.rollout import InProcessEngine, Sampling
-from modules.rollout.shelves import Shelves
-from modules.rollout.static import count_column_bytes
+from modules.rollout.decoding.shelves import Shelves
+from modules.rollout.decoding.static import count_column_bytes
 from modules.types import Completion
 
 SEEDS = [7 + 100 * i for i in range(10)]

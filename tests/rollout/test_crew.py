@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from modules.rollout import crew as crew_module
-from modules.rollout.crew import Assignment, Crew
+from modules.rollout.workers import crew as crew_module
+from modules.rollout.workers.crew import Assignment, Crew
 
 # Does what the name of a request says. ``once`` does so in the first process that comes to it, and echoes in others.
 SERVANT = """

@@ -11,7 +11,7 @@ from transformers import MambaConfig
 
 from modules.rollout import InProcessEngine, Sampling
 from modules.rollout import engine as engine_module
-from modules.rollout.static import count_column_bytes
+from modules.rollout.decoding.static import count_column_bytes
 from modules.types import Completion
 
 

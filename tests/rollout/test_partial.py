@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 
 from modules.rollout import InProcessEngine, PartialRollouts, Sampling
-from modules.rollout.partial import repeats_at_end
-from modules.rollout.segments import count_least, gather_segments, go_on
+from modules.rollout.phases.partial import repeats_at_end
+from modules.rollout.phases.segments import count_least, gather_segments, go_on
 from modules.types import Completion, Rollout
 
 

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 
 from modules.networks.policy import Policy
 from modules.rollout import InProcessEngine, Reuse, Sampling
-from modules.rollout.reuse import Drafts
+from modules.rollout.phases.reuse import Drafts
 from modules.rollout.scoring import make_batch, make_rollouts, score_in_chunks
 from modules.types import Completion, PromptBatch
 

@@ -26,8 +26,8 @@ from modules import GRPOModule
 from modules.networks.lora import Lora, add_adapters
 from modules.rewards import NumericMatch
 from modules.rollout import InProcessEngine, RolloutEngine, Sampling, VLLMEngine
-from modules.rollout import vllm as vllm_module
-from modules.rollout import weight_folder as folder_module
+from modules.rollout.vllm import vllm_engine as vllm_module
+from modules.rollout.vllm import weight_folder as folder_module
 from modules.types import Completion
 
 SCRIPT = """

@@ -21,7 +21,7 @@ from transformers import AutoTokenizer, Qwen3Config
 from modules.networks.lora import Lora, add_adapters, merge_adapters
 from modules.networks.tiny import tiny_tokenizer
 from modules.rollout import InProcessEngine, Sampling, Thinking, WorkerEngine
-from modules.rollout.workers import check_completion, join_stats, share_out
+from modules.rollout.workers.worker_engine import check_completion, join_stats, share_out
 from modules.types import Completion
 
 SAMPLING = Sampling(max_completion_length=20)

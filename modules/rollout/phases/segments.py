@@ -4,8 +4,8 @@ import inspect
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 
-from modules.rollout.dynamic_sampling import Gathered, number_groups
 from modules.rollout.engine import RolloutEngine
+from modules.rollout.phases.dynamic_sampling import Gathered, number_groups
 from modules.rollout.sampling import Sampling
 from modules.trainer.ranks import from_all_ranks
 from modules.types import Completion, Rollout

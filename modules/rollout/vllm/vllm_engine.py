@@ -25,8 +25,8 @@ from modules.rollout.syncing import (
     probe_logprobs,
     probe_rows,
 )
-from modules.rollout.vllm_client import ServerLost, ServerRefused, VLLMClient
-from modules.rollout.vllm_server import (
+from modules.rollout.vllm.vllm_client import ServerLost, ServerRefused, VLLMClient
+from modules.rollout.vllm.vllm_server import (
     ServerSettings,
     VLLMServer,
     check_arguments,
@@ -35,7 +35,7 @@ from modules.rollout.vllm_server import (
     find_environment,
     start_watcher,
 )
-from modules.rollout.weight_folder import WeightFolder
+from modules.rollout.vllm.weight_folder import WeightFolder
 from modules.trainer.seeds import derive_seed
 from modules.types import Completion
 

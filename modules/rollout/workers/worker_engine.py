@@ -16,11 +16,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from modules.rollout.crew import Assignment, Crew
 from modules.rollout.engine import InProcessEngine, RolloutEngine, check_request
 from modules.rollout.sampling import SampledPolicy, Sampling
-from modules.rollout.sampling_worker import Blueprint
-from modules.rollout.shared_weights import SharedWeights
 from modules.rollout.syncing import (
     check_checksums,
     check_probe,
@@ -31,6 +28,9 @@ from modules.rollout.syncing import (
     probe_rows,
     transient_buffers,
 )
+from modules.rollout.workers.crew import Assignment, Crew
+from modules.rollout.workers.sampling_worker import Blueprint
+from modules.rollout.workers.shared_weights import SharedWeights
 from modules.types import Completion
 
 SCRIPT = Path(__file__).with_name("start_worker.py")

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
-from modules.rollout.decode import ROW_STEP, CachedRows, DecodeStep, SlotCache, layer_dtype
+from modules.rollout.decoding.decode import ROW_STEP, CachedRows, DecodeStep, SlotCache, layer_dtype
+from modules.rollout.decoding.shelves import BLOCK, BusyRow, Shelves
 from modules.rollout.sampling import Ledger
-from modules.rollout.shelves import BLOCK, BusyRow, Shelves
 
 PREFILL_TOKENS = 2048  # padded prompt tokens of one forward
 DRAW_ROWS = 256  # tokens are drawn from this many rows of logits at a time

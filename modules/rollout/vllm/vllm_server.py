@@ -20,7 +20,7 @@ from typing import IO
 
 from modules.rewards.workers.pool import count_cores
 from modules.rollout.sampling import SampledPolicy
-from modules.rollout.vllm_client import ServerLost, VLLMClient
+from modules.rollout.vllm.vllm_client import ServerLost, VLLMClient
 
 SIDE = Path(__file__).parent / "vllm_side"  # what the server's environment imports
 MODEL = "policy"  # what the server calls it

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from modules.rollout.decode import ROW_STEP, SlotCache
+from modules.rollout.decoding.decode import ROW_STEP, SlotCache
 
 BLOCK = 64  # columns of the shortest shelf
 SPARE = 8  # free slots of a new shelf for grown rows, if other rows may need them

@@ -22,8 +22,8 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from modules.rollout.engine import InProcessEngine
 from modules.rollout.sampling import Ledger, Sampling
-from modules.rollout.shared_weights import MemoryPlace, view_weight
 from modules.rollout.syncing import checksum, name_weights, probe_logprobs
+from modules.rollout.workers.shared_weights import MemoryPlace, view_weight
 from modules.types import Completion
 
 PULSE = 0.5  # seconds between two looks at whether work goes on and the parent lives

@@ -47,7 +47,7 @@ def start(parent: int, memory: int, number: int) -> None:
     die_with_parent()
     if os.getppid() != parent:
         return
-    from modules.rollout.sampling_worker import serve
+    from modules.rollout.workers.sampling_worker import serve
 
     serve(parent, memory, number)
 
