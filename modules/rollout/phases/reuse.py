@@ -161,7 +161,7 @@ class Drafts:
             "prefix_length": counts["reused"] / max(1, counts["drafts"]),
             "whole": counts["whole"] / max(1, counts["completions"]),
             "verification_time": counts["verifying"] / len(ranks),
-            "saved_time": (counts["reused"] * rate - counts["verifying"]) / len(ranks),
+            "saved_time": (counts["tokens"] * rate - counts["sampling"] - counts["verifying"]) / len(ranks),
         }
         return {f"reuse/{name}": value for name, value in metrics.items()}
 
