@@ -25,9 +25,9 @@ class HasBudgets(Protocol):
 class BudgetCurve(Callback):
     """Draws and prints the accuracy on held-out prompts against the thinking budget, at the end of each evaluation.
 
-    The module measures it at ``model.validation.budgets``, and logs for each budget ``val/budget/<tokens>/accuracy``, its
-    ``accuracy_standard_error`` over prompts and the ``length`` of the completions in tokens. ``val/budget/rise`` is the
-    accuracy at the largest budget minus that at the smallest. A policy whose thoughts help has a curve that rises.
+    The module measures it at ``model.validation.budgets``, and logs for each budget ``val/budget/<tokens>/accuracy``,
+    its ``accuracy_standard_error`` over prompts and the ``length`` of the completions in tokens. ``val/budget/rise`` is
+    the accuracy at the largest budget minus that at the smallest. A policy whose thoughts help has a curve that rises.
 
     Raises:
         ValueError: in ``setup``, when there is no budget to measure.
@@ -37,8 +37,8 @@ class BudgetCurve(Callback):
         """Refuse a module that measures no budgets."""
         if not isinstance(pl_module, HasBudgets) or not pl_module.val_budgets:
             raise ValueError(
-                "BudgetCurve draws accuracy against thinking budgets, and there are none: set model.validation.budgets of a "
-                "method that samples, or remove the callback"
+                "BudgetCurve draws accuracy against thinking budgets, and there are none: set model.validation.budgets "
+                "of a method that samples, or remove the callback"
             )
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -60,7 +60,8 @@ class BudgetCurve(Callback):
                 curve.setdefault(int(found[1]), {})[found[2]] = float(value)
         curve = dict(sorted(curve.items()))
         lines = [
-            f"{budget:>8}  {point['accuracy']:8.3f}  {point.get('accuracy_standard_error', math.nan):6.3f}  {point['length']:10.1f}"
+            f"{budget:>8}  {point['accuracy']:8.3f}  {point.get('accuracy_standard_error', math.nan):6.3f}  "
+            f"{point['length']:10.1f}"
             for budget, point in curve.items()
         ]
         rank_zero_info("\n".join(["budget    accuracy    s.e.  all tokens", *lines]))

@@ -16,8 +16,8 @@ from modules.trainer.modes import evaluating
 from modules.trainer.ranks import weighted_means
 from modules.types import make_printable
 
-# By how much one update may change what the model computes, relative to it. GRPO on sums learns at 0.5 (all weights) and
-# 0.7 (LoRA), and collapses at 1.6 and 2.3.
+# By how much one update may change what the model computes, relative to it. GRPO on sums learns at 0.5 (all weights)
+# and 0.7 (LoRA), and collapses at 1.6 and 2.3.
 TOO_FAR = 1.0
 TOO_LITTLE = 0.1  # the same for all updates together
 ENOUGH_UPDATES = 10  # a shorter run is a trial
@@ -72,8 +72,8 @@ class Doctor(Callback):
 
         if pl_module.reward is None:
             raise ValueError(
-                f"Doctor looks at what a reward teaches, and model.reward of {type(pl_module).__name__} is null: remove "
-                "the callback, or name a reward"
+                f"Doctor looks at what a reward teaches, and model.reward of {type(pl_module).__name__} is null: "
+                "remove the callback, or name a reward"
             )
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

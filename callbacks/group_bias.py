@@ -45,8 +45,8 @@ class GroupBias(PhaseCallback):
 
     Logs under ``train/group_bias/``:
 
-    - ``advantage_decile_1`` to ``_10``: mean advantage of the shortest to the longest tenth. Completions of equal length
-      are in one tenth, that of their middle rank; a tenth without completions is left out.
+    - ``advantage_decile_1`` to ``_10``: mean advantage of the shortest to the longest tenth. Completions of equal
+      length are in one tenth, that of their middle rank; a tenth without completions is left out.
     - ``gradient_share_hard``, ``_middle``, ``_easy``: share of the gradient's weight that groups of a difficulty have.
       hard: at most a quarter of the answers is right; easy: at least three quarters are. The weight is the sum of
       |advantage| x what multiplies grad log p in the loss. Dividing by the standard deviation raises the weight of both
@@ -54,9 +54,9 @@ class GroupBias(PhaseCallback):
     - ``group_share_hard``, ``_middle``, ``_easy``: share of the mixed groups, those with right and wrong answers.
     - ``right_length``, ``wrong_length``: mean tokens of right and of wrong answers. A mean over completions
       (``SequenceMean``) makes long wrong answers cheap per token, so that they grow (section 3.1).
-    - ``baseline_bias_hard``, ``_middle``, ``_easy``: mean of ``mixed_mean_bias`` at the observed rate over mixed groups:
-      by how much the group's mean is too high a baseline, because groups without a gradient are left out; dynamic
-      sampling trains on mixed groups alone. 2601.08521 multiplies A by lambda exp(D |p - C|) against it, with
+    - ``baseline_bias_hard``, ``_middle``, ``_easy``: mean of ``mixed_mean_bias`` at the observed rate over mixed
+      groups: by how much the group's mean is too high a baseline, because groups without a gradient are left out;
+      dynamic sampling trains on mixed groups alone. 2601.08521 multiplies A by lambda exp(D |p - C|) against it, with
       D = -sgn(A) sgn(p - C), p the share of right answers in the group and C a running mean of it over the phases.
 
     The figure shows all of them.
@@ -80,8 +80,8 @@ class GroupBias(PhaseCallback):
         """Refuse a method that compares no groups."""
         if stage == "fit" and record_of(pl_module).credits is None:
             raise ValueError(
-                f"GroupBias asks what each completion weighs in the gradient, which {type(pl_module).__name__} does not "
-                "say: use it with GRPOModule, or remove it"
+                f"GroupBias asks what each completion weighs in the gradient, which {type(pl_module).__name__} does "
+                "not say: use it with GRPOModule, or remove it"
             )
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

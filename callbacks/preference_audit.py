@@ -101,7 +101,7 @@ class PreferenceAudit(Callback):
         self.pairs += record_of(pl_module).pairs
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log the report on the pairs of all ranks. The sanity check is left out, because it may see only a few rows."""
+        """Log the report on the pairs of all ranks. The sanity check is left out, as it may see only a few rows."""
         if trainer.sanity_checking:
             return
         self.pairs, self.validated_step = from_all_ranks(self.pairs), trainer.global_step

@@ -13,7 +13,8 @@ class TokenBudget(Callback):
     """Stops a fit after the phase in which the completions sampled since the start reach ``tokens``.
 
     Methods that answer at greater length, or that sample further prompts, so make fewer phases. Logs
-    ``train/sampled_tokens``, the number so far, of all ranks. Prompts and the results of tools do not count. A resumed fit goes on counting.
+    ``train/sampled_tokens``, the number so far, of all ranks. Prompts and the results of tools do not count. A resumed
+    fit goes on counting.
 
     Args:
         tokens: >= 1.

@@ -328,8 +328,8 @@ class AlignDataModule(RowsDataModule):
         self.take_tokenizer()
         if self.chat_template_kwargs and getattr(self, "chat", None) is False:
             raise ValueError(
-                "data.chat_template_kwargs are settings of the chat template, and data.chat is false, which leaves it out: "
-                "leave out one of them"
+                "data.chat_template_kwargs are settings of the chat template, and data.chat is false, which leaves it "
+                "out: leave out one of them"
             )
         if self.chat_template_kwargs and not self._has_settings:
             # a copy: the model's own tokenizer, which is exported, keeps its template

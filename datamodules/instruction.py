@@ -56,8 +56,8 @@ class InstructionDataModule(AlignDataModule):
         system: system message in front of every chat that has none.
         unknown: for training rows with a column ``knowledge`` (arXiv 2405.05904): ``drop`` keeps HighlyKnown and
             MaybeKnown rows; ``idk`` answers the Unknown ones with "I don't know."
-        chat_template_kwargs: variables that the chat template is given, such as ``{enable_thinking: false}``, which opens
-            each answer with an empty thought (Qwen3).
+        chat_template_kwargs: variables that the chat template is given, such as ``{enable_thinking: false}``, which
+            opens each answer with an empty thought (Qwen3).
         seed: of the shuffle, with the epoch; None = the run's.
 
     Attributes:

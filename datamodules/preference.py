@@ -95,8 +95,8 @@ class PreferenceDataModule(AlignDataModule):
         first_is_better: the number by which a column of verdicts of 0 and 1 says that the first of two answers is
             better; of a column that goes below 0, the sign (-1 or 1).
         on_bad_row: ``drop`` leaves out rows that cannot be read and counts them in ``bad``.
-        chat_template_kwargs: variables that the chat template is given, such as ``{enable_thinking: false}``, which opens
-            each answer with an empty thought (Qwen3).
+        chat_template_kwargs: variables that the chat template is given, such as ``{enable_thinking: false}``, which
+            opens each answer with an empty thought (Qwen3).
         seed: of the shuffle, with the epoch, and of the balancing; None = the run's.
 
     Raises:

@@ -63,8 +63,8 @@ class VerifiableDataModule(AlignDataModule):
         ptx: texts for every update, which the policy must not forget, for methods that learn from them (PPO-ptx).
         keep: train only on prompts whose measured difficulty lies in bounds; held-out prompts stay as they are.
         order: which prompts a phase draws; None = all rows, shuffled anew for each pass.
-        chat_template_kwargs: variables that the chat template is given, such as ``{enable_thinking: false}``, which opens
-            each answer with an empty thought (Qwen3).
+        chat_template_kwargs: variables that the chat template is given, such as ``{enable_thinking: false}``, which
+            opens each answer with an empty thought (Qwen3).
         seed: of the shuffles; None = the run's.
 
     Raises:
@@ -123,8 +123,8 @@ class VerifiableDataModule(AlignDataModule):
         module = self.trainer.lightning_module if self.trainer else None
         if self.chat_template_kwargs and getattr(module, "environment", None) is not None:
             raise ValueError(
-                "data.chat_template_kwargs do not reach the turns behind results of tools, which model.environment writes: "
-                "leave one of them out, or set the variables in the model's chat_template.jinja"
+                "data.chat_template_kwargs do not reach the turns behind results of tools, which model.environment "
+                "writes: leave one of them out, or set the variables in the model's chat_template.jinja"
             )
         shares = self.world_size * max(1, self.updates_per_phase // max(1, self.inner_epochs))
         if self.world_size > 1 and self.prompts_per_phase % shares:
@@ -259,8 +259,8 @@ class VerifiableDataModule(AlignDataModule):
         return self.ptx.domain_loader(name)
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the phase loader's snapshot, what ``order`` learned, and the checksums of the rows and of the texts of
-        ``ptx``.
+        """Returns the phase loader's snapshot, what ``order`` learned, and the checksums of the rows and of the texts
+        of ``ptx``.
         """
         if self._loader is None:
             return {}

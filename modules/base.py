@@ -76,7 +76,7 @@ class AlignmentModule(LightningModule):
         return self.policy.tokenizer
 
     def configure_callbacks(self) -> list[Callback]:
-        """Return what ends a run on all ranks together, and what keeps it finite unless the Trainer has its own guard."""
+        """Return what ends a run on all ranks together, and what keeps it finite unless the Trainer has a guard."""
         guarded = any(isinstance(callback, FiniteGuard) for callback in self.trainer.callbacks)  # type: ignore[attr-defined]
         return [StopTogether()] if guarded else [StopTogether(), FiniteGuard()]
 
@@ -107,7 +107,7 @@ class AlignmentModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_train_start(self) -> None:
-        """Refuse a run that cuts optimiser steps, take the seed of dropout, and tell the schedule how long the run is."""
+        """Refuse a run that cuts optimiser steps, take the seed of dropout, and tell the schedule the run's length."""
         check_whole_steps(self.trainer)
         if self._random is None:
             self._random = torch.initial_seed()
@@ -131,8 +131,8 @@ class AlignmentModule(LightningModule):
     def log_step(self, metrics: Mapping[str, Tensor | float], weight: float | None = None, join: Join = sum) -> None:
         """Log numbers of a micro-batch as ``train/<name>``.
 
-        They are joined once per optimiser step, over its micro-batches and all ranks. With ``weight`` they are averaged;
-        without, ``join`` sums them or takes their ``min`` or ``max``.
+        They are joined once per optimiser step, over its micro-batches and all ranks. With ``weight`` they are
+        averaged; without, ``join`` sums them or takes their ``min`` or ``max``.
         """
         self._step.add(metrics, weight, join)
 
@@ -287,13 +287,13 @@ class AlignmentModule(LightningModule):
             raise ValueError(f"the checkpoint is of another model: {'; '.join(differ)}")
         if None not in (scale, self.lora_scale) and scale != self.lora_scale:
             raise ValueError(
-                f"lora.alpha / lora.r is {self.lora_scale:g} and was {scale:g} in the checkpoint, so its adapters would "
-                "change the model by another factor: set lora.alpha as it was"
+                f"lora.alpha / lora.r is {self.lora_scale:g} and was {scale:g} in the checkpoint, so its adapters "
+                "would change the model by another factor: set lora.alpha as it was"
             )
         if None not in (reference, self.reference_id) and reference != self.reference_id:
             raise ValueError(
-                "the checkpoint's run began with other weights than model.policy (or model.reference, model.teacher) holds "
-                "now, so the KL would be to another model: name the weights that it began with"
+                "the checkpoint's run began with other weights than model.policy (or model.reference, model.teacher) "
+                "holds now, so the KL would be to another model: name the weights that it began with"
             )
         if "loops" in checkpoint:
             loop, every = checkpoint["loops"]["fit_loop"], self.trainer.check_val_every_n_epoch

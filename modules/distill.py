@@ -176,13 +176,13 @@ class DistillModule(OnPolicyModule):
         """
         if teacher is None and condition is None:
             raise ValueError(
-                "teacher is null and so is condition: a policy learns nothing from what it says itself; name a teacher, "
-                "or a condition that it reads as its own teacher"
+                "teacher is null and so is condition: a policy learns nothing from what it says itself; name a "
+                "teacher, or a condition that it reads as its own teacher"
             )
         if condition is not None and ("{prompt}" not in condition or len(re.findall(r"\{[^{}]+\}", condition)) < 2):
             raise ValueError(
-                f"condition is {condition!r}: it needs {{prompt}}, where the question goes, and the name of a column in "
-                "braces, such as {demonstration}"
+                f"condition is {condition!r}: it needs {{prompt}}, where the question goes, and the name of a column "
+                "in braces, such as {demonstration}"
             )
         if teacher is not None and ema:
             raise ValueError(
@@ -190,7 +190,8 @@ class DistillModule(OnPolicyModule):
             )
         if lora is not None and teacher is None and (ema is None or 0 < ema < 1):
             raise ValueError(
-                "ema averages weights, and averaged adapters are not the adapters of the averaged model: set ema to 0 or 1"
+                "ema averages weights, and averaged adapters are not the adapters of the averaged model: set ema to 0 "
+                "or 1"
             )
         if environment is not None and (on_policy < 1 or condition is not None):
             raise ValueError(
@@ -259,7 +260,7 @@ class DistillModule(OnPolicyModule):
         batch["active"] = batch["completion_mask"].any(1)
 
     def collect(self, prompts: PromptBatch) -> PolicyBatch:
-        """Make one phase of this rank: sample the student's share of the completions, and take the others from the rows."""
+        """Make one phase of this rank: sample the student's share of completions, and take the others from rows."""
         start = time.perf_counter()
         self.record.metrics = {"time/sampling": 0.0}
         own = [self.answers(uid) for uid in prompts["uid"]]

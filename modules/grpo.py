@@ -30,7 +30,7 @@ from modules.types import PolicyBatch, PromptBatch, Reward
 
 
 class GRPOModule(OnPolicyModule):
-    """Samples a group of completions per prompt, compares each reward with its group, and moves towards the better ones.
+    """Samples a group of completions per prompt, compares each reward with its group, and moves to the better ones.
 
     In each phase ``collect`` samples, scores, and freezes log-probs and advantages. ``training_step`` is only the loss
     ``-min(ratio A, clip(ratio) A)`` (+ ``beta`` x KL). It differs from the paper in three ways: the loss is a mean over
@@ -52,9 +52,9 @@ class GRPOModule(OnPolicyModule):
         objective: the policy loss; default ``Clipped``. Others are ``GSPO``, ``GSPOToken``, ``CISPO``, ``REINFORCE``,
             ``RLOO``, ``REINFORCEPlusPlus``, ``SAPO``, ``DPPO`` and ``MirrorDescent``.
         beta: weight of the KL to the frozen start policy, nats; 0 = none.
-        kl_loss: estimator of the KL in the loss: ``weighted_k3``, whose gradient is the reverse KL's in every update, or
-            ``k2``, whose gradient is that in the first update of a phase. None = the KL is part of the reward instead,
-            as ``k1`` without gradient.
+        kl_loss: estimator of the KL in the loss: ``weighted_k3``, whose gradient is the reverse KL's in every update,
+            or ``k2``, whose gradient is that in the first update of a phase. None = the KL is part of the reward
+            instead, as ``k1`` without gradient.
         measure_kl: keep the frozen start policy and log the KL to it even with ``beta`` 0.
         refresh_every: phases after which the reference becomes the policy as it is then, again and again (DeepSeek-R1,
             arXiv 2501.12948); ``kl`` is measured to the moved reference. None = never.
@@ -118,7 +118,8 @@ class GRPOModule(OnPolicyModule):
         )
         if kl_loss is kl.k1:
             raise ValueError(
-                "kl_loss: k1 as a loss has no gradient on average; use weighted_k3 or k2, or null to have k1 in the reward"
+                "kl_loss: k1 as a loss has no gradient on average; use weighted_k3 or k2, or null to have k1 in the "
+                "reward"
             )
         if refresh_every is not None and self.reference is None:
             raise ValueError("refresh_every moves a reference, and there is none: set beta above 0, or measure_kl")
@@ -138,8 +139,8 @@ class GRPOModule(OnPolicyModule):
             )
         if importance and self.objective.corrects_sampler:
             raise ValueError(
-                f"objective {type(self.objective).__name__} weighs tokens by p of the trainer / p of the sampler itself, "
-                "and importance would do so again: leave one of them out"
+                f"objective {type(self.objective).__name__} weighs tokens by p of the trainer / p of the sampler "
+                "itself, and importance would do so again: leave one of them out"
             )
         if self.objective.corrects_sampler:
             self.importance = None
@@ -157,8 +158,8 @@ class GRPOModule(OnPolicyModule):
             )
         if dynamic_sampling is not None and self.accuracy is None:
             raise ValueError(
-                f"dynamic_sampling asks which answers are right, and {self.reward.name} does not say that: name a reward "
-                "that does, with model.validation.accuracy"
+                f"dynamic_sampling asks which answers are right, and {self.reward.name} does not say that: name a "
+                "reward that does, with model.validation.accuracy"
             )
         self.record.credits = []
         self.beta, self.kl_loss, self.refresh_every = beta, kl_loss, refresh_every
@@ -198,7 +199,7 @@ class GRPOModule(OnPolicyModule):
         self.record.credits = weigh_credits(batch, self.objective.aggregation.weights(mask), mask)
 
     def has_gradient(self, advantages: Tensor, mask: Tensor) -> Tensor:
-        """Tell which completions have one, bool [N], from ``advantages`` and the keep-mask of those that teach, [N, Tc]."""
+        """Tell which completions have one, bool [N], from ``advantages`` and the keep-mask of what teaches, [N, Tc]."""
         all_of_them = self.has_kl_loss or self.entropy != 0 or not self.objective.needs_advantage
         return mask.any(1) & ((advantages != 0).any(1) | all_of_them)
 

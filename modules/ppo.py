@@ -1,4 +1,4 @@
-"""Proximal Policy Optimization with a learned critic (arXiv 1707.06347), for language models (1909.08593, 2203.02155)."""
+"""Proximal Policy Optimization with a learned critic (arXiv 1707.06347), for language (1909.08593, 2203.02155)."""
 
 from typing import Any
 

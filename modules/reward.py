@@ -194,8 +194,8 @@ class RewardModule(AlignmentModule):
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a sequence classifier with one label, and its tokenizer.
 
-        Its config holds ``reward_mean`` and ``reward_std``. With several heads the label is their mean; the heads are in
-        ``reward_heads.safetensors``, and their means and deviations in the config. With ``lora`` the folder
+        Its config holds ``reward_mean`` and ``reward_std``. With several heads the label is their mean; the heads are
+        in ``reward_heads.safetensors``, and their means and deviations in the config. With ``lora`` the folder
         ``adapters`` holds adapters and heads alone, for users who have the backbone.
         """
         folder = Path(folder)

@@ -147,8 +147,8 @@ class PolicyBatch(TypedDict):
     parts: NotRequired[Tensor]
     part_weights: NotRequired[Tensor]
     ptx: NotRequired[InstructionBatch]  # texts that the policy must not forget, with their own denominator
-    # For distillation: the prompts that a conditioned teacher reads [P, Tq], and the row of each completion in the table
-    # of what the teacher says, int [N].
+    # For distillation: the prompts that a conditioned teacher reads [P, Tq], and the row of each completion in the
+    # table of what the teacher says, int [N].
     teacher_prompt_ids: NotRequired[Tensor]
     teacher_prompt_mask: NotRequired[Tensor]
     lesson: NotRequired[Tensor]
@@ -167,8 +167,8 @@ class Completion:
     token_ids: list[int]  # includes the end token if it was sampled
     # Log-prob of each token under the distribution it was drawn from, 0 of a token that was given; as long as token_ids
     logprobs: list[float]
-    # The decoded tokens, without end and pad tokens, and without a stop string unless it was to be kept. Of a completion
-    # with calls of tools: its last turn.
+    # The decoded tokens, without end and pad tokens, and without a stop string unless it was to be kept. Of a
+    # completion with calls of tools: its last turn.
     text: str
     finish: Literal["stop", "length", "abort"]  # end token or stop string; token budget used up; given up
     policy_version: int = 0  # number of optimiser updates before the weights that sampled it, or its last token
@@ -290,8 +290,8 @@ class Credit:
     length: int  # tokens, the end token included
     reward: float | None  # None = unscorable
     advantage: float | None  # mean over its tokens; None = it teaches nothing: unscorable, or left out as cut off
-    # Sum over its tokens of |advantage| x what multiplies grad log p at ratio 1: the aggregation's weight of the token /
-    # the denominator of its update. A KL or an entropy beside the objective is not in it.
+    # Sum over its tokens of |advantage| x what multiplies grad log p at ratio 1: the aggregation's weight of the token
+    # / the denominator of its update. A KL or an entropy beside the objective is not in it.
     weight: float
 
 
@@ -374,8 +374,8 @@ def require_accuracy(module: Any, who: str) -> HasOutcomes:
         raise ValueError(f"{who} needs a method that samples and scores answers, and {type(module).__name__} does not")
     if module.accuracy is None:
         raise ValueError(
-            f"{who} needs to know which answers are right, and the reward does not say so; name a reward that does, with "
-            "model.validation.accuracy"
+            f"{who} needs to know which answers are right, and the reward does not say so; name a reward that does, "
+            "with model.validation.accuracy"
         )
     return module
 
@@ -554,8 +554,8 @@ class FunctionReward(Reward):
 
     The function gets what the names of its parameters ask for: ``prompts``, ``completions`` (texts; one starts with
     ``<think>`` if its prompt ends with that), ``completion_ids`` (tokens), ``answers`` (also ``answer``,
-    ``ground_truth`` or ``solution``), and the other columns of the rows. With ``**columns`` it gets all columns that are
-    left. A row that lacks a column has None in its place.
+    ``ground_truth`` or ``solution``), and the other columns of the rows. With ``**columns`` it gets all columns that
+    are left. A row that lacks a column has None in its place.
 
     Args:
         function: for example ``def short(completions, **columns): return [-len(text) for text in completions]``. Its

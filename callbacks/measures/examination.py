@@ -393,8 +393,8 @@ class Examination:
     def blame_temperature(self) -> Finding | None:
         """Ask whether at temperature 1 more groups have a signal, more answers are right, or more completions end.
 
-        Below ``COLD`` it is enough that pairs of completions have equal scores more often, at 5 %, and that a fifth more
-        of the groups of G has no signal: pairs say more of a few prompts than whole groups do.
+        Below ``COLD`` it is enough that pairs of completions have equal scores more often, at 5 %, and that a fifth
+        more of the groups of G has no signal: pairs say more of a few prompts than whole groups do.
         """
         trial = self.try_out(self.prompts, replace(self.sampling, temperature=1.0), self.num_generations)
         before, after = self.trial.idle(self.size), trial.idle(self.size)
@@ -461,8 +461,8 @@ class Examination:
         shares = ", ".join(f"{percent(idle[name])} of those by {name} (weight {weights[name]:g})" for name in alive)
         return Finding(
             "weights",
-            f"{percent(self.trial.idle(self.size))} of the groups have equal rewards, and only {shares}: the weights let "
-            "the parts cancel each other, so mend model.reward.weights.",
+            f"{percent(self.trial.idle(self.size))} of the groups have equal rewards, and only {shares}: the weights "
+            "let the parts cancel each other, so mend model.reward.weights.",
         )
 
     def blame_reward(self) -> Finding | None:
@@ -583,7 +583,7 @@ class Examination:
         return bool(both) and mean(one.right == ((one.rollout.reward or 0.0) > 0.5) for one in both) > 1 - WASTE
 
     def write_long(self) -> list[Rollout]:
-        """Write completions that repeat themselves beyond the budget, which penalties on length and repetition lower."""
+        """Write completions that repeat themselves beyond the budget, which penalties on length or repetition lower."""
         text = "and so on " * self.sampling.max_completion_length
         return [self.write(prompt, text) for prompt in self.prompts[:1]]
 

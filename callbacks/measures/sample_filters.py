@@ -8,7 +8,8 @@ from modules.rewards.checks.numeric import read_last_number, read_numbers
 from modules.rewards.checks.words import split_words
 
 STATED = re.compile(
-    r"\banswer\b(?:\W{1,4}(?:is|are|was|equals|(?:must|should|would|will) be)\b|\W{0,3}[:=])(?P<said>[^\n]*?)(?=[.!?](?:\s|$)|\n|$)",
+    r"\banswer\b(?:\W{1,4}(?:is|are|was|equals|(?:must|should|would|will) be)\b|\W{0,3}[:=])"
+    r"(?P<said>[^\n]*?)(?=[.!?](?:\s|$)|\n|$)",
     re.IGNORECASE,
 )
 SHORT = 3  # words of an answer that is compared as text; what is longer is an explanation
@@ -17,9 +18,9 @@ SHORT = 3  # words of an answer that is compared as text; what is longer is an e
 def contradicts_thought(text: str) -> bool:
     """Tell whether a completion answers otherwise than its thought concludes.
 
-    A thought concludes with its last box or "answer is", or with a last line that is a number. From there on it must give
-    the answer of the final text, so that a conclusion may be taken back. Numbers are compared as numbers, other answers of
-    at most three words as words. False where the thought concludes nothing, or nothing of this kind.
+    A thought concludes with its last box or "answer is", or with a last line that is a number. From there on it must
+    give the answer of the final text, so that a conclusion may be taken back. Numbers are compared as numbers, other
+    answers of at most three words as words. False where the thought concludes nothing, or nothing of this kind.
 
     >>> said = "<think>3 + 4 = 7, so the answer is 7.</think>"
     >>> contradicts_thought(f"{said}The answer is 8."), contradicts_thought(f"{said}It is 7.0")

@@ -43,7 +43,8 @@ class Comparison(Callback):
         claims = any(hasattr(callback, "claims") for callback in trainer.callbacks)  # type: ignore[attr-defined]
         if stage != "validate" and not (stage == "fit" and claims):
             raise ValueError(
-                f"Comparison keeps what validate measures, and this is {TrainerFn(stage).value}: remove it, or run validate with it"
+                f"Comparison keeps what validate measures, and this is {TrainerFn(stage).value}: remove it, or run "
+                "validate with it"
             )
         read_models(self.file)
 

@@ -26,8 +26,9 @@ class Exports(Protocol):
 class Export(Callback):
     """Exports the final weights when a fit succeeds.
 
-    The folder is replaced as a whole: the old export stays until the new one is complete and on the disk. Only an export
-    is ever replaced. Nothing is written after an exception, by a ``fast_dev_run``, or of weights that are not finite.
+    The folder is replaced as a whole: the old export stays until the new one is complete and on the disk. Only an
+    export is ever replaced. Nothing is written after an exception, by a ``fast_dev_run``, or of weights that are not
+    finite.
 
     ``lineage.json`` in the folder tells the weights from others and says which model the fit started from; ``HandOff``
     reads it.

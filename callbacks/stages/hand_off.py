@@ -70,7 +70,10 @@ def find_trouble(path: Path) -> str | None:
     if is_reward_model(path):
         mean, deviation = (known.get(name, math.nan) for name in ("reward_mean", "reward_std"))
         if not is_finite(mean) or not is_finite(deviation) or not deviation > 0:
-            return f"is a reward model without normalisation (reward_mean {mean}, reward_std {deviation} in config.json; fit it with model.normalize: true)"
+            return (
+                f"is a reward model without normalisation (reward_mean {mean}, reward_std {deviation} in config.json; fit "
+                "it with model.normalize: true)"
+            )
     return None
 
 
@@ -100,7 +103,10 @@ def find_mismatch(path: Path, mine: Any) -> str | None:
     moved = [token for token, place in own.items() if other.get(token) != place]
     added = [token for token in other if token not in own]
     if moved or (added and not is_reward_model(path)):
-        return f"has another tokenizer than the policy ({len(moved)} tokens gone or moved, {len(added)} more, such as {(moved or added)[0]!r})"
+        return (
+            f"has another tokenizer than the policy ({len(moved)} tokens gone or moved, {len(added)} more, such as "
+            f"{(moved or added)[0]!r})"
+        )
     return None if theirs.chat_template == mine.chat_template else "has another chat template than the policy"
 
 

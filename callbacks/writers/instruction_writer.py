@@ -129,7 +129,10 @@ class InstructionWriter(Callback):
         write_whole(self.path, "".join(json.dumps(task, ensure_ascii=False) + "\n" for task in tasks))
         short = pl_module.num_instructions - pl_module.num_accepted
         if short > 0:
-            why = f"; {short} are missing, the last {pl_module.fruitless} requests gave no new task; start again to continue from here"
+            why = (
+                f"; {short} are missing, the last {pl_module.fruitless} requests gave no new task; start again to "
+                "continue from here"
+            )
         else:
             why = ""
             self.part.unlink()
@@ -155,4 +158,7 @@ def write_counts(report: dict[str, float]) -> str:
     }
     details = "".join(f", {count:.0f} {name}" for name, count in counts.items() if count)
     cost = f", cost {report['client/cost']:.2f}" if "client/cost" in report else ""
-    return f"{report['instructions']:.0f} kept of {report['tasks']:.0f} tasks from {report['requests']:.0f} requests{details}{cost}"
+    return (
+        f"{report['instructions']:.0f} kept of {report['tasks']:.0f} tasks from {report['requests']:.0f} requests"
+        f"{details}{cost}"
+    )

@@ -11,9 +11,9 @@ class LongToShortPairs(SampleWriter):
     """Writes JSONL with one pair per row: the training row's columns, ``chosen``, ``rejected`` and ``answer``.
 
     Chosen is the shortest right completion of the prompt. Rejected are wrong ones that are longer, and right ones that
-    are more than ``factor`` times as long. Lengths are tokens that the policy sampled. ``PreferenceDataModule`` reads the
-    file. Source: Kimi k1.5 (arXiv 2501.12599, section 2.4). Completions that were cut off are left out, unlike there: in
-    a pair they would count as texts that end. So are those whose thought a thinking budget ended.
+    are more than ``factor`` times as long. Lengths are tokens that the policy sampled. ``PreferenceDataModule`` reads
+    the file. Source: Kimi k1.5 (arXiv 2501.12599, section 2.4). Completions that were cut off are left out, unlike
+    there: in a pair they would count as texts that end. So are those whose thought a thinking budget ended.
 
     See :class:`SampleWriter` for killed runs and for how the file is read.
 

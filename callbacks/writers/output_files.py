@@ -14,7 +14,7 @@ from modules.trainer.saving import naming, replacing
 
 
 def in_run_folder(trainer: Trainer, path: Path | None, name: str) -> Path:
-    """Return ``path``, or ``name`` in the run's folder when ``path`` is None. The run's folder is ``default_root_dir``."""
+    """Return ``path``, or ``name`` in the run's folder if ``path`` is None. That folder is ``default_root_dir``."""
     return Path(trainer.default_root_dir) / name if path is None else path
 
 

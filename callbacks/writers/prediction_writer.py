@@ -22,8 +22,8 @@ class PredictionWriter(Callback):
     """Writes JSONL, one line per completion: uid, prompt, completion, answer, reward, rewards by name, finish,
     num_tokens. A completion that called tools is its last turn; ``tool_turns`` holds all of them.
 
-    A prompt is written as it was sampled from. A DataModule reads one that the chat template has rendered as it stands; for
-    plain texts it needs ``chat: false`` where the tokenizer has a template, and the run says so.
+    A prompt is written as it was sampled from. A DataModule reads one that the chat template has rendered as it stands;
+    for plain texts it needs ``chat: false`` where the tokenizer has a template, and the run says so.
 
     Each rank writes a hidden part file beside ``path``. At the end of ``predict``, rank zero joins the parts in the
     order of the ranks and renames the result, so ``path`` is never half a file. The ranks must share that disk. A

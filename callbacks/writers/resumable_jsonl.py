@@ -52,8 +52,9 @@ class ResumableJsonl(Callback):
             run's folder.
 
     Raises:
-        ValueError: the command is not ``predict``, ``path`` is a folder or cannot be written, the module does not label,
-            the part files were started with another module or other rows, or at the end when no row has a valid label.
+        ValueError: the command is not ``predict``, ``path`` is a folder or cannot be written, the module does not
+            label, the part files were started with another module or other rows, or at the end when no row has a valid
+            label.
     """
 
     reads: type = Labels  # protocol of the modules whose labels this writer accepts

@@ -44,8 +44,8 @@ class SampleWriter(ResumableJsonl):
     answer. So the prompt is rendered by who reads the file, with the same ``data.columns``, ``system`` and ``chat``.
 
     After each batch, every rank appends the judged completions to a hidden part file beside ``path``. A run that is
-    started again does not sample these prompts again, also on another number of ranks, nor those that another such writer
-    of the run has. The choice is made at the end, from all completions, so its settings may change in between.
+    started again does not sample these prompts again, also on another number of ranks, nor those that another such
+    writer of the run has. The choice is made at the end, from all completions, so its settings may change in between.
     ``<path>.report.json`` has counts that add up.
 
     A subclass says which columns the completions of a prompt make.
@@ -61,7 +61,7 @@ class SampleWriter(ResumableJsonl):
 
     @abstractmethod
     def choose(self, samples: Sequence[JudgedSample], question: str = "") -> Chosen:
-        """Make the columns of rows of the completions of one prompt, which are in the order in which they were drawn."""
+        """Make the columns of rows of the completions of one prompt, which are in the order of their drawing."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot work before anything is sampled."""
@@ -77,8 +77,8 @@ class SampleWriter(ResumableJsonl):
         data = trainer.datamodule  # type: ignore[attr-defined]
         if not isinstance(data, HasAskedRows):
             raise ValueError(
-                f"{self.name} writes the rows of a VerifiableDataModule, and data is {type(data).__name__}: set data to "
-                "VerifiableDataModule"
+                f"{self.name} writes the rows of a VerifiableDataModule, and data is {type(data).__name__}: set data "
+                "to VerifiableDataModule"
             )
         rows = data.asked_rows()
         self._rows = {row.uid: row for row in rows}
@@ -96,7 +96,7 @@ class SampleWriter(ResumableJsonl):
         return head
 
     def skip(self, trainer: Trainer, pl_module: Any, records: list[dict[str, Any]]) -> None:
-        """Let the module leave out the prompts that an earlier run sampled, for this writer or another one of the run."""
+        """Let the module leave out the prompts that an earlier run sampled, for this writer or another of the run."""
         mine = {record["uid"] for record in records if "uid" in record}
         others = [each for each in trainer.callbacks if isinstance(each, SampleWriter) and each is not self]  # type: ignore[attr-defined]
         theirs = self.read_parts([part for other in others for part in other._parts()])

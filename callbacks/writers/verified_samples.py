@@ -25,9 +25,9 @@ class VerifiedSamples(SampleWriter):
     See :class:`SampleWriter` for killed runs and for how the file is read.
 
     Args:
-        at_least: part of ``model.reward`` -> its least score, such as ``{format: 1, language: 0.95, repetition: -0.1}``, for
-            answers without thoughts, mixed languages or repetitions. A part without a score is below, but for a
-            task of ``Dispatch`` that is not the prompt's.
+        at_least: part of ``model.reward`` -> its least score, such as
+            ``{format: 1, language: 0.95, repetition: -0.1}``, for answers without thoughts, mixed languages or
+            repetitions. A part without a score is below, but for a task of ``Dispatch`` that is not the prompt's.
         per_prompt: most rows of a prompt, >= 1; None = all.
         consistent: leave out a completion whose thought concludes another answer than it gives, see
             ``contradicts_thought``.

@@ -2,12 +2,13 @@
 
 Run: make study NAME=grpo-bias, or python configs/studies/run_study.py NAME [--jobs 2]
 
-``study.yml`` in the study's folder names the seeds, the arms and the claims. The YAML files are numbered and say what is
-run, NN-<verb>-<what>.yaml, by ``python -m modules <verb>``. Those before the last are run once for each seed, the last
-one once for each arm and seed, with the arm's arguments. A ``measures`` file is a script whose function ``measure`` takes
-the folder of the last stage before the arms, beside which the arms' folders lie, and a seed, and returns numbers. What is
-done is kept in runs/NAME and skipped, until it is deleted. Each claim ends in a line ``study: NAME CLAIM shown`` or ``not
-shown``, with its numbers. The exit status is 1 if a run fails, and 0 whatever the claims.
+``study.yml`` in the study's folder names the seeds, the arms and the claims. The YAML files are numbered and say what
+is run, NN-<verb>-<what>.yaml, by ``python -m modules <verb>``. Those before the last are run once for each seed, the
+last one once for each arm and seed, with the arm's arguments. A ``measures`` file is a script whose function
+``measure`` takes the folder of the last stage before the arms, beside which the arms' folders lie, and a seed, and
+returns numbers. What is done is kept in runs/NAME and skipped, until it is deleted. Each claim ends in a line
+``study: NAME CLAIM shown`` or ``not shown``, with its numbers. The exit status is 1 if a run fails, and 0 whatever the
+claims.
 """
 
 import argparse
@@ -252,10 +253,10 @@ def read_numbers(file: Path) -> dict[str, list[float]]:
 
 
 def draw_study(panels: Sequence[Mapping[str, str]], arms: Sequence[str], runs: Runs, file: Path) -> None:
-    """Draw one panel for each ``{metric, label}``: every seed's curve by arm, or its late values where there is no curve.
+    """Draw one panel for each ``{metric, label}``: every seed's curve by arm, or late values where there is no curve.
 
-    Curves are drawn over the share of the run that is done, smoothed. With ``over`` and ``over_label`` a panel draws them
-    over another metric that is logged as often, and as they are.
+    Curves are drawn over the share of the run that is done, smoothed. With ``over`` and ``over_label`` a panel draws
+    them over another metric that is logged as often, and as they are.
     """
     from matplotlib.figure import Figure
 

@@ -138,12 +138,12 @@ class HarderLater(PromptOrder):
         self.hard = [row for row, rate in enumerate(rates) if rate <= self.max_pass_rate]
         if not self.hard:
             raise ValueError(
-                f"HarderLater: none of the {self.rows} rows has a pass_rate of at most {self.max_pass_rate}, the lowest "
-                f"is {min(rates):.3g}; raise data.order.max_pass_rate"
+                f"HarderLater: none of the {self.rows} rows has a pass_rate of at most {self.max_pass_rate}, the "
+                f"lowest is {min(rates):.3g}; raise data.order.max_pass_rate"
             )
         rank_zero_info(
-            f"order: from stretch {self.start} on, {len(self.hard)} of {self.rows} prompts, those with a pass_rate of at "
-            f"most {self.max_pass_rate}"
+            f"order: from stretch {self.start} on, {len(self.hard)} of {self.rows} prompts, those with a pass_rate of "
+            f"at most {self.max_pass_rate}"
         )
 
     def draw(self, number: int, places: int) -> Drawn:

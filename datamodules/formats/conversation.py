@@ -185,8 +185,8 @@ def read_messages(value: Any, where: str) -> Conversation:
     """Reads a list of messages, a single one, or the JSON text of either.
 
     Names of fields are those of ``FIELDS``. Content is text, or a list of typed parts with their text under ``text``,
-    ``value`` or the type's name: ``text``, ``reasoning`` (or ``thinking``), ``tool_call`` (JSON). A ``function_call`` is
-    JSON too. A key that holds null is not there, as in tables every message has the keys of all others.
+    ``value`` or the type's name: ``text``, ``reasoning`` (or ``thinking``), ``tool_call`` (JSON). A ``function_call``
+    is JSON too. A key that holds null is not there, as in tables every message has the keys of all others.
 
     Raises:
         ValueError: one sentence that begins with ``where`` (a column of a row), for unknown fields and roles, weights
@@ -255,7 +255,8 @@ def read_reasoning(cells: Cells, answer: Dialogue | Message) -> str:
 def read_options(cells: Cells) -> list[tuple[str, str, str]]:
     """Reads the options of a row: of each, the line that is written, its letter and its text.
 
-    ``["red", "blue"]`` and ``{"A": "red", "B": "blue"}`` are written ``A) red`` and ``B) blue``; ``["A) red"]`` as it is.
+    ``["red", "blue"]`` and ``{"A": "red", "B": "blue"}`` are written ``A) red`` and ``B) blue``; ``["A) red"]`` as it
+    is.
     """
     given = cells.take_unpacked("options")
     if given is None:
@@ -450,7 +451,7 @@ def _text_beside(cells: Cells, name: str, prompt: str) -> str:
 
 
 def _documents_in_lists(given: Any) -> list[Any]:
-    """HotpotQA's ``{"title": [...], "sentences": [[...], ...]}`` as a list of objects; anything else is the only one."""
+    """HotpotQA's ``{"title": [...], "sentences": [[...], ...]}`` as a list of objects; all else is the only one."""
     if not isinstance(given, Mapping) or not all(isinstance(column, list) for column in given.values()):
         return [given]
     if len({len(column) for column in given.values()}) > 1:

@@ -1,4 +1,4 @@
-"""What a method that learns from a teacher reads of a row beside its prompt: a completion, and what its teacher is told."""
+"""What a method that learns from a teacher reads beside a row's prompt: a completion, and what its teacher is told."""
 
 import re
 from dataclasses import dataclass
@@ -44,8 +44,8 @@ class Lessons:
         given = row.columns.get(str(self.completions))
         if not isinstance(given, str) or is_empty(given):
             raise ValueError(
-                f"{row.origin}: model.completions names the column {self.completions!r}, which holds no text here; name "
-                "another column, or sample every completion with model.on_policy 1"
+                f"{row.origin}: model.completions names the column {self.completions!r}, which holds no text here; "
+                "name another column, or sample every completion with model.on_policy 1"
             )
         tokens = encode_example(tokenizer, prompt, given, row.origin)
         learned = sum(tokens.supervised)
@@ -66,8 +66,8 @@ class Lessons:
         """
         if isinstance(prompt, str) and is_rendered(tokenizer, prompt):
             raise ValueError(
-                f"{row.origin}: model.condition is written beside the question, and this prompt is rendered by the chat "
-                "template already: give the question itself"
+                f"{row.origin}: model.condition is written beside the question, and this prompt is rendered by the "
+                "chat template already: give the question itself"
             )
         if isinstance(prompt, str):
             return fill_condition(str(self.condition), prompt, row)

@@ -93,7 +93,7 @@ def verifiable_example(
 
 
 def asked_columns(columns: Mapping[str, Any], by_hand: Mapping[str, str] | None, answer: str | None) -> dict[str, Any]:
-    """Returns the columns of a row for data that are made of it: what is asked, as it stands there, and what is not known.
+    """Returns the columns of a row for data that are made of it: what is asked, as it stands, and what is not known.
 
     What answered the row before is left out, as it would be learned beside a new answer. ``answer`` becomes the gold
     answer as it was read, unless another column is mapped to it.
@@ -113,7 +113,7 @@ def asked_columns(columns: Mapping[str, Any], by_hand: Mapping[str, str] | None,
 
 
 def read_measure(cells: Cells, name: str) -> float | None:
-    """Reads a column of measured difficulty: tokens for ``pass_length``, else a share in [0, 1]; None where it is empty.
+    """Reads a column of measured difficulty: tokens for ``pass_length``, else a share in [0, 1]; None if it is empty.
 
     Raises ValueError, with the row's origin, for anything else.
     """

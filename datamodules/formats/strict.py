@@ -58,7 +58,7 @@ def guess_json(text: str) -> Any:
 
 
 def load_literal(text: str) -> Any:
-    """Parses a list or object as Python writes it. Raises Refused as :func:`load_json`, ValueError for anything else."""
+    """Parses a list or object as Python writes it. Raises Refused as :func:`load_json`, ValueError for all else."""
     try:
         tree = ast.parse(text, mode="eval")
         value = ast.literal_eval(tree)

@@ -212,7 +212,7 @@ PAIRED = ("output_1", "output_2")
 
 
 def normalize(name: str) -> str:
-    """Spells a name as the table does: ``systemPrompt``, ``System Prompt`` and ``system-prompt`` are ``system_prompt``."""
+    """Spells a name like the table: ``systemPrompt``, ``System Prompt`` and ``system-prompt`` are ``system_prompt``."""
     return re.sub(r"[\s\-]+", "_", re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name.strip())).lower()
 
 

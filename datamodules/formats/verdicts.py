@@ -39,8 +39,8 @@ class Scale:
     """How a column of verdicts is read.
 
     Attributes:
-        kind: ``one_two`` = 1 is the first answer and 2 the second, graded between them, 0 a tie; ``zero_one`` = 0 and 1,
-            graded between them; ``signed`` = the sign tells, 0 is a tie.
+        kind: ``one_two`` = 1 is the first answer and 2 the second, graded between them, 0 a tie; ``zero_one`` = 0 and
+            1, graded between them; ``signed`` = the sign tells, 0 is a tie.
         first: the number (of ``signed``: the sign) by which the first answer is better.
         largest: of ``signed``, the strongest verdict.
     """

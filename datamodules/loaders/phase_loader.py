@@ -158,7 +158,7 @@ class PhaseLoader:
         return [select(batch, rows, count) for update, count in planned for rows in split(batch, update, micro)]
 
     def order(self, phase: int, number: int, updates: int) -> list[int]:
-        """The order of a pass's updates, a function of (seed, phase, number of the pass): as drawn in the first pass."""
+        """The order of a pass's updates, a function of (seed, phase, number of the pass): as drawn in the first."""
         if number == 0:
             return list(range(updates))
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + phase) * 1_009 + number)

@@ -44,7 +44,7 @@ class MixIn(Source):
         self.base, self.extra, self.num, self.fraction, self.seed = base, extra, num, fraction, run_seed(seed)
 
     def rows(self) -> list[Row]:
-        """Return the base rows in their order, then the drawn ones. Raises ValueError when ``extra`` has too few rows."""
+        """Return the base rows in their order, then the drawn ones. Raises ValueError if ``extra`` has too few rows."""
         base, extra = read_rows(self.base), read_rows(self.extra)
         num = round(len(base) * self.fraction / (1 - self.fraction)) if self.fraction is not None else self.num
         assert num is not None

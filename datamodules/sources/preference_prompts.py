@@ -48,7 +48,7 @@ class PreferencePrompts(Source):
         self.path, self.columns, self.chat, self.on_bad_row = path, columns or {}, chat, on_bad_row
 
     def rows(self) -> list[Row]:
-        """Return each prompt where it occurs first. Raises ValueError with file and line, or when no row can be read."""
+        """Return each prompt where it occurs first. Raises ValueError with file and line, or if no row can be read."""
         prompts: dict[str, Row] = {}
         problems: list[ValueError] = []
         given = read_rows(self.path)

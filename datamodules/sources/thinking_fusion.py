@@ -110,12 +110,12 @@ class ThinkingFusion(Source):
         ]
 
     def answer(self, cells: Cells, answer: Any, thinks: bool) -> Any:
-        """Return an answer with an empty thought where it does not think. Raises ValueError for one of the other kind."""
+        """Return an answer with an empty thought where it does not think. Raises ValueError for one that thinks."""
         last = answer if isinstance(answer, str) else answer[-1]["content"]
         if not isinstance(answer, str) and answer[-1]["role"] != "assistant":
             raise ValueError(
-                f"{cells.origin}: the row has no answer behind the last message of the user: set ThinkingFusion's prompts: "
-                "true for prompts to sample from"
+                f"{cells.origin}: the row has no answer behind the last message of the user: set ThinkingFusion's "
+                "prompts: true for prompts to sample from"
             )
         thought = find_thought(last)
         beside = "" if isinstance(answer, str) else answer[-1].get("reasoning_content", "")

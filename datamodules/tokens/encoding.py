@@ -65,9 +65,9 @@ def encode_example(
     """Encodes a supervised row; ``chat`` and ``system`` are those of :func:`encode_prompt`.
 
     Of a text, the completion and one end token are supervised. A prompt that the chat template has rendered already,
-    as ``predict`` writes it, is read as it stands, and the end token is that of a turn. Of messages, assistant turns are
-    supervised with their end-of-turn token, and what follows the last of them is left out. An end token that is written
-    as text behind an answer is cut.
+    as ``predict`` writes it, is read as it stands, and the end token is that of a turn. Of messages, assistant turns
+    are supervised with their end-of-turn token, and what follows the last of them is left out. An end token that is
+    written as text behind an answer is cut.
 
     Args:
         loss_on: ``assistant`` = every assistant turn of ``completion``; ``last`` = the last of these alone, so that
@@ -278,8 +278,8 @@ def check_written(
 ) -> None:
     """Refuses a chat template that leaves out the tools, or a name, a tool call or the reasoning of a turn.
 
-    Raises ValueError with ``origin``. Templates may drop the reasoning of earlier turns, so each turn is rendered as the
-    last one. A tool's name and the ids of calls are not checked, since they only link turns.
+    Raises ValueError with ``origin``. Templates may drop the reasoning of earlier turns, so each turn is rendered as
+    the last one. A tool's name and the ids of calls are not checked, since they only link turns.
     """
     if tools and render(tokenizer, messages, origin, False, tools) == render(tokenizer, messages, origin, False):
         raise ValueError(

@@ -68,8 +68,8 @@ class AlignmentCLI(LightningCLI):
             "--on_nonfinite",
             type=OnNonfinite | None,
             default=None,
-            help="What a fit does when the loss or gradient of a step is not finite: stop (the default), or skip up to ten "
-            "such steps in a row.",
+            help="What a fit does when the loss or gradient of a step is not finite: stop (the default), or skip up to "
+            "ten such steps in a row.",
         )
         parser.add_argument(
             "--on_unscored",
@@ -101,8 +101,8 @@ class AlignmentCLI(LightningCLI):
                 config["ckpt_path"] = str(requeued)
             elif out is None and config["ckpt_path"] is None:
                 raise ValueError(
-                    "this job was put back into the queue, and without --out nothing tells where its run lies: name the "
-                    "folder with --out, or the checkpoint with --ckpt_path"
+                    "this job was put back into the queue, and without --out nothing tells where its run lies: name "
+                    "the folder with --out, or the checkpoint with --ckpt_path"
                 )
         check_checkpoint(config["ckpt_path"], resumes=self.config["subcommand"] == "fit")
         check_trainer(config["trainer"])

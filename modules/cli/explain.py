@@ -148,8 +148,8 @@ def explain_taken_name(message: str) -> str:
 
 
 def suggest_names(name: str, known: Sequence[str], before: str = "") -> str:
-    """Suggest the known names that are nearest to a misspelt one, as the end of a sentence; empty if none is near, or if
-    it is a known name.
+    """Suggest the known names that are nearest to a misspelt one, as the end of a sentence; empty if none is near, or
+    if it is a known name.
 
     Args:
         name: the misspelt name.

@@ -7,8 +7,8 @@ from modules.networks.merging import average_models
 from modules.trainer.exports import explain_occupied, find_origin, put_back, write_export
 
 DESCRIPTION = (
-    "Average the weights of two or more models of the same architecture and tokenizer, in 32 bits, and write the result "
-    "as a Hugging Face folder. Kimi k1.5 so joins a model with long and one with short chains of thought (arXiv "
+    "Average the weights of two or more models of the same architecture and tokenizer, in 32 bits, and write the "
+    "result as a Hugging Face folder. Kimi k1.5 so joins a model with long and one with short chains of thought (arXiv "
     "2501.12599, section 2.4)."
 )
 

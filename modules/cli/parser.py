@@ -156,7 +156,7 @@ def read_old_names() -> None:
 
 
 def sort_arguments(arguments: list[str]) -> list[str]:
-    """Put configurations before options, and first of all ``--model`` and ``--data`` where no configuration has a class.
+    """Put configurations before options, and first of all ``--model`` and ``--data`` if no configuration has a class.
 
     >>> sort_arguments(["fit", "--model.beta", "0.5", "--model=DPOModule", "--config", "x.yaml"])
     ['fit', '--model=DPOModule', '--config', 'x.yaml', '--model.beta', '0.5']

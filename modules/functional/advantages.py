@@ -162,7 +162,7 @@ def expected_weight(advantages: Callable[[Tensor, Tensor], Tensor], rate: float,
 
 
 def mixed_mean_bias(rate: float, size: int) -> float:
-    """Compute E[share of right answers | right and wrong ones] - ``rate`` of a group: the bias of its mean as a baseline.
+    """Compute E[share of right answers | right and wrong ones] - ``rate`` of a group: the bias of its mean as baseline.
 
     Only groups with right and with wrong answers have a gradient, and dynamic sampling trains on no others. Among them
     the mean is (rate - rate^size) / (1 - rate^size - (1 - rate)^size) on average: too high for hard prompts, so that

@@ -1,4 +1,4 @@
-"""What a text says about thinking: the flags that ask for a thought or not, the thought itself, settings of a template."""
+"""What a text says about thinking: flags that ask for a thought or not, the thought itself, settings of a template."""
 
 import json
 import re
@@ -13,7 +13,7 @@ EMPTY_BLOCK = re.compile(r"<think>\s*</think>\s*\Z")
 
 
 def asks_for_thought(dialogue: str | Sequence[Mapping[str, Any]]) -> bool | None:
-    """Tell whether the flags of a prompt ask for a thought: the last ``/think`` or ``/no_think`` wins (Qwen3, 2505.09388).
+    """Tell whether a prompt's flags ask for a thought: the last ``/think`` or ``/no_think`` wins (Qwen3, 2505.09388).
 
     Flags count as words of their own, in messages of the user and of the system; a text is read as one message. None =
     there is no flag, which means thinking.

@@ -84,8 +84,8 @@ class MaxRL(Advantage):
         rewards, group = find_returns(batch), batch["group"]
         if bool((rewards < 0).any()):
             raise ValueError(
-                f"MaxRL divides by the mean reward of a group, and a reward is {float(rewards.nan_to_num(0).min()):.3g}: "
-                "use a reward that is 0 or 1, such as ExactMatch"
+                f"MaxRL divides by the mean reward of a group, and a reward is "
+                f"{float(rewards.nan_to_num(0).min()):.3g}: use a reward that is 0 or 1, such as ExactMatch"
             )
         centered = group_center(rewards, group)
         means = rewards.to(centered.dtype) - centered  # of a row with a score
@@ -142,8 +142,8 @@ class GDPO(Advantage):
         """Refuse a reward that is no sum."""
         if not isinstance(reward, WeightedSum):
             raise ValueError(
-                f"advantage GDPO normalises the parts of a WeightedSum, and the reward is {type(reward).__name__}: name "
-                "WeightedSum as model.reward, or another advantage"
+                f"advantage GDPO normalises the parts of a WeightedSum, and the reward is {type(reward).__name__}: "
+                "name WeightedSum as model.reward, or another advantage"
             )
 
     def __call__(self, batch: PolicyBatch) -> Tensor:
@@ -168,14 +168,14 @@ class FunctionAdvantage(Advantage):
         if not isinstance(found, Tensor) or found.shape != rewards.shape:
             got = f"shape {list(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
             raise ValueError(
-                f"advantage {getattr(self.function, '__name__', 'function')} returned {got}, expected a tensor of shape "
-                f"[{len(rewards)}], one number for each completion"
+                f"advantage {getattr(self.function, '__name__', 'function')} returned {got}, expected a tensor of "
+                f"shape [{len(rewards)}], one number for each completion"
             )
         found = found.masked_fill(rewards.isnan(), 0.0)
         if not bool(found.isfinite().all()):
             raise ValueError(
-                f"advantage {getattr(self.function, '__name__', 'function')} returned a number that is not finite for a "
-                "completion with a score: leave completions without a score, whose reward is NaN, out of its means"
+                f"advantage {getattr(self.function, '__name__', 'function')} returned a number that is not finite for "
+                "a completion with a score: leave completions without a score, whose reward is NaN, out of its means"
             )
         return found
 

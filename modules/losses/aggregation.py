@@ -8,7 +8,7 @@ from modules.functional.ranges import check_numbers
 
 
 class Aggregation(ABC):
-    """Makes one number of token losses: their weighted sum over all rows of an optimiser step / sum of ``row_count``."""
+    """Makes one number of token losses: their weighted sum over rows of an optimiser step / sum of ``row_count``."""
 
     @abstractmethod
     def row_count(self, mask: Tensor) -> Tensor:
@@ -44,7 +44,7 @@ class SequenceSum(Aggregation):
 
 
 class ConstantNorm(Aggregation):
-    """Sum over tokens / (completions x max_length), a constant, so that length has no bias (Dr. GRPO, arXiv 2503.20783).
+    """Sum over tokens / (completions x max_length), a constant, so length has no bias (Dr. GRPO, arXiv 2503.20783).
 
     Args:
         max_length: the completion budget in tokens.

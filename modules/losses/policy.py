@@ -278,7 +278,7 @@ class SAPO(PolicyObjective):
 
 
 class DPPO(PolicyObjective):
-    """-keep min(ratio, cap) A logprob per token, with ratio = p / q and q the probability that the sampler drew it with.
+    """-keep min(ratio, cap) A logprob per token, with ratio = p / q and q the probability with which it was drawn.
 
     keep drops a token once p is more than ``delta`` away from q to the side where A pushes it: p - q > delta for A > 0,
     p - q < -delta for A < 0. That bounds the total variation of the token against all others, and leaves unlikely
@@ -364,8 +364,8 @@ class Clip:
 
 
 def leave_out_unscored(batch: PolicyBatch) -> PolicyBatch:
-    """Drop all tokens of completions that teach nothing from the batch's ``completion_mask``: those without a score, and
-    those that ``teaches`` leaves out.
+    """Drop all tokens of completions that teach nothing from the batch's ``completion_mask``: those without a score,
+    and those that ``teaches`` leaves out.
     """
     mask = batch["completion_mask"] & batch.get("teaches", ~batch["rewards"].isnan())[:, None]
     return cast(PolicyBatch, {**batch, "completion_mask": mask})

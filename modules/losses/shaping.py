@@ -15,9 +15,9 @@ from modules.functional.ranges import check_numbers
 class AdaptiveKL:
     """Changes the KL's weight after each phase so that the KL per completion stays at ``target``.
 
-    weight <- weight (1 + gain clip(KL / target - 1, -0.2, 0.2)), where the KL is the mean over completions of the summed
-    ``k1`` (Ziegler et al., arXiv 1909.08593, section 2.2). The gain is 0.1 in the paper, completions / 10000 in its
-    code.
+    weight <- weight (1 + gain clip(KL / target - 1, -0.2, 0.2)), where the KL is the mean over completions of the
+    summed ``k1`` (Ziegler et al., arXiv 1909.08593, section 2.2). The gain is 0.1 in the paper, completions / 10000 in
+    its code.
 
     Raises:
         ValueError: values out of range.

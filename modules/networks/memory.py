@@ -57,7 +57,10 @@ def write_memory_line(memory: dict[str, float]) -> str:
         "logits": "logits at most",
     }
     listed = ", ".join(f"{words} {memory[name]:,.0f} MB" for name, words in parts.items())
-    return f"memory: {sum(memory.values()):,.0f} MB before activations ({listed}); activations come on top, with micro-batch x length"
+    return (
+        f"memory: {sum(memory.values()):,.0f} MB before activations ({listed}); activations come on top, with "
+        "micro-batch x length"
+    )
 
 
 def _count_bytes(tensors: Iterable[Tensor]) -> int:

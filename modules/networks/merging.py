@@ -17,7 +17,8 @@ BESIDE = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformer
 def average_models(paths: Sequence[str], weights: Sequence[float] | None = None) -> Policy:
     """Average the weights of models: theta = sum of w_i theta_i (Kimi k1.5, arXiv 2501.12599, section 2.4: w_i = 1/2).
 
-    The sum is computed in 64 bits and rounded to 32 bits once, so that models with equal weights give these, bit for bit.
+    The sum is computed in 64 bits and rounded to 32 bits once, so that models with equal weights give these, bit for
+    bit.
 
     Args:
         paths: at least two models of the same architecture and tokenizer, each as ``Policy`` takes it.
@@ -27,8 +28,8 @@ def average_models(paths: Sequence[str], weights: Sequence[float] | None = None)
         the first policy, with the averaged weights.
 
     Raises:
-        ValueError: the number of models or weights is wrong, a model cannot be loaded, or two models differ; the message
-            names the first difference.
+        ValueError: the number of models or weights is wrong, a model cannot be loaded, or two models differ; the
+            message names the first difference.
     """
     if len(paths) < 2:
         raise ValueError(f"merge needs at least two models, got {len(paths)}: name them with --models A B")

@@ -88,8 +88,8 @@ def read_or_write_table(
             noted = (opened.metadata() or {}).get("weights", "")
         if noted and noted != weights:
             raise ValueError(
-                f"teacher_cache: {folder} holds what the teacher said before its weights changed; remove the folder, or "
-                "name another one"
+                f"teacher_cache: {folder} holds what the teacher said before its weights changed; remove the folder, "
+                "or name another one"
             )
     read = [load_file(file) for file in files]
     found = Buckets(*(torch.cat([each[name] for each in read]) for name in Buckets._fields))

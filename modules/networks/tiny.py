@@ -58,8 +58,8 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 def tiny_model(name: str = "tiny", seed: int = 0) -> LlamaForCausalLM:
     """Make a built-in model: 0.89 M parameters, fp32, hidden size 128, 4 layers, 4 heads.
 
-    ``tiny`` has random weights that depend on ``seed`` alone, and so has ``tiny-small``, a student of half the width and
-    depth with 0.12 M parameters. ``tiny-addition`` has learned two-digit addition in the
+    ``tiny`` has random weights that depend on ``seed`` alone, and so has ``tiny-small``, a student of half the width
+    and depth with 0.12 M parameters. ``tiny-addition`` has learned two-digit addition in the
     format of the source ``Addition``; about half of its sampled answers are right. ``tiny-calculator`` has learned the
     conversations of ``ProductCalls``: it calls the calculator at half of the time, and guesses otherwise.
     ``tiny-chains`` has learned ``ChainLessons``: it thinks about 3 of 100 ``Chains`` and guesses the others; where the

@@ -12,9 +12,9 @@ class MultipleChoice(Verifier):
 
     The text after ``</think>`` must state one letter as its answer. If it has an ``<answer>`` tag, only what is in it
     counts. Else the last line counts that states a letter: in ``\\boxed{}``, behind "answer is", "answer:" or
-    "option is" (also in Chinese, Japanese, Korean and Thai), or alone on the last line. A letter may have brackets, bold
-    type, LaTeX or its option's text around it: ``B``, ``(b)``, ``**B**``, ``$\\text{B}$``, ``B) Paris``. A line that
-    states two letters states none, so "A or B" is wrong, and so is the option's text without its letter.
+    "option is" (also in Chinese, Japanese, Korean and Thai), or alone on the last line. A letter may have brackets,
+    bold type, LaTeX or its option's text around it: ``B``, ``(b)``, ``**B**``, ``$\\text{B}$``, ``B) Paris``. A line
+    that states two letters states none, so "A or B" is wrong, and so is the option's text without its letter.
 
     The gold answer is a letter in one of these forms, or the text of one of the row's ``options``.
 

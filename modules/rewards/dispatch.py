@@ -13,8 +13,9 @@ class Dispatch(Reward):
     advantages that compare the completions of one prompt. The mean score of each task is logged under the task's name.
 
     Args:
-        rewards: task -> its reward, such as ``{gsm8k: {class_path: MathVerify}, chat: {class_path: LearnedReward, ...}}``.
-            null = its completions get no score, as in an accuracy for some of the tasks.
+        rewards: task -> its reward, such as
+            ``{gsm8k: {class_path: MathVerify}, chat: {class_path: LearnedReward, ...}}``. null = its completions get no
+            score, as in an accuracy for some of the tasks.
         column: the column of the rows that names the task; None = the name of the data set, which is the file without
             its ending (``gsm8k``), with or without its folder (``data/gsm8k``), or a source's own name (``addition``).
 

@@ -46,6 +46,6 @@ def check_earned(rewards: Sequence[Reward], environment: HasReward | None) -> No
         )
     if environment is not None and environment.has_reward and not reads:
         raise ValueError(
-            f"environment {environment.factory.__name__} has get_reward(), and no reward reads it: name EnvironmentReward "
-            "as model.reward, alone or in a WeightedSum, or leave get_reward out"
+            f"environment {environment.factory.__name__} has get_reward(), and no reward reads it: name "
+            "EnvironmentReward as model.reward, alone or in a WeightedSum, or leave get_reward out"
         )

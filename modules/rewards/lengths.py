@@ -87,8 +87,8 @@ class CosineLength(Reward):
 
     The reward goes from ``start`` at length 0 to ``end`` at ``max_length``: end + (start - end) (1 + cos(pi length /
     max_length)) / 2. From ``max_length`` on it is ``exceeding``, right or wrong. Source: arXiv 2502.03373, section 4.2,
-    with the values of its runs as defaults. It is the whole reward, so it takes the place of ``reward``; the score is None where
-    that gives None.
+    with the values of its runs as defaults. It is the whole reward, so it takes the place of ``reward``; the score is
+    None where that gives None.
 
     Args:
         reward: a score above 0.5 means right.

@@ -17,9 +17,10 @@ CAUSES = ("timeout", "crash", "memory", "error")  # why a completion gets no ver
 class Verifier(Reward):
     """Judges completions by a check: a module with a function ``judge``, see ``modules.rewards.checks``.
 
-    The check runs in the workers that all verifiers of the process share. A completion at which it hangs, crashes, takes
-    all memory or raises gets None, is counted in ``failures``, and costs no other completion its score. A warning tells
-    of each cause, again whenever its count has doubled. Equal completions of a call with equal answers are judged once.
+    The check runs in the workers that all verifiers of the process share. A completion at which it hangs, crashes,
+    takes all memory or raises gets None, is counted in ``failures``, and costs no other completion its score. A warning
+    tells of each cause, again whenever its count has doubled. Equal completions of a call with equal answers are judged
+    once.
 
     Args:
         name: label of the metric.

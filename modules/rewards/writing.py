@@ -68,8 +68,8 @@ class InstructionConstraints(Verifier):
         )
         if wrong:
             raise ValueError(
-                f"{rollout.uid}: InstructionConstraints needs a list instruction_id_list and, in kwargs, as many objects; "
-                f"got {kinds!r} and {info.get('kwargs')!r}"
+                f"{rollout.uid}: InstructionConstraints needs a list instruction_id_list and, in kwargs, as many "
+                f"objects; got {kinds!r} and {info.get('kwargs')!r}"
             )
         return {"instruction_id_list": kinds, "kwargs": settings}
 
@@ -85,8 +85,8 @@ class InstructionConstraints(Verifier):
         unknown = [kind for kind in new if kind not in load_kinds()]
         if unknown:
             warnings.warn(
-                f"reward '{self.name}': if-verifiable knows no constraint {', '.join(unknown)}; completions of rows that "
-                "have it get no score",
+                f"reward '{self.name}': if-verifiable knows no constraint {', '.join(unknown)}; completions of rows "
+                "that have it get no score",
                 stacklevel=3,
             )
         for kind in new:
@@ -99,8 +99,8 @@ class InstructionConstraints(Verifier):
         if lacking:
             names = sorted({file.rpartition("/")[2] for kind in lacking for file in NEEDS_FILES[kind]})
             warnings.warn(
-                f"reward '{self.name}': {', '.join(lacking)} read files of NLTK that are not here, so that completions of "
-                f"such rows get no score; run: python -m nltk.downloader {' '.join(names)}",
+                f"reward '{self.name}': {', '.join(lacking)} read files of NLTK that are not here, so that completions "
+                f"of such rows get no score; run: python -m nltk.downloader {' '.join(names)}",
                 stacklevel=3,
             )
 
@@ -151,7 +151,7 @@ class LanguageConsistency(Verifier):
 
 
 class ScriptConsistency(Verifier):
-    """Gives the share of a thought's signs that are in the prompt's alphabet, in [0, 1]: ``LanguageConsistency`` by sign.
+    """Gives the share of a thought's signs in the prompt's alphabet, in [0, 1]: ``LanguageConsistency`` by sign.
 
     Source: the reward for language of DeepSeek-R1 (arXiv 2501.12948, section 2.3.2), where a language is an alphabet.
     Signs of none of the alphabets, such as ``+``, do not count. The alphabet of the first sign of the prompt that is in

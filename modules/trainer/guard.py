@@ -109,7 +109,7 @@ class FiniteGuard(Callback):
 
 
 def unpack_rows(batch: Any, decode: Any) -> Iterator[dict[str, Any]]:
-    """Read the sequences of a batch: their tokens without padding, as text too, and what else the batch says of each."""
+    """Read the sequences of a batch: their tokens without padding, also as text, and what else the batch says of it."""
     if not isinstance(batch, dict):
         yield {"batch": str(batch)}
         return

@@ -50,7 +50,7 @@ def find_reason(error: BaseException) -> str:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give the ``with`` block a hidden file beside ``path`` to write, which takes the place of ``path`` when it is whole.
+    """Give the ``with`` block a hidden file beside ``path`` to write, which takes the place of ``path`` once whole.
 
     After an exception the hidden file is removed and ``path`` is as it was.
     """
@@ -105,8 +105,8 @@ def require_plain(file: Path, checkpoint: dict[str, Any]) -> None:
         }
         where = next((f"that of {name} has {kinds[0]}" for name, kinds in strange.items() if kinds), str(error))
         raise ValueError(
-            "the checkpoint could never be loaded again: a state_dict may hold tensors, numbers, texts, lists and dicts; "
-            f"{where}"
+            "the checkpoint could never be loaded again: a state_dict may hold tensors, numbers, texts, lists and "
+            f"dicts; {where}"
         ) from error
 
 

@@ -145,7 +145,7 @@ def find_job() -> str | None:
 
 
 def requeue_if_told() -> None:
-    """Put a job of SLURM back into the queue when its time ends before the first step, where there is nothing to save."""
+    """Put a job of SLURM back into the queue when its time ends before the first step, with nothing to save."""
     if SLURMEnvironment.detect() and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGUSR1, requeue_at_once)
 

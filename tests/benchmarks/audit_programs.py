@@ -1,4 +1,4 @@
-"""Generated programs for unit tests: right ones in several forms, wrong ones, and ones that try to pass without work."""
+"""Generated programs for unit tests: right ones in several forms, wrong ones, and ones that try to pass unworked."""
 
 from collections.abc import Iterator
 from random import Random

@@ -241,7 +241,7 @@ TEXTS: dict[str, list[Texts]] = {
 
 
 def benchmark_cases(rng: Random) -> Iterator[Case]:
-    """Yield each text for its kind, with a thought, with blank lines, and changed by chance and read by the reference."""
+    """Yield each text for its kind, with a thought, with blank lines, and changed by chance, read by the reference."""
     for kind, groups in TEXTS.items():
         for texts in groups:
             info = {"instruction_id_list": [kind], "kwargs": [{**texts.settings, "of_another_kind": None}]}

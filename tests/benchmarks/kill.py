@@ -2,9 +2,10 @@
 
     python tests/benchmarks/kill.py [--folder /dev/shm]      or: make test-kill
 
-30 runs get SIGKILL: ten inside a write of a checkpoint or an export, five inside ``collect``, 15 at any moment behind the
-first checkpoint. Ten get SIGTERM at such a moment. Weights, optimizer state, export and logged numbers must be equal bit for bit. The last line says
-how many were; the exit status is 1 unless all were. The runs are forked from one process, so that imports are paid once.
+30 runs get SIGKILL: ten inside a write of a checkpoint or an export, five inside ``collect``, 15 at any moment behind
+the first checkpoint. Ten get SIGTERM at such a moment. Weights, optimizer state, export and logged numbers must be
+equal bit for bit. The last line says how many were; the exit status is 1 unless all were. The runs are forked from one
+process, so that imports are paid once.
 """
 
 import argparse

@@ -2,8 +2,9 @@
 
 Run: python tests/benchmarks/recipe_seeds.py RECIPE ... [--seeds 0 1 2] [--numerics native avx2 sse41 perturbed]
 
-A seed moves the start weights, if they are random, the order of the rows and the samples. Each run prints what its claims printed. The last
-line is ``recipe-seeds: RECIPE: N of N runs hold all claims``; the exit status is 1 if a claim of any run did not hold.
+A seed moves the start weights, if they are random, the order of the rows and the samples. Each run prints what its
+claims printed. The last line is ``recipe-seeds: RECIPE: N of N runs hold all claims``; the exit status is 1 if a claim
+of any run did not hold.
 """
 
 import argparse

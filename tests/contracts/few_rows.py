@@ -1,4 +1,4 @@
-"""Copies of shipped YAML files with few rows and small batches: reading 8000 rows takes longer than most runs of a test."""
+"""Copies of shipped YAML files with few rows and small batches: reading 8000 rows takes longer than most tests."""
 
 import re
 from functools import cache

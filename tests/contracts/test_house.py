@@ -33,7 +33,7 @@ METHODS = {stem for stem, page in PAGES.items() if is_method(page)}
 
 
 def layer(module: str) -> str:
-    """modules.rollout.scoring -> rollout; modules.grpo and modules.predict.x -> method; datamodules.x -> datamodules."""
+    """modules.rollout.scoring -> rollout; modules.grpo, modules.predict.x -> method; datamodules.x -> datamodules."""
     top, *rest = module.split(".")
     if top != "modules" or not rest:
         return top

@@ -1,4 +1,4 @@
-"""Chains of operations: values by hand, both scripts, thoughts and their variants, and no held-out chain in training."""
+"""Chains of operations: values by hand, both scripts, thoughts and their variants, no held-out chain in training."""
 
 import re
 

@@ -257,7 +257,7 @@ def test_settings_out_of_range_are_refused(values):
 
 
 def test_thoughts_stay_in_a_completion_with_tools_and_leave_the_history_of_the_next_prompt(qwen):
-    """Behind results, the tokens that the policy goes on from are what it sampled, and what the template would write."""
+    """Behind results, the tokens that the policy goes on from are what it sampled, and what the template writes."""
     tools = Environment(Calculator).tools()
     form = ToolFormat(qwen, tools, {qwen.convert_tokens_to_ids(END_OF_TURN)})
     user: Any = {"role": "user", "content": "2*3?"}

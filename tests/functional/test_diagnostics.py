@@ -155,7 +155,8 @@ def test_within_group_correlation_is_zero_without_variation() -> None:
     assert within_group_correlation(f64(0.1, 0.1, 0.1, 0.7, 0.7, 0.7), f64(1, 2, 3, 4, 5, 6), group) == 0.0
     noisy = f64(
         *[0.1] * 6
-        # 0.1 + 0.1 + 0.1 is not 0.3 in floating point: a plain mean leaves the same residue in all, which correlates fully
+        # 0.1 + 0.1 + 0.1 is not 0.3 in floating point: a plain mean leaves the same residue in all, which correlates
+        # fully
     )
     assert within_group_correlation(noisy, noisy, group) == 0.0
     assert within_group_correlation(f64(1, 2, 3), f64(3, 2, 2), torch.tensor([0, 1, 2])) == 0.0

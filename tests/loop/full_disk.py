@@ -2,8 +2,8 @@
 
     python full_disk.py FOLDER
 
-prints a line of JSON for each: what was written, the exit status, the lines that were said, the files that are left, and
-those of them that cannot be read. The disk is a tmpfs that this process alone sees; the exit status is 77 where the
+prints a line of JSON for each: what was written, the exit status, the lines that were said, the files that are left,
+and those of them that cannot be read. The disk is a tmpfs that this process alone sees; the exit status is 77 where the
 kernel does not allow that.
 """
 

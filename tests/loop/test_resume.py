@@ -77,7 +77,7 @@ def fit(
     saves: bool = True,
     **settings,
 ) -> States:
-    """Run phases of ``updates`` updates with their own rows; a checkpoint follows each step and each phase, if it saves."""
+    """Run phases of ``updates`` updates with their own rows; if it saves, a checkpoint follows each step and phase."""
     states, records = States(), Records()
     every_step = ModelCheckpoint(
         folder, filename="step{step}", auto_insert_metric_name=False, every_n_train_steps=1, save_top_k=-1

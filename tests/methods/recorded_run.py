@@ -1,7 +1,7 @@
 """A short real run of a method, with all that its metrics are made of written down.
 
-``python recorded_run.py METHOD RANKS FOLDER`` fits the tiny model and saves a ``Recording`` of each rank. The rows are of
-uneven lengths; no step is full; completions are equal, truncated, unscorable, or all scored alike.
+``python recorded_run.py METHOD RANKS FOLDER`` fits the tiny model and saves a ``Recording`` of each rank. The rows are
+of uneven lengths; no step is full; completions are equal, truncated, unscorable, or all scored alike.
 """
 
 import random

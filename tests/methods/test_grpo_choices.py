@@ -1,4 +1,4 @@
-"""GRPO's choices in a real Trainer: which groups and completions a phase learns from, and what changes from phase to phase."""
+"""GRPO's choices in a real Trainer: which groups and completions a phase learns from, and what phases change."""
 
 import math
 from typing import Any

@@ -1,7 +1,7 @@
 """Every metric of the table in ``callbacks/README.md`` is the number that the table says, on one rank and on two.
 
-``recorded_run`` fits each method for real and writes down weights, rows and rollouts. Here each metric is computed again
-from these, row by row, without padding, and without the functions that compute the losses and metrics of a run.
+``recorded_run`` fits each method for real and writes down weights, rows and rollouts. Here each metric is computed
+again from these, row by row, without padding, and without the functions that compute the losses and metrics of a run.
 """
 
 import math
@@ -597,7 +597,7 @@ def measure_online_dpo_step(phase: Phase, now: Model, start: Model, step: Step) 
 
 
 def measure_held_out(rows: list[Row], greedy: list[float | None]) -> Numbers:
-    """Compute pass@1, pass@3, the greedy accuracy and standard errors; a prompt counts with at least k scorable completions."""
+    """Compute pass@1, pass@3, the greedy accuracy and standard errors; a prompt needs k scorable completions."""
     found: Numbers = {"greedy_accuracy": share([value > 0.5 for value in greedy if value is not None])}
     for k in (1, 3):
         solved = []

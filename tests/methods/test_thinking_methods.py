@@ -1,4 +1,4 @@
-"""Methods with thinking budgets: the stop text teaches nothing, budgets are drawn anew, and validation measures a curve."""
+"""Methods with thinking budgets: the stop text teaches nothing, budgets are drawn anew, validation measures a curve."""
 
 import json
 from pathlib import Path

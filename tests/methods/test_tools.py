@@ -1,4 +1,4 @@
-"""Methods whose completions call tools: tokens of tools are attended to, and are no part of loss, KL, entropy or length."""
+"""Methods whose completions call tools: tokens of tools are attended to, no part of loss, KL, entropy or length."""
 
 import json
 import random

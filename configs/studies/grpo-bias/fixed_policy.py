@@ -1,4 +1,4 @@
-"""What groups weigh at prompts of known difficulty: a policy that does not learn answers the same prompts many times."""
+"""What groups weigh at prompts of known difficulty: a policy that does not learn answers them many times."""
 
 from collections import defaultdict
 from pathlib import Path
@@ -39,10 +39,10 @@ def measure(start: Path, seed: int) -> dict[str, float]:
     """Return what groups weigh by difficulty, beside what is expected at the prompts' rates of right answers.
 
     Weights are those of z-scores with a mean over completions, as published. ``weight_<difficulty>`` is a mean weight /
-    the mean over all prompts, ``expected_<difficulty>`` the same of ``expected_weight`` at the rate over all phases, and
-    ``centered_<difficulty>`` that of rewards minus their mean. ``ratio_<difficulty>`` is the first / the second.
-    ``bias_<difficulty>`` is the mean share of right answers in mixed groups - the prompt's rate, and ``bias_error_`` that
-    minus ``mixed_mean_bias``.
+    the mean over all prompts, ``expected_<difficulty>`` the same of ``expected_weight`` at the rate over all phases,
+    and ``centered_<difficulty>`` that of rewards minus their mean. ``ratio_<difficulty>`` is the first / the second.
+    ``bias_<difficulty>`` is the mean share of right answers in mixed groups - the prompt's rate, and ``bias_error_``
+    that minus ``mixed_mean_bias``.
     """
     found = {}
     for temperature in TEMPERATURES:

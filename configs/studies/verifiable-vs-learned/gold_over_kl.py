@@ -13,14 +13,14 @@ GOLD, OPTIMISED, KL = "val/pass@1", "val/reward", "val/sequence_kl"
 def measure(start: Path, seed: int) -> dict[str, float]:
     """Return what the samples of the start and the validations of both arms say.
 
-    ``proxy_accuracy`` is the share of held-out pairs, right and wrong samples of the start, that the reward model puts in
-    the right order, and ``start_gold`` the share of right samples.
+    ``proxy_accuracy`` is the share of held-out pairs, right and wrong samples of the start, that the reward model puts
+    in the right order, and ``start_gold`` the share of right samples.
 
     ``<arm>_fall`` is the gold at its peak, which may be the start, - the gold at the end. ``<arm>_rise`` is the rise of
     the optimised reward from that peak, or from the first validation, to the end, and ``<arm>_peak_kl`` the KL at the
-    peak. The end is the mean over the last fifth of the validations. ``common_kl`` is the largest KL that both arms reach,
-    ``<arm>_at_common_kl`` the gold of an arm where it first gets there, and ``difference`` that of the verifier - that of
-    the learned reward.
+    peak. The end is the mean over the last fifth of the validations. ``common_kl`` is the largest KL that both arms
+    reach, ``<arm>_at_common_kl`` the gold of an arm where it first gets there, and ``difference`` that of the verifier
+    - that of the learned reward.
     """
     lines = (start.parent / "held-out.jsonl").read_text(encoding="utf-8").splitlines()
     arms = {arm: read_curves(start.parent / arm / "metrics.csv") for arm in ("verifier", "learned")}

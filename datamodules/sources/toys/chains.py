@@ -22,8 +22,8 @@ class DrawnChains(Source):
     """Draws chains of operations and the script of each; its subclasses say what a row asks.
 
     A chain is a digit and operations that are applied from left to right. About one chain in ten is held out by a fixed
-    hash, in both scripts, so no held-out chain occurs in training under any seed. Rows are drawn with replacement: there
-    are only 50 chains of one operation.
+    hash, in both scripts, so no held-out chain occurs in training under any seed. Rows are drawn with replacement:
+    there are only 50 chains of one operation.
 
     Args:
         num_examples: rows, >= 1.
@@ -82,8 +82,8 @@ class Chains(DrawnChains):
     So no operation forgets the values before it, and a guess is right one time in ten at every length. In letters the
     same problem is ``h+*=`` with ``<think>h+a*a</think>a``.
 
-    Columns ``prompt``, ``completion``, ``answer``, and for rewards and reports ``operations`` (their number), ``script``
-    (``digits`` or ``letters``) and ``thinks`` (whether the completion holds a thought).
+    Columns ``prompt``, ``completion``, ``answer``, and for rewards and reports ``operations`` (their number),
+    ``script`` (``digits`` or ``letters``) and ``thinks`` (whether the completion holds a thought).
 
     Args:
         num_examples: rows, >= 1.

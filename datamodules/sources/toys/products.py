@@ -50,8 +50,8 @@ class Products(Source):
 class ProductCalls(Products):
     """Makes conversations about ``Products`` in which some ask ``Calculator`` and the others guess a number.
 
-    Column ``messages``. A call stands as a plain line, as the built-in models write it. What the calculator returns is no
-    turn of the assistant, and so is not learned.
+    Column ``messages``. A call stands as a plain line, as the built-in models write it. What the calculator returns is
+    no turn of the assistant, and so is not learned.
 
     Args:
         num_examples: rows, >= 1.

@@ -5,7 +5,7 @@ from typing import Any
 
 
 def judge(text: str, answer: str | None, info: dict[str, Any], pattern: str | None = None) -> float | None:
-    """Return 1.0 if the text, or the only group of ``pattern`` in it, is the gold answer, 0.0 if not; both are stripped.
+    """Return 1.0 if the text, or the only group of ``pattern`` in it, is the gold answer, else 0.0; both are stripped.
 
     Returns:
         None without a gold answer.

@@ -70,7 +70,7 @@ def judge(text: str, answer: str | None, info: dict[str, Any], language: str | N
 
 
 def find_question(prompt: str) -> str:
-    """Return a rendered prompt without its system message and the names of its roles, as ChatML and Llama write them."""
+    """Return a rendered prompt without its system message and the names of roles, as ChatML and Llama write them."""
     return _ROLE.sub(" ", _SYSTEM.sub(" ", prompt))
 
 

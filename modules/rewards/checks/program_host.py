@@ -147,8 +147,8 @@ class Host:
     """The program's side: runs it, keeps its objects and answers requests.
 
     A request is {"get": name}, {"attribute": name, "object": number}, {"set": name, "to": value, "object": number}, or
-    {"object": number, "positional": [...], "named": {...}}, which calls it. The answer is {"value": ...}, with "positional" if the call changed them, or
-    {"raised": name of the exception, "message": str}.
+    {"object": number, "positional": [...], "named": {...}}, which calls it. The answer is {"value": ...}, with
+    "positional" if the call changed them, or {"raised": name of the exception, "message": str}.
     """
 
     def __init__(self) -> None:

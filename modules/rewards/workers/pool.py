@@ -1,4 +1,4 @@
-"""A pool of child processes that judge completions; one that hangs, crashes or eats the memory costs that completion."""
+"""A pool of child processes that judge completions; one that hangs, crashes or eats the memory costs that one."""
 
 import atexit
 import glob
