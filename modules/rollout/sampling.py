@@ -91,8 +91,8 @@ class Sampling:
             )
 
     def identity(self) -> dict[str, Any]:
-        """Return what determines a sample, by name: all but ``reuse``."""
-        return {name: value for name, value in asdict(self).items() if name != "reuse"}
+        """Return what determines a sample outside of training, by name: all but ``partial`` and ``reuse``."""
+        return {name: value for name, value in asdict(self).items() if name not in ("partial", "reuse")}
 
 
 class SampledPolicy(Protocol):

@@ -8,7 +8,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Qwen3Config
 
 from modules.rollout import InProcessEngine, Sampling
-from modules.rollout.decoding.shelves import Shelves
+from modules.rollout.decoding.decode import SlotCache
+from modules.rollout.decoding.shelves import BusyRow, Shelves
 from modules.rollout.decoding.static import count_column_bytes
 from modules.types import Completion
 
@@ -103,6 +104,25 @@ def test_shelves_grow_in_steps_up_to_the_longest_row(longer: Holder) -> None:
         64, 64, 128, 128, 192, 256, 384, 384, 1000, 1000,
     ]  # fmt: skip
     assert Shelves(longer.model, 1000, 1e9, steps=16, whole=False).columns_for(49) == 128
+
+
+def test_free_slots_are_given_up_before_rows_must_make_room(longer: Holder) -> None:
+    """10 rows of 128 columns fit just so. Rounded up to 16 slots they would not, at 64 columns they do."""
+    shelves = Shelves(longer.model, 1000, 10 * 128 * count_column_bytes(longer.model), steps=1, whole=True)
+    rows = [BusyRow(request, 5, 5, request, age=request) for request in range(10)]
+    source = SlotCache.allocate(longer.model, 1, 5)
+    for number, keys in enumerate(source.keys + source.values):
+        keys.fill_(number + 1.0)
+    assert shelves.place(rows, source, [0] * 10) == 10 and shelves.shelves[0].cache.slots == 16
+    for row in rows:
+        row.position = 64
+    assert shelves.widen() == [] and (shelves.shelves[0].cache.slots, shelves.shelves[0].cache.columns) == (10, 128)
+    rows[3].position = 128  # beside 9 x 128 there is no room for 192, where it is copied to, beside 8 x 128 there is
+    assert shelves.widen() == [rows[9], rows[8]] and set(shelves.rows) == set(rows[:8])
+    (shelf,) = [each for each in shelves.shelves if rows[3] in each.rows]
+    assert shelf.cache.columns == 192 and shelves.num_bytes() <= shelves.max_bytes
+    kept = shelf.cache.values[0][shelf.rows.index(rows[3])]
+    assert bool((kept[:, :5] == len(source.keys) + 1).all()) and not bool(kept[:, 5:].any())
 
 
 class Waits(TorchDispatchMode):

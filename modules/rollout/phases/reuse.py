@@ -345,6 +345,11 @@ def check_reuse(sampling: Sampling, engine: RolloutEngine, environment: Environm
             "sampling.reuse: a thinking budget cannot be kept in a completion that goes on from a draft: leave "
             "sampling.thinking.budget or sampling.reuse out"
         )
+    if sampling.partial is not None:
+        raise ValueError(
+            "sampling.reuse begins completions that end in their phase, and sampling.partial carries them over: leave one of "
+            "them out"
+        )
     if "started" not in inspect.signature(engine.generate).parameters:
         raise ValueError(
             f"sampling.reuse: {name}.generate takes no beginnings (started) to go on from: leave model.engine or "

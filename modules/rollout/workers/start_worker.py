@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def open_package(name: str) -> None:
@@ -40,7 +40,7 @@ def open_package(name: str) -> None:
 def start(parent: int, memory: int, number: int) -> None:
     """Serve the process ``parent`` until it ends or closes the pipe; see ``sampling_worker.serve``."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends this process
-    for name in ("modules", "modules.rewards", "modules.rollout"):
+    for name in ("modules", "modules.rewards", "modules.rollout", "modules.rollout.workers"):
         open_package(name)
     from modules.rewards.checks.program_host import die_with_parent
 
