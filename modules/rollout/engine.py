@@ -191,11 +191,13 @@ class InProcessEngine(RolloutEngine):
             check_every,
             compile,
         )
-        self.copies_weights = precision != "same"
+        if precision != "same":
+            self.copies_weights = True
         self.last_stats = {}
         self._policy: SampledPolicy | None = None
         self._version = 0
         self._run: Any = run_static
+        self._halves = False  # whether it samples from a copy in 16 bits
         self._shadow: PreTrainedModel | None = None
 
     def sync_weights(self, policy: SampledPolicy, version: int) -> None:
@@ -208,7 +210,7 @@ class InProcessEngine(RolloutEngine):
         if policy is not self._policy:
             self._shadow = None
             self._choose(policy)
-        if self.copies_weights and self._shadow is None:
+        if self._halves and self._shadow is None:
             self._shadow = make_shadow(policy.model)
         elif self._shadow is not None:
             refresh_shadow(self._shadow, policy.model)
@@ -245,15 +247,17 @@ class InProcessEngine(RolloutEngine):
             raise ValueError(
                 f"InProcessEngine: {kind} cannot use the fast decode step, which alone has {names}; leave {names} out"
             )
-        self.copies_weights = self.precision != "same" and self._run is run_continuous
-        if self.copies_weights and self.precision == "auto":
+        self._halves = self.precision != "same" and self._run is run_continuous
+        if self._halves and self.precision == "auto":
             gain = measure_gain(policy.model)
-            self.copies_weights = gain >= GAIN
+            self._halves = gain >= GAIN
             rank_zero_info(
-                f"InProcessEngine: samples in {'bf16' if self.copies_weights else 'fp32'}; matrix products of this model "
+                f"InProcessEngine: samples in {'bf16' if self._halves else 'fp32'}; matrix products of this model "
                 f"in bf16 are {gain:.2f} times as fast as in fp32 here"
             )
-        if self.copies_weights:
+        if self.precision != "same":
+            self.copies_weights = self._halves
+        if self._halves:
             self._shadow = make_shadow(policy.model)
             prompts = [list(policy.tokenizer(text).input_ids) for text in PARITY_TEXTS]
             gap = float(measure_parity(policy, self._shadow, prompts, self.compile).mean())
@@ -290,7 +294,7 @@ class InProcessEngine(RolloutEngine):
         """
         if self._policy is None:
             raise ValueError("InProcessEngine: call sync_weights(policy, version) before generate")
-        if self.copies_weights and self._shadow is None:
+        if self._halves and self._shadow is None:
             raise ValueError("InProcessEngine: call sync_weights(policy, version) again between release and generate")
         check_request(self._policy, prompts, num_generations, sampling, seeds, started)
         if started is not None and replies is not None:
