@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from callbacks.writers.pass_rates import PassRates
 from callbacks.writers.prediction_writer import PredictionWriter
 from callbacks.writers.resumable_jsonl import ResumableJsonl
+from modules.functional.thoughts import CLOSE_TAG, OPEN_TAG
 from modules.types import AskedRow, HasAskedRows, SkipsPrompts, require_accuracy
 
 
@@ -186,4 +187,5 @@ def find_flaw(sample: JudgedSample) -> str | None:
         return "thought ended by its budget"
     if sample.right is None:
         return "not judged"
-    return None if sample.text.strip() else "empty"
+    said = sample.text.replace(OPEN_TAG, "").replace(CLOSE_TAG, "").strip()
+    return None if said else "empty"

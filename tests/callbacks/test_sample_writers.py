@@ -73,6 +73,7 @@ def test_what_is_kept_by_hand() -> None:
         sample("bad", 3, right=False, even=1.0),
         sample("what", 3, right=None, even=1.0),
         sample(" ", 1, even=1.0),
+        sample("<think>\n", 1, even=1.0),  # the prompt opened it, and nothing followed
         sample("odd", 4, even=0.0),
         sample("none", 4, even=None),
         sample("short", 5, even=1.0),
@@ -82,9 +83,9 @@ def test_what_is_kept_by_hand() -> None:
     ]
     kept = VerifiedSamples({"even": 1.0}, per_prompt=2).choose(drawn)
     assert [row["completion"] for row in kept.columns] == ["long", "short"]
-    expected = {"unfinished": 1, "wrong": 1, "not judged": 1, "empty": 1, "below even": 2, "repeated": 1}
+    expected = {"unfinished": 1, "wrong": 1, "not judged": 1, "empty": 2, "below even": 2, "repeated": 1}
     expected |= {"thought ended by its budget": 1, "kept": 2, "surplus": 1}
-    assert kept.counts == Counter(expected) and kept.counts.total() == 11
+    assert kept.counts == Counter(expected) and kept.counts.total() == 12
     kept = VerifiedSamples({"even": 1.0}, per_prompt=2, shortest=True).choose(drawn)
     assert [row["completion"] for row in kept.columns] == ["short", "middle"]
     assert [row["completion"] for row in VerifiedSamples().choose(drawn).columns] == [
