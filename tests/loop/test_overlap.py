@@ -45,7 +45,7 @@ def equal(a: Seen, b: Seen) -> bool:
 
 
 def test_without_staleness_a_copy_is_the_ordinary_run_bit_for_bit():
-    assert equal(fit(CopyEngine(), importance=None), fit(None, importance=None))
+    assert equal(fit(CopyEngine(), importance=False), fit(None, importance=False))
 
 
 @pytest.mark.parametrize(("bound", "beta"), [(1, 0.0), (2, 0.01)])
