@@ -5,13 +5,13 @@ from math import exp
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from callbacks.measures.gaps import Gaps, estimate_ratio, find_growth
 from callbacks.phase import Mean, PhaseCallback, draw_series
 from modules.functional.ranges import check_numbers
-from modules.rollout import Sampling
+from modules.rollout import RolloutEngine, Sampling
 from modules.trainer.ranks import from_all_ranks
 from modules.types import Rollout
 
@@ -32,6 +32,7 @@ class KeepsLogprobs(Protocol):
     keeps_logprobs: bool
     sampling: Sampling
     importance: Any  # with ``level`` and ``cap``, or None
+    engine: RolloutEngine
 
 
 class EngineMismatch(PhaseCallback):
@@ -88,6 +89,12 @@ class EngineMismatch(PhaseCallback):
         if pl_module.importance is not None:
             self._level, self._cap = pl_module.importance.level, pl_module.importance.cap
         self._length = pl_module.sampling.max_completion_length
+        bound = pl_module.engine.max_staleness
+        if bound > 0:
+            rank_zero_info(
+                f"EngineMismatch: with max_staleness {bound} older weights sample all phases but the first, so alarms judge "
+                "the first alone; later gaps are those of engine and training together"
+            )
 
     def measure(self, rollouts: Sequence[Rollout]) -> dict[str, Mean]:
         """Measure the tokens of this rank's rollouts; the class docstring explains the measures."""

@@ -19,7 +19,7 @@ from modules.cli.parser import Parser, read_old_names, refuse, sort_arguments
 from modules.cli.renamed import renew
 from modules.cli.run_folder import SaveConfig
 from modules.trainer.stopping import requeue_if_told
-from modules.types import make_printable
+from modules.types import EngineError, make_printable
 
 DESCRIPTION = (
     "Post-training of language models. To ask a model: python -m modules chat --policy FOLDER. To average models: "
@@ -99,7 +99,7 @@ def main(args: list[str] | None = None) -> None:
                 save_config_kwargs={"overwrite": True},
                 args=given,
             )
-    except (ValueError, OSError, ImportError, FloatingPointError, MisconfigurationException) as error:
+    except (ValueError, OSError, ImportError, FloatingPointError, MisconfigurationException, EngineError) as error:
         refuse(error)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -263,6 +263,12 @@ class OnPolicyModule(AlignmentModule):
         """Make one phase of this rank: sample, score, and compute the log-probs that the updates start from."""
         start = time.perf_counter()
         self.record.metrics = {"time/sampling": 0.0}
+        if self.overlap is None and self.record.ahead:
+            rank_zero_warn(
+                f"what the checkpoint has of phases {sorted(self.record.ahead)} is sampled anew, because this engine "
+                "has no max_staleness"
+            )
+            self.record.ahead = {}
         before = count_failures(self.reward)
         found = self.gather(prompts)
         self.release_engine()
@@ -287,6 +293,8 @@ class OnPolicyModule(AlignmentModule):
             log_ratio = kl.k1(drawn, batch["ref_logprobs"])
             self.check_start(log_ratio)
             k3 = kl.k3(batch["old_logprobs"], batch["ref_logprobs"])
+            if self.overlap is not None:  # of the policy, by tokens that other weights sampled
+                k3 = k3 * (batch["old_logprobs"] - batch["sampler_logprobs"]).exp()
         mask = batch["completion_mask"]
         rollouts = add_trainer_logprobs(found.rollouts, batch["old_logprobs"], self.global_step)
         self.record.rollouts = add_sums(rollouts, entropies, log_ratio, mask)[found.earlier :]
@@ -350,12 +358,6 @@ class OnPolicyModule(AlignmentModule):
         """Sample and score ``num_generations`` completions of each prompt for training."""
         start = time.perf_counter()
         if self.overlap is None:
-            if self.record.ahead:
-                rank_zero_warn(
-                    f"what the checkpoint has of phases {sorted(self.record.ahead)} is sampled anew, because this engine "
-                    "has no max_staleness"
-                )
-                self.record.ahead = {}
             before = 0 if self.drafts is None else self.drafts.reused
             sampled = self.sample(prompts, self.num_generations, self.sampling, str(self.current_epoch), self.drafts)
             tokens = sum(completion.length for group in sampled[1] for completion in group)

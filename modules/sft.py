@@ -76,6 +76,11 @@ class SFTModule(AlignmentModule):
                 "engine samples answers to held-out rows, and there are none: set sampling or reward, or leave engine out"
             )
         self.engine = engine or InProcessEngine()
+        if self.engine.max_staleness > 0:
+            raise ValueError(
+                f"{type(self.engine).__name__}: max_staleness is {self.engine.max_staleness}, and SFT samples nothing that it "
+                "trains on: set it to 0"
+            )
         self.record.held_out = None if self.sampling is None else []
 
     def scores(self, batch: InstructionBatch, means: bool = False) -> TokenScores:

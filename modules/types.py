@@ -57,6 +57,10 @@ KNOWLEDGE_CATEGORIES: tuple[Knowledge, ...] = ("HighlyKnown", "MaybeKnown", "Wea
 CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
+class EngineError(RuntimeError):
+    """Tells in one sentence why an engine cannot go on: its weights, its processes or its server."""
+
+
 class InstructionBatch(TypedDict):
     """Rows of tokens, with the supervised tokens marked. Padding is on the right."""
 

@@ -16,6 +16,7 @@ from torch import optim
 import modules
 import modules.losses
 import modules.rewards
+import modules.rollout
 import modules.schedulers
 from modules.functional import advantages, kl
 from modules.rollout.calculator import Calculator
@@ -35,6 +36,7 @@ PACKAGES = (
     modules,
     modules.losses,
     modules.rewards,
+    modules.rollout,
     modules.schedulers,
     import_own("datamodules"),
     import_own("callbacks"),

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from modules.networks.lora import merge_layers
 from modules.rollout.sampling import SampledPolicy
 from modules.trainer.modes import evaluating
+from modules.types import EngineError
 
 GAP = 1e-4  # nats; log-probs of the same fp32 weights differ by less than this
 GAP_16 = 0.1  # nats; the same of weights of 16 bits
@@ -172,12 +173,12 @@ def check_checksums(expected: Mapping[str, str], found: Mapping[str, str], who: 
     """
     for name, value in expected.items():
         if name not in found:
-            raise RuntimeError(f"{who} has no weight {name}: its model is another one than the policy's")
+            raise EngineError(f"{who} has no weight {name}: its model is another one than the policy's")
         if found[name] != value:
-            raise RuntimeError(f"{who} has another weight {name} than the policy ({found[name]}, not {value})")
+            raise EngineError(f"{who} has another weight {name} than the policy ({found[name]}, not {value})")
     extra = next((name for name in found if name not in expected), None)
     if extra is not None:
-        raise RuntimeError(f"{who} has a weight {extra} that the policy lacks: its model is another one")
+        raise EngineError(f"{who} has a weight {extra} that the policy lacks: its model is another one")
 
 
 def check_probe(expected: list[list[float]], found: list[list[float]], bound: float, who: str) -> None:
@@ -193,12 +194,12 @@ def check_probe(expected: list[list[float]], found: list[list[float]], bound: fl
         RuntimeError: one of them differs by more than ``bound``, or is not finite, or their number differs.
     """
     if [len(row) for row in found] != [len(row) for row in expected]:
-        raise RuntimeError(f"{who} gives {sum(map(len, found))} log-probs of the probe, not {sum(map(len, expected))}")
+        raise EngineError(f"{who} gives {sum(map(len, found))} log-probs of the probe, not {sum(map(len, expected))}")
     pairs = zip(chain(*expected), chain(*found), strict=True)
     gaps = [abs(mine - theirs) for mine, theirs in pairs if str(mine) != str(theirs)]  # nan equals nan
     if not all(gap <= bound for gap in gaps):
         worst = next((gap for gap in gaps if gap != gap), max(gaps))
-        raise RuntimeError(
+        raise EngineError(
             f"{who} computes other log-probs than the policy: the probe differs by {worst:.3g} nats, more than {bound:g}, "
             "though it should have the same weights"
         )

@@ -37,7 +37,7 @@ from modules.rollout.vllm.vllm_server import (
 )
 from modules.rollout.vllm.weight_folder import WeightFolder
 from modules.trainer.seeds import derive_seed
-from modules.types import Completion
+from modules.types import Completion, EngineError
 
 REQUESTS = 256  # that wait for the server at a time; each may ask for several completions
 BEAT = 1.0  # seconds between two looks at a server that has not answered
@@ -251,7 +251,7 @@ class VLLMEngine(RolloutEngine):
 
     def _refuse_dead(self) -> None:
         if self._dead:
-            raise RuntimeError(f"VLLMEngine: nothing can be sampled any more: {self._dead}")
+            raise EngineError(f"VLLMEngine: nothing can be sampled any more: {self._dead}")
 
     def _stop(self, keep_log: bool = False) -> None:
         if self._server is not None:
@@ -289,7 +289,7 @@ class VLLMEngine(RolloutEngine):
         said = f"; {self._server.tell_log()}" if self._server is not None and isinstance(error, ServerLost) else ""
         self._dead, self._ready = reason, False
         self._stop(keep_log=True)
-        raise RuntimeError(f"VLLMEngine: {reason}{said}") from error
+        raise EngineError(f"VLLMEngine: {reason}{said}") from error
 
     def _connect(self) -> None:
         """Start a server, or greet the one that is there, unless that was done."""
@@ -336,7 +336,7 @@ class VLLMEngine(RolloutEngine):
         """
         version = self._call("/weight_info", method="GET")["weight_version"]
         if version != self._tag:
-            raise RuntimeError(
+            raise EngineError(
                 f"VLLMEngine: the server has weights of version {version}, not {self._tag}: something else updates it; "
                 "use a server that belongs to this run alone"
             )
@@ -420,7 +420,7 @@ class VLLMEngine(RolloutEngine):
                 raise ValueError(f"VLLMEngine: the server refused a request: {error}") from error
             except ServerLost as error:
                 if self._closing:
-                    raise RuntimeError("VLLMEngine: it was closed while it sampled") from error
+                    raise EngineError("VLLMEngine: it was closed while it sampled") from error
                 if restarts == RESTARTS or self._attached is not None:
                     self._give_up(f"the server is lost ({error})", error)
                 log = self._server.log if self._server is not None else None
@@ -509,7 +509,7 @@ def greet(client: VLLMClient) -> str:
         and torch.distributed.is_initialized()
         and torch.distributed.get_world_size() > 1
     ):
-        raise RuntimeError(
+        raise EngineError(
             "VLLMEngine: url names one server, and each of several ranks would give it weights; leave url out, so that "
             "each rank starts its own"
         )
@@ -519,7 +519,7 @@ def greet(client: VLLMClient) -> str:
         client.call("/init_weight_transfer_engine", {"init_info": {}})
         client.call("/collective_rpc", {"method": "tell_device"})
     except (ServerLost, ServerRefused, KeyError, TypeError) as error:
-        raise RuntimeError(
+        raise EngineError(
             f"VLLMEngine: the server at {client.url} is not there, or not set up for updates of its weights ({error}); "
             "leave url out, or start the server as the class VLLMEngine says"
         ) from error
@@ -528,9 +528,7 @@ def greet(client: VLLMClient) -> str:
         f"{option} {config.get(option)}, not {value}" for option, value in wanted.items() if config.get(option) != value
     ]
     if wrong:
-        raise RuntimeError(
-            f"VLLMEngine: the server at {client.url} has {'; '.join(wrong)}; start it with these options"
-        )
+        raise EngineError(f"VLLMEngine: the server at {client.url} has {'; '.join(wrong)}; start it with these options")
     return str(name)
 
 

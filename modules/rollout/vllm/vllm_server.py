@@ -21,6 +21,7 @@ from typing import IO
 from modules.rewards.workers.pool import count_cores
 from modules.rollout.sampling import SampledPolicy
 from modules.rollout.vllm.vllm_client import ServerLost, VLLMClient
+from modules.types import EngineError
 
 SIDE = Path(__file__).parent / "vllm_side"  # what the server's environment imports
 MODEL = "policy"  # what the server calls it
@@ -194,12 +195,12 @@ class VLLMServer:
         try:
             while True:
                 if not self.alive:
-                    raise RuntimeError(f"VLLMEngine: the server has ended before it was ready; {self.tell_log()}")
+                    raise EngineError(f"VLLMEngine: the server has ended before it was ready; {self.tell_log()}")
                 with suppress(ServerLost):
                     self.client.call("/health", method="GET", seconds=5.0)
                     break
                 if time.monotonic() > deadline:
-                    raise RuntimeError(
+                    raise EngineError(
                         f"VLLMEngine: the server is not ready after {START_SECONDS:.0f} s; {self.tell_log()}"
                     )
                 time.sleep(0.1)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from modules.rollout.sampling import SampledPolicy
 from modules.rollout.syncing import merged_weights
+from modules.types import EngineError
 
 SHARED_MEMORY = Path("/dev/shm")
 BUCKET = 2**29  # bytes of one file; a larger weight has one of its own
@@ -62,7 +63,7 @@ class WeightFolder:
         except (OSError, SafetensorError) as error:
             folder = self.path.parent
             self.close()
-            raise RuntimeError(
+            raise EngineError(
                 f"the weights for the engine take {needed / 2**20:.0f} MB, which cannot be written to {folder} ({error}); "
                 "make room there, or set TMPDIR to a folder with room"
             ) from error

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from modules.rewards.workers.pool import count_cores, start_child
+from modules.types import EngineError
 
 START_SECONDS = 300.0  # for a worker to import its libraries: enough for a cold disk and a busy machine
 TRIES = 3  # workers that the same task may cost
@@ -205,7 +206,7 @@ class Crew:
                 wait_for([process for _, process in busy])
                 for number, process in busy:
                     if self._is_stopped:
-                        raise RuntimeError("WorkerEngine: it was closed while its workers were busy")
+                        raise EngineError("WorkerEngine: it was closed while its workers were busy")
                     try:
                         done = self._follow(process)
                     except LostWorker as error:
@@ -299,7 +300,7 @@ class Crew:
 
     @staticmethod
     def _give_up(task: Assignment, error: LostWorker) -> RuntimeError:
-        return RuntimeError(
+        return EngineError(
             f"WorkerEngine: {TRIES} workers in a row were lost while the last of them {task.what}: {error}"
         )
 

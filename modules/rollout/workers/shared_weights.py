@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from modules.rollout.syncing import checksum
+from modules.types import EngineError
 
 ALIGNMENT = 64  # bytes
 
@@ -88,7 +89,7 @@ def reserve_memory(size: int) -> int:
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(file, 0, size)  # else a lack of memory would end this process at a later write
     except OSError as error:
-        raise RuntimeError(
+        raise EngineError(
             f"there is no shared memory for {size / 2**20:.0f} MB of weights ({error.strerror}): free some, or leave "
             "model.engine out"
         ) from error

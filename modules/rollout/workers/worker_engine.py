@@ -81,12 +81,13 @@ class WorkerEngine(RolloutEngine):
         max_staleness: int = 0,
     ) -> None:
         checks = {
-            f"workers {workers} must be >= 1": workers >= 1,
+            f"workers {workers} must be a whole number >= 1": isinstance(workers, int) and workers >= 1,
             f"teardown {teardown!r} must be at_end or each_phase": teardown in ("at_end", "each_phase"),
-            f"timeout {timeout} must be a finite number of seconds >= 1": 1 <= timeout < math.inf,
-            f"max_staleness {max_staleness} must be >= 0": max_staleness >= 0,
+            f"timeout {timeout} must be a finite number of seconds >= 1": isinstance(timeout, int | float)
+            and 1 <= timeout < math.inf,
+            f"max_staleness {max_staleness} must be >= 0": isinstance(max_staleness, int) and max_staleness >= 0,
             "teardown each_phase ends the workers that max_staleness lets sample beside the training: set one of them": (
-                teardown == "at_end" or max_staleness <= 0
+                teardown == "at_end" or (max_staleness or 0) <= 0
             ),
             "it needs Linux or macOS": os.name == "posix",
         }
