@@ -54,13 +54,6 @@ CASES = {
     "in process, fast": EngineCase("qwen3", InProcessEngine, small_engine),
     "in process, in blocks": EngineCase("qwen3", lambda: InProcessEngine(check_every=4), small_engine),
     "in process, static": EngineCase("gpt2", InProcessEngine, small_engine),
-    "in process, bf16": EngineCase(
-        "qwen3",
-        lambda: InProcessEngine(precision="bf16"),
-        lambda: InProcessEngine(SMALL_GB, precision="bf16"),
-        tolerance=0.1,
-        exact=False,
-    ),
     "workers": EngineCase("qwen3", WorkerEngine, lambda: WorkerEngine(1, small_engine()), disturb=kill_worker),
     "vllm, fake server": EngineCase("qwen3", attach_to_fake, attach_to_fake, unbroken=False),
 }
