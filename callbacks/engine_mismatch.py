@@ -11,7 +11,7 @@ from torch import Tensor
 from callbacks.measures.gaps import Gaps, estimate_ratio, find_growth
 from callbacks.phase import Mean, PhaseCallback, draw_series
 from modules.functional.ranges import check_numbers
-from modules.rollout import RolloutEngine, Sampling
+from modules.rollout import Sampling
 from modules.trainer.ranks import from_all_ranks
 from modules.types import Rollout
 
@@ -32,7 +32,6 @@ class KeepsLogprobs(Protocol):
     keeps_logprobs: bool
     sampling: Sampling
     importance: Any  # with ``level`` and ``cap``, or None
-    engine: RolloutEngine
 
 
 class EngineMismatch(PhaseCallback):
@@ -89,7 +88,7 @@ class EngineMismatch(PhaseCallback):
         if pl_module.importance is not None:
             self._level, self._cap = pl_module.importance.level, pl_module.importance.cap
         self._length = pl_module.sampling.max_completion_length
-        bound = pl_module.engine.max_staleness
+        bound = getattr(getattr(pl_module, "engine", None), "max_staleness", 0)
         if bound > 0:
             rank_zero_info(
                 f"EngineMismatch: with max_staleness {bound} older weights sample all phases but the first, so alarms judge "

@@ -79,9 +79,7 @@ def test_numbers_by_hand(make: Any, fit: Any) -> None:
 )
 def test_the_cap_is_that_of_the_run(make: Any, fit: Any, monkeypatch: Any, importance: Any, truncated: float) -> None:
     """Tokens have w = e^1 and e^0.5, the completion e^1.5 = 4.48."""
-    from conftest import Scripted
-
-    monkeypatch.setattr(Scripted, "importance", importance)
+    monkeypatch.setattr(fit.__globals__["Scripted"], "importance", importance)
     events = fit(EngineMismatch(), [[rescored(make, [1.0, 0.5])]])
     assert events.scalars("train/engine_mismatch/truncated") == [truncated]
 

@@ -30,13 +30,13 @@ TWO_RANKS += ["--trainer.val_check_interval=1"]
 
 
 def read_numbers(folder: Path) -> dict[tuple[str, str], str]:
-    """Read what a run logged, by step, without wall times."""
+    """Read what a run logged, by step, without wall times and means that they weigh."""
     with (folder / "log/metrics.csv").open() as file:
         return {
             (row["step"], name): value
             for row in csv.DictReader(file)
             for name, value in row.items()
-            if value and "time" not in name and "second" not in name
+            if value and not any(part in name for part in ("time", "second", "occupancy"))
         }
 
 

@@ -298,4 +298,6 @@ def test_two_ranks_make_the_run_of_one(tmp_path):
         "train/ratio/var",
     } <= names
     for key, value in one["logged"].items():
+        if key[1].startswith("train/engine/"):  # of each rank's own calls
+            continue
         assert two["logged"][key] == pytest.approx(value, rel=1e-3, abs=1e-5), key

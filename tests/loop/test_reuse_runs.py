@@ -93,7 +93,7 @@ def test_what_cannot_go_on_from_a_draft_is_refused() -> None:
             return []
 
     class Late(InProcessEngine):
-        max_staleness = 2
+        copies_weights, max_staleness = True, 2
 
     reuse = Reuse()
     for settings, said in (

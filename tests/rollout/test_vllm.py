@@ -110,7 +110,7 @@ def is_gone(pid: int) -> bool:
         return True
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 90.0) -> None:
+def wait_until(condition: Callable[[], bool], seconds: float = 240.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
@@ -357,6 +357,7 @@ def make_module(engine: RolloutEngine) -> GRPOModule:
         NumericMatch(),
         num_generations=4,
         engine=engine,
+        importance=False,  # which only a copy of the weights has by default
         sampling=Sampling(max_completion_length=5),
         optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=3e-4),
     )
