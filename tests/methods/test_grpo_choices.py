@@ -31,6 +31,11 @@ from modules.rollout.phases.dynamic_sampling import DynamicSampling
 from modules.rollout.sampling import Sampling
 
 
+def spread(completions: list[str], completion_ids: list[list[int]]) -> list[float]:
+    """Score completions by their tokens, so that those of a group differ whatever is sampled."""
+    return [sum(ids) % 97 / 97 for ids in completion_ids]
+
+
 class Numbers(Logger):
     """Keeps the numbers that are logged at the end of each phase."""
 
@@ -222,7 +227,7 @@ def test_mirror_descent_begins_each_phase_without_moments():
     """Adam's first step after a reset moves every weight that has a gradient by the learning rate."""
     moves = {}
     for reset in (True, False):
-        module = grpo(objective=MirrorDescent(reset_optimizer=reset))
+        module = grpo(objective=MirrorDescent(reset_optimizer=reset), reward=spread)
         module.optimizer = lambda parameters: torch.optim.Adam(parameters, lr=1e-4, eps=1e-12)
         phases = Moves()
         Trainer(**QUIET, max_epochs=3, callbacks=[phases]).fit(
@@ -281,7 +286,7 @@ def test_gdpo_in_a_run_normalises_each_part():
 
 
 def test_a_kl_in_the_reward_lowers_the_advantage_of_completions_far_from_the_start():
-    module = grpo(beta=0.5, kl_loss=None)
+    module = grpo(beta=0.5, kl_loss=None, reward=spread)
     module.optimizer = lambda parameters: torch.optim.SGD(parameters, lr=0.5)
     (batch,) = fit(module, phases=2, prompts=4).trained[1]
     mask = batch["completion_mask"]
