@@ -50,10 +50,11 @@ class EngineMismatch(PhaseCallback):
       the n-th quarter of the places in a completion, of which there are ``max_completion_length``.
 
     It warns when ``fresh_kl``, with log w counted up to 1, is above ``max_kl`` by more than two standard errors (over
-    completions) for two phases, and again at ten times as much; and once when ``fresh_kl`` grows steadily, over the last ten phases or over the run in ten
-    stretches: to three times its size, or to twice its size while the learning rate is 0, where nothing should change.
-    Ten values are steady if 37 more of their 45 pairs rise than fall; below ``max_kl`` / 100 no growth counts. The
-    sentence names likely causes.
+    completions) for two phases, and again at ten times as much. It warns once when ``fresh_kl`` grows steadily, over the
+    last ten phases or over the run in ten stretches: to three times its size, or to twice its size while the learning
+    rate is 0, where nothing should change. Ten values are steady if 37 more of their 45 pairs rise than fall; below
+    ``max_kl`` / 100 no growth counts. The sentence names likely causes. With ``max_staleness`` the first phase alone has
+    a ``fresh_kl``, so that no later gap is told.
 
     Args:
         max_kl: > 0, nats per token. With equal weights, 32 bits on both sides give 1e-8 or less, 16 bits on one side

@@ -183,14 +183,14 @@ class VerifiableDataModule(AlignDataModule):
                 prompt.text,
                 plain(asked_columns(prompt.columns, self.columns, prompt.example.answer)),
                 prompt.text != prompt.example.prompt,
-                find_question(prompt.example.prompt),
+                read_question(prompt.example.prompt),
             )
             for prompt in self.train_prompts
         ]
 
     def held_out_questions(self) -> list[str]:
         """Returns the text of each held-out prompt, or the last message of its user."""
-        return [find_question(prompt.example.prompt) for prompt in self.val_prompts]
+        return [read_question(prompt.example.prompt) for prompt in self.val_prompts]
 
     def every_prompt(self) -> PromptBatch:
         """Returns all prompts for training and the held-out ones as one batch, the same on every rank."""
@@ -408,7 +408,7 @@ def prompt_batch(prompts: list[tuple[Prompt, int]]) -> PromptBatch:
     return batch
 
 
-def find_question(prompt: Dialogue) -> str:
+def read_question(prompt: Dialogue) -> str:
     """Returns a text prompt, or the last message of the user in a conversation; "" without one."""
     if isinstance(prompt, str):
         return prompt

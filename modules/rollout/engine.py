@@ -179,7 +179,7 @@ class InProcessEngine(RolloutEngine):
         check_every: int | None = None,
         compile: bool = False,
     ) -> None:
-        if not max_cache_gb > 0:
+        if not (max_cache_gb or 0) > 0:
             raise ValueError(f"InProcessEngine: max_cache_gb {max_cache_gb} must be > 0")
         if precision not in ("same", "bf16", "auto"):
             raise ValueError(f"InProcessEngine: precision {precision!r} must be same, bf16 or auto")

@@ -1,12 +1,26 @@
 """Numbers over all ranks: gathered lists, means, moments. All functions are collective, but ``log_equal``."""
 
 import math
+import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, distributed
+
+# What tells a process that it is one of several ranks.
+RANK_VARIABLES = {"RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "ROLE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"}
+RANK_VARIABLES |= {"ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+
+
+def leave_ranks() -> dict[str, str]:
+    """Return the environment variables for a child process that is no rank."""
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name not in RANK_VARIABLES and not name.startswith("TORCHELASTIC_")
+    }
 
 
 def from_all_ranks(items: list[Any]) -> list[Any]:

@@ -7,9 +7,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, PreTrainedModel
 
+from modules.rollout.decoding.decode import ROW_STEP
 from modules.rollout.sampling import Ledger
-
-ROW_STEP = 16  # batches shrink in steps of this many rows
 
 
 def run_static(

@@ -88,7 +88,7 @@ class VLLMClient:
         if status >= 400:
             reason = f"{path} has status {status}: {read_reason(said)}"
             raise ServerRefused(reason) if status < 500 else ServerLost(reason, answered=True)
-        return read_answer(path, response, said)
+        return read_body(path, response, said)
 
     def count_tokens(self, seconds: float) -> float:
         """Return how many tokens the server has read and sampled since it started."""
@@ -106,7 +106,7 @@ class VLLMClient:
                     connection.sock.shutdown(socket.SHUT_RDWR)
 
 
-def read_answer(path: str, response: HTTPResponse, said: bytes) -> Any:
+def read_body(path: str, response: HTTPResponse, said: bytes) -> Any:
     """Return what a server answered.
 
     Raises:

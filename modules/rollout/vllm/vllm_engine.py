@@ -56,8 +56,8 @@ class VLLMEngine(RolloutEngine):
 
     A server that dies, or that makes no progress for ``timeout`` seconds, is started again with the same weights. Prompts
     without an answer are then sampled again with their seeds. Seeds belong to vLLM's own random numbers: they repeat its
-    samples, and give others than ``InProcessEngine``. A completion that goes
-    on from a beginning of t tokens has the seed made from its own and t, so it is not what an unbroken one would be.
+    samples, and give others than ``InProcessEngine``. A completion that goes on from a beginning of t tokens has the
+    seed made from its own and t, so it is not what an unbroken one would be.
 
     Only the transfer of weights by files is built: vLLM's ``nccl`` and ``ipc`` need GPUs, and were not run. Several
     ranks each start a server of their own. What was run here was vLLM 0.32 on CPUs; nothing of it on a GPU.
@@ -76,7 +76,7 @@ class VLLMEngine(RolloutEngine):
         arguments: further options of ``vllm serve``, such as ``--tensor-parallel-size 2`` as two items.
 
     Attributes:
-        last_stats: of the last ``generate``: ``requests``, ``sampled_tokens``, ``restarts`` of the server, and
+        last_stats: of the last ``generate``: ``requests``, ``tokens``, ``restarts`` of the server, and
             ``sync_seconds``, what the last sync took, the start of a server included.
 
     Raises:
@@ -101,9 +101,9 @@ class VLLMEngine(RolloutEngine):
     ) -> None:
         checks = {
             f"max_model_len {max_model_len} must be >= 2": max_model_len is None or max_model_len >= 2,
-            f"cache_gb {cache_gb} must be > 0": cache_gb > 0,
-            f"max_staleness {max_staleness} must be >= 0": max_staleness >= 0,
-            f"timeout {timeout} must be > 0 seconds": timeout > 0,
+            f"cache_gb {cache_gb} must be > 0": (cache_gb or 0) > 0,
+            f"max_staleness {max_staleness} must be >= 0": isinstance(max_staleness, int) and max_staleness >= 0,
+            f"timeout {timeout} must be > 0 seconds": (timeout or 0) > 0,
             f"teardown {teardown} must be at_end where url names a server of yours": url is None
             or teardown == "at_end",
             "arguments are those of a server that the engine starts; leave them or url out": not (url and arguments),
@@ -200,7 +200,7 @@ class VLLMEngine(RolloutEngine):
                 self._read(choice, sampling, None if started is None else started[place])
                 for place, choice in enumerate(choice for answer in answers for choice in answer)
             ]
-            self.last_stats |= {"requests": len(bodies), "sampled_tokens": sampled, "restarts": restarts}
+            self.last_stats |= {"requests": len(bodies), "tokens": sampled, "restarts": restarts}
         return [completions[at : at + num_generations] for at in range(0, len(completions), num_generations)]
 
     def release(self) -> None:

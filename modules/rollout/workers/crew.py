@@ -18,14 +18,12 @@ from typing import Any
 import torch
 
 from modules.rewards.workers.pool import count_cores, start_child
+from modules.trainer.ranks import leave_ranks
 from modules.types import EngineError
 
 START_SECONDS = 300.0  # for a worker to import its libraries: enough for a cold disk and a busy machine
 TRIES = 3  # workers that the same task may cost
 CHUNK = 2**20  # bytes that are read at once
-# What tells a process that it is one of several ranks, which a worker is not.
-RANK_VARIABLES = {"RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "ROLE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"}
-RANK_VARIABLES |= {"ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
 
 
 class LostWorker(Exception):
@@ -59,11 +57,6 @@ class SamplingProcess:
         count = str(threads)
         own = {"OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count, "OMP_WAIT_POLICY": "PASSIVE", "PYTHONUTF8": "1"}
         own |= {"TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))}
-        kept = {
-            name: value
-            for name, value in os.environ.items()
-            if name not in RANK_VARIABLES and not name.startswith("TORCHELASTIC_")
-        }
         # In a session of its own it misses Ctrl-C, upon which the trainer may still want its answers.
         self.child = start_child(
             command,
@@ -72,7 +65,7 @@ class SamplingProcess:
             bufsize=0,
             pass_fds=(memory,),
             start_new_session=True,
-            env=kept | own,
+            env=leave_ranks() | own,
         )
         assert self.child.stdin is not None and self.child.stdout is not None
         self.input, self.output = self.child.stdin.fileno(), self.child.stdout.fileno()
@@ -301,7 +294,8 @@ class Crew:
     @staticmethod
     def _give_up(task: Assignment, error: LostWorker) -> RuntimeError:
         return EngineError(
-            f"WorkerEngine: {TRIES} workers in a row were lost while the last of them {task.what}: {error}"
+            f"WorkerEngine: {TRIES} workers in a row were lost while the last of them {task.what}: {error}; if "
+            "the machine is short of memory, lower model.engine.workers"
         )
 
 

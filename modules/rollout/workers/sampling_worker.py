@@ -170,7 +170,7 @@ class Link:
         os._exit(1)
 
 
-def serve(parent: int, memory: int, number: int) -> None:
+def serve_trainer(parent: int, memory: int, number: int) -> None:
     """Answer requests until the trainer closes the pipe or is gone.
 
     Args:

@@ -38,7 +38,7 @@ def open_package(name: str) -> None:
 
 
 def start(parent: int, memory: int, number: int) -> None:
-    """Serve the process ``parent`` until it ends or closes the pipe; see ``sampling_worker.serve``."""
+    """Serve the process ``parent`` until it ends or closes the pipe; see ``sampling_worker.serve_trainer``."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends this process
     for name in ("modules", "modules.rewards", "modules.rollout", "modules.rollout.workers"):
         open_package(name)
@@ -47,9 +47,9 @@ def start(parent: int, memory: int, number: int) -> None:
     die_with_parent()
     if os.getppid() != parent:
         return
-    from modules.rollout.workers.sampling_worker import serve
+    from modules.rollout.workers.sampling_worker import serve_trainer
 
-    serve(parent, memory, number)
+    serve_trainer(parent, memory, number)
 
 
 if __name__ == "__main__":
