@@ -45,7 +45,6 @@ class EngineMismatch(PhaseCallback):
     - ``perplexity_ratio``: perplexity of the completions under the trainer / under the sampler, exp(-mean log w).
     - ``log_weight_mean``, ``log_weight_max``: mean and largest abs(log w), nats.
     - ``truncated``: share of tokens whose weight is above the cap of ``importance``, or w above 2 without it.
-    - ``staleness_mean``, ``staleness_max``: optimiser updates between the weights that sampled a token and the trainer's.
     - ``quarter_<n>_kl``, ``_log_weight``, ``_truncated``: ``kl``, ``log_weight_mean`` and ``truncated`` of the tokens in
       the n-th quarter of the places in a completion, of which there are ``max_completion_length``.
 
@@ -99,12 +98,12 @@ class EngineMismatch(PhaseCallback):
     def measure(self, rollouts: Sequence[Rollout]) -> dict[str, Mean]:
         """Measure the tokens of this rank's rollouts; the class docstring explains the measures."""
         found = Gaps.of(rollouts)
-        gaps, distances, ages = found.log_weights, found.distances, found.ages.double()
+        gaps, distances = found.log_weights, found.distances
         weights = (found.sum_gaps() if self._level == "sequence" else gaps).exp()
         over, fresh = (weights > self._cap).double(), found.ages == 0
         quarters = (4 * found.places // self._length).clamp(max=3) + 1
         self._completions = from_all_ranks(found.sum_completions(fresh))
-        largest, oldest = (max(from_all_ranks([float(x.max()) if len(x) else 0.0])) for x in (gaps.abs(), ages))
+        largest = max(from_all_ranks([float(gaps.abs().max()) if len(gaps) else 0.0]))
         measures = {
             "kl": average(distances),
             "fresh_kl": average(distances[fresh]),
@@ -112,8 +111,6 @@ class EngineMismatch(PhaseCallback):
             "log_weight_mean": average(gaps.abs()),
             "log_weight_max": Mean(largest * len(gaps), len(gaps)),
             "truncated": average(over),
-            "staleness_mean": average(ages),
-            "staleness_max": Mean(oldest * len(gaps), len(gaps)),
         }
         for each in QUARTERS:
             here = quarters == each

@@ -48,8 +48,6 @@ def test_numbers_by_hand(make: Any, fit: Any) -> None:
         "log_weight_mean": 4.0 / 9,
         "log_weight_max": 2.0,
         "truncated": 1 / 9,  # exp(1) > 2
-        "staleness_mean": 2 / 9,
-        "staleness_max": 2.0,
         "quarter_1_kl": (k3(0.5) + k3(-0.5)) / 4,
         "quarter_1_log_weight": 1.0 / 4,
         "quarter_1_truncated": 0.0,

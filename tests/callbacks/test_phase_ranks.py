@@ -15,8 +15,8 @@ MEASURES = {
     "overoptimization": ["proxy", "gold", "gap", "sqrt_kl"],
     "diversity": ["entropy", "distinct_1", "distinct_2", "distinct_answers", "frac_reward_zero_std"],
     "engine_mismatch": [
-        *("kl", "fresh_kl", "perplexity_ratio", "log_weight_mean", "log_weight_max", "truncated", "staleness_mean"),
-        *("staleness_max", "quarter_1_kl", "quarter_2_log_weight", "quarter_3_truncated", "quarter_4_kl"),
+        *("kl", "fresh_kl", "perplexity_ratio", "log_weight_mean", "log_weight_max", "truncated"),
+        *("quarter_1_kl", "quarter_2_log_weight", "quarter_3_truncated", "quarter_4_kl"),
     ],
     "length_bias": ["correlation", "right_length", "wrong_length", "truncated"],
 }
