@@ -103,6 +103,8 @@ class AlignmentModule(LightningModule):
     def configure_optimizers(self) -> Any:
         """Return the optimizer and the scheduler, which steps per update, or per epoch if it waits for a plateau."""
         optimizer = self.optimizer(self.parameter_groups())
+        if self.device.type == "cpu":
+            fuse_adam(optimizer)
         if self.scheduler is None:
             return optimizer
         scheduler = self.scheduler(optimizer)
@@ -158,7 +160,9 @@ class AlignmentModule(LightningModule):
         """Undo Lightning's division by accumulation and ranks, since ``denominator`` counts the whole step."""
         return loss * self.trainer.accumulate_grad_batches * self.trainer.world_size
 
-    def log_step(self, metrics: Mapping[str, Tensor | float], weight: float | None = None, join: Join = sum) -> None:
+    def log_step(
+        self, metrics: Mapping[str, Tensor | float], weight: Tensor | float | None = None, join: Join = sum
+    ) -> None:
         """Log numbers of a micro-batch as ``train/<name>``.
 
         They are joined once per optimiser step, over its micro-batches and all ranks. With ``weight`` they are
@@ -167,7 +171,7 @@ class AlignmentModule(LightningModule):
         self._step.add(metrics, weight, join)
 
     def log_evaluation(
-        self, metrics: Mapping[str, Tensor | float], weight: float | None = None, join: Join = sum
+        self, metrics: Mapping[str, Tensor | float], weight: Tensor | float | None = None, join: Join = sum
     ) -> None:
         """Log numbers of a held-out batch as ``val/<name>`` or ``test/<name>``.
 
@@ -346,6 +350,14 @@ class AlignmentModule(LightningModule):
         }
 
 
+def fuse_adam(optimizer: torch.optim.Optimizer) -> None:
+    """Let Adam and AdamW update a parameter in one pass over memory, unless the user has chosen how."""
+    if type(optimizer) in (torch.optim.Adam, torch.optim.AdamW):
+        for group in optimizer.param_groups:
+            if group["fused"] is None and group["foreach"] is None:
+                group["fused"] = True
+
+
 def say_kept_settings(optimizers: Sequence[torch.optim.Optimizer]) -> None:
     """Warn of settings of a resumed run's optimizers that have no effect, since the checkpoint brings its own."""
     for optimizer in optimizers:
@@ -361,9 +373,10 @@ def say_kept_settings(optimizers: Sequence[torch.optim.Optimizer]) -> None:
                 )
 
 
-def count_tokens(batch: PolicyBatch | PreferenceBatch, rows: Tensor) -> float:
-    """Count the tokens of the completions in ``rows``, bool [N], and those of each of their prompts once."""
-    prompts, read = batch["prompt_index"][rows].unique(), batch["prompt_mask"]
+def count_tokens(batch: PolicyBatch | PreferenceBatch, rows: Tensor) -> Tensor:
+    """Count the tokens [] of the completions in ``rows``, bool [N], and those of each of their prompts once."""
+    prompts = torch.zeros(len(batch["prompt_ids"]), dtype=torch.long, device=rows.device)
+    read = batch["prompt_mask"] & (prompts.index_add(0, batch["prompt_index"], rows.long()) > 0)[:, None]
     if "prompt_counts" in batch:
         read = read & batch["prompt_counts"][:, None]  # type: ignore[typeddict-item]
-    return float(batch["completion_mask"][rows].sum() + read[prompts].sum())
+    return (batch["completion_mask"] & rows[:, None]).sum() + read.sum()
