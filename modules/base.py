@@ -12,6 +12,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, Reduce
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
+from modules.networks.bases import leave_out_bases, put_back_bases
 from modules.networks.loading import lacks_output_head
 from modules.networks.lora import Lora
 from modules.networks.memory import estimate_memory, write_memory_line
@@ -44,6 +45,7 @@ class AlignmentModule(LightningModule):
     """
 
     forms_logits = True  # whether training computes logits
+    gradient_checkpointing = False  # whether a fit computes layers again in the backward pass, to need less memory
     reference_id: str | None = None  # what tells the frozen reference from others; None = there is none, or it moves
 
     def __init__(
@@ -81,8 +83,14 @@ class AlignmentModule(LightningModule):
         return [StopTogether()] if guarded else [StopTogether(), FiniteGuard()]
 
     def setup(self, stage: str) -> None:
-        """Refuse a precision that is not the 32 bits of log-probs, denominators and losses; keep checkpoints whole."""
+        """Refuse a precision that is not the 32 bits of log-probs, denominators and losses; keep checkpoints whole.
+
+        With ``gradient_checkpointing`` the layers of all models that learn are computed again in the backward pass.
+        """
         keep_checkpoints_whole(self.trainer)
+        for part in self.modules() if self.gradient_checkpointing and stage == "fit" else ():
+            if isinstance(part, Policy):
+                part.recompute_layers()
         if self.trainer.precision in ("16-true", "bf16-true", "transformer-engine", "transformer-engine-float16"):
             raise ValueError(
                 f"precision '{self.trainer.precision}' rounds the batch's log-probabilities and denominators to 16 "
@@ -258,25 +266,30 @@ class AlignmentModule(LightningModule):
         self.policy.save_pretrained(folder)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Note the method and the model in the checkpoint, so that another model refuses it; refuse broken weights."""
+        """Note the method and the model in the checkpoint, so that another model refuses it; refuse broken weights.
+
+        With adapters it names the model under them and leaves out its weights.
+        """
         saved = checkpoint["state_dict"]
         learned = [name for name, parameter in self.named_parameters() if parameter.requires_grad and name in saved]
         require_finite([saved[name] for name in learned], type(self).__name__)
         checkpoint["alignment"] = {**self.identity(), "num_tokens": self.num_tokens, "random": self._random}
         checkpoint["alignment"] |= {"reference": self.reference_id, "lora_scale": self.lora_scale}
         checkpoint["alignment"] |= {"validates": validation_is_due(self.trainer), "logged": sorted(self._step_names)}
+        checkpoint["alignment"] |= {"bases": leave_out_bases(self, checkpoint)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse the checkpoint of another method or model, then correct the position; see ``rewind_to_whole_step``.
 
         Raises:
-            ValueError: the checkpoint's method, kind of model or number of parameters is another.
+            ValueError: the checkpoint's method, kind of model, number of parameters, or model under adapters is another.
         """
         saved = dict(checkpoint.get("alignment", {}))
         self.num_tokens = saved.pop("num_tokens", 0)
         self._random = saved.pop("random", self._random)
         reference, scale = saved.pop("reference", None), saved.pop("lora_scale", None)
         due, self._step_names = saved.pop("validates", None), set(saved.pop("logged", []))
+        bases = saved.pop("bases", {})
         mine = self.identity()
         if saved != mine:
             differ = [
@@ -290,6 +303,7 @@ class AlignmentModule(LightningModule):
                 f"lora.alpha / lora.r is {self.lora_scale:g} and was {scale:g} in the checkpoint, so its adapters "
                 "would change the model by another factor: set lora.alpha as it was"
             )
+        put_back_bases(self, checkpoint, bases)
         if None not in (reference, self.reference_id) and reference != self.reference_id:
             raise ValueError(
                 "the checkpoint's run began with other weights than model.policy (or model.reference, model.teacher) "
