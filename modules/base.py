@@ -20,6 +20,9 @@ from modules.networks.memory import (
     choose_piece_bytes,
     count_activation_bytes,
     estimate_memory,
+    estimate_peak,
+    find_capacity,
+    measure_used,
     write_memory_line,
 )
 from modules.networks.policy import MAX_LOGITS, Policy
@@ -27,8 +30,9 @@ from modules.networks.reference import Frozen
 from modules.rollout.engine import InProcessEngine
 from modules.rollout.sampling import Sampling
 from modules.schedulers import RunSchedule
+from modules.trainer.forecast import Forecast
 from modules.trainer.guard import FiniteGuard, require_finite
-from modules.trainer.pieces import Batch, can_cut, cut_to_pieces
+from modules.trainer.pieces import Batch, can_cut, count_longest, count_padded, cut_to_pieces
 from modules.trainer.ranks import Join, Tally, log_equal
 from modules.trainer.saving import keep_checkpoints_whole
 from modules.trainer.seeds import derive_seed
@@ -76,7 +80,7 @@ class AlignmentModule(LightningModule):
         self._step, self._evaluation = Tally(), Tally()  # metrics of the optimiser step and of the evaluation so far
         self._step_names: set[str] = set()  # of all metrics of earlier steps
         self._step_start = time.perf_counter()
-        self._memory_said = False
+        self.peak: float | None = None  # MB that the fit is expected to take; None before the first step
         self.piece_tokens: int | None = None  # padded tokens of a piece, see ``cut``; None = micro-batches stay whole
         self.piece, self.gradients_dropped = 0, False  # see ``train_by_pieces``
         self._random: int | None = None  # seed of dropout, of the whole run
@@ -87,9 +91,11 @@ class AlignmentModule(LightningModule):
         return self.policy.tokenizer
 
     def configure_callbacks(self) -> list[Callback]:
-        """Return what ends a run on all ranks together, and what keeps it finite unless the Trainer has a guard."""
+        """Return what ends a run on all ranks together, what tells how long it takes, and what keeps it finite unless the
+        Trainer has a guard.
+        """
         guarded = any(isinstance(callback, FiniteGuard) for callback in self.trainer.callbacks)  # type: ignore[attr-defined]
-        return [StopTogether()] if guarded else [StopTogether(), FiniteGuard()]
+        return [StopTogether(), Forecast()] if guarded else [StopTogether(), Forecast(), FiniteGuard()]
 
     def setup(self, stage: str) -> None:
         """Refuse a precision that is not the 32 bits of log-probs, denominators and losses; keep checkpoints whole.
@@ -142,13 +148,22 @@ class AlignmentModule(LightningModule):
         """Return what the optimizer trains: parameters, or groups of parameters with settings of their own."""
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
+    def activation_bytes(self, recomputes: bool) -> float:
+        """Return how many bytes a token keeps from the forward to the backward pass, in all models that learn."""
+        autocast, models = (
+            self.trainer.precision.endswith("mixed"),
+            [m for m in self.modules() if isinstance(m, Policy)],
+        )
+        return sum(count_activation_bytes(m.model.config, autocast, m.has_adapters, recomputes) for m in models)
+
     def choose_piece_tokens(self) -> int:
-        """Choose how many padded tokens a piece of a micro-batch may have, by the memory of their activations."""
-        autocast, trained = self.trainer.precision.endswith("mixed"), self.trainer.optimizers[0]
-        models = [part for part in self.modules() if isinstance(part, Policy)]
-        per_token = sum(count_activation_bytes(model.model.config, autocast, model.has_adapters) for model in models)
+        """Choose how many padded tokens a piece of a micro-batch may have, by the memory of their activations.
+
+        It is the same with ``gradient_checkpointing``, which so takes less memory.
+        """
+        trained = self.trainer.optimizers[0]
         needed = MB * sum(estimate_memory([*self.parameters(), *self.buffers()], trained, 0).values())
-        return max(1, int(choose_piece_bytes(self.device, needed) / per_token))
+        return max(1, int(choose_piece_bytes(self.device, needed) / self.activation_bytes(recomputes=False)))
 
     def cut(self, batch: Batch) -> list[Batch]:
         """Return the pieces of a micro-batch that ``train_by_pieces`` computes one after the other; see
@@ -236,14 +251,29 @@ class AlignmentModule(LightningModule):
         return self._evaluation.join()
 
     def say_memory(self, batch: Any) -> None:
-        """Print how much memory training needs with micro-batches like this one, as far as it is known."""
+        """Print how much memory a fit needs with micro-batches like this one, and warn if there is not so much."""
         frozen = (
             weight for part in vars(self).values() if isinstance(part, Frozen) for weight in part.weights.values()
         )
-        tokens = max(batch[name].numel() for name in ("input_ids", "completion_ids") if name in batch)
+        tokens = count_padded(batch, self.policy.shares_prompts)
+        if self.piece_tokens is not None:
+            tokens = min(tokens, max(self.piece_tokens, count_longest(batch)))
         logits = min(MAX_LOGITS, tokens * self.policy.model.config.vocab_size) if self.forms_logits else 0
-        memory = estimate_memory([*self.parameters(), *self.buffers(), *frozen], self.trainer.optimizers[0], logits)
-        rank_zero_info(write_memory_line(memory))
+        weights, optimizer = [*self.parameters(), *self.buffers(), *frozen], self.trainer.optimizers[0]
+        used, most = measure_used(self.device)
+        peaks = {}
+        for recomputes in (True, self.gradient_checkpointing):
+            memory = estimate_memory(weights, optimizer, logits, tokens * self.activation_bytes(recomputes))
+            samples = "time/sampling" in self.record.metrics
+            peaks[recomputes] = estimate_peak(memory, used, most, bool(optimizer.state), samples)
+        self.peak = peaks[self.gradient_checkpointing]
+        rank_zero_info(write_memory_line(memory, self.peak))
+        if self.peak > find_capacity(self.device):
+            saved = f"; --gradient_checkpointing true needs about {peaks[True]:,.0f} MB"
+            rank_zero_warn(
+                f"a fit like this needs about {self.peak:,.0f} MB, and there are {find_capacity(self.device):,.0f} MB"
+                f"{'' if self.gradient_checkpointing else saved}; configs/overlays/lora.yaml trains with less"
+            )
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Start the clock and the metrics of a step at its first micro-batch, and print the memory at the first step.
@@ -253,8 +283,7 @@ class AlignmentModule(LightningModule):
         micro_batch = batch_idx % self.trainer.accumulate_grad_batches
         place = f"{self.global_rank}/{self.global_step}/{micro_batch}"
         torch.manual_seed(derive_seed(self._random or 0, place, "training_step"))
-        if not self._memory_said:
-            self._memory_said = True
+        if self.peak is None:
             self.say_memory(batch)
         if micro_batch == 0:
             self._step, self._step_start = Tally(self.device), time.perf_counter()
