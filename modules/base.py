@@ -57,6 +57,7 @@ class AlignmentModule(LightningModule):
 
     forms_logits = True  # whether training computes logits
     gradient_checkpointing = False  # whether a fit computes layers again in the backward pass, to need less memory
+    torch_compile = False  # whether a fit compiles layers
     reference_id: str | None = None  # what tells the frozen reference from others; None = there is none, or it moves
 
     def __init__(
@@ -103,9 +104,11 @@ class AlignmentModule(LightningModule):
         With ``gradient_checkpointing`` the layers of all models that learn are computed again in the backward pass.
         """
         keep_checkpoints_whole(self.trainer)
-        for part in self.modules() if self.gradient_checkpointing and stage == "fit" else ():
-            if isinstance(part, Policy):
+        for part in [part for part in self.modules() if isinstance(part, Policy) and stage == "fit"]:
+            if self.gradient_checkpointing:
                 part.recompute_layers()
+            if self.torch_compile:
+                part.compile_layers()
         if self.trainer.precision in ("16-true", "bf16-true", "transformer-engine", "transformer-engine-float16"):
             raise ValueError(
                 f"precision '{self.trainer.precision}' rounds the batch's log-probabilities and denominators to 16 "

@@ -84,6 +84,9 @@ class AlignmentCLI(LightningCLI):
             default=False,
             help="Compute each layer again in the backward pass of a fit: less memory for a third more time.",
         )
+        parser.add_argument(
+            "--torch_compile", type=bool, default=False, help="Compile the layers of the models that a fit trains."
+        )
         parser.link_arguments(
             "model",
             "data.init_args.tokenizer",
@@ -130,10 +133,11 @@ class AlignmentCLI(LightningCLI):
             if not hasattr(self.model, "on_unscored"):
                 raise ValueError(f"on_unscored: {type(self.model).__name__} scores no samples; leave it out")
             self.model.on_unscored = self.settings["on_unscored"]
-        if self.settings["gradient_checkpointing"]:
-            if not hasattr(self.model, "gradient_checkpointing"):
-                raise ValueError(f"gradient_checkpointing: {type(self.model).__name__} trains nothing; leave it out")
-            self.model.gradient_checkpointing = True
+        for name in ("gradient_checkpointing", "torch_compile"):
+            if self.settings[name]:
+                if not hasattr(self.model, name):
+                    raise ValueError(f"{name}: {type(self.model).__name__} trains nothing; leave it out")
+                setattr(self.model, name, True)
         folder = self.run_folder()
         try:
             return super().instantiate_trainer(**kwargs, **self.in_folder(folder))

@@ -116,17 +116,30 @@ class Policy(nn.Module):
         Raises:
             ValueError: the layers of this architecture cannot be computed one by one.
         """
-        layers: list[Any] = [part for part in self.model.modules() if isinstance(part, GradientCheckpointingLayer)]
-        if not layers:
-            raise ValueError(
-                f"gradient_checkpointing: the layers of {self.name} ({self.model.config.model_type}) cannot be computed "
-                "again one by one; leave it out"
-            )
-        for layer in layers:
+        for layer in self.find_layers("gradient_checkpointing"):
             contexts: dict[str, Any] = {"context_fn": find_recomputation(layer)} if self.has_adapters else {}
             layer.gradient_checkpointing = True
             layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False, **contexts)
         self.recomputes = True
+
+    def compile_layers(self) -> None:
+        """Compile each layer with ``torch.compile``, for any batch and length; names of weights stay as they are.
+
+        Raises:
+            ValueError: this architecture has no layers that can be compiled one by one.
+        """
+        for layer in self.find_layers("torch_compile"):
+            layer.compile(dynamic=True)
+
+    def find_layers(self, option: str) -> list[Any]:
+        """Return the layers of the model. Raises ValueError with the name of the option that asks, if there are none."""
+        layers = [part for part in self.model.modules() if isinstance(part, GradientCheckpointingLayer)]
+        if not layers:
+            raise ValueError(
+                f"{option}: {self.name} ({self.model.config.model_type}) has no layers that can be told apart; leave it "
+                "out"
+            )
+        return layers
 
     @torch.no_grad()
     def check_scores(self) -> None:
