@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
@@ -101,9 +102,15 @@ class AlignmentModule(LightningModule):
     def setup(self, stage: str) -> None:
         """Refuse a precision that is not the 32 bits of log-probs, denominators and losses; keep checkpoints whole.
 
-        With ``gradient_checkpointing`` the layers of all models that learn are computed again in the backward pass.
+        With ``gradient_checkpointing`` the layers of all models that learn are computed again in the backward pass, and
+        with ``torch_compile`` they are compiled. Strategies that shard weights are refused.
         """
         keep_checkpoints_whole(self.trainer)
+        if isinstance(self.trainer.strategy, FSDPStrategy | ModelParallelStrategy):
+            raise ValueError(
+                f"strategy {type(self.trainer.strategy).__name__} shards the weights, and sampling, frozen copies and the "
+                "export read whole ones: use ddp, for larger models with configs/overlays/lora.yaml"
+            )
         for part in [part for part in self.modules() if isinstance(part, Policy) and stage == "fit"]:
             if self.gradient_checkpointing:
                 part.recompute_layers()

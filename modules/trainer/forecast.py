@@ -24,9 +24,12 @@ class HasForecast(Protocol):
 
 @runtime_checkable
 class HasLengths(Protocol):
-    """A sampler that knows how many tokens each row of an epoch has."""
+    """A sampler of micro-batches that knows how many tokens each row of an epoch has."""
 
     lengths: Sequence[int]
+
+    def __len__(self) -> int:
+        """Return the micro-batches of an epoch."""
 
 
 class Forecast(Callback):
@@ -80,17 +83,15 @@ class Forecast(Callback):
         are left out.
         """
         seconds, before, tokens = (sum(column) for column in zip(*steps, strict=True))
-        per_epoch = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
-        sampler = getattr(trainer.train_dataloader, "batch_sampler", None)
+        batches, accumulate = trainer.num_training_batches, trainer.accumulate_grad_batches
+        per_epoch = math.ceil(batches / accumulate) if math.isfinite(batches) else math.inf
+        sampler, step = getattr(trainer.train_dataloader, "batch_sampler", None), seconds / len(steps)
         if isinstance(sampler, HasLengths) and tokens:
-            step = seconds / tokens * sum(sampler.lengths) / per_epoch
-        else:
-            step = seconds / len(steps)
+            step = seconds / tokens * sum(sampler.lengths) / math.ceil(len(sampler) / accumulate)
         updates = count_updates(trainer) - trainer.global_step + len(self._steps)
         phase = before / len(steps) + step * per_epoch if before else step
-        whole = updates / per_epoch * phase if before else updates * step
         validations = count_validations(trainer, updates / per_epoch)
-        whole += validations * (self._validation or 0.0)
+        whole = (updates / per_epoch if before else updates) * phase + validations * (self._validation or 0.0)
         return phase, "phase" if before else "step", whole, validations > 0 and self._validation is None
 
 
