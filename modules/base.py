@@ -14,13 +14,20 @@ from torch import Tensor
 
 from modules.networks.loading import lacks_output_head
 from modules.networks.lora import Lora
-from modules.networks.memory import estimate_memory, write_memory_line
+from modules.networks.memory import (
+    MB,
+    choose_piece_bytes,
+    count_activation_bytes,
+    estimate_memory,
+    write_memory_line,
+)
 from modules.networks.policy import MAX_LOGITS, Policy
 from modules.networks.reference import Frozen
 from modules.rollout.engine import InProcessEngine
 from modules.rollout.sampling import Sampling
 from modules.schedulers import RunSchedule
 from modules.trainer.guard import FiniteGuard, require_finite
+from modules.trainer.pieces import Batch, can_cut, cut_to_pieces
 from modules.trainer.ranks import Join, Tally, log_equal
 from modules.trainer.saving import keep_checkpoints_whole
 from modules.trainer.seeds import derive_seed
@@ -68,6 +75,8 @@ class AlignmentModule(LightningModule):
         self._step_names: set[str] = set()  # of all metrics of earlier steps
         self._step_start = time.perf_counter()
         self._memory_said = False
+        self.piece_tokens: int | None = None  # padded tokens of a piece, see ``cut``; None = micro-batches stay whole
+        self.piece, self.gradients_dropped = 0, False  # see ``train_by_pieces``
         self._random: int | None = None  # seed of dropout, of the whole run
 
     @property
@@ -111,6 +120,7 @@ class AlignmentModule(LightningModule):
         check_whole_steps(self.trainer)
         if self._random is None:
             self._random = torch.initial_seed()
+        self.piece_tokens = self.choose_piece_tokens() if can_cut(self.trainer) else None
         if self.global_step > 0:
             say_kept_settings(self.trainer.optimizers)
         for config in self.trainer.lr_scheduler_configs:
@@ -123,6 +133,26 @@ class AlignmentModule(LightningModule):
     def parameter_groups(self) -> list[Any]:
         """Return what the optimizer trains: parameters, or groups of parameters with settings of their own."""
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
+
+    def choose_piece_tokens(self) -> int:
+        """Choose how many padded tokens a piece of a micro-batch may have, by the memory of their activations."""
+        autocast, trained = self.trainer.precision.endswith("mixed"), self.trainer.optimizers[0]
+        models = [part for part in self.modules() if isinstance(part, Policy)]
+        per_token = sum(count_activation_bytes(model.model.config, autocast, model.has_adapters) for model in models)
+        needed = MB * sum(estimate_memory([*self.parameters(), *self.buffers()], trained, 0).values())
+        return max(1, int(choose_piece_bytes(self.device, needed) / per_token))
+
+    def cut(self, batch: Batch) -> list[Batch]:
+        """Return the pieces of a micro-batch that ``train_by_pieces`` computes one after the other; see
+        ``cut_to_pieces``.
+        """
+        return cut_to_pieces(batch, self.piece_tokens, self.policy.shares_prompts)
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:
+        """Drop the gradients of the last step, unless ``train_by_pieces`` did so before the step's first piece."""
+        if not self.gradients_dropped:
+            super().optimizer_zero_grad(epoch, batch_idx, optimizer)
+        self.gradients_dropped = False
 
     def step_loss(self, loss: Tensor) -> Tensor:
         """Undo Lightning's division by accumulation and ranks, since ``denominator`` counts the whole step."""
@@ -333,5 +363,7 @@ def say_kept_settings(optimizers: Sequence[torch.optim.Optimizer]) -> None:
 
 def count_tokens(batch: PolicyBatch | PreferenceBatch, rows: Tensor) -> float:
     """Count the tokens of the completions in ``rows``, bool [N], and those of each of their prompts once."""
-    prompts = batch["prompt_index"][rows].unique()
-    return float(batch["completion_mask"][rows].sum() + batch["prompt_mask"][prompts].sum())
+    prompts, read = batch["prompt_index"][rows].unique(), batch["prompt_mask"]
+    if "prompt_counts" in batch:
+        read = read & batch["prompt_counts"][:, None]  # type: ignore[typeddict-item]
+    return float(batch["completion_mask"][rows].sum() + read[prompts].sum())

@@ -36,6 +36,7 @@ from modules.rollout.phases.segments import require_all_segments
 from modules.rollout.phases.staleness import measure_staleness
 from modules.rollout.sampling import Sampling
 from modules.rollout.scoring import make_batch, make_rollouts
+from modules.trainer.pieces import train_by_pieces
 from modules.trainer.ranks import from_all_ranks
 from modules.trainer.seeds import derive_seed
 from modules.types import Completion, PolicyBatch, PromptBatch, Reward, Rollout
@@ -327,6 +328,7 @@ class DistillModule(OnPolicyModule):
         self.prepare(batch)
         return batch
 
+    @train_by_pieces
     def training_step(self, batch: PolicyBatch, batch_idx: int) -> Tensor:
         """Compute the loss [] of a micro-batch: its share of the mean over the step's tokens."""
         loss = self.divergences(batch).sum() / batch["denominator"]

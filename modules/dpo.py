@@ -26,6 +26,7 @@ from modules.losses.preference import (
 from modules.networks.lora import Lora
 from modules.networks.policy import TokenScores, load_companion
 from modules.networks.reference import Frozen, ReferenceLogprobs, reference_logprobs
+from modules.trainer.pieces import train_by_pieces
 from modules.trainer.ranks import from_all_ranks, mean_and_error
 from modules.types import PreferenceBatch, ScoredPair
 
@@ -194,6 +195,7 @@ class DPOModule(AlignmentModule):
             loss = loss - self.nll_weight * (sequences.plain / sequences.lengths)[pairs.better] @ pairs.weight
         return loss + 0 * sequences.logps.sum()  # so that a batch of fillers has a gradient, of zero
 
+    @train_by_pieces
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
         """Compute the loss [] of a micro-batch: its share of the mean over the step's examples."""
         if self.compares_mismatched and batch["mismatched"]:

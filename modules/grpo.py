@@ -24,6 +24,7 @@ from modules.rollout.metrics import make_outcomes
 from modules.rollout.phases.dynamic_sampling import DynamicSampling, Gathered
 from modules.rollout.sampling import Sampling
 from modules.rollout.scoring import weigh_credits
+from modules.trainer.pieces import train_by_pieces
 from modules.trainer.ranks import from_all_ranks
 from modules.trainer.steps import epoch_is_whole
 from modules.types import PolicyBatch, PromptBatch, Reward
@@ -222,6 +223,7 @@ class GRPOModule(OnPolicyModule):
             for optimizer in self.trainer.optimizers:
                 optimizer.state.clear()
 
+    @train_by_pieces
     def training_step(self, batch: PolicyBatch, batch_idx: int) -> Tensor:
         """Compute the loss [] of a micro-batch: its share of the step's objective."""
         scores = self.train_scores(batch, entropy=self.entropy != 0)

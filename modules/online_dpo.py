@@ -15,6 +15,7 @@ from modules.rollout.engine import RolloutEngine
 from modules.rollout.environment import Environment
 from modules.rollout.phases.segments import require_all_segments
 from modules.rollout.sampling import Sampling
+from modules.trainer.pieces import train_by_pieces
 from modules.trainer.steps import epoch_is_whole
 from modules.types import PolicyBatch, Reward
 
@@ -110,6 +111,7 @@ class OnlineDPOModule(OnPolicyModule):
         batch["active"] = batch["rank"] >= 0
         batch["row_count"] = batch["active"] / 2  # a pair counts one
 
+    @train_by_pieces
     def training_step(self, batch: PolicyBatch, batch_idx: int) -> Tensor:
         """Compute the loss [] of a micro-batch: its share of the mean over the step's pairs."""
         scores = self.train_scores(batch)

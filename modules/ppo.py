@@ -21,6 +21,7 @@ from modules.on_policy import OnPolicyModule, Validation
 from modules.rollout.engine import RolloutEngine
 from modules.rollout.environment import Environment
 from modules.rollout.sampling import Sampling
+from modules.trainer.pieces import Batch, train_by_pieces
 from modules.trainer.ranks import explained_variance, from_all_ranks, mean_and_error, whiten_over_ranks
 from modules.trainer.steps import epoch_is_whole
 from modules.types import InstructionBatch, PolicyBatch, Reward
@@ -168,8 +169,16 @@ class PPOModule(OnPolicyModule):
             }
         )
 
+    def cut(self, batch: Batch) -> list[Batch]:
+        """Cut a micro-batch, without texts that teach nothing."""
+        taught = self.incentives.ptx > 0
+        return super().cut({name: value for name, value in batch.items() if taught or name != "ptx"})
+
+    @train_by_pieces
     def training_step(self, batch: PolicyBatch, batch_idx: int) -> Tensor:
-        """Compute the loss [] of a micro-batch: its share of the step's objective."""
+        """Compute the loss [] of a micro-batch: its share of the step's objective. A piece may hold texts alone."""
+        if "completion_ids" not in batch:
+            return self.step_loss(self.incentives.ptx * self.ptx_loss(batch["ptx"]) * self.policy_learns)
         states, learns = self.policy.token_states(batch), self.policy_learns
         scores = self.policy.scores_of(states, batch, self.sampling.temperature, entropy=self.incentives.entropy != 0)
         values = self.critic(self.policy, batch, states if learns else states.detach())
@@ -186,7 +195,7 @@ class PPOModule(OnPolicyModule):
             loss = loss + self.kl_coef * aggregate(distance, mask, denominator)
         if scores.entropies is not None:
             loss = loss - self.incentives.entropy * aggregate(scores.entropies, mask, denominator)
-        if self.incentives.ptx > 0:
+        if self.incentives.ptx > 0 and "ptx" in batch:
             loss = loss + self.incentives.ptx * self.ptx_loss(batch["ptx"])
         return self.step_loss(loss * learns + self.value.coef * value_loss)
 

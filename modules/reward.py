@@ -15,6 +15,7 @@ from modules.functional.ranges import check_numbers
 from modules.losses.preference import BradleyTerry, Pairs, find_pairs, make_scored_pairs
 from modules.networks.lora import ADAPTERS, HEAD_FILE, POLICY, Lora, merge_adapters, save_adapters
 from modules.networks.scalar_head import HEADS_FILE, ScalarHead, add_scoring_pad, make_sequence_classifier
+from modules.trainer.pieces import train_by_pieces
 from modules.trainer.ranks import from_all_ranks
 from modules.types import HasRowsInOrder, PreferenceBatch, ScoredPair
 
@@ -118,6 +119,7 @@ class RewardModule(AlignmentModule):
         scores: Tensor = self.head(self.policy.completion_states(batch))
         return scores
 
+    @train_by_pieces
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
         """Compute the loss [] of a micro-batch: its share of the step's mean over examples."""
         scores, pairs = self.head_scores(batch), find_pairs(batch)

@@ -19,6 +19,7 @@ from modules.rollout.metrics import make_outcomes, measure_rollouts, measure_uns
 from modules.rollout.phases.reuse import refuse_reuse
 from modules.rollout.sampling import Sampling
 from modules.rollout.scoring import make_rollouts
+from modules.trainer.pieces import train_by_pieces
 from modules.trainer.ranks import from_all_ranks
 from modules.trainer.seeds import derive_seed
 from modules.types import InstructionBatch, Reward, as_reward
@@ -89,6 +90,7 @@ class SFTModule(AlignmentModule):
             batch["input_ids"], batch["loss_mask"], batch.get("position_ids"), details=True, means=means
         )
 
+    @train_by_pieces
     def training_step(self, batch: InstructionBatch, batch_idx: int) -> Tensor:
         """Compute the loss [] of a micro-batch: its share of the step's token mean."""
         with self.noise(batch, batch_idx):
@@ -107,14 +109,14 @@ class SFTModule(AlignmentModule):
     def noise(self, batch: InstructionBatch, batch_idx: int) -> Iterator[None]:
         """Add NEFTune's noise inside the ``with`` block, if asked.
 
-        It depends on seed, step, micro-batch and rank alone, so that a resumed run draws the same noise.
+        It depends on seed, step, micro-batch, piece and rank alone, so that a resumed run draws the same noise.
         """
         if not self.neftune_noise_alpha:
             yield
             return
         if "position_ids" in batch:
             self.policy.check_packing()  # its own rows must get no noise
-        place = f"{self.global_rank}/{self.global_step}/{batch_idx}"
+        place = f"{self.global_rank}/{self.global_step}/{batch_idx}" + (f"/{self.piece}" if self.piece else "")
         generator = torch.Generator().manual_seed(derive_seed(torch.initial_seed(), place, "neftune"))
         with noisy_embeddings(self.policy.model, batch, self.neftune_noise_alpha, generator):
             yield

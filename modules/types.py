@@ -157,6 +157,8 @@ class PolicyBatch(TypedDict):
     penalties: NotRequired[Tensor]
     parts: NotRequired[Tensor]
     part_weights: NotRequired[Tensor]
+    # bool [P], False = another piece of the micro-batch counts the prompt's tokens; only in a piece, see ``cut_to_pieces``
+    prompt_counts: NotRequired[Tensor]
     ptx: NotRequired[InstructionBatch]  # texts that the policy must not forget, with their own denominator
     # For distillation: the prompts that a conditioned teacher reads [P, Tq], and the row of each completion in the
     # table of what the teacher says, int [N].

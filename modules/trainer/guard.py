@@ -54,8 +54,8 @@ class FiniteGuard(Callback):
         self._batches.append(batch)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """Note the loss."""
-        self._losses.append(loss.detach())
+        """Note the loss; of the pieces of a micro-batch the last one's, which has the value of them all."""
+        self._losses[len(self._batches) - 1 :] = [loss.detach()]
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer

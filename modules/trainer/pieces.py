@@ -1,0 +1,193 @@
+"""Computes a micro-batch in pieces of few tokens, so that the memory of its activations is bounded.
+
+A micro-batch is what the DataModule hands out, a piece some of its rows without the padding of the others. The gradient
+of the micro-batch is the sum of those of its pieces, because a loss divides by what the whole optimiser step counts.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import wraps
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
+from torch import Tensor
+
+Batch = dict[str, Any]
+OF_PROMPTS = (
+    "prompt_ids",
+    "prompt_mask",
+    "teacher_prompt_ids",
+    "teacher_prompt_mask",
+    "margin",
+)  # one entry per prompt
+ONCE = ("mismatched",)  # lists that go with the first piece alone, since what is made of them holds for all
+
+
+class HasPieces(Protocol):
+    """The part of a LightningModule that computes in pieces."""
+
+    trainer: Trainer
+    device: torch.device
+    piece: int  # number of the piece that is being computed
+    gradients_dropped: bool  # whether those of the last step have been dropped before the first piece of this one
+
+    def cut(self, batch: Batch) -> list[Batch]:
+        """Return the pieces of a micro-batch, at least one."""
+
+
+def train_by_pieces(step: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Make a ``training_step`` take its micro-batch piece by piece; see ``cut_to_pieces``.
+
+    Each piece but the last is followed by its backward pass at once. The loss that is returned has the value of the
+    whole micro-batch and the graph of the last piece, so Lightning, a gradient scaler and ``DistributedDataParallel``
+    see one backward pass, and this one alone waits for other ranks. Ranks may have different numbers of pieces, so a
+    step that gathers must do so in its first piece. Gradients of the last optimiser step are dropped before the
+    forward pass, and so take no memory in it.
+
+    A method that overrides a step and calls it gets whole micro-batches, because it may change the loss.
+    """
+
+    @wraps(step)
+    def training_step(self: HasPieces, batch: Batch, batch_idx: int) -> Tensor:
+        if type(self).training_step is not training_step:  # type: ignore[attr-defined]
+            return step(self, batch, batch_idx)
+        if batch_idx % self.trainer.accumulate_grad_batches == 0:
+            self.gradients_dropped = True
+            for optimizer in self.trainer.optimizers:
+                optimizer.zero_grad()
+        *pieces, last = self.cut(batch)
+        self.piece, total = 0, None
+        for piece in pieces:
+            loss = step(self, piece, batch_idx)
+            with torch.autocast(self.device.type, enabled=False):
+                self.trainer.strategy.backward(loss / self.trainer.accumulate_grad_batches, None)
+            total = loss.detach() if total is None else total + loss.detach()
+            del loss
+            self.piece += 1
+        loss = step(self, last, batch_idx)
+        return loss if total is None else loss + total
+
+    return training_step
+
+
+def can_cut(trainer: Trainer) -> bool:
+    """Tell whether several backward passes in a training step add up: on one device, and with ranks that hold whole
+    models.
+
+    Sharded models gather weights and reduce gradients in every pass.
+    """
+    strategy = trainer.strategy
+    whole = isinstance(strategy, SingleDeviceStrategy | DDPStrategy) and not isinstance(strategy, DeepSpeedStrategy)
+    return whole and not getattr(strategy.model, "static_graph", False)
+
+
+class Rows(NamedTuple):
+    """Rows that stay together, with the widths that they are padded to."""
+
+    rows: list[int]
+    prompts: set[int]
+    before: int  # tokens of the longest prompt; 0 for rows without prompts
+    width: int  # tokens of the longest row
+
+    def join(self, other: "Rows") -> "Rows":
+        """Return both together."""
+        prompts = self.prompts | other.prompts
+        return Rows(self.rows + other.rows, prompts, max(self.before, other.before), max(self.width, other.width))
+
+    def count(self, shared: bool) -> int:
+        """Count the padded tokens, with each prompt ``shared`` by its completions or computed for each."""
+        return len(self.rows) * self.width + (len(self.prompts) if shared else len(self.rows)) * self.before
+
+
+def cut_to_pieces(batch: Batch, most: int | None, shared: bool = False) -> list[Batch]:
+    """Cut a micro-batch into pieces of at most ``most`` padded tokens; a row that is longer is alone.
+
+    A micro-batch that fits stays as it is. Else rows are ordered by length, the longest first, and padded to the longest
+    of their piece. Completions that are compared (``rank``) stay with all others of their prompt. Else a prompt whose
+    completions do not fit is repeated. Texts that go with completions (``ptx``) are pieces of their own, in front.
+
+    Args:
+        batch: rows (``InstructionBatch``), or completions of prompts (``PreferenceBatch``, ``PolicyBatch``).
+        most: see above; None = no limit.
+        shared: a prompt is computed once for all its completions in a piece.
+    """
+    if most is None or count_padded(batch, shared) <= most:
+        return [batch]
+    cut: list[Batch] = [{"ptx": piece} for piece in cut_to_pieces(batch["ptx"], most)] if "ptx" in batch else []
+    whole, counted = {name: value for name, value in batch.items() if name != "ptx"}, set[int]()
+    for piece in plan_pieces(whole, most, shared):
+        cut.append(take_rows(whole, piece, counted))
+        counted |= piece.prompts
+    return cut
+
+
+def plan_pieces(batch: Batch, most: int, shared: bool) -> list[Rows]:
+    """Group the rows of a micro-batch without texts; see ``cut_to_pieces``."""
+    groups = find_rows(batch) if "input_ids" in batch else find_completions(batch, most, shared)
+    pieces: list[Rows] = []
+    for group in sorted(groups, key=lambda each: -(each.before + each.width)):
+        if pieces and (joined := pieces[-1].join(group)).count(shared) <= most:
+            pieces[-1] = joined
+        else:
+            pieces.append(group)
+    return pieces
+
+
+def count_padded(batch: Batch, shared: bool) -> int:
+    """Count the tokens of a micro-batch with their padding, texts included; it reads shapes alone."""
+    if "input_ids" in batch:
+        return int(batch["input_ids"].numel())
+    rows, width = batch["completion_ids"].shape
+    prompts, before = batch["prompt_ids"].shape
+    texts = batch["ptx"]["input_ids"].numel() if "ptx" in batch else 0
+    return int(rows * width + (prompts if shared else rows) * before + texts)
+
+
+def find_rows(batch: Batch) -> Iterator[Rows]:
+    """Yield each row of an ``InstructionBatch``."""
+    for row, width in enumerate(batch["attention_mask"].sum(1).tolist()):
+        yield Rows([row], set(), 0, width)
+
+
+def find_completions(batch: Batch, most: int, shared: bool) -> Iterator[Rows]:
+    """Yield the completions of each prompt together, or in parts of at most ``most`` tokens where they may be parted."""
+    widths = batch["attended" if "attended" in batch else "completion_mask"].sum(1).tolist()
+    before, index = batch["prompt_mask"].sum(1).tolist(), batch["prompt_index"].tolist()
+    groups: dict[int, list[Rows]] = {}
+    for row in sorted(range(len(index)), key=lambda row: -widths[row]):
+        prompt = index[row]
+        one, parts = Rows([row], {prompt}, before[prompt], widths[row]), groups.setdefault(prompt, [])
+        if parts and ("rank" in batch or parts[-1].join(one).count(shared) <= most):
+            parts[-1] = parts[-1].join(one)
+        else:
+            parts.append(one)
+    for parts in groups.values():
+        yield from parts
+
+
+def take_rows(batch: Batch, piece: Rows, counted: set[int]) -> Batch:
+    """Make the batch of a piece: its rows and their prompts, without columns that are padding in all of them.
+
+    Args:
+        batch: the micro-batch.
+        piece: the rows.
+        counted: prompts of earlier pieces, whose tokens are not counted again; empty = this is the first piece.
+    """
+    rows = torch.tensor(sorted(piece.rows), device=batch["denominator"].device)
+    taken: Batch = {}
+    if "prompt_index" in batch:
+        prompts, taken["prompt_index"] = batch["prompt_index"][rows].unique(return_inverse=True)
+        if counted & piece.prompts:
+            taken["prompt_counts"] = torch.tensor([each not in counted for each in prompts.tolist()]).to(prompts.device)
+    for name, value in batch.items():
+        if name in ONCE:
+            taken[name] = [] if counted else value
+        elif not isinstance(value, Tensor) or value.dim() == 0:
+            taken[name] = value
+        elif name in OF_PROMPTS:
+            seen = int(batch["teacher_prompt_mask"][prompts].sum(1).max()) if "teacher" in name else piece.before
+            taken[name] = value[prompts, :seen] if value.dim() == 2 else value[prompts]
+        elif name != "prompt_index":
+            taken[name] = value[rows, : piece.width] if value.dim() == 2 else value[rows]
+    return taken
