@@ -14,6 +14,7 @@ from test_tools import Numbered, Traces
 from datamodules import Addition, VerifiableDataModule
 from modules import GRPOModule, OnlineDPOModule
 from modules.losses import CISPO, GSPO, Advantage, MirrorDescent
+from modules.networks import memory
 from modules.on_policy import Validation
 from modules.rewards import RegexFormat
 from modules.rollout import InProcessEngine, PartialRollouts, Sampling
@@ -107,14 +108,16 @@ CASES: dict[str, tuple[type, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_update_measures_what_a_pass_before_it_does(case):
-    """Weights, metrics and record are those of a run that scores each phase beforehand."""
+def test_the_update_measures_what_a_pass_before_it_does(case, monkeypatch):
+    """Weights, metrics and record are those of a run that scores each phase beforehand, in two micro-batches of pieces."""
     kind, settings = CASES[case]
     runs = []
     for beforehand in (False, True):
         if case == "staleness":
             settings = settings | {"engine": CopyEngine()}
         module, seen = make(kind, beforehand, **settings), Seen()
+        of_token = memory.count_activation_bytes(module.policy.model.config)
+        monkeypatch.setattr(memory, "PIECE_BYTES", (1000 if beforehand else 40) * of_token)
         start = [weight.detach().clone() for weight in module.parameters()]
         logged = fit(module, seen, accumulate_grad_batches=1 if beforehand else 2, chat=case == "tools" or None)
         assert all(("old_logprobs" in batch) == beforehand for batch in seen.batches)
