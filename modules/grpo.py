@@ -232,8 +232,8 @@ class GRPOModule(OnPolicyModule):
         mask, denominator = scored["completion_mask"], batch["denominator"]
         weights = self.objective.aggregation.weights(mask)
         loss, metrics = self.objective(logprobs, scored)
-        self.log_step(metrics, weight=float(mask.sum()))
-        effective = float((batch["advantages"] != 0).any(1).sum())
+        self.log_step(metrics, weight=mask.sum())
+        effective = (batch["advantages"] != 0).any(1).sum()
         tokens = count_tokens(batch, self.has_gradient(batch["advantages"], mask))
         self.log_step({"policy_loss": loss, "effective_batch": effective, "tokens": tokens})
         if self.has_kl_loss:

@@ -124,7 +124,7 @@ class OnlineDPOModule(OnPolicyModule):
         )  # a phase without a pair has a gradient too, of zero
         compared = batch["rank"] >= 0
         tokens = count_tokens(batch, compared)
-        self.log_step({"loss": loss, "effective_batch": float(compared.sum()), "tokens": tokens})
+        self.log_step({"loss": loss, "effective_batch": compared.sum(), "tokens": tokens})
         rewards = self.objective.implicit_rewards(sequences, self.beta)
         found = measure_preferences(rewards, sequences.plain, batch["rank"], pairs, referenced)
         for name, (value, weight) in found.items():

@@ -41,14 +41,14 @@ def cut_by_length(
     stretches = [
         Stretch([place for one in run for place in one.rows], run[0].width, befores[owner])
         for owner, group in groups.items()
-        for run in cut_where_padding_costs(group, most - befores[owner], befores[owner])
+        for run in _cut_where_padding_costs(group, most - befores[owner], befores[owner])
     ]
     stretches.sort(key=lambda stretch: -stretch.width)
-    runs = cut_where_padding_costs(stretches, most, forward)
+    runs = _cut_where_padding_costs(stretches, most, forward)
     return [[place for stretch in run for place in stretch.rows] for run in runs]
 
 
-def cut_where_padding_costs(stretches: Sequence[Stretch], most: int, price: int) -> list[list[Stretch]]:
+def _cut_where_padding_costs(stretches: Sequence[Stretch], most: int, price: int) -> list[list[Stretch]]:
     """Cut stretches, the longest first, into runs of at most ``most`` padded tokens; a new run begins too where the
     padding of a run would exceed its ``price``.
     """

@@ -179,9 +179,9 @@ def find_distinct(batch: PolicyBatch, rows: Tensor) -> tuple[Tensor, Tensor]:
     columns = [batch["prompt_index"][rows][:, None], batch["completion_ids"][rows].masked_fill(~attended, -1)]
     if "attended" in batch:
         columns.append(batch["completion_mask"][rows].long())
-    _, kind = torch.cat(columns, 1).unique(dim=0, return_inverse=True)  # [M]
+    kinds, kind = torch.cat(columns, 1).unique(dim=0, return_inverse=True)  # [K, ...], [M]
     places = torch.arange(len(rows), device=rows.device)
-    first = places.new_full((int(kind.max()) + 1,), len(rows)).scatter_reduce(0, kind, places, "amin")
+    first = places.new_full((len(kinds),), len(rows)).scatter_reduce(0, kind, places, "amin")
     first, order = first.sort()
     return rows[first], order.argsort()[kind]
 

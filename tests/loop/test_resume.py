@@ -256,6 +256,11 @@ def test_two_ranks_go_on_from_every_stop_bit_for_bit(tmp_path):
     run_ranks(resumes.__file__, str(tmp_path), *fixed_runs.RUNS, folder=tmp_path, timeout=500)
 
 
+def test_two_ranks_go_on_in_phases_of_one_update(tmp_path):
+    once = ["--data.updates_per_phase=1", "--trainer.max_epochs=6"]
+    run_ranks(resumes.__file__, str(tmp_path), "grpo", "online_dpo", *once, folder=tmp_path, timeout=500)
+
+
 def run_cli(config: dict, folder: Path, *args: str) -> dict:
     file = folder / "config.yaml"
     file.write_text(yaml.safe_dump(config))
