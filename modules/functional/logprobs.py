@@ -102,7 +102,7 @@ def entropies(logprobs: Tensor) -> Tensor:
     tensor(0.6931)
     """
     # A token of probability 0 adds 0, but the product would be 0 * -inf.
-    return -torch.linalg.vecdot(logprobs.exp(), logprobs.clamp(min=torch.finfo(logprobs.dtype).min))
+    return -(logprobs.exp() * logprobs.clamp(min=torch.finfo(logprobs.dtype).min)).sum(-1)
 
 
 def sequence_logprobs(logprobs: Tensor, mask: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ This is the only file that shifts tokens. Everywhere else a per-token tensor is 
 import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -15,8 +16,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from modules.functional.logprobs import chosen_logprobs, entropies, token_logprobs, vocabulary_logprobs
+from modules.networks.digests import hash_base
 from modules.networks.loading import (
     check_packing,
     check_supported,
@@ -26,7 +29,7 @@ from modules.networks.loading import (
     read_max_positions,
     remove_dropout,
 )
-from modules.networks.lora import Lora, add_adapters, merge_adapters
+from modules.networks.lora import Lora, add_adapters, find_recomputation, merge_adapters
 from modules.trainer.modes import evaluating
 from modules.trainer.pieces import Batch, compute_in_pieces
 from modules.types import ALPACA_PROMPT, PolicyBatch, PreferenceBatch, find_attended
@@ -71,6 +74,7 @@ class Policy(nn.Module):
         tokenizer: its tokenizer. A missing pad token is set to the eos token; masks never look at it.
         stop_token_ids: the eos tokens and the end-of-turn token of the chat template.
         max_positions: how many tokens the model has positions for; None = no limit.
+        base_id: what tells the weights under the adapters from others; None without adapters.
 
     Raises:
         ValueError: ``path`` is none of these, the tokenizer is larger than the model's vocabulary, or the architecture
@@ -85,6 +89,7 @@ class Policy(nn.Module):
         self.has_adapters = lora is not None
         if lora is not None:
             add_adapters(self.model, lora)
+        self.base_id = None if lora is None else hash_base(self.state_dict().items())
         self.model.train()  # from_pretrained leaves the model in eval mode, and fit does not change that
         if not dropout:
             remove_dropout(self.model)
@@ -94,18 +99,53 @@ class Policy(nn.Module):
         self.stop_token_ids = find_stop_tokens(self.model, self.tokenizer)
         self.max_positions = read_max_positions(self.model.config)
         check_supported(self.name, self.model, self.tokenizer)
-        self.check_scores()
         self.packing_checked = False  # True after the first packed rows
+        self.recomputes = False  # see ``recompute_layers``
+        self.check_scores()
 
     @property
     def shares_prompts(self) -> bool:
         """Whether a prompt may be computed once for all its completions.
 
         That is so for a tested architecture whose layers all cache plain keys and values. Sliding windows and position
-        biases count columns, and the padding between prompt and completion would shift them.
+        biases count columns, and the padding between prompt and completion would shift them. Layers that are computed
+        again would write into the cache twice.
         """
+        if self.recomputes:
+            return False
         layers = DynamicCache(config=self.model.config).layers
         return self.model.config.model_type in SHARING and all(type(layer) is DynamicLayer for layer in layers)
+
+    def recompute_layers(self) -> None:
+        """Keep only the input of each layer for the backward pass, which computes the rest of it again (1604.06174).
+
+        Raises:
+            ValueError: the layers of this architecture cannot be computed one by one.
+        """
+        for layer in self.find_layers("gradient_checkpointing"):
+            contexts: dict[str, Any] = {"context_fn": find_recomputation(layer)} if self.has_adapters else {}
+            layer.gradient_checkpointing = True
+            layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False, **contexts)
+        self.recomputes = True
+
+    def compile_layers(self) -> None:
+        """Compile each layer with ``torch.compile``, for any batch and length; names of weights stay as they are.
+
+        Raises:
+            ValueError: this architecture has no layers that can be compiled one by one.
+        """
+        for layer in self.find_layers("torch_compile"):
+            layer.compile(dynamic=True)
+
+    def find_layers(self, option: str) -> list[Any]:
+        """Return the layers of the model. Raises ValueError with the name of the option that asks, if there are none."""
+        layers = [part for part in self.model.modules() if isinstance(part, GradientCheckpointingLayer)]
+        if not layers:
+            raise ValueError(
+                f"{option}: {self.name} ({self.model.config.model_type}) has no layers that can be told apart; leave it "
+                "out"
+            )
+        return layers
 
     @torch.no_grad()
     def check_scores(self) -> None:

@@ -173,6 +173,13 @@ def count_padded(batch: Batch, shared: bool) -> int:
     return int(rows * width + (prompts if shared else rows) * before + texts)
 
 
+def count_longest(batch: Batch) -> int:
+    """Count the tokens of the longest row with its prompt; it reads shapes alone."""
+    if "input_ids" in batch:
+        return int(batch["input_ids"].shape[1])
+    return int(batch["completion_ids"].shape[1] + batch["prompt_ids"].shape[1])
+
+
 def find_rows(batch: Batch) -> Iterator[RowGroup]:
     """Yield each row of an ``InstructionBatch``."""
     for row, width in enumerate(batch["attention_mask"].sum(1).tolist()):

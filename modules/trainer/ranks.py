@@ -99,9 +99,9 @@ class Tally:
         self, metrics: Mapping[str, Tensor | float], weight: Tensor | float | None = None, join: Join = sum
     ) -> None:
         """Collect numbers [] of a batch. With ``weight`` [] they are averaged; without, ``join`` joins them."""
+        factor = torch.as_tensor(1.0 if weight is None else weight, dtype=torch.float32, device=self.device).detach()
         for name, value in metrics.items():
             number = torch.as_tensor(value, dtype=torch.float32, device=self.device).detach()
-            factor = torch.as_tensor(1.0 if weight is None else weight, dtype=torch.float32, device=self.device)
             part = torch.stack([number * factor, factor])
             self._parts[name] = JOINS[join](self._parts[name], part) if name in self._parts else part
             self._joins[name] = join, weight is not None

@@ -124,5 +124,6 @@ def test_a_judge_labels_a_file(tmp_path, chat_server, rules):
 @pytest.mark.parametrize("path", OVERLAYS, ids=lambda path: path.stem)
 def test_overlays_change_where_and_not_what(path):
     keys = {line.split(":")[0] for line in path.read_text().splitlines() if line and line[0] not in "# "}
-    assert keys - {"ckpt_path", "out"} == ({"model"} if path.stem == "lora" else {"trainer"})
+    others = {"lora": {"model"}, "compile": {"torch_compile"}}
+    assert keys - {"ckpt_path", "out"} == others.get(path.stem, {"trainer"})
     assert path.stem != "lora" or path.read_text().split("model:")[1].split()[:2] == ["init_args:", "lora:"]
