@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from modules.functional.logprobs import sequence_logprobs, token_entropies, token_logprobs
+from modules.functional.logprobs import chosen_logprobs, sequence_logprobs, token_entropies, token_logprobs
 
 DOUBLE = torch.float64
 
@@ -101,3 +101,17 @@ def test_sequence_sum_ignores_masked_columns_in_value_and_gradient() -> None:
 def test_temperature_must_be_positive(temperature: float) -> None:
     with pytest.raises(ValueError, match="temperature"):
         token_logprobs(random_logits(), torch.zeros(2, 3, dtype=torch.long), temperature)
+
+
+def test_the_gradient_that_is_made_in_place_is_that_of_a_softmax() -> None:
+    logits = torch.randn(3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    targets, weights = torch.tensor([4, 0, 2]), torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
+    found, whole = chosen_logprobs(logits, targets, temperature=0.7)
+    expected = (logits / 0.7).log_softmax(-1)
+    assert torch.allclose(found, expected[torch.arange(3), targets], atol=1e-12) and not whole.requires_grad
+    (mine,) = torch.autograd.grad(found @ weights, logits)
+    # d log p_y / d z_v = (1 if v = y else 0) - p_v, over the temperature
+    by_hand = (torch.eye(5, dtype=torch.float64)[targets] - expected.exp()) * weights[:, None] / 0.7
+    assert torch.allclose(mine, by_hand, atol=1e-12)
+    (theirs,) = torch.autograd.grad(expected[torch.arange(3), targets] @ weights, logits)
+    assert torch.allclose(mine, theirs, atol=1e-12)
