@@ -82,7 +82,7 @@ def can_cut(trainer: Trainer) -> bool:
     return whole and not getattr(strategy.model, "static_graph", False)
 
 
-class Rows(NamedTuple):
+class RowGroup(NamedTuple):
     """Rows that stay together, with the widths that they are padded to."""
 
     rows: list[int]
@@ -90,10 +90,10 @@ class Rows(NamedTuple):
     before: int  # tokens of the longest prompt; 0 for rows without prompts
     width: int  # tokens of the longest row
 
-    def join(self, other: "Rows") -> "Rows":
+    def join(self, other: "RowGroup") -> "RowGroup":
         """Return both together."""
         prompts = self.prompts | other.prompts
-        return Rows(self.rows + other.rows, prompts, max(self.before, other.before), max(self.width, other.width))
+        return RowGroup(self.rows + other.rows, prompts, max(self.before, other.before), max(self.width, other.width))
 
     def count(self, shared: bool) -> int:
         """Count the padded tokens, with each prompt ``shared`` by its completions or computed for each."""
@@ -122,10 +122,10 @@ def cut_to_pieces(batch: Batch, most: int | None, shared: bool = False) -> list[
     return cut
 
 
-def plan_pieces(batch: Batch, most: int, shared: bool) -> list[Rows]:
+def plan_pieces(batch: Batch, most: int, shared: bool) -> list[RowGroup]:
     """Group the rows of a micro-batch without texts; see ``cut_to_pieces``."""
     groups = find_rows(batch) if "input_ids" in batch else find_completions(batch, most, shared)
-    pieces: list[Rows] = []
+    pieces: list[RowGroup] = []
     for group in sorted(groups, key=lambda each: -(each.before + each.width)):
         if pieces and (joined := pieces[-1].join(group)).count(shared) <= most:
             pieces[-1] = joined
@@ -151,20 +151,20 @@ def count_longest(batch: Batch) -> int:
     return int(batch["completion_ids"].shape[1] + batch["prompt_ids"].shape[1])
 
 
-def find_rows(batch: Batch) -> Iterator[Rows]:
+def find_rows(batch: Batch) -> Iterator[RowGroup]:
     """Yield each row of an ``InstructionBatch``."""
     for row, width in enumerate(batch["attention_mask"].sum(1).tolist()):
-        yield Rows([row], set(), 0, width)
+        yield RowGroup([row], set(), 0, width)
 
 
-def find_completions(batch: Batch, most: int, shared: bool) -> Iterator[Rows]:
+def find_completions(batch: Batch, most: int, shared: bool) -> Iterator[RowGroup]:
     """Yield the completions of each prompt together, or in parts of at most ``most`` tokens where they may be parted."""
     widths = batch["attended" if "attended" in batch else "completion_mask"].sum(1).tolist()
     before, index = batch["prompt_mask"].sum(1).tolist(), batch["prompt_index"].tolist()
-    groups: dict[int, list[Rows]] = {}
+    groups: dict[int, list[RowGroup]] = {}
     for row in sorted(range(len(index)), key=lambda row: -widths[row]):
         prompt = index[row]
-        one, parts = Rows([row], {prompt}, before[prompt], widths[row]), groups.setdefault(prompt, [])
+        one, parts = RowGroup([row], {prompt}, before[prompt], widths[row]), groups.setdefault(prompt, [])
         if parts and ("rank" in batch or parts[-1].join(one).count(shared) <= most):
             parts[-1] = parts[-1].join(one)
         else:
@@ -173,7 +173,7 @@ def find_completions(batch: Batch, most: int, shared: bool) -> Iterator[Rows]:
         yield from parts
 
 
-def take_rows(batch: Batch, piece: Rows, counted: set[int]) -> Batch:
+def take_rows(batch: Batch, piece: RowGroup, counted: set[int]) -> Batch:
     """Make the batch of a piece: its rows and their prompts, without columns that are padding in all of them.
 
     Args:
