@@ -101,10 +101,11 @@ def count_validations(trainer: Trainer, epochs: float) -> float:
     """Count the validations of so many epochs."""
     if not trainer.enable_validation or not sum(trainer.num_val_batches) or not math.isfinite(epochs):
         return 0.0
-    every, batches = trainer.check_val_every_n_epoch, trainer.num_training_batches
+    every, batches, between = trainer.check_val_every_n_epoch, trainer.num_training_batches, trainer.val_check_batch
+    assert between is not None  # since there are validations
     if every is None:
-        return epochs * batches // trainer.val_check_batch
-    return epochs // every * max(1, batches // min(trainer.val_check_batch, batches))
+        return epochs * batches // between
+    return epochs // every * max(1, batches // min(between, batches))
 
 
 def write_estimate(peak: float | None, seconds: float, unit: str, whole: float, unvalidated: bool) -> str:
