@@ -191,7 +191,9 @@ class AlignmentModule(LightningModule):
         """Undo Lightning's division by accumulation and ranks, since ``denominator`` counts the whole step."""
         return loss * self.trainer.accumulate_grad_batches * self.trainer.world_size
 
-    def log_step(self, metrics: Mapping[str, Tensor | float], weight: float | None = None, join: Join = sum) -> None:
+    def log_step(
+        self, metrics: Mapping[str, Tensor | float], weight: Tensor | float | None = None, join: Join = sum
+    ) -> None:
         """Log numbers of a micro-batch as ``train/<name>``.
 
         They are joined once per optimiser step, over its micro-batches and all ranks. With ``weight`` they are
@@ -414,9 +416,9 @@ def say_kept_settings(optimizers: Sequence[torch.optim.Optimizer]) -> None:
                 )
 
 
-def count_tokens(batch: PolicyBatch | PreferenceBatch, rows: Tensor) -> float:
-    """Count the tokens of the completions in ``rows``, bool [N], and those of each of their prompts once."""
+def count_tokens(batch: PolicyBatch | PreferenceBatch, rows: Tensor) -> Tensor:
+    """Count [] the tokens of the completions in ``rows``, bool [N], and those of each of their prompts once."""
     prompts, read = batch["prompt_index"][rows].unique(), batch["prompt_mask"]
     if "prompt_counts" in batch:
         read = read & batch["prompt_counts"][:, None]  # type: ignore[typeddict-item]
-    return float(batch["completion_mask"][rows].sum() + read[prompts].sum())
+    return batch["completion_mask"][rows].sum() + read[prompts].sum()

@@ -178,6 +178,11 @@ class GRPOModule(OnPolicyModule):
             lambda rollouts: make_outcomes(rollouts, self.accuracy, scored_by=self.reward),
         )
 
+    def prepares_from_scores(self) -> bool:
+        """A KL in the reward does, and so do weights of ``importance`` and some advantages."""
+        in_reward = self.beta > 0 and self.kl_loss is None
+        return in_reward or self.importance is not None or self.advantage.reads_logprobs
+
     def prepare(self, batch: PolicyBatch) -> None:
         """Make the advantages of the phase, and mark the completions that have a gradient."""
         if self.beta > 0 and self.kl_loss is None:
@@ -221,21 +226,22 @@ class GRPOModule(OnPolicyModule):
     @train_by_pieces
     def training_step(self, batch: PolicyBatch, batch_idx: int) -> Tensor:
         """Compute the loss [] of a micro-batch: its share of the step's objective."""
-        states = self.policy.token_states(batch)
-        scores = self.policy.scores_of(states, batch, self.sampling.temperature, entropy=self.entropy != 0)
+        scores = self.train_scores(batch, entropy=self.entropy != 0)
+        batch = self.start_from(batch, scores)
         scored, logprobs = leave_out_unscored(batch), scores.logprobs
         mask, denominator = scored["completion_mask"], batch["denominator"]
         weights = self.objective.aggregation.weights(mask)
         loss, metrics = self.objective(logprobs, scored)
-        self.log_step(metrics, weight=float(mask.sum()))
-        effective = float((batch["advantages"] != 0).any(1).sum())
+        self.log_step(metrics, weight=mask.sum())
+        effective = (batch["advantages"] != 0).any(1).sum()
         tokens = count_tokens(batch, self.has_gradient(batch["advantages"], mask))
         self.log_step({"policy_loss": loss, "effective_batch": effective, "tokens": tokens})
         if self.has_kl_loss:
             assert self.kl_loss is not None
             distance = kl.apply_estimator(self.kl_loss, logprobs, batch["ref_logprobs"], batch["old_logprobs"])
             loss = loss + self.beta * aggregate(distance, weights, denominator)
-        if scores.entropies is not None:
+        if self.entropy != 0:
+            assert scores.entropies is not None
             loss = loss - self.entropy * aggregate(scores.entropies, weights, denominator)
         return self.step_loss(loss)
 

@@ -4,6 +4,7 @@ import re
 import reprlib
 import time
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -31,14 +32,15 @@ from modules.rollout.engine import InProcessEngine, RolloutEngine
 from modules.rollout.environment import Environment, check_environment
 from modules.rollout.metrics import (
     add_engine_stats,
+    join_gaps,
     make_outcomes,
     measure_budgets,
     measure_errors,
-    measure_gaps,
     measure_rollouts,
     measure_unscored,
     measure_weights,
     share_solved,
+    sum_gaps,
 )
 from modules.rollout.phases.dynamic_sampling import Gathered
 from modules.rollout.phases.overlap import Overlap, check_overlap
@@ -54,18 +56,21 @@ from modules.rollout.phases.segments import (
 from modules.rollout.phases.staleness import find_stale, measure_staleness
 from modules.rollout.sampling import Sampling
 from modules.rollout.scoring import (
-    add_sums,
-    add_trainer_logprobs,
+    Measured,
+    add_measures,
+    find_distinct,
     keep_prompts,
     leave_out_tokens,
     make_batch,
     make_rollouts,
+    measure_rows,
     score_in_chunks,
     score_rollouts,
+    take_chunk,
 )
 from modules.rollout.thinking import Thinking, check_thinking
 from modules.rollout.tool_calls import ToolFormat
-from modules.trainer.ranks import Tally, from_all_ranks, log_equal, mean_and_error, weighted_means
+from modules.trainer.ranks import from_all_ranks, log_equal
 from modules.trainer.seeds import derive_seed, run_seed
 from modules.trainer.steps import update_of_prompts
 from modules.types import Completion, InstructionBatch, Outcome, PolicyBatch, PromptBatch, Reward, Rollout, as_reward
@@ -183,6 +188,9 @@ class OnPolicyModule(AlignmentModule):
         self.reference_id = self.reference.fingerprint() if self.reference is not None else None
         self._batch_start = 0.0
         self._syncing = 0.0  # seconds of the last sync of the engine
+        self._measured: list[
+            tuple[Tensor, Measured]
+        ] = []  # ``row`` and what the step so far measured, see ``start_from``
         self._kl_warned = False
         self.record.held_out = []
 
@@ -260,7 +268,10 @@ class OnPolicyModule(AlignmentModule):
             self.reference.to(self.device)
 
     def collect(self, prompts: PromptBatch) -> PolicyBatch:
-        """Make one phase of this rank: sample, score, and compute the log-probs that the updates start from."""
+        """Make one phase of this rank: sample, score, and compute the log-probs that the updates start from.
+
+        Where the one update of a phase computes these itself, only what it does not train on is computed here.
+        """
         start = time.perf_counter()
         self.record.metrics = {"time/sampling": 0.0}
         if self.overlap is None and self.record.ahead:
@@ -272,52 +283,129 @@ class OnPolicyModule(AlignmentModule):
         before = count_failures(self.reward)
         found = self.gather(prompts)
         self.release_engine()
-        lost = Tally()
-        lost.add(measure_unscored(count_failures(self.reward, before)))
-        self.log_phase(lost.join())
-        self.check_scored(found.rollouts[found.earlier :])
-        batch = make_batch(found.rollouts, self.device)
-        score = self.collected_scores if self.drafts is None else self.drafts.noting(self.collected_scores)
-        batch["old_logprobs"], entropies, *values = score_in_chunks(score, batch)
-        if self.drafts is not None:
-            *values, ids, logprobs, places = values
-            noted = (each[found.earlier :] for each in (ids, logprobs, places))
-            self.log_phase(self.drafts.remember(found.rollouts[found.earlier :], *noted))
-        if values:
-            (batch["values"],) = values
-        stale = self.find_stale(found, batch)
-        drawn = torch.where(stale, batch["sampler_logprobs"], batch["old_logprobs"])
-        log_ratio = k3 = None
-        if self.reference is not None:
-            (batch["ref_logprobs"],) = score_in_chunks(self.reference_scores, batch)
-            log_ratio = kl.k1(drawn, batch["ref_logprobs"])
-            self.check_start(log_ratio)
-            k3 = kl.k3(batch["old_logprobs"], batch["ref_logprobs"])
-            if self.overlap is not None:  # of the policy, by tokens that other weights sampled
-                k3 = k3 * (batch["old_logprobs"] - batch["sampler_logprobs"]).exp()
-        mask = batch["completion_mask"]
-        rollouts = add_trainer_logprobs(found.rollouts, batch["old_logprobs"], self.global_step)
-        self.record.rollouts = add_sums(rollouts, entropies, log_ratio, mask)[found.earlier :]
-        now = mask & ~stale if self.overlap is None else mask
-        self.log_phase(measure_gaps(now, batch["old_logprobs"], batch["sampler_logprobs"], k3))
+        self.check_scored(found.rollouts[found.earlier :], count_failures(self.reward, before))
+        self.record.rollouts = found.rollouts[found.earlier :]
         self.log_phase(found.metrics)
-        self.check_kl()
-        if self.overlap is None:  # else ``importance`` weighs what other weights sampled
-            batch["old_logprobs"] = drawn
         if self.overlap is not None or self.partial is not None:
             self.log_phase(measure_staleness(found.rollouts, self.global_step))
+        whole = make_batch(found.rollouts, self.device)
+        whole["row"] = torch.arange(len(found.rollouts), device=self.device) - found.earlier
+        if self.overlap is not None or self.partial is not None or found.earlier:
+            whole["stale"] = self.find_stale(found, whole)
+        if self.reference is not None:
+            (whole["ref_logprobs"],) = score_in_chunks(self.reference_scores, whole)
+        left = self.leaves_scores(prompts)
+        if left:
+            self.check_start(whole)
+        else:
+            self.score_phase(whole, found.earlier)
+        batch = whole
         if self.partial is not None and not self.partial.learn_earlier:
-            batch = leave_out_tokens(batch, stale)
+            batch = leave_out_tokens(batch, batch["stale"])
         if found.chosen is not None:
             batch = keep_prompts(batch, found.chosen)
         if "update" in prompts:
             update = update_of_prompts(len(batch["prompt_ids"]), max(prompts["update"]) + 1)
             batch["update"] = torch.tensor(update, device=self.device)[batch["prompt_index"]]
         self.prepare(batch)
+        if left:
+            self.score_others(whole, batch["row"][batch["active"]])
+        else:
+            batch.pop("row")
+            batch.pop("stale", None)
         self.record.carried = found.left
         scoring = time.perf_counter() - start - self.record.metrics["time/sampling"]
         self.log_phase({"time/scoring": scoring, "time/training": 0.0})
         return batch
+
+    def leaves_scores(self, prompts: PromptBatch) -> bool:
+        """Tell whether the log-probs that a phase starts from are those of its own update's forward pass.
+
+        They are, without gradient, if a phase makes one update and nothing needs them before.
+        """
+        whole = self.partial is None or self.partial.learn_earlier  # the update scores all tokens of a completion
+        return prompts.get("updates") == 1 and self.drafts is None and whole and not self.prepares_from_scores()
+
+    def prepares_from_scores(self) -> bool:
+        """Tell whether ``prepare`` reads what the policy computes for the completions, such as ``old_logprobs``."""
+        return True
+
+    def score_phase(self, batch: PolicyBatch, earlier: int) -> None:
+        """Compute what the updates start from, and fill the record with it.
+
+        Args:
+            batch: of the whole phase; gets ``old_logprobs``, and ``values`` where there is a critic.
+            earlier: so many completions, the first, belong to the record of the phase before.
+        """
+        score = self.collected_scores if self.drafts is None else self.drafts.noting(self.collected_scores)
+        logprobs, entropies, *values = score_in_chunks(score, batch)
+        if self.drafts is not None:
+            *values, ids, kept, places = values
+            self.log_phase(
+                self.drafts.remember(self.record.rollouts, *(each[earlier:] for each in (ids, kept, places)))
+            )
+        if values:
+            (batch["values"],) = values
+        if "ref_logprobs" in batch:
+            self.refuse_other_start(kl.k1(logprobs, batch["ref_logprobs"]))
+        measured = measure_rows(batch, logprobs, entropies, self.overlap is not None)
+        add_measures(self.record.rollouts, batch["row"].tolist(), measured, self.global_step)
+        batch["old_logprobs"] = self.as_drawn(batch, logprobs)
+
+    def score_others(self, batch: PolicyBatch, trained: Tensor) -> None:
+        """Fill the record with what the update does not compute: of the completions that have no gradient.
+
+        Args:
+            batch: of all completions of the phase.
+            trained: int [K], the ``row`` of those in the update.
+        """
+        others = (~torch.isin(batch["row"], trained) & (batch["row"] >= 0)).nonzero()[:, 0]
+        if len(others):
+            logprobs, entropies = score_in_chunks(self.policy_scores, batch, others)
+            measured = measure_rows(batch, logprobs, entropies, self.overlap is not None)
+            kept = Measured._make(None if each is None else each[others] for each in measured)
+            add_measures(self.record.rollouts, batch["row"][others].tolist(), kept, self.global_step)
+
+    def as_drawn(self, batch: PolicyBatch, logprobs: Tensor) -> Tensor:
+        """Return log-probs [n, t] with those of the sampler where earlier weights sampled a token.
+
+        Where the engine samples ahead, ``importance`` weighs these instead.
+        """
+        if "stale" not in batch or self.overlap is not None:
+            return logprobs
+        return torch.where(batch["stale"], batch["sampler_logprobs"], logprobs)
+
+    def start_from(self, batch: PolicyBatch, scores: TokenScores) -> PolicyBatch:
+        """Return a micro-batch with its ``old_logprobs``: where they were left to the update, those of this forward pass.
+
+        Args:
+            batch: the micro-batch, or a piece of it.
+            scores: [n, t] of its completions; with entropies where ``row`` is in the batch.
+        """
+        if "row" not in batch:
+            return batch
+        assert scores.entropies is not None
+        measured = measure_rows(batch, scores.logprobs, scores.entropies, self.overlap is not None)
+        self._measured.append((batch["row"], measured))
+        return cast(PolicyBatch, {**batch, "old_logprobs": self.as_drawn(batch, scores.logprobs.detach())})
+
+    def train_scores(self, batch: PolicyBatch, entropy: bool = False) -> TokenScores:
+        """Compute scores [n, t] of a micro-batch with gradient; completions that are equal are computed once.
+
+        Args:
+            batch: prompts and completions.
+            entropy: also return entropies, with gradient. Without it they are returned, without gradient, where the
+                record still lacks them.
+        """
+        rows, copies = find_distinct(batch, torch.arange(len(batch["prompt_index"]), device=self.device))
+        names = ("completion_ids", "completion_mask", "prompt_index", *(("attended",) if "attended" in batch else ()))
+        fewer = len(rows) < len(copies)
+        once = cast(PolicyBatch, {**batch, **{name: batch[name][rows] for name in names}}) if fewer else batch  # type: ignore[literal-required]
+        states = self.policy.token_states(once)
+        scores = self.policy.scores_of(states, once, self.sampling.temperature, "row" in batch and not entropy, entropy)
+        if once is batch:
+            return scores
+        return TokenScores._make(None if each is None else each[copies] for each in scores)
 
     def find_stale(self, found: Gathered, batch: PolicyBatch) -> Tensor:
         """Tell which tokens [N, Tc] of a phase earlier weights sampled."""
@@ -397,6 +485,8 @@ class OnPolicyModule(AlignmentModule):
     def on_train_batch_start(self, batch: PolicyBatch, batch_idx: int) -> None:
         """Start the clock of a micro-batch."""
         super().on_train_batch_start(batch, batch_idx)
+        if batch_idx % self.trainer.accumulate_grad_batches == 0:
+            self._measured = []
         self._batch_start = time.perf_counter()
 
     def on_train_batch_end(self, outputs: Any, batch: PolicyBatch, batch_idx: int) -> None:
@@ -404,6 +494,13 @@ class OnPolicyModule(AlignmentModule):
         self.record.metrics["time/training"] = (
             self.record.metrics.get("time/training", 0.0) + time.perf_counter() - self._batch_start
         )
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Log the step, and fill the record with what its forward passes measured."""
+        super().on_before_optimizer_step(optimizer)
+        for rows, measured in self._measured:
+            add_measures(self.record.rollouts, rows.tolist(), measured, self.global_step)
+        self._measured = []
 
     def log_phase(self, metrics: Mapping[str, float]) -> None:
         """Log numbers of this rank as ``train/<name>`` at the end of the phase, averaged over the ranks."""
@@ -436,11 +533,17 @@ class OnPolicyModule(AlignmentModule):
 
     def phase_metrics(self) -> dict[str, float]:
         """Measure rewards, lengths, entropy, KL and times, and join what ``log_phase`` collected (collective)."""
-        found = from_all_ranks(make_outcomes(self.record.rollouts))
-        logged = weighted_means({name: (value, 1.0) for name, value in self.record.metrics.items()})
+        rollouts = self.record.rollouts
+        mine = (make_outcomes(rollouts), sum_gaps(rollouts, fresh=self.partial is not None), dict(self.record.metrics))
+        outcomes, gaps, logs = zip(*from_all_ranks([mine]), strict=True)
+        found = [outcome for each in outcomes for outcome in each]
+        names = dict.fromkeys(name for each in logs for name in each)
+        parts = {name: [each[name] for each in logs if name in each] for name in names}
+        logged = {name: sum(values) / len(values) for name, values in parts.items()}
         seconds = sum(value for name, value in logged.items() if name.startswith("time/"))
+        self.check_kl([outcome.kl for outcome in found if outcome.kl is not None])
         measured = measure_rollouts(found) if found else {}
-        return measured | logged | {"completions_per_second": len(found) / seconds}
+        return measured | join_gaps(gaps) | logged | {"completions_per_second": len(found) / seconds}
 
     def validation_step(self, prompts: PromptBatch, batch_idx: int) -> None:
         """Sample and score completions of held-out prompts, with the same seeds in every evaluation."""
@@ -501,13 +604,13 @@ class OnPolicyModule(AlignmentModule):
         rollouts = make_rollouts(*self.sample(prompts, self.val_generations, self.sampling, stage), self.reward)
         self.log_evaluation(measure_unscored(count_failures(self.reward, before)))
         batch = make_batch(rollouts, self.device)
-        mask = batch["completion_mask"]
-        logprobs, entropies = score_in_chunks(self.policy_scores, batch)
-        log_ratio = None
         if self.reference is not None:
             self.reference.to(self.device)
-            log_ratio = logprobs - score_in_chunks(self.reference_scores, batch)[0]
-        self.record.held_out = rollouts = add_sums(rollouts, entropies, log_ratio, mask)
+            (batch["ref_logprobs"],) = score_in_chunks(self.reference_scores, batch)
+        logprobs, entropies = score_in_chunks(self.policy_scores, batch)
+        measured = measure_rows(batch, logprobs, entropies)
+        add_measures(rollouts, range(len(rollouts)), measured, self.global_step)
+        self.record.held_out = rollouts
         self.record.sampled += make_outcomes(rollouts, self.accuracy, scored_by=self.reward)
         if self.accuracy is not None:
             answers = self.sample(prompts, 1, replace(self.sampling, temperature=0.0), stage)
@@ -582,20 +685,25 @@ class OnPolicyModule(AlignmentModule):
         """Compute scores [N, T] of the supervised tokens of texts that the policy must not forget."""
         return self.policy.token_scores(batch["input_ids"], batch["loss_mask"], batch.get("position_ids"))
 
-    def check_scored(self, rollouts: list[Rollout]) -> None:
-        """Refuse a first phase without any score, and tell of a later one or refuse it too, as ``on_unscored`` says.
+    def check_scored(self, rollouts: list[Rollout], failures: Mapping[str, int] | None = None) -> None:
+        """Refuse a first phase without any score, and tell of a later one or refuse it too, as ``on_unscored`` says; log
+        the ``failures`` of this rank, by cause, summed over the ranks (collective).
 
         Raises:
             ValueError: the phase is refused, as no completion of any rank has a score.
         """
         scored = any(rollout.reward is not None for rollout in rollouts)
         answer = next((rollout.answer for rollout in rollouts if rollout.answer is not None), None)
-        ranks = from_all_ranks([(scored, answer, len(rollouts))])
-        if any(scored for scored, _, _ in ranks):
+        ranks = from_all_ranks([(scored, answer, len(rollouts), Counter(failures))])
+        lost = Counter[str]()
+        for *_, mine in ranks:
+            lost.update(mine)  # keeps a count of 0, which a sum would drop
+        self.log_phase(measure_unscored(lost))
+        if any(scored for scored, *_ in ranks):
             return
-        count, name = sum(count for _, _, count in ranks), self.reward.name
+        count, name = sum(each[2] for each in ranks), self.reward.name
         judges = [part for part in walk_rewards(self.reward) if part.checks_answer or hasattr(part, "needs_answer")]
-        gold = next((answer for _, answer, _ in ranks if answer is not None), None)
+        gold = next((answer for _, answer, *_ in ranks if answer is not None), None)
         if self.global_step > 0:
             said = (
                 f"phase {self.current_epoch}: {name} scored none of its {count} completions, so nothing is learned "
@@ -620,25 +728,33 @@ class OnPolicyModule(AlignmentModule):
                 f"{reprlib.repr(gold)}: {name_reader(gold)}"
             )
 
-    def check_start(self, log_ratio: Tensor) -> None:
+    def check_start(self, batch: PolicyBatch) -> None:
+        """Compare policy and reference at step 0 on the completions of a prompt; see ``refuse_other_start``."""
+        if self.global_step == 0 and self.own_reference and self.reference is not None:
+            few = take_chunk(batch, (batch["prompt_index"] == batch["prompt_index"][0]).nonzero()[:, 0])
+            self.refuse_other_start(kl.k1(self.policy_scores(few)[0], *self.reference_scores(few)))
+
+    def refuse_other_start(self, log_ratio: Tensor) -> None:
         """Refuse a reference that differs from the policy at step 0, where the two are the same model.
 
         Raises:
             ValueError: their log-probs differ.
         """
-        gap = float(log_ratio.abs().max())
-        if self.global_step == 0 and self.own_reference and not gap <= 1e-3:
+        if self.global_step == 0 and self.own_reference and not float(log_ratio.abs().max()) <= 1e-3:
             raise ValueError(
-                f"policy and reference differ before the first update (log-probs by up to {gap:.3g}): the KL would be "
-                "meaningless"
+                f"policy and reference differ before the first update (log-probs by up to {float(log_ratio.abs().max()):.3g}): "
+                "the KL would be meaningless"
             )
 
-    def check_kl(self) -> None:
-        """Warn once if the KL of a phase is below 0 by more than chance and rounding explain."""
-        sums = [rollout.kl for rollout in self.record.rollouts if rollout.kl is not None]
-        mean, error = mean_and_error(sums)
-        enough = sum(from_all_ranks([len(sums)])) >= ENOUGH
-        if enough and mean < -NEGATIVE_KL * error - 1e-5 and not self._kl_warned:
+    def check_kl(self, sums: list[float]) -> None:
+        """Warn once if the KL of a phase, given that of each completion, is below 0 by more than chance and rounding
+        explain.
+        """
+        values = torch.tensor(sums, dtype=torch.float64)
+        if self._kl_warned or len(values) < ENOUGH:
+            return
+        mean, error = float(values.mean()), float(values.std()) / len(values) ** 0.5
+        if mean < -NEGATIVE_KL * error - 1e-5:
             self._kl_warned = True
             rank_zero_warn(
                 f"the KL to the start is {mean:.3g} +- {error:.2g} nats a completion, and a KL is never below 0: the "

@@ -101,6 +101,10 @@ class OnlineDPOModule(OnPolicyModule):
         self.move_reference(refresh != "fixed")
         self.min_gap, self.refresh, self.refresh_every = min_gap, refresh, refresh_every
 
+    def prepares_from_scores(self) -> bool:
+        """Ranks come from the rewards alone."""
+        return False
+
     def prepare(self, batch: PolicyBatch) -> None:
         """Rank the completions: 0 for the best of a prompt, 1 for the worst, -1 for those that are not compared."""
         batch["rank"] = rank_best_and_worst(batch["rewards"], batch["group"], self.min_gap)
@@ -110,7 +114,8 @@ class OnlineDPOModule(OnPolicyModule):
     @train_by_pieces
     def training_step(self, batch: PolicyBatch, batch_idx: int) -> Tensor:
         """Compute the loss [] of a micro-batch: its share of the mean over the step's pairs."""
-        logprobs = self.policy.completion_scores(batch, self.sampling.temperature).logprobs
+        scores = self.train_scores(batch)
+        batch, logprobs = self.start_from(batch, scores), scores.logprobs
         referenced, pairs = self.objective.uses_reference, find_pairs(batch)
         sequences = self.objective.sum_tokens(logprobs, batch.get("ref_logprobs") if referenced else None, batch)
         total = self.objective.total(sequences, batch, pairs, self.beta)
@@ -119,7 +124,7 @@ class OnlineDPOModule(OnPolicyModule):
         )  # a phase without a pair has a gradient too, of zero
         compared = batch["rank"] >= 0
         tokens = count_tokens(batch, compared)
-        self.log_step({"loss": loss, "effective_batch": float(compared.sum()), "tokens": tokens})
+        self.log_step({"loss": loss, "effective_batch": compared.sum(), "tokens": tokens})
         rewards = self.objective.implicit_rewards(sequences, self.beta)
         found = measure_preferences(rewards, sequences.plain, batch["rank"], pairs, referenced)
         for name, (value, weight) in found.items():

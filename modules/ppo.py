@@ -187,7 +187,7 @@ class PPOModule(OnPolicyModule):
         policy_loss, metrics = self.policy_objective(logprobs, scored)
         value_loss, value_metrics = self.value_objective(values, scored)
         tokens = count_tokens(batch, mask.any(1))
-        self.log_step(metrics | value_metrics | measure_ratio(logprobs, scored), weight=float(mask.sum()))
+        self.log_step(metrics | value_metrics | measure_ratio(logprobs, scored), weight=mask.sum())
         self.log_step({"policy_loss": policy_loss, "value_loss": value_loss, "tokens": tokens})
         loss = policy_loss
         if self.kl.loss is not None:
@@ -202,7 +202,7 @@ class PPOModule(OnPolicyModule):
     def ptx_loss(self, texts: InstructionBatch) -> Tensor:
         """Compute the micro-batch's share [] of the texts' mean -log p per token."""
         loss = aggregate(-self.scores(texts).logprobs, texts["loss_mask"], texts["denominator"])
-        self.log_step({"ptx_loss": loss, "tokens": float(texts["attention_mask"].sum())})
+        self.log_step({"ptx_loss": loss, "tokens": texts["attention_mask"].sum()})
         return loss
 
     @property

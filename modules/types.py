@@ -106,6 +106,7 @@ class PromptBatch(TypedDict):
     thinks: NotRequired[list[bool | None]]
     # In training: the optimiser update of each pass that learns from the prompt's completions, counted from 0.
     update: NotRequired[list[int]]
+    updates: NotRequired[int]  # In training: how many optimiser updates the phase makes, over all its passes.
     # In training: draws this rank's next stretch of prompts, for methods that sample more in a phase; every rank must
     # draw equally often.
     further: NotRequired[Callable[[], "PromptBatch"]]
@@ -125,7 +126,8 @@ class PolicyBatch(TypedDict):
     completion_ids: Tensor  # int [N, Tc]
     completion_mask: Tensor  # bool [N, Tc], what the policy sampled, up to and including the end token
     prompt_index: Tensor  # int [N], row of each completion's prompt
-    old_logprobs: Tensor  # [N, Tc], at collection, computed by the trainer
+    # [N, Tc], at collection, computed by the trainer; in a phase of one update they may be left to its own forward pass
+    old_logprobs: NotRequired[Tensor]
     advantages: Tensor  # [N, Tc]
     rewards: Tensor  # [N], NaN = unscorable
     group: Tensor  # int [N], completions of one prompt instance share a number
@@ -142,6 +144,11 @@ class PolicyBatch(TypedDict):
     values: NotRequired[Tensor]  # [N, Tc], at collection; value of the state before each token
     returns: NotRequired[Tensor]  # [N, Tc], the targets of the values
     stopped: NotRequired[Tensor]  # bool [N], True = ended by itself, False = cut off
+    # Only where ``old_logprobs`` are left to the update: the number of each completion in the rollouts of the phase,
+    # below 0 = it is of the phase before, int [N]; and the tokens that earlier weights sampled, bool [N, Tc], by default
+    # none, whose old log-probs are the sampler's.
+    row: NotRequired[Tensor]
+    stale: NotRequired[Tensor]
     update: NotRequired[Tensor]  # int [N], see ``PromptBatch``; only in the batch of a whole phase
     # bool [N], False = teaches nothing, because it has no score or was cut off; default: those that have a score
     teaches: NotRequired[Tensor]
@@ -226,6 +233,9 @@ class Rollout:
     # as long as its token_ids, and the optimiser updates before the weights that did. None = nothing was computed.
     trainer_logprobs: list[float] | None = None
     trainer_version: int = 0
+    # At collection: sum of the estimate k3 of the KL to the start policy, over the tokens that the weights of then
+    # sampled; of those that others sampled ahead of time, too. None = no reference.
+    k3: float | None = None
 
     @property
     def text(self) -> str:
@@ -316,8 +326,9 @@ class Record:
     A phase is one rollout with the updates made from it, so it is one epoch. "Evaluation" is a validation or a test.
     """
 
-    # Rollouts of the phase, valid from its first micro-batch to the end of its epoch, and kept in checkpoints. In
-    # ``predict`` those of the last batch.
+    # Rollouts of the phase, valid from its first micro-batch to the end of its epoch, and kept in checkpoints. What the
+    # trainer computes for them (entropy, kl, log-probs) is there after the phase's first update. In ``predict`` those of
+    # the last batch.
     rollouts: list[Rollout] = field(default_factory=list)
     # Numbers of the phase by name, logged at its end as ``train/<name>``; valid and kept like ``rollouts``.
     metrics: dict[str, float] = field(default_factory=dict)

@@ -120,6 +120,7 @@ class PhaseLoader:
         prompts["further"] = lambda: self.draw(phase + next(further))
         prompts["ahead"] = lambda phases: self.draw(phase + self.extra + phases)
         prompts["update"] = update_of_prompts(len(prompts["uid"]), self.per_pass)
+        prompts["updates"] = self.updates
         with evaluating(module), torch.no_grad(), self.trainer.precision_plugin.forward_context():
             batch: PolicyBatch = module.collect(prompts)  # type: ignore[operator]
             if self.learn is not None:

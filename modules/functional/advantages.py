@@ -10,6 +10,7 @@ from math import comb
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from modules.functional.ranges import check_numbers
 
@@ -30,14 +31,14 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, lam: 
     """
     keep = mask != 0
     rewards, values = rewards.masked_fill(~keep, 0.0), values.masked_fill(~keep, 0.0)
-    advantages = torch.zeros_like(values)
-    advantage = next_value = values.new_zeros(values.shape[0])  # [N]
-    for t in reversed(range(values.shape[1])):
-        delta = rewards[:, t] + gamma * next_value - values[:, t]
-        advantage = torch.where(keep[:, t], delta + gamma * lam * advantage, advantage)
-        next_value = torch.where(keep[:, t], values[:, t], next_value)
-        advantages[:, t] = advantage
-    advantages = advantages.masked_fill(~keep, 0.0)
+    order = keep.int().argsort(dim=1, descending=True, stable=True)  # the kept columns of each row come first
+    rewards, packed = rewards.gather(1, order), values.gather(1, order)
+    advantages = rewards + gamma * pad(packed[:, 1:], (0, 1)) - packed  # delta
+    step, decay = 1, gamma * lam
+    while step < advantages.shape[1]:  # holds the sum over the next ``step`` deltas, so their number doubles
+        advantages = advantages + decay * pad(advantages[:, step:], (0, step))
+        step, decay = 2 * step, decay * decay
+    advantages = torch.zeros_like(values).scatter(1, order, advantages).masked_fill(~keep, 0.0)
     return advantages, advantages + values
 
 

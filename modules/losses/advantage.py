@@ -25,10 +25,13 @@ class Advantage(ABC):
     Attributes:
         least_generations: completions of a prompt that it needs.
         takes_kl: whether it has a place for a KL in the reward.
+        reads_logprobs: whether it reads ``old_logprobs`` of the batch. If not, a phase of one update need not compute
+            them beforehand.
     """
 
     least_generations = 2
     takes_kl = True
+    reads_logprobs = True
 
     def check(self, reward: Reward) -> None:  # noqa: B027
         """Refuse a reward that this advantage cannot use; by default none."""
@@ -49,6 +52,8 @@ class ZScore(Advantage):
         eps: >= 0, in units of the reward.
     """
 
+    reads_logprobs = False
+
     def __init__(self, ddof: int = 1, eps: float = 1e-4) -> None:
         check_numbers("ZScore", ddof=(ddof, "[0, 1]"), eps=(eps, "[0, inf)"))
         self.ddof, self.eps = ddof, eps
@@ -60,12 +65,16 @@ class ZScore(Advantage):
 class Centered(Advantage):
     """reward - mean of its group: Dr. GRPO, arXiv 2503.20783."""
 
+    reads_logprobs = False
+
     def __call__(self, batch: PolicyBatch) -> Tensor:
         return group_center(find_returns(batch), batch["group"])
 
 
 class LeaveOneOut(Advantage):
     """reward - mean of the other rewards of its group, an unbiased baseline: RLOO, arXiv 2402.14740."""
+
+    reads_logprobs = False
 
     def __call__(self, batch: PolicyBatch) -> Tensor:
         return leave_one_out(find_returns(batch), batch["group"])
@@ -78,7 +87,7 @@ class MaxRL(Advantage):
     right answer teaches nothing. When called, a reward below 0 raises ValueError.
     """
 
-    takes_kl = False
+    takes_kl = reads_logprobs = False
 
     def __call__(self, batch: PolicyBatch) -> Tensor:
         rewards, group = find_returns(batch), batch["group"]
@@ -104,6 +113,8 @@ class Whitened(Advantage):
         baseline: first subtract the mean reward of the group (REINFORCE++-baseline); then a KL belongs in the loss, as
             ``kl_loss: k2``.
     """
+
+    reads_logprobs = False
 
     def __init__(self, baseline: bool = False) -> None:
         self.baseline, self.least_generations = baseline, 2 if baseline else 1
@@ -132,7 +143,7 @@ class GDPO(Advantage):
         eps: >= 0, in units of each part.
     """
 
-    takes_kl = False
+    takes_kl = reads_logprobs = False
 
     def __init__(self, ddof: int = 1, eps: float = 1e-4) -> None:
         check_numbers("GDPO", ddof=(ddof, "[0, 1]"), eps=(eps, "[0, inf)"))
@@ -158,6 +169,8 @@ class GDPO(Advantage):
 
 class FunctionAdvantage(Advantage):
     """Calls a function: rewards [N] (NaN = unscorable), group int [N] -> advantages [N]."""
+
+    reads_logprobs = False
 
     def __init__(self, function: Callable[[Tensor, Tensor], Any]) -> None:
         self.function = function

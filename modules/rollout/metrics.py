@@ -198,25 +198,47 @@ def std(values: Tensor) -> float:
     return float(kept.std()) if len(kept) > 1 else 0.0
 
 
-def measure_gaps(mask: Tensor, old_logprobs: Tensor, sampler_logprobs: Tensor, kl: Tensor | None) -> dict[str, float]:
-    """Measure how far the sampler's log-probs are from the trainer's, over the tokens of all ranks (collective).
+def sum_gaps(rollouts: Sequence[Rollout], fresh: bool = False) -> list[float]:
+    """Sum over the tokens of a phase how far the sampler's log-probs are from the trainer's.
 
     Args:
-        mask: bool [N, Tc].
-        old_logprobs: [N, Tc], nats, computed by the trainer.
-        sampler_logprobs: [N, Tc], nats, computed by the engine.
-        kl: [N, Tc], nats; its mean over tokens becomes the metric ``kl``. None = no such metric.
+        rollouts: of this rank; those without the trainer's log-probs are left out.
+        fresh: count only tokens of the weights that the trainer had at collection; else all that were sampled.
+
+    Returns:
+        numbers of rollouts and of tokens; sum and maximum of the differences, nats; sum of ``k3``, NaN without a
+        reference.
     """
-    gaps = (old_logprobs - sampler_logprobs).abs()[mask]
-    largest_here = float(gaps.max()) if len(gaps) else 0.0
-    mine = (int(mask.sum()), float(gaps.sum()), largest_here, 0.0 if kl is None else float(kl[mask].sum()))
-    counts, sums, largest, kls = zip(*from_all_ranks([mine]), strict=True)
-    tokens = max(1, sum(counts))
+    kept = [rollout for rollout in rollouts if rollout.trainer_logprobs is not None]
+    trainer = torch.tensor([x for each in kept for x in each.trainer_logprobs or []], dtype=torch.float64)
+    sampler = torch.tensor([x for each in kept for x in each.completion.logprobs], dtype=torch.float64)
+    gaps = (trainer - sampler).abs()[torch.tensor([x for each in kept for x in find_counted(each, fresh)]).bool()]
+    kls = [math.nan if each.k3 is None else each.k3 for each in kept]
+    largest = float(gaps.max()) if len(gaps) else 0.0
+    return [float(len(kept)), float(len(gaps)), float(gaps.sum()), largest, math.fsum(kls)]
+
+
+def find_counted(rollout: Rollout, fresh: bool) -> list[bool]:
+    """Tell which tokens ``sum_gaps`` counts."""
+    completion = rollout.completion
+    counted = completion.sampled or [True] * len(completion.token_ids)
+    if not fresh:
+        return counted
+    versions = completion.token_versions
+    return [mine and version == rollout.trainer_version for mine, version in zip(counted, versions, strict=True)]
+
+
+def join_gaps(ranks: Sequence[Sequence[float]]) -> dict[str, float]:
+    """Make metrics of what ``sum_gaps`` returned on each rank: means over the tokens of all ranks; {} without rollouts."""
+    rollouts, counts, sums, largest, kls = zip(*ranks, strict=True)
+    if not sum(rollouts):
+        return {}
+    tokens = max(1.0, sum(counts))
     difference = {
         "sampling/sampling_logp_difference/mean": sum(sums) / tokens,
         "sampling/sampling_logp_difference/max": max(largest),
     }
-    return difference if kl is None else difference | {"kl": sum(kls) / tokens}
+    return difference if math.isnan(sum(kls)) else difference | {"kl": sum(kls) / tokens}
 
 
 def measure_weights(weights: Tensor) -> dict[str, float]:

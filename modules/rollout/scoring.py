@@ -1,18 +1,22 @@
 """Turns sampled completions into what a policy loss needs: records, rewards and padded tensors."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
+from modules.functional import kl as estimators
+from modules.functional.cuts import cut_by_length
 from modules.functional.masked import pad_rows
 from modules.rewards.combined import in_phase
 from modules.trainer.ranks import from_all_ranks
 from modules.types import Completion, Credit, PolicyBatch, PromptBatch, Reward, Rollout, find_attended
 
 SCORING_TOKENS = 16384  # padded tokens of one forward without gradients
+# How many tokens cost as much as what a forward pass costs beside its tokens, see ``cut_by_length``.
+CPU_FORWARD, OTHER_FORWARD = 64, 2048
 
 
 def make_rollouts(
@@ -124,59 +128,135 @@ def keep_prompts(batch: PolicyBatch, prompts: list[int]) -> PolicyBatch:
     return cast(PolicyBatch, kept)
 
 
-def score_in_chunks(score: Callable[[PolicyBatch], tuple[Tensor, ...]], batch: PolicyBatch) -> tuple[Tensor, ...]:
-    """Apply ``score`` to whole groups of at most ``SCORING_TOKENS`` padded tokens at a time; each result is [N, Tc].
+def score_in_chunks(
+    score: Callable[[PolicyBatch], tuple[Tensor, ...]], batch: PolicyBatch, rows: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    """Apply ``score`` to chunks of like lengths, see ``cut_to_chunks``.
 
-    A group that is larger is scored alone. Equal completions of a prompt are scored once, because late in training most
-    completions repeat others.
-    """
-    width, given = batch["completion_ids"].shape[1], "attended" in batch
-    lengths = find_attended(batch).sum(1, keepdim=True)
-    written = [batch["completion_mask"].long()] if given else []
-    rows = torch.cat([batch["prompt_index"][:, None], lengths, batch["completion_ids"], *written], 1)
-    distinct, copies = rows.unique(dim=0, return_inverse=True)  # sorted, so still by prompt
-    index, lengths, ids, *written = distinct.split([1, 1, width] + [width] * given, 1)
-    mask = torch.arange(width, device=rows.device) < lengths
-    once = {**batch, "prompt_index": index[:, 0], "completion_ids": ids, "completion_mask": mask}
-    if given:
-        once |= {"completion_mask": written[0].bool(), "attended": mask}
-    parts = [score(part) for part in split_prompts(cast(PolicyBatch, once))]
-    return tuple(torch.cat(column)[copies] for column in zip(*parts, strict=True))
-
-
-def split_prompts(batch: PolicyBatch) -> Iterable[PolicyBatch]:
-    """Yield consecutive prompts with their completions; rows must be ordered by prompt."""
-    index, width = batch["prompt_index"], batch["prompt_ids"].shape[1] + batch["completion_ids"].shape[1]
-    rows_per_prompt = index.bincount(minlength=len(batch["prompt_ids"]))
-    size = max(1, SCORING_TOKENS // (width * int(rows_per_prompt.max())))
-    for start in range(0, len(batch["prompt_ids"]), size):
-        rows = ((index >= start) & (index < start + size)).nonzero()[:, 0]
-        names = ("completion_ids", "completion_mask", *(("attended",) if "attended" in batch else ()))
-        part = {name: batch[name][rows] for name in names}  # type: ignore[literal-required]
-        part |= {name: batch[name][start : start + size] for name in ("prompt_ids", "prompt_mask")}  # type: ignore[literal-required]
-        yield cast(PolicyBatch, part | {"prompt_index": index[rows] - start})
-
-
-def add_sums(rollouts: list[Rollout], entropies: Tensor, kl: Tensor | None, mask: Tensor) -> list[Rollout]:
-    """Add each rollout's mean token entropy and its summed log-ratio to the start policy.
+    Equal completions of a prompt are scored once, because late in training most completions repeat others.
 
     Args:
-        rollouts: N rollouts.
-        entropies: [N, Tc], nats.
-        kl: [N, Tc], log pi - log pi_start in nats; None = no reference.
-        mask: bool [N, Tc].
+        score: batch of n completions -> tensors [n, t] or [n, t, ...].
+        batch: N completions.
+        rows: int [M], numbers of those to score; default all.
+
+    Returns:
+        each tensor as [N, Tc, ...], zero in rows that were not to be scored.
     """
-    entropy = (entropies.sum(1) / mask.sum(1).clamp(min=1)).tolist()
-    sums = [None] * len(rollouts) if kl is None else (kl * mask).sum(1).tolist()
-    return [replace(rollout, entropy=e, kl=k) for rollout, e, k in zip(rollouts, entropy, sums, strict=True)]
+    total, width = batch["completion_ids"].shape
+    rows = torch.arange(total, device=batch["completion_ids"].device) if rows is None else rows
+    firsts, copies = find_distinct(batch, rows)
+    chunks = cut_to_chunks(batch, firsts)
+    columns = list(zip(*(score(take_chunk(batch, chunk)) for chunk in chunks), strict=True))
+    scored, found = torch.cat(chunks), list[Tensor]()
+    for column in columns:
+        values = column[0].new_zeros(total, width, *column[0].shape[2:])
+        values[scored] = torch.cat([widen(part, width) for part in column])
+        values[rows] = values[firsts][copies]
+        found.append(values)
+    return tuple(found)
 
 
-def add_trainer_logprobs(rollouts: list[Rollout], logprobs: Tensor, version: int) -> list[Rollout]:
-    """Add the log-probs of each rollout's tokens that the trainer computed, [N, Tc] in nats, with weights of ``version``."""
-    return [
-        replace(rollout, trainer_logprobs=row[: len(rollout.completion.token_ids)], trainer_version=version)
-        for rollout, row in zip(rollouts, logprobs.tolist(), strict=True)
-    ]
+def widen(values: Tensor, width: int) -> Tensor:
+    """Add columns of zeros to values [n, t, ...] so that they are [n, width, ...]."""
+    wide = values.new_zeros(len(values), width, *values.shape[2:])
+    wide[:, : values.shape[1]] = values
+    return wide
+
+
+def find_distinct(batch: PolicyBatch, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Find the completions that differ in prompt, tokens, or in which tokens were sampled.
+
+    Args:
+        batch: N completions.
+        rows: int [M], numbers of those to look at.
+
+    Returns:
+        the number of the first of each kind, int [K], in the order of ``rows``; and for each row its place among these,
+        int [M].
+    """
+    attended = find_attended(batch)[rows]
+    columns = [batch["prompt_index"][rows][:, None], batch["completion_ids"][rows].masked_fill(~attended, -1)]
+    if "attended" in batch:
+        columns.append(batch["completion_mask"][rows].long())
+    kinds, kind = torch.cat(columns, 1).unique(dim=0, return_inverse=True)  # [K, ...], [M]
+    places = torch.arange(len(rows), device=rows.device)
+    first = places.new_full((len(kinds),), len(rows)).scatter_reduce(0, kind, places, "amin")
+    first, order = first.sort()
+    return rows[first], order.argsort()[kind]
+
+
+def cut_to_chunks(batch: PolicyBatch, rows: Tensor) -> list[Tensor]:
+    """Cut the rows int [M] of a batch into chunks that a forward pass without gradients takes, see ``cut_by_length``."""
+    device = rows.device
+    widths, befores = find_attended(batch)[rows].sum(1).tolist(), batch["prompt_mask"].sum(1).tolist()
+    forward = CPU_FORWARD if device.type == "cpu" else OTHER_FORWARD
+    chunks = cut_by_length(widths, batch["prompt_index"][rows].tolist(), befores, SCORING_TOKENS, forward)
+    return [rows[torch.tensor(chunk, device=device)] for chunk in chunks]
+
+
+def take_chunk(batch: PolicyBatch, rows: Tensor) -> PolicyBatch:
+    """Return the prompts and completions of the rows int [n], without columns that are padding in all of them."""
+    prompts, index = batch["prompt_index"][rows].unique(return_inverse=True)
+    width = max(1, int(find_attended(batch)[rows].sum(1).max()))
+    before = int(batch["prompt_mask"][prompts].sum(1).max())
+    names = ("completion_ids", "completion_mask", *(("attended",) if "attended" in batch else ()))
+    part = {name: batch[name][rows, :width] for name in names}  # type: ignore[literal-required]
+    part |= {name: batch[name][prompts, :before] for name in ("prompt_ids", "prompt_mask")}  # type: ignore[literal-required]
+    return cast(PolicyBatch, part | {"prompt_index": index})
+
+
+class Measured(NamedTuple):
+    """What the trainer computes for n completions: log-probs [n, t], and sums over each completion [n]."""
+
+    logprobs: Tensor
+    entropy: Tensor  # mean over its tokens, nats
+    kl: Tensor | None  # of log pi - log pi_start, nats; None = no reference
+    k3: Tensor | None  # of the estimate k3 of the KL, see ``Rollout``
+
+
+def measure_rows(batch: PolicyBatch, logprobs: Tensor, entropies: Tensor, ahead: bool = False) -> Measured:
+    """Sum over each completion what a forward pass with the weights of collection says of its tokens.
+
+    Args:
+        batch: n completions; ``ref_logprobs`` where there is a reference, ``stale`` where earlier weights sampled tokens.
+        logprobs: [n, t], nats.
+        entropies: [n, t], nats.
+        ahead: whether other weights sampled all of them, ahead of time. Then w = p of these weights / p of the sampler
+            weighs k3, which else is that of the tokens which these weights sampled.
+    """
+    logprobs, entropies, mask = logprobs.detach(), entropies.detach(), batch["completion_mask"]
+    entropy, kl, k3 = entropies.sum(1) / mask.sum(1).clamp(min=1), None, None
+    if "ref_logprobs" in batch:
+        stale, distances = batch.get("stale", torch.zeros_like(mask)), estimators.k3(logprobs, batch["ref_logprobs"])
+        drawn = torch.where(stale, batch["sampler_logprobs"], logprobs)
+        kl = (estimators.k1(drawn, batch["ref_logprobs"]) * mask).sum(1)
+        weights = (logprobs - batch["sampler_logprobs"]).exp() if ahead else ~stale
+        k3 = (distances * weights * mask).sum(1)
+    return Measured(logprobs, entropy, kl, k3)
+
+
+def add_measures(rollouts: list[Rollout], rows: Sequence[int], measured: Measured, version: int) -> None:
+    """Put what was measured of n completions into the rollouts, in place.
+
+    Args:
+        rollouts: of a phase.
+        rows: the number of each completion there; below 0 = it is not there.
+        measured: of the completions.
+        version: optimiser updates before the weights that measured.
+    """
+    columns = [[None] * len(rows) if column is None else column.tolist() for column in measured]
+    for row, logprobs, entropy, kl, k3 in zip(rows, *columns, strict=True):
+        if row >= 0:
+            length = len(rollouts[row].completion.token_ids)
+            rollouts[row] = replace(
+                rollouts[row],
+                entropy=entropy,
+                kl=kl,
+                k3=k3,
+                trainer_logprobs=logprobs[:length],
+                trainer_version=version,
+            )
 
 
 def weigh_credits(batch: PolicyBatch, weights: Tensor, mask: Tensor) -> list[Credit]:

@@ -95,12 +95,14 @@ class Tally:
         self._parts: dict[str, Tensor] = {}  # (joined numbers, weight) [2] of this rank
         self._joins: dict[str, tuple[Join, bool]] = {}  # how to join a number, and whether to divide it by its weight
 
-    def add(self, metrics: Mapping[str, Tensor | float], weight: float | None = None, join: Join = sum) -> None:
-        """Collect numbers [] of a batch. With ``weight`` they are averaged; without, ``join`` joins them."""
+    def add(
+        self, metrics: Mapping[str, Tensor | float], weight: Tensor | float | None = None, join: Join = sum
+    ) -> None:
+        """Collect numbers [] of a batch. With ``weight`` [] they are averaged; without, ``join`` joins them."""
+        factor = torch.as_tensor(1.0 if weight is None else weight, dtype=torch.float32, device=self.device).detach()
         for name, value in metrics.items():
             number = torch.as_tensor(value, dtype=torch.float32, device=self.device).detach()
-            factor = 1.0 if weight is None else weight
-            part = torch.stack([number * factor, torch.full_like(number, factor)])
+            part = torch.stack([number * factor, factor])
             self._parts[name] = JOINS[join](self._parts[name], part) if name in self._parts else part
             self._joins[name] = join, weight is not None
 

@@ -12,6 +12,7 @@ from programs import run_ranks
 
 from datamodules import Addition, VerifiableDataModule
 from modules import DistillModule, GRPOModule, OnlineDPOModule, PPOModule
+from modules.losses import Clipped
 from modules.rewards import RegexFormat
 from modules.rollout import Environment, InProcessEngine, PartialRollouts, RolloutEngine, Sampling, Thinking
 from modules.rollout.calculator import Calculator
@@ -45,6 +46,18 @@ class Seen(Callback):
 
     def on_train_epoch_end(self, trainer, pl_module) -> None:
         self.weights.append([weight.detach().clone() for weight in pl_module.parameters()])
+
+
+class Watched(Clipped):
+    """Keeps the micro-batches that it is called with, which have the log-probs that the ratios start from."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.batches: list[dict[str, Any]] = []
+
+    def __call__(self, logprobs, batch):
+        self.batches.append(dict(batch))
+        return super().__call__(logprobs, batch)
 
 
 def fit(kind: type, partial: PartialRollouts | None, lr: float, phases: int = 5, **settings: Any) -> Seen:
@@ -93,9 +106,10 @@ def test_without_learning_the_completions_are_those_of_the_ordinary_run_and_none
 
 
 def test_each_segment_keeps_the_policy_that_it_was_drawn_from():
-    seen = fit(GRPOModule, PartialRollouts(5), lr=0.5, beta=0.01)  # beta: no completion is left out
+    watched = Watched()
+    seen = fit(GRPOModule, PartialRollouts(5), lr=0.5, beta=0.01, objective=watched)  # beta: no completion is left out
     kinds = set()
-    for phase, (batch,), step, metrics in zip(seen.rollouts, seen.batches, seen.steps, seen.metrics, strict=True):
+    for phase, batch, step, metrics in zip(seen.rollouts, watched.batches, seen.steps, seen.metrics, strict=True):
         behind = []
         for row, rollout in enumerate(phase):
             versions = torch.tensor(rollout.completion.token_versions)

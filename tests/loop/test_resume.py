@@ -183,6 +183,19 @@ def test_a_checkpoint_inside_an_accumulation_resumes_from_the_last_step(tmp_path
     assert_goes_on(fit(grpo(), tmp_path, resume=path, saves=False), straight, micro_batch)
 
 
+def test_a_phase_of_one_update_resumes_from_everywhere_with_what_it_had_measured(tmp_path):
+    """Also from inside the accumulation whose forward passes measure what the record lacks."""
+    one = {"updates": 1, "accumulate": 3}
+    inside = [SaveInside(number, tmp_path / f"inside{number}.ckpt") for number in (1, 5)]
+    straight = fit(grpo(), tmp_path / "straight", extra=inside, **one)
+    assert max(straight.after) == 3 and not equal(straight.after[1], straight.after[3])
+    checkpoints = [each.path for each in inside] + sorted((tmp_path / "straight").glob("*.ckpt"))
+    for checkpoint in [each for each in checkpoints if each.stem not in ("phase2", "step3")]:
+        resumed = fit(grpo(), tmp_path / checkpoint.stem, resume=checkpoint, saves=False, **one)
+        assert_goes_on(resumed, straight, checkpoint.name)
+    assert all(rollout.entropy is not None for rollouts in straight.rollouts.values() for rollout in rollouts)
+
+
 @pytest.mark.parametrize("aggregation", [TokenMean(), SequenceMean(), ConstantNorm(4)], ids=lambda a: type(a).__name__)
 def test_accumulation_changes_no_result(tmp_path, aggregation):
     runs = []
@@ -227,10 +240,11 @@ def test_first_micro_batch_has_the_old_logprobs(tmp_path):
         enable_checkpointing=False,
         enable_progress_bar=False,
     )
-    trainer.fit(module, VerifiableDataModule(module.tokenizer, Addition(40), prompts_per_phase=4))
+    data = VerifiableDataModule(module.tokenizer, Addition(40), prompts_per_phase=4, updates_per_phase=2)
+    trainer.fit(module, data)
     assert len(first.gaps) == 6
     assert max(first.gaps) < 1e-5
-    assert abs(module.record.metrics["kl"]) > 0  # the weights did move
+    assert abs(float(trainer.callback_metrics["train/kl"])) > 0  # the weights did move
 
 
 @pytest.mark.parametrize("name", fixed_runs.RUNS)
@@ -240,6 +254,11 @@ def test_every_method_goes_on_from_every_stop_bit_for_bit(tmp_path, name):
 
 def test_two_ranks_go_on_from_every_stop_bit_for_bit(tmp_path):
     run_ranks(resumes.__file__, str(tmp_path), *fixed_runs.RUNS, folder=tmp_path, timeout=500)
+
+
+def test_two_ranks_go_on_in_phases_of_one_update(tmp_path):
+    once = ["--data.updates_per_phase=1", "--trainer.max_epochs=6"]
+    run_ranks(resumes.__file__, str(tmp_path), "grpo", "online_dpo", *once, folder=tmp_path, timeout=500)
 
 
 def run_cli(config: dict, folder: Path, *args: str) -> dict:

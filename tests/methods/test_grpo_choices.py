@@ -95,6 +95,18 @@ def adding(**settings: Any) -> GRPOModule:
     )
 
 
+class Watched(Clipped):
+    """Keeps the micro-batches that it is called with, which have the log-probs that the ratios start from."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.batches: list[dict[str, Any]] = []
+
+    def __call__(self, logprobs, batch):
+        self.batches.append(dict(batch))
+        return super().__call__(logprobs, batch)
+
+
 def is_mixed(rollouts: list[Any]) -> bool:
     return {rollout.reward for rollout in rollouts} == {0.0, 1.0}
 
@@ -133,11 +145,12 @@ def test_dynamic_sampling_trains_on_mixed_groups_and_loses_none():
 
 
 def test_carried_groups_keep_the_probabilities_that_they_were_drawn_with():
-    module = adding(dynamic_sampling=DynamicSampling(), sampling=Sampling(max_completion_length=5))
+    watched, sampling = Watched(), Sampling(max_completion_length=5)
+    module = adding(dynamic_sampling=DynamicSampling(), sampling=sampling, objective=watched)
     module.optimizer = lambda parameters: torch.optim.AdamW(parameters, lr=1e-4)  # the next phase's policy is another
     seen = fit(module, phases=4)
     compared = 0
-    for before, (batch,) in zip(seen.carried, seen.trained[1:], strict=False):
+    for before, batch in zip(seen.carried, watched.batches[1:], strict=False):
         for row, rollout in enumerate(before):
             drawn = torch.tensor(rollout.completion.logprobs)
             torch.testing.assert_close(batch["old_logprobs"][row][: len(drawn)], drawn)

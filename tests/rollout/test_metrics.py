@@ -1,6 +1,7 @@
 """The metrics of rollouts: computed by hand, and the same for any split into batches."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,11 +14,12 @@ from modules.rewards import RegexFormat, WeightedSum
 from modules.rollout.metrics import (
     Outcome,
     add_engine_stats,
+    join_gaps,
     make_outcomes,
     measure_errors,
-    measure_gaps,
     measure_rollouts,
     share_solved,
+    sum_gaps,
 )
 from modules.rollout.sampling import Sampling
 from modules.types import Completion, Reward, Rollout
@@ -104,15 +106,23 @@ def test_outcomes_keep_what_was_scored():
     assert make_outcomes([rollout])[0].right is None
 
 
-def test_gaps_are_means_over_kept_tokens():
-    mask = torch.tensor([[True, True], [True, False]])
-    old, sampler = torch.tensor([[0.0, 1.0], [2.0, 9.0]]), torch.tensor([[0.5, 1.0], [1.0, float("nan")]])
-    gaps = measure_gaps(mask, old, sampler, torch.tensor([[1.0, 2.0], [6.0, float("nan")]]))
-    assert gaps == {
-        "sampling/sampling_logp_difference/mean": 0.5,
+def test_gaps_are_means_over_counted_tokens():
+    """Of five tokens one is a tool's, and one was sampled by earlier weights."""
+    tokens = Completion([1, 2, 3], [-0.5, -1.0, 0.0], "", "stop", 4, sampled=[True, True, False])
+    older = Completion([5, 6], [-1.0, -2.0], "", "stop", 4, versions=[3, 4])
+    first, second = (Rollout("u", "p", [1], "x", each, 0, {}, None) for each in (tokens, older))
+    first = replace(first, trainer_logprobs=[-0.5, -1.5, 0.0], trainer_version=4, k3=2.0)
+    second = replace(second, trainer_logprobs=[-4.0, -1.0], trainer_version=4, k3=1.0)
+    assert sum_gaps([first, second]) == [2.0, 4.0, 0.0 + 0.5 + 3.0 + 1.0, 3.0, 3.0]
+    assert sum_gaps([first, second], fresh=True) == [2.0, 3.0, 0.0 + 0.5 + 1.0, 1.0, 3.0]
+    ranks = [sum_gaps([each], fresh=True) for each in (first, second)]
+    assert join_gaps([*ranks, sum_gaps([])]) == {
+        "sampling/sampling_logp_difference/mean": 1.5 / 3,
         "sampling/sampling_logp_difference/max": 1.0,
-        "kl": 3.0,
+        "kl": 3.0 / 3,
     }
+    assert "kl" not in join_gaps([sum_gaps([replace(first, k3=None)])])
+    assert join_gaps([sum_gaps([]), sum_gaps([replace(first, trainer_logprobs=None)])]) == {}
 
 
 def test_numbers_of_several_calls_of_an_engine_are_joined():

@@ -20,7 +20,7 @@ from modules.networks.policy import Policy
 from modules.rollout.engine import InProcessEngine, RolloutEngine
 from modules.rollout.environment import Environment
 from modules.rollout.sampling import Ledger, Sampling, invert_cdf, truncate
-from modules.rollout.scoring import split_prompts
+from modules.rollout.scoring import cut_to_chunks, take_chunk
 from modules.trainer.ranks import from_all_ranks
 from modules.types import Completion, PolicyBatch, Rollout
 
@@ -230,7 +230,10 @@ class Drafts:
         known = Draft.join(draft for _, draft in asked)
         pairs = zip(asked, lengths, strict=True)
         uniforms = [np.random.default_rng([seeds[i], STREAM]).random((length, 2)) for (i, _), length in pairs]
-        columns = [each.to(place) for each in (*known, torch.from_numpy(np.concatenate(uniforms)))]
+        chunks = cut_to_chunks(cast(PolicyBatch, batch), torch.arange(len(asked), device=device))
+        number = torch.zeros(mask.shape, dtype=torch.long).masked_scatter(mask, torch.arange(sum(lengths)))
+        order = torch.cat([number[rows.cpu()][mask[rows.cpu()]] for rows in chunks])  # of the tokens in the chunks
+        columns = [each[order].to(place) for each in (*known, torch.from_numpy(np.concatenate(uniforms)))]
         found: list[tuple[Tensor, Tensor]] = []
 
         def watch(logprobs: Tensor) -> None:
@@ -241,9 +244,9 @@ class Drafts:
             found.append((tokens, now.gather(1, tokens[:, None])[:, 0]))
 
         with self.policy.watching(watch):
-            for part in split_prompts(cast(PolicyBatch, batch)):
-                self.policy.completion_scores(part, self.sampling.temperature)
-        tokens, logprobs = (torch.cat(parts).cpu() for parts in zip(*found, strict=True))
+            for rows in chunks:
+                self.policy.completion_scores(take_chunk(cast(PolicyBatch, batch), rows), self.sampling.temperature)
+        tokens, logprobs = (torch.cat(parts).cpu()[order.argsort()] for parts in zip(*found, strict=True))
         same = torch.zeros_like(mask).masked_scatter(mask, tokens == known.tokens).long().cumprod(1).sum(1).tolist()
         begun, reused = [Completion([], [], "", "length", version)] * len(prompts), [0] * len(prompts)
         mine = zip(asked, tokens.split(lengths), logprobs.split(lengths), same, strict=True)
