@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -190,6 +190,12 @@ class Bench:
         return dict(json.loads((self.folder / f"{name}.log").read_text(encoding="utf-8").splitlines()[-1]))
 
 
+def shrink(work: Work) -> Work:
+    """Return a work of two short steps."""
+    batch = work.generations if work.generations > 1 else min(2, work.batch)
+    return replace(work, batch=batch, steps=2, completion=min(16, work.completion), updates=min(2, work.updates))
+
+
 def share_accumulation(shipped: Found, work: Work) -> int:
     """Return the micro-batches that give each as many completions as the shipped configuration does."""
     model, data = shipped["model"]["init_args"], shipped["data"]["init_args"]
@@ -285,7 +291,7 @@ def share_of_part(name: str, work: Work, ours: list[Found], parts: list[float], 
 
 
 def main(asked: argparse.Namespace) -> int:
-    works = [work for work in WORKS if work.name in asked.works]
+    works = [shrink(work) if asked.quick else work for work in WORKS if work.name in asked.works]
     if not (ROOT / ".venv-trl/bin/python").exists():
         raise SystemExit("error: TRL has no environment yet; make bench-env makes it")
     bench = Bench(asked)
@@ -348,6 +354,7 @@ if __name__ == "__main__":
     parser.add_argument("--works", nargs="+", choices=names, default=names, metavar="WORK", help=", ".join(names))
     parser.add_argument("--rounds", type=int, default=2, help="how often each side runs; the numbers are medians")
     parser.add_argument("--bf16", nargs="*", choices=names, default=["sft"], help="works that run in bf16 too")
+    parser.add_argument("--quick", action="store_true", help="two short steps of each work, to see whether it runs")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of both sides")
     parser.add_argument("--data", default="../shared/data", help="folder of real rows")
     parser.add_argument("--out", default="runs/bench")
