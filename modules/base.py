@@ -36,7 +36,7 @@ from modules.trainer.guard import FiniteGuard, require_finite
 from modules.trainer.pieces import Batch, can_cut, count_longest, count_padded, cut_to_pieces
 from modules.trainer.ranks import Join, Tally, log_equal
 from modules.trainer.saving import keep_checkpoints_whole
-from modules.trainer.seeds import derive_seed
+from modules.trainer.seeds import derive_seed, seed_device
 from modules.trainer.steps import check_whole_steps, count_updates, rewind_to_whole_step, validation_is_due
 from modules.trainer.stopping import StopTogether
 from modules.types import PolicyBatch, PreferenceBatch, Record, find_opened_thought
@@ -296,7 +296,7 @@ class AlignmentModule(LightningModule):
         """
         micro_batch = batch_idx % self.trainer.accumulate_grad_batches
         place = f"{self.global_rank}/{self.global_step}/{micro_batch}"
-        torch.manual_seed(derive_seed(self._random or 0, place, "training_step"))
+        seed_device(derive_seed(self._random or 0, place, "training_step"), self.device)
         if self.peak is None:
             self.say_memory(batch)
         if micro_batch == 0:

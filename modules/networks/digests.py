@@ -17,7 +17,7 @@ def hash_samples(weights: Iterable[tuple[str, Tensor]]) -> str:
     for name, weight in weights:
         few = weight.flatten()[:: max(1, weight.numel() // 512)].float().cpu()
         found.update(f"{name.replace('.base_layer', '')} {tuple(weight.shape)}".encode())
-        found.update(few.contiguous().view(torch.uint8).numpy())
+        found.update(few.contiguous().view(torch.uint8).numpy().tobytes())
     return found.hexdigest()
 
 

@@ -19,6 +19,7 @@ class HasForecast(Protocol):
 
     peak: float | None  # MB
     num_tokens: int  # trained on so far
+    torch_compile: bool  # whether the first step compiles layers
     record: Any  # its ``metrics`` hold the seconds of sampling and scoring of the phase
 
 
@@ -37,8 +38,9 @@ class Forecast(Callback):
 
     Times are measured, not computed: a step by the first one, as soon as it is over, a phase by its sampling and scoring
     and the steps that it has. What takes less than two seconds holds mostly the work of starting up, so the line then
-    waits for the next steps until two seconds are measured, and the first is left out. Where the rows' lengths are
-    known, a step counts by its tokens. Validations count if Lightning's check before the training measured one.
+    waits for the next steps until two seconds are measured, and the first is left out; so it is if layers are compiled.
+    Where the rows' lengths are known, a step counts by its tokens. Validations count if Lightning's check before the
+    training measured one.
     """
 
     def __init__(self) -> None:
@@ -72,11 +74,11 @@ class Forecast(Callback):
         module = cast(HasForecast, pl_module)
         found = [module.record.metrics.get(f"time/{name}", 0.0) for name in ("sampling", "scoring")]
         self._steps.append((time.perf_counter() - self._begun, sum(found), module.num_tokens - self._tokens))
-        measured = self._steps[1:] or self._steps
-        first = sum(self._steps[0][:2]) >= ENOUGH_SECONDS
-        if first or sum(seconds for seconds, _, _ in measured) >= ENOUGH_SECONDS or len(measured) >= ENOUGH_STEPS:
+        first = sum(self._steps[0][:2]) >= ENOUGH_SECONDS and not module.torch_compile
+        enough = sum(seconds for seconds, _, _ in self._steps[1:]) >= ENOUGH_SECONDS
+        if first or enough or len(self._steps) > ENOUGH_STEPS:
             self.said = True
-            rank_zero_info(write_estimate(module.peak, *self.foresee(trainer, self._steps if first else measured)))
+            rank_zero_info(write_estimate(module.peak, *self.foresee(trainer, self._steps[0 if first else 1 :])))
 
     def foresee(self, trainer: Trainer, steps: list[tuple[float, float, int]]) -> tuple[float, str, float, bool]:
         """Return the seconds of a step or phase, which of them, the seconds of the whole fit, and whether validations
@@ -99,10 +101,11 @@ def count_validations(trainer: Trainer, epochs: float) -> float:
     """Count the validations of so many epochs."""
     if not trainer.enable_validation or not sum(trainer.num_val_batches) or not math.isfinite(epochs):
         return 0.0
-    every, batches = trainer.check_val_every_n_epoch, trainer.num_training_batches
+    every, batches, between = trainer.check_val_every_n_epoch, trainer.num_training_batches, trainer.val_check_batch
+    assert between is not None  # since there are validations
     if every is None:
-        return epochs * batches // trainer.val_check_batch
-    return epochs // every * max(1, batches // min(trainer.val_check_batch, batches))
+        return epochs * batches // between
+    return epochs // every * max(1, batches // min(between, batches))
 
 
 def write_estimate(peak: float | None, seconds: float, unit: str, whole: float, unvalidated: bool) -> str:
