@@ -6,6 +6,7 @@ import inspect
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 NOISE = (
     "Does not validate against",
@@ -135,6 +136,23 @@ def point_to_owner(message: str) -> str:
         if found[1] in inspect.signature(kind).parameters:
             keys = ".".join(key for key, _ in chain[:depth])
             return f"; {found[1]} is an option of {name}: --{keys}.{found[1]}"
+    return ""
+
+
+def point_to_part(message: str) -> str:
+    """Say, as the end of a sentence, that a part of the class whose option was set has that option."""
+    chain = re.findall(r"Parser key \"(\w+)\":[^\"]*?class_path '([\w.]+)'", message)
+    refused = re.search(r"Option '(\w+)' is not accepted", message)
+    if not chain or refused is None:
+        return ""
+    module, _, name = chain[-1][1].rpartition(".")
+    keys = ".".join(key for key, _ in chain)
+    for part, parameter in inspect.signature(getattr(importlib.import_module(module), name)).parameters.items():
+        for kind in (parameter.annotation, *get_args(parameter.annotation)):
+            own = isinstance(kind, type) and kind.__module__.startswith("modules.")
+            if own and refused[1] in inspect.signature(kind).parameters:
+                option = f"--{keys}.{part} {kind.__name__} --{keys}.{part}.{refused[1]}"
+                return f"; {refused[1]} is an option of {kind.__name__}: {option}"
     return ""
 
 

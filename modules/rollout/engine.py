@@ -149,7 +149,7 @@ class InProcessEngine(RolloutEngine):
         max_cache_gb: > 0, bounds the memory of keys and values, in 10^9 bytes. A column (one token of one row) holds 2 x
             layers x kv heads x head dim numbers (SmolLM2-135M in fp32: 46 KB, so 3 GB are 65000 columns). Rows take
             columns as they grow; the youngest ones wait and are computed again when memory runs out, which changes no
-            completion. Static batches reserve all columns that a row may need.
+            completion. One row is always sampled, and it is said if that takes more.
         precision: ``same`` samples with the policy's own weights; ``bf16`` with a copy of them whose linear layers, keys
             and values are in bf16 and whose head is in fp32 (SmolLM2-135M: 0.3 GB), made anew at each sync; ``auto``
             times matrix products of the policy's shapes once, takes ``bf16`` if they are 1.2 times as fast in it, and says so.
@@ -199,6 +199,7 @@ class InProcessEngine(RolloutEngine):
         self._run: Any = run_static
         self._halves = False  # whether it samples from a copy in 16 bits
         self._shadow: PreTrainedModel | None = None
+        self._exceeded = False  # whether it was said that the cache was
 
     def sync_weights(self, policy: SampledPolicy, version: int) -> None:
         """Remember the policy, whose parameters are shared or copied in 16 bits, and the version.
@@ -304,7 +305,8 @@ class InProcessEngine(RolloutEngine):
             return []
         with sampling_mode(self._policy.model):
             requests = [seed + g for seed in seeds for g in range(num_generations)]
-            thoughts = watch_thoughts(self._policy, prompts, num_generations, sampling, seeds)
+            device = torch.device("cpu") if self._policy.model.device.type == "mps" else self._policy.model.device
+            thoughts = watch_thoughts(self._policy, prompts, num_generations, sampling, seeds, device)
             ledger = Ledger(requests, sampling, self._policy, replies, thoughts, started)
             rows, shared = prompts, num_generations
             if started is not None:  # rows of a prompt go on from different places, so that each is computed by itself
@@ -315,18 +317,33 @@ class InProcessEngine(RolloutEngine):
             stats = self._run(model, rows, shared, ledger, self.max_cache_gb * 1e9, *settings)
             copied = count_bytes(self._shadow) / 1e9 if self._shadow is not None else 0.0
             self.last_stats = {**{name: float(value) for name, value in stats.items()}, "copy_gb": copied}
+            self._tell_excess(stats["cache_gb"])
             completions = ledger.completions(self._version)
         return [completions[start : start + num_generations] for start in range(0, len(completions), num_generations)]
 
+    def _tell_excess(self, used: float) -> None:
+        """Warn, once, if a single completion took more than the bound."""
+        if self.last_stats["slots"] <= 1 and used > self.max_cache_gb and not self._exceeded:
+            self._exceeded = True
+            warnings.warn(
+                f"InProcessEngine: max_cache_gb {self.max_cache_gb:g} is less than one completion takes, and it took "
+                f"{used:.3g}; completions are sampled one after another: raise it",
+                stacklevel=3,
+            )
+
 
 def watch_thoughts(
-    policy: SampledPolicy, prompts: list[list[int]], num_generations: int, sampling: Sampling, seeds: list[int]
+    policy: SampledPolicy,
+    prompts: list[list[int]],
+    num_generations: int,
+    sampling: Sampling,
+    seeds: list[int],
+    device: torch.device,
 ) -> ThoughtWatch | None:
     """Draw the budget of each prompt, and return what ends the thoughts of its completions; None = nothing to end."""
     thinking = sampling.thinking
     if thinking is None or not thinking.budgets:
         return None
-    device = torch.device("cpu") if policy.model.device.type == "mps" else policy.model.device
     rows = [prompt for prompt in prompts for _ in range(num_generations)]
     budgets = [thinking.draw(seed) for seed in seeds for _ in range(num_generations)]
     return ThoughtWatch(thinking, policy.tokenizer, rows, budgets, policy.model.config.vocab_size, device)

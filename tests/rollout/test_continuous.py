@@ -1,5 +1,7 @@
 """Continuous batching in little memory, in blocks of steps and compiled: the completions stay the same."""
 
+import warnings
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,9 +10,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Qwen3Config
 
 from modules.rollout import InProcessEngine, Sampling
+from modules.rollout.decoding.continuous import run_continuous
 from modules.rollout.decoding.decode import SlotCache
 from modules.rollout.decoding.shelves import BusyRow, Shelves
-from modules.rollout.decoding.static import count_column_bytes
+from modules.rollout.decoding.static import count_column_bytes, run_static
 from modules.types import Completion
 
 SEEDS = [7 + 100 * i for i in range(10)]
@@ -55,6 +58,35 @@ def test_rows_that_must_make_room_are_computed_again_with_the_same_result(
     assert stats["slots"] >= 5 and stats["preempted"] > 0
     assert stats["prefill_tokens"] > prompt_tokens  # the preempted ones again
     assert stats["cache_gb"] <= 450 * column / 1e9
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_what_goes_on_from_a_beginning_can_make_room_too(
+    longer: Holder, monkeypatch: pytest.MonkeyPatch, fast: bool
+) -> None:
+    """Each row has 5 tokens already and may take 200, of which all take all in static batches; 450 columns hold two."""
+    if not fast:
+        monkeypatch.setattr(longer, "stop_token_ids", frozenset())
+    limit = 450 * count_column_bytes(longer.model) / 1e9
+    whole = [each for group in engine_for(longer).generate(ragged(10), 2, LONG, SEEDS) for each in group]
+    going = [at for at, each in enumerate(whole) if len(each.token_ids) > 5]
+    begun = [replace(whole[at], token_ids=whole[at].token_ids[:5], logprobs=whole[at].logprobs[:5]) for at in going]
+    engine = engine_for(longer, max_cache_gb=limit)
+    engine._run = run_continuous if fast else run_static
+    prompts, seeds = [ragged(10)[at // 2] for at in going], [SEEDS[at // 2] + at % 2 for at in going]
+    groups = engine.generate(prompts, 1, LONG, seeds, started=begun)
+    assert told(groups) == [each for at, each in enumerate(told([whole])) if at in going]
+    assert engine.last_stats["preempted"] > 0 and engine.last_stats["slots"] >= 5
+    assert engine.last_stats["cache_gb"] <= limit
+
+
+def test_a_completion_that_alone_takes_more_than_the_bound_is_told_of(longer: Holder) -> None:
+    engine = engine_for(longer, max_cache_gb=20 * count_column_bytes(longer.model) / 1e9)
+    with pytest.warns(UserWarning, match="max_cache_gb .* is less than one completion takes"):
+        engine.generate([[5, 6]], 1, Sampling(max_completion_length=60), [5])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        engine.generate([[5, 6]], 1, Sampling(max_completion_length=60), [5])  # once is enough
 
 
 def test_the_numbers_of_a_call(qwen3: Holder) -> None:
