@@ -5,7 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 
+from callbacks import EngineMismatch, Samples
+from modules.cli.command import refuse_twins
 from modules.cli.parser import find_repeated_key
 
 LONG = '{"prompt": "' + "a" * 600 + '", "answer": "b"}'
@@ -181,7 +184,7 @@ def test_a_data_file_stays_a_path(tmp_path, monkeypatch, run, caplog, name, text
             "InProcessEngine --model.engine.engine.max_cache_gb",
         ),
         (
-            ["--trainer.callbacks+=EngineMismatch"],
+            ["--trainer.callbacks+=EngineMismatch", "--trainer.callbacks+=EngineMismatch"],
             "callbacks has EngineMismatch twice, and a checkpoint keeps one state",
         ),
         (["--model.objective", "CSIPO"], "there is no class 'CSIPO'; did you mean CISPO"),
@@ -274,6 +277,12 @@ def test_bad_settings(refusal, monkeypatch, arguments, sentence):
 )
 def test_combinations_that_cannot_run(refusal, command, method, arguments, sentence):
     assert sentence in refusal(method, *arguments, command=command)
+
+
+def test_two_callbacks_with_one_state_are_refused():
+    with pytest.raises(ValueError, match="callbacks has EngineMismatch twice, and a checkpoint keeps one state of it"):
+        refuse_twins([EngineMismatch(), Samples(), EngineMismatch(max_kl=1.0)])
+    refuse_twins([EngineMismatch(), Samples(), ModelCheckpoint(), ModelCheckpoint(every_n_epochs=2)])
 
 
 def test_a_wrong_choice_inside_a_class_is_told_without_the_other_types_of_the_option(refusal):
