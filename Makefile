@@ -24,7 +24,7 @@ define run-recipe
   [ $$verb = validate ] || touch runs/$(1)/$$stage.done; done
 endef
 
-.PHONY: help setup demo demo-smollm recipe study show-batch quick test fuzz test-kill audit-verifiers vllm-env test-vllm bench-env bench bench-scaling lint types format
+.PHONY: help setup demo demo-smollm recipe study show-batch quick test fuzz test-kill audit-verifiers vllm-env test-vllm bench-env bench bench-engine bench-scaling lint types format
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -76,6 +76,9 @@ test-kill: setup  ## kill and resume 40 runs of SFT, GRPO and PPO (3 minutes on 
 audit-verifiers: setup  ## score 13,000 generated answers with every verifier and count its errors (1 minute on 2 cores)
 	OMP_NUM_THREADS=1 $(PY) tests/benchmarks/audit_verifiers.py --errors 3
 
+bench-engine: setup .venv/.smollm  ## sample 64 completions of SmolLM2-135M with the engine and with generate, in turns (6 minutes on 2 cores)
+	$(PY) tests/benchmarks/engine.py
+
 vllm-env: .venv-vllm/.complete  ## make .venv-vllm with vLLM for CPUs, for VLLMEngine (2 minutes, 4 GB of disk)
 
 # What is removed is built for another torch than vLLM's, and vLLM does without.
@@ -85,7 +88,7 @@ vllm-env: .venv-vllm/.complete  ## make .venv-vllm with vLLM for CPUs, for VLLME
 	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
 
-test-vllm: setup vllm-env  ## run VLLMEngine against vLLM itself, and GRPO through it (15 minutes on 2 cores)
+test-vllm: setup vllm-env  ## run VLLMEngine against vLLM itself, and GRPO through it (15 minutes on 2 idle cores, 30 with other work beside)
 	VLLM_PYTHON=.venv-vllm/bin/python OMP_NUM_THREADS=1 $(PY) -m pytest tests/rollout/test_conformance.py
 	OMP_NUM_THREADS=1 $(PY) -m pytest tests/benchmarks/vllm_itself.py -s --durations 0
 

@@ -16,6 +16,7 @@ from modules.rewards.verifier import count_failures
 from modules.rollout.engine import InProcessEngine, RolloutEngine
 from modules.rollout.last_answers import find_last_answers
 from modules.rollout.metrics import make_outcomes, measure_rollouts, measure_unscored
+from modules.rollout.phases.overlap import refuse_staleness
 from modules.rollout.phases.reuse import refuse_reuse
 from modules.rollout.sampling import Sampling
 from modules.rollout.scoring import make_rollouts
@@ -77,11 +78,7 @@ class SFTModule(AlignmentModule):
                 "engine samples answers to held-out rows, and there are none: set sampling or reward, or leave engine out"
             )
         self.engine = engine or InProcessEngine()
-        if self.engine.max_staleness > 0:
-            raise ValueError(
-                f"{type(self.engine).__name__}: max_staleness is {self.engine.max_staleness}, and SFT samples nothing that it "
-                "trains on: set it to 0"
-            )
+        refuse_staleness(self.engine, "SFT samples nothing that it trains on")
         self.record.held_out = None if self.sampling is None else []
 
     def scores(self, batch: InstructionBatch, means: bool = False) -> TokenScores:

@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from modules.cli.checks import check_checkpoint, check_needs, check_nulls, check_run, check_trainer, resolve_checkpoint
 from modules.cli.choices import import_own
@@ -189,7 +190,9 @@ class AlignmentCLI(LightningCLI):
         """Return the configuration's callbacks, with the run's folder, and those that every run has."""
         trainer = self.config_init[str(self.subcommand)]["trainer"]
         given = trainer["callbacks"] or []
-        callbacks: list[Callback] = [*(given if isinstance(given, list) else [given]), Dashboard(), TellsHowToGoOn()]
+        given = given if isinstance(given, list) else [given]
+        refuse_twins(given)
+        callbacks: list[Callback] = [*given, Dashboard(), TellsHowToGoOn()]
         if isinstance(folder, RunFolder):
             callbacks.append(KeepsFolder(folder))
             if not given and trainer["enable_checkpointing"] is not False:
@@ -241,6 +244,18 @@ class AlignmentCLI(LightningCLI):
             written = [callback.folder for callback in exports if callback.exported_step >= 0]
             for line in write_ending(self.trainer, written[-1] if written else None, looks[0].form):
                 print(line, flush=True)
+
+
+def refuse_twins(callbacks: list[Callback]) -> None:
+    """Refuse two callbacks whose states a checkpoint could not tell apart. Raises ValueError."""
+    names = [
+        type(each).__name__
+        for number, each in enumerate(callbacks)
+        if is_overridden("state_dict", each, Callback)
+        and any(each.state_key == other.state_key for other in callbacks[:number])
+    ]
+    if names:
+        raise ValueError(f"callbacks has {names[0]} twice, and a checkpoint keeps one state of it: leave one out")
 
 
 def make_logger(kind: Kind, folder: Path, name: str) -> Logger:

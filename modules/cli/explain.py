@@ -6,6 +6,7 @@ import inspect
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 NOISE = (
     "Does not validate against",
@@ -27,7 +28,9 @@ FILE = re.compile(
     r"Problem with given class_path '([^']+\.(?:jsonl?|ndjson|csv|tsv|parquet|arrow|txt|gz))': No module .*"
 )
 CLASS = re.compile(r"Expected a dot import path string: (\S+)")
+LACKS = re.compile(r"module '(?:callbacks|datamodules|modules)\b[\w.]*' has no attribute '(\w+)'(?!; did you mean)")
 VALUE = re.compile(r"Given value: (.*?)(?:\. Got value: .*)?$", re.MULTILINE)
+INNER_CHOICE = re.compile(r'Parser key "\w+": expected one of ')
 CHOICES = re.compile(r"Expected a typing\.Literal\[(.*)\]")
 
 
@@ -43,6 +46,8 @@ def write_sentence(message: str, names: Sequence[str]) -> str:
         reasons = [*rest, f"expected one of {', '.join(sorted(set(choices)))}"]
     if any(PLAIN_TYPE.match(line) for line in reasons):
         reasons = [line for line in reasons if not CLASS.match(line)]
+    if any(INNER_CHOICE.search(line) for line in reasons):  # whose class was recognised
+        reasons = [line for line in reasons if not PLAIN_TYPE.match(line)]
     joined = ": ".join(line.rstrip(":") for line in reasons)
     joined = re.sub(
         r"Type typing\.Callable.* expects a function or a callable class: |\. Got value: Namespace\(.*", "", joined
@@ -52,6 +57,7 @@ def write_sentence(message: str, names: Sequence[str]) -> str:
     joined = FILE.sub(
         r"'\1' is a file, which has no options; write, for example, --data.train Files --data.train.path \1", joined
     )
+    joined = LACKS.sub(lambda match: match[0] + suggest_names(match[1], names), joined)
     joined += quote_value(message, joined)
     if choices and (value := VALUE.search(message)):
         joined += suggest_names(value[1], choices)
@@ -135,6 +141,23 @@ def point_to_owner(message: str) -> str:
         if found[1] in inspect.signature(kind).parameters:
             keys = ".".join(key for key, _ in chain[:depth])
             return f"; {found[1]} is an option of {name}: --{keys}.{found[1]}"
+    return ""
+
+
+def point_to_part(message: str) -> str:
+    """Say, as the end of a sentence, that a part of the class whose option was set has that option."""
+    chain = re.findall(r"Parser key \"(\w+)\":[^\"]*?class_path '([\w.]+)'", message)
+    refused = re.search(r"Option '(\w+)' is not accepted", message)
+    if not chain or chain[0][0] not in ("model", "data") or refused is None:  # else an outer parser will say it
+        return ""
+    module, _, name = chain[-1][1].rpartition(".")
+    keys = ".".join(key for key, _ in chain)
+    for part, parameter in inspect.signature(getattr(importlib.import_module(module), name)).parameters.items():
+        for kind in (parameter.annotation, *get_args(parameter.annotation)):
+            own = isinstance(kind, type) and kind.__module__.startswith("modules.")
+            if own and refused[1] in inspect.signature(kind).parameters:
+                option = f"--{keys}.{part} {kind.__name__} --{keys}.{part}.{refused[1]}"
+                return f"; {refused[1]} is an option of {kind.__name__}: {option}"
     return ""
 
 

@@ -20,6 +20,7 @@ from modules.cli.explain import (
     explain_missing_arguments,
     explain_taken_name,
     point_to_owner,
+    point_to_part,
     suggest_argument,
     suggest_names,
     write_sentence,
@@ -89,7 +90,8 @@ class Parser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """End with the sentence and exit status 2."""
-        ends = (suggest_argument(message), point_to_owner(message), explain_taken_name(message))
+        owner = point_to_owner(message) or point_to_part(message)
+        ends = (suggest_argument(message), owner, explain_taken_name(message))
         told = explain_missing_arguments(message) or write_sentence(message, NAMES) + "".join(ends)
         told = told.replace(
             NO_COMMAND, "name a command: fit, validate, test, predict, chat or merge; for example, " + EXAMPLE

@@ -11,6 +11,7 @@ from modules.networks.policy import Policy
 from modules.predict.categories import categorise, matches
 from modules.predict.predict_module import PredictModule
 from modules.rollout.engine import InProcessEngine, RolloutEngine
+from modules.rollout.phases.overlap import refuse_staleness
 from modules.rollout.sampling import Sampling
 from modules.trainer.seeds import derive_seed, run_seed
 from modules.types import KNOWLEDGE_CATEGORIES, PromptBatch
@@ -65,6 +66,7 @@ class KnowledgeModule(PredictModule):
         self.num_samples, self.seed = num_samples, run_seed(seed)
         self.sampling = Sampling(temperature=temperature, max_completion_length=max_completion_length, stop=("\n",))
         self.engine = engine or InProcessEngine()
+        refuse_staleness(self.engine, "KnowledgeModule trains nothing")
         self.done: set[str] = set()
 
     @property

@@ -18,6 +18,7 @@ from transformers.cache_utils import DynamicLayer
 
 from modules.rollout.decoding.continuous import run_continuous
 from modules.rollout.decoding.decode import supports
+from modules.rollout.decoding.products import Products
 from modules.rollout.decoding.shadow import count_bytes, make_shadow, measure_gain, refresh_shadow
 from modules.rollout.decoding.static import run_static
 from modules.rollout.sampling import Ledger, Reply, SampledPolicy, Sampling
@@ -142,6 +143,9 @@ def check_request(
 class InProcessEngine(RolloutEngine):
     """Samples with continuous batching and its own decode loop for the Llama family, else with static batches.
 
+    On a CPU with oneDNN the decode loop multiplies by a copy of the weights that is laid out for it: as many bytes as the
+    weights have, at most 4 GB, between a sync and ``release``. Adapters are merged into it.
+
     When a policy is first synced, the engine compares the two ways. If their log-probs differ by 1e-3 nats or more, it
     warns and uses static batches.
 
@@ -149,7 +153,7 @@ class InProcessEngine(RolloutEngine):
         max_cache_gb: > 0, bounds the memory of keys and values, in 10^9 bytes. A column (one token of one row) holds 2 x
             layers x kv heads x head dim numbers (SmolLM2-135M in fp32: 46 KB, so 3 GB are 65000 columns). Rows take
             columns as they grow; the youngest ones wait and are computed again when memory runs out, which changes no
-            completion. Static batches reserve all columns that a row may need.
+            completion. One row is always sampled, and it is said if that takes more.
         precision: ``same`` samples with the policy's own weights; ``bf16`` with a copy of them whose linear layers, keys
             and values are in bf16 and whose head is in fp32 (SmolLM2-135M: 0.3 GB), made anew at each sync; ``auto``
             times matrix products of the policy's shapes once, takes ``bf16`` if they are 1.2 times as fast in it, and says so.
@@ -163,7 +167,7 @@ class InProcessEngine(RolloutEngine):
         last_stats: of the last ``generate``: ``decode_steps``, ``slots`` (rows of the largest batch),
             ``prefill_tokens`` (computed, those of preempted completions again), ``tokens`` (that completions got),
             ``occupancy`` (share of the computed rows that were busy, over all decode steps), ``cache_gb`` (most bytes of
-            keys and values / 10^9), ``preempted`` (times that a completion had to make room), ``copy_gb`` (of the copy of
+            keys and values / 10^9), ``preempted`` (times that a completion had to make room), ``copy_gb`` (of copies of
             the weights).
 
     Raises:
@@ -199,6 +203,8 @@ class InProcessEngine(RolloutEngine):
         self._run: Any = run_static
         self._halves = False  # whether it samples from a copy in 16 bits
         self._shadow: PreTrainedModel | None = None
+        self._products: Products | None = None  # of the weights of the last sync
+        self._exceeded = False  # whether it was said that the cache was
 
     def sync_weights(self, policy: SampledPolicy, version: int) -> None:
         """Remember the policy, whose parameters are shared or copied in 16 bits, and the version.
@@ -214,11 +220,11 @@ class InProcessEngine(RolloutEngine):
             self._shadow = make_shadow(policy.model)
         elif self._shadow is not None:
             refresh_shadow(self._shadow, policy.model)
-        self._policy, self._version = policy, version
+        self._policy, self._version, self._products = policy, version, None
 
     def release(self) -> None:
-        """Forget the copy of the weights until the next sync."""
-        self._shadow = None
+        """Forget the copies of the weights until the next sync."""
+        self._shadow = self._products = None
 
     def _choose(self, policy: SampledPolicy) -> None:
         """Find out how to sample from a new policy: through which loop, and in which precision."""
@@ -304,29 +310,49 @@ class InProcessEngine(RolloutEngine):
             return []
         with sampling_mode(self._policy.model):
             requests = [seed + g for seed in seeds for g in range(num_generations)]
-            thoughts = watch_thoughts(self._policy, prompts, num_generations, sampling, seeds)
+            device = torch.device("cpu") if self._policy.model.device.type == "mps" else self._policy.model.device
+            thoughts = watch_thoughts(self._policy, prompts, num_generations, sampling, seeds, device)
             ledger = Ledger(requests, sampling, self._policy, replies, thoughts, started)
             rows, shared = prompts, num_generations
             if started is not None:  # rows of a prompt go on from different places, so that each is computed by itself
                 rows = [prompts[i // num_generations] + each.token_ids for i, each in enumerate(started)]
                 shared = 1
             model = self._shadow or self._policy.model
-            settings = (self.check_every, self.compile) if self._run is run_continuous else ()
+            settings: tuple[Any, ...] = ()
+            if self._run is run_continuous:
+                self._products = self._products or Products(model, packed=not self.compile)
+                settings = (self._products, self.check_every, self.compile)
             stats = self._run(model, rows, shared, ledger, self.max_cache_gb * 1e9, *settings)
-            copied = count_bytes(self._shadow) / 1e9 if self._shadow is not None else 0.0
+            copied = (count_bytes(self._shadow) if self._shadow is not None else 0) / 1e9
+            copied += self._products.num_bytes / 1e9 if self._products is not None else 0.0
             self.last_stats = {**{name: float(value) for name, value in stats.items()}, "copy_gb": copied}
+            self._tell_excess(stats["cache_gb"])
             completions = ledger.completions(self._version)
         return [completions[start : start + num_generations] for start in range(0, len(completions), num_generations)]
 
+    def _tell_excess(self, used: float) -> None:
+        """Warn, once, if a single completion took more than the bound."""
+        if self.last_stats["slots"] <= 1 and used > self.max_cache_gb and not self._exceeded:
+            self._exceeded = True
+            warnings.warn(
+                f"InProcessEngine: max_cache_gb {self.max_cache_gb:g} is less than one completion takes, and it took "
+                f"{used:.3g}; completions are sampled one after another: raise it",
+                stacklevel=3,
+            )
+
 
 def watch_thoughts(
-    policy: SampledPolicy, prompts: list[list[int]], num_generations: int, sampling: Sampling, seeds: list[int]
+    policy: SampledPolicy,
+    prompts: list[list[int]],
+    num_generations: int,
+    sampling: Sampling,
+    seeds: list[int],
+    device: torch.device,
 ) -> ThoughtWatch | None:
     """Draw the budget of each prompt, and return what ends the thoughts of its completions; None = nothing to end."""
     thinking = sampling.thinking
     if thinking is None or not thinking.budgets:
         return None
-    device = torch.device("cpu") if policy.model.device.type == "mps" else policy.model.device
     rows = [prompt for prompt in prompts for _ in range(num_generations)]
     budgets = [thinking.draw(seed) for seed in seeds for _ in range(num_generations)]
     return ThoughtWatch(thinking, policy.tokenizer, rows, budgets, policy.model.config.vocab_size, device)
@@ -344,8 +370,8 @@ def sampling_mode(model: PreTrainedModel) -> Iterator[None]:
 
 
 def measure_parity(policy: SampledPolicy, model: PreTrainedModel, prompts: list[list[int]], compiled: bool) -> Tensor:
-    """Return by how many nats the log-probs of a few tokens, sampled by the fast decode step in both layouts, differ
-    from those of the policy's plain forward.
+    """Return by how many nats the log-probs of a few tokens, sampled by the fast decode step with few and more rows,
+    differ from those of the policy's plain forward.
 
     Args:
         policy: gives the forward.
@@ -358,10 +384,11 @@ def measure_parity(policy: SampledPolicy, model: PreTrainedModel, prompts: list[
     """
     gaps = []
     with sampling_mode(policy.model):
+        products = Products(model, packed=not compiled)
         for num_generations in (1, 8):  # 2 rows, 16 rows
             ledger = Ledger(list(range(2 * num_generations)), Sampling(max_completion_length=3), policy)
             try:
-                run_continuous(model, prompts, num_generations, ledger, 1e9, compiled=compiled)
+                run_continuous(model, prompts, num_generations, ledger, 1e9, products, compiled=compiled)
             except torch._dynamo.exc.BackendCompilerFailed as error:
                 reason = str(error).strip().splitlines()[0]
                 raise ValueError(

@@ -197,8 +197,9 @@ class Ledger:
         return int(self._counts[: self.idle].sum()) - begun
 
     def so_far(self, request: int) -> list[int]:
-        """Return the tokens of a request, its beginning included."""
-        ids: list[int] = self._tokens[request, : int(self._counts[request])].tolist()
+        """Return the tokens of a request behind its beginning."""
+        begun = len(self._started[request].token_ids) if self._started is not None else 0
+        ids: list[int] = self._tokens[request, begun : int(self._counts[request])].tolist()
         return ids
 
     def draw(self, logits: Tensor, requests: Tensor, late: bool = False) -> tuple[Tensor, Tensor]:

@@ -96,6 +96,11 @@ class ThoughtWatch:
         """Return the requests whose prompts open a thought that has no tokens."""
         return (self._open & (self._left <= 0)).nonzero()[:, 0].tolist()
 
+    def count_left(self, request: int) -> int | None:
+        """Return how many tokens the open thought of a request has left; None = none is open, or it has no limit."""
+        left = int(self._left[request])
+        return left if bool(self._open[request]) and left < torch.iinfo(torch.long).max else None
+
     def open_turn(self, request: int, ids: list[int]) -> bool:
         """Tell whether a new turn, which begins behind these tokens, opens a thought that has no tokens left."""
         self._open[request] = opens_thought(self._tokenizer, ids)

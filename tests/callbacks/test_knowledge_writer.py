@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from callbacks import InstructionWriter, KnowledgeWriter, PreferenceWriter
 from datamodules import FactsDataModule
 from modules import KnowledgeModule, SFTModule
-from modules.rollout.engine import InProcessEngine
+from modules.rollout import InProcessEngine, WorkerEngine
 
 ROOT = Path(__file__).parents[2]
 ROWS = [{"question": f"q{n}", "answer": [f"zz{n}", "another"], "id": n, "note": "\u00e9"} for n in range(7)]
@@ -69,6 +69,13 @@ def known_rows(tmp_path: Path) -> Path:
         for n, row in enumerate(ROWS)
     ]
     return write_rows(file, rows)
+
+
+def test_an_engine_that_samples_ahead_is_refused():
+    with pytest.raises(
+        ValueError, match="WorkerEngine: max_staleness is 1, and KnowledgeModule trains nothing: set it to"
+    ):
+        KnowledgeModule("tiny", engine=WorkerEngine(1, max_staleness=1))
 
 
 def test_rows_come_back_with_what_is_known_of_them(tmp_path: Path, caplog: Any) -> None:

@@ -6,9 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 
+from callbacks import EngineMismatch, Samples
 from modules import SFTModule
+from modules.cli.command import refuse_twins
 from modules.cli.parser import find_repeated_key
 
 LONG = '{"prompt": "' + "a" * 600 + '", "answer": "b"}'
@@ -177,6 +180,16 @@ def test_a_data_file_stays_a_path(tmp_path, monkeypatch, run, caplog, name, text
             "error: Clipped: clip_low must be >= 0, got -1.0",
         ),
         (["--model.reward", "ExactMtch"], "there is no class 'ExactMtch'; did you mean ExactMatch?"),
+        (["--model.engine", "modules.rollout.WorkrEngine"], "no attribute 'WorkrEngine'; did you mean WorkerEngine?"),
+        (
+            ["--model.engine", "WorkerEngine", "--model.engine.max_cache_gb", "1"],
+            "'max_cache_gb' is not accepted; max_cache_gb is an option of InProcessEngine: --model.engine.engine "
+            "InProcessEngine --model.engine.engine.max_cache_gb",
+        ),
+        (
+            ["--trainer.callbacks+=EngineMismatch", "--trainer.callbacks+=EngineMismatch"],
+            "callbacks has EngineMismatch twice, and a checkpoint keeps one state",
+        ),
         (["--model.objective", "CSIPO"], "there is no class 'CSIPO'; did you mean CISPO"),
         (
             ["--model.advantage", "modules.functional.advantages.group_centre"],
@@ -267,6 +280,17 @@ def test_bad_settings(refusal, monkeypatch, arguments, sentence):
 )
 def test_combinations_that_cannot_run(refusal, command, method, arguments, sentence):
     assert sentence in refusal(method, *arguments, command=command)
+
+
+def test_two_callbacks_with_one_state_are_refused():
+    with pytest.raises(ValueError, match="callbacks has EngineMismatch twice, and a checkpoint keeps one state of it"):
+        refuse_twins([EngineMismatch(), Samples(), EngineMismatch(max_kl=1.0)])
+    refuse_twins([EngineMismatch(), Samples(), ModelCheckpoint(), ModelCheckpoint(every_n_epochs=2)])
+
+
+def test_a_wrong_choice_inside_a_class_is_told_without_the_other_types_of_the_option(refusal):
+    """``importance`` may also be true or false."""
+    assert refusal("grpo", "--model.importance.level", "word").endswith('"level": expected one of sequence, token')
 
 
 def test_only_classes_that_can_be_made_are_suggested(refusal):

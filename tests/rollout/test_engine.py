@@ -43,7 +43,7 @@ def test_which_architectures_are_fast(policy: Holder, request: pytest.FixtureReq
     assert engine_for(policy)._run is run
 
 
-@pytest.mark.parametrize("num_generations", [1, 3])  # 12 rows: activations by row; 36 rows: transposed
+@pytest.mark.parametrize("num_generations", [1, 3])  # 12 and 36 rows
 def test_greedy_equals_transformers_generate(policy: Holder, num_generations: int) -> None:
     prompts = ragged(12)
     groups = engine_for(policy).generate(

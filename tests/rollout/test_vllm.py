@@ -26,6 +26,8 @@ from modules import GRPOModule
 from modules.networks.lora import Lora, add_adapters
 from modules.rewards import NumericMatch
 from modules.rollout import InProcessEngine, RolloutEngine, Sampling, VLLMEngine
+from modules.rollout.phases.partial import PartialRollouts
+from modules.rollout.thinking import Thinking
 from modules.rollout.vllm import vllm_engine as vllm_module
 from modules.rollout.vllm import weight_folder as folder_module
 from modules.types import Completion
@@ -394,6 +396,33 @@ def test_grpo_through_a_server_is_grpo(fake: FakeVLLM) -> None:
     assert all(map(is_gone, fake.pids)) and engine._server is None
     log = fake.calls
     assert log.count("/start_weight_update") == log.count("/reset_prefix_cache") >= 4
+
+
+@pytest.mark.parametrize("budget", [0, 5, (2, 9)])
+def test_thinking_budgets_are_kept_as_in_process(
+    attached: Callable[..., VLLMEngine], policy: Holder, budget: int | tuple[int, ...]
+) -> None:
+    """Greedy, behind prompts that open a thought and others: a thought is cut, and what follows is that of one process."""
+    prompts = [[*prompt, *policy.tokenizer("<think>").input_ids] for prompt in ragged(6)] + ragged(3)
+    sampling = Sampling(temperature=0, max_completion_length=30, thinking=Thinking(budget, "</think>"))
+    engine = attached()
+    engine.sync_weights(policy, 3)
+    found = engine.generate(prompts, 2, sampling, list(range(0, 90, 10)))
+    assert same(found, in_process(policy).generate(prompts, 2, sampling, list(range(0, 90, 10))))
+    assert sum(not all(each.sampled or [True]) for group in found for each in group) >= 8
+
+
+def test_a_call_samples_a_segment_of_each_completion(attached: Callable[..., VLLMEngine], policy: Holder) -> None:
+    policy.stop_token_ids = frozenset()
+    engine, prompts, seeds = attached(), [[5, 6, 7], [8, 9]], [3, 40]
+    engine.sync_weights(policy, 3)
+    sampling = Sampling(max_completion_length=11, partial=PartialRollouts(4))
+    first = [each for group in engine.generate(prompts, 2, sampling, seeds) for each in group]
+    assert [(len(each.token_ids), each.finish) for each in first] == [(4, "length")] * 4
+    begun = [replace(each, token_ids=each.token_ids[:n], logprobs=each.logprobs[:n]) for n, each in enumerate(first)]
+    begun[3] = replace(first[3], token_ids=[7] * 9, logprobs=[-1.0] * 9)
+    second = [each for group in engine.generate(prompts, 2, sampling, seeds, begun) for each in group]
+    assert [len(each.token_ids) for each in second] == [0 + 4, 1 + 4, 2 + 4, 11]  # and not 9 + 4
 
 
 @pytest.mark.parametrize(

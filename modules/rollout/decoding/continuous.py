@@ -12,11 +12,14 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from modules.rollout.decoding.decode import ROW_STEP, CachedRows, DecodeStep, SlotCache, layer_dtype
+from modules.rollout.decoding.products import Products
 from modules.rollout.decoding.shelves import BLOCK, BusyRow, Shelves
 from modules.rollout.sampling import Ledger
 
 PREFILL_TOKENS = 2048  # padded prompt tokens of one forward
-DRAW_ROWS = 256  # tokens are drawn from this many rows of logits at a time
+DRAW_ROWS = 256  # tokens are drawn from at most so many rows of logits at a time
+DRAW_LOGITS = 2**20  # and on a CPU from about so many logits, 4 MB, that stay in its cache and need no fresh memory
+LEAST_ROWS = 4  # of packed products: fewer rows take longer
 MAX_ROWS = 1024  # of a batch; more make a step longer and bring nothing
 ACCELERATOR_STEPS = 16  # decode steps between two looks at what has finished, on a device that waits for each look
 
@@ -28,6 +31,7 @@ def run_continuous(
     num_generations: int,
     ledger: Ledger,
     max_bytes: float,
+    products: Products | None = None,
     check_every: int | None = None,
     compiled: bool = False,
 ) -> dict[str, float]:
@@ -35,7 +39,7 @@ def run_continuous(
 
     Inference mode is safe here, because the supported models keep nothing between forwards.
     """
-    return ContinuousBatch(model, prompts, num_generations, ledger, max_bytes, check_every, compiled).run()
+    return ContinuousBatch(model, prompts, num_generations, ledger, max_bytes, products, check_every, compiled).run()
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,7 @@ class ContinuousBatch:
         ledger: draws and records tokens.
         max_bytes: bound on keys and values; there is always at least one row. Prompts that are computed and wait for
             room count, up to the ``PREFILL_TOKENS`` columns of one forward or those of one longer prompt.
+        products: of the model; None = those of its modules.
         check_every: >= 1, decode steps between two looks at what has finished; None = 1 on CPU, else 16.
         compiled: whether ``torch.compile`` makes the decode step.
     """
@@ -84,6 +89,7 @@ class ContinuousBatch:
         num_generations: int,
         ledger: Ledger,
         max_bytes: float,
+        products: Products | None = None,
         check_every: int | None = None,
         compiled: bool = False,
     ) -> None:
@@ -100,7 +106,8 @@ class ContinuousBatch:
         columns = len(self.queue[-1].ids) + ledger.most_left() - 1
         self.shelves = Shelves(model, columns, max_bytes, self.steps, whole=compiled)
         self.prefill_tokens = min(PREFILL_TOKENS, int(max_bytes // self.shelves.column_bytes))
-        self.step = DecodeStep(model, columns, compiled)
+        self.step = DecodeStep(model, columns, products, compiled)
+        self.draw_rows = count_draw_rows(model)
         self.waiting: Waiting | None = None
         self.tokens = self.requests = self.positions = torch.zeros(0, dtype=torch.long, device=model.device)
         self.parts: list[CachedRows] = []
@@ -136,7 +143,9 @@ class ContinuousBatch:
             logits = self.step(self.tokens, self.positions, parts)
             drawn = [
                 self.ledger.draw(rows, requests, late=late)
-                for rows, requests in zip(logits.split(DRAW_ROWS), self.requests.split(DRAW_ROWS), strict=True)
+                for rows, requests in zip(
+                    logits.split(self.draw_rows), self.requests.split(self.draw_rows), strict=True
+                )
             ]
             self.tokens, finished = (torch.cat(each) if len(each) > 1 else each[0] for each in zip(*drawn, strict=True))
             self.requests = self.requests.masked_fill(finished, self.ledger.idle)
@@ -228,7 +237,11 @@ class ContinuousBatch:
         self.tokens, self.since = tokens[order], 0
 
     def _find_size(self, busy: int) -> int:
-        """Return how many rows to compute for those that are busy: few, else a multiple of 16 or as many as before."""
+        """Return how many rows to compute for those that are busy: at least as many as are fast, and compiled 1, 2, 4 or a
+        multiple of 16.
+        """
+        if not self.compiled:
+            return max(busy, LEAST_ROWS) if busy and self.step.products.packed else busy
         for size in (0, 1, 2, 4):
             if busy <= size:
                 return size
@@ -250,8 +263,8 @@ class ContinuousBatch:
         drawn = [
             self.ledger.draw(logits[rows], numbers)
             for rows, numbers in zip(
-                torch.tensor(origins, device=device).split(DRAW_ROWS),
-                torch.tensor(requests, device=device).split(DRAW_ROWS),
+                torch.tensor(origins, device=device).split(self.draw_rows),
+                torch.tensor(requests, device=device).split(self.draw_rows),
                 strict=True,
             )
         ]
@@ -262,6 +275,13 @@ class ContinuousBatch:
         positions = [len(chosen[origins[each]].ids) for each in kept]
         waiting = Waiting(cache, [origins[i] for i in kept], [requests[i] for i in kept], tokens[going], positions)
         self._hold(waiting if kept else None)
+
+
+def count_draw_rows(model: PreTrainedModel) -> int:
+    """Return from how many rows of logits tokens are drawn at a time."""
+    if model.device.type != "cpu":
+        return DRAW_ROWS
+    return min(DRAW_ROWS, max(1, DRAW_LOGITS // int(model.config.vocab_size)))
 
 
 def compute_prompts(model: PreTrainedModel, prompts: list[list[int]], lengths: Tensor) -> tuple[Tensor, SlotCache]:

@@ -1,6 +1,6 @@
 """One decode step of a Llama-family model over caches of fixed sizes.
 
-It reads the model's own parameters, so nothing is copied or synced.
+It reads the model's own parameters, or a copy of them that a CPU multiplies faster by (``products``).
 """
 
 from collections.abc import Callable, Sequence
@@ -9,11 +9,13 @@ from functools import cache
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from transformers import LlamaForCausalLM, MistralForCausalLM, PreTrainedModel, Qwen2ForCausalLM, Qwen3ForCausalLM
-from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaAttention
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
+
+from modules.rollout.decoding.products import Products
 
 FAMILY = {
     "llama": LlamaForCausalLM,
@@ -22,8 +24,7 @@ FAMILY = {
     "qwen3": Qwen3ForCausalLM,
 }
 STATIC_ROPE = ("default", "llama3")  # rotary frequencies that do not depend on the length
-ROW_STEP = 16  # batches shrink in steps of this many rows: on CPU 2 rows cost as much as 12
-TRANSPOSED_ROWS = range(16, 256)  # multiples of 16 in it: batch sizes at which W @ x is faster than x @ W.T on CPU
+ROW_STEP = 16  # static and compiled batches shrink in steps of this many rows
 
 
 def supports(model: PreTrainedModel) -> bool:
@@ -97,40 +98,6 @@ class CachedRows(NamedTuple):
     horizon: int  # a number above their positions; the step does not read columns from here on
 
 
-class Rows:
-    """Activations as [N, features]: every module is called as it is."""
-
-    @staticmethod
-    def turn(x: Tensor) -> Tensor:
-        """Convert from and to [N, features]."""
-        return x
-
-    @staticmethod
-    def norm(module: LlamaRMSNorm, x: Tensor) -> Tensor:
-        return module(x)
-
-    @staticmethod
-    def linear(module: nn.Linear, x: Tensor) -> Tensor:
-        return module(x)
-
-
-class Columns:
-    """Activations as [features, N]: on CPU ``W @ x`` is faster for mid-sized batches. Linear layers must be plain."""
-
-    @staticmethod
-    def turn(x: Tensor) -> Tensor:
-        """Convert from and to [N, features]."""
-        return x.t().contiguous()
-
-    @staticmethod
-    def norm(module: LlamaRMSNorm, x: Tensor) -> Tensor:
-        return x * torch.rsqrt(x.square().mean(0) + module.variance_epsilon) * module.weight[:, None]
-
-    @staticmethod
-    def linear(module: nn.Linear, x: Tensor) -> Tensor:
-        return module.weight @ x if module.bias is None else torch.addmm(module.bias[:, None], module.weight, x)
-
-
 class DecodeStep:
     """Computes next-token logits of N rows, each at its own position.
 
@@ -139,18 +106,18 @@ class DecodeStep:
     Args:
         model: a model that ``supports`` accepts.
         columns: number of positions in the table of rotary positions.
+        products: of the model; None = those of its modules.
         compiled: whether ``torch.compile`` makes the step; each combination of rows and horizons is compiled once.
     """
 
-    def __init__(self, model: PreTrainedModel, columns: int, compiled: bool = False) -> None:
-        self.model = model
+    def __init__(
+        self, model: PreTrainedModel, columns: int, products: Products | None = None, compiled: bool = False
+    ) -> None:
+        self.model, self.products = model, products or Products(model, packed=False)
         positions = torch.arange(columns, device=model.device)[None]
         cos, sin = model.model.rotary_emb(model.lm_head.weight, positions)
         half = cos.shape[-1] // 2
         self._cos, self._sin = cos[0], torch.cat([-sin[0, :, :half], sin[0, :, half:]], -1)  # [columns, head dim]
-        # Adapters replace linear layers by other modules, which only the row layout calls.
-        linears = [model.lm_head, *(part for layer in model.model.layers for part in linear_layers(layer))]
-        self._transposable = model.device.type == "cpu" and all(type(linear) is nn.Linear for linear in linears)
         self._compute = compile_logits(model.device.type) if compiled else compute_logits
 
     def __call__(self, tokens: Tensor, positions: Tensor, parts: Sequence[CachedRows]) -> Tensor:
@@ -164,23 +131,21 @@ class DecodeStep:
         Returns:
             logits [N, V].
         """
-        transposed = self._transposable and len(tokens) in TRANSPOSED_ROWS and len(tokens) % ROW_STEP == 0
-        layout = Columns if transposed else Rows
-        return self._compute(self.model, layout, self._cos, self._sin, tokens, positions, parts)
+        return self._compute(self.model, self.products, self._cos, self._sin, tokens, positions, parts)
 
 
 def compute_logits(
     model: PreTrainedModel,
-    layout: type[Rows] | type[Columns],
+    products: Products,
     cos: Tensor,
     sin: Tensor,
     tokens: Tensor,
     positions: Tensor,
     parts: Sequence[CachedRows],
 ) -> Tensor:
-    """Do the work of ``DecodeStep`` in a layout, with rotary tables [columns, head dim]."""
+    """Do the work of ``DecodeStep`` with rotary tables [columns, head dim]."""
     device, dtype = tokens.device, layer_dtype(model)
-    x = layout.turn(model.model.embed_tokens(tokens).to(cos.dtype))
+    x = model.model.embed_tokens(tokens).to(cos.dtype)
     rope = cos[positions][:, None], sin[positions][:, None]  # [N, 1, D]
     busy = sum(part.rows for part in parts)
     places = positions[:busy].split([part.rows for part in parts])
@@ -190,13 +155,9 @@ def compute_logits(
         hidden = torch.arange(part.horizon, device=device) > place[:, None]
         mask = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill(hidden, -torch.inf)
         masks.append(mask[:, None, None])
-    for number, layer in enumerate(model.model.layers):
-        attention, mlp = layer.self_attn, layer.mlp
-        states = layout.norm(layer.input_layernorm, x).to(dtype)
-        q, k, v = (
-            layout.turn(layout.linear(part, states)) for part in (attention.q_proj, attention.k_proj, attention.v_proj)
-        )
-        q, k, v = split_heads(attention, q, k, v)
+    for number, (layer, product) in enumerate(zip(model.model.layers, products.layers, strict=True)):
+        heads = product.make_heads(layer.input_layernorm(x).to(dtype))
+        q, k, v = split_heads(layer.self_attn, heads, model.config.num_key_value_heads)
         q, k = rotate(q, *rope).to(dtype), rotate(k, *rope).to(dtype)
         attended, start = [], 0
         for (held, rows, horizon), slot, place, mask in zip(parts, slots, places, masks, strict=True):
@@ -208,11 +169,10 @@ def compute_logits(
         if start < len(tokens):
             attended.append(attended[0].new_zeros(len(tokens) - start, attended[0].shape[1]))
         together = torch.cat(attended) if len(attended) > 1 else attended[0]
-        x = x + layout.linear(attention.o_proj, layout.turn(together))
-        states = layout.norm(layer.post_attention_layernorm, x).to(dtype)
-        gated = mlp.act_fn(layout.linear(mlp.gate_proj, states)) * layout.linear(mlp.up_proj, states)
-        x = x + layout.linear(mlp.down_proj, gated)
-    return layout.turn(layout.linear(model.lm_head, layout.norm(model.model.norm, x)))
+        x = x + product.join_heads(together)
+        gate, up = product.widen(layer.post_attention_layernorm(x).to(dtype))
+        x = x + product.narrow(layer.mlp.act_fn(gate) * up)
+    return products.head(model.model.norm(x))
 
 
 @cache
@@ -227,27 +187,14 @@ def layer_dtype(model: PreTrainedModel) -> torch.dtype:
     return dtype
 
 
-def linear_layers(layer: LlamaDecoderLayer) -> list[nn.Module]:
-    """Return the seven linear layers of a decoder layer."""
-    attention, mlp = layer.self_attn, layer.mlp
-    return [
-        attention.q_proj,
-        attention.k_proj,
-        attention.v_proj,
-        attention.o_proj,
-        mlp.gate_proj,
-        mlp.up_proj,
-        mlp.down_proj,
-    ]
-
-
 def split_heads(
-    attention: LlamaAttention | Qwen3Attention, q: Tensor, k: Tensor, v: Tensor
+    attention: LlamaAttention | Qwen3Attention, heads: Tensor, num_key_value_heads: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Split queries, keys and values from [N, heads * D] to [N, heads, D]. Qwen3 also normalises queries and keys per
-    head.
+    """Split queries, keys and values [N, (heads + 2 kv heads) * D] into [N, heads, D] each. Qwen3 also normalises queries
+    and keys per head.
     """
-    q, k, v = (x.unflatten(1, (-1, attention.head_dim)) for x in (q, k, v))
+    heads = heads.unflatten(1, (-1, attention.head_dim))
+    q, k, v = heads.tensor_split((-2 * num_key_value_heads, -num_key_value_heads), 1)
     if isinstance(attention, Qwen3Attention):
         q, k = attention.q_norm(q), attention.k_norm(k)
     return q, k, v

@@ -38,6 +38,12 @@ def check_overlap(engine: RolloutEngine, environment: object | None) -> None:
         )
 
 
+def refuse_staleness(engine: RolloutEngine, why: str) -> None:
+    """Refuse to sample ahead where nothing is sampled to be trained on; ``why`` says so. Raises ValueError."""
+    if engine.max_staleness > 0:
+        raise ValueError(f"{type(engine).__name__}: max_staleness is {engine.max_staleness}, and {why}: set it to 0")
+
+
 class Overlap:
     """Asks the engine for phases in time: phase p has the weights with which phase max(0, p - ``max_staleness``) began.
 

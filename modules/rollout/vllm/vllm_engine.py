@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import torch
 
-from modules.rollout.engine import RolloutEngine, check_request
+from modules.rollout.engine import RolloutEngine, check_request, watch_thoughts
 from modules.rollout.sampling import NOT_FINITE, SampledPolicy, Sampling, cut_stop, silent_tokens, special_stops
 from modules.rollout.syncing import (
     GAP_16,
@@ -35,6 +35,7 @@ from modules.rollout.vllm.vllm_server import (
     find_environment,
     start_watcher,
 )
+from modules.rollout.vllm.vllm_thoughts import sample_thoughts
 from modules.rollout.vllm.weight_folder import WeightFolder
 from modules.trainer.seeds import derive_seed
 from modules.types import Completion, EngineError
@@ -63,7 +64,8 @@ class VLLMEngine(RolloutEngine):
     ranks each start a server of their own. What was run here was vLLM 0.32 on CPUs; nothing of it on a GPU.
 
     Args:
-        python: interpreter of an environment with vLLM.
+        python: interpreter of an environment with vLLM; a relative path starts in this folder, or else in that of the
+            program.
         url: of a server that runs already, such as ``http://127.0.0.1:8000``; None = start one. It needs the options and
             the variables that the first line of an own server's log shows, and must see the same files.
         dtype: of the server's weights and computation.
@@ -85,7 +87,7 @@ class VLLMEngine(RolloutEngine):
             than the policy.
     """
 
-    copies_weights = True
+    copies_weights = limits_segments = limits_thoughts = True
 
     def __init__(
         self,
@@ -175,7 +177,7 @@ class VLLMEngine(RolloutEngine):
         Args:
             prompts: token ids of each prompt.
             num_generations: completions per prompt.
-            sampling: how tokens are drawn.
+            sampling: how tokens are drawn, and how many of a completion in this call (``partial``).
             seeds: one per prompt.
             started: one per completion, prompt by prompt: its beginning, which may be empty; see the class.
 
@@ -191,16 +193,22 @@ class VLLMEngine(RolloutEngine):
                 raise ValueError("VLLMEngine: it has given its memory back; call sync_weights before generate")
             check_request(self._policy, prompts, num_generations, sampling, seeds, started)
             self._check_sampling(prompts, sampling)
-            bodies = self._bodies(prompts, num_generations, sampling, seeds, started)
-            answers, restarts = self._answer_all(bodies)
-            sampled = sum(len(choice["token_ids"]) for answer in answers for choice in answer)
-            if started is None:
-                answers = [answer * (num_generations // len(answer)) for answer in answers]
-            completions = [
-                self._read(choice, sampling, None if started is None else started[place])
-                for place, choice in enumerate(choice for answer in answers for choice in answer)
-            ]
-            self.last_stats |= {"requests": len(bodies), "tokens": sampled, "restarts": restarts}
+            self.last_stats |= {"requests": 0, "tokens": 0, "restarts": 0}
+            thoughts = watch_thoughts(self._policy, prompts, num_generations, sampling, seeds, torch.device("cpu"))
+            if thoughts is None:
+                completions = self._sample(prompts, num_generations, sampling, seeds, started)
+            else:
+                length, number = sampling.max_completion_length, num_generations * len(prompts)
+                rows = [prompt for prompt in prompts for _ in range(num_generations)]
+                own = [seed + g for seed in seeds for g in range(num_generations)]
+
+                def ask(
+                    requests: Sequence[int], begun: Sequence[Completion], limits: Sequence[int]
+                ) -> list[Completion]:
+                    asked = [rows[each] for each in requests], 1, sampling, [own[each] for each in requests]
+                    return self._sample(*asked, begun, limits)
+
+                completions = sample_thoughts(thoughts, number, length, ask)
         return [completions[at : at + num_generations] for at in range(0, len(completions), num_generations)]
 
     def release(self) -> None:
@@ -360,6 +368,30 @@ class VLLMEngine(RolloutEngine):
                 f"{self.max_model_len}; raise it or shorten either"
             )
 
+    def _sample(
+        self,
+        prompts: list[list[int]],
+        num_generations: int,
+        sampling: Sampling,
+        seeds: list[int],
+        started: Sequence[Completion] | None,
+        limits: Sequence[int] | None = None,
+    ) -> list[Completion]:
+        """Return the completions of all prompts; ``limits`` bounds the tokens that each gets behind its beginning."""
+        bodies = self._bodies(prompts, num_generations, sampling, seeds, started)
+        for body, limit in zip(bodies, limits or (), strict=False):
+            body["max_tokens"] = min(body["max_tokens"], limit)
+        answers, restarts = self._answer_all(bodies)
+        sampled = sum(len(choice["token_ids"]) for answer in answers for choice in answer)
+        if started is None:
+            answers = [answer * (num_generations // len(answer)) for answer in answers]
+        for name, value in {"requests": len(bodies), "tokens": sampled, "restarts": restarts}.items():
+            self.last_stats[name] += value
+        return [
+            self._read(choice, sampling, None if started is None else started[place])
+            for place, choice in enumerate(choice for answer in answers for choice in answer)
+        ]
+
     def _bodies(
         self,
         prompts: list[list[int]],
@@ -388,10 +420,11 @@ class VLLMEngine(RolloutEngine):
             "return_token_ids": True,
         }
         length = sampling.max_completion_length
+        budget = length if sampling.partial is None else sampling.partial.tokens_per_phase
         if started is None:
             alike = 1 if sampling.temperature == 0 else num_generations  # vLLM gives one greedy completion a request
             return [
-                common | {"prompt": prompt, "n": alike, "seed": fold_seed(seed), "max_tokens": length}
+                common | {"prompt": prompt, "n": alike, "seed": fold_seed(seed), "max_tokens": min(budget, length)}
                 for prompt, seed in zip(prompts, seeds, strict=True)
             ]
         bodies = []
@@ -400,7 +433,7 @@ class VLLMEngine(RolloutEngine):
             count, seed = len(beginning.token_ids), seeds[row] + number
             seed = fold_seed(derive_seed(seed, "started", str(count)) if count else seed)
             prompt = prompts[row] + beginning.token_ids
-            bodies.append(common | {"prompt": prompt, "n": 1, "seed": seed, "max_tokens": length - count})
+            bodies.append(common | {"prompt": prompt, "n": 1, "seed": seed, "max_tokens": min(budget, length - count)})
         return bodies
 
     def _answer_all(self, bodies: list[dict[str, Any]]) -> tuple[list[list[dict[str, Any]]], int]:

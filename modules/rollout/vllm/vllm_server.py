@@ -25,6 +25,7 @@ from modules.trainer.ranks import leave_ranks
 from modules.types import EngineError
 
 SIDE = Path(__file__).parent / "vllm_side"  # what the server's environment imports
+ROOT = Path(__file__).parents[3]  # where ``make vllm-env`` makes the environment
 MODEL = "policy"  # what the server calls it
 MAKE = "run make vllm-env, and name its interpreter as python (.venv-vllm/bin/python)"
 START_SECONDS = 900.0  # for a server to load its libraries, and to compile on a GPU
@@ -73,7 +74,8 @@ def find_environment(python: str) -> VLLMEnvironment:
     Raises:
         ValueError: there is no such interpreter, or it has no vLLM.
     """
-    path = shutil.which(os.path.expanduser(python))
+    named = os.path.expanduser(python)
+    path = shutil.which(named) or shutil.which(ROOT / named)
     if path is None:
         raise ValueError(f"VLLMEngine: there is no interpreter {python}: {MAKE}")
     path = os.path.abspath(path)
