@@ -24,7 +24,7 @@ define run-recipe
   [ $$verb = validate ] || touch runs/$(1)/$$stage.done; done
 endef
 
-.PHONY: help setup demo demo-smollm recipe study show-batch quick test fuzz test-kill audit-verifiers vllm-env test-vllm lint types format
+.PHONY: help setup demo demo-smollm recipe study show-batch quick test fuzz test-kill audit-verifiers vllm-env test-vllm bench-env bench bench-scaling lint types format
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -88,6 +88,19 @@ vllm-env: .venv-vllm/.complete  ## make .venv-vllm with vLLM for CPUs, for VLLME
 test-vllm: setup vllm-env  ## run VLLMEngine against vLLM itself, and GRPO through it (15 minutes on 2 cores)
 	VLLM_PYTHON=.venv-vllm/bin/python OMP_NUM_THREADS=1 $(PY) -m pytest tests/rollout/test_conformance.py
 	OMP_NUM_THREADS=1 $(PY) -m pytest tests/benchmarks/vllm_itself.py -s --durations 0
+
+bench-env: .venv-trl/.complete  ## make .venv-trl with TRL 1.16, for bench (2 minutes, 2 GB of disk)
+
+.venv-trl/.complete:
+	$(PYTHON) -m venv .venv-trl
+	.venv-trl/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 trl==1.16.0 transformers==5.23.0 datasets==5.2.0 peft==0.21.2 gguf
+	@touch $@
+
+bench: setup .venv/.smollm bench-env  ## train with this and with TRL on the same work, in turns, and print the ratios (45 minutes on 2 cores): BENCH="--works sft dpo"
+	$(PY) tests/benchmarks/bench.py $(BENCH)
+
+bench-scaling: setup  ## measure how time and memory grow with completions, length, rows and vocabulary (10 minutes on 2 cores)
+	$(PY) tests/benchmarks/bench_scaling.py $(BENCH)
 
 lint: setup  ## check style
 	$(PY) -m ruff check . && $(PY) -m ruff format --check .

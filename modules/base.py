@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
+from modules.networks.bases import leave_out_bases, put_back_bases
 from modules.networks.loading import lacks_output_head
 from modules.networks.lora import Lora
 from modules.networks.memory import (
@@ -19,6 +21,9 @@ from modules.networks.memory import (
     choose_piece_bytes,
     count_activation_bytes,
     estimate_memory,
+    estimate_peak,
+    find_capacity,
+    measure_used,
     write_memory_line,
 )
 from modules.networks.policy import MAX_LOGITS, Policy
@@ -26,11 +31,12 @@ from modules.networks.reference import Frozen
 from modules.rollout.engine import InProcessEngine
 from modules.rollout.sampling import Sampling
 from modules.schedulers import RunSchedule
+from modules.trainer.forecast import Forecast
 from modules.trainer.guard import FiniteGuard, require_finite
-from modules.trainer.pieces import Batch, can_cut, cut_to_pieces
+from modules.trainer.pieces import Batch, can_cut, count_longest, count_padded, cut_to_pieces
 from modules.trainer.ranks import Join, Tally, log_equal
 from modules.trainer.saving import keep_checkpoints_whole
-from modules.trainer.seeds import derive_seed
+from modules.trainer.seeds import derive_seed, seed_device
 from modules.trainer.steps import check_whole_steps, count_updates, rewind_to_whole_step, validation_is_due
 from modules.trainer.stopping import StopTogether
 from modules.types import PolicyBatch, PreferenceBatch, Record, find_opened_thought
@@ -51,6 +57,8 @@ class AlignmentModule(LightningModule):
     """
 
     forms_logits = True  # whether training computes logits
+    gradient_checkpointing = False  # whether a fit computes layers again in the backward pass, to need less memory
+    torch_compile = False  # whether a fit compiles layers
     reference_id: str | None = None  # what tells the frozen reference from others; None = there is none, or it moves
 
     def __init__(
@@ -74,7 +82,7 @@ class AlignmentModule(LightningModule):
         self._step, self._evaluation = Tally(), Tally()  # metrics of the optimiser step and of the evaluation so far
         self._step_names: set[str] = set()  # of all metrics of earlier steps
         self._step_start = time.perf_counter()
-        self._memory_said = False
+        self.peak: float | None = None  # MB that the fit is expected to take; None before the first step
         self.piece_tokens: int | None = None  # padded tokens of a piece, see ``cut``; None = micro-batches stay whole
         self.piece, self.gradients_dropped = 0, False  # see ``train_by_pieces``
         self._random: int | None = None  # seed of dropout, of the whole run
@@ -85,13 +93,29 @@ class AlignmentModule(LightningModule):
         return self.policy.tokenizer
 
     def configure_callbacks(self) -> list[Callback]:
-        """Return what ends a run on all ranks together, and what keeps it finite unless the Trainer has a guard."""
+        """Return what ends a run on all ranks together, what tells how long it takes, and what keeps it finite unless the
+        Trainer has a guard.
+        """
         guarded = any(isinstance(callback, FiniteGuard) for callback in self.trainer.callbacks)  # type: ignore[attr-defined]
-        return [StopTogether()] if guarded else [StopTogether(), FiniteGuard()]
+        return [StopTogether(), Forecast()] if guarded else [StopTogether(), Forecast(), FiniteGuard()]
 
     def setup(self, stage: str) -> None:
-        """Refuse a precision that is not the 32 bits of log-probs, denominators and losses; keep checkpoints whole."""
+        """Refuse a precision that is not the 32 bits of log-probs, denominators and losses; keep checkpoints whole.
+
+        With ``gradient_checkpointing`` the layers of all models that learn are computed again in the backward pass, and
+        with ``torch_compile`` they are compiled. Strategies that shard weights are refused.
+        """
         keep_checkpoints_whole(self.trainer)
+        if isinstance(self.trainer.strategy, FSDPStrategy | ModelParallelStrategy):
+            raise ValueError(
+                f"strategy {type(self.trainer.strategy).__name__} shards the weights, and sampling, frozen copies and the "
+                "export read whole ones: use ddp, for larger models with configs/overlays/lora.yaml"
+            )
+        for part in [part for part in self.modules() if isinstance(part, Policy) and stage == "fit"]:
+            if self.gradient_checkpointing:
+                part.recompute_layers()
+            if self.torch_compile:
+                part.compile_layers()
         if self.trainer.precision in ("16-true", "bf16-true", "transformer-engine", "transformer-engine-float16"):
             raise ValueError(
                 f"precision '{self.trainer.precision}' rounds the batch's log-probabilities and denominators to 16 "
@@ -103,6 +127,8 @@ class AlignmentModule(LightningModule):
     def configure_optimizers(self) -> Any:
         """Return the optimizer and the scheduler, which steps per update, or per epoch if it waits for a plateau."""
         optimizer = self.optimizer(self.parameter_groups())
+        if self.device.type == "cpu":
+            fuse_adam(optimizer)
         if self.scheduler is None:
             return optimizer
         scheduler = self.scheduler(optimizer)
@@ -134,13 +160,22 @@ class AlignmentModule(LightningModule):
         """Return what the optimizer trains: parameters, or groups of parameters with settings of their own."""
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
+    def activation_bytes(self, recomputes: bool) -> float:
+        """Return how many bytes a token keeps from the forward to the backward pass, in all models that learn."""
+        autocast, models = (
+            self.trainer.precision.endswith("mixed"),
+            [m for m in self.modules() if isinstance(m, Policy)],
+        )
+        return sum(count_activation_bytes(m.model.config, autocast, m.has_adapters, recomputes) for m in models)
+
     def choose_piece_tokens(self) -> int:
-        """Choose how many padded tokens a piece of a micro-batch may have, by the memory of their activations."""
-        autocast, trained = self.trainer.precision.endswith("mixed"), self.trainer.optimizers[0]
-        models = [part for part in self.modules() if isinstance(part, Policy)]
-        per_token = sum(count_activation_bytes(model.model.config, autocast, model.has_adapters) for model in models)
+        """Choose how many padded tokens a piece of a micro-batch may have, by the memory of their activations.
+
+        It is the same with ``gradient_checkpointing``, which so takes less memory.
+        """
+        trained = self.trainer.optimizers[0]
         needed = MB * sum(estimate_memory([*self.parameters(), *self.buffers()], trained, 0).values())
-        return max(1, int(choose_piece_bytes(self.device, needed) / per_token))
+        return max(1, int(choose_piece_bytes(self.device, needed) / self.activation_bytes(recomputes=False)))
 
     def cut(self, batch: Batch) -> list[Batch]:
         """Return the pieces of a micro-batch that ``train_by_pieces`` computes one after the other; see
@@ -169,7 +204,7 @@ class AlignmentModule(LightningModule):
         self._step.add(metrics, weight, join)
 
     def log_evaluation(
-        self, metrics: Mapping[str, Tensor | float], weight: float | None = None, join: Join = sum
+        self, metrics: Mapping[str, Tensor | float], weight: Tensor | float | None = None, join: Join = sum
     ) -> None:
         """Log numbers of a held-out batch as ``val/<name>`` or ``test/<name>``.
 
@@ -230,14 +265,29 @@ class AlignmentModule(LightningModule):
         return self._evaluation.join()
 
     def say_memory(self, batch: Any) -> None:
-        """Print how much memory training needs with micro-batches like this one, as far as it is known."""
+        """Print how much memory a fit needs with micro-batches like this one, and warn if there is not so much."""
         frozen = (
             weight for part in vars(self).values() if isinstance(part, Frozen) for weight in part.weights.values()
         )
-        tokens = max(batch[name].numel() for name in ("input_ids", "completion_ids") if name in batch)
+        tokens = count_padded(batch, self.policy.shares_prompts)
+        if self.piece_tokens is not None:
+            tokens = min(tokens, max(self.piece_tokens, count_longest(batch)))
         logits = min(MAX_LOGITS, tokens * self.policy.model.config.vocab_size) if self.forms_logits else 0
-        memory = estimate_memory([*self.parameters(), *self.buffers(), *frozen], self.trainer.optimizers[0], logits)
-        rank_zero_info(write_memory_line(memory))
+        weights, optimizer = [*self.parameters(), *self.buffers(), *frozen], self.trainer.optimizers[0]
+        used, most = measure_used(self.device)
+        peaks = {}
+        for recomputes in (True, self.gradient_checkpointing):
+            memory = estimate_memory(weights, optimizer, logits, tokens * self.activation_bytes(recomputes))
+            samples = "time/sampling" in self.record.metrics
+            peaks[recomputes] = estimate_peak(memory, used, most, bool(optimizer.state), samples)
+        self.peak = peaks[self.gradient_checkpointing]
+        rank_zero_info(write_memory_line(memory, self.peak))
+        if self.peak > find_capacity(self.device):
+            saved = f"; --gradient_checkpointing true needs about {peaks[True]:,.0f} MB"
+            rank_zero_warn(
+                f"a fit like this needs about {self.peak:,.0f} MB, and there are {find_capacity(self.device):,.0f} MB"
+                f"{'' if self.gradient_checkpointing else saved}; configs/overlays/lora.yaml trains with less"
+            )
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Start the clock and the metrics of a step at its first micro-batch, and print the memory at the first step.
@@ -246,9 +296,8 @@ class AlignmentModule(LightningModule):
         """
         micro_batch = batch_idx % self.trainer.accumulate_grad_batches
         place = f"{self.global_rank}/{self.global_step}/{micro_batch}"
-        torch.manual_seed(derive_seed(self._random or 0, place, "training_step"))
-        if not self._memory_said:
-            self._memory_said = True
+        seed_device(derive_seed(self._random or 0, place, "training_step"), self.device)
+        if self.peak is None:
             self.say_memory(batch)
         if micro_batch == 0:
             self._step, self._step_start = Tally(self.device), time.perf_counter()
@@ -290,25 +339,30 @@ class AlignmentModule(LightningModule):
         self.policy.save_pretrained(folder)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Note the method and the model in the checkpoint, so that another model refuses it; refuse broken weights."""
+        """Note the method and the model in the checkpoint, so that another model refuses it; refuse broken weights.
+
+        With adapters it names the model under them and leaves out its weights.
+        """
         saved = checkpoint["state_dict"]
         learned = [name for name, parameter in self.named_parameters() if parameter.requires_grad and name in saved]
         require_finite([saved[name] for name in learned], type(self).__name__)
         checkpoint["alignment"] = {**self.identity(), "num_tokens": self.num_tokens, "random": self._random}
         checkpoint["alignment"] |= {"reference": self.reference_id, "lora_scale": self.lora_scale}
         checkpoint["alignment"] |= {"validates": validation_is_due(self.trainer), "logged": sorted(self._step_names)}
+        checkpoint["alignment"] |= {"bases": leave_out_bases(self, checkpoint)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse the checkpoint of another method or model, then correct the position; see ``rewind_to_whole_step``.
 
         Raises:
-            ValueError: the checkpoint's method, kind of model or number of parameters is another.
+            ValueError: the checkpoint's method, kind of model, number of parameters, or model under adapters is another.
         """
         saved = dict(checkpoint.get("alignment", {}))
         self.num_tokens = saved.pop("num_tokens", 0)
         self._random = saved.pop("random", self._random)
         reference, scale = saved.pop("reference", None), saved.pop("lora_scale", None)
         due, self._step_names = saved.pop("validates", None), set(saved.pop("logged", []))
+        bases = saved.pop("bases", {})
         mine = self.identity()
         if saved != mine:
             differ = [
@@ -322,6 +376,7 @@ class AlignmentModule(LightningModule):
                 f"lora.alpha / lora.r is {self.lora_scale:g} and was {scale:g} in the checkpoint, so its adapters "
                 "would change the model by another factor: set lora.alpha as it was"
             )
+        put_back_bases(self, checkpoint, bases)
         if None not in (reference, self.reference_id) and reference != self.reference_id:
             raise ValueError(
                 "the checkpoint's run began with other weights than model.policy (or model.reference, model.teacher) "
@@ -348,6 +403,14 @@ class AlignmentModule(LightningModule):
         }
 
 
+def fuse_adam(optimizer: torch.optim.Optimizer) -> None:
+    """Let Adam and AdamW update a parameter in one pass over memory, unless the user has chosen how."""
+    if type(optimizer) in (torch.optim.Adam, torch.optim.AdamW):
+        for group in optimizer.param_groups:
+            if group["fused"] is None and group["foreach"] is None:
+                group["fused"] = True
+
+
 def say_kept_settings(optimizers: Sequence[torch.optim.Optimizer]) -> None:
     """Warn of settings of a resumed run's optimizers that have no effect, since the checkpoint brings its own."""
     for optimizer in optimizers:
@@ -364,8 +427,9 @@ def say_kept_settings(optimizers: Sequence[torch.optim.Optimizer]) -> None:
 
 
 def count_tokens(batch: PolicyBatch | PreferenceBatch, rows: Tensor) -> Tensor:
-    """Count [] the tokens of the completions in ``rows``, bool [N], and those of each of their prompts once."""
-    prompts, read = batch["prompt_index"][rows].unique(), batch["prompt_mask"]
+    """Count the tokens [] of the completions in ``rows``, bool [N], and those of each of their prompts once."""
+    prompts = torch.zeros(len(batch["prompt_ids"]), dtype=torch.long, device=rows.device)
+    read = batch["prompt_mask"] & (prompts.index_add(0, batch["prompt_index"], rows.long()) > 0)[:, None]
     if "prompt_counts" in batch:
         read = read & batch["prompt_counts"][:, None]  # type: ignore[typeddict-item]
-    return batch["completion_mask"][rows].sum() + read[prompts].sum()
+    return (batch["completion_mask"] & rows[:, None]).sum() + read.sum()

@@ -270,17 +270,19 @@ class DPOModule(AlignmentModule):
 
     def metrics(
         self, sequences: Sequences, scores: TokenScores, batch: PreferenceBatch, pairs: Pairs
-    ) -> dict[str, tuple[Tensor, float]]:
+    ) -> dict[str, tuple[Tensor, Tensor]]:
         """Compute means [] with their weights, under TRL's names."""
         assert scores.entropies is not None and scores.hits is not None and scores.mean_logits is not None
         rewards = self.objective.implicit_rewards(sequences, self.beta)
         counted = batch["completion_mask"] & (batch["rank"] >= 0)[:, None]
-        tokens = float(counted.sum())
+        tokens = counted.sum()
         compared = pairs if self.paired else None
         found = measure_preferences(rewards, sequences.plain, batch["rank"], compared, referenced=bool(self.tables))
         found |= measure_logits(scores.mean_logits, batch["completion_mask"], batch["rank"], compared)
         details = {"entropy": scores.entropies, "mean_token_accuracy": scores.hits}
-        return found | {name: ((values * counted).sum() / max(tokens, 1.0), tokens) for name, values in details.items()}
+        return found | {
+            name: ((values * counted).sum() / tokens.clamp(min=1), tokens) for name, values in details.items()
+        }
 
     def step_kl(self, mismatched: list[PreferenceBatch]) -> Tensor:
         """Compute KTO's z0 [] of an optimiser step, the same for all its micro-batches and ranks (collective)."""

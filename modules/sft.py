@@ -95,11 +95,9 @@ class SFTModule(AlignmentModule):
         """Compute the loss [] of a micro-batch: its share of the step's token mean."""
         with self.noise(batch, batch_idx):
             scores = self.scores(batch, means=self.label_smoothing > 0)
-        trained = batch["attention_mask"][batch["loss_mask"].any(1)]
-        self.log_step(average_tokens(scores, batch["denominator"]) | {"tokens": float(trained.sum())})
-        self.log_step(
-            {"supervised_fraction": batch["loss_mask"].sum() / trained.sum().clamp(min=1)}, weight=float(trained.sum())
-        )
+        trained = (batch["attention_mask"] & batch["loss_mask"].any(1, keepdim=True)).sum()
+        self.log_step(average_tokens(scores, batch["denominator"]) | {"tokens": trained})
+        self.log_step({"supervised_fraction": batch["loss_mask"].sum() / trained.clamp(min=1)}, weight=trained)
         losses = -scores.logprobs
         if scores.means is not None:
             losses = (1 - self.label_smoothing) * losses - self.label_smoothing * scores.means
@@ -117,7 +115,7 @@ class SFTModule(AlignmentModule):
         if "position_ids" in batch:
             self.policy.check_packing()  # its own rows must get no noise
         place = f"{self.global_rank}/{self.global_step}/{batch_idx}" + (f"/{self.piece}" if self.piece else "")
-        generator = torch.Generator().manual_seed(derive_seed(torch.initial_seed(), place, "neftune"))
+        generator = torch.Generator(self.device).manual_seed(derive_seed(torch.initial_seed(), place, "neftune"))
         with noisy_embeddings(self.policy.model, batch, self.neftune_noise_alpha, generator):
             yield
 
@@ -186,14 +184,14 @@ def noisy_embeddings(
         model: the language model.
         batch: the rows that the model computes inside the block.
         alpha: size of the noise, >= 0.
-        generator: random numbers on the CPU, so that every device draws the same.
+        generator: random numbers, on the model's device.
     """
     scale = (
         alpha * (batch["attention_mask"] * count_document_tokens(batch).clamp(min=1).rsqrt())[..., None]
     )  # [N, T, 1]
 
     def add(module: Any, inputs: Any, embeddings: Tensor) -> Tensor:
-        noise = torch.rand(embeddings.shape, generator=generator).to(embeddings) * 2 - 1
+        noise = torch.rand(embeddings.shape, generator=generator, device=generator.device).to(embeddings) * 2 - 1
         size = (scale * embeddings.shape[-1] ** -0.5).to(embeddings)
         return embeddings + noise * size.reshape(*embeddings.shape[:-1], 1)  # the rows may come as one long row
 

@@ -47,7 +47,7 @@ FUNCTIONS: dict[str, list[Callable[..., Any]]] = {
     **dict.fromkeys(("kl_loss", "loss"), [kl.k1, kl.k2, kl.k3, kl.weighted_k3]),
     "factory": [Calculator],
 }
-CHOICES = [vars(package)[name] for package in PACKAGES for name in package.__all__]
+CHOICES = [getattr(package, name) for package in PACKAGES for name in package.__all__]
 CLASSES = [choice for choice in CHOICES if isinstance(choice, type) and not inspect.isabstract(choice)]
 OTHERS = {  # classes of torch and Lightning that have a short name too
     name

@@ -78,6 +78,15 @@ class AlignmentCLI(LightningCLI):
             help="What a fit that samples does when no completion of a later phase has a score: warn (the default) or "
             "stop. The first phase is always refused.",
         )
+        parser.add_argument(
+            "--gradient_checkpointing",
+            type=bool,
+            default=False,
+            help="Compute each layer again in the backward pass of a fit: less memory for a third more time.",
+        )
+        parser.add_argument(
+            "--torch_compile", type=bool, default=False, help="Compile the layers of the models that a fit trains."
+        )
         parser.link_arguments(
             "model",
             "data.init_args.tokenizer",
@@ -124,6 +133,11 @@ class AlignmentCLI(LightningCLI):
             if not hasattr(self.model, "on_unscored"):
                 raise ValueError(f"on_unscored: {type(self.model).__name__} scores no samples; leave it out")
             self.model.on_unscored = self.settings["on_unscored"]
+        for name in ("gradient_checkpointing", "torch_compile"):
+            if self.settings[name]:
+                if not hasattr(self.model, name):
+                    raise ValueError(f"{name}: {type(self.model).__name__} trains nothing; leave it out")
+                setattr(self.model, name, True)
         folder = self.run_folder()
         try:
             return super().instantiate_trainer(**kwargs, **self.in_folder(folder))
@@ -179,7 +193,7 @@ class AlignmentCLI(LightningCLI):
         if isinstance(folder, RunFolder):
             callbacks.append(KeepsFolder(folder))
             if not given and trainer["enable_checkpointing"] is not False:
-                callbacks += [ModelCheckpoint(save_last=True, enable_version_counter=False), Export()]
+                callbacks += [ModelCheckpoint(save_last="link", enable_version_counter=False), Export()]
         for callback in callbacks:
             if path is not None and isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
                 callback.dirpath = str(path.absolute() / CHECKPOINTS)

@@ -1,7 +1,10 @@
 """Log-probabilities and entropies from logits, in nats."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from modules.functional.masked import masked_sum
 
@@ -47,7 +50,47 @@ def vocabulary_logprobs(logits: Tensor, temperature: float = 1.0) -> Tensor:
     >>> vocabulary_logprobs(torch.tensor([2.0, 0.0]), temperature=2.0)
     tensor([-0.3133, -1.3133])
     """
-    return (_at_least_float32(logits) / temperature).log_softmax(-1)
+    wide = _at_least_float32(logits)
+    return (wide if temperature == 1 else wide / temperature).log_softmax(-1)
+
+
+def chosen_logprobs(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Compute the log-probability of each target token, and those of all tokens, which are kept for the backward pass
+    alone.
+
+    The gradient of the logits is made in place of the log-probabilities of all tokens, so no other tensor of their size
+    is needed, and there can be one backward pass only.
+
+    logits: [K, V] in float32. targets: int [K]. temperature: > 0. Returns [K], and [K, V] without gradient, which the
+    caller must neither keep nor change.
+
+    >>> chosen_logprobs(torch.tensor([[2.0, 0.0]]), torch.tensor([1]))[0]
+    tensor([-2.1269])
+    """
+    found: tuple[Tensor, Tensor] = _ChosenLogprobs.apply(logits, targets, temperature)
+    return found
+
+
+class _ChosenLogprobs(torch.autograd.Function):
+    """log p of a target y; the gradient of logit v is (1 if v = y else 0) - p_v, divided by the temperature."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        whole = vocabulary_logprobs(logits, temperature)
+        ctx.save_for_backward(whole, targets)  # and not on ``ctx``, so that ``checkpoint`` can drop it
+        ctx.temperature = temperature
+        ctx.mark_non_differentiable(whole)
+        ctx.set_materialize_grads(False)
+        return whole.gather(-1, targets[:, None])[:, 0], whole
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor | None, _: None) -> tuple[Tensor | None, None, None]:
+        whole, targets = ctx.saved_tensors
+        if gradient is None:
+            return None, None, None
+        scaled = gradient[:, None] / ctx.temperature
+        return whole.exp_().mul_(-scaled).scatter_add_(-1, targets[:, None], scaled), None, None
 
 
 def entropies(logprobs: Tensor) -> Tensor:
@@ -58,9 +101,8 @@ def entropies(logprobs: Tensor) -> Tensor:
     >>> entropies(torch.tensor([0.5, 0.5, 0.0]).log())  # log 2
     tensor(0.6931)
     """
-    probabilities = logprobs.exp()
     # A token of probability 0 adds 0, but the product would be 0 * -inf.
-    return -(probabilities * logprobs.masked_fill(probabilities == 0, 0.0)).sum(-1)
+    return -(logprobs.exp() * logprobs.clamp(min=torch.finfo(logprobs.dtype).min)).sum(-1)
 
 
 def sequence_logprobs(logprobs: Tensor, mask: Tensor) -> Tensor:

@@ -395,8 +395,8 @@ def _decode_rows(tokenizer: Any, ids: Tensor, mask: Tensor) -> tuple[list[str], 
 
 def measure_preferences(
     rewards: Tensor, logps: Tensor, rank: Tensor, pairs: Pairs | None, referenced: bool
-) -> dict[str, tuple[Tensor, float]]:
-    """Compute TRL's metrics of preferences, each a mean [] and its weight, which is 0 for an empty mean.
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Compute TRL's metrics of preferences, each a mean [] and its weight [], which is 0 for an empty mean.
 
     Labelled completions have no accuracy and no margin.
 
@@ -427,7 +427,7 @@ def measure_preferences(
 
 def measure_logits(
     mean_logits: Tensor, mask: Tensor, rank: Tensor, pairs: Pairs | None
-) -> dict[str, tuple[Tensor, float]]:
+) -> dict[str, tuple[Tensor, Tensor]]:
     """Compute TRL's ``logits/chosen`` and ``logits/rejected``: means [] over the tokens of a side, with their weights.
 
     mean_logits [N, Tc]: mean over the vocabulary of the logits that predict a token. mask: bool [N, Tc]. rank: int [N].
@@ -448,6 +448,6 @@ def find_sides(rank: Tensor, pairs: Pairs | None) -> dict[str, tuple[Tensor, Ten
     return {name: (rows, torch.ones_like(rows, dtype=torch.float32)) for name, rows in sides.items()}
 
 
-def _weighted_mean(values: Tensor, weights: Tensor) -> tuple[Tensor, float]:
-    """Compute the weighted mean [] of values [M], and the sum of the weights [M]."""
-    return (values.detach() * weights).sum() / weights.sum().clamp(min=1e-9), float(weights.sum())
+def _weighted_mean(values: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute the weighted mean [] of values [M], and the sum [] of the weights [M]."""
+    return (values.detach() * weights).sum() / weights.sum().clamp(min=1e-9), weights.sum()

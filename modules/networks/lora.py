@@ -9,8 +9,8 @@ of its own and costs only its thin matrices. The layers compute with the policy'
 import copy
 import hashlib
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -87,8 +87,7 @@ def using(model: PreTrainedModel, name: str) -> Iterator[None]:
     """Let the layers compute with the set ``name`` inside the ``with`` block.
 
     A layer without that set computes with the backbone alone. A backward pass may come after the block: its gradients
-    go to the set that computed. What the backward pass computes again, as gradient checkpointing does, must be inside
-    the block.
+    go to the set that computed. What the backward pass computes again needs ``find_recomputation``, or the block.
 
     Raises:
         ValueError: the model has no set of this name.
@@ -98,14 +97,20 @@ def using(model: PreTrainedModel, name: str) -> Iterator[None]:
             f"the model has no adapters named '{name}'; it has {', '.join(sorted(list_adapters(model))) or 'none'}"
         )
     layers = [layer for _, layer in _layers(model)]
-    before = [layer._active_adapter for layer in layers]
-    try:
-        for layer in layers:
-            layer._active_adapter = [name]  # peft's set_adapter would also decide what learns
+    with _activating(layers, [[name]] * len(layers)):
         yield
-    finally:
-        for layer, active in zip(layers, before, strict=True):
-            layer._active_adapter = active
+
+
+def find_recomputation(
+    part: nn.Module,
+) -> Callable[[], tuple[AbstractContextManager[None], AbstractContextManager[None]]]:
+    """Return the ``context_fn`` by which torch's checkpoint computes a part of a model again with the same adapters."""
+    layers = [layer for _, layer in _layers(part)]
+
+    def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        return nullcontext(), _activating(layers, [layer._active_adapter for layer in layers])
+
+    return contexts
 
 
 def list_adapters(model: PreTrainedModel) -> set[str]:
@@ -239,6 +244,19 @@ def _inject(model: PreTrainedModel, config: "LoraConfig", name: str) -> None:
         layer._active_adapter = [POLICY]
     for weight, learns in [*before, *((weight, True) for weight in find_adapter_parameters(model, name).values())]:
         weight.requires_grad_(learns)
+
+
+@contextmanager
+def _activating(layers: list[Any], names: list[list[str]]) -> Iterator[None]:
+    """Let each of peft's layers compute with the sets that are named for it inside the ``with`` block."""
+    before = [layer._active_adapter for layer in layers]
+    try:
+        for layer, active in zip(layers, names, strict=True):
+            layer._active_adapter = active  # peft's set_adapter would also decide what learns
+        yield
+    finally:
+        for layer, active in zip(layers, before, strict=True):
+            layer._active_adapter = active
 
 
 def _layers(model: nn.Module) -> list[tuple[str, Any]]:

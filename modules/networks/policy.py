@@ -4,8 +4,9 @@ This is the only file that shifts tokens. Everywhere else a per-token tensor is 
 """
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -15,8 +16,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer
+from transformers.modeling_layers import GradientCheckpointingLayer
 
-from modules.functional.logprobs import entropies, token_logprobs, vocabulary_logprobs
+from modules.functional.logprobs import chosen_logprobs, entropies, token_logprobs, vocabulary_logprobs
+from modules.networks.digests import hash_base
 from modules.networks.loading import (
     check_packing,
     check_supported,
@@ -26,10 +29,16 @@ from modules.networks.loading import (
     read_max_positions,
     remove_dropout,
 )
-from modules.networks.lora import Lora, add_adapters, merge_adapters
+from modules.networks.lora import Lora, add_adapters, find_recomputation, merge_adapters
 from modules.trainer.modes import evaluating
+from modules.trainer.pieces import Batch, compute_in_pieces
 from modules.types import ALPACA_PROMPT, PolicyBatch, PreferenceBatch, find_attended
 
+# Padded tokens of a forward pass without gradients. On a CPU larger ones are not faster.
+CPU_TOKENS, DEVICE_TOKENS = 1024, 16384
+# What such a pass reads of a batch of completions, and of one of rows.
+READ = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "prompt_index", "attended")
+ROWS_READ = ("input_ids", "attention_mask", "wanted", "position_ids")
 MAX_LOGITS = 2**24  # entries of one chunk of logits: 64 MB in fp32
 # Architectures for which a test compares shared prompts with separate rows.
 SHARING = ("gpt2", "llama", "mistral", "qwen2", "qwen3")
@@ -65,6 +74,7 @@ class Policy(nn.Module):
         tokenizer: its tokenizer. A missing pad token is set to the eos token; masks never look at it.
         stop_token_ids: the eos tokens and the end-of-turn token of the chat template.
         max_positions: how many tokens the model has positions for; None = no limit.
+        base_id: what tells the weights under the adapters from others; None without adapters.
 
     Raises:
         ValueError: ``path`` is none of these, the tokenizer is larger than the model's vocabulary, or the architecture
@@ -79,6 +89,7 @@ class Policy(nn.Module):
         self.has_adapters = lora is not None
         if lora is not None:
             add_adapters(self.model, lora)
+        self.base_id = None if lora is None else hash_base(self.state_dict().items())
         self.model.train()  # from_pretrained leaves the model in eval mode, and fit does not change that
         if not dropout:
             remove_dropout(self.model)
@@ -88,18 +99,53 @@ class Policy(nn.Module):
         self.stop_token_ids = find_stop_tokens(self.model, self.tokenizer)
         self.max_positions = read_max_positions(self.model.config)
         check_supported(self.name, self.model, self.tokenizer)
-        self.check_scores()
         self.packing_checked = False  # True after the first packed rows
+        self.recomputes = False  # see ``recompute_layers``
+        self.check_scores()
 
     @property
     def shares_prompts(self) -> bool:
         """Whether a prompt may be computed once for all its completions.
 
         That is so for a tested architecture whose layers all cache plain keys and values. Sliding windows and position
-        biases count columns, and the padding between prompt and completion would shift them.
+        biases count columns, and the padding between prompt and completion would shift them. Layers that are computed
+        again would write into the cache twice.
         """
+        if self.recomputes:
+            return False
         layers = DynamicCache(config=self.model.config).layers
         return self.model.config.model_type in SHARING and all(type(layer) is DynamicLayer for layer in layers)
+
+    def recompute_layers(self) -> None:
+        """Keep only the input of each layer for the backward pass, which computes the rest of it again (1604.06174).
+
+        Raises:
+            ValueError: the layers of this architecture cannot be computed one by one.
+        """
+        for layer in self.find_layers("gradient_checkpointing"):
+            contexts: dict[str, Any] = {"context_fn": find_recomputation(layer)} if self.has_adapters else {}
+            layer.gradient_checkpointing = True
+            layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False, **contexts)
+        self.recomputes = True
+
+    def compile_layers(self) -> None:
+        """Compile each layer with ``torch.compile``, for any batch and length; names of weights stay as they are.
+
+        Raises:
+            ValueError: this architecture has no layers that can be compiled one by one.
+        """
+        for layer in self.find_layers("torch_compile"):
+            layer.compile(dynamic=True)
+
+    def find_layers(self, option: str) -> list[Any]:
+        """Return the layers of the model. Raises ValueError with the name of the option that asks, if there are none."""
+        layers = [part for part in self.model.modules() if isinstance(part, GradientCheckpointingLayer)]
+        if not layers:
+            raise ValueError(
+                f"{option}: {self.name} ({self.model.config.model_type}) has no layers that can be told apart; leave it "
+                "out"
+            )
+        return layers
 
     @torch.no_grad()
     def check_scores(self) -> None:
@@ -146,10 +192,21 @@ class Policy(nn.Module):
         Raises:
             ValueError: packed rows are given to a model that mixes their documents.
         """
-        wanted = mask[:, 1:] if position_ids is None else mask[:, 1:] & (position_ids[:, 1:] > 0)
-        hidden = self.hidden_states(input_ids, position_ids)[:, :-1]
-        scores = self.score(hidden[wanted], input_ids[:, 1:][wanted], details=details, means=means)
-        return spread_scores(scores, nn.functional.pad(wanted, (1, 0)))
+
+        def compute(rows: Batch) -> TokenScores:
+            ids, mask, places = rows["input_ids"], rows["wanted"], rows.get("position_ids")
+            wanted = mask[:, 1:] if places is None else mask[:, 1:] & (places[:, 1:] > 0)
+            hidden = self.hidden_states(ids, places)[:, :-1]
+            scores = self.score(hidden[wanted], ids[:, 1:][wanted], details=details, means=means)
+            return spread_scores(scores, nn.functional.pad(wanted, (1, 0)))
+
+        batch: Batch = {"input_ids": input_ids, "wanted": mask}
+        if position_ids is not None:
+            batch["position_ids"] = position_ids
+        if torch.is_grad_enabled():
+            return compute(batch)
+        batch["attention_mask"] = mask.flip(1).cumsum(1).flip(1) > 0  # nothing reads behind the last wanted token
+        return TokenScores(*self._in_pieces(compute, batch))
 
     def completion_scores(
         self, batch: PolicyBatch | PreferenceBatch, temperature: float = 1.0, details: bool = False
@@ -166,7 +223,13 @@ class Policy(nn.Module):
         Returns:
             scores [N, Tc], aligned to their own token.
         """
-        return self.scores_of(self.token_states(batch), batch, temperature, details)
+
+        def compute(part: Any) -> TokenScores:
+            return self.scores_of(self.token_states(part), part, temperature, details)
+
+        if torch.is_grad_enabled() or self._watch is not None:  # which sees the tokens in their order
+            return compute(batch)
+        return TokenScores(*self._in_pieces(compute, batch))
 
     def token_states(self, batch: PolicyBatch | PreferenceBatch) -> Tensor:
         """Return the hidden states [N, Tc, H] in which the completion tokens are chosen.
@@ -203,10 +266,16 @@ class Policy(nn.Module):
 
     def completion_states(self, batch: PolicyBatch | PreferenceBatch) -> Tensor:
         """Return the hidden state [N, H] at the last kept token of each completion, which a scalar head reads."""
-        hidden = (
-            self._hidden_shared(batch, batch["completion_ids"]) if self._shares(batch) else self._hidden_rows(batch)
-        )
-        return hidden[torch.arange(len(hidden), device=hidden.device), find_attended(batch).sum(1)]
+
+        def compute(part: Any) -> list[Tensor]:
+            hidden = (
+                self._hidden_shared(part, part["completion_ids"]) if self._shares(part) else self._hidden_rows(part)
+            )
+            return [hidden[torch.arange(len(hidden), device=hidden.device), find_attended(part).sum(1)]]
+
+        (states,) = compute(batch) if torch.is_grad_enabled() else self._in_pieces(compute, batch, of_tokens=False)
+        assert states is not None
+        return states
 
     def check_packing(self) -> None:
         """Check, at the first packed rows, that the model keeps their documents apart.
@@ -336,10 +405,10 @@ class Policy(nn.Module):
         head = self.model.get_output_embeddings()
         with torch.autocast(hidden.device.type, enabled=False):  # rounding of 16 bits here would be the largest error
             logits = head(hidden.to(self.model.dtype))  # [K, V]
-        logprobs = vocabulary_logprobs(logits, temperature)
+        logprobs, whole = chosen_logprobs(logits, targets, temperature)  # [K], [K, V]
         if self._watch is not None:
-            self._watch(logprobs.detach())
-        scores = TokenScores(logprobs.gather(-1, targets[:, None])[:, 0])
+            self._watch(whole)
+        scores = TokenScores(logprobs)
         if means:
             scaled = logits / temperature
             scores = scores._replace(means=scaled.mean(-1) - scaled.logsumexp(-1))
@@ -347,9 +416,17 @@ class Policy(nn.Module):
             seen = logits.detach().float()
             scores = scores._replace(hits=(seen.argmax(-1) == targets).float(), mean_logits=seen.mean(-1))
         if details or entropy:
-            whole = vocabulary_logprobs(logits, temperature) if entropy else logprobs.detach()  # a gradient of its own
+            whole = vocabulary_logprobs(logits, temperature) if entropy else whole  # a gradient of its own
             scores = scores._replace(entropies=entropies(whole))
         return scores
+
+    def _in_pieces(
+        self, compute: Callable[[Batch], Iterable[Tensor | None]], batch: Any, of_tokens: bool = True
+    ) -> Any:
+        """Compute tensors of the rows of a batch without gradients and, as far as it pays, without their padding."""
+        most = CPU_TOKENS if self.model.device.type == "cpu" else DEVICE_TOKENS
+        read = {name: batch[name] for name in (*READ, *ROWS_READ) if name in batch}
+        return compute_in_pieces(compute, read, most, self.shares_prompts, of_tokens)
 
     def _shares(self, batch: PolicyBatch | PreferenceBatch) -> bool:
         return self.shares_prompts and len(batch["prompt_index"]) > len(batch["prompt_ids"])

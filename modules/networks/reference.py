@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from modules.networks.digests import hash_base, hash_samples
 from modules.networks.lora import POLICY, find_adapter_parameters, using
 from modules.networks.policy import Policy
 from modules.trainer.ranks import from_all_ranks
@@ -105,7 +106,6 @@ class Frozen:
             torch.clear_autocast_cache()
 
 
-@torch.no_grad()
 def hash_weights(policy: Policy, adapters: bool = True) -> str:
     """Return a hash of names, shapes and a sample of each weight.
 
@@ -113,13 +113,7 @@ def hash_weights(policy: Policy, adapters: bool = True) -> str:
         policy: the model.
         adapters: count its adapters too.
     """
-    found = hashlib.blake2b(digest_size=8)
-    for name, weight in policy.state_dict().items():
-        if adapters or "lora_" not in name:
-            few = weight.flatten()[:: max(1, weight.numel() // 512)].float().cpu()
-            found.update(f"{name.replace('.base_layer', '')} {tuple(weight.shape)}".encode())
-            found.update(few.contiguous().view(torch.uint8).numpy())
-    return found.hexdigest()
+    return (hash_samples if adapters else hash_base)(policy.state_dict().items())
 
 
 class ReferenceLogprobs:

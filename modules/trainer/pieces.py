@@ -4,7 +4,7 @@ A micro-batch is what the DataModule hands out, a piece some of its rows without
 of the micro-batch is the sum of those of its pieces, because a loss divides by what the whole optimiser step counts.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import wraps
 from typing import Any, NamedTuple, Protocol
 
@@ -116,15 +116,44 @@ def cut_to_pieces(batch: Batch, most: int | None, shared: bool = False) -> list[
         return [batch]
     cut: list[Batch] = [{"ptx": piece} for piece in cut_to_pieces(batch["ptx"], most)] if "ptx" in batch else []
     whole, counted = {name: value for name, value in batch.items() if name != "ptx"}, set[int]()
-    for piece in plan_pieces(whole, most, shared):
+    for piece in plan_pieces(whole, most, shared, together="rank" in batch):
         cut.append(take_rows(whole, piece, counted))
         counted |= piece.prompts
     return cut
 
 
-def plan_pieces(batch: Batch, most: int, shared: bool) -> list[RowGroup]:
-    """Group the rows of a micro-batch without texts; see ``cut_to_pieces``."""
-    groups = find_rows(batch) if "input_ids" in batch else find_completions(batch, most, shared)
+def compute_in_pieces(
+    compute: Callable[[Batch], Iterable[Tensor | None]], batch: Batch, most: int, shared: bool, of_tokens: bool
+) -> list[Tensor | None]:
+    """Compute tensors of the rows of a batch, without gradients, in pieces of at most ``most`` padded tokens.
+
+    Completions of a prompt stay together, so that no prompt is computed twice.
+
+    Args:
+        compute: batch -> tensors with one row for each of its own; None stays None.
+        batch: see ``cut_to_pieces``.
+        most: see above.
+        shared: see ``cut_to_pieces``.
+        of_tokens: the tensors are [N, T], zero at padding; False = [N, H] of any width H.
+    """
+    if count_padded(batch, shared) <= most:
+        return list(compute(batch))
+    rows, width = batch["completion_ids" if "completion_ids" in batch else "input_ids"].shape
+    found: list[Tensor | None] = []
+    for piece in plan_pieces(batch, most, shared, together=True):
+        place = sorted(piece.rows)
+        for number, part in enumerate(compute(take_rows(batch, piece, set()))):
+            if len(found) == number:
+                found.append(None if part is None else part.new_zeros(rows, width if of_tokens else part.shape[1]))
+            whole = found[number]
+            if part is not None and whole is not None:
+                whole[place, : part.shape[1]] = part
+    return found
+
+
+def plan_pieces(batch: Batch, most: int, shared: bool, together: bool) -> list[RowGroup]:
+    """Group the rows of a micro-batch without texts; see ``cut_to_pieces``. Prompts stay ``together`` or may be parted."""
+    groups = find_rows(batch) if "input_ids" in batch else find_completions(batch, most, shared, together)
     pieces: list[RowGroup] = []
     for group in sorted(groups, key=lambda each: -(each.before + each.width)):
         if pieces and (joined := pieces[-1].join(group)).count(shared) <= most:
@@ -144,13 +173,20 @@ def count_padded(batch: Batch, shared: bool) -> int:
     return int(rows * width + (prompts if shared else rows) * before + texts)
 
 
+def count_longest(batch: Batch) -> int:
+    """Count the tokens of the longest row with its prompt; it reads shapes alone."""
+    if "input_ids" in batch:
+        return int(batch["input_ids"].shape[1])
+    return int(batch["completion_ids"].shape[1] + batch["prompt_ids"].shape[1])
+
+
 def find_rows(batch: Batch) -> Iterator[RowGroup]:
     """Yield each row of an ``InstructionBatch``."""
     for row, width in enumerate(batch["attention_mask"].sum(1).tolist()):
-        yield RowGroup([row], set(), 0, width)
+        yield RowGroup([row], set(), 0, max(1, width))
 
 
-def find_completions(batch: Batch, most: int, shared: bool) -> Iterator[RowGroup]:
+def find_completions(batch: Batch, most: int, shared: bool, together: bool) -> Iterator[RowGroup]:
     """Yield the completions of each prompt together, or in parts of at most ``most`` tokens where they may be parted."""
     widths = batch["attended" if "attended" in batch else "completion_mask"].sum(1).tolist()
     before, index = batch["prompt_mask"].sum(1).tolist(), batch["prompt_index"].tolist()
@@ -158,7 +194,7 @@ def find_completions(batch: Batch, most: int, shared: bool) -> Iterator[RowGroup
     for row in sorted(range(len(index)), key=lambda row: -widths[row]):
         prompt = index[row]
         one, parts = RowGroup([row], {prompt}, before[prompt], widths[row]), groups.setdefault(prompt, [])
-        if parts and ("rank" in batch or parts[-1].join(one).count(shared) <= most):
+        if parts and (together or parts[-1].join(one).count(shared) <= most):
             parts[-1] = parts[-1].join(one)
         else:
             parts.append(one)
@@ -174,7 +210,8 @@ def take_rows(batch: Batch, piece: RowGroup, counted: set[int]) -> Batch:
         piece: the rows.
         counted: prompts of earlier pieces, whose tokens are not counted again; empty = this is the first piece.
     """
-    rows = torch.tensor(sorted(piece.rows), device=batch["denominator"].device)
+    device = batch["completion_mask" if "completion_mask" in batch else "attention_mask"].device
+    rows = torch.tensor(sorted(piece.rows), device=device)
     taken: Batch = {}
     if "prompt_index" in batch:
         prompts, taken["prompt_index"] = batch["prompt_index"][rows].unique(return_inverse=True)

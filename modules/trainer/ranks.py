@@ -59,9 +59,27 @@ def log_equal(module: Logs, metrics: Mapping[str, float], prog_bar: bool = False
     which reads on one rank, would wait for ever. ``prog_bar`` and ``logger`` are those of ``LightningModule.log``.
     """
     for name, value in metrics.items():
-        # rank_zero_only switches the average off, and sync_dist the warning that it is off. A batch size of 1 keeps
-        # Lightning from guessing one.
-        module.log(name, value, prog_bar=prog_bar, logger=logger, sync_dist=True, rank_zero_only=True, batch_size=1)
+        if not log_again(module, name, value):
+            # rank_zero_only switches the average off, and sync_dist the warning that it is off. A batch size of 1 keeps
+            # Lightning from guessing one.
+            module.log(name, value, prog_bar=prog_bar, logger=logger, sync_dist=True, rank_zero_only=True, batch_size=1)
+
+
+def log_again(module: Any, name: str, value: float) -> bool:
+    """Log a number of a step that the same hook has logged in an earlier step of the epoch, as ``log`` does.
+
+    Each call of ``log`` copies what Lightning knows of the number, which takes longer than all else that a step of a
+    small model logs. Returns False, and does nothing, where the number is new in the epoch or belongs to an epoch.
+    """
+    results = getattr(getattr(module, "_trainer", None), "_results", None)
+    if results is None or results.dataloader_idx is not None:
+        return False
+    key = f"{module._current_fx_name}.{name}"
+    known = results.get(key)
+    if known is None or known.has_reset or not known.meta.on_step or known.meta.on_epoch:
+        return False
+    results.update_metrics(key, torch.tensor(value, device=module.device), 1)
+    return True
 
 
 def weighted_means(parts: Mapping[str, Sequence[float]]) -> dict[str, float]:

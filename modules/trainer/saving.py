@@ -1,6 +1,7 @@
 """Files that are whole or not there, whatever happens while they are written: checkpoints first of all."""
 
 import os
+import shutil
 import threading
 import zipfile
 import zlib
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors import SafetensorError
 
 
@@ -163,6 +165,44 @@ class WholeCheckpoints(TorchCheckpointIO):
 
 
 def keep_checkpoints_whole(trainer: Trainer) -> None:
-    """Make a Trainer read and write checkpoints by ``WholeCheckpoints``, unless it was given another way."""
+    """Make a Trainer read and write checkpoints by ``WholeCheckpoints``, unless it was given another way.
+
+    Where a ModelCheckpoint has ``save_last: link``, ``last.ckpt`` is a second name of the file; see ``link_last``.
+    """
     if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
         trainer.strategy.checkpoint_io = WholeCheckpoints()
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, ModelCheckpoint):
+            # Lightning's own is a symbolic link, which dangles once its file is moved or deleted.
+            callback._link_checkpoint = link_last  # type: ignore[method-assign, assignment]
+
+
+def link_last(trainer: Trainer, filepath: str, linkpath: str) -> None:
+    """Give the checkpoint at ``filepath`` the name ``linkpath`` too, in place of what has it (collective).
+
+    Both names are of the same rank, so either may be moved or deleted, and a copy of the folder holds both. A file with
+    that name that is newer stays. A sharded checkpoint is a folder and gets Lightning's symbolic link.
+    """
+    if Path(filepath).is_dir():
+        ModelCheckpoint._link_checkpoint(trainer, filepath, linkpath)
+        return
+    if trainer.is_global_zero:
+        add_name(Path(filepath), Path(linkpath))
+    trainer.strategy.barrier()
+
+
+def add_name(file: Path, name: Path) -> None:
+    """Give a file a second name (a hard link), or copy it where the file system has no such names.
+
+    A newer file that has the name keeps it. A kill leaves the name to the old file or gives it to the new one.
+
+    Raises:
+        OSError: the name cannot be written; what had it is as it was.
+    """
+    if name.exists() and (name.samefile(file) or name.stat().st_mtime_ns > file.stat().st_mtime_ns):
+        return
+    with naming(name), replacing(name) as part:
+        try:
+            os.link(file, part)
+        except OSError:
+            shutil.copyfile(file, part)

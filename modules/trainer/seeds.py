@@ -3,6 +3,8 @@
 import hashlib
 import os
 
+import torch
+
 
 def run_seed(seed: int | None = None) -> int:
     """Return the seed, or the seed of the run where it is None.
@@ -20,3 +22,13 @@ def derive_seed(seed: int, phase: str, uid: str) -> int:
     """
     digest = hashlib.blake2b(f"{seed}/{phase}/{uid}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 2
+
+
+def seed_device(seed: int, device: torch.device) -> None:
+    """Seed PyTorch's random numbers on the CPU and on ``device``, as ``torch.manual_seed`` does on all devices.
+
+    That one notes a call stack for each kind of device that is not there, in each step.
+    """
+    torch.default_generator.manual_seed(seed)
+    if device.type != "cpu":
+        torch.get_device_module(device).manual_seed_all(seed)

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import traceback
+from pathlib import Path
 
 from modules.__main__ import main
 
@@ -24,7 +25,8 @@ def status_of(arguments: list[str]) -> int:
 
 if __name__ == "__main__":
     faulthandler.register(signal.SIGUSR1)  # says where it hangs
-    for line in sys.stdin:
+    given, answer = Path(sys.argv[1]).open(), os.open(sys.argv[2], os.O_WRONLY)  # noqa: SIM115
+    for line in given:
         folder, arguments = json.loads(line)
         os.chdir(folder)  # exports and logs of a config go to runs/ below the current folder
-        os.write(int(sys.argv[1]), bytes([status_of(arguments)]))
+        os.write(answer, bytes([status_of(arguments)]))

@@ -5,7 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import ModelParallelStrategy
 
+from modules import SFTModule
 from modules.cli.parser import find_repeated_key
 
 LONG = '{"prompt": "' + "a" * 600 + '", "answer": "b"}'
@@ -417,3 +420,10 @@ def test_files_that_are_no_checkpoint_are_refused(tmp_path, refusal, checkpoint)
 def test_resuming_with_fewer_epochs_is_refused(refusal, checkpoint):
     said = refusal("grpo", "--ckpt_path", str(checkpoint), "--trainer.max_epochs", "1", "--trainer.max_steps=-1")
     assert "checkpoint with current_epoch=2, but you have set Trainer(max_epochs=1)" in said
+
+
+def test_a_strategy_that_shards_weights_is_refused():
+    module = SFTModule("tiny")
+    module.trainer = Trainer(accelerator="cpu", devices=1, strategy=ModelParallelStrategy(), logger=False)
+    with pytest.raises(ValueError, match="ModelParallelStrategy shards the weights, .* use ddp"):
+        module.setup("fit")

@@ -11,8 +11,9 @@ import yaml
 from few_rows import few_rows
 
 from modules import GRPOModule, SFTModule
-from modules.__main__ import main, write_warning
+from modules.__main__ import main
 from modules.cli.parser import sort_arguments
+from modules.cli.run import write_warning
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 QUICK = [

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from callbacks.data_report import write_markdown_table
 from callbacks.token_picture import Piece, style_pieces
-from modules.__main__ import report_error
+from modules.cli.run import report_error
 from modules.networks.policy import Policy
 from modules.networks.tiny import tiny_model, tiny_tokenizer
 from modules.rewards.chat.clients import HttpChat

@@ -1,6 +1,6 @@
 """Shipped YAML runs on one process with its own method and data, on the tiny model.
 
-The file test_two_ranks.py runs all of it on two.
+The file test_two_ranks.py runs methods and recipes.
 """
 
 import json
@@ -20,6 +20,7 @@ RECIPES = sorted(
 SHARED = str(ROOT / "configs/recipes/shared.yaml")
 OVERLAYS = sorted((ROOT / "configs/overlays").glob("*.yaml"))
 ONE_BATCH = ["--trainer.limit_val_batches=1", "--trainer.limit_predict_batches=1"]
+VALIDATION = {"val_batch_size": 16}  # a predict needs more rows, of which some are right
 QUIET = ["--trainer.enable_progress_bar=false"]
 
 
@@ -49,7 +50,7 @@ def write_problems(folder: Path) -> None:
 
 def shrunk(path: Path, folder: Path) -> str:
     """Copy the YAML with few rows, small batches and a built-in model; it then validates every epoch or every step."""
-    text = lower(path.read_text(), ROWS | BATCHES)
+    text = lower(path.read_text(), ROWS | BATCHES if "-predict-" in path.name else ROWS | BATCHES | VALIDATION)
     text = re.sub(r"runs/\S+\.gguf", "tiny-addition", text)
     text = re.sub(r"(check_val_every_n_epoch|val_check_interval): \d+", r"\1: 1", text)
     text = text.replace(r"\.{3,8}", r"\.*")  # dots that few rows do not teach
@@ -58,8 +59,8 @@ def shrunk(path: Path, folder: Path) -> str:
     return str(copy)
 
 
-def stages(recipe: Path, folder: Path, epochs: int) -> Iterator[list[str]]:
-    """Return the command lines of a recipe on the tiny model and few rows, with fits of ``epochs`` epochs of one batch.
+def stages(recipe: Path, folder: Path, epochs: int) -> Iterator[tuple[Path, list[str]]]:
+    """Return the stages of a recipe and their command lines on the tiny model, few rows and ``epochs`` epochs of one batch.
 
     The data that a user provides are written into the folder. A model that has learned sums replaces a start that would
     have to learn them.
@@ -72,7 +73,7 @@ def stages(recipe: Path, folder: Path, epochs: int) -> Iterator[list[str]]:
     for path in paths:
         command, text = path.stem.split("-")[1], path.read_text()
         if command == "merge":  # takes no Trainer
-            yield [command, "--config", str(path)]
+            yield path, [command, "--config", str(path)]
             continue
         changes = []
         if "Addition" in text and "policy: tiny\n" in text:
@@ -87,7 +88,7 @@ def stages(recipe: Path, folder: Path, epochs: int) -> Iterator[list[str]]:
             last = 2 * epochs if "ckpt_path:" in text else epochs
             changes = ["--trainer.limit_train_batches=1", f"--trainer.max_epochs={last}", *changes]
         shared = ["--config", SHARED] if recipe.parent.name == "recipes" else []
-        yield [command, *shared, "--config", shrunk(path, folder), *ONE_BATCH, *changes]
+        yield path, [command, *shared, "--config", shrunk(path, folder), *ONE_BATCH, *changes]
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
@@ -124,5 +125,6 @@ def test_a_judge_labels_a_file(tmp_path, chat_server, rules):
 @pytest.mark.parametrize("path", OVERLAYS, ids=lambda path: path.stem)
 def test_overlays_change_where_and_not_what(path):
     keys = {line.split(":")[0] for line in path.read_text().splitlines() if line and line[0] not in "# "}
-    assert keys - {"ckpt_path", "out"} == ({"model"} if path.stem == "lora" else {"trainer"})
+    others = {"lora": {"model"}, "compile": {"torch_compile"}}
+    assert keys - {"ckpt_path", "out"} == others.get(path.stem, {"trainer"})
     assert path.stem != "lora" or path.read_text().split("model:")[1].split()[:2] == ["init_args:", "lora:"]

@@ -1,28 +1,43 @@
-"""``make demo`` learns for other start weights, rows, samples and arithmetic, and says so when it does not."""
+"""The RL of ``make demo`` learns for other weights, rows, samples and arithmetic; a stage says so when it does not.
+
+The whole demo, with its warm-up, is run for several seeds by ``tests/benchmarks/recipe_seeds.py``.
+"""
 
 import re
 import sys
-from functools import partial
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from programs import run_program
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tests/benchmarks"))
 
-from recipe_seeds import run_recipe  # noqa: E402 (the table of all seeds and numerics is made by the same function)
+from recipe_seeds import make_start  # noqa: E402 (the table of all seeds and numerics is made by the same function)
 
 from modules.__main__ import main  # noqa: E402
 
+DEMO, SHARED = ROOT / "configs/recipes/demo", ROOT / "configs/recipes/shared.yaml"
 
-def test_the_demo_learns(tmp_path: Path) -> None:
-    run = partial(run_program, timeout=1200)
-    short = {"02-fit-grpo": ["--trainer.max_epochs=30"]}  # of 150
-    found = re.search(r"^demo: pass@1 (\S+) -> (\S+)$", run_recipe("demo", tmp_path, 2, "perturbed", short, run), re.M)
+
+def test_the_demo_learns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    """From the built-in model that has learned sums, off by a millionth, in place of the warm-up."""
+    start = str(make_start("tiny-addition", tmp_path, seed=2, numerics="perturbed"))
+    monkeypatch.chdir(tmp_path)
+    for name, short in {"02-fit-grpo": ["--trainer.max_epochs=20"], "03-validate-grpo": []}.items():  # of 150
+        (tmp_path / f"{name}.yaml").write_text(
+            (DEMO / f"{name}.yaml").read_text().replace("runs/demo/sft/export", start)
+        )
+        command = [name.split("-")[1], f"--config={SHARED}", f"--config={name}.yaml", "--seed_everything=2", *short]
+        capfd.readouterr()
+        with suppress(SystemExit):  # 0.85 is right after all of its phases
+            main([*command, "--trainer.enable_progress_bar=false"])
+    said = capfd.readouterr()
+    assert "the answers sampled after GRPO are right" in said.out
+    found = re.search(r"^demo: pass@1 (\S+) -> (\S+)$", said.out, re.M)
     assert found is not None
     before, after = map(float, found.groups())
-    assert 0.5 <= before <= 0.75
+    assert 0.4 <= before <= 0.75
     assert after >= before + 0.05
 
 

@@ -63,10 +63,10 @@ def trained_pass_rate(
     advantage: Advantage | None = None,
     beta: float = 0.0,
 ) -> tuple[float, float]:
-    """Return pass@1 of plain ASCII on held-out prompts, before and after 25 phases of 8 prompts x 8 completions."""
+    """Return pass@1 of plain ASCII on held-out prompts, before and after 20 phases of 8 prompts x 8 completions."""
     seed_everything(0)
     module = GRPOModule(
-        "tiny",
+        "tiny-small",
         reward,
         objective=objective,
         advantage=advantage,
@@ -75,8 +75,8 @@ def trained_pass_rate(
         sampling=Sampling(max_completion_length=4),
         optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=lr),
     )
-    data = VerifiableDataModule(module.tokenizer, Addition(200), val=Addition(40, held_out=True), prompts_per_phase=8)
-    trainer = Trainer(max_epochs=25, limit_val_batches=1, check_val_every_n_epoch=25, gradient_clip_val=1.0, **QUIET)
+    data = VerifiableDataModule(module.tokenizer, Addition(200), val=Addition(20, held_out=True), prompts_per_phase=8)
+    trainer = Trainer(max_epochs=20, limit_val_batches=1, check_val_every_n_epoch=20, gradient_clip_val=1.0, **QUIET)
     (before,) = trainer.validate(module, data, verbose=False)
     trainer.fit(module, data)
     return before["val/pass@1"], float(trainer.callback_metrics["val/pass@1"])
@@ -84,7 +84,7 @@ def trained_pass_rate(
 
 @pytest.mark.parametrize("advantage", [Centered(), LeaveOneOut(), MaxRL()], ids=lambda each: type(each).__name__)
 def test_grpo_learns_what_is_rewarded(advantage):
-    before, after = trained_pass_rate(ASCII, 3e-3, advantage=advantage)
+    before, after = trained_pass_rate(ASCII, 6e-3, advantage=advantage)
     assert before < 0.35
     assert after > 0.8
 
@@ -107,19 +107,19 @@ OBJECTIVES = [
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda objective: type(objective).__name__)
 def test_every_objective_learns_what_is_rewarded(objective):
     # Without moments each phase begins with a step of the learning rate in every weight, most of it noise.
-    before, after = trained_pass_rate(ASCII, 1e-2 if objective.resets_optimizer else 3e-3, objective)
+    before, after = trained_pass_rate(ASCII, 2e-2 if objective.resets_optimizer else 6e-3, objective)
     assert before < 0.35
     assert after > 0.8
 
 
-@pytest.mark.parametrize(("reward", "lr"), [(Shuffled(), 3e-3), (ASCII, 0.0)], ids=["shuffled", "lr0"])
+@pytest.mark.parametrize(("reward", "lr"), [(Shuffled(), 6e-3), (ASCII, 0.0)], ids=["shuffled", "lr0"])
 def test_controls_do_not_learn(reward, lr):
     before, after = trained_pass_rate(reward, lr)
     assert after < before + 0.2
 
 
 def test_a_strong_kl_keeps_the_policy_at_its_start():
-    free, held = (trained_pass_rate(ASCII, 3e-3, beta=beta)[1] for beta in (0.0, 10.0))
+    (_, free), (_, held) = (trained_pass_rate(ASCII, 6e-3, OBJECTIVES[0], **kl) for kl in ({}, {"beta": 10.0}))
     assert held < free - 0.3
 
 

@@ -230,7 +230,7 @@ def configuration(name: str) -> dict[str, Any]:
         "auto_insert_metric_name": False,
         "every_n_train_steps": 1,
         "save_top_k": -1,
-        "save_last": True,
+        "save_last": "link",
         "enable_version_counter": False,
     }
     return {

