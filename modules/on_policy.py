@@ -729,10 +729,10 @@ class OnPolicyModule(AlignmentModule):
             )
 
     def check_start(self, batch: PolicyBatch) -> None:
-        """Compare policy and reference at step 0 on the completions of a prompt; see ``refuse_other_start``."""
+        """Compare policy and reference at step 0 on the first completion; see ``refuse_other_start``."""
         if self.global_step == 0 and self.own_reference and self.reference is not None:
-            few = take_chunk(batch, (batch["prompt_index"] == batch["prompt_index"][0]).nonzero()[:, 0])
-            self.refuse_other_start(kl.k1(self.policy_scores(few)[0], *self.reference_scores(few)))
+            first = take_chunk(batch, torch.zeros(1, dtype=torch.long, device=self.device))
+            self.refuse_other_start(kl.k1(self.policy_scores(first)[0], *self.reference_scores(first)))
 
     def refuse_other_start(self, log_ratio: Tensor) -> None:
         """Refuse a reference that differs from the policy at step 0, where the two are the same model.

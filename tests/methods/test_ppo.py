@@ -202,6 +202,7 @@ def test_a_negative_kl_is_warned_of(moved, greedy):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         collected(module, [f"{i}+{i}=" for i in range(16)])
+        module.phase_metrics()
     assert any("the KL to the start is" in str(warning.message) for warning in caught) == greedy
 
 
