@@ -64,8 +64,8 @@ class Work:
 WORKS = [
     Work("sft", "sft", "sft", "questions", batch=8, steps=6, lr=2e-5),
     Work("sft-lora", "sft", "sft", "questions", batch=8, steps=6, lr=2e-4, lora=True, flops=4),
-    Work("reward", "reward", "reward", "pairs", batch=4, steps=4, lr=1e-5, max_length=512, chat=False),
-    Work("dpo", "dpo", "dpo", "pairs", batch=4, steps=4, lr=1e-6, max_length=512, chat=False, flops=8),
+    Work("reward", "reward", "reward", "pairs", batch=4, steps=4, lr=1e-5, max_length=512),
+    Work("dpo", "dpo", "dpo", "pairs", batch=4, steps=4, lr=1e-6, max_length=512, flops=8),
     Work("grpo", "grpo", "grpo", "questions", batch=16, steps=3, lr=1e-6, completion=128, generations=8),
     Work("ppo", "ppo", "ppo", "questions", batch=4, steps=3, lr=3e-6, completion=128, updates=4),
     Work("tiny-sft", "sft", "tiny/sft", "sums", batch=64, steps=60, lr=1e-3, model="tiny", chat=False),

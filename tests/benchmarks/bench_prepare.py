@@ -4,6 +4,7 @@ Run by ``bench.py``: python tests/benchmarks/bench_prepare.py FOLDER DATA WORKS.
 """
 
 import json
+import re
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -40,14 +41,25 @@ def choose_rows(work: dict[str, Any], data: Path, tokenizer: Any) -> list[Row]:
 
     def fits(row: Row) -> bool:
         answers = [row[name] for name in ("completion", "chosen", "rejected") if name in row]
-        return all(len(tokenizer(row["prompt"] + answer).input_ids) < limit - 16 for answer in answers)
+        asked = tokenizer.apply_chat_template(read_turns(row["prompt"]), tokenize=False, add_generation_prompt=True)
+        return all(len(tokenizer(asked + answer).input_ids) < limit for answer in answers)
 
     return [row for row in found if fits(row)][:count]
 
 
+def read_turns(prompt: str) -> list[dict[str, str]]:
+    """Return a transcript of HH-RLHF as messages, and any other prompt as one."""
+    _, *turns = re.split(r"\n\n(Human|Assistant):", prompt)
+    if not turns:
+        return [{"role": "user", "content": prompt}]
+    roles = {"Human": "user", "Assistant": "assistant"}
+    said = zip(turns[::2], turns[1::2], strict=True)
+    return [{"role": roles[who], "content": text.strip()} for who, text in said if text.strip()]
+
+
 def render(row: Row, work: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
     """Return a row as TRL reads it: text with the prompt as our DataModule renders it, or messages to be sampled for."""
-    asked = [{"role": "user", "content": row["prompt"]}]
+    asked = read_turns(row["prompt"])
     if work["method"] == "grpo":
         return {"prompt": asked if work["chat"] else row["prompt"], "answer": row["completion"]}
     if not work["chat"]:
