@@ -1,6 +1,6 @@
 """Longer forms of what ``make test`` runs: all of it on two ranks, and the whole demo.
 
-``make test`` runs a stage of a recipe on two ranks if it has something new there, stops three methods in every way
+``make test`` runs a stage of a recipe on two ranks if it has something new there, stops two methods in every way
 there, and starts the demo from what the built-in model has learned.
 """
 

@@ -3,7 +3,8 @@
     python resumes.py FOLDER METHOD ...
     python resumes.py FOLDER METHOD --SETTING ...
 
-do so as one of two ranks, from few stops unless the method is one of ``EVERY_STOP`` and has no setting.
+do so as one of two ranks: from every stop if the method is one of ``EVERY_STOP`` and has no setting, from few stops
+with a setting, and else from a checkpoint inside a phase.
 """
 
 import csv
@@ -93,7 +94,7 @@ STOPS: list[Stop] = [
 
 
 FEW_STOPS: list[Stop] = [stop_at_a_step, stop_by_max_epochs]  # inside a phase and at its end
-EVERY_STOP = ("sft", "grpo", "ppo")  # one of each base; what a method adds to it is in every checkpoint alike
+EVERY_STOP = ("sft", "grpo")  # one of each base; what a method adds to it is in every checkpoint alike
 
 
 def check_resumes(name: str, folder: Path, *more: str, stops: Sequence[Stop] = STOPS) -> None:
@@ -121,5 +122,5 @@ def check_resumes(name: str, folder: Path, *more: str, stops: Sequence[Stop] = S
 if __name__ == "__main__":
     given = [argument for argument in sys.argv[2:] if argument.startswith("--")]
     for method in sys.argv[2 : len(sys.argv) - len(given)]:
-        stops = STOPS if method in EVERY_STOP and not given else FEW_STOPS
+        stops = FEW_STOPS if given else STOPS if method in EVERY_STOP else [stop_at_a_step]
         check_resumes(method, Path(sys.argv[1]) / method, *TWO_RANKS, *given, stops=stops)

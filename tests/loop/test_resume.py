@@ -337,7 +337,7 @@ def test_two_ranks_distil_as_one(tmp_path, name):
         config["data"]["init_args"]["train"]["init_args"]["num_examples"] = 200
         ends.append(run_cli(config, folder))
     one, two = ({**end["state_dict"], **end.get("teacher", {})} for end in ends)
-    assert len(one) > 30
+    assert len(one) > 20
     for key, value in one.items():
         torch.testing.assert_close(value, two[key], atol=1e-5, rtol=0)
     if name == "cached":
