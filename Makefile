@@ -24,7 +24,7 @@ define run-recipe
   [ $$verb = validate ] || touch runs/$(1)/$$stage.done; done
 endef
 
-.PHONY: help setup demo demo-smollm recipe study show-batch quick test fuzz test-kill audit-verifiers vllm-env test-vllm bench-env bench bench-engine bench-scaling lint types format
+.PHONY: help setup demo demo-smollm recipe study show-batch quick test test-long fuzz test-kill audit-verifiers vllm-env test-vllm bench-env bench bench-engine bench-scaling lint types format
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -66,6 +66,9 @@ quick: lint  ## check style and types, and run tests that need no training (90 s
 
 test: setup .venv/.smollm  ## run all tests, in two processes (11 to 18 minutes on 2 cores)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal --durations 10
+
+test-long: setup  ## run every recipe and every stop on two ranks, and the whole demo (10 minutes on 2 cores)
+	OMP_NUM_THREADS=1 $(PY) -m pytest tests/benchmarks/long_runs.py --durations 10
 
 fuzz: setup  ## feed 5,000 generated rows, files, configurations and options to the program (5 minutes)
 	OMP_NUM_THREADS=1 $(PY) tests/benchmarks/fuzz.py

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+LONG = ("contracts/test_two_ranks", "contracts/test_readme", "loop/test_resume", "methods/test_recorded_metrics")
+LONG += ("callbacks/test_doctor", "callbacks/test_engine_mismatch", "rollout/test_conformance", "rollout/test_vllm")
 Rule = Callable[[str], str]  # what the last message says -> what is answered
 ANSWERS = re.compile(
     r"\[Answer A (\w{8})\]\n(.*)\n\[End of answer A \1\]\n\n\[Answer B \1\]\n(.*)\n\[End of answer B \1\]", re.DOTALL
@@ -77,9 +79,18 @@ class _Quiet(ThreadingHTTPServer):
         """A client that does not wait for the answer is part of the test."""
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the long tests, so that two processes end together."""
-    items.sort(key=lambda item: "learning" not in item.path.parts)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Put long files at the beginning of each process's share of the tests, so that the processes end together."""
+    count = getattr(config, "workerinput", {"workercount": 1})["workercount"]
+    files = dict.fromkeys(item.path for item in items)
+    long = [path for path in files if "learning" in path.parts or f"{path.parent.name}/{path.stem}" in LONG]
+    rest, shares = [item for item in items if item.path not in long], []
+    for number in range(count):
+        share = [item for item in items if item.path in long[number::count]]
+        missing = max(0, len(items) * (number + 1) // count - len(items) * number // count - len(share))
+        shares += [*share, *rest[:missing]]
+        rest = rest[missing:]
+    items[:] = [*shares, *rest]
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -3,7 +3,8 @@
     python resumes.py FOLDER METHOD ...
     python resumes.py FOLDER METHOD --SETTING ...
 
-do so as one of two ranks, the second from few stops.
+do so as one of two ranks: from every stop if the method is one of ``EVERY_STOP`` and has no setting, from few stops
+with a setting, and else from a checkpoint inside a phase.
 """
 
 import csv
@@ -46,7 +47,9 @@ def stop_at_a_step(name: str, folder: Path, settings: list[str]) -> Path:
 
 
 def stop_by_max_steps(name: str, folder: Path, settings: list[str]) -> Path:
-    fixed_runs.fit(name, folder, *settings, "--trainer.max_steps=3")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(AlignmentCLI, "after_fit", lambda self: self.trainer.save_checkpoint(folder / "after.ckpt"))
+        fixed_runs.fit(name, folder, *settings, "--trainer.max_steps=3")
     return folder / "checkpoints/last.ckpt"
 
 
@@ -55,12 +58,9 @@ def stop_by_max_epochs(name: str, folder: Path, settings: list[str]) -> Path:
     return folder / "checkpoints/last.ckpt"
 
 
-def stop_and_save_after_fit(name: str, folder: Path, settings: list[str]) -> Path:
-    path = folder / "after.ckpt"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(AlignmentCLI, "after_fit", lambda self: self.trainer.save_checkpoint(path))
-        stop_by_max_steps(name, folder, settings)
-    return path
+def save_after_fit(name: str, folder: Path, settings: list[str]) -> Path:
+    """Stop nothing: what ``stop_by_max_steps`` saved behind its fit."""
+    return folder.parent / "stop_by_max_steps/after.ckpt"
 
 
 def stop_inside_a_validation(name: str, folder: Path, settings: list[str]) -> Path:
@@ -88,12 +88,13 @@ STOPS: list[Stop] = [
     stop_at_a_step,
     stop_by_max_steps,
     stop_by_max_epochs,
-    stop_and_save_after_fit,
+    save_after_fit,
     stop_inside_a_validation,
 ]
 
 
 FEW_STOPS: list[Stop] = [stop_at_a_step, stop_by_max_epochs]  # inside a phase and at its end
+EVERY_STOP = ("sft", "grpo")  # one of each base; what a method adds to it is in every checkpoint alike
 
 
 def check_resumes(name: str, folder: Path, *more: str, stops: Sequence[Stop] = STOPS) -> None:
@@ -121,5 +122,5 @@ def check_resumes(name: str, folder: Path, *more: str, stops: Sequence[Stop] = S
 if __name__ == "__main__":
     given = [argument for argument in sys.argv[2:] if argument.startswith("--")]
     for method in sys.argv[2 : len(sys.argv) - len(given)]:
-        stops = FEW_STOPS if given else STOPS
+        stops = FEW_STOPS if given else STOPS if method in EVERY_STOP else [stop_at_a_step]
         check_resumes(method, Path(sys.argv[1]) / method, *TWO_RANKS, *given, stops=stops)

@@ -88,7 +88,7 @@ def fit(
     """Train one phase, or one more than a checkpoint has, and leave ``last.ckpt``."""
     (folder / "rows.jsonl").write_text("".join(json.dumps({"prompt": row, "answer": "1"}) + "\n" for row in rows))
     settings = {"reward": RegexFormat(r"[\x00-\x7f].*")} | settings
-    module = GRPOModule("tiny", num_generations=4, sampling=Sampling(max_completion_length=4), **settings)
+    module = GRPOModule("tiny-small", num_generations=4, sampling=Sampling(max_completion_length=4), **settings)
     data = VerifiableDataModule(train=str(folder / "rows.jsonl"), prompts_per_phase=2, order=order)
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     trainer = Trainer(accelerator="cpu", max_epochs=2 if resume else 1, default_root_dir=folder, **quiet)

@@ -66,7 +66,9 @@ def fit(kind: type, partial: PartialRollouts | None, lr: float, phases: int = 5,
     seen = Seen()
     sampling = Sampling(settings.pop("temperature", 1.0), max_completion_length=LENGTH, partial=partial)
     settings = {"reward": ASCII, "num_generations": GENERATIONS} | settings
-    module = kind("tiny", sampling=sampling, optimizer=lambda weights: torch.optim.SGD(weights, lr=lr), **settings)
+    module = kind(
+        "tiny-small", sampling=sampling, optimizer=lambda weights: torch.optim.SGD(weights, lr=lr), **settings
+    )
     data = VerifiableDataModule(module.tokenizer, Addition(40), prompts_per_phase=8)
     Trainer(**QUIET, accelerator="cpu", max_epochs=phases, callbacks=[seen]).fit(module, data)
     return seen

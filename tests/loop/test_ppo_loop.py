@@ -41,7 +41,7 @@ def ppo(**settings: Any) -> PPOModule:
         "gae": GAE(whiten_rewards=True),
     } | settings
     settings = {"optimizer": lambda parameters: torch.optim.AdamW(parameters, lr=1e-3)} | settings
-    return PPOModule("tiny", RegexFormat(REWARD), **settings)
+    return PPOModule("tiny-small", RegexFormat(REWARD), **settings)
 
 
 class AtValidation(Callback):
@@ -206,7 +206,7 @@ def test_averaging_with_adapters_shares_the_reference_and_spares_the_run(tmp_pat
     def adapted() -> PPOModule:
         torch.manual_seed(0)  # of the adapters' first weights
         optimizer = partial(torch.optim.AdamW, lr=1e-2)
-        return ppo(lora=Lora(r=4), value=Value(model="tiny", lr=3e-3), optimizer=optimizer)
+        return ppo(lora=Lora(r=4), value=Value(model="tiny-small", lr=3e-3), optimizer=optimizer)
 
     average, module = averaging(), adapted()
     kept = fit(module, tmp_path / "averaged", before=[average], max_epochs=2, check_val_every_n_epoch=1)

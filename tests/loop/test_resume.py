@@ -33,7 +33,7 @@ REWARD = r"[\x00-\x7f].*"
 def grpo(**settings) -> GRPOModule:
     settings = {"num_generations": 4, "sampling": Sampling(max_completion_length=4), "measure_kl": True} | settings
     settings = {"optimizer": lambda parameters: torch.optim.AdamW(parameters, lr=1e-3)} | settings
-    return GRPOModule("tiny", RegexFormat(REWARD), **settings)
+    return GRPOModule("tiny-small", RegexFormat(REWARD), **settings)
 
 
 class States(Callback):
@@ -129,9 +129,8 @@ def assert_goes_on(resumed: States, straight: States, what: object) -> None:
 
 VALIDATED = {"check_val_every_n_epoch": 2}
 LIMITS = {
-    "max_epochs": {"max_epochs": 3},
+    "max_epochs": {"max_epochs": 3, **VALIDATED},
     "max_steps": {"max_steps": 6, "max_epochs": -1},
-    "validated": VALIDATED,
     "inside": {"val_check_interval": 2},
 }
 
@@ -156,7 +155,7 @@ def test_resume_is_bitwise_from_every_checkpoint(tmp_path, limit):
 
 def test_a_second_resume_goes_on_where_the_first_stopped(tmp_path):
     straight = fit(grpo(), tmp_path / "straight")
-    for first in ("step1", "step2", "phase0", "step3"):
+    for first in ("step1", "phase0", "step3"):
         fit(grpo(), tmp_path / first, resume=tmp_path / "straight" / f"{first}.ckpt", max_epochs=2)
         for second in sorted((tmp_path / first).glob("*.ckpt")):
             assert_goes_on(
@@ -176,11 +175,11 @@ class SaveInside(Callback):
             trainer.save_checkpoint(self.path)
 
 
-@pytest.mark.parametrize("micro_batch", [1, 3, 5, 7])
-def test_a_checkpoint_inside_an_accumulation_resumes_from_the_last_step(tmp_path, micro_batch):
-    path = tmp_path / "inside.ckpt"
-    straight = fit(grpo(), tmp_path, extra=[SaveInside(micro_batch, path)], saves=False)
-    assert_goes_on(fit(grpo(), tmp_path, resume=path, saves=False), straight, micro_batch)
+def test_a_checkpoint_inside_an_accumulation_resumes_from_the_last_step(tmp_path):
+    paths = {micro_batch: tmp_path / f"inside{micro_batch}.ckpt" for micro_batch in (1, 3, 5, 7)}
+    straight = fit(grpo(), tmp_path, extra=[SaveInside(*place) for place in paths.items()], saves=False)
+    for micro_batch, path in paths.items():
+        assert_goes_on(fit(grpo(), tmp_path, resume=path, saves=False), straight, micro_batch)
 
 
 def test_a_phase_of_one_update_resumes_from_everywhere_with_what_it_had_measured(tmp_path):
@@ -297,7 +296,7 @@ def config_for(folder: Path, devices: int, accumulate: int) -> dict:
         "model": {
             "class_path": "GRPOModule",
             "init_args": {
-                "policy": "tiny",
+                "policy": "tiny-small",
                 "reward": {"class_path": "RegexFormat", "init_args": {"pattern": REWARD}},
                 "num_generations": 4,
                 "sampling": {"max_completion_length": 4},
@@ -352,12 +351,12 @@ def test_two_ranks_distil_as_one(tmp_path, name):
         settings = DISTILLED[name] | ({"teacher_cache": str(folder / "cache")} if name == "cached" else {})
         config = config_for(folder, ranks, 3 - ranks)
         sgd = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1}}
-        init = {"policy": "tiny", "sampling": {"max_completion_length": 4}, "optimizer": sgd, **settings}
+        init = {"policy": "tiny-small", "sampling": {"max_completion_length": 4}, "optimizer": sgd, **settings}
         config["model"] = {"class_path": "DistillModule", "init_args": init}
         config["data"]["init_args"]["train"]["init_args"]["num_examples"] = 200
         ends.append(run_cli(config, folder))
     one, two = ({**end["state_dict"], **end.get("teacher", {})} for end in ends)
-    assert len(one) > 30
+    assert len(one) > 20
     for key, value in one.items():
         torch.testing.assert_close(value, two[key], atol=1e-5, rtol=0)
     if name == "cached":
