@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from modules.base import count_tokens
 from modules.functional.masked import pad_rows
 from modules.functional.ranges import check_numbers
+from modules.generation import Validation
 from modules.losses.distillation import (
     Buckets,
     Divergence,
@@ -28,7 +29,7 @@ from modules.networks.lora import Lora
 from modules.networks.policy import MAX_LOGITS, Policy, load_companion
 from modules.networks.reference import Frozen
 from modules.networks.teacher_table import TeacherTable, describe_weights, read_or_write_table
-from modules.on_policy import OnPolicyModule, Validation
+from modules.on_policy import OnPolicyModule
 from modules.rollout.engine import RolloutEngine
 from modules.rollout.environment import Environment
 from modules.rollout.phases.reuse import refuse_reuse

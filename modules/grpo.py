@@ -12,11 +12,12 @@ from modules.base import count_tokens
 from modules.functional import kl
 from modules.functional.masked import aggregate
 from modules.functional.ranges import check_numbers
+from modules.generation import Validation
 from modules.losses import Advantage, Clipped, ImportanceWeights, PolicyObjective
 from modules.losses.advantage import as_advantage
 from modules.losses.policy import leave_out_unscored
 from modules.networks.lora import Lora
-from modules.on_policy import OnPolicyModule, Validation
+from modules.on_policy import OnPolicyModule
 from modules.rewards.combined import WeightedSum
 from modules.rollout.engine import RolloutEngine
 from modules.rollout.environment import Environment

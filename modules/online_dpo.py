@@ -8,9 +8,10 @@ from torch import Tensor
 
 from modules.base import count_tokens
 from modules.functional.ranges import check_numbers
+from modules.generation import Validation
 from modules.losses.preference import PairObjective, Sigmoid, find_pairs, measure_preferences
 from modules.networks.lora import Lora
-from modules.on_policy import OnPolicyModule, Validation
+from modules.on_policy import OnPolicyModule
 from modules.rollout.engine import RolloutEngine
 from modules.rollout.environment import Environment
 from modules.rollout.phases.segments import require_all_segments

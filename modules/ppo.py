@@ -11,13 +11,14 @@ from modules.base import count_tokens
 from modules.functional.advantages import gae
 from modules.functional.kl import apply_estimator, k1
 from modules.functional.masked import aggregate
+from modules.generation import Validation
 from modules.losses import GAE, KL, Clip, Clipped, ImportanceWeights, Incentives
 from modules.losses.policy import leave_out_unscored, measure_ratio
 from modules.losses.shaping import make_token_rewards
 from modules.losses.value import ClippedValue
 from modules.networks.critic import Critic, Value
 from modules.networks.lora import Lora
-from modules.on_policy import OnPolicyModule, Validation
+from modules.on_policy import OnPolicyModule
 from modules.rollout.engine import RolloutEngine
 from modules.rollout.environment import Environment
 from modules.rollout.sampling import Sampling

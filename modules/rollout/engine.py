@@ -18,7 +18,7 @@ from transformers.cache_utils import DynamicLayer
 
 from modules.rollout.decoding.continuous import run_continuous
 from modules.rollout.decoding.decode import supports
-from modules.rollout.decoding.products import Products
+from modules.rollout.decoding.decode_products import DecodeProducts
 from modules.rollout.decoding.shadow import count_bytes, make_shadow, measure_gain, refresh_shadow
 from modules.rollout.decoding.static import run_static
 from modules.rollout.sampling import Ledger, Reply, SampledPolicy, Sampling
@@ -203,7 +203,7 @@ class InProcessEngine(RolloutEngine):
         self._run: Any = run_static
         self._halves = False  # whether it samples from a copy in 16 bits
         self._shadow: PreTrainedModel | None = None
-        self._products: Products | None = None  # of the weights of the last sync
+        self._products: DecodeProducts | None = None  # of the weights of the last sync
         self._exceeded = False  # whether it was said that the cache was
 
     def sync_weights(self, policy: SampledPolicy, version: int) -> None:
@@ -320,7 +320,7 @@ class InProcessEngine(RolloutEngine):
             model = self._shadow or self._policy.model
             settings: tuple[Any, ...] = ()
             if self._run is run_continuous:
-                self._products = self._products or Products(model, packed=not self.compile)
+                self._products = self._products or DecodeProducts(model, packed=not self.compile)
                 settings = (self._products, self.check_every, self.compile)
             stats = self._run(model, rows, shared, ledger, self.max_cache_gb * 1e9, *settings)
             copied = (count_bytes(self._shadow) if self._shadow is not None else 0) / 1e9
@@ -384,7 +384,7 @@ def measure_parity(policy: SampledPolicy, model: PreTrainedModel, prompts: list[
     """
     gaps = []
     with sampling_mode(policy.model):
-        products = Products(model, packed=not compiled)
+        products = DecodeProducts(model, packed=not compiled)
         for num_generations in (1, 8):  # 2 rows, 16 rows
             ledger = Ledger(list(range(2 * num_generations)), Sampling(max_completion_length=3), policy)
             try:

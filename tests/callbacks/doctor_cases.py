@@ -13,8 +13,8 @@ from callbacks import Doctor
 from datamodules import Addition, VerifiableDataModule
 from datamodules.sources import Row, Source
 from modules import GRPOModule, OnlineDPOModule, PPOModule
+from modules.generation import Validation
 from modules.networks.policy import Policy
-from modules.on_policy import Validation
 from modules.rewards import (
     CodeTests,
     ExactMatch,

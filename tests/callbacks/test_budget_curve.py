@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from callbacks import BudgetCurve
 from datamodules import VerifiableDataModule
 from modules import GRPOModule, SFTModule
-from modules.on_policy import Validation
+from modules.generation import Validation
 from modules.rewards import RegexFormat
 from modules.rollout import Sampling, Thinking
 

@@ -12,8 +12,8 @@ from programs import run_ranks
 from callbacks import PassRates, PredictionWriter
 from datamodules import FactsDataModule, Files, MixIn, Source, VerifiableDataModule
 from modules import GRPOModule, KnowledgeModule
+from modules.generation import Validation
 from modules.networks.tiny import tiny_tokenizer
-from modules.on_policy import Validation
 from modules.rewards import ExactMatch, LengthPenalty, RegexFormat, WeightedSum
 from modules.rollout.sampling import Sampling
 

@@ -12,7 +12,7 @@ from callbacks.measures.sample_filters import contradicts_thought, find_runs
 from callbacks.writers.sample_writer import JudgedSample
 from datamodules import VerifiableDataModule
 from modules import GRPOModule
-from modules.on_policy import Validation
+from modules.generation import Validation
 from modules.rewards import ExactMatch, RegexFormat
 from modules.rollout import Sampling
 

@@ -15,8 +15,8 @@ from callbacks import LongToShortPairs, PassRates, PredictionWriter, VerifiedSam
 from callbacks.writers.sample_writer import JudgedSample
 from datamodules import Addition, Files, InstructionDataModule, PreferenceDataModule, VerifiableDataModule
 from modules import GRPOModule, SFTModule
+from modules.generation import Validation
 from modules.networks.tiny import tiny_tokenizer
-from modules.on_policy import Validation
 from modules.rewards import ExactMatch, NumericMatch, RegexFormat, WeightedSum
 from modules.rollout.engine import InProcessEngine
 from modules.rollout.environment import Environment

@@ -47,10 +47,11 @@ ALLOWED = {
     **{part: {*SHARED, *PARTS} for part in PARTS},
     "schedulers": {"functional"},
     "base": {*SHARED, *PARTS, "schedulers"},
-    "on_policy": {*SHARED, *PARTS, "base"},
-    "method": {*SHARED, *PARTS, "base", "on_policy", "method"},
+    "generation": {*SHARED, *PARTS, "base"},
+    "on_policy": {*SHARED, *PARTS, "base", "generation"},
+    "method": {*SHARED, *PARTS, "base", "generation", "on_policy", "method"},
     "modules": {"method"},
-    "cli": {*SHARED, *PARTS, "base", "on_policy", "method", "modules", "schedulers"},
+    "cli": {*SHARED, *PARTS, "base", "generation", "on_policy", "method", "modules", "schedulers"},
     "datamodules": SHARED,
     "callbacks": {*SHARED, "rewards", "rollout"},
 }
@@ -143,4 +144,4 @@ def test_a_file_name_says_where_one_is():
 
 
 def test_a_method_is_told_from_what_methods_share():
-    assert {"sft", "grpo"} <= METHODS and not {"base", "on_policy", "types"} & METHODS
+    assert {"sft", "grpo"} <= METHODS and not {"base", "generation", "on_policy", "types"} & METHODS

@@ -17,7 +17,7 @@ from modules import GRPOModule
 from modules.__main__ import main
 from modules.cli.choices import CLASSES
 from modules.cli.parser import takes_reward
-from modules.on_policy import Validation
+from modules.generation import Validation
 from modules.rewards import Dispatch
 from modules.types import Completion, FunctionReward, Reward, Rollout
 

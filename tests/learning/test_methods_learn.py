@@ -9,6 +9,7 @@ from lightning.pytorch import Trainer, seed_everything
 
 from datamodules import Addition, InstructionDataModule, VerifiableDataModule
 from modules import GRPOModule, SFTModule
+from modules.generation import Validation
 from modules.losses import (
     CISPO,
     DPPO,
@@ -26,7 +27,6 @@ from modules.losses import (
     PolicyObjective,
     REINFORCEPlusPlus,
 )
-from modules.on_policy import Validation
 from modules.rewards import RegexFormat
 from modules.rollout.sampling import Sampling
 from modules.types import Reward

@@ -16,9 +16,9 @@ from lightning.pytorch.callbacks import Callback
 from callbacks import Forgetting
 from datamodules import Addition, NumberTexts, PretrainingDataModule, PtxStream, VerifiableDataModule
 from modules import GRPOModule, PPOModule, SFTModule
+from modules.generation import Validation
 from modules.losses import KL, AdaptiveKL, Clip, Incentives
 from modules.networks.critic import Value
-from modules.on_policy import Validation
 from modules.rewards import RegexFormat
 from modules.rollout.sampling import Sampling
 from modules.types import Reward, Rollout

@@ -6,8 +6,8 @@ from lightning.pytorch import Trainer, seed_everything
 
 from datamodules import InstructionDataModule, ProductCalls, Products, VerifiableDataModule
 from modules import GRPOModule
+from modules.generation import Validation
 from modules.networks.tiny import tiny_tokenizer
-from modules.on_policy import Validation
 from modules.rewards import ExactMatch
 from modules.rollout import Calculator, Environment, Sampling
 

@@ -22,9 +22,9 @@ from callbacks import Diversity, GroupBias, LengthBias, Overoptimization, TokenB
 from datamodules import InstructionDataModule, NumberTexts, PreferenceDataModule, PtxStream, VerifiableDataModule
 from datamodules.sources import Row, Source
 from modules import DPOModule, GRPOModule, OnlineDPOModule, PPOModule, RewardModule, SFTModule
+from modules.generation import Validation
 from modules.losses import KL, KTO, ImportanceWeights, Incentives
 from modules.losses.shaping import MissingEos
-from modules.on_policy import Validation
 from modules.rewards import WeightedSum
 from modules.rollout.engine import RolloutEngine
 from modules.rollout.sampling import Sampling

@@ -13,6 +13,7 @@ from test_ppo import EOS, A, B, Scores, Scripted
 from datamodules import Addition, VerifiableDataModule
 from modules import GRPOModule
 from modules.functional import kl
+from modules.generation import Validation
 from modules.losses import (
     DPPO,
     GDPO,
@@ -24,7 +25,6 @@ from modules.losses import (
     REINFORCEPlusPlus,
     SequenceMean,
 )
-from modules.on_policy import Validation
 from modules.rewards import ExactMatch, LengthPenalty, RegexFormat, WeightedSum
 from modules.rewards.combined import Ramp
 from modules.rollout.phases.dynamic_sampling import DynamicSampling

@@ -11,7 +11,7 @@ from test_grpo import QUIET, fit, grpo
 from test_ppo import EOS, TOKENIZER, A, B, Scores, Scripted
 
 from datamodules import Addition, VerifiableDataModule
-from modules.on_policy import Validation
+from modules.generation import Validation
 from modules.rewards import LearnedReward, LengthPenalty, NumericMatch, RegexFormat, Repetition, WeightedSum
 from modules.rewards.verifier import Verifier
 from modules.types import Reward

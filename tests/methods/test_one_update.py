@@ -13,9 +13,9 @@ from test_tools import Numbered, Traces
 
 from datamodules import Addition, VerifiableDataModule
 from modules import GRPOModule, OnlineDPOModule
+from modules.generation import Validation
 from modules.losses import CISPO, GSPO, Advantage, MirrorDescent
 from modules.networks import memory
-from modules.on_policy import Validation
 from modules.rewards import RegexFormat
 from modules.rollout import InProcessEngine, PartialRollouts, Sampling
 from modules.rollout.phases.dynamic_sampling import DynamicSampling

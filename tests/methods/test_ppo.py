@@ -15,12 +15,12 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from datamodules import Addition, PtxStream, VerifiableDataModule
 from modules import PPOModule
+from modules.generation import Validation
 from modules.losses import GAE, KL, AdaptiveKL, Clip, Incentives, MissingEos
 from modules.networks.critic import Value
 from modules.networks.lora import Lora
 from modules.networks.policy import Policy
 from modules.networks.tiny import tiny_tokenizer
-from modules.on_policy import Validation
 from modules.reward import RewardModule
 from modules.rewards import LearnedReward, RegexFormat
 from modules.rollout.engine import InProcessEngine, RolloutEngine

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from datamodules import VerifiableDataModule
 from modules import GRPOModule, OnlineDPOModule, PPOModule
+from modules.generation import Validation
 from modules.losses import GAE, KL
-from modules.on_policy import Validation
 from modules.rewards import ExactMatch, RegexFormat, Repetition
 from modules.rollout import Calculator, Environment, Sampling, Thinking
 

@@ -12,7 +12,7 @@ import torch
 
 from callbacks.overoptimization import Overoptimization
 from modules import types
-from modules.on_policy import Validation
+from modules.generation import Validation
 from modules.rewards import ExactMatch, LearnedReward, LengthPenalty, NumericMatch, RegexFormat, Versus, WeightedSum
 from modules.rewards.combined import find_accuracy
 from modules.rollout.metrics import make_outcomes

@@ -12,7 +12,7 @@ from transformers import Qwen3Config
 from modules.rollout import InProcessEngine, Sampling
 from modules.rollout.decoding.continuous import run_continuous
 from modules.rollout.decoding.decode import SlotCache
-from modules.rollout.decoding.products import Products, can_pack
+from modules.rollout.decoding.decode_products import DecodeProducts, can_pack
 from modules.rollout.decoding.shelves import BusyRow, Shelves
 from modules.rollout.decoding.static import count_column_bytes, run_static
 from modules.types import Completion
@@ -108,7 +108,7 @@ def test_the_numbers_of_a_call(qwen3: Holder) -> None:
         "tokens": sum(lengths),
         "occupancy": pytest.approx(sum(busy) / sum(slots)),
         "cache_gb": stats["cache_gb"],
-        "copy_gb": Products(qwen3.model).num_bytes / 1e9,
+        "copy_gb": DecodeProducts(qwen3.model).num_bytes / 1e9,
     }
     # 2 + 20 - 1 columns of each row; the prompts' 10 x 2 lie beside them while they come
     assert stats["cache_gb"] == pytest.approx((busy[0] * 21 + 20) * count_column_bytes(qwen3.model) / 1e9)

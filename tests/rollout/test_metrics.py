@@ -9,7 +9,7 @@ from lightning.pytorch import Trainer
 
 from datamodules import Addition, VerifiableDataModule
 from modules import GRPOModule
-from modules.on_policy import Validation
+from modules.generation import Validation
 from modules.rewards import RegexFormat, WeightedSum
 from modules.rollout.metrics import (
     Outcome,

@@ -10,7 +10,7 @@ from transformers import Qwen3Config
 from modules.networks.lora import Lora, add_adapters
 from modules.rollout import InProcessEngine, Sampling
 from modules.rollout import engine as engine_module
-from modules.rollout.decoding.products import Products
+from modules.rollout.decoding.decode_products import DecodeProducts
 from modules.types import Completion
 
 SEEDS = [7 + 100 * i for i in range(10)]
@@ -58,14 +58,14 @@ def test_what_is_copied_in_which_precision(qwen3: Holder) -> None:
     sampled(engine)
     linear = 2 * (64 * 128 + 2 * 64 * 64 + 128 * 64 + 3 * 64 * 96)
     norms = 2 * (64 + 64 + 32 + 32) + 64
-    packed = 2 * linear + 4 * 300 * 64 if Products(engine._shadow).packed else 0  # once more, in another order
+    packed = 2 * linear + 4 * 300 * 64 if DecodeProducts(engine._shadow).packed else 0  # once more, in another order
     copied = 2 * (linear + 300 * 64) + 4 * (norms + 300 * 64) + packed
     assert engine.last_stats["copy_gb"] == pytest.approx(copied / 1e9)
     plain = engine_for(qwen3, "same")
     sampled(plain)
     assert engine.last_stats["cache_gb"] < 0.6 * plain.last_stats["cache_gb"]
     assert engine.copies_weights and not plain.copies_weights
-    assert plain.last_stats["copy_gb"] == Products(qwen3.model).num_bytes / 1e9
+    assert plain.last_stats["copy_gb"] == DecodeProducts(qwen3.model).num_bytes / 1e9
 
 
 def test_the_copy_is_of_the_last_sync(qwen3: Holder) -> None:

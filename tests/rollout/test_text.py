@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from modules.generation import check_stop
 from modules.networks.policy import Policy
-from modules.on_policy import check_stop
 from modules.rewards import ExactMatch, NumericMatch, RegexFormat, ThinkAnswerFormat, WeightedSum
 from modules.rollout import Sampling
 from modules.rollout.last_answers import find_last_answers

@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from modules.rollout.decoding.decode import ROW_STEP, CachedRows, DecodeStep, SlotCache, layer_dtype
-from modules.rollout.decoding.products import Products
+from modules.rollout.decoding.decode_products import DecodeProducts
 from modules.rollout.decoding.shelves import BLOCK, BusyRow, Shelves
 from modules.rollout.sampling import Ledger
 
@@ -31,7 +31,7 @@ def run_continuous(
     num_generations: int,
     ledger: Ledger,
     max_bytes: float,
-    products: Products | None = None,
+    products: DecodeProducts | None = None,
     check_every: int | None = None,
     compiled: bool = False,
 ) -> dict[str, float]:
@@ -89,7 +89,7 @@ class ContinuousBatch:
         num_generations: int,
         ledger: Ledger,
         max_bytes: float,
-        products: Products | None = None,
+        products: DecodeProducts | None = None,
         check_every: int | None = None,
         compiled: bool = False,
     ) -> None:

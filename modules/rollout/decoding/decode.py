@@ -15,7 +15,7 @@ from transformers import LlamaForCausalLM, MistralForCausalLM, PreTrainedModel, 
 from transformers.models.llama.modeling_llama import LlamaAttention
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
-from modules.rollout.decoding.products import Products
+from modules.rollout.decoding.decode_products import DecodeProducts
 
 FAMILY = {
     "llama": LlamaForCausalLM,
@@ -111,9 +111,9 @@ class DecodeStep:
     """
 
     def __init__(
-        self, model: PreTrainedModel, columns: int, products: Products | None = None, compiled: bool = False
+        self, model: PreTrainedModel, columns: int, products: DecodeProducts | None = None, compiled: bool = False
     ) -> None:
-        self.model, self.products = model, products or Products(model, packed=False)
+        self.model, self.products = model, products or DecodeProducts(model, packed=False)
         positions = torch.arange(columns, device=model.device)[None]
         cos, sin = model.model.rotary_emb(model.lm_head.weight, positions)
         half = cos.shape[-1] // 2
@@ -136,7 +136,7 @@ class DecodeStep:
 
 def compute_logits(
     model: PreTrainedModel,
-    products: Products,
+    products: DecodeProducts,
     cos: Tensor,
     sin: Tensor,
     tokens: Tensor,

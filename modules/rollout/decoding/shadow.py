@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from modules.rollout.decoding.products import linear_layers
+from modules.rollout.decoding.decode_products import linear_layers
 
 ROWS = 32  # of the matrix products that are timed
 LAYERS = 8  # at most so many layers' weights are timed, since a single layer's may stay in the processor's cache

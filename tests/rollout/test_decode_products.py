@@ -5,14 +5,14 @@ import torch
 from conftest import FAST, Holder, build
 
 from modules.networks.lora import Lora, add_adapters
-from modules.rollout.decoding import products as products_module
+from modules.rollout.decoding import decode_products as products_module
 from modules.rollout.decoding.decode import CachedRows, DecodeStep, SlotCache
-from modules.rollout.decoding.products import Products, can_pack
+from modules.rollout.decoding.decode_products import DecodeProducts, can_pack
 
 
 def compute(policy: Holder, packed: bool, rows: int) -> torch.Tensor:
     """Return the logits [rows, 300] behind two tokens of each row."""
-    products = Products(policy.model, packed)
+    products = DecodeProducts(policy.model, packed)
     assert products.packed == (packed and can_pack(policy.model))
     step, cache = DecodeStep(policy.model, 8, products), SlotCache.allocate(policy.model, rows, 8)
     tokens, first = torch.arange(rows) * 7 % 300, torch.zeros(rows, dtype=torch.long)
@@ -55,4 +55,4 @@ def test_adapters_are_merged_into_packed_weights() -> None:
 def test_large_models_are_not_packed(monkeypatch: pytest.MonkeyPatch) -> None:
     policy = build(FAST["qwen3"])
     monkeypatch.setattr(products_module, "MOST_PACKED", 1e5)
-    assert not can_pack(policy.model) and Products(policy.model).num_bytes == 0
+    assert not can_pack(policy.model) and DecodeProducts(policy.model).num_bytes == 0

@@ -89,7 +89,7 @@ class PackedProducts:
         return gate, up
 
 
-class Products:
+class DecodeProducts:
     """All matrix products of a model that ``decode.supports`` accepts.
 
     On a CPU they come from a packed copy of the weights as they are now, adapters merged, if oneDNN is there and the copy
