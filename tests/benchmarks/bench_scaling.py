@@ -182,6 +182,18 @@ def fit_exponent(sizes: list[int], costs: list[float]) -> float:
     return statistics.linear_regression(x, y).slope
 
 
+def measure_logits() -> float:
+    """Return by what share of vocabulary x tokens x 4 bytes a phase grows with its tokens, where they are so many that
+    not even a micro-batch's logits fit the part that is computed at once.
+    """
+    few, many = (
+        measure_apart(completions=16, length=length, vocabulary=65_536, phases=2)["memory"]
+        for length in (LENGTH, 4 * LENGTH)
+    )
+    print(f"vocabulary 65536 with 16 completions of {LENGTH} and of {4 * LENGTH}: {few:.0f} MB and {many:.0f} MB")
+    return float(many - few) * 1e6 / (16 * 3 * LENGTH * 65_536 * 4)
+
+
 def describe(axis: str, size: int) -> Point:
     """Return the point of an axis."""
     if axis == "rows":
@@ -202,10 +214,7 @@ def run(asked: argparse.Namespace) -> int:
         what = "time before the first step" if axis == "rows" else "time"
         lines.append(f"scaling: {axis} {what} n^{exponents['seconds']:.2f}, memory n^{exponents['memory']:.2f}")
         if axis == "vocabulary":
-            longer = measure_apart(**describe(axis, sizes[-1]) | {"length": 4 * LENGTH, "phases": 2})
-            tokens = 3 * LENGTH * COMPLETIONS
-            share = (longer["memory"] - found[-1]["memory"]) * 1e6 / (tokens * sizes[-1] * 4)
-            print(f"{axis} {sizes[-1]} with 4 times the tokens: {longer['memory']:.0f} MB")
+            share = measure_logits()
             lines.append(f"scaling: logits {share:.3f} of vocabulary x tokens x 4 bytes, at most {LOGITS}")
             failed += ["logits"] if share > LOGITS else []
     if asked.phases:
