@@ -49,6 +49,7 @@ def server() -> ForkServerContext:
 def become(arguments: Sequence[str], folder: Path, environment: dict[str, str], files: Path) -> None:
     """Be ``python *arguments``, which are ``-m MODULE ...`` or ``SCRIPT ...``."""
     os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background process ignores it
     for number, flags in enumerate((os.O_RDONLY, os.O_WRONLY, os.O_WRONLY)):
         os.dup2(os.open(files / str(number), flags), number)
     sys.stdin = open(0, closefd=False)  # noqa: SIM115 (multiprocessing has closed it)

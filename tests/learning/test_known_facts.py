@@ -50,7 +50,7 @@ def accuracy(module: SFTModule, first: int, num_facts: int) -> float:
 @pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = str(tmp_path_factory.mktemp("start"))
-    module = fit("tiny", 2e-3, 0, KNOWN + TUNED, 240)
+    module = fit("tiny", 2e-3, 0, KNOWN + TUNED, 320)
     assert accuracy(module, 0, KNOWN) > 0.9
     assert accuracy(module, KNOWN + TUNED, NEW) == 0.0
     module.policy.save_pretrained(folder)

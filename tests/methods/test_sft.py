@@ -198,7 +198,7 @@ def test_a_run_says_what_memory_it_needs(capsys, caplog):
     fit(module)
     said = capsys.readouterr().out + capsys.readouterr().err + caplog.text
     parameters = sum(parameter.numel() for parameter in module.policy.parameters())
-    assert f"weights {parameters * 4 / 1e6:,.0f} MB" in said and "before activations" in said
+    assert f"weights {parameters * 4 / 1e6:,.0f} MB" in said and "memory: about" in said
 
 
 def test_noise_and_packing_go_together():
