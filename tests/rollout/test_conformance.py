@@ -48,9 +48,20 @@ def started_engine(case: EngineCase) -> Iterator[RolloutEngine]:
     engine.close()
 
 
+@pytest.fixture(scope="module")
+def first_policy(case: EngineCase) -> tuple[Holder, dict[str, torch.Tensor]]:
+    """Give the policy of a case and its weights: workers start anew for a policy that they do not know."""
+    policy = make_policy(case)
+    return policy, copy.deepcopy(policy.model.state_dict())
+
+
 @pytest.fixture
-def policy(case: EngineCase) -> Holder:
-    return make_policy(case)
+def policy(first_policy: tuple[Holder, dict[str, torch.Tensor]]) -> Holder:
+    """Give the policy of a case as it was before other tests trained or spoilt it."""
+    policy, weights = first_policy
+    policy.model.load_state_dict(weights)
+    policy.model.eval().zero_grad()
+    return policy
 
 
 @pytest.fixture
