@@ -146,7 +146,7 @@ class AlignmentModule(LightningModule):
         check_whole_steps(self.trainer)
         if self._random is None:
             self._random = torch.initial_seed()
-        self.piece_tokens = self.choose_piece_tokens() if can_cut(self.trainer) else None
+        self.piece_tokens = self.choose_piece_tokens() if can_cut(self) else None
         if self.global_step > 0:
             say_kept_settings(self.trainer.optimizers)
         for config in self.trainer.lr_scheduler_configs:

@@ -136,6 +136,8 @@ class AlignmentCLI(LightningCLI):
             self.model.on_unscored = self.settings["on_unscored"]
         for name in ("gradient_checkpointing", "torch_compile"):
             if self.settings[name]:
+                if self.subcommand != "fit":
+                    raise ValueError(f"{name}: {self.subcommand} takes no steps; leave it out")
                 if not hasattr(self.model, name):
                     raise ValueError(f"{name}: {type(self.model).__name__} trains nothing; leave it out")
                 setattr(self.model, name, True)

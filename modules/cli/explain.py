@@ -28,7 +28,9 @@ FILE = re.compile(
     r"Problem with given class_path '([^']+\.(?:jsonl?|ndjson|csv|tsv|parquet|arrow|txt|gz))': No module .*"
 )
 CLASS = re.compile(r"Expected a dot import path string: (\S+)")
-LACKS = re.compile(r"module '(?:callbacks|datamodules|modules)\b[\w.]*' has no attribute '([A-Z]\w*)'(?!; did you mean)")
+LACKS = re.compile(
+    r"module '(?:callbacks|datamodules|modules)\b[\w.]*' has no attribute '([A-Z]\w*)'(?!; did you mean)"
+)
 VALUE = re.compile(r"Given value: (.*?)(?:\. Got value: .*)?$", re.MULTILINE)
 INNER_CHOICE = re.compile(r'Parser key "\w+": expected one of ')
 CHOICES = re.compile(r"Expected a typing\.Literal\[(.*)\]")

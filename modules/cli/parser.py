@@ -100,7 +100,9 @@ class Parser(LightningArgumentParser):
         unknown = re.search(r"^unrecognized arguments: --([^\s=;]+)|[Oo]ption '([\w.]+)'(?: is not|$)", message)
         if unknown and "did you mean" not in message:
             name = unknown[1] or unknown[2]
-            told += suggest_names(name, self.options(name), "--" if unknown[1] else "")
+            plain, known = name.rpartition(".")[2], self.options(name)
+            inside = plain in known and bool(unknown[2] or plain != name)  # a fit's own option, set in a part of it
+            told += f"; did you mean --{plain}?" if inside else suggest_names(name, known, "--" if unknown[1] else "")
         inner = re.match(r'Parser key "(\w+)":', told)  # written there without the name of the group
         if inner and "unrecognized arguments: --" in told:
             told = re.sub(r"(?<=[ ,])--(?=\w)", f"--{inner[1]}.", told)

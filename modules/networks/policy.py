@@ -134,7 +134,11 @@ class Policy(nn.Module):
         Raises:
             ValueError: this architecture has no layers that can be compiled one by one.
         """
-        for layer in self.find_layers("torch_compile"):
+        layers = self.find_layers("torch_compile")
+        # A forward pass with a cache is compiled for each layer, and all layers share one code.
+        limit = torch._dynamo.config.recompile_limit
+        torch._dynamo.config.recompile_limit = max(limit, 8 * len(layers))
+        for layer in layers:
             layer.compile(dynamic=True)
 
     def find_layers(self, option: str) -> list[Any]:

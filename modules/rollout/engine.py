@@ -1,6 +1,7 @@
 """What samples completions: the contract of every engine, and the default one, which works in this process.
 
-The default engine samples with the policy's own parameters, so syncing costs nothing, or with a copy of them in 16 bits.
+The default engine samples with the policy's own parameters, on a CPU from a copy in the layout of its library, or with a
+copy in 16 bits; a sync makes the copies anew.
 It computes each prompt once, and a waiting request starts whenever there is room (continuous batching).
 """
 
@@ -320,7 +321,8 @@ class InProcessEngine(RolloutEngine):
             model = self._shadow or self._policy.model
             settings: tuple[Any, ...] = ()
             if self._run is run_continuous:
-                self._products = self._products or DecodeProducts(model, packed=not self.compile)
+                if self._products is None or (self._shadow is None and not self._products.are_of(model)):
+                    self._products = DecodeProducts(model, packed=not self.compile)
                 settings = (self._products, self.check_every, self.compile)
             stats = self._run(model, rows, shared, ledger, self.max_cache_gb * 1e9, *settings)
             copied = (count_bytes(self._shadow) if self._shadow is not None else 0) / 1e9

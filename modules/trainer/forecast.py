@@ -78,7 +78,9 @@ class Forecast(Callback):
         enough = sum(seconds for seconds, _, _ in self._steps[1:]) >= ENOUGH_SECONDS
         if first or enough or len(self._steps) > ENOUGH_STEPS:
             self.said = True
-            rank_zero_info(write_estimate(module.peak, *self.foresee(trainer, self._steps[0 if first else 1 :])))
+            resumed = trainer.global_step > len(self._steps)
+            foreseen = self.foresee(trainer, self._steps[0 if first else 1 :])
+            rank_zero_info(write_estimate(module.peak, *foreseen, "to go" if resumed else "in all"))
 
     def foresee(self, trainer: Trainer, steps: list[tuple[float, float, int]]) -> tuple[float, str, float, bool]:
         """Return the seconds of a step or phase, which of them, the seconds of the whole fit, and whether validations
@@ -108,7 +110,9 @@ def count_validations(trainer: Trainer, epochs: float) -> float:
     return epochs // every * max(1, batches // min(between, batches))
 
 
-def write_estimate(peak: float | None, seconds: float, unit: str, whole: float, unvalidated: bool) -> str:
+def write_estimate(
+    peak: float | None, seconds: float, unit: str, whole: float, unvalidated: bool, end: str = "in all"
+) -> str:
     """Write the line.
 
     >>> write_estimate(3100.0, 41.2, "phase", 7830.0, False)
@@ -117,7 +121,7 @@ def write_estimate(peak: float | None, seconds: float, unit: str, whole: float, 
     memory = "" if peak is None else f"about {peak / 1000:.1f} GB, "
     total = ""
     if math.isfinite(whole):
-        total = f", {write_duration(whole)} in all{' without validations' if unvalidated else ''}"
+        total = f", {write_duration(whole)} {end}{' without validations' if unvalidated else ''}"
     return f"estimate: {memory}{write_duration(seconds)} a {unit}{total}"
 
 

@@ -11,6 +11,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from modules.trainer.ranks import from_all_ranks
+
 OnNonfinite = Literal["stop", "skip"]
 MASKS = {
     "input_ids": "attention_mask",
@@ -69,7 +71,9 @@ class FiniteGuard(Callback):
         if trainer.strategy.reduce_boolean_decision(bool(finite), all=True):
             self.skipped = 0
             return
-        step, rows = trainer.global_step + 1, self.write_rows(trainer, pl_module)
+        step, files = trainer.global_step + 1, [(self.write_rows(trainer, pl_module), bool(losses.isfinite().all()))]
+        ranks = from_all_ranks(files)
+        rows = " and ".join([file for file, whole in ranks if not whole] or [file for file, _ in ranks])
         what = f"{type(pl_module).__name__}: the loss or gradient of step {step} is not finite; its rows: {rows}"
         self.skipped += 1
         if self.on_nonfinite == "stop" or self.skipped > self.max_skips:

@@ -68,18 +68,20 @@ def train_by_pieces(step: Callable[..., Tensor]) -> Callable[..., Tensor]:
         loss = step(self, last, batch_idx)
         return loss if total is None else loss + total
 
+    vars(training_step)["by_pieces"] = True
     return training_step
 
 
-def can_cut(trainer: Trainer) -> bool:
-    """Tell whether several backward passes in a training step add up: on one device, and with ranks that hold whole
-    models.
+def can_cut(module: Any) -> bool:
+    """Tell whether a module's micro-batches are cut: its step takes pieces, and several backward passes in a step add up,
+    on one device or with ranks that hold whole models.
 
     Sharded models gather weights and reduce gradients in every pass.
     """
-    strategy = trainer.strategy
+    strategy = module.trainer.strategy
     whole = isinstance(strategy, SingleDeviceStrategy | DDPStrategy) and not isinstance(strategy, DeepSpeedStrategy)
-    return whole and not getattr(strategy.model, "static_graph", False)
+    takes_pieces = getattr(type(module).training_step, "by_pieces", False)
+    return takes_pieces and whole and not getattr(strategy.model, "static_graph", False)
 
 
 class RowGroup(NamedTuple):

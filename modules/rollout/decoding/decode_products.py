@@ -108,6 +108,7 @@ class DecodeProducts:
 
     def __init__(self, model: PreTrainedModel, packed: bool = True) -> None:
         self.packed = packed and can_pack(model)
+        self._versions = count_changes(model)
         self.layers: list[LayerProducts]
         self.head: Callable[[Tensor], Tensor]
         self.num_bytes = 0
@@ -117,6 +118,15 @@ class DecodeProducts:
             self.num_bytes = head.num_bytes + sum(each.num_bytes for each in layers)
         else:
             self.layers, self.head = [PlainProducts(layer) for layer in model.model.layers], model.lm_head
+
+    def are_of(self, model: PreTrainedModel) -> bool:
+        """Return whether the weights are still those that were packed, as far as PyTorch notes changes."""
+        return not self.packed or self._versions == count_changes(model)
+
+
+def count_changes(model: PreTrainedModel) -> list[int]:
+    """Return how often each weight of a model was changed in place."""
+    return [weight._version for weight in model.parameters()]
 
 
 def can_pack(model: PreTrainedModel) -> bool:
