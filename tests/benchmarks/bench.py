@@ -12,6 +12,7 @@ small process waits for the large ones.
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -174,6 +175,7 @@ class Bench:
     def measure(self, work: Work, name: str, command: list[str]) -> Found:
         """Run one side once."""
         wall, memory = self.run(f"{work.name}-{name}", command)
+        shutil.rmtree(self.folder / f"{work.name}-{name}" / "checkpoints", ignore_errors=True)  # 1.6 GB each
         found = json.loads(Path(self.result(work, name)).read_text(encoding="utf-8"))
         steps = len(found["ends"]) / work.updates
         both = []
