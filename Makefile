@@ -64,7 +64,7 @@ show-batch: setup  ## print the first batch of CONFIG, what is learned of it col
 quick: lint  ## check style and types, and run tests that need no training (90 seconds on 2 cores)
 	@$(PY) -m mypy & types=$$!; OMP_NUM_THREADS=1 $(PY) -m pytest $(QUICK); tests=$$?; wait $$types && exit $$tests
 
-test: setup .venv/.smollm  ## run all tests, in two processes (11 to 18 minutes on 2 cores)
+test: setup .venv/.smollm  ## run all tests, in two processes (20 to 25 minutes on 2 cores)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal --durations 10
 
 test-long: setup  ## run every recipe and every stop on two ranks, and the whole demo (10 minutes on 2 cores)
