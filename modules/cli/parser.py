@@ -82,6 +82,7 @@ def names_reward(annotation: Any) -> bool:
 
 
 NO_COMMAND = 'expected "subcommand" to be one of {fit,validate,test,predict}, but it was not provided.'
+OF_A_RUN = ("gradient_checkpointing", "torch_compile", "on_nonfinite", "on_unscored", "out")  # options of no class
 EXAMPLE = "python -m modules fit --config configs/tiny/sft.yaml"
 
 
@@ -101,7 +102,7 @@ class Parser(LightningArgumentParser):
         if unknown and "did you mean" not in message:
             name = unknown[1] or unknown[2]
             plain, known = name.rpartition(".")[2], self.options(name)
-            inside = plain in known and bool(unknown[2] or plain != name)  # a fit's own option, set in a part of it
+            inside = plain in OF_A_RUN and bool(unknown[2] or plain != name)  # set in a part of the run
             told += f"; did you mean --{plain}?" if inside else suggest_names(name, known, "--" if unknown[1] else "")
         inner = re.match(r'Parser key "(\w+)":', told)  # written there without the name of the group
         if inner and "unrecognized arguments: --" in told:

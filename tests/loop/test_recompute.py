@@ -95,7 +95,7 @@ def test_a_fit_learns_the_same(tmp_path):
     assert not all(torch.equal(ends[1][name], weight) for name, weight in ends[0].items())  # other sums
 
 
-def test_a_method_that_trains_nothing_refuses_it(tmp_path, capsys):
+def test_a_command_that_trains_nothing_refuses_it(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["predict", "--config=configs/tiny/knowledge.yaml", "--gradient_checkpointing=true", f"--out={tmp_path}"])
-    assert "gradient_checkpointing: KnowledgeModule trains nothing; leave it out" in capsys.readouterr().err
+    assert "gradient_checkpointing: predict takes no steps; leave it out" in capsys.readouterr().err
