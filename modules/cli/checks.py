@@ -57,8 +57,8 @@ def check_checkpoint(path: str | None, resumes: bool) -> None:
     if Path(path).is_dir():
         if not (Path(path) / "meta.pt").is_file():  # sharded checkpoints are folders
             there = any(Path(path).glob("**/*.ckpt"))
-            told = "name the .ckpt file in it" if there else "and no checkpoint is in it; to begin anew, leave it out"
-            raise ValueError(f"ckpt_path: '{path}' is a folder; {told}")
+            told = "; name the .ckpt file in it" if there else " without a checkpoint; to begin anew, leave it out"
+            raise ValueError(f"ckpt_path: '{path}' is a folder{told}")
         return
     require_whole(Path(path))
     try:

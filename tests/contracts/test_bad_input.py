@@ -231,6 +231,8 @@ def test_a_data_file_stays_a_path(tmp_path, monkeypatch, run, caplog, name, text
             "longest train row has 6 tokens and a completion up to 1020 more",
         ),
         (["--ckpt_path", "absent.ckpt"], "absent.ckpt"),
+        (["--trainer.gradient_checkpointing", "true"], "did you mean --gradient_checkpointing?"),
+        (["--model.gradient_checkpointing", "true"], "did you mean --gradient_checkpointing?"),
         (
             ["--model.validation", "null"],
             "error: model.validation is null, and GRPOModule needs a value: leave it out for",
@@ -276,6 +278,7 @@ def test_bad_settings(refusal, monkeypatch, arguments, sentence):
         ),
         ("fit", "sft", ["--on_unscored", "stop"], "on_unscored: SFTModule scores no samples; leave it out"),
         ("predict", "grpo", ["--on_nonfinite", "skip"], "on_nonfinite: predict takes no steps; leave it out"),
+        ("validate", "sft", ["--torch_compile", "true"], "torch_compile: validate takes no steps; leave it out"),
     ],
 )
 def test_combinations_that_cannot_run(refusal, command, method, arguments, sentence):
@@ -436,7 +439,9 @@ def test_files_that_are_no_checkpoint_are_refused(tmp_path, refusal, checkpoint)
         ),
         ("weights.ckpt", "is not a checkpoint of a training run: it holds no loops, optimizer_states"),
         (".", "is a folder; name the .ckpt file in it"),
+        ("empty", "is a folder without a checkpoint; to begin anew, leave it out"),
     ):
+        (tmp_path / "empty").mkdir(exist_ok=True)
         said = refusal("grpo", "--ckpt_path", str(tmp_path / name))
         assert f"'{tmp_path / name}' {sentence}" in said
 

@@ -76,6 +76,9 @@ def test_grpo_says_what_a_phase_takes(caplog):
 def test_lines_by_hand():
     assert write_estimate(3100, 41.2, "phase", 7830, False) == "estimate: about 3.1 GB, 41 s a phase, 2 h 10 min in all"
     assert write_estimate(None, 0.5, "step", float("inf"), True) == "estimate: 0.5 s a step"
+    assert (
+        write_estimate(None, 0.5, "step", 5, True, "to go") == "estimate: 0.5 s a step, 5 s to go without validations"
+    )
 
 
 class Planned:

@@ -206,8 +206,9 @@ def test_a_step_of_ones_own_is_not_cut(monkeypatch):
     for kind in (SFTModule, Doubled, Plain):
         seed_everything(0)
         settings = {"max_steps": 2, "accumulate_grad_batches": 2, "callbacks": [Gradients()]}
-        found[kind], pieces = sums(kind("tiny", optimizer=sgd), **settings)
-        assert (pieces > 1) == (kind is SFTModule)
+        module = kind("tiny", optimizer=sgd)
+        found[kind], pieces = sums(module, **settings)
+        assert (pieces > 1) == (module.piece_tokens is not None) == (kind is SFTModule)
         assert len(Gradients.gradients) == 2
     torch.testing.assert_close(found[Doubled], 2 * found[SFTModule], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(found[Plain], found[SFTModule], atol=1e-5, rtol=1e-5)

@@ -8,6 +8,8 @@ from modules.networks.lora import Lora, add_adapters
 from modules.rollout.decoding import decode_products as products_module
 from modules.rollout.decoding.decode import CachedRows, DecodeStep, SlotCache
 from modules.rollout.decoding.decode_products import DecodeProducts, can_pack
+from modules.rollout.engine import InProcessEngine
+from modules.rollout.sampling import Sampling
 
 
 def compute(policy: Holder, packed: bool, rows: int) -> torch.Tensor:
@@ -50,6 +52,21 @@ def test_adapters_are_merged_into_packed_weights() -> None:
                 weight.normal_(std=0.1, generator=torch.Generator().manual_seed(len(key)))
     mine = compute(policy, True, 4)
     assert agree(mine, compute(policy, False, 4)) and not agree(mine, plain)
+
+
+def test_weights_that_changed_are_packed_anew() -> None:
+    policy = build(FAST["qwen3"])
+    engine = InProcessEngine()
+    engine.sync_weights(policy, 0)
+    asked = [[5, 6, 7]], 4, Sampling(max_completion_length=8), [1]
+    before = engine.generate(*asked)
+    with torch.no_grad():
+        for weight in policy.model.parameters():
+            weight.mul_(1.5)
+    after = engine.generate(*asked)
+    fresh = InProcessEngine()
+    fresh.sync_weights(policy, 0)
+    assert after == fresh.generate(*asked) != before
 
 
 def test_large_models_are_not_packed(monkeypatch: pytest.MonkeyPatch) -> None:
