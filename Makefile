@@ -64,10 +64,10 @@ show-batch: setup  ## print the first batch of CONFIG, what is learned of it col
 quick: lint  ## check style and types, and run tests that need no training (90 seconds on 2 cores)
 	@$(PY) -m mypy & types=$$!; OMP_NUM_THREADS=1 $(PY) -m pytest $(QUICK); tests=$$?; wait $$types && exit $$tests
 
-test: setup .venv/.smollm  ## run all tests, in two processes (20 to 25 minutes on 2 cores)
+test: setup .venv/.smollm  ## run all tests, in two processes (20 to 30 minutes on 2 cores)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal --durations 10
 
-test-long: setup  ## run every recipe and every stop on two ranks, and the whole demo (10 minutes on 2 cores)
+test-long: setup  ## run every recipe and every stop on two ranks, and the whole demo
 	OMP_NUM_THREADS=1 $(PY) -m pytest tests/benchmarks/long_runs.py --durations 10
 
 fuzz: setup  ## feed 5,000 generated rows, files, configurations and options to the program (5 minutes)
@@ -79,7 +79,7 @@ test-kill: setup  ## kill and resume 40 runs of SFT, GRPO and PPO (3 minutes on 
 audit-verifiers: setup  ## score 13,000 generated answers with every verifier and count its errors (1 minute on 2 cores)
 	OMP_NUM_THREADS=1 $(PY) tests/benchmarks/audit_verifiers.py --errors 3
 
-bench-engine: setup .venv/.smollm  ## sample 64 completions of SmolLM2-135M with the engine and with generate, in turns (6 minutes on 2 cores)
+bench-engine: setup .venv/.smollm  ## sample 64 completions of SmolLM2-135M with the engine and with generate, in turns (7 minutes on 2 cores)
 	$(PY) tests/benchmarks/engine.py
 
 vllm-env: .venv-vllm/.complete  ## make .venv-vllm with vLLM for CPUs, for VLLMEngine (2 minutes, 4 GB of disk)
@@ -91,7 +91,7 @@ vllm-env: .venv-vllm/.complete  ## make .venv-vllm with vLLM for CPUs, for VLLME
 	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
 
-test-vllm: setup vllm-env  ## run VLLMEngine against vLLM itself, and GRPO through it (15 minutes on 2 idle cores, 30 with other work beside)
+test-vllm: setup vllm-env  ## run VLLMEngine against vLLM itself, and GRPO through it (30 minutes on 2 cores with other work beside)
 	VLLM_PYTHON=.venv-vllm/bin/python OMP_NUM_THREADS=1 $(PY) -m pytest tests/rollout/test_conformance.py
 	OMP_NUM_THREADS=1 $(PY) -m pytest tests/benchmarks/vllm_itself.py -s --durations 0
 
@@ -102,10 +102,10 @@ bench-env: .venv-trl/.complete  ## make .venv-trl with TRL 1.16, for bench (2 mi
 	.venv-trl/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 trl==1.16.0 transformers==5.23.0 datasets==5.2.0 peft==0.21.2 gguf
 	@touch $@
 
-bench: setup .venv/.smollm bench-env  ## train with this and with TRL on the same work, in turns, and print the ratios (45 minutes on 2 cores): BENCH="--works sft dpo"
+bench: setup .venv/.smollm bench-env  ## train with this and with TRL on the same work, in turns, and print the ratios (3 to 7 minutes a work and round): BENCH="--works sft dpo"
 	$(PY) tests/benchmarks/bench.py $(BENCH)
 
-bench-scaling: setup  ## measure how time and memory grow with completions, length, rows and vocabulary (10 minutes on 2 cores)
+bench-scaling: setup  ## measure how time and memory grow with completions, length, rows and vocabulary
 	$(PY) tests/benchmarks/bench_scaling.py $(BENCH)
 
 lint: setup  ## check style

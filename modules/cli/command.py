@@ -83,7 +83,7 @@ class AlignmentCLI(LightningCLI):
             "--gradient_checkpointing",
             type=bool,
             default=False,
-            help="Compute each layer again in the backward pass of a fit: less memory for a third more time.",
+            help="Compute each layer again in the backward pass of a fit: less memory, and by count a third more time.",
         )
         parser.add_argument(
             "--torch_compile", type=bool, default=False, help="Compile the layers of the models that a fit trains."

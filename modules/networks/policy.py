@@ -34,7 +34,7 @@ from modules.trainer.modes import evaluating
 from modules.trainer.pieces import Batch, compute_in_pieces
 from modules.types import ALPACA_PROMPT, PolicyBatch, PreferenceBatch, find_attended
 
-# Padded tokens of a forward pass without gradients. On a CPU larger ones are not faster.
+# Padded tokens of a forward pass without gradients.
 CPU_TOKENS, DEVICE_TOKENS = 1024, 16384
 # What such a pass reads of a batch of completions, and of one of rows.
 READ = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "prompt_index", "attended")
