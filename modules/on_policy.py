@@ -524,10 +524,10 @@ class OnPolicyModule(GenerationModule):
         Raises:
             ValueError: their log-probs differ.
         """
-        if self.global_step == 0 and self.own_reference and not float(log_ratio.abs().max()) <= 1e-3:
+        if self.global_step == 0 and self.own_reference and not (gap := float(log_ratio.abs().max())) <= 1e-3:
             raise ValueError(
-                f"policy and reference differ before the first update (log-probs by up to {float(log_ratio.abs().max()):.3g}): "
-                "the KL would be meaningless"
+                f"policy and reference differ before the first update (log-probs by up to {gap:.3g}): the KL would be "
+                "meaningless"
             )
 
     def check_kl(self, sums: list[float]) -> None:

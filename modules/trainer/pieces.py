@@ -155,7 +155,7 @@ def compute_in_pieces(
 
 def plan_pieces(batch: Batch, most: int, shared: bool, together: bool) -> list[RowGroup]:
     """Group the rows of a micro-batch without texts; see ``cut_to_pieces``. Prompts stay ``together`` or may be parted."""
-    groups = find_rows(batch) if "input_ids" in batch else find_completions(batch, most, shared, together)
+    groups = group_rows(batch) if "input_ids" in batch else group_completions(batch, most, shared, together)
     pieces: list[RowGroup] = []
     for group in sorted(groups, key=lambda each: -(each.before + each.width)):
         if pieces and (joined := pieces[-1].join(group)).count(shared) <= most:
@@ -182,13 +182,13 @@ def count_longest(batch: Batch) -> int:
     return int(batch["completion_ids"].shape[1] + batch["prompt_ids"].shape[1])
 
 
-def find_rows(batch: Batch) -> Iterator[RowGroup]:
+def group_rows(batch: Batch) -> Iterator[RowGroup]:
     """Yield each row of an ``InstructionBatch``."""
     for row, width in enumerate(batch["attention_mask"].sum(1).tolist()):
         yield RowGroup([row], set(), 0, max(1, width))
 
 
-def find_completions(batch: Batch, most: int, shared: bool, together: bool) -> Iterator[RowGroup]:
+def group_completions(batch: Batch, most: int, shared: bool, together: bool) -> Iterator[RowGroup]:
     """Yield the completions of each prompt together, or in parts of at most ``most`` tokens where they may be parted."""
     widths = batch["attended" if "attended" in batch else "completion_mask"].sum(1).tolist()
     before, index = batch["prompt_mask"].sum(1).tolist(), batch["prompt_index"].tolist()
