@@ -237,8 +237,8 @@ class GenerationModule(AlignmentModule):
         batch = make_batch(rollouts, self.device)
         if self.reference is not None:
             self.reference.to(self.device)
-            (batch["ref_logprobs"],) = score_in_chunks(self.reference_scores, batch)
-        logprobs, entropies = score_in_chunks(self.policy_scores, batch)
+            (batch["ref_logprobs"],) = score_in_chunks(self.policy, self.reference_scores, batch)
+        logprobs, entropies = score_in_chunks(self.policy, self.policy_scores, batch)
         measured = measure_rows(batch, logprobs, entropies)
         add_measures(rollouts, range(len(rollouts)), measured, self.global_step)
         self.record.held_out = rollouts

@@ -186,7 +186,7 @@ class OnPolicyModule(GenerationModule):
         if self.overlap is not None or self.partial is not None or found.earlier:
             whole["stale"] = self.find_stale(found, whole)
         if self.reference is not None:
-            (whole["ref_logprobs"],) = score_in_chunks(self.reference_scores, whole)
+            (whole["ref_logprobs"],) = score_in_chunks(self.policy, self.reference_scores, whole)
         left = self.leaves_scores(prompts)
         if left:
             self.check_start(whole)
@@ -231,7 +231,7 @@ class OnPolicyModule(GenerationModule):
             earlier: so many completions, the first, belong to the record of the phase before.
         """
         score = self.collected_scores if self.drafts is None else self.drafts.noting(self.collected_scores)
-        logprobs, entropies, *values = score_in_chunks(score, batch)
+        logprobs, entropies, *values = score_in_chunks(self.policy, score, batch)
         if self.drafts is not None:
             *values, ids, kept, places = values
             self.log_phase(
@@ -254,7 +254,7 @@ class OnPolicyModule(GenerationModule):
         """
         others = (~torch.isin(batch["row"], trained) & (batch["row"] >= 0)).nonzero()[:, 0]
         if len(others):
-            logprobs, entropies = score_in_chunks(self.policy_scores, batch, others)
+            logprobs, entropies = score_in_chunks(self.policy, self.policy_scores, batch, others)
             measured = measure_rows(batch, logprobs, entropies, self.overlap is not None)
             kept = Measured._make(None if each is None else each[others] for each in measured)
             add_measures(self.record.rollouts, batch["row"][others].tolist(), kept, self.global_step)

@@ -1,11 +1,11 @@
-"""How completions of different lengths are cut into batches in which few columns are padding."""
+"""How rows of different lengths are cut into batches in which few columns are padding."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
 
 class Stretch(NamedTuple):
-    """Completions that stay together, and the tokens of their prompt, 0 where it is not counted."""
+    """Rows that stay together, and the tokens of their prompt, 0 where it is not counted."""
 
     rows: list[int]
     width: int  # tokens of the longest one
@@ -13,7 +13,12 @@ class Stretch(NamedTuple):
 
 
 def cut_by_length(
-    widths: Sequence[int], owners: Sequence[int], befores: Sequence[int], most: int, forward: int
+    widths: Sequence[int],
+    owners: Sequence[int],
+    befores: Sequence[int],
+    most: int,
+    forward: int,
+    together: bool = False,
 ) -> list[list[int]]:
     """Cut completions into batches of like lengths, in which each prompt is computed once.
 
@@ -22,12 +27,15 @@ def cut_by_length(
     another forward pass. At lognormal lengths, groups of eight and prompts as long as completions, about 1.5 times the
     tokens are so computed, where it would be 3.9 times.
 
+    Rows without prompts are cut too: each is its own owner, and has 0 tokens before it.
+
     Args:
         widths: tokens of each of N completions.
         owners: the prompt of each, a number in 0..P-1.
         befores: tokens of each of P prompts.
         most: padded tokens of a batch, prompts included; a completion that alone has more is a batch of its own.
         forward: how many tokens cost as much as what a forward pass costs beside its tokens.
+        together: never part the completions of a prompt, even if they are more than ``most``.
 
     Returns:
         the places of the completions of each batch, the longest first.
@@ -41,7 +49,7 @@ def cut_by_length(
     stretches = [
         Stretch([place for one in run for place in one.rows], run[0].width, befores[owner])
         for owner, group in groups.items()
-        for run in _cut_where_padding_costs(group, most - befores[owner], befores[owner])
+        for run in ([group] if together else _cut_where_padding_costs(group, most - befores[owner], befores[owner]))
     ]
     stretches.sort(key=lambda stretch: -stretch.width)
     runs = _cut_where_padding_costs(stretches, most, forward)

@@ -31,7 +31,7 @@ from modules.networks.loading import (
 )
 from modules.networks.lora import Lora, add_adapters, find_recomputation, merge_adapters
 from modules.trainer.modes import evaluating
-from modules.trainer.pieces import Batch, compute_in_pieces
+from modules.trainer.pieces import Batch, compute_in_pieces, plan_pieces
 from modules.types import ALPACA_PROMPT, PolicyBatch, PreferenceBatch, find_attended
 
 # Padded tokens of a forward pass without gradients.
@@ -268,6 +268,15 @@ class Policy(nn.Module):
             self.score(states[mask], batch["completion_ids"][mask], temperature, details, entropy=entropy), mask
         )
 
+    def plan_forwards(self, batch: PolicyBatch | PreferenceBatch) -> list[list[int]]:
+        """Tell which completions of a batch a forward pass without gradients takes at a time, see ``cut_by_length``."""
+        return plan_pieces(cast(Batch, batch), self._forward_tokens, self.shares_prompts)
+
+    @property
+    def _forward_tokens(self) -> int:
+        """Padded tokens of a forward pass without gradients."""
+        return CPU_TOKENS if self.model.device.type == "cpu" else DEVICE_TOKENS
+
     def completion_states(self, batch: PolicyBatch | PreferenceBatch) -> Tensor:
         """Return the hidden state [N, H] at the last kept token of each completion, which a scalar head reads."""
 
@@ -428,9 +437,8 @@ class Policy(nn.Module):
         self, compute: Callable[[Batch], Iterable[Tensor | None]], batch: Any, of_tokens: bool = True
     ) -> Any:
         """Compute tensors of the rows of a batch without gradients and, as far as it pays, without their padding."""
-        most = CPU_TOKENS if self.model.device.type == "cpu" else DEVICE_TOKENS
         read = {name: batch[name] for name in (*READ, *ROWS_READ) if name in batch}
-        return compute_in_pieces(compute, read, most, self.shares_prompts, of_tokens)
+        return compute_in_pieces(compute, read, self._forward_tokens, self.shares_prompts, of_tokens)
 
     def _shares(self, batch: PolicyBatch | PreferenceBatch) -> bool:
         return self.shares_prompts and len(batch["prompt_index"]) > len(batch["prompt_ids"])

@@ -8,15 +8,12 @@ import torch
 from torch import Tensor
 
 from modules.functional import kl as estimators
-from modules.functional.cuts import cut_by_length
 from modules.functional.masked import pad_rows
+from modules.networks.policy import READ, Policy
 from modules.rewards.combined import in_phase
+from modules.trainer.pieces import take_rows
 from modules.trainer.ranks import from_all_ranks
 from modules.types import Completion, Credit, PolicyBatch, PromptBatch, Reward, Rollout, find_attended
-
-SCORING_TOKENS = 16384  # padded tokens of one forward without gradients
-# How many tokens cost as much as what a forward pass costs beside its tokens, see ``cut_by_length``.
-CPU_FORWARD, OTHER_FORWARD = 64, 2048
 
 
 def make_rollouts(
@@ -129,13 +126,17 @@ def keep_prompts(batch: PolicyBatch, prompts: list[int]) -> PolicyBatch:
 
 
 def score_in_chunks(
-    score: Callable[[PolicyBatch], tuple[Tensor, ...]], batch: PolicyBatch, rows: Tensor | None = None
+    policy: Policy,
+    score: Callable[[PolicyBatch], tuple[Tensor, ...]],
+    batch: PolicyBatch,
+    rows: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """Apply ``score`` to chunks of like lengths, see ``cut_to_chunks``.
+    """Apply ``score`` to as many completions at a time as a forward pass of the policy without gradients takes.
 
     Equal completions of a prompt are scored once, because late in training most completions repeat others.
 
     Args:
+        policy: what ``score`` computes with.
         score: batch of n completions -> tensors [n, t] or [n, t, ...].
         batch: N completions.
         rows: int [M], numbers of those to score; default all.
@@ -146,7 +147,7 @@ def score_in_chunks(
     total, width = batch["completion_ids"].shape
     rows = torch.arange(total, device=batch["completion_ids"].device) if rows is None else rows
     firsts, copies = find_distinct(batch, rows)
-    chunks = cut_to_chunks(batch, firsts)
+    chunks = [firsts[chunk] for chunk in policy.plan_forwards(take_chunk(batch, firsts))]
     columns = list(zip(*(score(take_chunk(batch, chunk)) for chunk in chunks), strict=True))
     scored, found = torch.cat(chunks), list[Tensor]()
     for column in columns:
@@ -155,6 +156,12 @@ def score_in_chunks(
         values[rows] = values[firsts][copies]
         found.append(values)
     return tuple(found)
+
+
+def take_chunk(batch: PolicyBatch, rows: Tensor) -> PolicyBatch:
+    """Return what a forward pass reads of the rows int [n], without columns that are padding in all of them."""
+    read = {name: value for name, value in batch.items() if name in READ}
+    return cast(PolicyBatch, take_rows(read, rows.tolist(), set()))
 
 
 def widen(values: Tensor, width: int) -> Tensor:
@@ -184,26 +191,6 @@ def find_distinct(batch: PolicyBatch, rows: Tensor) -> tuple[Tensor, Tensor]:
     first = places.new_full((len(kinds),), len(rows)).scatter_reduce(0, kind, places, "amin")
     first, order = first.sort()
     return rows[first], order.argsort()[kind]
-
-
-def cut_to_chunks(batch: PolicyBatch, rows: Tensor) -> list[Tensor]:
-    """Cut the rows int [M] of a batch into chunks that a forward pass without gradients takes, see ``cut_by_length``."""
-    device = rows.device
-    widths, befores = find_attended(batch)[rows].sum(1).tolist(), batch["prompt_mask"].sum(1).tolist()
-    forward = CPU_FORWARD if device.type == "cpu" else OTHER_FORWARD
-    chunks = cut_by_length(widths, batch["prompt_index"][rows].tolist(), befores, SCORING_TOKENS, forward)
-    return [rows[torch.tensor(chunk, device=device)] for chunk in chunks]
-
-
-def take_chunk(batch: PolicyBatch, rows: Tensor) -> PolicyBatch:
-    """Return the prompts and completions of the rows int [n], without columns that are padding in all of them."""
-    prompts, index = batch["prompt_index"][rows].unique(return_inverse=True)
-    width = max(1, int(find_attended(batch)[rows].sum(1).max()))
-    before = int(batch["prompt_mask"][prompts].sum(1).max())
-    names = ("completion_ids", "completion_mask", *(("attended",) if "attended" in batch else ()))
-    part = {name: batch[name][rows, :width] for name in names}  # type: ignore[literal-required]
-    part |= {name: batch[name][prompts, :before] for name in ("prompt_ids", "prompt_mask")}  # type: ignore[literal-required]
-    return cast(PolicyBatch, part | {"prompt_index": index})
 
 
 class Measured(NamedTuple):

@@ -4,14 +4,16 @@ A micro-batch is what the DataModule hands out, a piece some of its rows without
 of the micro-batch is the sum of those of its pieces, because a loss divides by what the whole optimiser step counts.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from functools import wraps
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from torch import Tensor
+
+from modules.functional.cuts import cut_by_length
 
 Batch = dict[str, Any]
 OF_PROMPTS = (
@@ -21,6 +23,8 @@ OF_PROMPTS = (
     "teacher_prompt_mask",
     "margin",
 )  # one entry per prompt
+# How many tokens cost as much as what a forward pass costs beside its tokens, see ``cut_by_length``.
+CPU_FORWARD, OTHER_FORWARD = 64, 2048
 ONCE = ("mismatched",)  # lists that go with the first piece alone, since what is made of them holds for all
 
 
@@ -84,30 +88,13 @@ def can_cut(module: Any) -> bool:
     return takes_pieces and whole and not getattr(strategy.model, "static_graph", False)
 
 
-class RowGroup(NamedTuple):
-    """Rows that stay together, with the widths that they are padded to."""
-
-    rows: list[int]
-    prompts: set[int]
-    before: int  # tokens of the longest prompt; 0 for rows without prompts
-    width: int  # tokens of the longest row
-
-    def join(self, other: "RowGroup") -> "RowGroup":
-        """Return both together."""
-        prompts = self.prompts | other.prompts
-        return RowGroup(self.rows + other.rows, prompts, max(self.before, other.before), max(self.width, other.width))
-
-    def count(self, shared: bool) -> int:
-        """Count the padded tokens, with each prompt ``shared`` by its completions or computed for each."""
-        return len(self.rows) * self.width + (len(self.prompts) if shared else len(self.rows)) * self.before
-
-
 def cut_to_pieces(batch: Batch, most: int | None, shared: bool = False) -> list[Batch]:
     """Cut a micro-batch into pieces of at most ``most`` padded tokens; a row that is longer is alone.
 
     A micro-batch that fits stays as it is. Else rows are ordered by length, the longest first, and padded to the longest
-    of their piece. Completions that are compared (``rank``) stay with all others of their prompt. Else a prompt whose
-    completions do not fit is repeated. Texts that go with completions (``ptx``) are pieces of their own, in front.
+    of their piece. Completions that are compared (``rank``) stay with all others of their prompt. Else a prompt is
+    repeated where its completions do not fit or differ much in length. Texts that go with completions (``ptx``) are pieces
+    of their own, in front.
 
     Args:
         batch: rows (``InstructionBatch``), or completions of prompts (``PreferenceBatch``, ``PolicyBatch``).
@@ -118,9 +105,10 @@ def cut_to_pieces(batch: Batch, most: int | None, shared: bool = False) -> list[
         return [batch]
     cut: list[Batch] = [{"ptx": piece} for piece in cut_to_pieces(batch["ptx"], most)] if "ptx" in batch else []
     whole, counted = {name: value for name, value in batch.items() if name != "ptx"}, set[int]()
-    for piece in plan_pieces(whole, most, shared, together="rank" in batch):
-        cut.append(take_rows(whole, piece, counted))
-        counted |= piece.prompts
+    for rows in plan_pieces(whole, most, shared, together="rank" in batch):
+        cut.append(take_rows(whole, rows, counted))
+        if "prompt_index" in whole:
+            counted.update(whole["prompt_index"][rows].tolist())
     return cut
 
 
@@ -128,8 +116,6 @@ def compute_in_pieces(
     compute: Callable[[Batch], Iterable[Tensor | None]], batch: Batch, most: int, shared: bool, of_tokens: bool
 ) -> list[Tensor | None]:
     """Compute tensors of the rows of a batch, without gradients, in pieces of at most ``most`` padded tokens.
-
-    Completions of a prompt stay together, so that no prompt is computed twice.
 
     Args:
         compute: batch -> tensors with one row for each of its own; None stays None.
@@ -142,9 +128,8 @@ def compute_in_pieces(
         return list(compute(batch))
     rows, width = batch["completion_ids" if "completion_ids" in batch else "input_ids"].shape
     found: list[Tensor | None] = []
-    for piece in plan_pieces(batch, most, shared, together=True):
-        place = sorted(piece.rows)
-        for number, part in enumerate(compute(take_rows(batch, piece, set()))):
+    for place in plan_pieces(batch, most, shared):
+        for number, part in enumerate(compute(take_rows(batch, place, set()))):
             if len(found) == number:
                 found.append(None if part is None else part.new_zeros(rows, width if of_tokens else part.shape[1]))
             whole = found[number]
@@ -153,16 +138,29 @@ def compute_in_pieces(
     return found
 
 
-def plan_pieces(batch: Batch, most: int, shared: bool, together: bool) -> list[RowGroup]:
-    """Group the rows of a micro-batch without texts; see ``cut_to_pieces``. Prompts stay ``together`` or may be parted."""
-    groups = group_rows(batch) if "input_ids" in batch else group_completions(batch, most, shared, together)
-    pieces: list[RowGroup] = []
-    for group in sorted(groups, key=lambda each: -(each.before + each.width)):
-        if pieces and (joined := pieces[-1].join(group)).count(shared) <= most:
-            pieces[-1] = joined
-        else:
-            pieces.append(group)
-    return pieces
+def plan_pieces(batch: Batch, most: int, shared: bool, together: bool = False) -> list[list[int]]:
+    """Tell which rows of a batch without texts are computed at a time, the longest first; see ``cut_by_length``.
+
+    Args:
+        batch: see ``cut_to_pieces``.
+        most: padded tokens; a row that is longer is alone.
+        shared: see ``cut_to_pieces``.
+        together: never part the completions of a prompt.
+
+    Returns:
+        numbers of rows, in order, of each piece.
+    """
+    kept = batch[next(name for name in ("attended", "completion_mask", "attention_mask") if name in batch)]
+    widths = kept.sum(1).tolist()
+    forward = CPU_FORWARD if kept.device.type == "cpu" else OTHER_FORWARD
+    owners, befores = list(range(len(widths))), [0] * len(widths)
+    if "prompt_index" in batch:
+        index, lengths = batch["prompt_index"].tolist(), batch["prompt_mask"].sum(1).tolist()
+        if shared or together:
+            owners, befores = index, lengths if shared else [0] * len(lengths)
+        if not shared:  # a prompt is a part of each row
+            widths = [width + lengths[owner] for width, owner in zip(widths, index, strict=True)]
+    return [sorted(rows) for rows in cut_by_length(widths, owners, befores, most, forward, together)]
 
 
 def count_padded(batch: Batch, shared: bool) -> int:
@@ -182,51 +180,29 @@ def count_longest(batch: Batch) -> int:
     return int(batch["completion_ids"].shape[1] + batch["prompt_ids"].shape[1])
 
 
-def group_rows(batch: Batch) -> Iterator[RowGroup]:
-    """Yield each row of an ``InstructionBatch``."""
-    for row, width in enumerate(batch["attention_mask"].sum(1).tolist()):
-        yield RowGroup([row], set(), 0, max(1, width))
-
-
-def group_completions(batch: Batch, most: int, shared: bool, together: bool) -> Iterator[RowGroup]:
-    """Yield the completions of each prompt together, or in parts of at most ``most`` tokens where they may be parted."""
-    widths = batch["attended" if "attended" in batch else "completion_mask"].sum(1).tolist()
-    before, index = batch["prompt_mask"].sum(1).tolist(), batch["prompt_index"].tolist()
-    groups: dict[int, list[RowGroup]] = {}
-    for row in sorted(range(len(index)), key=lambda row: -widths[row]):
-        prompt = index[row]
-        one, parts = RowGroup([row], {prompt}, before[prompt], widths[row]), groups.setdefault(prompt, [])
-        if parts and (together or parts[-1].join(one).count(shared) <= most):
-            parts[-1] = parts[-1].join(one)
-        else:
-            parts.append(one)
-    for parts in groups.values():
-        yield from parts
-
-
-def take_rows(batch: Batch, piece: RowGroup, counted: set[int]) -> Batch:
-    """Make the batch of a piece: its rows and their prompts, without columns that are padding in all of them.
+def take_rows(batch: Batch, rows: list[int], counted: set[int]) -> Batch:
+    """Make the batch of a piece: these rows and their prompts, without columns that are padding in all of them.
 
     Args:
         batch: the micro-batch.
-        piece: the rows.
+        rows: numbers of the rows, in order.
         counted: prompts of earlier pieces, whose tokens are not counted again; empty = this is the first piece.
     """
-    device = batch["completion_mask" if "completion_mask" in batch else "attention_mask"].device
-    rows = torch.tensor(sorted(piece.rows), device=device)
-    taken: Batch = {}
+    kept = batch[next(name for name in ("attended", "completion_mask", "attention_mask") if name in batch)]
+    places, taken = torch.tensor(rows, device=kept.device), Batch()
+    width = max(1, int(kept[places].sum(1).max()))
     if "prompt_index" in batch:
-        prompts, taken["prompt_index"] = batch["prompt_index"][rows].unique(return_inverse=True)
-        if counted & piece.prompts:
-            taken["prompt_counts"] = torch.tensor([each not in counted for each in prompts.tolist()]).to(prompts.device)
+        prompts, taken["prompt_index"] = batch["prompt_index"][places].unique(return_inverse=True)
+        if counted & (numbers := set(prompts.tolist())):
+            taken["prompt_counts"] = torch.tensor([each not in counted for each in sorted(numbers)]).to(kept.device)
     for name, value in batch.items():
         if name in ONCE:
             taken[name] = [] if counted else value
         elif not isinstance(value, Tensor) or value.dim() == 0:
             taken[name] = value
         elif name in OF_PROMPTS:
-            seen = int(batch["teacher_prompt_mask"][prompts].sum(1).max()) if "teacher" in name else piece.before
-            taken[name] = value[prompts, :seen] if value.dim() == 2 else value[prompts]
+            mask = batch["teacher_prompt_mask" if "teacher" in name else "prompt_mask"]
+            taken[name] = value[prompts, : int(mask[prompts].sum(1).max())] if value.dim() == 2 else value[prompts]
         elif name != "prompt_index":
-            taken[name] = value[rows, : piece.width] if value.dim() == 2 else value[rows]
+            taken[name] = value[places, :width] if value.dim() == 2 else value[places]
     return taken

@@ -84,7 +84,7 @@ class Phases:
             score = self.drafts.noting(
                 lambda part: (self.policy.completion_scores(part, self.sampling.temperature).logprobs,)
             )
-            _, *noted = score_in_chunks(score, batch)
+            _, *noted = score_in_chunks(self.policy, score, batch)
         self.metrics = self.drafts.remember(rollouts, *noted)
         return found
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from modules.functional.cuts import cut_by_length
+from modules.networks import policy as networks
 from modules.networks.policy import Policy
-from modules.rollout import scoring
 from modules.rollout.scoring import make_batch, score_in_chunks
 from modules.types import Completion, Rollout
 
@@ -20,7 +20,7 @@ def rollout(group: int, prompt: list[int], tokens: list[int]) -> Rollout:
 
 @pytest.mark.parametrize("tokens", [1, 10_000], ids=["a completion at a time", "at once"])
 def test_completions_are_scored_once_and_every_row_gets_its_numbers(monkeypatch, tokens):
-    monkeypatch.setattr(scoring, "SCORING_TOKENS", tokens)
+    monkeypatch.setattr(networks, "CPU_TOKENS", tokens)
     policy = Policy("tiny", dropout=False)
     answers = {
         0: [[9, 8, 7], [9, 8], [9, 8, 7], [9, 8, 0]],
@@ -37,7 +37,7 @@ def test_completions_are_scored_once_and_every_row_gets_its_numbers(monkeypatch,
         return (policy.completion_scores(part).logprobs,)
 
     with torch.no_grad():
-        (logprobs,) = score_in_chunks(score, batch)
+        (logprobs,) = score_in_chunks(policy, score, batch)
         expected = policy.completion_scores(batch).logprobs
     torch.testing.assert_close(logprobs, expected, atol=1e-5, rtol=0)
     assert torch.equal(logprobs[0], logprobs[2])
@@ -107,7 +107,7 @@ def test_completions_of_all_lengths_get_the_numbers_that_they_get_alone():
         return logprobs, torch.stack([logprobs, -logprobs], 2)
 
     with torch.no_grad():
-        logprobs, both = score_in_chunks(score, batch, asked)
+        logprobs, both = score_in_chunks(policy, score, batch, asked)
         for row, each in enumerate(rows):
             alone = policy.completion_scores(make_batch([each], torch.device("cpu"))).logprobs[0]
             expected = alone if row % 2 else torch.zeros_like(alone)

@@ -20,7 +20,7 @@ from modules.networks.policy import Policy
 from modules.rollout.engine import InProcessEngine, RolloutEngine
 from modules.rollout.environment import Environment
 from modules.rollout.sampling import Ledger, Sampling, invert_cdf, truncate
-from modules.rollout.scoring import cut_to_chunks, take_chunk
+from modules.rollout.scoring import take_chunk
 from modules.trainer.ranks import from_all_ranks
 from modules.types import Completion, PolicyBatch, Rollout
 
@@ -230,9 +230,9 @@ class Drafts:
         known = Draft.join(draft for _, draft in asked)
         pairs = zip(asked, lengths, strict=True)
         uniforms = [np.random.default_rng([seeds[i], STREAM]).random((length, 2)) for (i, _), length in pairs]
-        chunks = cut_to_chunks(cast(PolicyBatch, batch), torch.arange(len(asked), device=device))
+        chunks = [torch.tensor(rows) for rows in self.policy.plan_forwards(cast(PolicyBatch, batch))]
         number = torch.zeros(mask.shape, dtype=torch.long).masked_scatter(mask, torch.arange(sum(lengths)))
-        order = torch.cat([number[rows.cpu()][mask[rows.cpu()]] for rows in chunks])  # of the tokens in the chunks
+        order = torch.cat([number[rows][mask[rows]] for rows in chunks])  # of the tokens in the chunks
         columns = [each[order].to(place) for each in (*known, torch.from_numpy(np.concatenate(uniforms)))]
         found: list[tuple[Tensor, Tensor]] = []
 
