@@ -52,6 +52,7 @@ class Work:
     lora: bool = False
     chat: bool = True
     flops: float = 6.0  # per parameter and trained token
+    reward: str = "score"  # of ``bench_reward``
 
     @property
     def samples(self) -> bool:
@@ -67,7 +68,17 @@ WORKS = [
     Work("sft-lora", "sft", "sft", "questions", batch=8, steps=6, lr=2e-4, lora=True, flops=4),
     Work("reward", "reward", "reward", "pairs", batch=4, steps=4, lr=1e-5, max_length=512),
     Work("dpo", "dpo", "dpo", "pairs", batch=4, steps=4, lr=1e-6, max_length=512, flops=8),
-    Work("grpo", "grpo", "grpo", "questions", batch=16, steps=3, lr=1e-6, completion=128, generations=8),
+    Work(
+        "grpo",
+        *("grpo", "grpo", "questions"),
+        batch=16,
+        steps=3,
+        lr=1e-6,
+        completion=128,
+        generations=8,
+        reward="last_number",
+    ),
+    Work("grpo-dense", "grpo", "grpo", "questions", batch=16, steps=3, lr=1e-6, completion=128, generations=8),
     Work("ppo", "ppo", "ppo", "questions", batch=4, steps=3, lr=3e-6, completion=128, updates=4),
     Work("tiny-sft", "sft", "tiny/sft", "sums", batch=64, steps=60, lr=1e-3, model="tiny", chat=False),
     Work(
@@ -142,7 +153,7 @@ class Bench:
             options += [
                 *("--trainer.max_epochs", str(work.steps)),
                 *("--trainer.accumulate_grad_batches", str(share_accumulation(shipped, work))),
-                *("--model.reward", "bench_reward.score", "--model.num_generations", str(work.generations)),
+                *("--model.reward", f"bench_reward.{work.reward}", "--model.num_generations", str(work.generations)),
                 *("--model.sampling.max_completion_length", str(work.completion)),
                 *("--data.prompts_per_phase", str(work.batch * work.updates // work.generations)),
                 *("--data.updates_per_phase", str(work.updates)),
@@ -163,7 +174,7 @@ class Bench:
             *(str(self.folder / f"{work.name}-theirs.jsonl"), self.result(work, name)),
             *("--batch", str(work.batch), "--steps", str(work.steps), "--lr", str(work.lr)),
             *("--max_length", str(work.max_length), "--generations", str(work.generations)),
-            *("--max_completion_length", str(work.completion)),
+            *("--max_completion_length", str(work.completion), "--reward", work.reward),
             *(("--lora",) if work.lora else ()),
             *(("--bf16",) if bf16 else ()),
             *(("--checkpointing",) if self.asked.trl_checkpointing else ()),
@@ -220,7 +231,7 @@ def count_flops(work: Work, ours: Found) -> float:
     if work.samples:
         phases = ours["phases"][1:]
         sampled = sum(phase["prompt_tokens"] + phase["completion_tokens"] for phase in phases) / len(phases)
-        flops += 2 * sampled + 2 * trained
+        flops += 4 * sampled
     return parameters * flops / 1e9
 
 

@@ -15,8 +15,8 @@ from typing import Any
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
 
+import bench_reward
 import torch
-from bench_reward import score_chats
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
@@ -94,7 +94,7 @@ def main(asked: argparse.Namespace) -> None:
             max_completion_length=asked.max_completion_length,
             shuffle_dataset=False,
         )
-        trainer = GRPOTrainer(model=model, args=args, reward_funcs=score_chats, **given)
+        trainer = GRPOTrainer(model=model, args=args, reward_funcs=getattr(bench_reward, f"{asked.reward}_of_chats"), **given)
         time_sampling(trainer, sampling)
     trainer.add_callback(clock)
     begun = time.perf_counter(), time.process_time()
@@ -119,6 +119,7 @@ if __name__ == "__main__":
         ("max_completion_length", int, 128),
     ):
         parser.add_argument(f"--{name}", type=kind, default=default)
+    parser.add_argument("--reward", default="score")
     for name in ("lora", "bf16", "checkpointing"):
         parser.add_argument(f"--{name}", action="store_true")
     main(parser.parse_args())
