@@ -94,7 +94,9 @@ def main(asked: argparse.Namespace) -> None:
             max_completion_length=asked.max_completion_length,
             shuffle_dataset=False,
         )
-        trainer = GRPOTrainer(model=model, args=args, reward_funcs=getattr(bench_reward, f"{asked.reward}_of_chats"), **given)
+        trainer = GRPOTrainer(
+            model=model, args=args, reward_funcs=getattr(bench_reward, f"{asked.reward}_of_chats"), **given
+        )
         time_sampling(trainer, sampling)
     trainer.add_callback(clock)
     begun = time.perf_counter(), time.process_time()
