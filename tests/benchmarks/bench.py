@@ -12,6 +12,7 @@ small process waits for the large ones.
 import argparse
 import json
 import os
+import re
 import shutil
 import statistics
 import subprocess
@@ -28,6 +29,7 @@ ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
 TOLERANCE = 1e-3
 NATIVE = 1.3  # bf16 products this many times as fast as fp32 are the processor's own
+ESTIMATE = re.compile(r"estimate: about ([\d.]+) GB, ([\d.]+) s a (step|phase)")  # of our run, of a few seconds
 LENGTHS = 0.25  # by how much the mean lengths of sampled completions may differ
 
 Found = dict[str, Any]
@@ -188,12 +190,15 @@ class Bench:
         wall, memory = self.run(f"{work.name}-{name}", command)
         shutil.rmtree(self.folder / f"{work.name}-{name}" / "checkpoints", ignore_errors=True)  # 1.6 GB each
         found = json.loads(Path(self.result(work, name)).read_text(encoding="utf-8"))
+        found["estimate"] = ESTIMATE.search((self.folder / f"{work.name}-{name}.log").read_text(encoding="utf-8"))
         steps = len(found["ends"]) / work.updates
         both = []
         for place in (0, 1):  # seconds of the clock, and of the processor
             ends = [each[place] for each in found["ends"]]
             before = (found["ready"][place] - found["begun"][place]) / steps if work.method == "dpo" else 0.0
             both.append((ends[-1] - ends[work.updates - 1]) / (steps - 1) + before)
+            if place == 0:
+                found["alone"] = both[0] - before
         return found | {"seconds": both[0], "processor": both[1], "memory": memory, "wall": wall}
 
     def rates(self, model: str, number: int) -> Found:
@@ -272,6 +277,13 @@ def report(work: Work, ours: list[Found], theirs: list[Found], rate: float) -> t
     print(
         f"  ours: {seconds:.3f} s a step, {memory:.2f} GB, {flops:.1f} GFLOP a step ({work.flops:g} per trained token)"
     )
+    for each in ours:
+        if each["estimate"] is not None:
+            size, duration, unit = each["estimate"].groups()
+            print(
+                f"  ours: estimated {size} GB and {duration} s a {unit}, measured {each['memory']:.2f} GB and "
+                f"{each['alone']:.3g} s"
+            )
     for name in ("sampling", "scoring", "training") if work.samples else ():
         parts = [phase["times"].get(f"time/{name}", 0.0) for each in ours for phase in each["phases"][1:]]
         print(f"  ours: {name} {statistics.median(parts):.3f} s a phase{share_of_part(name, work, ours, parts, rate)}")
