@@ -13,7 +13,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from torch import Tensor
 
-from modules.functional.cuts import cut_by_length
+from modules.trainer.cuts import cut_by_length
 
 Batch = dict[str, Any]
 OF_PROMPTS = (

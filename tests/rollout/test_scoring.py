@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from modules.functional.cuts import cut_by_length
+from modules.trainer.cuts import cut_by_length
 from modules.networks import policy as networks
 from modules.networks.policy import Policy
 from modules.rollout.scoring import make_batch, score_in_chunks
