@@ -50,7 +50,7 @@ class BudgetCurve(Callback):
         self.show(trainer, "test")
 
     def show(self, trainer: Trainer, stage: str) -> None:
-        """Draw and print the curve of an evaluation that is over; nothing in the check before a fit."""
+        """Draw and print the curve of a finished evaluation; the sanity check before a fit draws nothing."""
         if trainer.sanity_checking:
             return
         curve: dict[int, dict[str, float]] = {}

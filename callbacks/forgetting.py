@@ -1,4 +1,6 @@
-"""What does training make the model worse at? Compares held-out perplexity by domain with its start."""
+"""What does training make the model worse at? Compares the held-out perplexity of each domain with that before
+training.
+"""
 
 from collections.abc import Mapping, Sequence
 from itertools import islice
@@ -85,7 +87,7 @@ class Forgetting(Callback):
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure the start, unless the sanity check or a checkpoint gave it."""
+        """Measure the losses at the start, unless the sanity check or a checkpoint gave them."""
         if not set(find_domains(trainer)) <= set(self.start):
             self._log(trainer, self._measure(trainer, pl_module))
 

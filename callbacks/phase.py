@@ -15,8 +15,8 @@ from modules.types import HasRecord, Record, Rollout
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-MAX_POINTS = 30  # a curve with more points is drawn as means
-MAX_PHASES = 1000  # a history of more phases is thinned
+MAX_POINTS = 30  # with more points than this, a curve is drawn as means
+MAX_PHASES = 1000  # with more phases than this, a history is thinned
 
 
 class Mean(NamedTuple):

@@ -44,9 +44,9 @@ class PreferenceAudit(Callback):
     writes a JSON file with ``split``, ``step`` and ``report``, logs ``audit`` to TensorBoard as a figure and a table,
     and prints one line. A ``fast_dev_run`` writes nothing.
 
-    It warns that the score may be little more than length in two cases. Within prompts, score and length correlate
-    above ``MAX_CORRELATION``; or the score agrees with the data less often than the rule "the longer one wins". Both
-    must exceed what chance does among so few pairs, by two standard errors.
+    It warns that the score may be little more than length in two cases: score and length correlate within prompts above
+    ``MAX_CORRELATION``, or the score agrees with the data less often than the rule "the longer one wins". Either must
+    exceed its bound by two standard errors.
 
     Args:
         path: the JSON file. Its parent folders are made and an earlier file is replaced. None = ``audit.json`` in
@@ -167,7 +167,7 @@ def explain_no_pairs(metrics: dict[str, float]) -> str:
 
 
 def summarise(report: dict[str, float], split: Split) -> str:
-    """Return the report in one line, with the pairs that it is about."""
+    """Return the report in one line, with the number and the origin of its pairs."""
     shorter, longer, correlation = (
         f"{report[key]:.2f}" if key in report else "unknown"
         for key in ("accuracy_chosen_shorter", "accuracy_chosen_longer", "score_length_pearson_within_prompt")
@@ -182,7 +182,7 @@ def summarise(report: dict[str, float], split: Split) -> str:
 def smells_of_length(report: dict[str, float]) -> bool:
     """Return whether the score may be little more than length, by more than two standard errors.
 
-    That of a correlation is about 1 / sqrt(pairs), and that of a difference of two shares at most sqrt(1 / (2 pairs)).
+    A correlation has a standard error of about 1 / sqrt(pairs), a difference of two shares at most sqrt(1 / (2 pairs)).
     """
     error = report["pairs"] ** -0.5
     return (

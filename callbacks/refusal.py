@@ -16,7 +16,7 @@ from callbacks.samples import escape_cell, indent_block
 from modules.trainer.ranks import from_all_ranks, log_equal
 from modules.types import FULL_COMPLIANCE, FULL_REFUSAL, REFUSAL_LABELS, cut_final_text
 
-NUM_MISJUDGED = 3  # answers shown of each kind
+NUM_MISJUDGED = 3  # wrong answers shown of each kind
 
 
 @runtime_checkable
@@ -171,8 +171,8 @@ class Refusal(Callback):
 
 
 def classify_by_matching(texts: Sequence[str]) -> list[str | None]:
-    """Label answers by their first words after the reasoning: full refusal or full compliance; None if they never leave
-    it.
+    """Label answers by their first words after the reasoning: full refusal or full compliance; None if the reasoning
+    does not end.
     """
     finals = [cut_final_text(text) for text in texts]
     return [

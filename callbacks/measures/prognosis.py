@@ -13,10 +13,10 @@ NORMALISED = ("adam", "lion", "rmsprop")
 
 
 def bound_share(successes: float, count: int) -> tuple[float, float]:
-    """Compute the 95 % interval of a share from ``successes`` in [0, count], by Wilson's formula.
+    """Compute the 95 % interval of a share from ``successes`` of ``count`` trials, by Wilson's formula.
 
-    (p + z^2 / 2n +- z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n) with p = successes / n, z = 1.96. Without
-    any count it is (0, 1). Source: Wilson, J. Am. Stat. Assoc. 22 (1927).
+    (p + z^2 / 2n +- z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n) with p = successes / n, z = 1.96. For ``count``
+    = 0 it is (0, 1). Source: Wilson, J. Am. Stat. Assoc. 22 (1927).
 
     >>> [round(bound, 3) for bound in bound_share(8, 16)]
     [0.28, 0.72]

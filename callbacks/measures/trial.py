@@ -1,4 +1,4 @@
-"""A trial: completions of a few prompts with their scores, and what they add up to."""
+"""A trial: completions of a few prompts with their scores, and statistics of them."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ class Tried(NamedTuple):
 
 @dataclass(frozen=True)
 class Trial:
-    """Completions of some prompts, of all ranks, by prompt."""
+    """The completions of some prompts over all ranks, grouped by prompt."""
 
     groups: list[list[Tried]]
 
