@@ -40,7 +40,7 @@ class InstructionDataModule(AlignDataModule):
         tokenizer: a tokenizer, or a path or hub id; None = the module's.
         train: training rows: a source, or a file, a folder or a hub id.
         val: held-out rows, several sets of them by domain, or a share of the training rows to hold out, in (0, 1).
-        columns: our column name -> the data's.
+        columns: our name of a column -> its name in the data.
         format: of the rows, by name; None = found from their columns.
         loss_on: what is learned of a conversation: every ``assistant`` turn with its end of turn, the ``last`` of them
             only, or ``all`` tokens.
@@ -48,11 +48,10 @@ class InstructionDataModule(AlignDataModule):
         drop_long: drop longer rows and count them; False makes them an error.
         on_bad_row: ``drop`` leaves out rows that cannot be read and counts them in ``bad``.
         packing: put several training rows into one of ``max_length`` tokens, where they do not see each other.
-        batch_size: rows (packed ones, if they are) per micro-batch and rank; a memory setting as long as its product
-            with accumulation and ranks stays.
+        batch_size: rows (packed rows with ``packing``) per micro-batch and rank. It changes nothing but memory if
+            batch_size x accumulation x ranks stays the same.
         chat: text prompts are user messages of the chat template. None = where the tokenizer has one, unless their
-            source says that they are plain (sums, for one).
-            Without a template, instructions get Alpaca's own prompt.
+            source says that they are plain (sums, for one). Without a template, instructions get Alpaca's own prompt.
         system: system message in front of every chat that has none.
         unknown: for training rows with a column ``knowledge`` (arXiv 2405.05904): ``drop`` keeps HighlyKnown and
             MaybeKnown rows; ``idk`` answers the Unknown ones with "I don't know."
@@ -169,7 +168,7 @@ class InstructionDataModule(AlignDataModule):
         return rows
 
     def encode(self, row: Row, unknown: str = "keep") -> Tokens | None:
-        """Encodes one raw row; None = left out as not known. Raises ValueError with the row's origin."""
+        """Encodes one raw row; None = ``unknown`` leaves it out. Raises ValueError with the row's origin."""
         chat = self.is_chat(row)
         example = instruction_example(row, self.reading, self.format, chat, known=unknown != "keep")
         self.say_chat(row, isinstance(example.prompt, str) and not example.whole)
@@ -231,7 +230,7 @@ class InstructionDataset(Dataset[InstructionBatch]):
 
 
 def disown(example: InstructionExample) -> InstructionExample:
-    """Replaces the last answer of an example. Raises ValueError for a text, which asks nothing."""
+    """Replaces the last answer of an example by "I don't know." Raises ValueError for a plain text, which asks nothing."""
     if example.whole:
         raise ValueError(f"{example.origin}: unknown: idk needs a question and its answer, and the row is a plain text")
     if isinstance(example.completion, str):

@@ -39,23 +39,23 @@ class StreamingDataModule(InstructionDataModule):
     """The batches of :class:`InstructionDataModule`, tokenised as they are read by ``datasets``, shared out over ranks
     and workers.
 
-    A Trainer epoch is ``steps_per_epoch`` optimiser updates; the rows are gone through again and again, each pass in
-    another order. A resumed run reads over the rows that it has used, without tokenising them, and goes on exactly
-    where it was, with as many ranks and workers. Which rows make a step depends on both, and a bad row shows when it is
-    read. Rows of plain ``text`` that are too long are cut into pieces, others dropped and counted.
+    A Trainer epoch is ``steps_per_epoch`` optimiser updates; the rows are read again and again, each pass in another
+    order. A resumed run skips the rows that it has used, without tokenising them, and goes on exactly where it was,
+    with the same number of ranks and workers. Which rows make a step depends on both numbers, and a bad row shows only
+    when it is read. Rows of plain ``text`` that are too long are cut into pieces, others dropped and counted.
 
     Args:
         tokenizer: a tokenizer, or a path or hub id; None = the module's.
         train: files (one, a folder, or a pattern with ``*``) of one kind, JSONL, CSV, TSV, Parquet, Arrow or plain
-            lines, or a hub id. Of a folder whose file names tell splits, those of train.
+            lines, or a hub id. In a folder whose file names tell splits, the files of train are read.
         steps_per_epoch: optimiser updates of a Trainer epoch.
         val: held-out rows, read whole: a source, a file, a folder or a hub id, or several by domain.
-        columns: our column name -> the data's.
+        columns: our name of a column -> its name in the data.
         format: of the rows, by name; None = found from their columns.
         loss_on: ``assistant``, ``last`` or ``all``.
         max_length: tokens of a row.
-        on_bad_row: ``drop`` leaves out rows that cannot be read and counts them in ``bad``, as does ``dropped`` those
-            that are too long; rank 0 tells its counts at the end of every epoch and of the run.
+        on_bad_row: ``drop`` leaves out rows that cannot be read and counts them in ``bad``; ``dropped`` counts rows
+            that are too long. Rank 0 prints its counts at the end of every epoch and of the run.
         packing: fill rows of ``max_length`` tokens with texts in the order they come.
         batch_size: rows per micro-batch and rank.
         chat: text prompts are user messages of the chat template; None = where the tokenizer has one.
@@ -226,7 +226,7 @@ class StreamingDataModule(InstructionDataModule):
         return error
 
     def teardown(self, stage: str) -> None:
-        """Tells what became of the rows."""
+        """Prints what became of the rows."""
         if self._loader is not None:
             self._loader.tell_rows()
 

@@ -49,14 +49,15 @@ class VerifiableDataModule(AlignDataModule):
         tokenizer: a tokenizer, or a path or hub id; None = the module's.
         train: training rows: a source, or a file, a folder or a hub id.
         val: held-out rows, or a share of the training rows to hold out, in (0, 1).
-        columns: our column name -> the data's.
+        columns: our name of a column -> its name in the data.
         system: system message in front of every chat that has none.
         chat: text prompts are user messages of the chat template. None = where the tokenizer has one, unless their
             source says that they are plain (sums, for one).
         max_prompt_length: tokens.
         drop_long: drop longer prompts and count them; False makes them an error.
         on_bad_row: ``drop`` leaves out rows that cannot be read and counts them in ``bad``.
-        prompts_per_phase: over all ranks; with several, a multiple of their number times the updates of a pass.
+        prompts_per_phase: prompts of a phase over all ranks; a multiple of ranks x updates of a pass if there are
+            several ranks.
         updates_per_phase: optimiser updates from one phase's rollouts, a multiple of ``inner_epochs``.
         inner_epochs: passes over one phase's rollouts.
         val_batch_size: held-out prompts per batch and rank.

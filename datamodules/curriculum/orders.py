@@ -1,6 +1,7 @@
 """In which order the prompts of a run are drawn: easy ones first, or those that the policy gets wrong more often.
 
-A run draws stretch after stretch, numbered 0, 1, 2, ...; a phase draws one, or several where it samples dynamically.
+A run draws its prompts in stretches, numbered 0, 1, 2, ...; a phase draws one stretch, or several if it samples
+dynamically.
 """
 
 import math
@@ -19,7 +20,7 @@ from datamodules.formats.prompt_shapes import VerifiableExample
 from datamodules.loaders.phase_loader import from_stream
 from modules.functional.ranges import check_numbers
 
-Drawn = list[tuple[int, int]]  # row, and a number that makes it another instance than the row's earlier ones
+Drawn = list[tuple[int, int]]  # the row, and a number that tells this instance from its earlier ones
 
 
 class PromptOrder(ABC):
@@ -44,7 +45,7 @@ class PromptOrder(ABC):
 
 
 class LearningOrder(PromptOrder):
-    """Says which rows each stretch holds, also by how often earlier phases answered them right."""
+    """A ``PromptOrder`` that also depends on how often earlier phases answered each row right."""
 
     @abstractmethod
     def learn(self, counts: Mapping[int, tuple[int, int]]) -> None:
@@ -60,7 +61,7 @@ class LearningOrder(PromptOrder):
         return {"order": type(self).__name__, "origins": self.origins, "tables": tables}
 
     def load_state_dict(self, state: Mapping[str, Any], same_rows: bool) -> None:
-        """Take over what was learned, or warn that this begins anew, where the order or the rows are others."""
+        """Take over what was learned; if the order or the rows have changed, warn and begin anew."""
         name = type(self).__name__
         if state["order"] != name or not same_rows or state["origins"] != self.origins:
             what = f"by {state['order']}" if state["order"] != name else "about other rows"
@@ -204,7 +205,7 @@ class Prioritised(LearningOrder):
             noise = [1 - generator.random() for _ in weights]  # in (0, 1]
             keys = [(w > 0, math.log(u) / w if w > 0 else u) for w, u in zip(weights, noise, strict=True)]
             best = nlargest(min(self.rows, places - len(drawn)), range(self.rows), key=keys.__getitem__)
-            generator.shuffle(best)  # no update of the phase gets the heaviest
+            generator.shuffle(best)  # so that no single update of the phase gets the heaviest rows
             drawn += [(row, number * turns + turn) for row in best]
         return drawn
 
@@ -253,7 +254,7 @@ class MoPPS(LearningOrder):
         for turn in range(turns):
             gaps = [-abs(generator.betavariate(right, wrong) - self.target) for right, wrong in counts]
             best = nlargest(min(self.rows, places - len(drawn)), range(self.rows), key=gaps.__getitem__)
-            generator.shuffle(best)  # no update of the phase gets the nearest
+            generator.shuffle(best)  # so that no single update of the phase gets the nearest rows
             drawn += [(row, number * turns + turn) for row in best]
         return drawn
 

@@ -31,7 +31,7 @@ class Lessons:
 
     @property
     def columns(self) -> dict[str, str]:
-        """What each column that is read is to the module."""
+        """The columns that the module reads, each with its role."""
         told = [name for name in NAME.findall(self.condition or "") if name != "prompt"]
         learned = {self.completions: "completion to learn from"} if self.completions is not None else {}
         return dict.fromkeys(told, "what the teacher is told") | learned

@@ -51,7 +51,7 @@ class FactsDataModule(RowsDataModule):
     Args:
         tokenizer: a tokenizer, or a path or hub id; None = the module's.
         train: the rows: a source, or a file, a folder or a hub id.
-        columns: our column name -> the data's.
+        columns: our name of a column -> its name in the data.
         batch_size: facts per batch and rank, >= 1. A killed run loses at most one batch.
         num_prompts: prompts per fact, >= 1.
         num_shots: examples in a prompt, >= 0.
@@ -212,7 +212,9 @@ def read_fact(row: Row, reading: Reading) -> Fact:
 
 
 def _question(asked: Asked, origin: str) -> str:
-    """The prompt as text, for data that are no chats: of messages that of a single user's. ValueError for others."""
+    """Return the prompt as text: a text as it is, messages only if they are a single user message. Raises ValueError
+    for others.
+    """
     if isinstance(asked.prompt, str):
         return asked.prompt
     if len(asked.prompt) == 1 and asked.prompt[0]["role"] == "user" and not asked.tools:

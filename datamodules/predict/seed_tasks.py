@@ -59,7 +59,7 @@ class SeedTasksDataModule(RowsDataModule):
 
     Args:
         train: the seeds: a source, or a file, a folder or a hub id.
-        columns: our column name -> the data's.
+        columns: our name of a column -> its name in the data.
 
     Raises:
         ValueError: in ``setup``, a row is bad, with file and line, before anything is asked; or the module cannot use

@@ -242,8 +242,8 @@ def _is_jsonl(text: str) -> bool:
 
 
 def _rows_in_object(content: dict[str, Any], path: Path) -> list[Any]:
-    """The rows of ``{..., name: [objects]}``, of parallel lists or of categories; other values beside lists are no rows
-    (a licence, a canary).
+    """Reads the rows of ``{..., name: [objects]}``, of parallel lists or of categories. Values beside lists, such as a
+    licence, are no rows.
     """
     lists = {name: value for name, value in content.items() if isinstance(value, list)}
     columns = {name: value for name, value in lists.items() if value}
