@@ -1,4 +1,4 @@
-"""Makes one sentence of a parser's error, which lists every type that a value is not."""
+"""Turns a parser's error, which lists every type that a value is not, into one sentence."""
 
 import difflib
 import importlib

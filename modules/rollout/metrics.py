@@ -132,7 +132,7 @@ def measure_budgets(found: Mapping[int, Sequence[Outcome]]) -> dict[str, float]:
 
 
 def measure_mean(name: str, values: Sequence[float]) -> dict[str, float]:
-    """Compute a mean over prompts and, of two or more, its standard error."""
+    """Compute a mean over prompts and, for two prompts or more, its standard error."""
     found = {name: mean(column(values))}
     if len(values) > 1:
         found[f"{name}_standard_error"] = std(column(values)) / len(values) ** 0.5
@@ -164,7 +164,7 @@ def measure_errors(found: Sequence[Outcome]) -> dict[str, float]:
 
 
 def measure_unscored(failures: Mapping[str, int]) -> dict[str, float]:
-    """Name the numbers of completions of this rank without a verdict, by cause, as metrics."""
+    """Make metrics of how many completions of this rank got no verdict, by cause."""
     return {f"unscored/{cause}": float(count) for cause, count in failures.items()}
 
 
@@ -203,7 +203,8 @@ def sum_gaps(rollouts: Sequence[Rollout], fresh: bool = False) -> list[float]:
 
     Args:
         rollouts: of this rank; those without the trainer's log-probs are left out.
-        fresh: count only tokens of the weights that the trainer had at collection; else all that were sampled.
+        fresh: count only tokens sampled with the weights that the trainer had at collection; False = all sampled
+            tokens.
 
     Returns:
         numbers of rollouts and of tokens; sum and maximum of the differences, nats; sum of ``k3``, NaN without a

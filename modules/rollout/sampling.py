@@ -35,7 +35,7 @@ class Reuse:
     arXiv 2509.23232); see ``Drafts``.
 
     Raises:
-        ValueError: values out of range.
+        ValueError: a value is out of range.
     """
 
     # > 0; up to 1 the completions of given weights are distributed as without reuse, and about 1 - lenience of the tokens
@@ -62,8 +62,8 @@ class Sampling:
     stop: tuple[str, ...] = ()  # a completion ends when its text contains one of these strings
     keep_stop: bool = False  # whether that string stays in the text; its tokens stay in any case
     thinking: Thinking | None = None  # budget of thoughts; None = there is none
-    partial: PartialRollouts | None = None  # what a completion may sample in a phase of training; None = the whole
-    reuse: Reuse | None = None  # of earlier completions, in training alone; None = all tokens are sampled
+    partial: PartialRollouts | None = None  # tokens of a completion in one phase of training; None = all
+    reuse: Reuse | None = None  # reuse of earlier completions, only in training; None = all tokens are sampled
 
     def __post_init__(self) -> None:
         checks = {
@@ -340,7 +340,7 @@ class Ledger:
         return ids
 
     def _tell_given(self, completion: Completion, request: int) -> Completion:
-        """Return a completion with what of it was sampled, and the text of all turns if there are several."""
+        """Return a completion with a mark on each sampled token, and with the text of all turns if there are several."""
         sampled = (self._given[request, : len(completion.token_ids)] < 0).tolist()
         if all(sampled) and not self._starts[request]:
             return completion

@@ -75,8 +75,8 @@ def plain_numbers(text: str) -> str:
 
 
 def plain_latex(text: str) -> str:
-    """Write what math-verify misreads in the way it reads: groups of digits, powers of ten like 1e3, signs that are not
-    ASCII, dollar signs in front of amounts, and numbers in another base, which equal only themselves.
+    """Rewrite what math-verify misreads: groups of digits, powers of ten like 1e3, signs that are not ASCII, dollar
+    signs in front of amounts, and numbers in another base, which equal only themselves.
 
     >>> plain_latex("1e3 = $1000.$"), plain_latex("11_2"), plain_latex("It costs \\$5.")
     ('1000 = $1000 $', 'B_{2}11', 'It costs 5.')
