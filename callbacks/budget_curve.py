@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
-from callbacks.phase import new_figure, tensorboards
+from callbacks.phase import find_tensorboards, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -65,7 +65,7 @@ class BudgetCurve(Callback):
             for budget, point in curve.items()
         ]
         rank_zero_info("\n".join(["budget    accuracy    s.e.  all tokens", *lines]))
-        for logger in tensorboards(trainer):
+        for logger in find_tensorboards(trainer):
             figure = new_figure()
             draw_curve(figure, curve)
             logger.experiment.add_figure(f"{stage}/budget", figure, global_step=trainer.global_step)

@@ -112,7 +112,7 @@ class Doctor(Callback):
             self.findings = found.find()
         phases = count_phases(trainer, data)
         self.findings += check_learning_rate(pl_module, optimizers[0], phases * data.updates_per_phase)
-        for line in summarise(found, phases):
+        for line in write_findings(found, phases):
             rank_zero_info(f"doctor: {make_printable(line)}")
         for finding in self.findings:
             rank_zero_warn(f"doctor: {make_printable(finding.words)}")
@@ -166,7 +166,7 @@ def check_learning_rate(module: Any, optimizer: torch.optim.Optimizer, updates: 
     return []
 
 
-def summarise(found: Examination, phases: float) -> list[str]:
+def write_findings(found: Examination, phases: float) -> list[str]:
     """Write what was measured: pass rates, groups without signal, lengths and entropy, steps and time."""
     trial, data, sampling = found.trial, found.data, found.sampling
     prompts, count = len(trial.groups), len(trial.all)

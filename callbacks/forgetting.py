@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from callbacks.phase import MAX_PHASES, Mean, new_figure, tensorboards
+from callbacks.phase import MAX_PHASES, Mean, find_tensorboards, new_figure
 from modules.trainer.modes import evaluating
 from modules.trainer.ranks import log_equal, weighted_means
 from modules.types import InstructionBatch
@@ -102,7 +102,7 @@ class Forgetting(Callback):
         """Measure the final weights, unless the last validation did, and draw the curves."""
         if self.history[-1]["step"] != trainer.global_step:
             self._log(trainer, self._measure(trainer, pl_module))
-        for logger in tensorboards(trainer):
+        for logger in find_tensorboards(trainer):
             figure = new_figure()
             draw_forgetting(figure, self.history, self.start)
             logger.experiment.add_figure("val/forgetting", figure, global_step=trainer.global_step)

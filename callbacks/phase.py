@@ -41,7 +41,7 @@ def record_of(pl_module: LightningModule) -> Record:
     return pl_module.record
 
 
-def tensorboards(trainer: Trainer) -> list[TensorBoardLogger]:
+def find_tensorboards(trainer: Trainer) -> list[TensorBoardLogger]:
     """Return the TensorBoard loggers to draw into; none on ranks other than zero."""
     return (
         [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
@@ -143,7 +143,7 @@ class PhaseCallback(Callback):
         self.history = state_dict["history"]
 
     def _publish(self, trainer: Trainer) -> None:
-        for logger in tensorboards(trainer):
+        for logger in find_tensorboards(trainer):
             figure = new_figure()
             self.draw(figure)
             logger.experiment.add_figure(f"train/{self.name}", figure, global_step=trainer.global_step)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from callbacks.measures.scored_pairs import audit_report
-from callbacks.phase import new_figure, record_of, tensorboards
+from callbacks.phase import find_tensorboards, new_figure, record_of
 from callbacks.writers.output_files import write_json
 from modules.trainer.modes import evaluating
 from modules.trainer.ranks import from_all_ranks, log_equal
@@ -139,7 +139,7 @@ class PreferenceAudit(Callback):
             rank_zero_warn(explain_no_pairs({name: float(value) for name, value in trainer.callback_metrics.items()}))
             return
         report = audit_report(self.pairs)
-        loggers = tensorboards(trainer)
+        loggers = find_tensorboards(trainer)
         for logger in loggers:
             figure = new_figure()
             draw_audit(figure, self.pairs, report)
@@ -148,7 +148,7 @@ class PreferenceAudit(Callback):
         path = self.path or next((Path(logger.log_dir) / "audit.json" for logger in loggers), None)
         if path is not None:
             write_json(path, {"split": split, "step": trainer.global_step, "report": report})
-        rank_zero_info(summarise(report, split) + ("" if path is None else f": {path}"))
+        rank_zero_info(write_audit_line(report, split) + ("" if path is None else f": {path}"))
         if smells_of_length(report):
             rank_zero_warn(
                 "audit: the score may be little more than length; see accuracy_chosen_shorter and "
@@ -166,7 +166,7 @@ def explain_no_pairs(metrics: dict[str, float]) -> str:
     return why
 
 
-def summarise(report: dict[str, float], split: Split) -> str:
+def write_audit_line(report: dict[str, float], split: Split) -> str:
     """Return the report in one line, with the number and the origin of its pairs."""
     shorter, longer, correlation = (
         f"{report[key]:.2f}" if key in report else "unknown"

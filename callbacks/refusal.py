@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from callbacks.measures.refusals import is_refusal, refusal_rates
-from callbacks.phase import require_period, tensorboards
+from callbacks.phase import find_tensorboards, require_period
 from callbacks.samples import escape_cell, indent_block
 from modules.trainer.ranks import from_all_ranks, log_equal
 from modules.types import FULL_COMPLIANCE, FULL_REFUSAL, REFUSAL_LABELS, cut_final_text
@@ -152,7 +152,7 @@ class Refusal(Callback):
             del rates["over_refusal_with_partial"]  # the matcher knows no partial refusal
         metrics = {f"val/refusal/{name}": rate for name, rate in rates.items()}
         log_equal(pl_module, metrics)
-        for logger in tensorboards(trainer):
+        for logger in find_tensorboards(trainer):
             if trainer.sanity_checking:  # Lightning logs nothing then
                 logger.log_metrics(metrics, step=trainer.global_step)
             logger.experiment.add_text(

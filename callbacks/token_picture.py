@@ -11,7 +11,7 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
-from callbacks.phase import tensorboards
+from callbacks.phase import find_tensorboards
 from modules.types import PolicyBatch, find_attended, make_printable
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ class TokenPicture(Callback):
             pieces += [Piece(f"{title}\n", "mark"), *cut_pieces(tokenizer, row), Piece("\n\n", "mark")]
         console = Console()
         console.print(style_pieces(pieces, marked=console.color_system is None))
-        for logger in tensorboards(trainer):
+        for logger in find_tensorboards(trainer):
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # drawn as boxes
                 logger.experiment.add_figure(

@@ -14,7 +14,7 @@ from datamodules.formats.reading import Reading, UnclearColumn
 from datamodules.formats.table import Purpose
 from datamodules.loaders.step_sampler import MicroBatch, StepSampler
 from datamodules.sources import Row, Source
-from datamodules.sources.files import headerless_hint, read_rows
+from datamodules.sources.files import hint_at_header, read_rows
 from datamodules.sources.held_out import Part, hold_out, parse_share
 from modules.functional.thoughts import set_in_template
 from modules.trainer.seeds import run_seed
@@ -174,7 +174,7 @@ class RowsDataModule(LightningDataModule):
             except ValueError as error:
                 if self.on_bad_row == "raise":
                     way_out = "; mend the row, or set data.on_bad_row: drop to leave such rows out"
-                    headerless = headerless_hint(source, row) if row is rows[0] else ""
+                    headerless = hint_at_header(source, row) if row is rows[0] else ""
                     raise ValueError(f"{error}{headerless}{way_out if self.may_drop else ''}") from error
                 problem, bad = problem or error, bad + 1
                 continue

@@ -129,12 +129,12 @@ class InstructionDataModule(AlignDataModule):
 
     def train_dataloader(self) -> DataLoader[MicroBatch]:
         """Gives the training rows, shuffled by (seed, epoch)."""
-        return self.step_loader(self.make_dataset(self.train_rows), *sizes(self.train_rows), self.batch_size)
+        return self.step_loader(self.make_dataset(self.train_rows), *count_sizes(self.train_rows), self.batch_size)
 
     def val_dataloader(self) -> EVAL_DATALOADERS:
         """Gives the held-out rows in order; none without ``val``."""
         rows = self.val_rows
-        return self.held_out_loader(self.make_dataset(rows), *sizes(rows), self.batch_size) if rows else []
+        return self.held_out_loader(self.make_dataset(rows), *count_sizes(rows), self.batch_size) if rows else []
 
     def test_dataloader(self) -> EVAL_DATALOADERS:
         """Gives the held-out rows."""
@@ -143,7 +143,7 @@ class InstructionDataModule(AlignDataModule):
     def domain_loader(self, name: str) -> DataLoader[MicroBatch]:
         """Gives this rank's share of one domain's rows, in order, in as many batches on every rank."""
         rows = self.domains[name]
-        return self.held_out_loader(self.make_dataset(rows), *sizes(rows), self.batch_size)
+        return self.held_out_loader(self.make_dataset(rows), *count_sizes(rows), self.batch_size)
 
     def load_training(self) -> list[Tokens]:
         """Reads the training rows, and packs them if asked."""
@@ -162,7 +162,7 @@ class InstructionDataModule(AlignDataModule):
                 f"data.unknown {self.unknown} has no effect, for no row of {name} has a column knowledge; map it with "
                 "data.columns, or let KnowledgeModule sort the rows first"
             )
-        lengths, supervised = sizes(rows)
+        lengths, supervised = count_sizes(rows)
         self.check_positions(stage, max(lengths), "max_length")
         self.report(stage, f"{sum(supervised) / sum(lengths):.1%} of {sum(lengths)} tokens supervised", name)
         return rows
@@ -184,7 +184,7 @@ class InstructionDataModule(AlignDataModule):
         if unknown == "drop" and example.knowledge in UNKNOWN:
             return None
         if unknown == "idk" and example.knowledge == "Unknown":
-            example = disown(example)
+            example = replace_answer(example)
         return encode_instruction(self.tokenizer, example, chat, self.system, self.loss_on)
 
     def settle(self, rows: Sequence[Row], stage: str) -> None:
@@ -229,7 +229,7 @@ class InstructionDataset(Dataset[InstructionBatch]):
         return padded
 
 
-def disown(example: InstructionExample) -> InstructionExample:
+def replace_answer(example: InstructionExample) -> InstructionExample:
     """Replaces the last answer of an example by "I don't know." Raises ValueError for a plain text, which asks nothing."""
     if example.whole:
         raise ValueError(f"{example.origin}: unknown: idk needs a question and its answer, and the row is a plain text")
@@ -238,6 +238,6 @@ def disown(example: InstructionExample) -> InstructionExample:
     return replace(example, completion=[*example.completion[:-1], Message(role="assistant", content=IDK)])
 
 
-def sizes(rows: list[Tokens]) -> tuple[list[int], list[int]]:
+def count_sizes(rows: list[Tokens]) -> tuple[list[int], list[int]]:
     """Counts the tokens and the supervised tokens of each row."""
     return [len(row.ids) for row in rows], [sum(row.supervised) for row in rows]

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from datamodules.instruction import InstructionDataModule, sizes
+from datamodules.instruction import InstructionDataModule, count_sizes
 from datamodules.loaders.mixture_streams import DecayPhase, Stream, check_streams
 from datamodules.loaders.step_sampler import MicroBatch, StepSampler
 from datamodules.pretraining import load_documents
@@ -187,7 +187,9 @@ class MixtureDataModule(InstructionDataModule):
             draw=self.draw,
             global_step=lambda: trainer.global_step if trainer else 0,
         )
-        return self.step_loader(self.make_dataset(self.train_rows), *sizes(self.train_rows), self.batch_size, sampler)
+        return self.step_loader(
+            self.make_dataset(self.train_rows), *count_sizes(self.train_rows), self.batch_size, sampler
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the place in the epoch, how the steps were cut, and the checksum of each stream."""

@@ -4,7 +4,7 @@ from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from datamodules.instruction import InstructionDataModule, sizes
+from datamodules.instruction import InstructionDataModule, count_sizes
 from datamodules.sources import Source
 from datamodules.tokens.encoding import Tokens
 from datamodules.tokens.packing import pack, split_long
@@ -76,7 +76,7 @@ def load_documents(
     rows = [piece for document in documents for piece in split_long(document, data.max_length) if len(piece.ids) > 1]
     if data.packing:
         rows = pack(rows, data.max_length)
-    lengths, supervised = sizes(rows)
+    lengths, supervised = count_sizes(rows)
     data.check_positions(stage, max(lengths), "max_length")
     made = (
         f"{num_documents} documents in {len(rows)} rows that are {sum(lengths) / len(rows) / data.max_length:.1%} full"

@@ -15,7 +15,7 @@ from datamodules.curriculum.orders import LearningOrder, PromptOrder
 from datamodules.formats.lessons import HasTeacher, Lessons
 from datamodules.formats.prompt_shapes import VerifiableExample, asked_columns, settle_choices, verifiable_example
 from datamodules.formats.reading import plain
-from datamodules.loaders.phase_loader import PhaseLoader, from_stream
+from datamodules.loaders.phase_loader import PhaseLoader, draw_from_stream
 from datamodules.loaders.ptx import PtxStream
 from datamodules.loaders.step_sampler import MicroBatch
 from datamodules.sources import PreferencePrompts, Row, Source
@@ -152,7 +152,7 @@ class VerifiableDataModule(AlignDataModule):
         if self.order is None:
             first = number * self.prompts_per_phase
             places = range(first + self.rank, first + self.prompts_per_phase, self.world_size)
-            drawn = from_stream(places, len(self.train_prompts), self.seed)
+            drawn = draw_from_stream(places, len(self.train_prompts), self.seed)
         else:
             drawn = self.order.draw(number, self.prompts_per_phase)[self.rank :: self.world_size]
         return prompt_batch([(self.train_prompts[row], instance) for row, instance in drawn])

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from callbacks.measures.prognosis import bound_share, count_wins, expect_distinct
-from callbacks.measures.trial import Trial, Tried, mean, percent, shorten
+from callbacks.measures.trial import Trial, Tried, mean, percent, quote
 from modules.rewards.answers import ExactMatch, MathVerify, NumericMatch, name_reader
 from modules.rewards.combined import WeightedSum, walk_rewards
 from modules.rewards.dispatch import Dispatch
@@ -188,7 +188,7 @@ class Examination:
                     Finding(
                         "golds",
                         f"{name_of(verifier)} cannot read {len(unread)} of {len(asked)} answers of the training rows, "
-                        f"such as {shorten(unread[0])}, so their completions get no score: {name_reader(unread[0])}.",
+                        f"such as {quote(unread[0])}, so their completions get no score: {name_reader(unread[0])}.",
                     )
                 ]
         return []
@@ -445,7 +445,7 @@ class Examination:
         return Finding(
             "verifier",
             f"{name_of(self.judge)}, {self.place_of_judge}, gives nothing to {share:.0%} of the answers that {name} "
-            f"finds right, such as {shorten(first.text)} for {shorten(str(first.answer))}: ask for the form that it "
+            f"finds right, such as {quote(first.text)} for {quote(str(first.answer))}: ask for the form that it "
             f"reads, in the prompt or by SFT, or use {name} without a pattern.",
         )
 
@@ -556,9 +556,9 @@ class Examination:
                 continue
             if min([value for value in score(part, self.write_long()) if value is not None], default=0.0) < 0:
                 continue  # a penalty, whose best value is 0
-            shown = shorten(self.trial.all[0].rollout.text)
+            shown = quote(self.trial.all[0].rollout.text)
             pattern = getattr(getattr(part, "pattern", None), "pattern", None)
-            wanted = f" for the pattern {shorten(pattern)}" if pattern else ""
+            wanted = f" for the pattern {quote(pattern)}" if pattern else ""
             found.append(
                 Finding(
                     "format",

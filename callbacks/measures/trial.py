@@ -72,6 +72,6 @@ def percent(shares: Sequence[float]) -> str:
     return f"{mean(shares):.0%}"
 
 
-def shorten(text: str, most: int = 40) -> str:
+def quote(text: str, most: int = 40) -> str:
     """Return a text in quotes, cut in the middle if it is longer than ``most`` characters."""
     return repr(text if len(text) <= most else f"{text[: most // 2]}...{text[-most // 2 :]}")

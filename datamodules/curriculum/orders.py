@@ -17,7 +17,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from datamodules.curriculum.difficulty import require_some
 from datamodules.formats.prompt_shapes import VerifiableExample
-from datamodules.loaders.phase_loader import from_stream
+from datamodules.loaders.phase_loader import draw_from_stream
 from modules.functional.ranges import check_numbers
 
 Drawn = list[tuple[int, int]]  # the row, and a number that tells this instance from its earlier ones
@@ -97,10 +97,10 @@ class EasyToHard(PromptOrder):
     def draw(self, number: int, places: int) -> Drawn:
         """Return a stretch of the shuffled stream, and from ``start`` on one of the sorted stream."""
         if number < self.start:
-            return from_stream(range(number * places, (number + 1) * places), self.rows, self.seed)
+            return draw_from_stream(range(number * places, (number + 1) * places), self.rows, self.seed)
         first = (number - self.start) * places
-        before = rounds(self.start * places, self.rows)
-        turns = range(first // self.rows, rounds(first + places, self.rows))
+        before = count_rounds(self.start * places, self.rows)
+        turns = range(first // self.rows, count_rounds(first + places, self.rows))
         stream = [(row, before + turn) for turn in turns for row in self.sort(turn)]
         skipped = first - turns.start * self.rows
         return stream[skipped : skipped + places]
@@ -150,10 +150,10 @@ class HarderLater(PromptOrder):
     def draw(self, number: int, places: int) -> Drawn:
         """Return a stretch of the shuffled stream, and from ``start`` on one of a stream of the hard rows."""
         if number < self.start:
-            return from_stream(range(number * places, (number + 1) * places), self.rows, self.seed)
+            return draw_from_stream(range(number * places, (number + 1) * places), self.rows, self.seed)
         first = (number - self.start) * places
-        before = rounds(self.start * places, self.rows)
-        found = from_stream(range(first, first + places), len(self.hard), self.seed)
+        before = count_rounds(self.start * places, self.rows)
+        found = draw_from_stream(range(first, first + places), len(self.hard), self.seed)
         return [(self.hard[row], before + turn) for row, turn in found]
 
 
@@ -200,7 +200,7 @@ class Prioritised(LearningOrder):
         """
         generator, weights = random.Random(f"{self.seed} {number}"), self.weights()
         drawn: Drawn = []
-        turns = rounds(places, self.rows)
+        turns = count_rounds(places, self.rows)
         for turn in range(turns):
             noise = [1 - generator.random() for _ in weights]  # in (0, 1]
             keys = [(w > 0, math.log(u) / w if w > 0 else u) for w, u in zip(weights, noise, strict=True)]
@@ -249,7 +249,7 @@ class MoPPS(LearningOrder):
         """Return the rows nearest to the target; all of them first while there are fewer than places."""
         generator = random.Random(f"{self.seed} {number}")
         drawn: Drawn = []
-        turns = rounds(places, self.rows)
+        turns = count_rounds(places, self.rows)
         counts = list(zip(self.right.tolist(), self.wrong.tolist(), strict=True))
         for turn in range(turns):
             gaps = [-abs(generator.betavariate(right, wrong) - self.target) for right, wrong in counts]
@@ -269,7 +269,7 @@ class MoPPS(LearningOrder):
         return {"right": self.right, "wrong": self.wrong}
 
 
-def rounds(places: int, rows: int) -> int:
+def count_rounds(places: int, rows: int) -> int:
     """Return how many rounds over the rows ``places`` begin."""
     return -(-places // rows)
 

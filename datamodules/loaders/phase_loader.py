@@ -182,7 +182,7 @@ class PhaseLoader:
         mine = {
             "phase": self.phase,
             "position": self.position,
-            "micro_batches": [on(batch, torch.device("cpu")) for batch in self.micro_batches]
+            "micro_batches": [move_batch(batch, torch.device("cpu")) for batch in self.micro_batches]
             if self.position < len(self)
             else [],
             "rollouts": [asdict(rollout) for rollout in record.rollouts],
@@ -235,7 +235,7 @@ class PhaseLoader:
         self.position = (
             mine["position"] - mine["position"] % self.trainer.accumulate_grad_batches if saved else len(self)
         )
-        self.micro_batches = [on(batch, self.trainer.strategy.root_device) for batch in mine["micro_batches"]]
+        self.micro_batches = [move_batch(batch, self.trainer.strategy.root_device) for batch in mine["micro_batches"]]
         record.rollouts = [load_rollout(saved) for saved in mine["rollouts"]]
         record.carried = [load_rollout(saved) for saved in mine.get("carried", [])]
         record.ahead = {saved["phase"]: load_ahead(saved) for saved in mine.get("ahead", [])}
@@ -255,7 +255,7 @@ def load_rollout(saved: dict[str, Any]) -> Rollout:
     return Rollout(**{**saved, "completion": Completion(**saved["completion"])})
 
 
-def from_stream(places: Iterable[int], num_rows: int, seed: int) -> list[tuple[int, int]]:
+def draw_from_stream(places: Iterable[int], num_rows: int, seed: int) -> list[tuple[int, int]]:
     """Finds the row and the number of the pass at each place of an endless stream.
 
     Pass after pass is shuffled anew by (seed, pass).
@@ -271,7 +271,7 @@ def order_of_pass(num_rows: int, seed: int, number: int) -> list[int]:
     return order
 
 
-def on(batch: PolicyBatch, device: torch.device) -> PolicyBatch:
+def move_batch(batch: PolicyBatch, device: torch.device) -> PolicyBatch:
     """Return the batch with its tensors on ``device``."""
     return cast(PolicyBatch, {name: value.to(device) for name, value in cast(dict[str, Tensor], batch).items()})
 

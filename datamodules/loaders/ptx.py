@@ -8,7 +8,7 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 from datamodules.base import AlignDataModule, HasPositions
-from datamodules.loaders.phase_loader import from_stream
+from datamodules.loaders.phase_loader import draw_from_stream
 from datamodules.loaders.step_sampler import MicroBatch
 from datamodules.pretraining import PretrainingDataModule
 from datamodules.sources import Source
@@ -84,7 +84,7 @@ class PtxStream:
         """
         assert self.texts is not None
         places = range(update * self.rows_per_update, (update + 1) * self.rows_per_update)
-        rows = [row for row, _ in from_stream(places, len(self.rows), self.texts.seed)]
+        rows = [row for row, _ in draw_from_stream(places, len(self.rows), self.texts.seed)]
         supervised = sum(sum(self.rows[row].supervised) for row in rows)
         return self.texts.make_dataset(self.rows)[MicroBatch(tuple(rows[share::shares]), supervised)]
 

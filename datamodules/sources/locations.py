@@ -14,7 +14,7 @@ SPLITS = {  # words in file names, as the datasets library reads them
 }
 
 
-def file_format(path: Path) -> str:
+def read_format(path: Path) -> str:
     """Return the ending that tells the format, in lower case and without ``.gz``."""
     return Path(path.name.lower().removesuffix(".gz")).suffix
 
@@ -53,7 +53,7 @@ def find_files(folder: Path, endings: Sequence[str], split: str | None) -> list[
             train.
     """
     found = sorted(path for path in folder.iterdir() if not path.name.startswith((".", "_")))
-    files = [path for path in found if path.is_file() and file_format(path) in endings]
+    files = [path for path in found if path.is_file() and read_format(path) in endings]
     others = [f"{path.name}/" if path.is_dir() else path.name for path in found if path not in files]
     if not files:
         folders = ", ".join(name for name in others if name.endswith("/"))
