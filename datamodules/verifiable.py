@@ -14,7 +14,7 @@ from datamodules.curriculum.difficulty import Difficulty
 from datamodules.curriculum.orders import LearningOrder, PromptOrder
 from datamodules.formats.lessons import HasTeacher, Lessons
 from datamodules.formats.prompt_shapes import VerifiableExample, asked_columns, settle_choices, verifiable_example
-from datamodules.formats.reading import plain
+from datamodules.formats.reading import make_plain
 from datamodules.loaders.phase_loader import PhaseLoader, draw_from_stream
 from datamodules.loaders.ptx import PtxStream
 from datamodules.loaders.step_sampler import MicroBatch
@@ -174,7 +174,7 @@ class VerifiableDataModule(AlignDataModule):
 
     def prompt_rows(self) -> list[tuple[str, dict[str, Any]]]:
         """Returns the uid in ``predict`` and the columns of each training prompt, in order."""
-        return [(f"{prompt.example.origin}#0", plain(prompt.columns)) for prompt in self.train_prompts]
+        return [(f"{prompt.example.origin}#0", make_plain(prompt.columns)) for prompt in self.train_prompts]
 
     def asked_rows(self) -> list[AskedRow]:
         """Returns each training row without what answered it, in order; see :func:`asked_columns`."""
@@ -182,7 +182,7 @@ class VerifiableDataModule(AlignDataModule):
             AskedRow(
                 f"{prompt.example.origin}#0",
                 prompt.text,
-                plain(asked_columns(prompt.columns, self.columns, prompt.example.answer)),
+                make_plain(asked_columns(prompt.columns, self.columns, prompt.example.answer)),
                 prompt.text != prompt.example.prompt,
                 read_question(prompt.example.prompt),
             )

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-from callbacks.measures.prognosis import bound_share, count_wins, expect_distinct
+from callbacks.measures.prognosis import bound_share, expect_distinct, run_sign_test
 from callbacks.measures.trial import Trial, Tried, mean, percent, quote
 from modules.rewards.answers import ExactMatch, MathVerify, NumericMatch, name_reader
 from modules.rewards.combined import WeightedSum, walk_rewards
@@ -218,7 +218,7 @@ class Examination:
             scores = score(judge, [rollout for group in swapped for rollout in group])
             found = iter(scores)
             after = [mean((next(found) or 0.0) > 0.5 for _ in group) for group in swapped]
-            if count_wins(after, before) < SURE:
+            if run_sign_test(after, before) < SURE:
                 return name
             if readable is None and mean(value is not None for value in scores) > 1 - WASTE:
                 readable = name
@@ -337,8 +337,8 @@ class Examination:
         before = Trial([group for group, _ in pairs])
         after = self.try_out([other for _, other in pairs], self.sampling, self.num_generations)
         ended = bound_share(sum(after.cut()), len(pairs))[1] < bound_share(sum(before.cut()), len(pairs))[0]
-        less_right = count_wins(before.right(), after.right()) < SURE
-        if not (count_wins(after.right(), before.right()) < SURE or ended and not less_right):
+        less_right = run_sign_test(before.right(), after.right()) < SURE
+        if not (run_sign_test(after.right(), before.right()) < SURE or ended and not less_right):
             return None
         plain = self.prompts[0].text == self.prompts[0].example.prompt
         here, there = (
@@ -400,11 +400,11 @@ class Examination:
         trial = self.try_out(self.prompts, replace(self.sampling, temperature=1.0), self.num_generations)
         before, after = self.trial.idle(self.size), trial.idle(self.size)
         better = min(
-            count_wins(before, after),
-            count_wins(trial.right(), self.trial.right()),
-            count_wins(self.trial.cut(), trial.cut()),
+            run_sign_test(before, after),
+            run_sign_test(trial.right(), self.trial.right()),
+            run_sign_test(self.trial.cut(), trial.cut()),
         )
-        alike = count_wins(self.trial.idle(2), trial.idle(2))
+        alike = run_sign_test(self.trial.idle(2), trial.idle(2))
         cold = self.sampling.temperature < COLD and alike < COLD_SURE and mean(before) - mean(after) > 2 * WASTE
         if better >= SURE and not cold:
             return None

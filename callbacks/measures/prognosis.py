@@ -28,13 +28,13 @@ def bound_share(successes: float, count: int) -> tuple[float, float]:
     return max(0.0, (middle - half) / (1 + z)), min(1.0, (middle + half) / (1 + z))
 
 
-def count_wins(first: Sequence[float], second: Sequence[float]) -> float:
+def run_sign_test(first: Sequence[float], second: Sequence[float]) -> float:
     """Compute the chance of at least as many wins of ``first`` over ``second`` if neither were better (sign test).
 
     Both hold one value per prompt, in the same order; ties are left out. The chance is 2^-m sum_(i >= k) C(m, i) for k
     wins in m pairs, and 1 without a pair.
 
-    >>> count_wins([1, 1, 1, 0], [0, 0, 0, 0])
+    >>> run_sign_test([1, 1, 1, 0], [0, 0, 0, 0])
     0.125
     """
     wins = sum(a > b for a, b in zip(first, second, strict=True))

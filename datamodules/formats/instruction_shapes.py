@@ -16,7 +16,7 @@ from datamodules.formats.conversation import (
     read_turns,
 )
 from datamodules.formats.prompt_shapes import as_letter
-from datamodules.formats.reading import Cells, Reading, references, texts_in, unpack
+from datamodules.formats.reading import Cells, Reading, take_references, texts_in, unpack
 from datamodules.sources.source import Row
 from datamodules.tokens.encoding import Dialogue, LossOn, Message, Tokens, Tools, encode_document, encode_example
 from modules.types import ALPACA_PROMPT, ALPACA_PROMPT_WITH_INPUT, KNOWLEDGE_CATEGORIES
@@ -246,7 +246,7 @@ def _read_asked(cells: Cells, name: str) -> Asked:
 
 def _read_completion(cells: Cells, name: str) -> Any:
     """Reads text or messages; of several references the first."""
-    value, held = references(cells.take(name), cells.place(name)), cells.values[cells.name(name)]
+    value, held = take_references(cells.take(name), cells.place(name)), cells.values[cells.name(name)]
     value = as_letter(cells, value) if cells.holds("options") else value
     if value is None and isinstance(held, str):
         raise ValueError(f"{cells.origin}: the completion is empty (column {cells.name(name)!r})")

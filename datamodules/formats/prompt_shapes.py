@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from datamodules.formats.conversation import PROMPTS, add_context, read_options, read_prompt
-from datamodules.formats.reading import Cells, Reading, as_number, guess, is_empty, plain, references
+from datamodules.formats.reading import Cells, Reading, as_number, guess, is_empty, make_plain, take_references
 from datamodules.formats.table import NAMED, normalize, our_names
 from datamodules.sources.source import Row
 from datamodules.tokens.encoding import Dialogue, Tools
@@ -89,7 +89,7 @@ def verifiable_example(
     if "answer" not in reading.by_hand:
         asks.add("answer")
     info = {name: value for name, value in row.columns.items() if name not in asks}
-    return VerifiableExample(asked.prompt, answer, plain(info), row.origin, row.source, asked.tools, measured)
+    return VerifiableExample(asked.prompt, answer, make_plain(info), row.origin, row.source, asked.tools, measured)
 
 
 def asked_columns(columns: Mapping[str, Any], by_hand: Mapping[str, str] | None, answer: str | None) -> dict[str, Any]:
@@ -179,7 +179,7 @@ def right_answer(cells: Cells, names: tuple[str, ...] = ANSWERS) -> tuple[str | 
         if not cells.holds(name):
             continue
         theirs = cells.name(name)
-        answer = references(cells.take_unpacked(name, one_of_several=True), cells.place(name))
+        answer = take_references(cells.take_unpacked(name, one_of_several=True), cells.place(name))
         cells.roles[theirs] = "answer" if name not in cells.reading.by_hand else name
         if isinstance(answer, list | tuple):
             several = list(dict.fromkeys(str(one).strip() for one in answer if not is_empty(one)))

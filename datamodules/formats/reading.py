@@ -449,7 +449,7 @@ def texts_in(value: Any) -> list[str]:
     return [text for part in parts for text in texts_in(part)]
 
 
-def references(value: Any, where: str) -> Any:
+def take_references(value: Any, where: str) -> Any:
     """Takes the texts from SQuAD's ``{"text": [...], "answer_start": [...]}``; any other value stays.
 
     Raises ValueError as :func:`unpack` does.
@@ -469,15 +469,15 @@ def repeats(value: Any, other: Any) -> bool:
     )
 
 
-def plain(value: Any) -> Any:
+def make_plain(value: Any) -> Any:
     """Makes a value of None, bool, int, float, str, list and dict alone, which torch's safe loading reads.
 
     Dates become ISO text, anything else its own text.
     """
     if isinstance(value, dict):
-        return {str(key): plain(part) for key, part in value.items()}
+        return {str(key): make_plain(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(part) for part in value]
+        return [make_plain(part) for part in value]
     if value is None or type(value) in (bool, int, float, str):
         return value
     return value.isoformat() if isinstance(value, datetime.date | datetime.time) else str(value)
