@@ -44,7 +44,7 @@ class Curves(Callback):
         """Keep the metrics of the phase."""
         outcomes = from_all_ranks(make_outcomes(record_of(pl_module).rollouts))
         if not outcomes:
-            raise ValueError("Curves draws what is sampled in a phase, and nothing was: leave it out")
+            raise ValueError("Curves draws metrics of samples, and this phase sampled nothing: remove the callback")
         found = measure_rollouts(outcomes)
         known = {f"train/{name}": value for name, value in found.items()}
         unknown = [name for name in self.metrics.values() if name not in known]

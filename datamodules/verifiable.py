@@ -340,7 +340,7 @@ class VerifiableDataModule(AlignDataModule):
             self._loader.restore(self._snapshot)
 
     def _prepare_learning(self, who: str) -> None:
-        """Finds the row of each origin. Raises ValueError where outcomes could not be told or ascribed to a row."""
+        """Finds the row of each origin. Raises ValueError if outcomes would be unknown or belong to several rows."""
         if self.trainer is not None:
             module = self.trainer.lightning_module
             require_accuracy(module, f"data.order {who}")

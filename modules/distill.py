@@ -380,8 +380,8 @@ class DistillModule(OnPolicyModule):
             self.teacher.mix(self.policy, self.ema)
 
     def evaluate(self, prompts: PromptBatch, stage: str) -> None:
-        """Answer held-out prompts as every method does, and measure D on the answers, or on the rows' own completions
-        if ``on_policy`` is 0.
+        """Answer held-out prompts as every method does, and measure D on the answers. If ``on_policy`` is 0, D is
+        measured on the rows' own completions.
         """
         super().evaluate(prompts, stage)
         rollouts = self.recite(prompts) if self.on_policy == 0 else self.record.held_out

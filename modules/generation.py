@@ -229,7 +229,7 @@ class GenerationModule(AlignmentModule):
         self.evaluate(prompts, "test")
 
     def evaluate(self, prompts: PromptBatch, stage: str) -> None:
-        """Answer a batch of held-out prompts and keep the scored completions in ``record``; where ``accuracy`` can tell
+        """Answer a batch of held-out prompts, and keep the scored completions in ``record``. If ``accuracy`` tells
         right from wrong, answer them greedily too.
         """
         before = count_failures(self.reward)

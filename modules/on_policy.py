@@ -83,7 +83,8 @@ class OnPolicyModule(GenerationModule):
         environment: lets completions call the tools of a class of yours; None = no tools.
         importance: weights that correct for the different probabilities that engine and trainer compute. false = none,
             true = the default ones, None = true if the engine samples from a copy of the weights, else false.
-        reference: keep the frozen start policy, for a loss or to measure the KL; a folder or hub id keeps that model.
+        reference: keep the frozen start policy, for a loss or to measure the KL; a folder or hub id = keep that model
+            instead.
         validation: what decides right or wrong on held-out prompts, and how many completions of each are sampled.
         lora: train low-rank adapters instead of all weights.
         optimizer: parameters -> optimizer.
@@ -532,8 +533,8 @@ class OnPolicyModule(GenerationModule):
             )
 
     def check_kl(self, sums: list[float]) -> None:
-        """Warn once if the KL of a phase, from the KL of each completion, is below 0 by more than chance and rounding
-        explain.
+        """Warn once if the KL of a phase is below 0 by more than chance and rounding explain. ``sums`` has the KL of
+        each completion.
         """
         values = torch.tensor(sums, dtype=torch.float64)
         if self._kl_warned or len(values) < ENOUGH:

@@ -633,8 +633,7 @@ class FunctionReward(Reward):
 
 
 def as_reward(reward: Any) -> Any:
-    """Turn a plain function, or another callable that is no reward, into a reward, also inside a list or a dict; return
-    anything else as it is.
+    """Turn a plain function into a reward, also inside a list or a dict; return anything else as it is.
 
     Every class that takes a reward calls this, so that a function may stand wherever a reward may.
     """

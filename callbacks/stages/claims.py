@@ -94,7 +94,8 @@ def find_standard_error(found: Mapping[str, float], metric: str, words: str) -> 
 
 
 class Claims(Callback):
-    """Checks the claims of a recipe and prints each as held or not; the run fails (exit status 1) if one does not hold.
+    """Checks the claims of a recipe, and prints each as held or not; one that does not hold fails the run (exit status
+    1).
 
     A claim with ``required: false`` is printed as shown or not shown, and never fails the run. It reads the last
     validation of ``fit``, or the one of ``validate``; a ``fast_dev_run`` is not checked. List it after ``Summary`` and

@@ -174,7 +174,9 @@ def add_context(cells: Cells, asked: Asked, chat: bool) -> Asked:
 
 
 def read_turns(cells: Cells, value: Any, name: str) -> Conversation:
-    """Reads the messages in the cell, or the part of one, that is called ``name``; names what of them is not read."""
+    """Reads the messages in a cell, or in the part of a cell, called ``name``, and notes which of their fields are not
+    read.
+    """
     conversation = read_messages(value, f"{cells.origin}: {name}")
     for field in sorted(conversation.unread):
         cells.unread[f"{name}.{field}"] = "beside what messages say"

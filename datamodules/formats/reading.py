@@ -347,7 +347,7 @@ def with_nested(columns: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def find_at_path(record: Mapping[str, Any], name: str) -> list[Any]:
-    """Finds the value of a column, or of a dotted path into nested columns, as a list of one; an empty list without it."""
+    """Finds the value of a column, or of a dotted path into nested columns: a list of one value, empty without it."""
     if name in record:
         return [record[name]]
     first, dot, rest = name.partition(".")

@@ -516,8 +516,8 @@ class TokenisedText:
 def _tokenise_tail(
     tokenizer: PreTrainedTokenizerBase, text: str, special: frozenset[int], num_tokens: int
 ) -> TokenisedText:
-    """Tokenises the end of a prompt, and caches it, since most conversations share it; ``num_tokens`` in the key tells
-    a changed tokenizer.
+    """Tokenises the end of a prompt once, since most conversations share it. With ``num_tokens`` in the cache's key, a
+    changed tokenizer is noticed.
     """
     return TokenisedText(tokenizer, text, special)
 

@@ -372,8 +372,8 @@ def sampling_mode(model: PreTrainedModel) -> Iterator[None]:
 
 
 def measure_parity(policy: SampledPolicy, model: PreTrainedModel, prompts: list[list[int]], compiled: bool) -> Tensor:
-    """Return by how many nats the log-probs of a few tokens, sampled by the fast decode step with few and more rows,
-    differ from those of the policy's plain forward.
+    """Return by how many nats the fast decode step and the policy's plain forward differ. It compares the log-probs of
+    a few tokens, sampled with few and with more rows.
 
     Args:
         policy: gives the forward.

@@ -111,8 +111,9 @@ def measure_modes(found: Sequence[Outcome]) -> dict[str, float]:
 
 
 def measure_budgets(found: Mapping[int, Sequence[Outcome]]) -> dict[str, float]:
-    """Compute accuracy, its standard error over prompts, and tokens at each thinking budget; ``rise`` is the accuracy at
-    the largest budget minus that at the smallest, with the standard error of the difference on the same prompts.
+    """Compute accuracy, its standard error over prompts, and mean tokens at each thinking budget. ``rise`` is the
+    accuracy at the largest budget minus the accuracy at the smallest, with the standard error of this difference on the
+    same prompts.
 
     Args:
         found: outcomes of all ranks by budget, in rising order. Those that cannot be judged are left out.

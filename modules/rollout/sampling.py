@@ -31,8 +31,8 @@ SINGLE_BLOCK = 1024  # vocabularies up to this size are searched as one block
 
 @dataclass(frozen=True)
 class Reuse:
-    """Begins a completion in training with the part of the prompt's last one that the policy would still write (SPEC-RL,
-    arXiv 2509.23232); see ``Drafts``.
+    """Begins a completion with the part of the prompt's last completion that the policy would still write, in training
+    only. Source: SPEC-RL, arXiv 2509.23232; see ``Drafts``.
 
     Raises:
         ValueError: a value is out of range.
@@ -188,7 +188,7 @@ class Ledger:
 
     @property
     def reads_each_token(self) -> bool:
-        """Whether the next token may depend on what the text of the last one says, so that none can be drawn ahead."""
+        """Whether the next token may depend on the text of the last one, so that no token can be drawn ahead."""
         return self._gives
 
     def num_drawn(self) -> int:

@@ -83,8 +83,8 @@ class Forecast(Callback):
             rank_zero_info(write_estimate(module.peak, *foreseen, "to go" if resumed else "in all"))
 
     def foresee(self, trainer: Trainer, steps: list[tuple[float, float, int]]) -> tuple[float, str, float, bool]:
-        """Return the seconds of a step or phase, which of the two it is, the seconds of the whole fit, and whether
-        validations are left out.
+        """Return the seconds of a step or phase, which of the two, the seconds of the fit, and whether these leave out
+        validations.
         """
         seconds, before, tokens = (sum(column) for column in zip(*steps, strict=True))
         batches, accumulate = trainer.num_training_batches, trainer.accumulate_grad_batches

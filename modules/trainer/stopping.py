@@ -131,7 +131,7 @@ class StopTogether(Callback):
 
 
 def find_requeue_signal(trainer: Trainer) -> signal.Signals | None:
-    """Return the signal with which SLURM announces the end of a job that may go on later; None without such a job."""
+    """Return the signal by which SLURM announces the end of a job that it can requeue; None without such a job."""
     environment = trainer._accelerator_connector.cluster_environment
     return (
         environment.requeue_signal if isinstance(environment, SLURMEnvironment) and environment.auto_requeue else None

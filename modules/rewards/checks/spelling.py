@@ -44,8 +44,8 @@ _BOLD = re.compile(r"(?<![\w)\]}*])\*\*(?=[^\s*])([^*\n]{1,200}?)\*\*(?![\w*])(?
 
 
 def plain_signs(text: str) -> str:
-    """Write full-width signs, the digits of other scripts, dashes for a minus, superscripts and signs of fractions in
-    ASCII, as LaTeX where it needs to be; drop currency signs other than the dollar.
+    """Write signs in ASCII, as LaTeX where needed: full-width forms, digits of other scripts, dashes for a minus,
+    superscripts and signs of fractions. Drop currency signs other than the dollar.
 
     >>> plain_signs("\u20133\u00b2 + 1\u00bd + \u20ac5")
     '-3^2 + \\\\frac{3}{2} + 5'

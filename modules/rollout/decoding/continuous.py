@@ -189,7 +189,7 @@ class ContinuousBatch:
         self._lay_out(torch.cat(tokens))
 
     def _find_room(self, start: int) -> int:
-        """Return how many requests may begin at a column, if all get as long as those that have ended were on average."""
+        """Return how many requests may begin at a column, if all reach the mean length of those that have ended."""
         rows, length = self.shelves.rows, self.ended_tokens // self.ended if self.ended else BLOCK
         later = [max(row.position, row.start + length) for row in rows]
         room = min(self.shelves.find_room(later, start + length), MAX_ROWS - len(rows))
@@ -248,7 +248,9 @@ class ContinuousBatch:
         return min(max(busy, len(self.tokens)), -(-busy // ROW_STEP) * ROW_STEP)
 
     def _prefill(self, room: int) -> None:
-        """Compute the next jobs of the queue, for about ``room`` requests, and draw a token for each; hold those that go on."""
+        """Compute the next jobs of the queue, for about ``room`` requests; draw a token for each, and hold those that
+        go on.
+        """
         chosen = [self.queue.pop()]
         limit = self.prefill_tokens // len(chosen[0].ids)
         while self.queue and len(chosen) < limit and sum(len(job.requests) for job in chosen) < room:

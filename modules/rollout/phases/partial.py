@@ -9,10 +9,10 @@ from modules.types import Completion
 
 @dataclass(frozen=True)
 class PartialRollouts:
-    """Lets a completion sample a number of tokens in a phase of training, and go on in the next phase if it is not over.
+    """Lets a completion sample some tokens in a phase of training, and go on in the next phase if it has not ended.
 
     Source: Kimi k1.5, arXiv 2501.12599, section 2.6.2. So no phase waits for its longest completions. A group is scored
-    and trained on when all its completions are over. Complete groups are trained on in the order in which they were
+    and trained on when all its completions have ended. Complete groups are trained on in the order in which they were
     begun, at most as many as the phase has prompts; the others wait. A phase has at least the groups that its
     micro-batches take: if too few are complete, the first of the others go on until they are. So the first phases train
     on fewer groups, of shorter completions. The groups that they leave come later, and groups that the last phases

@@ -296,7 +296,7 @@ def describe_tokens(logprobs: Tensor, tokens: Tensor, k: int) -> tuple[Tensor, T
 
 
 def verify_tokens(logprobs: Tensor, draft: Draft, uniforms: Tensor, lenience: float) -> Tensor:
-    """Draw a token by p in each place of a draft, the draft's own one as often as may be; see ``Drafts``.
+    """Draw a token by p at each place of a draft, the draft's own token as often as possible; see ``Drafts``.
 
     Args:
         logprobs: [K, V], log p, nats.
