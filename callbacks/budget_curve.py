@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
-from callbacks.phase import new_figure, tensorboards
+from callbacks.phase import find_tensorboards, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -50,7 +50,7 @@ class BudgetCurve(Callback):
         self.show(trainer, "test")
 
     def show(self, trainer: Trainer, stage: str) -> None:
-        """Draw and print the curve of an evaluation that is over; nothing in the check before a fit."""
+        """Draw and print the curve of a finished evaluation; the sanity check before a fit draws nothing."""
         if trainer.sanity_checking:
             return
         curve: dict[int, dict[str, float]] = {}
@@ -65,7 +65,7 @@ class BudgetCurve(Callback):
             for budget, point in curve.items()
         ]
         rank_zero_info("\n".join(["budget    accuracy    s.e.  all tokens", *lines]))
-        for logger in tensorboards(trainer):
+        for logger in find_tensorboards(trainer):
             figure = new_figure()
             draw_curve(figure, curve)
             logger.experiment.add_figure(f"{stage}/budget", figure, global_step=trainer.global_step)

@@ -1,4 +1,4 @@
-"""How did chosen metrics of sampling move over the phases? One figure, as a file."""
+"""How did chosen metrics of sampling change over the phases? Draws them into one file."""
 
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,13 @@ class Curves(Callback):
     """Draws metrics of the phases, one panel each, into a PNG at the end of the fit, and prints its path.
 
     Args:
-        metrics: label of a panel -> metric as logged, such as ``{tokens: train/completions/mean_length}``; at least
-            one. Rewards, their parts and lengths can be drawn: what ``measure_rollouts`` measures.
+        metrics: label of a panel -> name of the logged metric, such as ``{tokens: train/completions/mean_length}``; at
+            least one. Rewards, their parts and lengths can be drawn: what ``measure_rollouts`` measures.
         file: the PNG; its parent folders are made. None = ``curves.png`` in the run's folder.
 
     Raises:
-        ValueError: there is no metric; in ``setup``, when the file cannot be written; after the first phase, when a
-            metric is none of the sampling.
+        ValueError: there is no metric; in ``setup``, when the file cannot be written; after the first phase, when
+            sampling does not measure a metric.
     """
 
     def __init__(self, metrics: dict[str, str], file: str | None = None) -> None:
@@ -44,7 +44,7 @@ class Curves(Callback):
         """Keep the metrics of the phase."""
         outcomes = from_all_ranks(make_outcomes(record_of(pl_module).rollouts))
         if not outcomes:
-            raise ValueError("Curves draws what is sampled in a phase, and nothing was: leave it out")
+            raise ValueError("Curves draws metrics of samples, and this phase sampled nothing: remove the callback")
         found = measure_rollouts(outcomes)
         known = {f"train/{name}": value for name, value in found.items()}
         unknown = [name for name in self.metrics.values() if name not in known]
@@ -54,7 +54,7 @@ class Curves(Callback):
         self.history.append({"phase": float(trainer.current_epoch), **row})
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw."""
+        """Draw the panels into the file and print its path."""
         if not trainer.is_global_zero or not self.history or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         figure = new_figure()

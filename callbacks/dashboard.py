@@ -5,7 +5,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from callbacks.phase import tensorboards
+from callbacks.phase import find_tensorboards
 
 Charts = dict[str, list[str]]  # title of a chart -> names of its metrics
 
@@ -70,14 +70,14 @@ class Dashboard(Callback):
         data: Any = trainer.datamodule  # type: ignore[attr-defined]  # Trainer sets it without declaring it
         batch = getattr(data, "batch_type", None)
         layout = LAYOUTS.get(batch.__name__) if batch is not None else None
-        for logger in tensorboards(trainer) if layout is not None else []:
+        for logger in find_tensorboards(trainer) if layout is not None else []:
             charts = {
-                group: {title: ["Multiline", [whole(tag) for tag in tags]] for title, tags in titles.items()}
+                group: {title: ["Multiline", [match_whole(tag) for tag in tags]] for title, tags in titles.items()}
                 for group, titles in (layout or {}).items()
             }
             logger.experiment.add_custom_scalars(charts)
 
 
-def whole(tag: str) -> str:
+def match_whole(tag: str) -> str:
     """Return a pattern for this metric alone: TensorBoard also draws every metric whose name begins with a pattern."""
     return re.escape(tag) + "$"

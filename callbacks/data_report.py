@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from callbacks.measures.documents import Document, find_concerns, find_leaks, report_split, split_row
-from callbacks.phase import new_figure, tensorboards
+from callbacks.phase import find_tensorboards, new_figure
 from callbacks.samples import escape_cell
 from callbacks.writers.output_files import write_json
 from modules.types import make_printable
@@ -113,7 +113,7 @@ class DataReport(Callback):
         from rich.table import Table
 
         lines = write_table(reports)
-        loggers = tensorboards(trainer)
+        loggers = find_tensorboards(trainer)
         for logger in loggers:
             figure = new_figure()
             draw_lengths(figure, documents)

@@ -73,7 +73,7 @@ class Diversity(PhaseCallback):
 
 
 def _distinct(sequences: Sequence[Sequence[int]], n: int) -> Mean:
-    """Return distinct-n of all ranks' sequences, the same on each rank; there is none without n-grams."""
+    """Return distinct-n over the sequences of all ranks, the same on each rank; empty if no sequence has n tokens."""
     return Mean.of([distinct_n(sequences, n)] if any(len(sequence) >= n for sequence in sequences) else [])
 
 

@@ -1,4 +1,4 @@
-"""What will this run meet? Looks at a few training prompts before the first phase, and says it in sentences."""
+"""What will go wrong in this run? Tries a few training prompts before the first phase and warns in plain sentences."""
 
 import math
 from typing import Any
@@ -16,32 +16,32 @@ from modules.trainer.modes import evaluating
 from modules.trainer.ranks import weighted_means
 from modules.types import make_printable
 
-# By how much one update may change what the model computes, relative to it. GRPO on sums learns at 0.5 (all weights)
+# Largest relative change of what the model computes that one update may make. GRPO on sums learns at 0.5 (all weights)
 # and 0.7 (LoRA), and collapses at 1.6 and 2.3.
 TOO_FAR = 1.0
-TOO_LITTLE = 0.1  # the same for all updates together
-ENOUGH_UPDATES = 10  # a shorter run is a trial
+TOO_LITTLE = 0.1  # least relative change that all updates together should be able to make
+ENOUGH_UPDATES = 10  # a run with fewer updates is a trial, so TOO_LITTLE is not checked
 
 
 class Doctor(Callback):
     """Looks at a few training prompts before the first phase of a fit, or in ``validate``, and says what it finds.
 
-    The prompts are sampled and scored as the run does it, with seeds of their own. So the run's numbers, its random
-    state and its weights stay as they are; only the reward is called more often. A short summary follows: pass rates,
-    the share of groups without signal, lengths, entropy, time. Then one warning follows for each of these causes:
+    It samples and scores these prompts as the run does, with seeds of its own. So the run's numbers, its random state
+    and its weights stay as they are; only the reward is called more often. It prints a short summary: pass rates, the
+    share of groups without signal, lengths, entropy, time. Then it warns once for each of these causes:
 
     - answers that are missing, stand in another column, or cannot be read; repeated prompts; rows left out
     - prompts in the wrong form, with or without the chat template
     - a stop token that is written and not obeyed, or never written; a token budget that is too short
     - a temperature at which completions are alike, or do not end; below 0.5 it is always compared with 1
     - a verifier that misses right answers; a part of the reward that never fires; a reward that is constant
-    - weights of a ``WeightedSum`` by which a right answer is worth nothing, or parts cancel each other
+    - weights of a ``WeightedSum`` that make a right answer worth nothing, or that let parts cancel each other
     - problems that are too hard or too easy
-    - a learning rate with which one update can change all that the model computes (see ``measure_reach``: above 1), or
-      the whole run hardly anything (below 0.1); told for optimizers of Adam's kind
+    - a learning rate so high that one update can change all that the model computes (rate x ``measure_reach`` above 1),
+      or so low that the whole run can change hardly anything (below 0.1); checked for optimizers of Adam's kind
 
-    What a symptom comes from is found by experiment (see ``Examination``), so a healthy run costs one sampling. After
-    the first phase of a fit it says how long the others will take. A fit that resumes is not examined.
+    It finds the cause of a symptom by experiments (see ``Examination``), so a healthy run costs one sampling. After the
+    first phase of a fit it says how long the other phases will take. A resumed fit is not examined.
 
     Args:
         num_prompts: training prompts to try, over all ranks, each with the run's number of generations, at least 4.
@@ -77,20 +77,20 @@ class Doctor(Callback):
             )
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Examine a run that begins, when it listens for signals already."""
+        """Examine a new run. At this hook the Trainer already handles signals, so the examination can be interrupted."""
         if trainer.global_step == 0 and trainer.current_epoch == 0:
             self._examine(trainer, pl_module, trainer.optimizers)
             self._tells_time = True
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Examine the run of which this is the ``validate``."""
+        """In ``validate``, examine what a fit with these settings would meet."""
         if trainer.state.fn == "validate":
             made: Any = pl_module.configure_optimizers()
             optimizers = made[0] if isinstance(made, tuple) else [made["optimizer"] if isinstance(made, dict) else made]
             self._examine(trainer, pl_module, optimizers)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say after the first phase how long the others will take."""
+        """Say after the first phase how long the other phases will take."""
         if not self._tells_time:
             return
         self._tells_time = False
@@ -112,7 +112,7 @@ class Doctor(Callback):
             self.findings = found.find()
         phases = count_phases(trainer, data)
         self.findings += check_learning_rate(pl_module, optimizers[0], phases * data.updates_per_phase)
-        for line in summarise(found, phases):
+        for line in write_findings(found, phases):
             rank_zero_info(f"doctor: {make_printable(line)}")
         for finding in self.findings:
             rank_zero_warn(f"doctor: {make_printable(finding.words)}")
@@ -166,7 +166,7 @@ def check_learning_rate(module: Any, optimizer: torch.optim.Optimizer, updates: 
     return []
 
 
-def summarise(found: Examination, phases: float) -> list[str]:
+def write_findings(found: Examination, phases: float) -> list[str]:
     """Write what was measured: pass rates, groups without signal, lengths and entropy, steps and time."""
     trial, data, sampling = found.trial, found.data, found.sampling
     prompts, count = len(trial.groups), len(trial.all)

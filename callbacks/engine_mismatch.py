@@ -37,23 +37,23 @@ class KeepsLogprobs(Protocol):
 class EngineMismatch(PhaseCallback):
     """Measures how far the probabilities that the engine drew from are from those that the trainer computes, and warns.
 
-    log w = log p of the trainer - log p of the sampler, of a sampled token, both at collection and at the sampling
+    For a sampled token, log w = log p by the trainer - log p by the sampler, both at collection and at the sampling
     temperature. Logs under ``train/engine_mismatch/``, over the tokens of the phase:
 
     - ``kl``: mean of w - 1 - log w, the KL of sampler and trainer in nats per token (k3; 0 where both compute alike).
-      ``fresh_kl``: the same of tokens that were sampled with the weights that the trainer has at collection.
+      ``fresh_kl``: the same over tokens that were sampled with the weights that the trainer has at collection.
     - ``perplexity_ratio``: perplexity of the completions under the trainer / under the sampler, exp(-mean log w).
     - ``log_weight_mean``, ``log_weight_max``: mean and largest abs(log w), nats.
     - ``truncated``: share of tokens whose weight is above the cap of ``importance``, or w above 2 without it.
-    - ``quarter_<n>_kl``, ``_log_weight``, ``_truncated``: ``kl``, ``log_weight_mean`` and ``truncated`` of the tokens in
-      the n-th quarter of the places in a completion, of which there are ``max_completion_length``.
+    - ``quarter_<n>_kl``, ``_log_weight``, ``_truncated``: ``kl``, ``log_weight_mean`` and ``truncated`` over the tokens
+      in the n-th quarter of a completion's ``max_completion_length`` positions.
 
-    It warns when ``fresh_kl``, with log w counted up to 1, is above ``max_kl`` by more than two standard errors (over
-    completions) for two phases, and again at ten times as much. It warns once when ``fresh_kl`` grows steadily, over the
-    last ten phases or over the run in ten stretches: to three times its size, or to twice its size while the learning
-    rate is 0, where nothing should change. Ten values are steady if 37 more of their 45 pairs rise than fall; below
-    ``max_kl`` / 100 no growth counts. The sentence names likely causes. With ``max_staleness`` the first phase alone has
-    a ``fresh_kl``, so that no later gap is told.
+    It warns when ``fresh_kl``, with log w capped at 1, is above ``max_kl`` by more than two standard errors (over
+    completions) for two phases in a row, and again at ten times that KL. It warns once when ``fresh_kl`` grows
+    steadily, over the last ten phases or over the run in ten stretches: to three times its size, or to twice its size
+    while the learning rate is 0, where nothing should change. Ten values are steady if 37 more of their 45 pairs rise
+    than fall; below ``max_kl`` / 100 no growth counts. The warning names likely causes. With ``max_staleness`` only the
+    first phase has a ``fresh_kl``, so it warns of no later gap.
 
     Args:
         max_kl: > 0, nats per token. With equal weights, 32 bits on both sides give 1e-8 or less, 16 bits on one side
@@ -61,7 +61,7 @@ class EngineMismatch(PhaseCallback):
         every_n_phases: phases between figures.
 
     Raises:
-        ValueError: values out of range; in ``setup``, when the method does not keep the trainer's log-probs.
+        ValueError: a value is out of range; in ``setup``, when the method does not keep the trainer's log-probs.
     """
 
     name = "engine_mismatch"
@@ -70,7 +70,7 @@ class EngineMismatch(PhaseCallback):
         super().__init__(every_n_phases)
         check_numbers("EngineMismatch", max_kl=(max_kl, "(0, inf)"))
         self.max_kl = max_kl
-        self.told: dict[str, float] = {}  # what was warned of -> the KL then
+        self.told: dict[str, float] = {}  # kind of warning -> the KL when it was given
         self.above = 0  # phases in a row with a KL above ``max_kl``
         self.moved = -1.0  # last phase with a learning rate above 0
         self._level, self._cap, self._length = "token", 2.0, 1
@@ -170,7 +170,7 @@ class EngineMismatch(PhaseCallback):
         )
 
     def _name_causes(self, module: Any) -> str:
-        """Write the likely causes: what the settings or the numbers tell, else those that fit to the first phase."""
+        """Write the likely causes, by the settings or the numbers, else by whether the first phase differed already."""
         counts, distances, weights = zip(*self._completions, strict=True)
         kl, (excess, error) = sum(distances) / sum(counts), estimate_ratio(weights, counts)
         sampling, first = module.sampling, next(row["fresh_kl"] for row in self.history if "fresh_kl" in row)

@@ -1,4 +1,6 @@
-"""What does training make the model worse at? Compares held-out perplexity by domain with its start."""
+"""What does training make the model worse at? Compares the held-out perplexity of each domain with that before
+training.
+"""
 
 from collections.abc import Mapping, Sequence
 from itertools import islice
@@ -9,7 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from callbacks.phase import MAX_PHASES, Mean, new_figure, tensorboards
+from callbacks.phase import MAX_PHASES, Mean, find_tensorboards, new_figure
 from modules.trainer.modes import evaluating
 from modules.trainer.ranks import log_equal, weighted_means
 from modules.types import InstructionBatch
@@ -85,7 +87,7 @@ class Forgetting(Callback):
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure the start, unless the sanity check or a checkpoint gave it."""
+        """Measure the losses at the start, unless the sanity check or a checkpoint gave them."""
         if not set(find_domains(trainer)) <= set(self.start):
             self._log(trainer, self._measure(trainer, pl_module))
 
@@ -100,7 +102,7 @@ class Forgetting(Callback):
         """Measure the final weights, unless the last validation did, and draw the curves."""
         if self.history[-1]["step"] != trainer.global_step:
             self._log(trainer, self._measure(trainer, pl_module))
-        for logger in tensorboards(trainer):
+        for logger in find_tensorboards(trainer):
             figure = new_figure()
             draw_forgetting(figure, self.history, self.start)
             logger.experiment.add_figure("val/forgetting", figure, global_step=trainer.global_step)

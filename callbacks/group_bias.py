@@ -46,7 +46,7 @@ class GroupBias(PhaseCallback):
     Logs under ``train/group_bias/``:
 
     - ``advantage_decile_1`` to ``_10``: mean advantage of the shortest to the longest tenth. Completions of equal
-      length are in one tenth, that of their middle rank; a tenth without completions is left out.
+      length share one tenth, chosen by their middle rank; a tenth without completions is left out.
     - ``gradient_share_hard``, ``_middle``, ``_easy``: share of the gradient's weight that groups of a difficulty have.
       hard: at most a quarter of the answers is right; easy: at least three quarters are. The weight is the sum of
       |advantage| x what multiplies grad log p in the loss. Dividing by the standard deviation raises the weight of both
@@ -55,9 +55,10 @@ class GroupBias(PhaseCallback):
     - ``right_length``, ``wrong_length``: mean tokens of right and of wrong answers. A mean over completions
       (``SequenceMean``) makes long wrong answers cheap per token, so that they grow (section 3.1).
     - ``baseline_bias_hard``, ``_middle``, ``_easy``: mean of ``mixed_mean_bias`` at the observed rate over mixed
-      groups: by how much the group's mean is too high a baseline, because groups without a gradient are left out;
-      dynamic sampling trains on mixed groups alone. 2601.08521 multiplies A by lambda exp(D |p - C|) against it, with
-      D = -sgn(A) sgn(p - C), p the share of right answers in the group and C a running mean of it over the phases.
+      groups: by how much the group's mean is too high as a baseline, because groups without a gradient are left out
+      (dynamic sampling trains on mixed groups only). To correct this bias, 2601.08521 multiplies A by lambda exp(D |p -
+      C|), with D = -sgn(A) sgn(p - C), p the share of right answers in the group and C a running mean of it over the
+      phases.
 
     The figure shows all of them.
 
@@ -66,7 +67,7 @@ class GroupBias(PhaseCallback):
         right_above: a reward above this counts as a right answer; 0.5 suits rewards of 0 and 1.
 
     Raises:
-        ValueError: in ``setup``, when the method does not say what a completion weighs.
+        ValueError: in ``setup``, when the method does not say how much a completion weighs in the gradient.
     """
 
     name = "group_bias"
@@ -148,7 +149,7 @@ class GroupBias(PhaseCallback):
 
 
 def cut_deciles(credits: Sequence[Credit]) -> list[list[float]]:
-    """Return the advantages of the completions that teach in ten parts by length, see ``GroupBias``."""
+    """Cut the advantages of the completions in the gradient into ten parts by length, see ``GroupBias``."""
     found: dict[int, list[float]] = defaultdict(list)
     for credit in credits:
         if credit.advantage is not None:
@@ -162,7 +163,7 @@ def cut_deciles(credits: Sequence[Credit]) -> list[list[float]]:
 
 
 def average_deciles(rows: Sequence[dict[str, float]]) -> tuple[list[int], list[float]]:
-    """Return (deciles, mean advantages) over the phases that have a completion there."""
+    """Return the deciles that hold a completion in some phase, and the mean advantage of each over those phases."""
     names = {number: f"advantage_decile_{number}" for number in range(1, 11)}
     found = {number: [row[name] for row in rows if name in row] for number, name in names.items()}
     kept = {number: sum(values) / len(values) for number, values in found.items() if values}

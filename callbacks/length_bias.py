@@ -61,7 +61,7 @@ class LengthBias(PhaseCallback):
 def _correlate_within_prompts(scored: list[tuple[float, int, int]]) -> Mean:
     """Correlate reward and length of all ranks' (reward, length, group), the same on each rank.
 
-    A group has its number on its own rank alone.
+    A group's number is unique on its own rank only.
     """
     ranks = from_all_ranks([scored])
     rows = [(reward, length, (rank, group)) for rank, mine in enumerate(ranks) for reward, length, group in mine]

@@ -15,8 +15,8 @@ from modules.types import HasRecord, Record, Rollout
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-MAX_POINTS = 30  # a curve with more points is drawn as means
-MAX_PHASES = 1000  # a history of more phases is thinned
+MAX_POINTS = 30  # with more points than this, a curve is drawn as means
+MAX_PHASES = 1000  # with more phases than this, a history is thinned
 
 
 class Mean(NamedTuple):
@@ -41,7 +41,7 @@ def record_of(pl_module: LightningModule) -> Record:
     return pl_module.record
 
 
-def tensorboards(trainer: Trainer) -> list[TensorBoardLogger]:
+def find_tensorboards(trainer: Trainer) -> list[TensorBoardLogger]:
     """Return the TensorBoard loggers to draw into; none on ranks other than zero."""
     return (
         [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
@@ -143,7 +143,7 @@ class PhaseCallback(Callback):
         self.history = state_dict["history"]
 
     def _publish(self, trainer: Trainer) -> None:
-        for logger in tensorboards(trainer):
+        for logger in find_tensorboards(trainer):
             figure = new_figure()
             self.draw(figure)
             logger.experiment.add_figure(f"train/{self.name}", figure, global_step=trainer.global_step)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from callbacks.measures.scored_pairs import audit_report
-from callbacks.phase import new_figure, record_of, tensorboards
+from callbacks.phase import find_tensorboards, new_figure, record_of
 from callbacks.writers.output_files import write_json
 from modules.trainer.modes import evaluating
 from modules.trainer.ranks import from_all_ranks, log_equal
@@ -44,9 +44,9 @@ class PreferenceAudit(Callback):
     writes a JSON file with ``split``, ``step`` and ``report``, logs ``audit`` to TensorBoard as a figure and a table,
     and prints one line. A ``fast_dev_run`` writes nothing.
 
-    It warns that the score may be little more than length in two cases. Within prompts, score and length correlate
-    above ``MAX_CORRELATION``; or the score agrees with the data less often than the rule "the longer one wins". Both
-    must exceed what chance does among so few pairs, by two standard errors.
+    It warns that the score may be little more than length in two cases: score and length correlate within prompts above
+    ``MAX_CORRELATION``, or the score agrees with the data less often than the rule "the longer one wins". Either must
+    exceed its bound by two standard errors.
 
     Args:
         path: the JSON file. Its parent folders are made and an earlier file is replaced. None = ``audit.json`` in
@@ -139,7 +139,7 @@ class PreferenceAudit(Callback):
             rank_zero_warn(explain_no_pairs({name: float(value) for name, value in trainer.callback_metrics.items()}))
             return
         report = audit_report(self.pairs)
-        loggers = tensorboards(trainer)
+        loggers = find_tensorboards(trainer)
         for logger in loggers:
             figure = new_figure()
             draw_audit(figure, self.pairs, report)
@@ -148,7 +148,7 @@ class PreferenceAudit(Callback):
         path = self.path or next((Path(logger.log_dir) / "audit.json" for logger in loggers), None)
         if path is not None:
             write_json(path, {"split": split, "step": trainer.global_step, "report": report})
-        rank_zero_info(summarise(report, split) + ("" if path is None else f": {path}"))
+        rank_zero_info(write_audit_line(report, split) + ("" if path is None else f": {path}"))
         if smells_of_length(report):
             rank_zero_warn(
                 "audit: the score may be little more than length; see accuracy_chosen_shorter and "
@@ -166,8 +166,8 @@ def explain_no_pairs(metrics: dict[str, float]) -> str:
     return why
 
 
-def summarise(report: dict[str, float], split: Split) -> str:
-    """Return the report in one line, with the pairs that it is about."""
+def write_audit_line(report: dict[str, float], split: Split) -> str:
+    """Return the report in one line, with the number and the origin of its pairs."""
     shorter, longer, correlation = (
         f"{report[key]:.2f}" if key in report else "unknown"
         for key in ("accuracy_chosen_shorter", "accuracy_chosen_longer", "score_length_pearson_within_prompt")
@@ -182,7 +182,7 @@ def summarise(report: dict[str, float], split: Split) -> str:
 def smells_of_length(report: dict[str, float]) -> bool:
     """Return whether the score may be little more than length, by more than two standard errors.
 
-    That of a correlation is about 1 / sqrt(pairs), and that of a difference of two shares at most sqrt(1 / (2 pairs)).
+    A correlation has a standard error of about 1 / sqrt(pairs), a difference of two shares at most sqrt(1 / (2 pairs)).
     """
     error = report["pairs"] ** -0.5
     return (

@@ -11,12 +11,12 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from callbacks.measures.refusals import is_refusal, refusal_rates
-from callbacks.phase import require_period, tensorboards
+from callbacks.phase import find_tensorboards, require_period
 from callbacks.samples import escape_cell, indent_block
 from modules.trainer.ranks import from_all_ranks, log_equal
 from modules.types import FULL_COMPLIANCE, FULL_REFUSAL, REFUSAL_LABELS, cut_final_text
 
-NUM_MISJUDGED = 3  # answers shown of each kind
+NUM_MISJUDGED = 3  # wrong answers shown of each kind
 
 
 @runtime_checkable
@@ -152,7 +152,7 @@ class Refusal(Callback):
             del rates["over_refusal_with_partial"]  # the matcher knows no partial refusal
         metrics = {f"val/refusal/{name}": rate for name, rate in rates.items()}
         log_equal(pl_module, metrics)
-        for logger in tensorboards(trainer):
+        for logger in find_tensorboards(trainer):
             if trainer.sanity_checking:  # Lightning logs nothing then
                 logger.log_metrics(metrics, step=trainer.global_step)
             logger.experiment.add_text(
@@ -171,8 +171,8 @@ class Refusal(Callback):
 
 
 def classify_by_matching(texts: Sequence[str]) -> list[str | None]:
-    """Label answers by their first words after the reasoning: full refusal or full compliance; None if they never leave
-    it.
+    """Label answers by their first words after the reasoning: full refusal or full compliance; None if the reasoning
+    does not end.
     """
     finals = [cut_final_text(text) for text in texts]
     return [

@@ -6,7 +6,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from callbacks.phase import record_of, require_period, tensorboards
+from callbacks.phase import find_tensorboards, record_of, require_period
 from modules.types import Rollout
 
 
@@ -37,7 +37,7 @@ class Samples(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Render the phase's samples; write them every n phases."""
         rollouts = record_of(pl_module).rollouts
-        if not rollouts or not tensorboards(trainer):
+        if not rollouts or not find_tensorboards(trainer):
             return
         self.unwritten = write_sections(pick_spread(rollouts, self.num_samples))
         if (trainer.current_epoch + 1) % self.every_n_phases == 0:
@@ -55,7 +55,7 @@ class Samples(Callback):
         """Write the samples of the first held-out batch."""
         rollouts = record_of(pl_module).held_out
         if batch_idx == 0 and rollouts:
-            for logger in tensorboards(trainer):
+            for logger in find_tensorboards(trainer):
                 logger.experiment.add_text(
                     "val/samples",
                     write_sections(pick_spread(rollouts, self.num_samples)),
@@ -68,7 +68,7 @@ class Samples(Callback):
             self._write(trainer)
 
     def _write(self, trainer: Trainer) -> None:
-        for logger in tensorboards(trainer):
+        for logger in find_tensorboards(trainer):
             logger.experiment.add_text("train/samples", self.unwritten, global_step=trainer.global_step)
         self.unwritten = ""
 

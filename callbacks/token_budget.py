@@ -12,7 +12,7 @@ from modules.trainer.ranks import from_all_ranks, log_equal
 class TokenBudget(Callback):
     """Stops a fit after the phase in which the completions sampled since the start reach ``tokens``.
 
-    Methods that answer at greater length, or that sample further prompts, so make fewer phases. Logs
+    So a method whose completions are longer, or that samples more prompts, makes fewer phases. Logs
     ``train/sampled_tokens``, the number so far, of all ranks. Prompts and the results of tools do not count. A resumed
     fit goes on counting.
 
@@ -28,7 +28,7 @@ class TokenBudget(Callback):
         self.tokens, self.sampled = tokens, 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse a module that leaves no rollouts, or samples none."""
+        """Refuse a module that keeps no rollouts or samples none."""
         record_of(pl_module)
         if getattr(pl_module, "on_policy", 1) == 0:
             raise ValueError(

@@ -11,14 +11,14 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
-from callbacks.phase import tensorboards
+from callbacks.phase import find_tensorboards
 from modules.types import PolicyBatch, find_attended, make_printable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-MAX_TOKENS = 400  # shown of a row
-LEAD = 200  # of these, at most so many before the first learned token
+MAX_TOKENS = 400  # most tokens shown of a row
+LEAD = 200  # most of these before the first learned token
 WIDTH = 100  # columns of a line
 TYPE_WIDTH = 0.602  # width of a character of DejaVu Sans Mono, in units of the font size
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # decoders return it for an unfinished character
@@ -65,8 +65,8 @@ class TokenPicture(Callback):
     to the console. A console without colours shows learned tokens in double brackets.
 
     Spaces show as middle dots and line breaks as return signs. Special tokens show as their text, and padding is left
-    out. A line separates documents that are packed into one row. Of a row longer than 400 tokens, the part around the
-    first learned token is shown.
+    out. A line separates documents that are packed into one row. For a row longer than 400 tokens it shows the part
+    around the first learned token.
 
     Args:
         num_rows: rows to show, at least 1. A row is a conversation, or a prompt with one completion.
@@ -82,7 +82,7 @@ class TokenPicture(Callback):
         self.shown = False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Make a new fit show its own first batch."""
+        """Forget an earlier fit, so that a new one shows its own first batch."""
         self.shown = False
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -103,7 +103,7 @@ class TokenPicture(Callback):
             pieces += [Piece(f"{title}\n", "mark"), *cut_pieces(tokenizer, row), Piece("\n\n", "mark")]
         console = Console()
         console.print(style_pieces(pieces, marked=console.color_system is None))
-        for logger in tensorboards(trainer):
+        for logger in find_tensorboards(trainer):
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # drawn as boxes
                 logger.experiment.add_figure(
@@ -162,7 +162,7 @@ def cut_pieces(tokenizer: Any, row: PictureRow) -> list[Piece]:
 def _cut_document(tokenizer: Any, ids: Sequence[int], learned: Sequence[bool]) -> Iterator[Piece]:
     """Yield the text that each token adds to the text before it.
 
-    A token that ends inside a character waits for the next token, unless that is of the other kind.
+    A token that ends inside a character is joined with the next token, unless only one of the two is learned.
     """
     done = ""
     for place, kind in enumerate(learned):

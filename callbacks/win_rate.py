@@ -14,7 +14,7 @@ from modules.types import Reward, Rollout, as_reward, score
 
 @runtime_checkable
 class Reports(Protocol):
-    """A judge that reports on its own work."""
+    """A judge that reports its own statistics."""
 
     def report(self) -> dict[str, float]:
         """Return this rank's numbers so far."""
@@ -88,7 +88,7 @@ class WinRate(Callback):
             self.duels.append(Duel(value, len(rollout.final_text), len(rollout.answer or "")))
 
     def against_baseline(self, rollout: Rollout) -> Rollout:
-        """The rollout with the completion to beat as its answer. Raises ValueError when the row has none."""
+        """Return the rollout with the baseline's completion as its answer. Raises ValueError when the row has none."""
         found = rollout.answer if self.baseline == "answer" else (rollout.info or {}).get(self.baseline)
         if not isinstance(found, str):
             raise ValueError(
@@ -108,7 +108,7 @@ class WinRate(Callback):
 
 
 def measure_rates(duels: list[Duel]) -> dict[str, float]:
-    """Return metric name -> percent. Without a scorable comparison, only the share of unscorable ones."""
+    """Return metric name -> percent; without a scorable comparison, only the share of unscorable ones."""
     scored = [(preference, mine, other) for preference, mine, other in duels if preference is not None]
     unscorable = {"win_rate_unscorable": 100.0 * (len(duels) - len(scored)) / max(1, len(duels))}
     if not scored:

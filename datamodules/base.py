@@ -14,7 +14,7 @@ from datamodules.formats.reading import Reading, UnclearColumn
 from datamodules.formats.table import Purpose
 from datamodules.loaders.step_sampler import MicroBatch, StepSampler
 from datamodules.sources import Row, Source
-from datamodules.sources.files import headerless_hint, read_rows
+from datamodules.sources.files import hint_at_header, read_rows
 from datamodules.sources.held_out import Part, hold_out, parse_share
 from modules.functional.thoughts import set_in_template
 from modules.trainer.seeds import run_seed
@@ -53,11 +53,11 @@ class HasEngine(Protocol):
 class StepLoader(DataLoader[Any]):
     """A DataLoader over micro-batches, with the two methods by which Lightning recognises a loader that resumes.
 
-    The DataModule keeps the state, since Lightning forgets that of loaders in checkpoints from the end of an epoch.
+    The DataModule keeps the state, because Lightning's checkpoints from the end of an epoch hold no state of loaders.
     """
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns nothing: the DataModule keeps the state."""
+        """Returns an empty dict: the DataModule keeps the state."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -69,7 +69,7 @@ class RowsDataModule(LightningDataModule):
 
     Args:
         train: the rows: a source, or what :class:`Files` takes (file, folder, hub id).
-        columns: our column name -> the data's, where detection does not suffice.
+        columns: our name of a column -> its name in the data, where detection does not suffice.
 
     Attributes:
         dropped: rows left out for their length, by stage.
@@ -82,9 +82,9 @@ class RowsDataModule(LightningDataModule):
 
     purpose: ClassVar[Purpose] = "instruction"  # which columns of the table are read
     may_drop: ClassVar[bool] = True  # whether ``on_bad_row`` is an option
-    not_encoded: ClassVar[str] = "left out"  # what is said of rows for which ``encode`` gives None
+    not_encoded: ClassVar[str] = "left out"  # how messages call rows for which ``encode`` gives None
     needs: ClassVar[tuple[str, ...]] = ("train",)  # arguments without which there is nothing to read
-    tokenizer: PreTrainedTokenizerBase  # of DataModules that tokenise; None until ``setup`` where none is given
+    tokenizer: PreTrainedTokenizerBase  # only in DataModules that tokenise; None until ``setup`` takes the module's
 
     def __init__(self, train: str | Source | None, columns: dict[str, str] | None) -> None:
         super().__init__()
@@ -95,16 +95,16 @@ class RowsDataModule(LightningDataModule):
         self.on_bad_row: Literal["raise", "drop"] = "raise"
         self.dropped = {"train": 0, "val": 0}
         self.bad = {"train": 0, "val": 0}
-        self.content = 0  # checksum of the training rows as they were read, 0 where they are not compared
+        self.content = 0  # checksum of the training rows as they were read; 0 = a resumed run does not compare them
         self.reading = Reading(self.purpose, self.columns)
 
     @classmethod
     def check_needs(cls, given: Mapping[str, Any], method: str = "<method>") -> None:
-        """Refuses arguments among which one that is needed is None.
+        """Refuses a call in which a needed argument is None.
 
         Args:
             given: some arguments by name.
-            method: the stem of the configuration that runs without any data of the user's.
+            method: stem of the configuration in ``configs/tiny`` that runs without any data of the user's.
 
         Raises:
             ValueError: naming what is missing and how to give it.
@@ -118,7 +118,7 @@ class RowsDataModule(LightningDataModule):
             )
 
     def take_tokenizer(self) -> None:
-        """Takes the module's tokenizer where none is given. Raises ValueError where it has none either."""
+        """Takes the module's tokenizer if none was given. Raises ValueError if the module has none either."""
         if self.tokenizer is None:
             module = self.trainer.lightning_module if self.trainer else None
             found = getattr(module, "tokenizer", None)
@@ -148,10 +148,11 @@ class RowsDataModule(LightningDataModule):
         length: Callable[[Example], int],
         limit: int,
     ) -> list[Example]:
-        """Encodes the rows of a source; ``reading`` is then that of this source.
+        """Encodes the rows of a source, and sets ``reading`` to the account of this source.
 
-        Left out and counted are rows for which ``encode`` gives None, longer ones than ``limit`` tokens (in
-        ``dropped[stage]``), and, with ``on_bad_row`` drop, those for which it raises ValueError (in ``bad[stage]``).
+        It leaves out and counts rows for which ``encode`` gives None, rows longer than ``limit`` tokens (in
+        ``dropped[stage]``) and, with ``on_bad_row`` drop, rows for which ``encode`` raises ValueError (in
+        ``bad[stage]``).
 
         Raises ValueError for bad rows unless ``on_bad_row`` is drop, for long rows unless ``drop_long``, for columns
         that can be read in two ways, and when nothing is left.
@@ -173,7 +174,7 @@ class RowsDataModule(LightningDataModule):
             except ValueError as error:
                 if self.on_bad_row == "raise":
                     way_out = "; mend the row, or set data.on_bad_row: drop to leave such rows out"
-                    headerless = headerless_hint(source, row) if row is rows[0] else ""
+                    headerless = hint_at_header(source, row) if row is rows[0] else ""
                     raise ValueError(f"{error}{headerless}{way_out if self.may_drop else ''}") from error
                 problem, bad = problem or error, bad + 1
                 continue
@@ -206,12 +207,14 @@ class RowsDataModule(LightningDataModule):
         return kept
 
     def compare_content(self, state: Mapping[str, Any]) -> None:
-        """Warns when the training rows are not those of a checkpoint's state; earlier checkpoints do not tell."""
+        """Warns if the training rows differ from those of a checkpoint's state; checkpoints of earlier versions have no
+        checksum.
+        """
         if self.content and state.get("content", self.content) != self.content:
             self.warn_of_other_rows()
 
     def warn_of_other_rows(self) -> None:
-        """Warns that a run goes on with other rows than the checkpoint's."""
+        """Warns that a resumed run goes on with other rows than those of its checkpoint."""
         rank_zero_warn(
             "the training rows are not those that the checkpoint was trained on; the run goes on at the same place "
             "in these rows"
@@ -222,17 +225,19 @@ class RowsDataModule(LightningDataModule):
         return read_rows(source)
 
     def settle(self, rows: Sequence[Row], stage: str) -> None:
-        """Settles in ``reading`` what only all rows of a data set tell, before the first is encoded."""
+        """Settles in ``reading`` what only all rows together tell, such as a scale of labels, before the first row is
+        encoded.
+        """
 
     def report(self, stage: str, detail: str, name: str | None = None) -> None:
         """Prints one line about the last data set, on rank 0: how it was read and what became of its rows."""
         rank_zero_info(f"{name or stage}: {self.reading.line()}; {detail}")
 
     def check_positions(self, stage: str, longest: int, setting: str) -> None:
-        """Refuses rows that are longer than the model of the Trainer has positions.
+        """Refuses rows with more tokens than the Trainer's model has positions.
 
         Args:
-            stage: of the rows; where the module samples, a completion comes on top.
+            stage: stage of the rows; if the module samples, the longest completion is added to their length.
             longest: tokens of the longest row.
             setting: name of the limit to lower.
 
@@ -270,7 +275,7 @@ class RowsDataModule(LightningDataModule):
 
 
 def load_tokenizer(tokenizer: PreTrainedTokenizerBase | str | None) -> PreTrainedTokenizerBase:
-    """Loads the tokenizer of a path or hub id; None stays for :meth:`RowsDataModule.take_tokenizer`."""
+    """Loads the tokenizer of a path or hub id; None stays None until :meth:`RowsDataModule.take_tokenizer`."""
     if not isinstance(tokenizer, str):
         return tokenizer  # type: ignore[return-value]
     return AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)  # type: ignore[no-any-return]
@@ -282,9 +287,9 @@ class AlignDataModule(RowsDataModule):
     Args:
         tokenizer: a tokenizer, or a path or hub id for ``AutoTokenizer``; None = the module's.
         train: training rows: a source, or what :class:`Files` takes (file, folder, hub id).
-        val: held-out rows, where a DataModule has domains several sets by name, a share of the training rows to hold
-            out, in (0, 1), or None for no validation.
-        columns: our column name -> the data's, where detection does not suffice.
+        val: held-out rows, or several sets of them by name (in DataModules with domains), or a share of the training
+            rows to hold out, in (0, 1); None = no validation.
+        columns: our name of a column -> its name in the data, where detection does not suffice.
         drop_long: drop rows that are too long and count them; False makes them an error.
         on_bad_row: ``drop`` leaves out rows that cannot be read and counts them; ``raise`` makes them an error.
         seed: of the shuffles; None = the run's.
@@ -313,7 +318,7 @@ class AlignDataModule(RowsDataModule):
         self.drop_long, self.on_bad_row, self.seed = drop_long, on_bad_row, run_seed(seed)
         share = parse_share(val)
         self.val: Any = val if share is None else share
-        self._has_settings = False  # whether the tokenizer's template has ``chat_template_kwargs``
+        self._has_settings = False  # whether ``chat_template_kwargs`` are already set in the tokenizer's template
         self._sampler: StepSampler | None = None
         self._resume: dict[str, int] | None = None
 
@@ -345,8 +350,8 @@ class AlignDataModule(RowsDataModule):
             )
 
     def is_chat(self, row: Row) -> bool:
-        """Whether a row's text prompt is one user message: as ``chat`` says; by rule, where the tokenizer has a chat
-        template and the row's source does not say that its texts are plain.
+        """Whether a row's text prompt becomes one user message, as ``chat`` says. If ``chat`` is None, it does if the
+        tokenizer has a chat template and the row's source does not say that its texts are plain.
         """
         if self.chat is not None:
             return self.chat
@@ -369,8 +374,8 @@ class AlignDataModule(RowsDataModule):
         batch_size: int,
         sampler: Callable[..., StepSampler] = StepSampler,
     ) -> StepLoader:
-        """The training loader, at the position of a loaded checkpoint. Raises ValueError when its batches are not this
-        run's.
+        """Makes the training loader, at the position of a loaded checkpoint. Raises ValueError if the checkpoint counts
+        other batches than this run.
         """
         if self.trainer is None:
             raise ValueError(
@@ -404,7 +409,8 @@ class AlignDataModule(RowsDataModule):
         return DataLoader(dataset, sampler=sampler, batch_size=None)
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the epoch, its micro-batches that were trained on, those of a whole epoch, and the rows' checksum.
+        """Returns the epoch, how many of its micro-batches were trained on, how many a whole epoch has, and the rows'
+        checksum.
 
         The Trainer's own counter can restart at 0 inside an epoch on a second resume, so the sampler counts; the
         Trainer only tells whether a batch is in flight.
@@ -418,7 +424,7 @@ class AlignDataModule(RowsDataModule):
         return place | {"content": self.content}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on where the checkpoint was written, also when the loader exists already."""
+        """Makes the run go on where the checkpoint was written, also if the loader exists already."""
         self._resume = dict(state_dict)
         self.compare_content(state_dict)
         self._apply_resume()

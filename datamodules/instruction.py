@@ -40,7 +40,7 @@ class InstructionDataModule(AlignDataModule):
         tokenizer: a tokenizer, or a path or hub id; None = the module's.
         train: training rows: a source, or a file, a folder or a hub id.
         val: held-out rows, several sets of them by domain, or a share of the training rows to hold out, in (0, 1).
-        columns: our column name -> the data's.
+        columns: our name of a column -> its name in the data.
         format: of the rows, by name; None = found from their columns.
         loss_on: what is learned of a conversation: every ``assistant`` turn with its end of turn, the ``last`` of them
             only, or ``all`` tokens.
@@ -48,11 +48,10 @@ class InstructionDataModule(AlignDataModule):
         drop_long: drop longer rows and count them; False makes them an error.
         on_bad_row: ``drop`` leaves out rows that cannot be read and counts them in ``bad``.
         packing: put several training rows into one of ``max_length`` tokens, where they do not see each other.
-        batch_size: rows (packed ones, if they are) per micro-batch and rank; a memory setting as long as its product
-            with accumulation and ranks stays.
+        batch_size: rows (packed rows with ``packing``) per micro-batch and rank. It changes nothing but memory if
+            batch_size x accumulation x ranks stays the same.
         chat: text prompts are user messages of the chat template. None = where the tokenizer has one, unless their
-            source says that they are plain (sums, for one).
-            Without a template, instructions get Alpaca's own prompt.
+            source says that they are plain (sums, for one). Without a template, instructions get Alpaca's own prompt.
         system: system message in front of every chat that has none.
         unknown: for training rows with a column ``knowledge`` (arXiv 2405.05904): ``drop`` keeps HighlyKnown and
             MaybeKnown rows; ``idk`` answers the Unknown ones with "I don't know."
@@ -130,12 +129,12 @@ class InstructionDataModule(AlignDataModule):
 
     def train_dataloader(self) -> DataLoader[MicroBatch]:
         """Gives the training rows, shuffled by (seed, epoch)."""
-        return self.step_loader(self.make_dataset(self.train_rows), *sizes(self.train_rows), self.batch_size)
+        return self.step_loader(self.make_dataset(self.train_rows), *count_sizes(self.train_rows), self.batch_size)
 
     def val_dataloader(self) -> EVAL_DATALOADERS:
         """Gives the held-out rows in order; none without ``val``."""
         rows = self.val_rows
-        return self.held_out_loader(self.make_dataset(rows), *sizes(rows), self.batch_size) if rows else []
+        return self.held_out_loader(self.make_dataset(rows), *count_sizes(rows), self.batch_size) if rows else []
 
     def test_dataloader(self) -> EVAL_DATALOADERS:
         """Gives the held-out rows."""
@@ -144,7 +143,7 @@ class InstructionDataModule(AlignDataModule):
     def domain_loader(self, name: str) -> DataLoader[MicroBatch]:
         """Gives this rank's share of one domain's rows, in order, in as many batches on every rank."""
         rows = self.domains[name]
-        return self.held_out_loader(self.make_dataset(rows), *sizes(rows), self.batch_size)
+        return self.held_out_loader(self.make_dataset(rows), *count_sizes(rows), self.batch_size)
 
     def load_training(self) -> list[Tokens]:
         """Reads the training rows, and packs them if asked."""
@@ -163,13 +162,13 @@ class InstructionDataModule(AlignDataModule):
                 f"data.unknown {self.unknown} has no effect, for no row of {name} has a column knowledge; map it with "
                 "data.columns, or let KnowledgeModule sort the rows first"
             )
-        lengths, supervised = sizes(rows)
+        lengths, supervised = count_sizes(rows)
         self.check_positions(stage, max(lengths), "max_length")
         self.report(stage, f"{sum(supervised) / sum(lengths):.1%} of {sum(lengths)} tokens supervised", name)
         return rows
 
     def encode(self, row: Row, unknown: str = "keep") -> Tokens | None:
-        """Encodes one raw row; None = left out as not known. Raises ValueError with the row's origin."""
+        """Encodes one raw row; None = ``unknown`` leaves it out. Raises ValueError with the row's origin."""
         chat = self.is_chat(row)
         example = instruction_example(row, self.reading, self.format, chat, known=unknown != "keep")
         self.say_chat(row, isinstance(example.prompt, str) and not example.whole)
@@ -185,7 +184,7 @@ class InstructionDataModule(AlignDataModule):
         if unknown == "drop" and example.knowledge in UNKNOWN:
             return None
         if unknown == "idk" and example.knowledge == "Unknown":
-            example = disown(example)
+            example = replace_answer(example)
         return encode_instruction(self.tokenizer, example, chat, self.system, self.loss_on)
 
     def settle(self, rows: Sequence[Row], stage: str) -> None:
@@ -230,8 +229,8 @@ class InstructionDataset(Dataset[InstructionBatch]):
         return padded
 
 
-def disown(example: InstructionExample) -> InstructionExample:
-    """Replaces the last answer of an example. Raises ValueError for a text, which asks nothing."""
+def replace_answer(example: InstructionExample) -> InstructionExample:
+    """Replaces the last answer of an example by "I don't know." Raises ValueError for a plain text, which asks nothing."""
     if example.whole:
         raise ValueError(f"{example.origin}: unknown: idk needs a question and its answer, and the row is a plain text")
     if isinstance(example.completion, str):
@@ -239,6 +238,6 @@ def disown(example: InstructionExample) -> InstructionExample:
     return replace(example, completion=[*example.completion[:-1], Message(role="assistant", content=IDK)])
 
 
-def sizes(rows: list[Tokens]) -> tuple[list[int], list[int]]:
+def count_sizes(rows: list[Tokens]) -> tuple[list[int], list[int]]:
     """Counts the tokens and the supervised tokens of each row."""
     return [len(row.ids) for row in rows], [sum(row.supervised) for row in rows]

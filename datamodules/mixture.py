@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from datamodules.instruction import InstructionDataModule, sizes
+from datamodules.instruction import InstructionDataModule, count_sizes
 from datamodules.loaders.mixture_streams import DecayPhase, Stream, check_streams
 from datamodules.loaders.step_sampler import MicroBatch, StepSampler
 from datamodules.pretraining import load_documents
@@ -46,7 +46,9 @@ class MixtureSampler(StepSampler):
         return self.num_steps * self.rows_per_step
 
     def order(self, epoch: int) -> list[int]:
-        """The rows of the epoch's steps. Of a resumed epoch, some of ``global_step`` are its own."""
+        """Returns the rows of the epoch's steps. In a resumed epoch, ``global_step`` already counts some of its own
+        steps.
+        """
         first = self.global_step() - self.start(epoch) // self.accumulate
         return self.draw(first, first + self.num_steps, self.rows_per_step)
 
@@ -54,19 +56,18 @@ class MixtureSampler(StepSampler):
 class MixtureDataModule(InstructionDataModule):
     """Batches (``InstructionBatch``) of rows drawn from several streams by weight.
 
-    Each row of a step is drawn from one stream, with probabilities that the step's number decides; a stream is gone
-    through in shuffled passes, each row once a pass. The rows of a step depend on ``seed``, the step's number and the
-    rows per step alone, and those of a stream
-    not on the other streams: a stream of weight 0 changes nothing, and a checkpoint of the stable phase may be resumed
-    with other decay weights, more streams or another ``num_steps``. Texts longer than a row are split, longer
-    instruction rows dropped.
+    Each row of a step is drawn from one stream, with probabilities that the step's number decides. A stream is read in
+    shuffled passes, each row once a pass. The rows of a step depend only on ``seed``, the step's number and the rows
+    per step, and the order inside a stream does not depend on other streams. So a stream of weight 0 changes nothing,
+    and a checkpoint of the stable phase may be resumed with other decay weights, more streams or another ``num_steps``.
+    Texts longer than a row are split, and longer instruction rows are dropped.
 
     Args:
         tokenizer: a tokenizer, or a path or hub id; None = the module's.
         streams: by name. Without any ``weight`` a stream of n rows (pieces, of long texts) has the share min(n, cap) of
             all (FLAN).
-        num_steps: optimiser steps of one Trainer epoch. A checkpoint from the end of an epoch goes on with a new one of
-            so many steps.
+        num_steps: optimiser steps of one Trainer epoch. A run that resumes from the end of an epoch begins a new epoch
+            of this many steps.
         weigh_by: what weights are shares of: ``tokens`` or ``examples``. Shares of tokens divided by the mean length
             make probabilities.
         cap: see ``streams``.
@@ -147,7 +148,7 @@ class MixtureDataModule(InstructionDataModule):
         return rows
 
     def load(self, source: str | Source, stage: Literal["train", "val"], name: str) -> list[Tokens]:
-        """Rows of a source of the stream ``name``, encoded by its own settings."""
+        """Encodes the rows of a source of the stream ``name``, with the stream's own settings."""
         stream, seen = self.streams[name], copy(self)
         seen.columns, seen.loss_on = stream.columns or {}, stream.loss_on or self.loss_on
         rows = load_documents(seen, source, stage, name)
@@ -165,8 +166,8 @@ class MixtureDataModule(InstructionDataModule):
         return {name: each / sum(drawn) for name, each in zip(self.streams, drawn, strict=True)}
 
     def draw(self, first: int, last: int, rows_per_step: int) -> list[int]:
-        """The rows, by place, of the optimiser steps ``first`` to ``last - 1``: one uniform number a row says which
-        stream gives its next row.
+        """Draws the rows, by their places in ``train_rows``, of the optimiser steps ``first`` to ``last - 1``. One
+        uniform number for each row decides which stream gives it.
         """
         generator = random.Random(f"{self.seed} draws")
         passes = {name: shuffled_passes(rows, f"{self.seed} {name}") for name, rows in self.stream_rows.items()}
@@ -178,7 +179,7 @@ class MixtureDataModule(InstructionDataModule):
         return drawn
 
     def train_dataloader(self) -> DataLoader[MicroBatch]:
-        """Rows as drawn."""
+        """Gives the training rows in the order in which they are drawn."""
         trainer = self.trainer
         sampler = partial(
             MixtureSampler,
@@ -186,7 +187,9 @@ class MixtureDataModule(InstructionDataModule):
             draw=self.draw,
             global_step=lambda: trainer.global_step if trainer else 0,
         )
-        return self.step_loader(self.make_dataset(self.train_rows), *sizes(self.train_rows), self.batch_size, sampler)
+        return self.step_loader(
+            self.make_dataset(self.train_rows), *count_sizes(self.train_rows), self.batch_size, sampler
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the place in the epoch, how the steps were cut, and the checksum of each stream."""
@@ -194,8 +197,8 @@ class MixtureDataModule(InstructionDataModule):
         return state | self._cut() | {"contents": self.contents} if state else state
 
     def compare_content(self, state: Mapping[str, Any]) -> None:
-        """Warns when a stream's rows are not those of a checkpoint's state; streams of one of them alone are a choice,
-        and earlier checkpoints do not tell.
+        """Warns if a stream's rows differ from those of a checkpoint's state. Streams that were added or removed are
+        not compared, and checkpoints of earlier versions have no checksums.
         """
         there = state.get("contents", {})
         if any(there.get(name, content) != content for name, content in self.contents.items()):
@@ -206,8 +209,8 @@ class MixtureDataModule(InstructionDataModule):
         return {"rows_per_step": self._sampler.rows_per_step, "accumulate": self._sampler.accumulate}
 
     def _apply_resume(self) -> None:
-        """Another ``num_steps`` is fine: it changes no step. Raises ValueError for other rows per step, which would
-        change all of them.
+        """Accepts another ``num_steps``, which changes no step. Raises ValueError for other rows per step, which would
+        change every step.
         """
         if self._resume is None or self._sampler is None:
             return

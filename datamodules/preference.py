@@ -67,10 +67,11 @@ class PreferenceDataModule(AlignDataModule):
     hold ``prompt`` (or ``question``, ``context``, ``conversations``, ``instruction`` and ``input``) with one of
     ``chosen`` and ``rejected``; ``completions``, best first or with ``ranks`` (0 = best) or ``scores``; ``output_1``
     and ``output_2`` with ``preference`` or ``label`` (1 or 2, graded between them, 0 or null for a tie); ``completion``
-    with ``label`` (true or false). Without a prompt it is the turns that the answers share, in messages or in
-    transcripts ("\\n\\nHuman: ...\\n\\nAssistant: ..."). Instructions and transcripts are chats when the tokenizer has
-    a chat template. A text prompt that ends as the chat template opens an assistant turn is read as rendered. Ties are
-    dropped and counted in ``ties``. No answer is cut: the cut would tell it apart.
+    with ``label`` (true or false). Without such a column, the prompt is the turns that the answers share, in messages
+    or in transcripts ("\\n\\nHuman: ...\\n\\nAssistant: ..."). Instructions and transcripts are chats when the
+    tokenizer has a chat template. A text prompt that ends as the chat template opens an assistant turn is read as
+    rendered. Ties are dropped and counted in ``ties``. No answer is ever cut, because a cut would mark the long
+    answers.
 
     Args:
         tokenizer: a tokenizer, or a path or hub id; None = the module's.
@@ -79,21 +80,21 @@ class PreferenceDataModule(AlignDataModule):
         calibration: completions that a reward model's scores are normalised on: ``prompt`` and ``completion``, as
             ``predict`` writes them of the policy that will be trained with it. One that did not finish (``finish``)
             gets no end token; empty ones are left out.
-        columns: our column name -> the data's.
+        columns: our name of a column -> its name in the data.
         max_length: tokens of a prompt with its longest completion.
         drop_long: drop longer examples whole and count them in ``dropped``; False makes them an error.
-        batch_size: examples per micro-batch and rank; a memory setting as long as its product with accumulation and
-            ranks stays.
+        batch_size: examples per micro-batch and rank. It changes nothing but memory if batch_size x accumulation x
+            ranks stays the same.
         chat: text prompts are user messages of the chat template. None = where the tokenizer has one, unless their
             source says that they are plain (sums, for one).
         system: system message in front of every chat that has none.
         margins: label in column ``strength`` -> how much better the chosen answer should score, or one of Llama 2's
             tables (27), ``small`` or ``large``, for the labels in ``MARGINS``. The key ``preference`` stands for a sure
             verdict where verdicts are graded from 1 to 2. A column ``margin`` needs none.
-        balance_length: drop training pairs until as many have the longer answer chosen as the shorter, in each bin of
-            length differences (1, 2 to 3, 4 to 7, ... tokens); counted in ``unbalanced``.
-        first_is_better: the number by which a column of verdicts of 0 and 1 says that the first of two answers is
-            better; of a column that goes below 0, the sign (-1 or 1).
+        balance_length: drop training pairs until the longer answer is chosen as often as the shorter one, in each bin
+            of length differences (1, 2 to 3, 4 to 7, ... tokens); counted in ``unbalanced``.
+        first_is_better: the verdict that means "the first answer is better": 0 or 1 in a column of zeros and ones, the
+            sign (-1 or 1) in a column that goes below 0.
         on_bad_row: ``drop`` leaves out rows that cannot be read and counts them in ``bad``.
         chat_template_kwargs: variables that the chat template is given, such as ``{enable_thinking: false}``, which
             opens each answer with an empty thought (Qwen3).
@@ -168,8 +169,8 @@ class PreferenceDataModule(AlignDataModule):
         return self.val_dataloader()
 
     def in_order(self, stage: Stage) -> DataLoader[MicroBatch]:
-        """All examples of a stage, each once over all ranks, near their order; as many batches on every rank (fillers
-        have rank -1).
+        """Gives all examples of a stage, each once over all ranks and nearly in their order. Every rank gets the same
+        number of batches, with fillers of rank -1.
         """
         rows = {"train": self.train_rows, "val": self.val_rows, "calibration": self.calibration_rows}[stage]
         if not rows:
@@ -360,10 +361,10 @@ class PreferenceDataset(Dataset[PreferenceBatch]):
 
 
 def find_other_prompts(rows: Sequence[PreferenceTokens]) -> list[list[int] | None]:
-    """Finds, for each example, the prompt of the next one that has another; behind the last comes the first.
+    """Finds, for each example, the prompt of the next example with another prompt; behind the last one comes the first.
 
-    So what a completion follows depends on the data set alone, and on no batch. The prompt is cut on the left where
-    completion and prompt would be longer than the longest example. None where all prompts are equal.
+    So the prompt depends on the data set alone, and on no batch. It is cut on the left where completion and prompt
+    would be longer than the longest example. None where all prompts are equal.
     """
     limit = max(row.longest for row in rows)
     second = next((row.prompt for row in rows if row.prompt != rows[0].prompt), None)

@@ -4,7 +4,7 @@ from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from datamodules.instruction import InstructionDataModule, sizes
+from datamodules.instruction import InstructionDataModule, count_sizes
 from datamodules.sources import Source
 from datamodules.tokens.encoding import Tokens
 from datamodules.tokens.packing import pack, split_long
@@ -14,14 +14,14 @@ class PretrainingDataModule(InstructionDataModule):
     """Packed rows (``InstructionBatch``) of documents with the loss on all their tokens.
 
     Rows hold ``text``, or what :class:`InstructionDataModule` reads. A document longer than a row is split, never
-    dropped; documents in one row do not see each other. The first token of a document or piece is predicted by nothing
-    and not learned.
+    dropped; documents in one row do not see each other. Nothing predicts the first token of a document or piece, so it
+    is not learned.
 
     Args:
         tokenizer: a tokenizer, or a path or hub id; None = the module's.
         train: training rows: a source, or a file, a folder or a hub id.
         val: held-out rows, several sets of them by domain, or a share of the training rows to hold out, in (0, 1).
-        columns: our column name -> the data's, such as ``{text: content}``.
+        columns: our name of a column -> its name in the data, such as ``{text: content}``.
         max_length: tokens of a packed row.
         on_bad_row: ``drop`` leaves out rows that cannot be read and counts them in ``bad``.
         batch_size: packed rows per micro-batch and rank.
@@ -64,8 +64,8 @@ class PretrainingDataModule(InstructionDataModule):
 def load_documents(
     data: InstructionDataModule, source: str | Source, stage: Literal["train", "val"], name: str, whole: bool = False
 ) -> list[Tokens]:
-    """Rows of a source, packed if ``data`` packs: plain texts, and ``whole`` all rows, are split at ``max_length``,
-    other long rows dropped.
+    """Encodes the rows of a source, packed if ``data`` packs. Plain texts (with ``whole`` all rows) are split at
+    ``max_length``; other long rows are dropped.
     """
 
     def length(tokens: Tokens) -> int:
@@ -76,7 +76,7 @@ def load_documents(
     rows = [piece for document in documents for piece in split_long(document, data.max_length) if len(piece.ids) > 1]
     if data.packing:
         rows = pack(rows, data.max_length)
-    lengths, supervised = sizes(rows)
+    lengths, supervised = count_sizes(rows)
     data.check_positions(stage, max(lengths), "max_length")
     made = (
         f"{num_documents} documents in {len(rows)} rows that are {sum(lengths) / len(rows) / data.max_length:.1%} full"

@@ -17,7 +17,7 @@ from datamodules.loaders.stream_loader import Pieces, StreamLoader
 from datamodules.sources import Row, Source
 from datamodules.sources.files import looks_local, parse_record
 from datamodules.sources.held_out import parse_share
-from datamodules.sources.locations import explain_hub_error, file_format, find_files, split_hub_id
+from datamodules.sources.locations import explain_hub_error, find_files, read_format, split_hub_id
 from datamodules.tokens.encoding import LossOn, Tokens
 from datamodules.tokens.packing import split_long
 from modules.trainer.ranks import from_all_ranks
@@ -39,23 +39,23 @@ class StreamingDataModule(InstructionDataModule):
     """The batches of :class:`InstructionDataModule`, tokenised as they are read by ``datasets``, shared out over ranks
     and workers.
 
-    A Trainer epoch is ``steps_per_epoch`` optimiser updates; the rows are gone through again and again, each pass in
-    another order. A resumed run reads over the rows that it has used, without tokenising them, and goes on exactly
-    where it was, with as many ranks and workers. Which rows make a step depends on both, and a bad row shows when it is
-    read. Rows of plain ``text`` that are too long are cut into pieces, others dropped and counted.
+    A Trainer epoch is ``steps_per_epoch`` optimiser updates; the rows are read again and again, each pass in another
+    order. A resumed run skips the rows that it has used, without tokenising them, and goes on exactly where it was,
+    with the same number of ranks and workers. Which rows make a step depends on both numbers, and a bad row shows only
+    when it is read. Rows of plain ``text`` that are too long are cut into pieces, others dropped and counted.
 
     Args:
         tokenizer: a tokenizer, or a path or hub id; None = the module's.
         train: files (one, a folder, or a pattern with ``*``) of one kind, JSONL, CSV, TSV, Parquet, Arrow or plain
-            lines, or a hub id. Of a folder whose file names tell splits, those of train.
+            lines, or a hub id. In a folder whose file names tell splits, the files of train are read.
         steps_per_epoch: optimiser updates of a Trainer epoch.
         val: held-out rows, read whole: a source, a file, a folder or a hub id, or several by domain.
-        columns: our column name -> the data's.
+        columns: our name of a column -> its name in the data.
         format: of the rows, by name; None = found from their columns.
         loss_on: ``assistant``, ``last`` or ``all``.
         max_length: tokens of a row.
-        on_bad_row: ``drop`` leaves out rows that cannot be read and counts them in ``bad``, as does ``dropped`` those
-            that are too long; rank 0 tells its counts at the end of every epoch and of the run.
+        on_bad_row: ``drop`` leaves out rows that cannot be read and counts them in ``bad``; ``dropped`` counts rows
+            that are too long. Rank 0 prints its counts at the end of every epoch and of the run.
         packing: fill rows of ``max_length`` tokens with texts in the order they come.
         batch_size: rows per micro-batch and rank.
         chat: text prompts are user messages of the chat template; None = where the tokenizer has one.
@@ -172,10 +172,10 @@ class StreamingDataModule(InstructionDataModule):
             files = [str(file) for file in find_files(path, list(BUILDERS), None)]
         else:
             named = [str(path)] if path.is_file() else sorted(glob(str(path)))
-            files = [name for name in named if file_format(Path(name)) in BUILDERS]
+            files = [name for name in named if read_format(Path(name)) in BUILDERS]
         if not files and (path.exists() or looks_local(str(self.train))):
             raise ValueError(f"{self.train}: there are no files that end in {', '.join(BUILDERS)}")
-        kinds = sorted({file_format(Path(name)) for name in files})
+        kinds = sorted({read_format(Path(name)) for name in files})
         if len(kinds) > 1:
             raise ValueError(
                 f"{self.train}: files of several kinds ({', '.join(kinds)}) are no stream; name those of one, such as "
@@ -193,11 +193,11 @@ class StreamingDataModule(InstructionDataModule):
         from datasets import load_dataset
 
         files = self.files()
-        self._lines_are_json = any(file_format(Path(name)) in (".jsonl", ".ndjson") for name in files)
+        self._lines_are_json = any(read_format(Path(name)) in (".jsonl", ".ndjson") for name in files)
         try:
             if files:
                 stream = _open(files)
-                return stream.filter(_has_text) if file_format(Path(files[0])) in LINES else stream
+                return stream.filter(_has_text) if read_format(Path(files[0])) in LINES else stream
             return load_dataset(*split_hub_id(str(self.train)), split="train", streaming=True)
         except (OSError, ValueError, RuntimeError) as error:
             raise ValueError(explain_hub_error(str(self.train), "train", error)) from error
@@ -221,12 +221,12 @@ class StreamingDataModule(InstructionDataModule):
         for name in self.files():
             for index, other in enumerate(_open([name])):
                 if other == record.columns:
-                    place = f"{name}:{index + 1}" if file_format(Path(name)) in LINES else f"{name}#{index}"
+                    place = f"{name}:{index + 1}" if read_format(Path(name)) in LINES else f"{name}#{index}"
                     return ValueError(str(error).replace(record.origin, place))
         return error
 
     def teardown(self, stage: str) -> None:
-        """Tells what became of the rows."""
+        """Prints what became of the rows."""
         if self._loader is not None:
             self._loader.tell_rows()
 
@@ -245,7 +245,7 @@ def _open(files: list[str]) -> Any:
     """Opens files of one kind as a ``datasets`` stream; empty lines are records too."""
     from datasets import Features, Value, load_dataset
 
-    builder, settings = BUILDERS[file_format(Path(files[0]))]
+    builder, settings = BUILDERS[read_format(Path(files[0]))]
     if builder == "csv":
         names = _read_header(files[0], settings.get("sep", ","))
         settings = settings | {"features": Features({name: Value("string") for name in names})}

@@ -14,8 +14,8 @@ from datamodules.curriculum.difficulty import Difficulty
 from datamodules.curriculum.orders import LearningOrder, PromptOrder
 from datamodules.formats.lessons import HasTeacher, Lessons
 from datamodules.formats.prompt_shapes import VerifiableExample, asked_columns, settle_choices, verifiable_example
-from datamodules.formats.reading import plain
-from datamodules.loaders.phase_loader import PhaseLoader, from_stream
+from datamodules.formats.reading import make_plain
+from datamodules.loaders.phase_loader import PhaseLoader, draw_from_stream
 from datamodules.loaders.ptx import PtxStream
 from datamodules.loaders.step_sampler import MicroBatch
 from datamodules.sources import PreferencePrompts, Row, Source
@@ -49,14 +49,15 @@ class VerifiableDataModule(AlignDataModule):
         tokenizer: a tokenizer, or a path or hub id; None = the module's.
         train: training rows: a source, or a file, a folder or a hub id.
         val: held-out rows, or a share of the training rows to hold out, in (0, 1).
-        columns: our column name -> the data's.
+        columns: our name of a column -> its name in the data.
         system: system message in front of every chat that has none.
         chat: text prompts are user messages of the chat template. None = where the tokenizer has one, unless their
             source says that they are plain (sums, for one).
         max_prompt_length: tokens.
         drop_long: drop longer prompts and count them; False makes them an error.
         on_bad_row: ``drop`` leaves out rows that cannot be read and counts them in ``bad``.
-        prompts_per_phase: over all ranks; with several, a multiple of their number times the updates of a pass.
+        prompts_per_phase: prompts of a phase over all ranks; a multiple of ranks x updates of a pass if there are
+            several ranks.
         updates_per_phase: optimiser updates from one phase's rollouts, a multiple of ``inner_epochs``.
         inner_epochs: passes over one phase's rollouts.
         val_batch_size: held-out prompts per batch and rank.
@@ -151,7 +152,7 @@ class VerifiableDataModule(AlignDataModule):
         if self.order is None:
             first = number * self.prompts_per_phase
             places = range(first + self.rank, first + self.prompts_per_phase, self.world_size)
-            drawn = from_stream(places, len(self.train_prompts), self.seed)
+            drawn = draw_from_stream(places, len(self.train_prompts), self.seed)
         else:
             drawn = self.order.draw(number, self.prompts_per_phase)[self.rank :: self.world_size]
         return prompt_batch([(self.train_prompts[row], instance) for row, instance in drawn])
@@ -173,7 +174,7 @@ class VerifiableDataModule(AlignDataModule):
 
     def prompt_rows(self) -> list[tuple[str, dict[str, Any]]]:
         """Returns the uid in ``predict`` and the columns of each training prompt, in order."""
-        return [(f"{prompt.example.origin}#0", plain(prompt.columns)) for prompt in self.train_prompts]
+        return [(f"{prompt.example.origin}#0", make_plain(prompt.columns)) for prompt in self.train_prompts]
 
     def asked_rows(self) -> list[AskedRow]:
         """Returns each training row without what answered it, in order; see :func:`asked_columns`."""
@@ -181,7 +182,7 @@ class VerifiableDataModule(AlignDataModule):
             AskedRow(
                 f"{prompt.example.origin}#0",
                 prompt.text,
-                plain(asked_columns(prompt.columns, self.columns, prompt.example.answer)),
+                make_plain(asked_columns(prompt.columns, self.columns, prompt.example.answer)),
                 prompt.text != prompt.example.prompt,
                 read_question(prompt.example.prompt),
             )
@@ -339,7 +340,7 @@ class VerifiableDataModule(AlignDataModule):
             self._loader.restore(self._snapshot)
 
     def _prepare_learning(self, who: str) -> None:
-        """Finds the row of each origin. Raises ValueError where outcomes could not be told or ascribed to a row."""
+        """Finds the row of each origin. Raises ValueError if outcomes would be unknown or belong to several rows."""
         if self.trainer is not None:
             module = self.trainer.lightning_module
             require_accuracy(module, f"data.order {who}")

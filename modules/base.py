@@ -59,7 +59,7 @@ class AlignmentModule(LightningModule):
     forms_logits = True  # whether training computes logits
     gradient_checkpointing = False  # whether a fit computes layers again in the backward pass, to need less memory
     torch_compile = False  # whether a fit compiles layers
-    reference_id: str | None = None  # what tells the frozen reference from others; None = there is none, or it moves
+    reference_id: str | None = None  # fingerprint of the frozen reference; None = there is none, or it moves
 
     def __init__(
         self,
@@ -76,16 +76,16 @@ class AlignmentModule(LightningModule):
                 f"policy: '{policy}' is a classifier (a reward model?) without an output head: name the language model"
             )
         self.optimizer, self.scheduler = optimizer, scheduler
-        self.lora_scale = None if lora is None else lora.alpha / lora.r  # of the adapters' output
+        self.lora_scale = None if lora is None else lora.alpha / lora.r  # scale of adapters
         self.record = Record()
-        self.num_tokens = 0  # trained on so far, all ranks
+        self.num_tokens = 0  # tokens trained on so far, on all ranks
         self._step, self._evaluation = Tally(), Tally()  # metrics of the optimiser step and of the evaluation so far
-        self._step_names: set[str] = set()  # of all metrics of earlier steps
+        self._step_names: set[str] = set()  # names of all metrics of earlier steps
         self._step_start = time.perf_counter()
         self.peak: float | None = None  # MB that the fit is expected to take; None before the first step
         self.piece_tokens: int | None = None  # padded tokens of a piece, see ``cut``; None = micro-batches stay whole
         self.piece, self.gradients_dropped = 0, False  # see ``train_by_pieces``
-        self._random: int | None = None  # seed of dropout, of the whole run
+        self._random: int | None = None  # seed of dropout for the whole run
 
     @property
     def tokenizer(self) -> Any:
@@ -93,14 +93,14 @@ class AlignmentModule(LightningModule):
         return self.policy.tokenizer
 
     def configure_callbacks(self) -> list[Callback]:
-        """Return what ends a run on all ranks together, what tells how long it takes, and what keeps it finite unless the
-        Trainer has a guard.
+        """Return the callbacks of every run: ``StopTogether``, ``Forecast`` and, unless the Trainer has one,
+        ``FiniteGuard``.
         """
         guarded = any(isinstance(callback, FiniteGuard) for callback in self.trainer.callbacks)  # type: ignore[attr-defined]
         return [StopTogether(), Forecast()] if guarded else [StopTogether(), Forecast(), FiniteGuard()]
 
     def setup(self, stage: str) -> None:
-        """Refuse a precision that is not the 32 bits of log-probs, denominators and losses; keep checkpoints whole.
+        """Refuse a precision other than 32 bits for log-probs, denominators and losses; keep checkpoints whole.
 
         With ``gradient_checkpointing`` the layers of all models that learn are computed again in the backward pass, and
         with ``torch_compile`` they are compiled. Strategies that shard weights are refused.
@@ -171,7 +171,7 @@ class AlignmentModule(LightningModule):
     def choose_piece_tokens(self) -> int:
         """Choose how many padded tokens a piece of a micro-batch may have, by the memory of their activations.
 
-        It is the same with ``gradient_checkpointing``, which so takes less memory.
+        The number does not depend on ``gradient_checkpointing``, so switching that on saves memory.
         """
         trained = self.trainer.optimizers[0]
         needed = MB * sum(estimate_memory([*self.parameters(), *self.buffers()], trained, 0).values())
@@ -265,7 +265,7 @@ class AlignmentModule(LightningModule):
         return self._evaluation.join()
 
     def say_memory(self, batch: Any) -> None:
-        """Print how much memory a fit needs with micro-batches like this one, and warn if there is not so much."""
+        """Print how much memory a fit needs with micro-batches like this one, and warn if the device has less."""
         frozen = (
             weight for part in vars(self).values() if isinstance(part, Frozen) for weight in part.weights.values()
         )
@@ -305,7 +305,7 @@ class AlignmentModule(LightningModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Log the step: the collected numbers, the gradient norm before clipping, the learning rate, the tokens.
 
-        A mean over nothing, of which an earlier step had some, is NaN.
+        A metric that earlier steps had, and for which this step has no values, is NaN.
         """
         gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
         metrics = self.step_metrics()

@@ -50,8 +50,8 @@ class DistillModule(OnPolicyModule):
 
     The loss is the mean over the tokens of the whole step of D(teacher, student), where both have read the same tokens.
     No gradient flows through sampling. Each prompt of a phase is answered by the student (on-policy) or by the row's
-    own completion (off-policy), as its share says. Unlike GKD's, the logits of both models are divided by the sampling
-    temperature, as TRL's ``DistillationTrainer`` does.
+    own completion (off-policy), in the shares that ``on_policy`` sets. Unlike GKD's, the logits of both models are
+    divided by the sampling temperature, as TRL's ``DistillationTrainer`` does.
 
     A teacher that is the policy itself learns from what only it reads: a demonstration (SDFT, arXiv 2601.19897) or
     feedback (SDPO, arXiv 2601.20802) in a column of the row.
@@ -61,28 +61,30 @@ class DistillModule(OnPolicyModule):
         teacher: another model with the same tokens; None = the policy itself, which then needs a ``condition``.
         objective: ``ReverseKL``, ``ForwardKL``, ``JSD`` or your own; default ``ReverseKL``.
         on_policy: [0, 1], share of prompts that the student answers (GKD's lambda).
-        completions: the column with the completions of the others; they are cut at ``sampling.max_completion_length``.
+        completions: the column with the completions for the other prompts; they are cut at
+            ``sampling.max_completion_length``.
         condition: what the teacher reads in place of the question. ``{prompt}`` stands for the question, and ``{name}``
             for a column: ``"{prompt} An example answer: {demonstration}"``. None = what the student reads.
         ema: [0, 1], share of the policy in its own teacher after each update: teacher <- ema policy + (1 - ema)
             teacher. 0 keeps the start, 1 follows the policy; default 0.05. Another model stays as it is.
         top_k: tokens that the teacher finds most likely; all others count as one. None = the whole vocabulary.
-        teacher_cache: folder with what the teacher says of the rows' completions. It is written before the first step,
-            and the teacher is not loaded if nothing is missing there. Needs ``top_k`` and ``on_policy`` 0.
-        first_tokens: learn from the first tokens of each completion alone: a share in (0, 1), or a number.
+        teacher_cache: folder that keeps the teacher's probabilities for the rows' completions. It is written before the
+            first step, and the teacher is not loaded if nothing is missing in it. Needs ``top_k`` and ``on_policy`` 0.
+        first_tokens: learn only from the first tokens of each completion: a share in (0, 1), or a number; None = from
+            all.
         num_generations: completions that the student samples for a prompt.
         sampling: how to sample in training.
         engine: what samples; default the policy itself, in this process.
         environment: lets completions call the tools of a class of yours, whose words carry no loss; None = none.
         reward: scores the student's samples, for metrics alone; None = nothing does.
-        validation: what decides right or wrong there, and how many completions of a prompt are sampled.
+        validation: what decides right or wrong on held-out prompts, and how many completions of each are sampled.
         lora: train low-rank adapters instead of all weights.
         optimizer: parameters -> optimizer; default AdamW, learning rate 1e-6.
         scheduler: optimizer -> scheduler, stepped per update.
-        seed: of the sampling, and of which prompts the student answers; None = the run's.
+        seed: of the sampling, and of the choice of prompts that the student answers; None = the run's.
 
     Raises:
-        ValueError: values out of range, options that exclude each other, or a teacher with other tokens.
+        ValueError: a value is out of range, options exclude each other, or the teacher has other tokens.
     """
 
     least_generations = 1
@@ -235,7 +237,7 @@ class DistillModule(OnPolicyModule):
         self.ready_teacher()
 
     def ready_teacher(self) -> None:
-        """Move the teacher to the device of the student, or read what it says from ``teacher_cache``."""
+        """Move the teacher to the device of the student, or read its probabilities from ``teacher_cache``."""
         if self.teacher is not None:
             self.teacher.to(self.device)
         if self.teacher_cache is None or self.table is not None:
@@ -378,8 +380,8 @@ class DistillModule(OnPolicyModule):
             self.teacher.mix(self.policy, self.ema)
 
     def evaluate(self, prompts: PromptBatch, stage: str) -> None:
-        """Answer held-out prompts as every method does, and measure D on the answers; on the rows' own without any
-        on-policy share.
+        """Answer held-out prompts as every method does, and measure D on the answers. If ``on_policy`` is 0, D is
+        measured on the rows' own completions.
         """
         super().evaluate(prompts, stage)
         rollouts = self.recite(prompts) if self.on_policy == 0 else self.record.held_out

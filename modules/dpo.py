@@ -30,8 +30,8 @@ from modules.trainer.pieces import train_by_pieces
 from modules.trainer.ranks import from_all_ranks, mean_and_error
 from modules.types import PreferenceBatch, ScoredPair
 
-NOISE = 0.01  # nats; a mean log-ratio within it is the work of a few steps, and no reason to warn
-STANDARD_ERRORS = 2.0  # a mean log-ratio within so many of them may be chance
+NOISE = 0.01  # nats; a mean log-ratio closer to 0 comes from a few steps and is no reason to warn
+STANDARD_ERRORS = 2.0  # a mean log-ratio closer to 0 than so many standard errors may be chance
 
 
 class DPOModule(AlignmentModule):
@@ -50,7 +50,7 @@ class DPOModule(AlignmentModule):
         reference: another model as the reference (TRL's ``ref_model``), such as that of an earlier round; default the
             policy as it starts.
         reference_free: use a uniform reference, so that h is the difference of log-probs.
-        nll_weight: >= 0, weight of the negative log-likelihood per token of the chosen completion, which keeps its
+        nll_weight: >= 0, weight of the chosen completion's negative log-likelihood per token, which keeps its
             likelihood from falling (RPO, arXiv 2404.19733).
         lora: train low-rank adapters instead of all weights.
         cache_dir: folder of files with the reference's log-probs, named by model, rows and precision; None =
@@ -59,8 +59,8 @@ class DPOModule(AlignmentModule):
         scheduler: optimizer -> scheduler, stepped per update.
 
     Raises:
-        ValueError: values out of range; a reference for a loss without one, or with another vocabulary; in ``setup``,
-            rows that the objective cannot learn from.
+        ValueError: a value is out of range; there is a reference for a loss without one, or one with another vocabulary;
+            in ``setup``, the objective cannot learn from the rows.
     """
 
     def __init__(
@@ -93,11 +93,11 @@ class DPOModule(AlignmentModule):
         self.reference = Frozen(other or self.policy, own=other is not None) if self.needs_reference else None
         self.reference_id = self.reference.fingerprint() if self.reference is not None else None
         self.tables: dict[str, ReferenceLogprobs] = {}  # by stage of the data
-        self.mismatched_tables: dict[str, ReferenceLogprobs] = {}  # the same of completions after other prompts
-        self._tables_of: Any = None  # the DataModule that they belong to
-        self.kl = torch.zeros(())  # KTO's, of the optimiser step
-        self._held_out: list[tuple[Sequences, PreferenceBatch]] = []  # of KTO's evaluation so far, on this rank
-        # of the epoch's chosen and rejected completions, on this rank
+        self.mismatched_tables: dict[str, ReferenceLogprobs] = {}  # the same for completions after other prompts
+        self._tables_of: Any = None  # the DataModule that the tables belong to
+        self.kl = torch.zeros(())  # KTO's KL for the optimiser step
+        self._held_out: list[tuple[Sequences, PreferenceBatch]] = []  # batches of KTO's evaluation so far, on this rank
+        # log-ratios of the epoch's chosen and rejected completions, on this rank
         self._log_ratios: dict[str, list[Tensor]] = {"chosen": [], "rejected": []}
         self._warned = False
 

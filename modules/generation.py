@@ -47,7 +47,7 @@ class Validation:
     """How held-out prompts are answered and judged.
 
     Raises:
-        ValueError: values out of range.
+        ValueError: a value is out of range.
     """
 
     # Decides right (score > 0.5) or wrong. None = the part of the reward that compares answers, or the whole reward if
@@ -68,13 +68,14 @@ class GenerationModule(AlignmentModule):
 
     Args:
         policy: ``tiny``, a Hugging Face folder, a GGUF file or a hub id. Dropout is off.
-        reward: scores completions; None = nothing does.
+        reward: scores completions; None = no reward.
         num_generations: completions per prompt.
         sampling: how to sample.
         engine: samples completions; default the policy itself, in this process.
-        environment: what gives completions tools to call; None = there are none.
-        reference: keep the frozen start policy, for a loss or to measure the KL; a folder or hub id keeps that model.
-        validation: what decides right or wrong there, and how many completions of a prompt are sampled.
+        environment: lets completions call the tools of a class of yours; None = no tools.
+        reference: keep the frozen start policy, for a loss or to measure the KL; a folder or hub id = keep that model
+            instead.
+        validation: what decides right or wrong on held-out prompts, and how many completions of each are sampled.
         lora: train low-rank adapters instead of all weights.
         optimizer: parameters -> optimizer.
         scheduler: optimizer -> scheduler, stepped per update.
@@ -180,14 +181,14 @@ class GenerationModule(AlignmentModule):
         return self.environment.tools() if told and self.environment is not None else None
 
     def on_fit_start(self) -> None:
-        """Refuse prompts that no reward is for, and move the frozen start policy to the device of the trained one."""
+        """Refuse prompts that no reward scores, and move the frozen start policy to the device of the trained one."""
         for reward in filter(None, (self.reward, self.accuracy)):
             require_tasks(reward, getattr(self.trainer, "datamodule", None))
         if self.reference is not None:
             self.reference.to(self.device)
 
     def find_seeds(self, prompts: PromptBatch, phase: str) -> list[int]:
-        """Return the seed of each prompt's first completion; the others' follow it."""
+        """Return the seed of each prompt's first completion; the seeds of its other completions follow."""
         return [derive_seed(self.seed, phase, uid) for uid in prompts["uid"]]
 
     def sample(
@@ -228,7 +229,7 @@ class GenerationModule(AlignmentModule):
         self.evaluate(prompts, "test")
 
     def evaluate(self, prompts: PromptBatch, stage: str) -> None:
-        """Answer a batch of held-out prompts and keep the scored completions in ``record``; where ``accuracy`` can tell
+        """Answer a batch of held-out prompts, and keep the scored completions in ``record``. If ``accuracy`` tells
         right from wrong, answer them greedily too.
         """
         before = count_failures(self.reward)
@@ -291,7 +292,9 @@ class GenerationModule(AlignmentModule):
             )
 
     def describe_samples(self) -> dict[str, Any]:
-        """Return what determines the samples of ``predict`` and their scores: weights, settings, rewards with theirs."""
+        """Return what determines the samples of ``predict`` and their scores: weights, settings, and the rewards'
+        settings.
+        """
         asked = [each for each in (self.reward, self.accuracy) if each is not None]
         rewards = [describe_reward(part) for each in asked for part in walk_rewards(each)]
         settings = {"num_generations": self.num_generations, "seed": self.seed, "rewards": rewards}

@@ -46,9 +46,9 @@ class GRPOModule(OnPolicyModule):
         num_generations: completions per prompt; at least 2, or what the advantage needs.
         sampling: how to sample in training.
         engine: what samples; default the policy itself, in this process.
-        environment: lets completions call the tools of a class of yours; None = there are none.
-        importance: weighs tokens whose probability the engine and the trainer compute differently; false = equally, true =
-            with the defaults, None = true where the engine samples from a copy of the weights, else false.
+        environment: lets completions call the tools of a class of yours; None = no tools.
+        importance: weights that correct for the different probabilities that engine and trainer compute. false = none,
+            true = the default ones, None = true if the engine samples from a copy of the weights, else false.
         advantage: ``ZScore``, ``Centered``, ``LeaveOneOut``, ``Whitened``, ``MaxRL``, ``GDPO``, or your own function of
             rewards [N] and group [N]; default the objective's (``ZScore`` for most).
         objective: the policy loss; default ``Clipped``. Others are ``GSPO``, ``GSPOToken``, ``CISPO``, ``REINFORCE``,
@@ -58,13 +58,13 @@ class GRPOModule(OnPolicyModule):
             or ``k2``, whose gradient is that in the first update of a phase. None = the KL is part of the reward
             instead, as ``k1`` without gradient.
         measure_kl: keep the frozen start policy and log the KL to it even with ``beta`` 0.
-        refresh_every: phases after which the reference becomes the policy as it is then, again and again (DeepSeek-R1,
-            arXiv 2501.12948); ``kl`` is measured to the moved reference. None = never.
+        refresh_every: every so many phases the reference becomes the current policy (DeepSeek-R1, arXiv 2501.12948);
+            ``kl`` is measured to the moved reference. None = never.
         entropy: weight of the entropy in the objective, per nat; 0 = none.
         mask_truncated: completions that were cut off teach nothing, but count in their group (DAPO's overlong
             filtering; TRL's ``mask_truncated_completions``).
         dynamic_sampling: sample until there are enough groups with right and wrong answers; None = train on all.
-        validation: what decides right or wrong there, and how many completions of a prompt are sampled.
+        validation: what decides right or wrong on held-out prompts, and how many completions of each are sampled.
         lora: train low-rank adapters instead of all weights.
         optimizer: parameters -> optimizer; default AdamW, learning rate 1e-6.
         scheduler: optimizer -> scheduler, stepped per update.
@@ -180,7 +180,9 @@ class GRPOModule(OnPolicyModule):
         )
 
     def prepares_from_scores(self) -> bool:
-        """A KL in the reward does, and so do weights of ``importance`` and some advantages."""
+        """Tell whether ``prepare`` reads log-probs: for a KL in the reward, for ``importance``, and for some
+        advantages.
+        """
         in_reward = self.beta > 0 and self.kl_loss is None
         return in_reward or self.importance is not None or self.advantage.reads_logprobs
 
@@ -206,7 +208,9 @@ class GRPOModule(OnPolicyModule):
         self.record.credits = weigh_credits(batch, self.objective.aggregation.weights(mask), mask)
 
     def has_gradient(self, advantages: Tensor, mask: Tensor) -> Tensor:
-        """Tell which completions have one, bool [N], from ``advantages`` and the keep-mask of what teaches, [N, Tc]."""
+        """Tell which completions have a gradient, bool [N], from ``advantages`` and the ``mask`` of tokens that teach,
+        [N, Tc].
+        """
         all_of_them = self.has_kl_loss or self.entropy != 0 or not self.objective.needs_advantage
         return mask.any(1) & ((advantages != 0).any(1) | all_of_them)
 

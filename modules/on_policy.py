@@ -64,7 +64,7 @@ from modules.trainer.ranks import from_all_ranks, log_equal
 from modules.trainer.steps import update_of_prompts
 from modules.types import Completion, InstructionBatch, PolicyBatch, PromptBatch, Reward, Rollout
 
-# Standard errors. By chance a right run is below in 9 of 100000 phases of 64 completions, and in 3 of 256 completions.
+# Standard errors. A correct run falls below by chance in 9 (64 completions) or 3 (256) of 100000 phases.
 NEGATIVE_KL = 4.0
 ENOUGH = 64  # completions of a phase; with fewer, a standard error is too uncertain
 
@@ -76,15 +76,16 @@ class OnPolicyModule(GenerationModule):
 
     Args:
         policy: ``tiny``, a Hugging Face folder, a GGUF file or a hub id. Dropout is off, so that the ratio starts at 1.
-        reward: scores completions; None = nothing does.
+        reward: scores completions; None = no reward.
         num_generations: completions per prompt.
         sampling: how to sample in training.
         engine: samples completions; default the policy itself, in this process.
-        environment: what gives completions tools to call; None = there are none.
-        importance: weighs tokens whose probability the engine and the trainer compute differently; false = equally, true =
-            with the defaults, None = true where the engine samples from a copy of the weights, else false.
-        reference: keep the frozen start policy, for a loss or to measure the KL; a folder or hub id keeps that model.
-        validation: what decides right or wrong there, and how many completions of a prompt are sampled.
+        environment: lets completions call the tools of a class of yours; None = no tools.
+        importance: weights that correct for the different probabilities that engine and trainer compute. false = none,
+            true = the default ones, None = true if the engine samples from a copy of the weights, else false.
+        reference: keep the frozen start policy, for a loss or to measure the KL; a folder or hub id = keep that model
+            instead.
+        validation: what decides right or wrong on held-out prompts, and how many completions of each are sampled.
         lora: train low-rank adapters instead of all weights.
         optimizer: parameters -> optimizer.
         scheduler: optimizer -> scheduler, stepped per update.
@@ -132,7 +133,7 @@ class OnPolicyModule(GenerationModule):
         check_partial(self.engine, sampling, environment)
         check_overlap(self.engine, environment)
         self.overlap = Overlap(self.engine) if self.engine.max_staleness > 0 else None
-        self.drafts = None  # of the completions of the next phases
+        self.drafts = None  # drafts for the completions of the next phases
         if sampling.reuse is not None:
             check_reuse(sampling, self.engine, environment)
             self.drafts = Drafts(self.policy, sampling)
@@ -143,7 +144,7 @@ class OnPolicyModule(GenerationModule):
         self._kl_warned = False
 
     def move_reference(self, moves: bool) -> None:
-        """Settle whether the reference moves; one that does not is known by its fingerprint."""
+        """Settle whether the reference moves; checkpoints know a fixed reference by its fingerprint."""
         self.reference_moves = moves
         self.reference_id = None if moves else self.reference_id
 
@@ -163,7 +164,8 @@ class OnPolicyModule(GenerationModule):
     def collect(self, prompts: PromptBatch) -> PolicyBatch:
         """Make one phase of this rank: sample, score, and compute the log-probs that the updates start from.
 
-        Where the one update of a phase computes these itself, only what it does not train on is computed here.
+        If the only update of a phase computes these log-probs itself, only the completions without a gradient are
+        scored here.
         """
         start = time.perf_counter()
         self.record.metrics = {"time/sampling": 0.0}
@@ -212,9 +214,9 @@ class OnPolicyModule(GenerationModule):
         return batch
 
     def leaves_scores(self, prompts: PromptBatch) -> bool:
-        """Tell whether the log-probs that a phase starts from are those of its own update's forward pass.
+        """Tell whether the phase's own update computes the log-probs that it starts from, in its forward pass.
 
-        They are, without gradient, if a phase makes one update and nothing needs them before.
+        It does, without gradient, if the phase makes one update and nothing needs the log-probs before.
         """
         whole = self.partial is None or self.partial.learn_earlier  # the update scores all tokens of a completion
         return prompts.get("updates") == 1 and self.drafts is None and whole and not self.prepares_from_scores()
@@ -228,7 +230,7 @@ class OnPolicyModule(GenerationModule):
 
         Args:
             batch: of the whole phase; gets ``old_logprobs``, and ``values`` where there is a critic.
-            earlier: so many completions, the first, belong to the record of the phase before.
+            earlier: how many completions, the first ones, belong to the record of the phase before.
         """
         score = self.collected_scores if self.drafts is None else self.drafts.noting(self.collected_scores)
         logprobs, entropies, *values = score_in_chunks(self.policy, score, batch)
@@ -246,7 +248,7 @@ class OnPolicyModule(GenerationModule):
         batch["old_logprobs"] = self.as_drawn(batch, logprobs)
 
     def score_others(self, batch: PolicyBatch, trained: Tensor) -> None:
-        """Fill the record with what the update does not compute: of the completions that have no gradient.
+        """Fill the record for completions without a gradient, which the update does not compute.
 
         Args:
             batch: of all completions of the phase.
@@ -260,16 +262,16 @@ class OnPolicyModule(GenerationModule):
             add_measures(self.record.rollouts, batch["row"][others].tolist(), kept, self.global_step)
 
     def as_drawn(self, batch: PolicyBatch, logprobs: Tensor) -> Tensor:
-        """Return log-probs [n, t] with those of the sampler where earlier weights sampled a token.
+        """Return log-probs [n, t], in which tokens that earlier weights sampled have the sampler's.
 
-        Where the engine samples ahead, ``importance`` weighs these instead.
+        If the engine samples ahead, nothing is replaced, because ``importance`` weighs these tokens instead.
         """
         if "stale" not in batch or self.overlap is not None:
             return logprobs
         return torch.where(batch["stale"], batch["sampler_logprobs"], logprobs)
 
     def start_from(self, batch: PolicyBatch, scores: TokenScores) -> PolicyBatch:
-        """Return a micro-batch with its ``old_logprobs``: where they were left to the update, those of this forward pass.
+        """Return a micro-batch with its ``old_logprobs``, from this forward pass if they were left to the update.
 
         Args:
             batch: the micro-batch, or a piece of it.
@@ -406,7 +408,7 @@ class OnPolicyModule(GenerationModule):
         self._batch_start = time.perf_counter()
 
     def on_train_batch_end(self, outputs: Any, batch: PolicyBatch, batch_idx: int) -> None:
-        """Add a micro-batch to the phase's training time, which so leaves out start-up and validation."""
+        """Add a micro-batch to the phase's training time; start-up and validation are no part of it."""
         self.record.metrics["time/training"] = (
             self.record.metrics.get("time/training", 0.0) + time.perf_counter() - self._batch_start
         )
@@ -470,8 +472,8 @@ class OnPolicyModule(GenerationModule):
         return self.policy.token_scores(batch["input_ids"], batch["loss_mask"], batch.get("position_ids"))
 
     def check_scored(self, rollouts: list[Rollout], failures: Mapping[str, int] | None = None) -> None:
-        """Refuse a first phase without any score, and tell of a later one or refuse it too, as ``on_unscored`` says; log
-        the ``failures`` of this rank, by cause, summed over the ranks (collective).
+        """Refuse a first phase without any score; warn of a later one or refuse it, as ``on_unscored`` says
+        (collective). Log this rank's ``failures`` by cause, summed over the ranks.
 
         Raises:
             ValueError: the phase is refused, as no completion of any rank has a score.
@@ -531,8 +533,8 @@ class OnPolicyModule(GenerationModule):
             )
 
     def check_kl(self, sums: list[float]) -> None:
-        """Warn once if the KL of a phase, given that of each completion, is below 0 by more than chance and rounding
-        explain.
+        """Warn once if the KL of a phase is below 0 by more than chance and rounding explain. ``sums`` has the KL of
+        each completion.
         """
         values = torch.tensor(sums, dtype=torch.float64)
         if self._kl_warned or len(values) < ENOUGH:

@@ -40,8 +40,8 @@ class OnlineDPOModule(OnPolicyModule):
         refresh_every: phases between refreshes.
         sampling: how to sample in training.
         engine: samples completions; default the policy itself, in this process.
-        environment: lets completions call the tools of a class of yours; None = there are none.
-        validation: what decides right or wrong there, and how many completions of a prompt are sampled.
+        environment: lets completions call the tools of a class of yours; None = no tools.
+        validation: what decides right or wrong on held-out prompts, and how many completions of each are sampled.
         lora: train low-rank adapters instead of all weights.
         optimizer: parameters -> optimizer; default AdamW, learning rate 5e-7.
         scheduler: optimizer -> scheduler, stepped per update.
@@ -103,7 +103,7 @@ class OnlineDPOModule(OnPolicyModule):
         self.min_gap, self.refresh, self.refresh_every = min_gap, refresh, refresh_every
 
     def prepares_from_scores(self) -> bool:
-        """Ranks come from the rewards alone."""
+        """Return False: ranks come from the rewards alone."""
         return False
 
     def prepare(self, batch: PolicyBatch) -> None:

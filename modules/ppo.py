@@ -47,16 +47,16 @@ class PPOModule(OnPolicyModule):
         num_generations: completions per prompt.
         sampling: how to sample in training.
         engine: samples completions; default the policy itself, in this process.
-        environment: lets completions call the tools of a class of yours; None = there are none.
-        importance: weighs tokens whose probability the engine and the trainer compute differently; false = equally, true =
-            with the defaults, None = true where the engine samples from a copy of the weights, else false.
+        environment: lets completions call the tools of a class of yours; None = no tools.
+        importance: weights that correct for the different probabilities that engine and trainer compute. false = none,
+            true = the default ones, None = true if the engine samples from a copy of the weights, else false.
         gae: discount, lambda, and whether to whiten token rewards.
         clip: how far the ratio and a value may move in an update.
         kl: the KL to the reference: its weight, a target for it, whether it is part of the reward or of the loss, and
             the reference model.
         value: the critic: its start, its learning rate and warm-up, and the weight of its loss.
         incentives: what is asked of the policy beside the reward: to end, to stay various, not to forget.
-        validation: what decides right or wrong there, and how many completions of a prompt are sampled.
+        validation: what decides right or wrong on held-out prompts, and how many completions of each are sampled.
         lora: train low-rank adapters of policy and critic instead of all weights; then policy, reference and critic
             share one frozen backbone.
         optimizer: parameters -> optimizer; default AdamW, learning rate 3e-6.
@@ -64,7 +64,7 @@ class PPOModule(OnPolicyModule):
         seed: of the sampling; None = the run's.
 
     Raises:
-        ValueError: values out of range; in ``setup``, ``incentives.ptx`` without ``data.ptx``.
+        ValueError: a value is out of range; in ``setup``, ``incentives.ptx`` without ``data.ptx``.
     """
 
     least_generations = 1

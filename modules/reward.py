@@ -65,8 +65,8 @@ class RewardModule(AlignmentModule):
         scheduler: optimizer -> scheduler, stepped per update.
 
     Raises:
-        ValueError: values out of range; an architecture without sequence classification; in ``setup``, data without
-            pairs.
+        ValueError: a value is out of range; the architecture has no sequence classification; in ``setup``, the data have
+            no pairs.
     """
 
     forms_logits = False

@@ -37,7 +37,7 @@ ALPACA_PROMPT_WITH_INPUT = (
 # A prompt that ends inside a thought: the completion goes on with it.
 OPENED_THOUGHT = re.compile(r"<think>\s*\Z")
 
-LARGEST = 3.4e38  # of a score, which becomes a float32
+LARGEST = 3.4e38  # largest size of a score, which becomes a float32
 SLOW = 60.0  # seconds after which a warning names a reward that is still scoring
 
 # Names under which a reward function may ask for the gold answers.
@@ -227,14 +227,14 @@ class Rollout:
     kl: float | None = None  # sum over the completion of log pi - log pi_start, nats
     source: str = ""  # name of the data set
     thinks: bool | None = None  # see ``PromptBatch``
-    # With which an engine goes on with the completion in the next phase, see ``PartialRollouts``; None = it is complete.
+    # The seed with which the next phase continues the completion, see ``PartialRollouts``; None = it is complete.
     seed: int | None = None
     # What the trainer computes for the completion at collection: the log-prob of each token at the sampling temperature,
     # as long as its token_ids, and the optimiser updates before the weights that did. None = nothing was computed.
     trainer_logprobs: list[float] | None = None
     trainer_version: int = 0
-    # At collection: sum of the estimate k3 of the KL to the start policy, over the tokens that the weights of then
-    # sampled; of those that others sampled ahead of time, too. None = no reference.
+    # At collection: sum of the estimate k3 of the KL to the start policy, over the tokens that the weights of that time
+    # sampled or that others sampled ahead of time. None = no reference.
     k3: float | None = None
 
     @property
@@ -332,8 +332,8 @@ class Record:
     rollouts: list[Rollout] = field(default_factory=list)
     # Numbers of the phase by name, logged at its end as ``train/<name>``; valid and kept like ``rollouts``.
     metrics: dict[str, float] = field(default_factory=dict)
-    # Groups that were sampled so far and are trained on later, see ``DynamicSampling`` and ``PartialRollouts``, which
-    # leaves also such as are not complete; kept likewise.
+    # Groups that are sampled and will be trained on later, see ``DynamicSampling`` and ``PartialRollouts``, which also
+    # leaves incomplete ones; kept likewise.
     carried: list[Rollout] = field(default_factory=list)
     # What is sampled of later phases, by their number; kept in checkpoints, which wait for it.
     ahead: dict[int, SampledAhead] = field(default_factory=dict)
@@ -417,16 +417,16 @@ class HasEveryPrompt(Protocol):
 class AskedRow:
     """A training row without what answered it, to which a sampled completion is added."""
 
-    uid: str  # of its prompt in ``predict``
-    prompt: str  # as it is sampled from
-    columns: dict[str, Any]  # what it asks, as the row has it, with ``answer`` where there is a gold answer
-    chat: bool  # the prompt was written by the chat template
-    question: str  # its text, or the last message of its user
+    uid: str  # uid of its prompt in ``predict``
+    prompt: str  # the rendered prompt that the policy reads
+    columns: dict[str, Any]  # the columns that ask, unchanged, and ``answer`` where there is a gold answer
+    chat: bool  # whether the chat template wrote the prompt
+    question: str  # text of the prompt, or the last message of its user
 
 
 @runtime_checkable
 class HasAskedRows(Protocol):
-    """A DataModule that gives its training rows back, for data that sampled completions make."""
+    """A DataModule that gives its training rows back, for new data made from sampled completions."""
 
     def asked_rows(self) -> list[AskedRow]:
         """Return each training row, in order."""
@@ -471,7 +471,7 @@ class Reward(ABC):
         """Return one score per rollout, in order; None if the rollout cannot be scored."""
 
     def score_parts(self, rollouts: Sequence[Rollout]) -> list[dict[str, float | None]]:
-        """Return what each rollout's score is made of, by name: its score alone, but for a reward that adds others."""
+        """Return the parts of each rollout's score by name: only the score itself, unless the reward adds others."""
         return [{self.name: value} for value in score(self, rollouts)]
 
     def add_parts(self, parts: dict[str, float | None]) -> float | None:
@@ -633,8 +633,7 @@ class FunctionReward(Reward):
 
 
 def as_reward(reward: Any) -> Any:
-    """Turn what is called and is no reward, such as a plain function, into one, also inside a list or a dict; return
-    anything else as it is.
+    """Turn a plain function into a reward, also inside a list or a dict; return anything else as it is.
 
     Every class that takes a reward calls this, so that a function may stand wherever a reward may.
     """

@@ -191,7 +191,7 @@ def report_split(
 
 
 def share_left_out(report: dict[str, Any]) -> float:
-    """Return the share, in [0, 1], that ``dropped`` and ``bad`` rows have of themselves and the documents that are
+    """Return the share of rows left out, in [0, 1]: ``dropped`` + ``bad``, over the same plus the documents that are
     used.
     """
     left_out = report["dropped"] + report["bad"]

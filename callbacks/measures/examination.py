@@ -1,4 +1,4 @@
-"""Tries a few training prompts of a run that samples, and where they go wrong, tries what would mend it."""
+"""Tries a few training prompts of a run that samples and, where something goes wrong, tries remedies."""
 
 import importlib.util
 import random
@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-from callbacks.measures.prognosis import bound_share, count_wins, expect_distinct
-from callbacks.measures.trial import Trial, Tried, mean, percent, shorten
+from callbacks.measures.prognosis import bound_share, expect_distinct, run_sign_test
+from callbacks.measures.trial import Trial, Tried, mean, percent, quote
 from modules.rewards.answers import ExactMatch, MathVerify, NumericMatch, name_reader
 from modules.rewards.combined import WeightedSum, walk_rewards
 from modules.rewards.dispatch import Dispatch
@@ -21,13 +21,13 @@ from modules.trainer.ranks import from_all_ranks
 from modules.trainer.seeds import derive_seed
 from modules.types import Completion, FunctionReward, PromptBatch, Reward, Rollout, score
 
-WASTE = 0.1  # a share of the samples that is worth a sentence if it teaches nothing
+WASTE = 0.1  # share of the samples that may teach nothing before it is reported
 SURE = 0.01  # chance of a false alarm in a comparison of the same prompts under two settings
-LEFT_OUT = 0.05  # share of the rows, as in DataReport
+LEFT_OUT = 0.05  # share of the rows that may be left out before it is reported, as in DataReport
 FEWEST = 4  # completions of a prompt that a pass rate needs
 GOLDS = 64  # rows whose answers the verifiers try to read
-COLD, COLD_SURE = 0.5, 0.05  # a temperature below it is compared with 1, symptoms or not, at this chance
-LONGER = 4  # times the token budget, to see whether completions end at all
+COLD, COLD_SURE = 0.5, 0.05  # a temperature below COLD is always compared with 1, at a false-alarm chance of COLD_SURE
+LONGER = 4  # times the token budget: the length at which completions are tried again, to see whether they end at all
 # Tokens and texts that end an answer or open another turn.
 END_MARK = re.compile(
     r"<\|[^<>|]*(?:eos|eot|end|im_start|return)[^<>|]*\|>|</s>|<(?:eos|(?:end|start)_of_turn)>", re.IGNORECASE
@@ -86,17 +86,17 @@ class SamplesItself(Protocol):
 
 
 class Finding(NamedTuple):
-    """What is wrong with a run."""
+    """One problem of a run."""
 
     cause: str  # one word for each cause
-    words: str  # what, the number, what to do
+    words: str  # what is wrong, by how much, and what to do
 
 
 class Examination:
     """Tries a few prompts, and looks for the cause of what it sees.
 
     A symptom leads to an experiment on the same prompts with the same seeds. So a run without symptoms costs one
-    sampling, and of several possible causes the one is named whose change helps. Shares are bounded by Wilson's 95 %
+    sampling, and among several possible causes the one whose change helps is named. Shares are bounded by Wilson's 95 %
     interval with n = number of prompts, since completions of a prompt are alike; comparisons are sign tests over the
     prompts at 1 %.
 
@@ -104,7 +104,7 @@ class Examination:
         module: samples and scores.
         data: has the training prompts.
         num_prompts: how many to try, over all ranks.
-        place: number of this rank, and of all ranks.
+        place: the number of this rank, and how many ranks there are.
     """
 
     def __init__(self, module: Any, data: Any, num_prompts: int, place: tuple[int, int]) -> None:
@@ -154,7 +154,7 @@ class Examination:
     def check_answers(self) -> list[Finding]:
         """Look for rows without an answer, and for answers that the reward cannot read.
 
-        Said if more than a tenth of the rows are concerned: their samples are left out of the training.
+        Reported if it concerns more than a tenth of the rows: training leaves their samples out.
         """
         rows = self.data.train_prompts
         bare = mean(prompt.example.answer is None for prompt in rows)
@@ -188,16 +188,16 @@ class Examination:
                     Finding(
                         "golds",
                         f"{name_of(verifier)} cannot read {len(unread)} of {len(asked)} answers of the training rows, "
-                        f"such as {shorten(unread[0])}, so their completions get no score: {name_reader(unread[0])}.",
+                        f"such as {quote(unread[0])}, so their completions get no score: {name_reader(unread[0])}.",
                     )
                 ]
         return []
 
     def find_column(self) -> str | None:
-        """Return the column whose values, taken as the answers, more completions match than match the answers.
+        """Return a column that holds the answers, if more completions match its values than match the rows' answers.
 
-        Columns of short texts or numbers are tried. Where no completion matches any of them, the first column that
-        the verifier can read for nearly all rows is taken, if the rows have no answer at all.
+        Only columns of short texts or numbers are tried. If no completion matches any of these columns and the rows
+        have no answer at all, it returns the first column that the verifier can read in nearly all rows.
         """
         judge = self.judge or (self.verifiers[0] if self.verifiers else None)
         if judge is None:
@@ -218,7 +218,7 @@ class Examination:
             scores = score(judge, [rollout for group in swapped for rollout in group])
             found = iter(scores)
             after = [mean((next(found) or 0.0) > 0.5 for _ in group) for group in swapped]
-            if count_wins(after, before) < SURE:
+            if run_sign_test(after, before) < SURE:
                 return name
             if readable is None and mean(value is not None for value in scores) > 1 - WASTE:
                 readable = name
@@ -228,8 +228,8 @@ class Examination:
     def check_repeats(self) -> list[Finding]:
         """Look for prompts that stand in the data several times.
 
-        Said if more than a tenth of a phase's prompts are expected to repeat another one of the phase, or if there are
-        half as many different prompts as rows: the data are then seen twice as often as their rows say.
+        Reported if more than a tenth of a phase's prompts are expected to repeat another prompt of the phase, or if at
+        most half of the rows have different prompts: an epoch then visits each prompt twice or more.
         """
         texts = [prompt.text for prompt in self.data.train_prompts]
         distinct, drawn = len(set(texts)), min(self.data.prompts_per_phase, len(texts))
@@ -284,9 +284,10 @@ class Examination:
     def explain(self) -> list[Finding]:
         """Return the first cause that explains why groups have no signal or completions do not end.
 
-        Of the groups of G at pass rate 1/2, a share of 1 - 2^(1 - G) has a signal. Fewer than half of these make an
-        experiment, whose comparison then decides; a cause without one is said if it is surely fewer than half. Cut:
-        surely more than a tenth of the completions use up their tokens.
+        At pass rate 1/2, a share of 1 - 2^(1 - G) of the groups of G completions has a signal. If the measured share is
+        below half of that, experiments look for the cause, and their comparison decides. Causes that no experiment can
+        test are named only if the share is below half of that with confidence 95 %. Completions count as not ending if,
+        with the same confidence, more than a tenth of them use up their tokens.
         """
         trial, prompts = self.trial, len(self.trial.groups)
         idle, cut = sum(trial.idle(self.size)), sum(trial.cut())
@@ -336,8 +337,8 @@ class Examination:
         before = Trial([group for group, _ in pairs])
         after = self.try_out([other for _, other in pairs], self.sampling, self.num_generations)
         ended = bound_share(sum(after.cut()), len(pairs))[1] < bound_share(sum(before.cut()), len(pairs))[0]
-        less_right = count_wins(before.right(), after.right()) < SURE
-        if not (count_wins(after.right(), before.right()) < SURE or ended and not less_right):
+        less_right = run_sign_test(before.right(), after.right()) < SURE
+        if not (run_sign_test(after.right(), before.right()) < SURE or ended and not less_right):
             return None
         plain = self.prompts[0].text == self.prompts[0].example.prompt
         here, there = (
@@ -393,17 +394,17 @@ class Examination:
     def blame_temperature(self) -> Finding | None:
         """Ask whether at temperature 1 more groups have a signal, more answers are right, or more completions end.
 
-        Below ``COLD`` it is enough that pairs of completions have equal scores more often, at 5 %, and that a fifth
-        more of the groups of G has no signal: pairs say more of a few prompts than whole groups do.
+        Below ``COLD`` weaker evidence suffices: pairs of completions have equal scores more often (sign test at 5 %),
+        and the share of groups without a signal is higher by a fifth. From few prompts, pairs tell more than whole groups.
         """
         trial = self.try_out(self.prompts, replace(self.sampling, temperature=1.0), self.num_generations)
         before, after = self.trial.idle(self.size), trial.idle(self.size)
         better = min(
-            count_wins(before, after),
-            count_wins(trial.right(), self.trial.right()),
-            count_wins(self.trial.cut(), trial.cut()),
+            run_sign_test(before, after),
+            run_sign_test(trial.right(), self.trial.right()),
+            run_sign_test(self.trial.cut(), trial.cut()),
         )
-        alike = count_wins(self.trial.idle(2), trial.idle(2))
+        alike = run_sign_test(self.trial.idle(2), trial.idle(2))
         cold = self.sampling.temperature < COLD and alike < COLD_SURE and mean(before) - mean(after) > 2 * WASTE
         if better >= SURE and not cold:
             return None
@@ -444,7 +445,7 @@ class Examination:
         return Finding(
             "verifier",
             f"{name_of(self.judge)}, {self.place_of_judge}, gives nothing to {share:.0%} of the answers that {name} "
-            f"finds right, such as {shorten(first.text)} for {shorten(str(first.answer))}: ask for the form that it "
+            f"finds right, such as {quote(first.text)} for {quote(str(first.answer))}: ask for the form that it "
             f"reads, in the prompt or by SFT, or use {name} without a pattern.",
         )
 
@@ -540,8 +541,8 @@ class Examination:
     def check_parts(self) -> list[Finding]:
         """Look for parts of the reward beside the comparison of answers that never give a point.
 
-        None of n completions means that the part fires with p < z^2 / (n + z^2), Wilson's bound. Said if even at that
-        bound fewer than half of the groups of G would hold one: 1 - (1 - p)^G < 1/2.
+        If none of n completions earns a point, the part fires with probability p < z^2 / (n + z^2), Wilson's bound.
+        Reported if even at that bound fewer than half of the groups of G would hold a point: 1 - (1 - p)^G < 1/2.
         """
         found, count = [], len(self.trial.all)
         weights = dict(zip(map(id, self.reward.list_parts()), getattr(self.reward, "weights", []), strict=False))
@@ -555,9 +556,9 @@ class Examination:
                 continue
             if min([value for value in score(part, self.write_long()) if value is not None], default=0.0) < 0:
                 continue  # a penalty, whose best value is 0
-            shown = shorten(self.trial.all[0].rollout.text)
+            shown = quote(self.trial.all[0].rollout.text)
             pattern = getattr(getattr(part, "pattern", None), "pattern", None)
-            wanted = f" for the pattern {shorten(pattern)}" if pattern else ""
+            wanted = f" for the pattern {quote(pattern)}" if pattern else ""
             found.append(
                 Finding(
                     "format",
@@ -576,14 +577,18 @@ class Examination:
 
     @property
     def judge_decides(self) -> bool:
-        """Whether the reward is that of right answers: it holds the judge, or agrees with it on nine of ten."""
+        """Whether the reward scores right answers: it holds the judge, or agrees with it on more than nine of ten
+        completions.
+        """
         if any(part is self.judge for part in walk_rewards(self.reward)):
             return True
         both = [one for one in self.trial.all if one.right is not None and one.rollout.reward is not None]
         return bool(both) and mean(one.right == ((one.rollout.reward or 0.0) > 0.5) for one in both) > 1 - WASTE
 
     def write_long(self) -> list[Rollout]:
-        """Write completions that repeat themselves beyond the budget, which penalties on length or repetition lower."""
+        """Write a completion that repeats itself beyond the token budget, so that penalties on length or repetition
+        show.
+        """
         text = "and so on " * self.sampling.max_completion_length
         return [self.write(prompt, text) for prompt in self.prompts[:1]]
 
@@ -612,7 +617,7 @@ class Examination:
         )
 
     def rate(self, trial: Trial) -> str:
-        """Say how good completions are."""
+        """Say how good the completions of a trial are."""
         if self.judge is None:
             return f"the mean reward is {mean(trial.right()):.3g}"
         return f"{percent(trial.right())} of the completions are right"

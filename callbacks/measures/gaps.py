@@ -1,4 +1,4 @@
-"""The gaps between the log-probs of trainer and engine, token by token, and what is read from them."""
+"""The gaps between the log-probs of trainer and engine, token by token, and statistics of these gaps."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,8 +11,9 @@ from modules.functional.kl import k3
 from modules.types import Rollout
 
 LARGEST = 20.0  # nats; a larger log w would make a mean infinite
-WINDOW = 10  # values that a growth is read from
-# Their 45 pairs that rise minus those that fall. A series without trend has as many in 1 of 5600 cases (Kendall's tau).
+WINDOW = 10  # values in which a growth is looked for
+# Rising minus falling pairs, of the 45 in a window. A series without trend reaches it in 1 of 5600 cases (Kendall's
+# tau).
 RISING = 37
 
 
@@ -54,9 +55,9 @@ class Gaps:
         return sums[self.completions]
 
     def sum_completions(self, kept: Tensor) -> list[tuple[float, float, float]]:
-        """Return number of tokens, sum of ``distances`` and sum of w - 1 of each completion, over the tokens in ``kept``
-        bool [K]; completions without any are left out. Log w counts up to 1 in the distances, which so are at most those
-        of all of it, and have a standard error that a few large w do not spoil.
+        """Return (tokens, sum of ``distances``, sum of w - 1) of each completion, over its tokens in ``kept`` bool [K].
+        Completions without such tokens are left out. In the distances, log w is capped at 1: a few large w would spoil
+        their standard error.
         """
         bounded = self.log_weights.clamp(max=1.0)
         distances = k3(-bounded, torch.zeros_like(bounded))
@@ -69,9 +70,10 @@ class Gaps:
 
 
 def estimate_ratio(sums: Sequence[float], counts: Sequence[float]) -> tuple[float, float]:
-    """Return sum / count over all and its standard error, where the pairs [n] and not their members are independent.
+    """Return the total of ``sums`` over the total of ``counts``, and its standard error. Only the n pairs are
+    independent.
 
-    It is the error of a ratio estimator; infinite for fewer than two pairs.
+    The error is that of a ratio estimator, infinite for fewer than two pairs.
 
     >>> estimate_ratio([1.0, 3.0], [1.0, 1.0])  # 2 +- sqrt(2 * (1 + 1)) / 2
     (2.0, 1.0)
@@ -83,7 +85,7 @@ def estimate_ratio(sums: Sequence[float], counts: Sequence[float]) -> tuple[floa
 
 
 def count_rising(values: Sequence[float]) -> int:
-    """Return how many more pairs rise than fall, in order (the statistic S of Mann and Kendall).
+    """Return the number of pairs that rise minus those that fall, in order (the statistic S of Mann and Kendall).
 
     >>> count_rising([1, 2, 3]), count_rising([1, 3, 2]), count_rising([2, 2, 1])
     (3, 1, -2)
@@ -93,8 +95,8 @@ def count_rising(values: Sequence[float]) -> int:
 
 
 def average_stretches(values: Sequence[float], number: int) -> list[float]:
-    """Return the means of ``number`` stretches of equal length, in order; values that do not fill them are left out in
-    front. It is empty for fewer values than stretches.
+    """Return the means of ``number`` stretches of equal length, in order. Surplus values at the front are left out;
+    fewer values than stretches give an empty list.
 
     >>> average_stretches([9.0, 1.0, 3.0, 5.0, 5.0], 2)
     [2.0, 5.0]
@@ -107,7 +109,7 @@ def average_stretches(values: Sequence[float], number: int) -> list[float]:
 def find_growth(values: Sequence[float], least: float) -> tuple[int, float] | None:
     """Find a steady growth in the last ten values, or in the means of ten stretches of all values.
 
-    It is steady if 37 more of the 45 pairs rise than fall, and if the last three of the ten are not all below ``least``.
+    The growth is steady if 37 more of the 45 pairs rise than fall and one of the last three values reaches ``least``.
 
     Returns:
         the number of the first value, and mean of the last three / mean of the first three; None = there is no growth.

@@ -13,10 +13,10 @@ NORMALISED = ("adam", "lion", "rmsprop")
 
 
 def bound_share(successes: float, count: int) -> tuple[float, float]:
-    """Compute the 95 % interval of a share from ``successes`` in [0, count], by Wilson's formula.
+    """Compute the 95 % interval of a share from ``successes`` of ``count`` trials, by Wilson's formula.
 
-    (p + z^2 / 2n +- z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n) with p = successes / n, z = 1.96. Without
-    any count it is (0, 1). Source: Wilson, J. Am. Stat. Assoc. 22 (1927).
+    (p + z^2 / 2n +- z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n) with p = successes / n, z = 1.96. For ``count``
+    = 0 it is (0, 1). Source: Wilson, J. Am. Stat. Assoc. 22 (1927).
 
     >>> [round(bound, 3) for bound in bound_share(8, 16)]
     [0.28, 0.72]
@@ -28,13 +28,13 @@ def bound_share(successes: float, count: int) -> tuple[float, float]:
     return max(0.0, (middle - half) / (1 + z)), min(1.0, (middle + half) / (1 + z))
 
 
-def count_wins(first: Sequence[float], second: Sequence[float]) -> float:
+def run_sign_test(first: Sequence[float], second: Sequence[float]) -> float:
     """Compute the chance of at least as many wins of ``first`` over ``second`` if neither were better (sign test).
 
     Both hold one value per prompt, in the same order; ties are left out. The chance is 2^-m sum_(i >= k) C(m, i) for k
     wins in m pairs, and 1 without a pair.
 
-    >>> count_wins([1, 1, 1, 0], [0, 0, 0, 0])
+    >>> run_sign_test([1, 1, 1, 0], [0, 0, 0, 0])
     0.125
     """
     wins = sum(a > b for a, b in zip(first, second, strict=True))

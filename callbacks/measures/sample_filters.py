@@ -1,4 +1,4 @@
-"""Tells which right answers are no good data all the same, as in Qwen3's cold start (arXiv 2505.09388, section 4.1)."""
+"""Finds completions with right answers that are bad training data, as in Qwen3's cold start (2505.09388, section 4.1)."""
 
 import re
 from collections.abc import Sequence
@@ -12,15 +12,16 @@ STATED = re.compile(
     r"(?P<said>[^\n]*?)(?=[.!?](?:\s|$)|\n|$)",
     re.IGNORECASE,
 )
-SHORT = 3  # words of an answer that is compared as text; what is longer is an explanation
+SHORT = 3  # most words of an answer that is compared as text; a longer one is an explanation
 
 
 def contradicts_thought(text: str) -> bool:
-    """Tell whether a completion answers otherwise than its thought concludes.
+    """Tell whether a completion gives another answer than its thought concludes.
 
-    A thought concludes with its last box or "answer is", or with a last line that is a number. From there on it must
-    give the answer of the final text, so that a conclusion may be taken back. Numbers are compared as numbers, other
-    answers of at most three words as words. False where the thought concludes nothing, or nothing of this kind.
+    A thought concludes with its last ``\\boxed`` or "answer is", or with a last line that is a number. The final text's
+    answer must occur in the thought from there on, so a conclusion that the thought takes back is no contradiction.
+    Numbers are compared as numbers, other answers of at most three words as words. False where the thought has no such
+    conclusion.
 
     >>> said = "<think>3 + 4 = 7, so the answer is 7.</think>"
     >>> contradicts_thought(f"{said}The answer is 8."), contradicts_thought(f"{said}It is 7.0")

@@ -14,9 +14,9 @@ from modules.functional.advantages import group_center
 from modules.functional.diagnostics import ece, pearson, within_group_correlation
 from modules.types import ScoredPair
 
-STYLE_RIDGE = 1e-3  # beside the mean cross-entropy per pair
+STYLE_RIDGE = 1e-3  # weight of the ridge beside the mean cross-entropy per pair
 SIMILAR_LENGTH = 0.1  # largest difference in length, as a share of the longer completion
-MAX_MARGINS = 8  # with more different margins, none gets an accuracy of its own
+MAX_MARGINS = 8  # no accuracies by margin where the data have more different margins
 
 LIST_ITEM = re.compile(r"^[ \t]*(?:[-*+]|\d+[.)])[ \t]+\S", re.MULTILINE)
 HEADER = re.compile(r"^#{1,6}[ \t]+\S", re.MULTILINE)
@@ -126,7 +126,7 @@ def _wins(difference: Tensor) -> Tensor:
 
 
 def audit_report(pairs: Sequence[ScoredPair]) -> dict[str, float]:
-    """Return every measure of this file on N scored pairs, by name. Without pairs it returns only ``pairs`` = 0.
+    """Compute every measure of this file on N scored pairs, by name. Without pairs it returns only ``pairs`` = 0.
 
     A measure of an empty subset is absent. Lengths are tokens, except in style.
 

@@ -1,4 +1,4 @@
-"""A trial: completions of a few prompts with their scores, and what they add up to."""
+"""A trial: completions of a few prompts with their scores, and statistics of them."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ class Tried(NamedTuple):
 
 @dataclass(frozen=True)
 class Trial:
-    """Completions of some prompts, of all ranks, by prompt."""
+    """The completions of some prompts over all ranks, grouped by prompt."""
 
     groups: list[list[Tried]]
 
@@ -72,6 +72,6 @@ def percent(shares: Sequence[float]) -> str:
     return f"{mean(shares):.0%}"
 
 
-def shorten(text: str, most: int = 40) -> str:
+def quote(text: str, most: int = 40) -> str:
     """Return a text in quotes, cut in the middle if it is longer than ``most`` characters."""
     return repr(text if len(text) <= most else f"{text[: most // 2]}...{text[-most // 2 :]}")

@@ -1,4 +1,4 @@
-"""Do the numbers of a run support what its recipe claims?"""
+"""Do the metrics of a run support what its recipe claims?"""
 
 import math
 from collections.abc import Mapping
@@ -26,12 +26,12 @@ class Claim:
         at_least: the lowest value that is allowed.
         at_most: the highest value that is allowed.
         of: the earlier model whose value is judged; by default the model of this run.
-        standard_errors: the value must clear the bound by so many standard errors of the difference, >= 0.
-        required: whether the run fails without it. One that is not required is printed as shown or not shown;
-            an unknown metric is an error all the same.
+        standard_errors: by how many standard errors of the difference the value must clear the bound, >= 0.
+        required: whether the run fails if the claim does not hold. A claim that is not required is printed as shown or
+            not shown; an unknown metric is always an error.
 
     Raises:
-        ValueError: none or both of the bounds are set, or ``standard_errors`` is below 0.
+        ValueError: neither or both of the bounds are set, or ``standard_errors`` is below 0.
     """
 
     words: str
@@ -94,11 +94,12 @@ def find_standard_error(found: Mapping[str, float], metric: str, words: str) -> 
 
 
 class Claims(Callback):
-    """Checks the claims of a recipe and prints each as held or not; the run fails (exit status 1) if one does not hold.
+    """Checks the claims of a recipe, and prints each as held or not; one that does not hold fails the run (exit status
+    1).
 
-    A claim with ``required: false`` is printed as shown or not shown instead, and fails nothing.
-    It reads the last validation of ``fit``, or the one of ``validate``; a ``fast_dev_run`` is not checked. List it
-    after ``Summary`` and ``Comparison``, so that their tables are printed and kept first.
+    A claim with ``required: false`` is printed as shown or not shown, and never fails the run. It reads the last
+    validation of ``fit``, or the one of ``validate``; a ``fast_dev_run`` is not checked. List it after ``Summary`` and
+    ``Comparison``, so that their tables are printed and kept first.
 
     Args:
         claims: what must hold.

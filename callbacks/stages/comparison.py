@@ -12,14 +12,12 @@ from callbacks.writers.output_files import write_json
 
 
 class Comparison(Callback):
-    """Keeps a model's metrics in a JSON file and prints those of all models in it: one row per metric, one column per
+    """Keeps a model's metrics in a JSON file and prints the table of all its models: a row per metric, a column per
     model.
 
-    A standard error that was logged stands behind its value, as in ``0.84±0.03``.
-
-    It does so at the end of ``validate``; in ``fit`` it only gives the models of the file to ``Claims``. The file holds
-    the metrics as logged, by model. A model of the same name is replaced and keeps its place. A ``fast_dev_run`` writes
-    nothing.
+    A standard error that was logged stands behind its value, as in ``0.84±0.03``. The table is written at the end of
+    ``validate``; in ``fit`` the callback only gives the models of the file to ``Claims``. The file holds the metrics as
+    logged, by model. A model of the same name is replaced and keeps its place. A ``fast_dev_run`` writes nothing.
 
     Args:
         name: this model's column.
@@ -29,8 +27,8 @@ class Comparison(Callback):
             above 0 = forgotten.
 
     Raises:
-        ValueError: in ``setup``, in a command without a use for it, or when ``file`` holds something else; after a
-            validation that did not log one of the metrics.
+        ValueError: in ``setup``, in a command other than ``fit`` and ``validate``, or when ``file`` holds something
+            else; after a validation that did not log one of the metrics.
     """
 
     def __init__(self, name: str, file: str, metrics: dict[str, str], forgetting: dict[str, str] | None = None) -> None:
@@ -39,7 +37,7 @@ class Comparison(Callback):
         self.found: dict[str, float] = {}  # this model's metrics, as logged
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse a command in which it does nothing, and a file of another kind, before anything is measured."""
+        """Refuse a command that measures no model, and a file of another kind, before anything is measured."""
         claims = any(hasattr(callback, "claims") for callback in trainer.callbacks)  # type: ignore[attr-defined]
         if stage != "validate" and not (stage == "fit" and claims):
             raise ValueError(
@@ -69,7 +67,7 @@ class Comparison(Callback):
 
 
 def read_models(file: Path) -> dict[str, dict[str, float]]:
-    """Read the logged metrics by model, in the order in which the models came; none without a file.
+    """Read the logged metrics by model, in the order in which the models were added; none without a file.
 
     Raises ValueError when the file holds something else.
     """

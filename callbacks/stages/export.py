@@ -27,11 +27,11 @@ class Export(Callback):
     """Exports the final weights when a fit succeeds.
 
     The folder is replaced as a whole: the old export stays until the new one is complete and on the disk. Only an
-    export is ever replaced. Nothing is written after an exception, by a ``fast_dev_run``, or of weights that are not
+    export is ever replaced. Nothing is written after an exception, by a ``fast_dev_run``, or when weights are not
     finite.
 
-    ``lineage.json`` in the folder tells the weights from others and says which model the fit started from; ``HandOff``
-    reads it.
+    ``lineage.json`` in the folder identifies the weights by a checksum and says which model the fit started from;
+    ``HandOff`` reads it.
 
     Args:
         folder: where to write; its parent folders are made and an earlier export is replaced. None = ``export`` in the
@@ -42,7 +42,7 @@ class Export(Callback):
         ValueError: ``every_n_epochs`` is below 1; in ``setup``, when the module cannot write itself, the folder holds
             something else or the run's own policy, or cannot be written, or a ``WeightAveraging`` comes later in the
             list of callbacks.
-        OSError: the disk is full, for example; an earlier export is as it was.
+        OSError: the disk is full, for example; an earlier export stays as it was.
     """
 
     def __init__(self, folder: str | None = None, every_n_epochs: int | None = None) -> None:
@@ -52,7 +52,7 @@ class Export(Callback):
         self.folder = self._given or Path("export")  # settled at setup
         self.every_n_epochs = every_n_epochs
         self.exported_step = -1
-        self.start: Origin | None = None  # what the fit started from; None = the module does not name its policy
+        self.start: Origin | None = None  # what the fit started from; None = the module names no policy
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse a folder that holds something else, and put back an export that a killed run had moved away."""
@@ -84,15 +84,15 @@ class Export(Callback):
             self.start = find_origin(path) if isinstance(path, str) else None
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run started from."""
+        """Return the model that the fit started from, for a resumed run."""
         return {} if self.start is None else {"policy": self.start.policy, "weights": self.start.weights}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what ``state_dict`` returned; the files of that model may be others by now."""
+        """Restore what ``state_dict`` returned, because the files of that model may have changed since."""
         self.start = Origin(**state_dict) if state_dict else self.start
 
     def explain_refusal(self, pl_module: LightningModule) -> str | None:
-        """Return why the folder must not be replaced; None = it is an export, empty or not there.
+        """Return why the folder must not be replaced; None = it is an export, is empty or does not exist.
 
         An export of an earlier version has no mark. It is known by its place, ``export`` in the folder of the run.
         """
@@ -112,7 +112,7 @@ class Export(Callback):
             self._export(trainer, pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Export the weights of a resumed run that had taken its last step already, for which no training begins."""
+        """Export the weights of a run that resumes after its last step, because no training begins then."""
         if self.exported_step == -1 and trainer.global_step > 0:
             self._export(trainer, pl_module)
 

@@ -1,4 +1,4 @@
-"""Does a stage get what it needs from earlier stages? Checked before anything is trained or sampled."""
+"""Does a stage get what it needs from earlier stages? Checks it before anything is trained or sampled."""
 
 import json
 import math
@@ -23,8 +23,9 @@ class HandOff(Callback):
     Args:
         inputs: stage that writes it -> folder or file, such as ``{01-fit-sft: runs/x/sft/export}``.
         started_from: stage of ``inputs`` that writes an export -> the model that it must have started from, such as
-            ``{03-fit-sft: runs/x/base/export}``: a folder, a GGUF file, a hub id or a built-in model. A third stage of
-            DeepSeek-R1 starts again from the base, and not from the second one. The export says what it started from.
+            ``{03-fit-sft: runs/x/base/export}``: a folder, a GGUF file, a hub id or a built-in model. Example: the
+            third stage of DeepSeek-R1 starts again from the base model, not from the second stage. The check reads
+            ``lineage.json`` in the export.
 
     Raises:
         ValueError: an input does not fit, with the stage to run again; ``started_from`` names no stage of ``inputs``.
@@ -56,7 +57,7 @@ def refuse_if(stage: str, path: Path, problem: str | None) -> None:
 
 
 def find_trouble(path: Path) -> str | None:
-    """Return what is wrong with a folder or file in itself; None = nothing."""
+    """Return why a folder or file cannot be an input; None = nothing is wrong with it."""
     if path.is_file():
         return None if path.stat().st_size else "is empty"
     if not path.is_dir():
@@ -78,7 +79,7 @@ def find_trouble(path: Path) -> str | None:
 
 
 def find_other_start(path: Path, start: str) -> str | None:
-    """Return how the model that an export was made from differs from ``start``; None = it does not."""
+    """Return how the model that an export started from differs from ``start``; None = it is the same."""
     try:
         lineage = read_lineage(path)
     except ValueError as error:
@@ -94,7 +95,7 @@ def find_other_start(path: Path, start: str) -> str | None:
 
 
 def find_mismatch(path: Path, mine: Any) -> str | None:
-    """Return how the tokenizer in a folder differs from ``mine``; None = it does not."""
+    """Return how the tokenizer in a folder differs from ``mine``; None = it is the same."""
     try:
         theirs = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:

@@ -10,8 +10,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from callbacks.writers.output_files import write_whole
 
-PROMPTS = "val/num_prompts"  # of which shares and means were taken
-WIDE = 200  # characters of a table that no terminal shows
+PROMPTS = "val/num_prompts"  # how many prompts the shares and means are over
+WIDE = 200  # columns of a table that is printed without a terminal
 
 
 class Summary(Callback):

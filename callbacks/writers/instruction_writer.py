@@ -21,7 +21,7 @@ from callbacks.writers.output_files import (
 class GrowsTasks(Protocol):
     """A module that generates more tasks from seeds, round by round."""
 
-    rounds: list[Any]  # the result of each round; ``accepted`` holds its tasks, the rest are numbers by name
+    rounds: list[Any]  # the result of each round: ``accepted`` holds its tasks, every other key a number
     num_instructions: int  # tasks that are wanted
     num_accepted: int  # tasks kept so far
     fruitless: int  # requests of this run since a task was last kept
@@ -80,7 +80,7 @@ class InstructionWriter(Callback):
     def on_predict_batch_start(
         self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """At the first round, give the module the rounds of a killed run and open the part file."""
+        """At the first round, give the module the rounds of a killed run, and open the part file."""
         if batch_idx > 0 or trainer.fast_dev_run:  # type: ignore[attr-defined]  # Trainer sets it without declaring it
             return
         header = {**pl_module.identity(), "data": batch["info"][0].get("data")}

@@ -1,4 +1,4 @@
-"""Writes the rows back with what a model knows of them. Tuning can filter by this file."""
+"""Writes the rows back with how well a model knows each, so that fine-tuning can filter them."""
 
 from typing import Protocol, runtime_checkable
 
@@ -16,14 +16,13 @@ class Asks(Labels, Protocol):
 
 
 class KnowledgeWriter(ResumableJsonl):
-    """Writes JSONL with the rows of the data in their order, each with what the model knows of it.
+    """Writes JSONL with the rows of the data in their order, each with how well the model knows it.
 
     A row keeps all its columns and gets ``knowledge`` (HighlyKnown, MaybeKnown, WeaklyKnown or Unknown), ``p_greedy``
     and ``p_sampled`` (shares of right answers, [0, 1]).
 
     A killed run that is started again asks for no fact twice, see :class:`ResumableJsonl`. The shares of the categories
-    are on the last line that is printed, in the report beside the file, and in the loggers as
-    ``predict/knowledge/<category>``.
+    are in the last printed line, in the report beside the file, and in the loggers as ``predict/knowledge/<category>``.
 
     Args:
         path: the file; its parent folders are made, and an earlier file is replaced at the end. None =

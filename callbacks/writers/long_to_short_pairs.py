@@ -10,21 +10,23 @@ from callbacks.writers.sample_writer import Chosen, JudgedSample, SampleWriter, 
 class LongToShortPairs(SampleWriter):
     """Writes JSONL with one pair per row: the training row's columns, ``chosen``, ``rejected`` and ``answer``.
 
-    Chosen is the shortest right completion of the prompt. Rejected are wrong ones that are longer, and right ones that
-    are more than ``factor`` times as long. Lengths are tokens that the policy sampled. ``PreferenceDataModule`` reads
-    the file. Source: Kimi k1.5 (arXiv 2501.12599, section 2.4). Completions that were cut off are left out, unlike
-    there: in a pair they would count as texts that end. So are those whose thought a thinking budget ended.
+    Chosen is the shortest right completion of the prompt. Rejected are wrong completions that are longer than it, and
+    right ones that are more than ``factor`` times as long. Lengths count the tokens that the policy sampled.
+    ``PreferenceDataModule`` reads the file. Source: Kimi k1.5 (arXiv 2501.12599, section 2.4). Unlike in the paper,
+    completions that were cut off are left out, because a pair would teach them as texts that end. Completions whose
+    thought was ended by a thinking budget are left out too.
 
     See :class:`SampleWriter` for killed runs and for how the file is read.
 
     Args:
         factor: >= 1.
-        per_prompt: most pairs of a prompt, those whose rejected completion was sampled first, >= 1; None = all.
+        per_prompt: most pairs of a prompt, >= 1, in the order in which the rejected completions were sampled; None =
+            all.
         path: the file; its parent folders are made, and an earlier file is replaced at the end. None =
             ``pairs.jsonl`` in the run's folder.
 
     Raises:
-        ValueError: a number is out of range; in ``setup``, when nothing tells right from wrong, or see
+        ValueError: a number is out of range; in ``setup``, when nothing tells right from wrong, or as in
             :class:`SampleWriter`; at the end, when there is no pair.
     """
 

@@ -1,4 +1,4 @@
-"""Files that callbacks write: where they go, whole, or line by line."""
+"""Writes the files of callbacks: whole files that appear at once, and files that grow line by line."""
 
 import fcntl
 import json
@@ -43,7 +43,7 @@ def require_writable(path: Path, who: str) -> None:
 
 
 def claim(file: IO[Any], path: Path) -> None:
-    """Keep a part file for this process until it is closed.
+    """Lock an open part file for this process until it is closed.
 
     Raises:
         ValueError: another run is writing ``path``.

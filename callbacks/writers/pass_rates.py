@@ -1,4 +1,4 @@
-"""Writes the training rows back with how difficult the policy finds them. Curricula start from this file."""
+"""Writes the training rows back with the policy's pass rate on each. Curricula read this file."""
 
 import json
 from collections import Counter
@@ -19,11 +19,11 @@ class PassRates(Callback):
     A row keeps all its columns and gets ``<name>_rate``, the share of right completions among those that can be judged,
     [0, 1]; ``<name>_length``, their mean number of tokens; and ``<name>_truncated``, the share that does not end by
     itself, [0, 1]. They are null for a row that was not sampled, and the rate is null where nothing can be judged.
-    Columns of these names are replaced. Right is what ``model.validation.accuracy`` scores above 0.5, see
+    Columns of these names are replaced. A completion is right if ``model.validation.accuracy`` scores it above 0.5, see
     ``OnPolicyModule``. The file is written at the end, or not at all. A ``fast_dev_run`` writes nothing.
 
     Args:
-        name: of the columns: ``pass``, or ``guess`` for prompts that suppress thinking.
+        name: the prefix of the columns: ``pass``, or ``guess`` for prompts that suppress thinking.
         path: the file; its parent folders are made, and an earlier file is replaced. None = ``rated.jsonl`` in the
             run's folder.
 
@@ -41,7 +41,7 @@ class PassRates(Callback):
         self._counts: dict[str, Counter[str]] = {}  # uid -> sums over its completions on this rank
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse before anything is sampled what could not be written or judged."""
+        """Refuse, before anything is sampled, data that could not be judged and a file that could not be written."""
         require_predict(stage, "PassRates")
         require_accuracy(pl_module, "PassRates")
         data = self._rows_of(trainer)

@@ -22,8 +22,8 @@ class PredictionWriter(Callback):
     """Writes JSONL, one line per completion: uid, prompt, completion, answer, reward, rewards by name, finish,
     num_tokens. A completion that called tools is its last turn; ``tool_turns`` holds all of them.
 
-    A prompt is written as it was sampled from. A DataModule reads one that the chat template has rendered as it stands;
-    for plain texts it needs ``chat: false`` where the tokenizer has a template, and the run says so.
+    A prompt is written as the policy read it. A DataModule reads a prompt that the chat template has rendered as it
+    stands. To read plain prompts it needs ``chat: false`` if the tokenizer has a template; the run says so.
 
     Each rank writes a hidden part file beside ``path``. At the end of ``predict``, rank zero joins the parts in the
     order of the ranks and renames the result, so ``path`` is never half a file. The ranks must share that disk. A
@@ -117,7 +117,7 @@ class PredictionWriter(Callback):
 
 
 def tell_how_to_read(trainer: Trainer, pl_module: Any) -> str:
-    """Return, as the end of a sentence, what reads the prompts as they were; "" where nothing need be set."""
+    """Return the end of a sentence that says which setting reads the prompts unchanged; "" where none is needed."""
     data = trainer.datamodule  # type: ignore[attr-defined]
     if not isinstance(data, HasAskedRows) or pl_module.tokenizer.chat_template is None:
         return ""

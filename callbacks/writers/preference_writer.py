@@ -19,7 +19,7 @@ class PreferenceWriter(ResumableJsonl):
     """Writes JSONL, one line per labelled row in the order of the data: uid, prompt, completions, ranks (0 = best),
     scores.
 
-    A killed run that is started again asks nothing that was answered, see :class:`ResumableJsonl`. The report beside
+    A killed run that is started again asks the judge no question twice, see :class:`ResumableJsonl`. The report beside
     the file covers all starts. It holds counts, position bias, consistency, agreement with given labels, requests and
     cost.
 

@@ -59,14 +59,14 @@ class ResumableJsonl(Callback):
 
     reads: type = Labels  # protocol of the modules whose labels this writer accepts
     module: str  # name of such a module, for messages
-    begun_with: str  # what differs when part files belong to another run, for messages
+    begun_with: str  # what another run's part files were begun with, for messages
     file: str  # default name in the run's folder
 
     def __init__(self, path: str | None = None) -> None:
         self._given = None if path is None else Path(path)
         self.path = self._given or Path(self.file)  # settled at setup
         self._file: BinaryIO | None = None
-        self._header: dict[str, Any] = {}  # first line of a part file: what determines the labels
+        self._header: dict[str, Any] = {}  # first line of a part file: the settings that determine the labels
         self._used: Counter[str] = Counter()  # usage after the last batch
 
     @property
@@ -83,11 +83,11 @@ class ResumableJsonl(Callback):
         raise NotImplementedError
 
     def head(self, trainer: Trainer, pl_module: Any, batch: Any) -> dict[str, Any]:
-        """Return what determines the lines, which an earlier run must have had alike."""
+        """Return what determines the lines; a run continues the part files of an earlier run only if both agree in it."""
         return {**pl_module.identity(), "data": batch["info"][0].get("data")}
 
     def skip(self, trainer: Trainer, pl_module: Any, records: list[dict[str, Any]]) -> None:
-        """Let the module leave out what the records of earlier runs hold."""
+        """Tell the module to skip the rows that are in the records of earlier runs."""
         pl_module.done = {record["uid"] for record in records if record.get("label") is not None}
         if pl_module.done:
             rank_zero_info(f"labels: resuming with the {len(pl_module.done)} rows that an earlier run labelled")
@@ -183,9 +183,8 @@ class ResumableJsonl(Callback):
             part.unlink()
 
     def read_parts(self, parts: Iterable[Path] | None = None) -> list[dict[str, Any]]:
-        """Read the lines of part files, by default all of this writer, after their headers.
-
-        Raises ValueError when a header is another one.
+        """Read the lines after the headers of part files, by default of all parts of this writer. Raises ValueError
+        when a header belongs to another run.
         """
         lines: list[dict[str, Any]] = []
         for part in self._parts() if parts is None else parts:

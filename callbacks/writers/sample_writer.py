@@ -1,4 +1,4 @@
-"""The base of writers that make training data of what ``predict`` samples. A killed run continues where it stopped."""
+"""The base of writers that turn the samples of ``predict`` into training data. A killed run continues where it stopped."""
 
 import hashlib
 import json
@@ -20,36 +20,37 @@ from modules.types import AskedRow, HasAskedRows, SkipsPrompts, require_accuracy
 
 @dataclass(frozen=True)
 class JudgedSample:
-    """A sampled completion as far as data are made of it."""
+    """A sampled completion with all that a writer chooses by."""
 
     text: str
     length: int  # tokens that the policy sampled, the end token included
     stopped: bool  # it ended by itself
     right: bool | None  # None = it cannot be judged
     rewards: dict[str, float | None]  # by reward name, None = unscorable
-    limited: bool = False  # its thought was ended by a budget, whose stop text nobody sampled
+    limited: bool = False  # a thinking budget ended its thought with a stop text that the policy did not sample
 
 
 @dataclass(frozen=True)
 class Chosen:
     """What becomes of the samples of one prompt."""
 
-    columns: list[dict[str, str]]  # of each new row, beside those of the prompt's
-    counts: Counter[str]  # every sample by what became of it
+    columns: list[dict[str, str]]  # columns of each new row, beside those of the prompt's row
+    counts: Counter[str]  # number of samples by outcome; they add up to all samples
 
 
 class SampleWriter(ResumableJsonl):
     """Writes JSONL with rows made of the completions of each prompt, in the order of the data.
 
-    A row has the columns of the training row as they stand there, without what answered it, and ``answer`` is the gold
-    answer. So the prompt is rendered by who reads the file, with the same ``data.columns``, ``system`` and ``chat``.
+    A row has the unchanged columns of the training row, without those that answered the prompt; ``answer`` is the gold
+    answer. So the DataModule that reads the file renders the prompt again: give it the same ``data.columns``,
+    ``system`` and ``chat``.
 
     After each batch, every rank appends the judged completions to a hidden part file beside ``path``. A run that is
-    started again does not sample these prompts again, also on another number of ranks, nor those that another such
-    writer of the run has. The choice is made at the end, from all completions, so its settings may change in between.
-    ``<path>.report.json`` has counts that add up.
+    started again, also on another number of ranks, samples none of these prompts again, and none that another such
+    writer of the run already has. The writer chooses at the end, from all completions, so the settings of the choice
+    may change between starts. ``<path>.report.json`` counts all completions by outcome.
 
-    A subclass says which columns the completions of a prompt make.
+    A subclass turns the completions of a prompt into columns (:meth:`choose`).
     """
 
     reads = SkipsPrompts
@@ -62,7 +63,7 @@ class SampleWriter(ResumableJsonl):
 
     @abstractmethod
     def choose(self, samples: Sequence[JudgedSample], question: str = "") -> Chosen:
-        """Make the columns of rows of the completions of one prompt, which are in the order of their drawing."""
+        """Turn the completions of one prompt, in the order in which they were sampled, into columns of rows."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot work before anything is sampled."""
@@ -178,8 +179,8 @@ class SampleWriter(ResumableJsonl):
 def find_flaw(sample: JudgedSample) -> str | None:
     """Return why nothing can be learned from a completion, right or wrong; None = something can.
 
-    One that was cut off would be learned as one that ends there, and the stop text of a thinking budget as the policy's
-    own words.
+    A completion that was cut off would be learned as one that ends there, and the stop text of a thinking budget as the
+    policy's own words.
     """
     if not sample.stopped:
         return "unfinished"

@@ -27,20 +27,21 @@ class VerifiedSamples(SampleWriter):
     Args:
         at_least: part of ``model.reward`` -> its least score, such as
             ``{format: 1, language: 0.95, repetition: -0.1}``, for answers without thoughts, mixed languages or
-            repetitions. A part without a score is below, but for a task of ``Dispatch`` that is not the prompt's.
+            repetitions. A part without a score counts as below, except a task of ``Dispatch`` that is not the prompt's
+            task.
         per_prompt: most rows of a prompt, >= 1; None = all.
         consistent: leave out a completion whose thought concludes another answer than it gives, see
             ``contradicts_thought``.
-        unlike_held_out: leave out a completion that, with its question, has so many words in a row in common with a
-            question of ``data.val``, and one whose question is held out. >= 1, such as 10; None = keep both.
-        shortest: of a prompt take the completions with the fewest tokens, and not the first ones. With ``per_prompt`` 1
-            this is Kimi's shortest rejection sampling.
+        unlike_held_out: leave out a completion if it or its question shares this many consecutive words with a question
+            of ``data.val``, or if its question is held out. >= 1, such as 10; None = keep both.
+        shortest: take the completions of a prompt with the fewest tokens, not those that were sampled first. With
+            ``per_prompt`` 1 this is Kimi's shortest rejection sampling.
         path: the file; its parent folders are made, and an earlier file is replaced at the end. None =
             ``verified.jsonl`` in the run's folder.
 
     Raises:
         ValueError: a number is out of range; in ``setup``, when the reward has no such part, nothing tells right from
-            wrong, or see :class:`SampleWriter`; at the end, when nothing is kept.
+            wrong, or as in :class:`SampleWriter`; at the end, when nothing is kept.
     """
 
     file = "verified.jsonl"

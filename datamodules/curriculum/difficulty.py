@@ -18,13 +18,14 @@ class Difficulty:
     Args:
         above: keep pass rates above this, in [0, 1]; None = no bound. At 0 what was never right is left out.
         below: keep pass rates below this, in [0, 1]; None = no bound. At 1 what was always right is left out.
-        max_guess_rate: leave out what is right more often than this without thinking (``guess_rate``), in [0, 1]; None
-            = not asked. Kimi k1.5 leaves out what one of 8 guesses gets right: 0.
-        max_length: leave out prompts whose completions have more tokens than this on average; None = not asked.
-        max_truncated: leave out prompts of whose completions a larger share is cut off, in [0, 1]; None = not asked.
+        max_guess_rate: leave out prompts that are answered right without thinking more often than this
+            (``guess_rate``), in [0, 1]; None = no bound. Kimi k1.5 leaves out prompts that any of 8 guesses gets right:
+            0.
+        max_length: leave out prompts whose completions have more tokens than this on average; None = no bound.
+        max_truncated: leave out prompts if a larger share of their completions is cut off, in [0, 1]; None = no bound.
 
     Raises:
-        ValueError: a number is out of range, or nothing is asked.
+        ValueError: a number is out of range, or no bound is set.
     """
 
     def __init__(
@@ -100,7 +101,7 @@ class Difficulty:
 
 
 def require_some(examples: Sequence[VerifiableExample], name: str, asker: str) -> None:
-    """Refuse rows none of which has the column ``name``, for which ``asker`` asks. Raises ValueError."""
+    """Refuse rows if none of them has the column ``name``, which ``asker`` reads. Raises ValueError."""
     if all(example.measures.get(name) is None for example in examples):
         raise ValueError(
             f"{asker} reads {name}, and none of the {len(examples)} training rows has it (the first: "

@@ -1,6 +1,7 @@
 """In which order the prompts of a run are drawn: easy ones first, or those that the policy gets wrong more often.
 
-A run draws stretch after stretch, numbered 0, 1, 2, ...; a phase draws one, or several where it samples dynamically.
+A run draws its prompts in stretches, numbered 0, 1, 2, ...; a phase draws one stretch, or several if it samples
+dynamically.
 """
 
 import math
@@ -16,10 +17,10 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from datamodules.curriculum.difficulty import require_some
 from datamodules.formats.prompt_shapes import VerifiableExample
-from datamodules.loaders.phase_loader import from_stream
+from datamodules.loaders.phase_loader import draw_from_stream
 from modules.functional.ranges import check_numbers
 
-Drawn = list[tuple[int, int]]  # row, and a number that makes it another instance than the row's earlier ones
+Drawn = list[tuple[int, int]]  # the row, and a number that tells this instance from its earlier ones
 
 
 class PromptOrder(ABC):
@@ -44,7 +45,7 @@ class PromptOrder(ABC):
 
 
 class LearningOrder(PromptOrder):
-    """Says which rows each stretch holds, also by how often earlier phases answered them right."""
+    """A ``PromptOrder`` that also depends on how often earlier phases answered each row right."""
 
     @abstractmethod
     def learn(self, counts: Mapping[int, tuple[int, int]]) -> None:
@@ -60,7 +61,7 @@ class LearningOrder(PromptOrder):
         return {"order": type(self).__name__, "origins": self.origins, "tables": tables}
 
     def load_state_dict(self, state: Mapping[str, Any], same_rows: bool) -> None:
-        """Take over what was learned, or warn that this begins anew, where the order or the rows are others."""
+        """Take over what was learned; if the order or the rows have changed, warn and begin anew."""
         name = type(self).__name__
         if state["order"] != name or not same_rows or state["origins"] != self.origins:
             what = f"by {state['order']}" if state["order"] != name else "about other rows"
@@ -96,10 +97,10 @@ class EasyToHard(PromptOrder):
     def draw(self, number: int, places: int) -> Drawn:
         """Return a stretch of the shuffled stream, and from ``start`` on one of the sorted stream."""
         if number < self.start:
-            return from_stream(range(number * places, (number + 1) * places), self.rows, self.seed)
+            return draw_from_stream(range(number * places, (number + 1) * places), self.rows, self.seed)
         first = (number - self.start) * places
-        before = rounds(self.start * places, self.rows)
-        turns = range(first // self.rows, rounds(first + places, self.rows))
+        before = count_rounds(self.start * places, self.rows)
+        turns = range(first // self.rows, count_rounds(first + places, self.rows))
         stream = [(row, before + turn) for turn in turns for row in self.sort(turn)]
         skipped = first - turns.start * self.rows
         return stream[skipped : skipped + places]
@@ -149,10 +150,10 @@ class HarderLater(PromptOrder):
     def draw(self, number: int, places: int) -> Drawn:
         """Return a stretch of the shuffled stream, and from ``start`` on one of a stream of the hard rows."""
         if number < self.start:
-            return from_stream(range(number * places, (number + 1) * places), self.rows, self.seed)
+            return draw_from_stream(range(number * places, (number + 1) * places), self.rows, self.seed)
         first = (number - self.start) * places
-        before = rounds(self.start * places, self.rows)
-        found = from_stream(range(first, first + places), len(self.hard), self.seed)
+        before = count_rounds(self.start * places, self.rows)
+        found = draw_from_stream(range(first, first + places), len(self.hard), self.seed)
         return [(self.hard[row], before + turn) for row, turn in found]
 
 
@@ -199,12 +200,12 @@ class Prioritised(LearningOrder):
         """
         generator, weights = random.Random(f"{self.seed} {number}"), self.weights()
         drawn: Drawn = []
-        turns = rounds(places, self.rows)
+        turns = count_rounds(places, self.rows)
         for turn in range(turns):
             noise = [1 - generator.random() for _ in weights]  # in (0, 1]
             keys = [(w > 0, math.log(u) / w if w > 0 else u) for w, u in zip(weights, noise, strict=True)]
             best = nlargest(min(self.rows, places - len(drawn)), range(self.rows), key=keys.__getitem__)
-            generator.shuffle(best)  # no update of the phase gets the heaviest
+            generator.shuffle(best)  # so that no single update of the phase gets the heaviest rows
             drawn += [(row, number * turns + turn) for row in best]
         return drawn
 
@@ -248,12 +249,12 @@ class MoPPS(LearningOrder):
         """Return the rows nearest to the target; all of them first while there are fewer than places."""
         generator = random.Random(f"{self.seed} {number}")
         drawn: Drawn = []
-        turns = rounds(places, self.rows)
+        turns = count_rounds(places, self.rows)
         counts = list(zip(self.right.tolist(), self.wrong.tolist(), strict=True))
         for turn in range(turns):
             gaps = [-abs(generator.betavariate(right, wrong) - self.target) for right, wrong in counts]
             best = nlargest(min(self.rows, places - len(drawn)), range(self.rows), key=gaps.__getitem__)
-            generator.shuffle(best)  # no update of the phase gets the nearest
+            generator.shuffle(best)  # so that no single update of the phase gets the nearest rows
             drawn += [(row, number * turns + turn) for row in best]
         return drawn
 
@@ -268,7 +269,7 @@ class MoPPS(LearningOrder):
         return {"right": self.right, "wrong": self.wrong}
 
 
-def rounds(places: int, rows: int) -> int:
+def count_rounds(places: int, rows: int) -> int:
     """Return how many rounds over the rows ``places`` begin."""
     return -(-places // rows)
 

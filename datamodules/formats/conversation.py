@@ -174,7 +174,9 @@ def add_context(cells: Cells, asked: Asked, chat: bool) -> Asked:
 
 
 def read_turns(cells: Cells, value: Any, name: str) -> Conversation:
-    """Reads the messages in the cell, or the part of one, that is called ``name``; names what of them is not read."""
+    """Reads the messages in a cell, or in the part of a cell, called ``name``, and notes which of their fields are not
+    read.
+    """
     conversation = read_messages(value, f"{cells.origin}: {name}")
     for field in sorted(conversation.unread):
         cells.unread[f"{name}.{field}"] = "beside what messages say"
@@ -232,7 +234,8 @@ def _is_pair(turn: Any) -> bool:
 
 
 def read_reasoning(cells: Cells, answer: Dialogue | Message) -> str:
-    """Reads what the assistant thinks before its answer; "" where the answer holds it, or for a switch.
+    """Reads what the assistant thinks before its answer; "" if the answer already holds it, or if the column is an
+    on/off switch.
 
     Raises ValueError with the row's origin where the answer's message has other thoughts.
     """
@@ -253,7 +256,7 @@ def read_reasoning(cells: Cells, answer: Dialogue | Message) -> str:
 
 
 def read_options(cells: Cells) -> list[tuple[str, str, str]]:
-    """Reads the options of a row: of each, the line that is written, its letter and its text.
+    """Reads the options of a row: for each option the line to write, its letter and its text.
 
     ``["red", "blue"]`` and ``{"A": "red", "B": "blue"}`` are written ``A) red`` and ``B) blue``; ``["A) red"]`` as it
     is.
@@ -403,8 +406,9 @@ def _read_history(cells: Cells) -> list[Message]:
 
 
 def _read_tools(cells: Cells) -> Tools | None:
-    """JSON schemas from a list or its JSON text, each as ``{"type": "function", "function": ...}``; None when there is
-    none. Keys that hold null are left out."""
+    """Reads JSON schemas from a list or its JSON text, each as ``{"type": "function", "function": ...}``; None without
+    any. Keys that hold null are left out.
+    """
     value = cells.take("tools")
     if value is None:
         return None
@@ -451,7 +455,9 @@ def _text_beside(cells: Cells, name: str, prompt: str) -> str:
 
 
 def _documents_in_lists(given: Any) -> list[Any]:
-    """HotpotQA's ``{"title": [...], "sentences": [[...], ...]}`` as a list of objects; all else is the only one."""
+    """Turns HotpotQA's ``{"title": [...], "sentences": [[...], ...]}`` into a list of objects; another value stays one
+    document.
+    """
     if not isinstance(given, Mapping) or not all(isinstance(column, list) for column in given.values()):
         return [given]
     if len({len(column) for column in given.values()}) > 1:
@@ -460,7 +466,7 @@ def _documents_in_lists(given: Any) -> list[Any]:
 
 
 def _text_of_document(part: Any) -> str | None:
-    """Joins title and text of a document; None for anything else."""
+    """Joins title and text of a document; None for a value that is no document."""
     known = {"title", "text", "content", "contents", "sentences", "id", "doc_id"}
     if not isinstance(part, Mapping) or not set(part) <= known:
         return None

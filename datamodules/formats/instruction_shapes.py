@@ -16,7 +16,7 @@ from datamodules.formats.conversation import (
     read_turns,
 )
 from datamodules.formats.prompt_shapes import as_letter
-from datamodules.formats.reading import Cells, Reading, references, texts_in, unpack
+from datamodules.formats.reading import Cells, Reading, take_references, texts_in, unpack
 from datamodules.sources.source import Row
 from datamodules.tokens.encoding import Dialogue, LossOn, Message, Tokens, Tools, encode_document, encode_example
 from modules.types import ALPACA_PROMPT, ALPACA_PROMPT_WITH_INPUT, KNOWLEDGE_CATEGORIES
@@ -40,7 +40,7 @@ class InstructionExample:
     completion: Dialogue
     origin: str
     source: str
-    alpaca_prompt: str | None = None  # of an instruction: what it reads as where it is no chat
+    alpaca_prompt: str | None = None  # Alpaca's own prompt for an instruction, used where it is no chat
     whole: bool = False  # plain text: the completion is a document, learned from its start
     tools: Tools | None = None
     knowledge: str | None = None  # whether a model knows the answer, one of KNOWLEDGE_CATEGORIES
@@ -61,7 +61,7 @@ def instruction_example(
         row: as its source gives it.
         reading: of its data set.
         format: name of the format; None = the first whose columns are all there, those mapped by hand before others.
-        chat: text prompts become user messages; None = instructions alone.
+        chat: text prompts become user messages; None = only instructions do.
         known: read the column ``knowledge``.
 
     Raises:
@@ -71,7 +71,7 @@ def instruction_example(
     check_format(format)
     cells = Cells(row, reading)
     shapes = [shape for name, shapes in FORMATS.items() if format in (None, name) for shape in shapes]
-    # what holds something before what is only there: a table gives every row the columns of all others
+    # columns that hold something go before empty ones, because a table gives every row the columns of all others
     shape = cells.find_shape(shapes, cells.holds) or cells.find_shape(shapes, cells.has)
     if shape is None:
         raise cells.not_found(", ".join(dict.fromkeys(" + ".join(shape) for shape in shapes)))
@@ -167,7 +167,7 @@ def _read_conversation(cells: Cells) -> InstructionExample:
 
 
 def _read_document(cells: Cells, chosen: bool) -> str:
-    """Reads a text; where the user has not ``chosen`` it, one that leaves out what the row asks is refused."""
+    """Reads a text. Unless the user has ``chosen`` this column, a text that leaves out the row's question is refused."""
     names = set(cells.row.columns)
     if "role" in names or {"replies", "parent_id", "message_id"} & names:
         raise ValueError(
@@ -246,7 +246,7 @@ def _read_asked(cells: Cells, name: str) -> Asked:
 
 def _read_completion(cells: Cells, name: str) -> Any:
     """Reads text or messages; of several references the first."""
-    value, held = references(cells.take(name), cells.place(name)), cells.values[cells.name(name)]
+    value, held = take_references(cells.take(name), cells.place(name)), cells.values[cells.name(name)]
     value = as_letter(cells, value) if cells.holds("options") else value
     if value is None and isinstance(held, str):
         raise ValueError(f"{cells.origin}: the completion is empty (column {cells.name(name)!r})")

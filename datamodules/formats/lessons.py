@@ -1,4 +1,4 @@
-"""What a method that learns from a teacher reads beside a row's prompt: a completion, and what its teacher is told."""
+"""What a method with a teacher reads beside a row's prompt: a completion, and the text for the teacher."""
 
 import re
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ class Lessons:
 
     @property
     def columns(self) -> dict[str, str]:
-        """What each column that is read is to the module."""
+        """The columns that the module reads, each with its role."""
         told = [name for name in NAME.findall(self.condition or "") if name != "prompt"]
         learned = {self.completions: "completion to learn from"} if self.completions is not None else {}
         return dict.fromkeys(told, "what the teacher is told") | learned
@@ -39,7 +39,7 @@ class Lessons:
     def encode_completion(self, tokenizer: PreTrainedTokenizerBase, prompt: str, ids: list[int], row: Row) -> list[int]:
         """Encodes the row's completion behind its rendered prompt, whose tokens are ``ids``, with its end token.
 
-        Raises ValueError, with the row's origin, for a row without one and a prompt behind which none can stand.
+        Raises ValueError, with the row's origin, for a row without a completion, and for a prompt that none can follow.
         """
         given = row.columns.get(str(self.completions))
         if not isinstance(given, str) or is_empty(given):

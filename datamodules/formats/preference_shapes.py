@@ -157,8 +157,9 @@ def read_compared(cells: Cells, needs_verdict: bool, decided: bool = True) -> Co
 
     Args:
         cells: the row.
-        needs_verdict: two answers come with a verdict, and an empty one is a tie; else it says nothing.
-        decided: verdicts are read; without it, only the answers are wanted.
+        needs_verdict: two answers must come with a verdict, and an empty verdict is a tie; False = an empty one says
+            nothing.
+        decided: whether verdicts are read; False = only the answers are wanted.
 
     Raises:
         ValueError: with the row's origin, for a row that has no shape of ours or cannot be read.
@@ -280,7 +281,7 @@ def _has_objects(cells: Cells) -> bool:
 
 
 def _take_both(cells: Cells, names: tuple[str, ...]) -> dict[str, Any]:
-    """Takes two answers by their names, empty or not; of a conversation, up to the turn that was compared."""
+    """Takes two answers by their names, empty or not; a conversation ends with the turn that was compared."""
     for name in names:
         cells.take(name)
     both = {cells.name(name): cells.accept_empty(name) for name in names}
@@ -444,7 +445,7 @@ def _read_side(cells: Cells, name: str, value: Any) -> list[Message]:
 
 
 def _shared(sides: Sequence[list[Message]]) -> list[Message]:
-    """Finds the turns that all sides begin with, without the last turn of any."""
+    """Finds the turns that all sides begin with; the last turn of a side never counts."""
     shared = 0
     while shared < min(len(side) for side in sides) - 1 and all(side[shared] == sides[0][shared] for side in sides):
         shared += 1
@@ -475,7 +476,7 @@ def _answer_behind(side: list[Message], prompt: Dialogue, name: str, origin: str
 
 
 def _turns_of_transcript(text: str) -> list[Message]:
-    """Splits a transcript at its marks. An empty line belongs to a mark, since turns may hold the bare words."""
+    """Splits a transcript at its marks. A mark includes its empty line, because turns may hold the bare words."""
     start, *pieces = re.split(f"({HUMAN}|{ASSISTANT})", text)
     roles = ["user" if mark == HUMAN else "assistant" for mark in pieces[::2]]
     turns = [Message(role=role, content=body) for role, body in zip(roles, pieces[1::2], strict=True)]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from datamodules.formats.conversation import PROMPTS, add_context, read_options, read_prompt
-from datamodules.formats.reading import Cells, Reading, as_number, guess, is_empty, plain, references
+from datamodules.formats.reading import Cells, Reading, as_number, guess, is_empty, make_plain, take_references
 from datamodules.formats.table import NAMED, normalize, our_names
 from datamodules.sources.source import Row
 from datamodules.tokens.encoding import Dialogue, Tools
@@ -60,7 +60,7 @@ def verifiable_example(
         reading: of its data set, after :func:`settle_choices`.
         chat: text prompts become user messages.
         measures: our names of columns of measured difficulty to read, such as ``pass_rate``.
-        read_elsewhere: columns by the data's name that the caller reads, and what they are to it.
+        read_elsewhere: columns that the caller reads: name in the data -> role.
 
     Raises:
         ValueError: with the row's origin, when there is no prompt, or a column holds the wrong type.
@@ -89,20 +89,20 @@ def verifiable_example(
     if "answer" not in reading.by_hand:
         asks.add("answer")
     info = {name: value for name, value in row.columns.items() if name not in asks}
-    return VerifiableExample(asked.prompt, answer, plain(info), row.origin, row.source, asked.tools, measured)
+    return VerifiableExample(asked.prompt, answer, make_plain(info), row.origin, row.source, asked.tools, measured)
 
 
 def asked_columns(columns: Mapping[str, Any], by_hand: Mapping[str, str] | None, answer: str | None) -> dict[str, Any]:
-    """Returns the columns of a row for data that are made of it: what is asked, as it stands, and what is not known.
+    """Returns the columns of a row for new data that are made from it: those that ask, unchanged, and unknown ones.
 
-    What answered the row before is left out, as it would be learned beside a new answer. ``answer`` becomes the gold
-    answer as it was read, unless another column is mapped to it.
+    Columns that answered the row are left out, because they would be learned beside a new answer. ``answer`` becomes
+    the gold answer as it was read, unless another column is mapped to it.
 
     Example: ``question``, ``reasoning`` and ``solution`` give ``question``, ``solution`` and ``answer``.
 
     Args:
         columns: of the row.
-        by_hand: our column name -> the data's.
+        by_hand: our name of a column -> its name in the data.
         answer: the gold answer, None where there is none.
     """
     ours, mapped = our_names(tuple(columns)), {name: ours for ours, name in (by_hand or {}).items() if name}
@@ -128,7 +128,8 @@ def read_measure(cells: Cells, name: str) -> float | None:
 
 
 def settle_choices(rows: Iterable[Cells], reading: Reading, names: tuple[str, ...] = ANSWERS) -> None:
-    """Settles on the whole data set what a whole number beside options means: its number, from 0 or 1, or its text.
+    """Settles on the whole data set what a whole number beside options means: an option's number, from 0 or 1, or its
+    text.
 
     Args:
         rows: all that may have options.
@@ -136,7 +137,7 @@ def settle_choices(rows: Iterable[Cells], reading: Reading, names: tuple[str, ..
         names: our columns that may hold the answer, the first that holds something counts.
 
     Raises:
-        ValueError: that cannot be told.
+        ValueError: the rows do not tell which of these it is.
     """
     numbers: list[tuple[int, list[str]]] = []
     origin = ""
@@ -178,7 +179,7 @@ def right_answer(cells: Cells, names: tuple[str, ...] = ANSWERS) -> tuple[str | 
         if not cells.holds(name):
             continue
         theirs = cells.name(name)
-        answer = references(cells.take_unpacked(name, one_of_several=True), cells.place(name))
+        answer = take_references(cells.take_unpacked(name, one_of_several=True), cells.place(name))
         cells.roles[theirs] = "answer" if name not in cells.reading.by_hand else name
         if isinstance(answer, list | tuple):
             several = list(dict.fromkeys(str(one).strip() for one in answer if not is_empty(one)))

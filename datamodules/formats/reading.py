@@ -26,24 +26,26 @@ from datamodules.formats.table import (
 if TYPE_CHECKING:  # sources read rows through this file
     from datamodules.sources.source import Row
 
-CHANCE = 20  # characters of a text that stands in another one not by chance
+CHANCE = 20  # a text of at least so many characters does not stand in another one by chance
 Columns = Mapping[str, str]
 
 
 class UnclearColumn(ValueError):
-    """Columns that can be read in two ways. It is about the data set, so no option drops the row that shows it."""
+    """Raised for columns that can be read in two ways. The fault is the data set's, so no option drops the row that
+    shows it.
+    """
 
 
 class Reading:
     """The account of one data set: what is known of it as a whole, and what its rows were read as.
 
     Args:
-        purpose: who reads.
-        columns: our column name -> the data's, which may be a path into nested columns, such as
-            ``reward_model.ground_truth``. Of a column that is mapped to ``""`` is known that it is not to be read.
+        purpose: the kind of DataModule that reads.
+        columns: our name of a column -> its name in the data, which may be a path into nested columns, such as
+            ``reward_model.ground_truth``. A column that is mapped to ``""`` is not read.
 
     Attributes:
-        settled: what only the whole column tells, such as which of 0 and 1 is the first answer, by what it is.
+        settled: what only a whole column tells, by name, such as which of 0 and 1 is the first answer.
         counts: rows by what became of them: ``used``, ``too long``, ...
 
     Raises:
@@ -62,7 +64,7 @@ class Reading:
         self._layouts: dict[tuple[str, ...], Layout] = {}  # by the names of a row's columns
 
     def lay_out(self, columns: Mapping[str, Any]) -> Layout:
-        """Finds what the columns of a row are by their names; rows with the same names share the answer."""
+        """Finds what the columns of a row mean by their names; rows with the same names share the result."""
         names = tuple(columns)
         if names not in self._layouts:
             self._layouts[names] = lay_out(names, self.by_hand)
@@ -345,8 +347,7 @@ def with_nested(columns: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def find_at_path(record: Mapping[str, Any], name: str) -> list[Any]:
-    """The value of a column in a list, or of a dotted path into columns that hold objects; an empty list when it is not
-    there."""
+    """Finds the value of a column, or of a dotted path into nested columns: a list of one value, empty without it."""
     if name in record:
         return [record[name]]
     first, dot, rest = name.partition(".")
@@ -448,7 +449,7 @@ def texts_in(value: Any) -> list[str]:
     return [text for part in parts for text in texts_in(part)]
 
 
-def references(value: Any, where: str) -> Any:
+def take_references(value: Any, where: str) -> Any:
     """Takes the texts from SQuAD's ``{"text": [...], "answer_start": [...]}``; any other value stays.
 
     Raises ValueError as :func:`unpack` does.
@@ -468,15 +469,15 @@ def repeats(value: Any, other: Any) -> bool:
     )
 
 
-def plain(value: Any) -> Any:
+def make_plain(value: Any) -> Any:
     """Makes a value of None, bool, int, float, str, list and dict alone, which torch's safe loading reads.
 
     Dates become ISO text, anything else its own text.
     """
     if isinstance(value, dict):
-        return {str(key): plain(part) for key, part in value.items()}
+        return {str(key): make_plain(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(part) for part in value]
+        return [make_plain(part) for part in value]
     if value is None or type(value) in (bool, int, float, str):
         return value
     return value.isoformat() if isinstance(value, datetime.date | datetime.time) else str(value)

@@ -16,7 +16,7 @@ HALF = "the text holds half of a character (an unpaired surrogate such as \\ud83
 
 
 class Refused(ValueError):
-    """JSON that can be parsed and is refused all the same: the sentence says why, ``line`` where it stands."""
+    """Raised for JSON that can be parsed but is refused: the message says why, ``line`` says where."""
 
     def __init__(self, reason: str, line: int = 1) -> None:
         super().__init__(reason)
@@ -107,7 +107,7 @@ def _is_deep(text: str) -> bool:
 
 
 def _find_fault(text: str) -> Refused:
-    """Goes through the tokens of a JSON text to the first one for which it is refused."""
+    """Finds the first token for which a JSON text is refused."""
     open_keys: list[set[str] | None] = []  # of every object that is open, None for a list
     expects_key = False
     for match in TOKEN.finditer(text):

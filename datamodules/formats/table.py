@@ -30,7 +30,7 @@ class Column:
     name: str  # ours; a mapping may have it or a synonym on its left
     synonyms: str  # in the order in which they are looked for; capitals, spaces and hyphens make no difference
     means: str
-    used_by: tuple[Purpose, ...]  # nobody else takes a row in which it is not empty
+    used_by: tuple[Purpose, ...]  # DataModules that read it; others refuse a row in which it is not empty
     side: bool = False  # it changes what the rest of the row means, so it is used or refused, never left unread
 
 

@@ -172,7 +172,7 @@ def read_label_cell(value: Any) -> float | None:
 
 
 def _unknown_words(values: Sequence[Any], known: Collection[str]) -> str:
-    """Finds texts that several rows hold and that are neither numbers nor known: labels, and no slip."""
+    """Finds texts that are neither numbers nor known and stand in several rows, so that they are labels and no slips."""
     texts = Counter(value.strip().lower() for value in values if isinstance(value, str) and not is_empty(value))
     labels = [text for text, rows in texts.items() if rows > 1 and text not in known and as_number(text) is None]
     return " and ".join(repr(text) for text in labels[:3])

@@ -19,7 +19,7 @@ class Stream:
         decay_weight: the same from ``decay.start`` on; None = ``weight``.
         val: held-out rows, a domain of the stream's name.
         loss_on: what is learned of its conversations; None = as the mixture says.
-        columns: our column name -> the data's.
+        columns: our name of a column -> its name in the data.
     """
 
     train: str | Source
@@ -44,7 +44,7 @@ class DecayPhase:
 
     @property
     def end(self) -> int:
-        """The first step at which they have changed."""
+        """The first step at which the shares have changed completely."""
         return self.start + self.ramp_steps
 
 

@@ -104,9 +104,7 @@ class PhaseLoader:
             yield self.with_texts(self.position - 1)
 
     def with_texts(self, position: int) -> PolicyBatch:
-        """A planned micro-batch, and the texts that go with it: a function of their place, so that no checkpoint holds
-        them.
-        """
+        """Add its ptx texts to a planned micro-batch. They are a function of its position, so no checkpoint holds them."""
         batch = self.micro_batches[position]
         if self.ptx is None:
             return batch
@@ -159,28 +157,32 @@ class PhaseLoader:
         return [select(batch, rows, count) for update, count in planned for rows in split(batch, update, micro)]
 
     def order(self, phase: int, number: int, updates: int) -> list[int]:
-        """The order of a pass's updates, a function of (seed, phase, number of the pass): as drawn in the first."""
+        """Return the order of a pass's updates, a function of (seed, phase, pass); the first pass keeps the order of
+        drawing.
+        """
         if number == 0:
             return list(range(updates))
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + phase) * 1_009 + number)
         return torch.randperm(updates, generator=generator).tolist()
 
     def state_dict(self) -> dict[str, Any]:
-        """Empty: only tells Lightning that the loader resumes; the state is ``snapshot``, kept by the DataModule."""
+        """Return an empty dict, which only tells Lightning that the loader resumes. The DataModule keeps the
+        ``snapshot``.
+        """
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing to do, see ``state_dict``."""
+        """Do nothing, see ``state_dict``."""
 
     def snapshot(self) -> dict[str, Any]:
-        """State of all ranks for the checkpoint (collective): phase, position, buffered micro-batches, the module's
-        record. It waits for what is being sampled.
+        """Return the state of all ranks for the checkpoint (collective): phase, position, buffered micro-batches, the
+        module's record. It waits for completions that are being sampled.
         """
         record = cast(HasRecord, self.trainer.lightning_module).record
         mine = {
             "phase": self.phase,
             "position": self.position,
-            "micro_batches": [on(batch, torch.device("cpu")) for batch in self.micro_batches]
+            "micro_batches": [move_batch(batch, torch.device("cpu")) for batch in self.micro_batches]
             if self.position < len(self)
             else [],
             "rollouts": [asdict(rollout) for rollout in record.rollouts],
@@ -204,7 +206,7 @@ class PhaseLoader:
         """Take this rank's part of a ``snapshot``, at the last whole update: gradients of half an update are in no
         checkpoint.
 
-        ValueError inside a phase when the ranks or the micro-batches of a phase are others than they were.
+        Raises ValueError inside a phase if the number of ranks, or of micro-batches in a phase, has changed.
         """
         ranks, world = state["ranks"], self.trainer.world_size
         record = cast(HasRecord, self.trainer.lightning_module).record
@@ -233,7 +235,7 @@ class PhaseLoader:
         self.position = (
             mine["position"] - mine["position"] % self.trainer.accumulate_grad_batches if saved else len(self)
         )
-        self.micro_batches = [on(batch, self.trainer.strategy.root_device) for batch in mine["micro_batches"]]
+        self.micro_batches = [move_batch(batch, self.trainer.strategy.root_device) for batch in mine["micro_batches"]]
         record.rollouts = [load_rollout(saved) for saved in mine["rollouts"]]
         record.carried = [load_rollout(saved) for saved in mine.get("carried", [])]
         record.ahead = {saved["phase"]: load_ahead(saved) for saved in mine.get("ahead", [])}
@@ -243,17 +245,17 @@ class PhaseLoader:
 
 
 def load_ahead(saved: dict[str, Any]) -> SampledAhead:
-    """The completions of a later phase that a checkpoint holds."""
+    """Return the completions of a later phase that a checkpoint holds."""
     completions = [[Completion(**each) for each in group] for group in saved["completions"]]
     return SampledAhead(saved["weights"], lambda: completions)
 
 
 def load_rollout(saved: dict[str, Any]) -> Rollout:
-    """The rollout that ``asdict`` made this of."""
+    """Return the rollout from which ``asdict`` made this dict."""
     return Rollout(**{**saved, "completion": Completion(**saved["completion"])})
 
 
-def from_stream(places: Iterable[int], num_rows: int, seed: int) -> list[tuple[int, int]]:
+def draw_from_stream(places: Iterable[int], num_rows: int, seed: int) -> list[tuple[int, int]]:
     """Finds the row and the number of the pass at each place of an endless stream.
 
     Pass after pass is shuffled anew by (seed, pass).
@@ -263,14 +265,14 @@ def from_stream(places: Iterable[int], num_rows: int, seed: int) -> list[tuple[i
 
 @lru_cache(maxsize=4)
 def order_of_pass(num_rows: int, seed: int, number: int) -> list[int]:
-    """The rows of a pass in its order."""
+    """Return the rows in the order of a pass."""
     order = list(range(num_rows))
     random.Random(f"{seed} {number}").shuffle(order)
     return order
 
 
-def on(batch: PolicyBatch, device: torch.device) -> PolicyBatch:
-    """The batch with its tensors on ``device``."""
+def move_batch(batch: PolicyBatch, device: torch.device) -> PolicyBatch:
+    """Return the batch with its tensors on ``device``."""
     return cast(PolicyBatch, {name: value.to(device) for name, value in cast(dict[str, Tensor], batch).items()})
 
 
@@ -299,7 +301,9 @@ def split(batch: PolicyBatch, rows: Tensor, parts: int) -> list[Tensor]:
 
 
 def select(batch: PolicyBatch, rows: Tensor, denominator: Tensor) -> PolicyBatch:
-    """The micro-batch of these rows, with only their prompts and without columns that are padding in all of them."""
+    """Return the micro-batch of these rows, with only their prompts and without columns that are padding in all of
+    them.
+    """
     prompts, index = batch["prompt_index"][rows].unique(return_inverse=True)
     tokens = int(find_attended(batch)[rows].sum(1).max())
     chosen: dict[str, Tensor] = {"denominator": denominator}

@@ -8,7 +8,7 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 from datamodules.base import AlignDataModule, HasPositions
-from datamodules.loaders.phase_loader import from_stream
+from datamodules.loaders.phase_loader import draw_from_stream
 from datamodules.loaders.step_sampler import MicroBatch
 from datamodules.pretraining import PretrainingDataModule
 from datamodules.sources import Source
@@ -32,11 +32,11 @@ class PtxStream:
             one.
         max_length: tokens of a packed row.
         val: held-out texts, several sets of them by domain, or a share of the training texts to hold out, in (0, 1).
-        columns: our column name -> the data's, such as ``{text: content}``.
+        columns: our name of a column -> its name in the data, such as ``{text: content}``.
 
     Raises:
-        ValueError: numbers out of range; in ``setup``, rows that cannot be read, with file and line, or too few rows
-            for an update.
+        ValueError: a number is out of range; in ``setup``, a row cannot be read, with file and line, or there are too
+            few rows for an update.
     """
 
     def __init__(
@@ -59,8 +59,8 @@ class PtxStream:
         self.rows: list[Tokens] = []  # packed, of ``train``
 
     def setup(self, data: AlignDataModule, stage: str) -> None:
-        """Tokenises and packs, as the DataModule ``data`` that the texts belong to does: what is trained on in ``fit``
-        alone.
+        """Tokenises and packs the texts, with the settings of the DataModule ``data`` that they belong to. Training
+        texts are only read in ``fit``.
         """
         shares = data.world_size * (data.trainer.accumulate_grad_batches if data.trainer else 1)
         if stage == "fit" and self.rows_per_update < shares:
@@ -79,12 +79,12 @@ class PtxStream:
             texts.domains = {name: texts.load(source, "val", f"ptx {name}") for name, source in sets.items()}
 
     def batch(self, update: int, share: int, shares: int) -> InstructionBatch:
-        """Rows ``share``, ``share + shares``, ... of those of an update (>= 0); the denominator counts the supervised
-        tokens of all of them.
+        """Returns rows ``share``, ``share + shares``, ... of an update (>= 0). The denominator counts the supervised
+        tokens of all rows of the update.
         """
         assert self.texts is not None
         places = range(update * self.rows_per_update, (update + 1) * self.rows_per_update)
-        rows = [row for row, _ in from_stream(places, len(self.rows), self.texts.seed)]
+        rows = [row for row, _ in draw_from_stream(places, len(self.rows), self.texts.seed)]
         supervised = sum(sum(self.rows[row].supervised) for row in rows)
         return self.texts.make_dataset(self.rows)[MicroBatch(tuple(rows[share::shares]), supervised)]
 

@@ -24,8 +24,8 @@ from modules.types import InstructionBatch
 class Place(NamedTuple):
     """How far one worker has come: all that resuming needs."""
 
-    rows: int = 0  # read and used up, over all passes
-    pieces: int = 0  # of the next row, used already
+    rows: int = 0  # rows read and used up, over all passes
+    pieces: int = 0  # pieces of the next row that are used already
     dropped: int = 0
     bad: int = 0
 
@@ -184,7 +184,7 @@ class StreamLoader:
         self.tell_rows()
 
     def tell_rows(self) -> None:
-        """Prints what has become of this process's rows so far, unless it was told before."""
+        """Prints what has become of this process's rows so far, unless that was printed before."""
         rows, dropped, bad = (
             sum(getattr(place, name) for place in self.places.values()) for name in ("rows", "dropped", "bad")
         )
@@ -211,15 +211,17 @@ class StreamLoader:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Empty: the DataModule keeps the state. Lightning asks before it believes that a loader resumes."""
+        """Return an empty dict: the DataModule keeps the state. Lightning takes a loader for one that resumes by this
+        method.
+        """
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Does nothing."""
 
     def restore(self, ranks: list[dict[str, Any]]) -> None:
-        """Go on at a snapshot. ValueError when ranks, workers or, inside an epoch, the micro-batches of a step are
-        others than they were.
+        """Go on at a snapshot. Raises ValueError if the number of ranks, of workers or, inside an epoch, of
+        micro-batches in a step has changed.
         """
         mine = {"ranks": len(ranks), **{name: ranks[0][name] for name in ("workers", "accumulate")}}
         now = {

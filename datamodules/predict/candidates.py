@@ -47,7 +47,7 @@ class CandidatesDataModule(RowsDataModule):
 
     Args:
         train: the rows: a source, or a file, a folder or a hub id.
-        columns: our column name -> the data's.
+        columns: our name of a column -> its name in the data.
         batch_size: rows per batch and rank, >= 1. A killed run loses at most one batch.
         first_is_better: as in :class:`PreferenceDataModule`.
 

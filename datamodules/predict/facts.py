@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from datamodules.base import RowsDataModule, load_tokenizer
 from datamodules.formats.conversation import Asked, add_context, read_prompt
 from datamodules.formats.prompt_shapes import as_letter, settle_choices
-from datamodules.formats.reading import Cells, Reading, plain, references
+from datamodules.formats.reading import Cells, Reading, make_plain, take_references
 from datamodules.sources import Row, Source
 from datamodules.tokens.encoding import encode_prompt
 from modules.trainer.seeds import run_seed
@@ -51,7 +51,7 @@ class FactsDataModule(RowsDataModule):
     Args:
         tokenizer: a tokenizer, or a path or hub id; None = the module's.
         train: the rows: a source, or a file, a folder or a hub id.
-        columns: our column name -> the data's.
+        columns: our name of a column -> its name in the data.
         batch_size: facts per batch and rank, >= 1. A killed run loses at most one batch.
         num_prompts: prompts per fact, >= 1.
         num_shots: examples in a prompt, >= 0.
@@ -177,7 +177,7 @@ class FactsDataModule(RowsDataModule):
                 {
                     "fact": fact.row.origin,
                     "answers": fact.answers,
-                    "columns": plain(fact.row.columns),
+                    "columns": make_plain(fact.row.columns),
                     "row": place,
                     "data": digest,
                 }
@@ -199,7 +199,7 @@ def read_fact(row: Row, reading: Reading) -> Fact:
             "a question (prompt, question, instruction, ...) with its answer (answer, completion, ...)"
         )
     question = _question(add_context(cells, found, chat=False), row.origin)
-    given = references(cells.take_unpacked(column, one_of_several=True), cells.place(column))
+    given = take_references(cells.take_unpacked(column, one_of_several=True), cells.place(column))
     answers = [as_letter(cells, one) for one in (given if isinstance(given, list) else [given])]
     if not answers or not all(isinstance(one, str) and one.strip() and "\n" not in one.strip() for one in answers):
         raise ValueError(
@@ -212,7 +212,9 @@ def read_fact(row: Row, reading: Reading) -> Fact:
 
 
 def _question(asked: Asked, origin: str) -> str:
-    """The prompt as text, for data that are no chats: of messages that of a single user's. ValueError for others."""
+    """Return the prompt as text: a text as it is, messages only if they are a single user message. Raises ValueError
+    for others.
+    """
     if isinstance(asked.prompt, str):
         return asked.prompt
     if len(asked.prompt) == 1 and asked.prompt[0]["role"] == "user" and not asked.tools:

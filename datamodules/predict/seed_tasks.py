@@ -59,7 +59,7 @@ class SeedTasksDataModule(RowsDataModule):
 
     Args:
         train: the seeds: a source, or a file, a folder or a hub id.
-        columns: our column name -> the data's.
+        columns: our name of a column -> its name in the data.
 
     Raises:
         ValueError: in ``setup``, a row is bad, with file and line, before anything is asked; or the module cannot use
@@ -76,7 +76,9 @@ class SeedTasksDataModule(RowsDataModule):
     def setup(self, stage: str) -> None:
         """Read all rows. Raises ValueError when a row is bad."""
         if not self.rows:
-            self.rows = self.encode_rows(self.train, "train", lambda row: seed_task(row, self.reading), lambda _: 0, 0)
+            self.rows = self.encode_rows(
+                self.train, "train", lambda row: read_seed_task(row, self.reading), lambda _: 0, 0
+            )
             self.report("seeds", f"{sum(bool(row.input) for row in self.rows)} with an input")
 
     def predict_dataloader(self) -> EVAL_DATALOADERS:
@@ -101,7 +103,7 @@ class SeedTasksDataModule(RowsDataModule):
         )
 
 
-def seed_task(row: Row, reading: Reading) -> SeedTask:
+def read_seed_task(row: Row, reading: Reading) -> SeedTask:
     """Read the texts of a row, stripped.
 
     Raises ValueError with the row's origin when something is missing, empty or of the wrong type.

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from datamodules.formats.strict import Refused, load_json
-from datamodules.sources.locations import explain_hub_error, file_format, find_files, split_hub_id
+from datamodules.sources.locations import explain_hub_error, find_files, read_format, split_hub_id
 from datamodules.sources.source import Row, Source
 
 Located = tuple[str, Any]  # origin, record
@@ -135,13 +135,13 @@ def find_kinds(base: Any) -> dict[str, type[Source]]:
     return found | {name: kind for each in found.values() for name, kind in find_kinds(each).items()}
 
 
-def headerless_hint(source: str | Source, row: Row) -> str:
+def hint_at_header(source: str | Source, row: Row) -> str:
     """Return a hint for a row that cannot be read, "" where it does not apply.
 
     The hint says that the first line of a CSV or TSV file was taken for column names.
     """
     given = source.header if isinstance(source, Files) else None
-    is_table = file_format(Path(row.origin.rpartition(":")[0])) in TABLES_OF_TEXT
+    is_table = read_format(Path(row.origin.rpartition(":")[0])) in TABLES_OF_TEXT
     return HEADERLESS if is_table and given is None else ""
 
 
@@ -149,12 +149,12 @@ def read_file(path: Path, header: Sequence[str] | None = None) -> list[Row]:
     """Read the rows of one file. Raises ValueError with the origin when the file cannot be read or is empty, or when a
     row is neither an object nor a text.
     """
-    if file_format(path) not in READERS:
+    if read_format(path) not in READERS:
         raise ValueError(f"{path}: unknown kind of file, expected one that ends in {', '.join(READERS)}")
-    if header is not None and file_format(path) not in TABLES_OF_TEXT:
+    if header is not None and read_format(path) not in TABLES_OF_TEXT:
         raise ValueError(f"{path}: header {list(header)} has no effect on such a file; leave it out")
     rows = []
-    for origin, record in READERS[file_format(path)](path, header):
+    for origin, record in READERS[read_format(path)](path, header):
         if not isinstance(record, dict | str):
             raise ValueError(
                 f"{origin}: a row must be an object with named columns or a text, this is a {type(record).__name__}"
@@ -175,7 +175,7 @@ def _named_rows(name: str, records: Any) -> list[Row]:
 
 def looks_local(path: str) -> bool:
     """Return whether a path cannot be a hub id."""
-    return path.startswith((".", "/", "~")) or path.count("/") > 1 or file_format(Path(path)) in READERS
+    return path.startswith((".", "/", "~")) or path.count("/") > 1 or read_format(Path(path)) in READERS
 
 
 def _read_bytes(path: Path) -> bytes:
@@ -242,8 +242,8 @@ def _is_jsonl(text: str) -> bool:
 
 
 def _rows_in_object(content: dict[str, Any], path: Path) -> list[Any]:
-    """The rows of ``{..., name: [objects]}``, of parallel lists or of categories; other values beside lists are no rows
-    (a licence, a canary).
+    """Reads the rows of ``{..., name: [objects]}``, of parallel lists or of categories. Values beside lists, such as a
+    licence, are no rows.
     """
     lists = {name: value for name, value in content.items() if isinstance(value, list)}
     columns = {name: value for name, value in lists.items() if value}
@@ -344,7 +344,7 @@ def _read_table(path: Path, read: Callable[[Path], Any]) -> Iterator[Located]:
         records = read(path).to_pylist()
     except (OSError, ValueError) as error:  # pyarrow's own errors derive from these
         raise ValueError(
-            f"{path}: not a readable {file_format(path)[1:]} file: {str(error).splitlines()[0]}"
+            f"{path}: not a readable {read_format(path)[1:]} file: {str(error).splitlines()[0]}"
         ) from error
     yield from ((f"{path}#{index}", record) for index, record in enumerate(records))
 

@@ -16,7 +16,7 @@ ASKED = (
     "context",
     "documents",
     "options",
-)  # two rows with the same of these ask the same
+)  # two rows that agree in these columns ask the same question
 
 
 class Part(Source):
@@ -63,7 +63,7 @@ def hold_out(rows: list[Row], share: float, seed: int, columns: Mapping[str, str
         rows: the rows of the data set.
         share: share of the rows to hold out, in (0, 1).
         seed: seed of the hash.
-        columns: our column name -> the data's.
+        columns: our name of a column -> its name in the data.
 
     Raises:
         ValueError: all rows ask the same, so that one side would be empty.

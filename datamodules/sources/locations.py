@@ -14,13 +14,13 @@ SPLITS = {  # words in file names, as the datasets library reads them
 }
 
 
-def file_format(path: Path) -> str:
-    """The ending that tells the format, in small letters and without ``.gz``."""
+def read_format(path: Path) -> str:
+    """Return the ending that tells the format, in lower case and without ``.gz``."""
     return Path(path.name.lower().removesuffix(".gz")).suffix
 
 
 def split_hub_id(path: str) -> tuple[str, str | None]:
-    """The id and the config that may stand behind its colon.
+    """Split a hub id from the config that may stand behind its colon.
 
     >>> split_hub_id("openai/gsm8k:main")
     ('openai/gsm8k', 'main')
@@ -30,7 +30,7 @@ def split_hub_id(path: str) -> tuple[str, str | None]:
 
 
 def explain_hub_error(path: str, split: str, error: Exception) -> str:
-    """Why the ``datasets`` library could not load a hub id, in one sentence."""
+    """Explain in one sentence why the ``datasets`` library could not load a hub id."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     if lines[0].startswith("Config name is missing"):
         configs = re.findall(r"'([^']+)'", lines[1]) if len(lines) > 1 else []
@@ -40,8 +40,8 @@ def explain_hub_error(path: str, split: str, error: Exception) -> str:
 
 
 def find_files(folder: Path, endings: Sequence[str], split: str | None) -> list[Path]:
-    """The files of a folder that hold a split, sorted, by the words of ``SPLITS`` in their names; what is left out is
-    told in one line.
+    """Find the files of a folder that hold a split, by the words of ``SPLITS`` in their names, sorted. One printed line
+    names the files that are left out.
 
     Args:
         folder: its subfolders are not read.
@@ -53,7 +53,7 @@ def find_files(folder: Path, endings: Sequence[str], split: str | None) -> list[
             train.
     """
     found = sorted(path for path in folder.iterdir() if not path.name.startswith((".", "_")))
-    files = [path for path in found if path.is_file() and file_format(path) in endings]
+    files = [path for path in found if path.is_file() and read_format(path) in endings]
     others = [f"{path.name}/" if path.is_dir() else path.name for path in found if path not in files]
     if not files:
         folders = ", ".join(name for name in others if name.endswith("/"))
@@ -89,7 +89,7 @@ def find_files(folder: Path, endings: Sequence[str], split: str | None) -> list[
 
 
 def read_split(path: Path) -> str:
-    """The split that a file's name tells, empty where it tells none.
+    """Return the split that a file's name tells; "" if it tells none.
 
     >>> read_split(Path("data/test-00000-of-00001.parquet")), read_split(Path("contest.jsonl"))
     ('test', '')

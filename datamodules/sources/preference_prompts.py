@@ -25,7 +25,7 @@ class PreferencePrompts(Source):
 
     Args:
         path: file, folder or hub id.
-        columns: our column name -> the data's.
+        columns: our name of a column -> its name in the data.
         chat: instructions and transcripts ("\\n\\nHuman: ...\\n\\nAssistant: ...") become messages. None = if the
             DataModule's tokenizer has a chat template, as for reward models and DPO. Other text prompts stay text, and
             ``data.chat`` says how they are rendered.

@@ -43,7 +43,7 @@ class Scored(Source):
 
     def rows(self) -> list[Row]:
         """Return one row per prompt, in file order. Raises ValueError with file and line, or when no row is left."""
-        groups = by_prompt(self.path)
+        groups = group_by_prompt(self.path)
         rows = [made for group in groups for made in self._compared(group)]
         self.skipped = len(groups) - len(rows)
         if not rows:
@@ -56,7 +56,7 @@ class Scored(Source):
 
     def _compared(self, group: list[Row]) -> Iterator[Row]:
         rewards: dict[str, float] = {}
-        for row in finished(group):
+        for row in keep_finished(group):
             if row.columns["reward"] is not None:
                 rewards.setdefault(row.columns["completion"], row.columns["reward"])
         ordered = sorted(rewards.items(), key=lambda item: -item[1])
@@ -90,8 +90,8 @@ class Sampled(Source):
 
     def rows(self) -> list[Row]:
         """Return one row per prompt, in file order. Raises ValueError with file and line, or when no row is left."""
-        groups = by_prompt(self.path)
-        texts = [list(dict.fromkeys(row.columns["completion"] for row in finished(group))) for group in groups]
+        groups = group_by_prompt(self.path)
+        texts = [list(dict.fromkeys(row.columns["completion"] for row in keep_finished(group))) for group in groups]
         rows = [
             Row(
                 {"prompt": first.columns["prompt"], "completions": found, "answer": first.columns.get("answer")},
@@ -107,7 +107,7 @@ class Sampled(Source):
         return rows
 
 
-def by_prompt(file: str) -> list[list[Row]]:
+def group_by_prompt(file: str) -> list[list[Row]]:
     """Group the lines of a file by uid, which names the prompt. Raises ValueError with file and line."""
     path = Path(file).expanduser()
     if not path.is_file():
@@ -122,7 +122,7 @@ def by_prompt(file: str) -> list[list[Row]]:
     return list(groups.values())
 
 
-def finished(group: list[Row]) -> list[Row]:
+def keep_finished(group: list[Row]) -> list[Row]:
     """Return the lines whose completion stopped by itself and is not empty."""
     return [row for row in group if row.columns.get("finish", "stop") == "stop" and row.columns["completion"].strip()]
 

@@ -64,9 +64,9 @@ def encode_example(
 ) -> Tokens:
     """Encodes a supervised row; ``chat`` and ``system`` are those of :func:`encode_prompt`.
 
-    Of a text, the completion and one end token are supervised. A prompt that the chat template has rendered already,
-    as ``predict`` writes it, is read as it stands, and the end token is that of a turn. Of messages, assistant turns
-    are supervised with their end-of-turn token, and what follows the last of them is left out. An end token that is
+    In a text, the completion and one end token are supervised. A prompt that the chat template has rendered already, as
+    ``predict`` writes it, is read as it stands, and the end token is that of a turn. In messages, assistant turns are
+    supervised with their end-of-turn token, and what follows the last of these turns is left out. An end token that is
     written as text behind an answer is cut.
 
     Args:
@@ -114,7 +114,8 @@ def encode_prompt(
     system: str | None = None,
     tools: Tools | None = None,
 ) -> tuple[str, list[int]]:
-    """Renders a prompt and returns it with its tokens. The assistant goes on from there, also in a turn of its own.
+    """Renders a prompt and returns it with its tokens. The assistant continues it in a new turn, or in its own open
+    turn.
 
     A text that the chat template has rendered already, as ``predict`` writes it, is read as it stands.
 
@@ -515,7 +516,9 @@ class TokenisedText:
 def _tokenise_tail(
     tokenizer: PreTrainedTokenizerBase, text: str, special: frozenset[int], num_tokens: int
 ) -> TokenisedText:
-    """Tokenises the end of a prompt, which most conversations share. ``num_tokens`` tells a changed tokenizer."""
+    """Tokenises the end of a prompt once, since most conversations share it. With ``num_tokens`` in the cache's key, a
+    changed tokenizer is noticed.
+    """
     return TokenisedText(tokenizer, text, special)
 
 
@@ -551,7 +554,7 @@ def continuation_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Returns the tokens of a text, nothing added. It warns of no length, since long rows are counted later."""
+    """Returns the tokens of a text, with nothing added and no warning about its length: long rows are counted later."""
     if not tokenizer.is_fast:
         return list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
     return list(tokenise(tokenizer, text).ids)

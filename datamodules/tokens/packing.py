@@ -1,4 +1,4 @@
-"""Several documents in one row: best-fit decreasing, which never breaks a document, and cutting what is longer than a
+"""Packs several documents into one row by best-fit decreasing, which breaks no document; splits documents longer than a
 row.
 """
 
@@ -12,11 +12,10 @@ from datamodules.tokens.encoding import Tokens
 def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """Finds the documents of each row, by their place in ``lengths``, in O(n log n).
 
-    From the longest on, each document goes to the row with the least room that takes it, else to a new row. Of
-    documents of one length the first goes first, of rows with equal room the one that has had it longest
-    (``trl.data_utils``, strategy ``bfd``).
-    Example: ``lengths`` [4, 2, 3, 1] and ``capacity`` 4 make the rows [0], [2, 3], [1]. Raises ValueError for a longer
-    document.
+    From the longest on, each document goes to the row with the least room that takes it, else to a new row. Among
+    documents of equal length the first goes first, among rows with equal room the one that has had this room longest
+    (``trl.data_utils``, strategy ``bfd``). Example: ``lengths`` [4, 2, 3, 1] and ``capacity`` 4 make the rows [0], [2,
+    3], [1]. Raises ValueError for a longer document.
     """
     rows: list[list[int]] = []
     waiting: dict[int, deque[int]] = defaultdict(deque)  # room -> the rows that have it
@@ -45,8 +44,8 @@ def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]
 
 
 def pack(rows: Sequence[Tokens], capacity: int) -> list[Tokens]:
-    """Rows of at most ``capacity`` tokens, each with its ``documents``. Nothing predicts a document's first token, so
-    it is not supervised.
+    """Packs documents into rows of at most ``capacity`` tokens, each with its ``documents``. Nothing predicts a
+    document's first token, so it is not supervised.
     """
     return [
         _join([rows[index] for index in indices])
@@ -55,8 +54,8 @@ def pack(rows: Sequence[Tokens], capacity: int) -> list[Tokens]:
 
 
 def split_long(tokens: Tokens, capacity: int) -> list[Tokens]:
-    """A document in pieces of at most ``capacity`` tokens; each begins a row or document of its own, so its first token
-    is not supervised.
+    """Splits a document into pieces of at most ``capacity`` tokens. Each piece begins a row or document of its own, so
+    its first token is not supervised.
     """
     pieces = [slice(start, start + capacity) for start in range(0, len(tokens.ids), capacity)]
     return [Tokens(tokens.ids[piece], [False, *tokens.supervised[piece][1:]]) for piece in pieces]

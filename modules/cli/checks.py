@@ -28,7 +28,7 @@ NEEDED = {
 
 
 def resolve_checkpoint(path: str | None, out: Path | None) -> str | None:
-    """Return the path; the last checkpoint if it is a run's folder, or if it is ``last`` and ``out`` is that folder.
+    """Return the path of a checkpoint. A run's folder, or ``last`` if ``out`` is one, stands for its last checkpoint.
 
     Raises:
         ValueError: the run has written no checkpoint.

@@ -46,7 +46,7 @@ class AlignmentCLI(LightningCLI):
         super().__init__(*args, **kwargs)
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
-        """Return the commands with the Trainer's arguments that are none of the command line."""
+        """Return the commands, each with the arguments of the Trainer's method that are not options."""
         commands = LightningCLI.subcommands()
         return {name: commands[name] for name in self.asked if name in commands} or commands
 

@@ -40,7 +40,7 @@ def write_ending(trainer: Trainer, export: Path | None, form: str | None = None)
 
 
 def find_form(text: str, tokenizer: Any) -> str | None:
-    """Find the form of the prompt in a rendered row, for ``chat`` to write it alike; None = its default."""
+    """Find the form of the prompt in a rendered row, so that ``chat`` writes prompts alike; None = ``chat``'s default."""
     if "### Instruction:" in text:
         return "alpaca"
     if tokenizer.chat_template is None:

@@ -1,4 +1,4 @@
-"""Makes one sentence of a parser's error, which lists every type that a value is not."""
+"""Turns a parser's error, which lists every type that a value is not, into one sentence."""
 
 import difflib
 import importlib
@@ -100,7 +100,7 @@ EXAMPLES = {
 
 
 def explain_missing_arguments(message: str) -> str:
-    """Say what to add to the command if a class did not get an argument that it needs; empty for other errors."""
+    """Say what to add to the command if a class lacks an argument that it needs; empty for other errors."""
     found = re.search(r"class_path '(?:[\w.]+\.)?(\w+)'.*?arguments are required: ([\w, ]+)", message, flags=re.DOTALL)
     if found is None:
         return ""
@@ -173,8 +173,8 @@ def explain_taken_name(message: str) -> str:
 
 
 def suggest_names(name: str, known: Sequence[str], before: str = "") -> str:
-    """Suggest the known names that are nearest to a misspelt one, as the end of a sentence; empty if none is near, or
-    if it is a known name.
+    """Suggest, as the end of a sentence, the known names that are nearest to a misspelt one. Empty if none is near, or
+    if the name is known.
 
     Args:
         name: the misspelt name.

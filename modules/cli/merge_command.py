@@ -8,8 +8,8 @@ from modules.trainer.exports import explain_occupied, find_origin, put_back, wri
 
 DESCRIPTION = (
     "Average the weights of two or more models of the same architecture and tokenizer, in 32 bits, and write the "
-    "result as a Hugging Face folder. Kimi k1.5 so joins a model with long and one with short chains of thought (arXiv "
-    "2501.12599, section 2.4)."
+    "result as a Hugging Face folder. Kimi k1.5 joins a model with long chains of thought and one with short ones "
+    "(arXiv 2501.12599, section 2.4)."
 )
 
 
@@ -22,8 +22,8 @@ def merge(models: list[str], out: str, weights: list[float] | None = None) -> No
         weights: see ``average_models``.
 
     Raises:
-        ValueError: the folder must not be replaced, or see ``average_models``.
-        OSError: the folder cannot be written; an earlier export is as it was.
+        ValueError: the folder must not be replaced, or as in ``average_models``.
+        OSError: the folder cannot be written; an earlier export stays as it was.
     """
     folder = Path(out)
     put_back(folder)

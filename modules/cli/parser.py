@@ -36,7 +36,7 @@ set_parsing_settings(import_path_denylist=[])  # enforces the parser's own list:
 def refuse(error: Exception) -> NoReturn:
     """End the run with exit status 1 and the error on one line.
 
-    The line is written in one call, so that those of several ranks stay whole.
+    The line is written in one call, so that the lines of several ranks do not mix.
     """
     said = str(error)
     if isinstance(error, OSError) and error.strerror and error.filename is None:  # of a logger

@@ -41,7 +41,7 @@ class StepLines(ProgressBar):
         self._enabled = True
 
     def print(self, *args: Any, **kwargs: Any) -> None:
-        """Print a line of somebody else."""
+        """Print a line that other code writes."""
         if self._enabled:
             print(*args, **kwargs, flush=True)
 
@@ -104,7 +104,9 @@ class StepLines(ProgressBar):
 
 
 def pick_headlines(metrics: dict[str, Any]) -> dict[str, Any]:
-    """Pick the few numbers that say most of a run, in the order of ``HEADLINES``; any where none of those is there."""
+    """Pick the few numbers that say most about a run, in the order of ``HEADLINES``; any numbers if none of these is
+    there.
+    """
     places = {name: HEADLINES.index(name.partition("/")[2]) for name in metrics if name.partition("/")[2] in HEADLINES}
     return {name: metrics[name] for name in (sorted(places, key=lambda name: places[name]) or sorted(metrics))[:SHOWN]}
 

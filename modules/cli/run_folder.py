@@ -36,7 +36,9 @@ def choose_folder(method: str) -> Path:
 
 
 def find_last_checkpoint(folder: Path) -> Path | None:
-    """Find the newest checkpoint in a run's folder; ``last.ckpt`` where the run renews it behind each other one."""
+    """Find the newest checkpoint in a run's folder; ``last.ckpt`` if the run writes it anew after every other
+    checkpoint.
+    """
     found, last = (folder / CHECKPOINTS).glob("*.ckpt"), folder / CHECKPOINTS / "last.ckpt"
     newest = max(found, key=lambda path: (path.stat().st_mtime, path == last, path.name), default=None)
     return last if newest is not None and last.is_file() and renews_last(newest) else newest
@@ -192,9 +194,10 @@ class KeepsFolder(Callback):
         self._began = True
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Release the folder of a run that failed; what loggers hold is written first, as they write no more behind it.
+        """Release the folder of a run that failed, after its loggers have written what they hold.
 
-        A logger that cannot write is left out, for Lightning ends it once more, and its error would hide the run's.
+        A logger that cannot write is removed, because Lightning would finalize it again and its error would hide the
+        run's.
         """
         for logger in list(trainer.loggers):
             try:
@@ -211,8 +214,8 @@ class KeepsFolder(Callback):
 class SaveConfig(SaveConfigCallback):
     """Writes ``config.yaml`` into the run's folder, or beside the logs, at the first batch.
 
-    A run that is refused before leaves the file of the last good run alone. Without a folder and a logger nothing is
-    written. ``ckpt_path`` is left out, because the file describes the run and not where it was resumed.
+    A run that is refused before its first batch leaves the file of an earlier run alone. Without a folder and a logger
+    nothing is written. ``ckpt_path`` is left out, because the file describes the run and not where it was resumed.
     """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -55,8 +55,7 @@ def vocabulary_logprobs(logits: Tensor, temperature: float = 1.0) -> Tensor:
 
 
 def chosen_logprobs(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Compute the log-probability of each target token, and those of all tokens, which are kept for the backward pass
-    alone.
+    """Compute the log-probability of each target token and, for the backward pass alone, those of all tokens.
 
     The gradient of the logits is made in place of the log-probabilities of all tokens, so no other tensor of their size
     is needed, and there can be one backward pass only.

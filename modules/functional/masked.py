@@ -69,7 +69,7 @@ def masked_whiten(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
 
 
 def aggregate(loss: Tensor, mask: Tensor, denominator: Tensor | float) -> Tensor:
-    """Make one number of losses: the sum of ``loss * mask``, divided once by ``denominator``.
+    """Turn losses into one number: the sum of ``loss * mask``, divided once by ``denominator``.
 
     loss: [N, T] or [N]. mask: the same shape, bool keep-mask, or float weights >= 0, such as 1/length in every kept
     column of a row for a mean of per-sequence means. denominator: [] or a number > 0, counted over the whole optimiser

@@ -24,7 +24,7 @@ class Advantage(ABC):
 
     Attributes:
         least_generations: completions of a prompt that it needs.
-        takes_kl: whether it has a place for a KL in the reward.
+        takes_kl: whether it takes a KL in the reward into account.
         reads_logprobs: whether it reads ``old_logprobs`` of the batch. If not, a phase of one update need not compute
             them beforehand.
     """
@@ -135,8 +135,8 @@ class Whitened(Advantage):
 class GDPO(Advantage):
     """Normalises each part of a ``WeightedSum`` in its group, adds them by weight, and whitens over the phase.
 
-    Source: arXiv 2601.05242, section 3. So a part with a small spread is not drowned by another one. The last whitening
-    is over the completions of all ranks.
+    So a part with a small spread is not drowned by another part. The last whitening is over the completions of all
+    ranks. Source: arXiv 2601.05242, section 3.
 
     Args:
         ddof: 1 = the sample's standard deviation; 0 = the population's.

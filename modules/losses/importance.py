@@ -11,7 +11,7 @@ from modules.types import PolicyBatch
 
 @dataclass(frozen=True)
 class ImportanceWeights:
-    """Weighs what was sampled by w = p_trainer / p_sampler, both at collection, so that the gradient is the trainer's.
+    """Weighs sampled tokens by w = p_trainer / p_sampler, both at collection, so that the gradient is the trainer's.
 
     An engine with the same weights in another precision or with other kernels samples from slightly other
     probabilities. Advantages are multiplied by w, so the policy loss is; a KL and a value loss are not. Truncation
@@ -20,12 +20,12 @@ class ImportanceWeights:
     scale the loss, or with ``mask`` leave out every token.
 
     Raises:
-        ValueError: values out of range.
+        ValueError: a value is out of range.
     """
 
     level: Literal["token", "sequence"] = "token"  # sequence: w is the product over the tokens of a completion
     cap: float = 2.0  # >= 1, largest weight
-    beyond: Literal["truncate", "mask"] = "truncate"  # what becomes of a larger one: cap, or 0
+    beyond: Literal["truncate", "mask"] = "truncate"  # what a larger weight becomes: the cap, or 0
 
     def __post_init__(self) -> None:
         check_numbers("importance", cap=(self.cap, "[1, inf)"))
@@ -49,7 +49,7 @@ def choose_importance(importance: ImportanceWeights | bool | None, copies_weight
     """Return the weights to use; None = all tokens weigh the same.
 
     Args:
-        importance: weights, or whether to use the default ones; None = where it is not the policy itself that samples.
+        importance: weights, or whether to use the default ones; None = only if ``copies_weights``.
         copies_weights: whether the engine samples from a copy of the policy's weights.
     """
     if isinstance(importance, ImportanceWeights):

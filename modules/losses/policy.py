@@ -350,7 +350,7 @@ class Clip:
     """Bounds of PPO's update; None = no bound. TRL: ``cliprange``, ``cliprange_value``.
 
     Raises:
-        ValueError: values out of range.
+        ValueError: a value is out of range.
     """
 
     ratio: float = 0.2  # >= 0, of the probability ratio, see Clipped
@@ -364,8 +364,8 @@ class Clip:
 
 
 def leave_out_unscored(batch: PolicyBatch) -> PolicyBatch:
-    """Drop all tokens of completions that teach nothing from the batch's ``completion_mask``: those without a score,
-    and those that ``teaches`` leaves out.
+    """Drop completions that teach nothing from the batch's ``completion_mask``: those without a score, and those that
+    ``teaches`` leaves out.
     """
     mask = batch["completion_mask"] & batch.get("teaches", ~batch["rewards"].isnan())[:, None]
     return cast(PolicyBatch, {**batch, "completion_mask": mask})

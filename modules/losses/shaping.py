@@ -1,4 +1,4 @@
-"""Makes one reward per token from one score per completion; the settings with which PPO does that."""
+"""Makes one reward per token from one score per completion, by the settings of PPO."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ class AdaptiveKL:
     its code.
 
     Raises:
-        ValueError: values out of range.
+        ValueError: a value is out of range.
     """
 
     target: float = 6.0  # > 0, nats per completion
@@ -49,7 +49,7 @@ class KL:
     """The KL that ties PPO's policy to a frozen reference. TRL: ``kl_coef``, ``kl_estimator``, ``ref_model``.
 
     Raises:
-        ValueError: values out of range or that do not go together.
+        ValueError: a value is out of range, or values do not go together.
     """
 
     coef: float = 0.05  # >= 0, weight per nat; the first weight if it is adaptive
@@ -100,7 +100,7 @@ class Incentives:
     """What PPO asks of the policy beside the reward; nothing by default. TRL: ``missing_eos_penalty``.
 
     Raises:
-        ValueError: values out of range.
+        ValueError: a value is out of range.
     """
 
     missing_eos: MissingEos | None = None  # to end: what a completion that did not loses of its score
@@ -118,7 +118,7 @@ class GAE:
     """How PPO makes advantages from token rewards; see ``gae``. TRL: ``gamma``, ``lam``, ``whiten_rewards``.
 
     Raises:
-        ValueError: values out of range.
+        ValueError: a value is out of range.
     """
 
     gamma: float = 1.0  # [0, 1], discount per token

@@ -66,5 +66,5 @@ def hash_held(base: Policy, place: str, weights: Mapping[str, Tensor]) -> str:
 
 
 def find_states(checkpoint: dict[str, Any]) -> list[dict[str, Tensor]]:
-    """Return the weights in a checkpoint: the module's, and beside an average of them those that are trained."""
+    """Return the states of weights in a checkpoint: the module's and, if that is an average, also the trained weights."""
     return [checkpoint[name] for name in ("state_dict", "current_model_state") if name in checkpoint]

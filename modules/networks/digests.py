@@ -1,4 +1,4 @@
-"""Tells weights from others by a short text."""
+"""Hashes weights, so that a short text tells one set of weights from another."""
 
 import hashlib
 from collections.abc import Iterable

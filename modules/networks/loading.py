@@ -56,7 +56,9 @@ def load(path: str, role: str = "policy") -> tuple[PreTrainedModel, PreTrainedTo
     source = str(local) if local.is_dir() else path
     try:
         # A classifier's head is left out on purpose, so transformers need not warn about it.
-        with silent() if is_classifier(AutoConfig.from_pretrained(source, trust_remote_code=False)) else nullcontext():
+        with (
+            silencing() if is_classifier(AutoConfig.from_pretrained(source, trust_remote_code=False)) else nullcontext()
+        ):
             model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, trust_remote_code=False)
         return model, AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as error:
@@ -84,7 +86,7 @@ def lacks_output_head(model: PreTrainedModel) -> bool:
 
 
 @contextmanager
-def silent() -> Iterator[None]:
+def silencing() -> Iterator[None]:
     """Silence transformers' list of missing and unexpected weights inside the ``with`` block."""
     level = get_verbosity()
     set_verbosity_error()

@@ -214,8 +214,8 @@ def merge_adapters(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def merge_layers(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
-    """Return the name of each layer that has adapters, and a copy of it as a plain layer, merged as ``merge_adapters``
-    does, one after another.
+    """Return each layer with adapters, one after another: its name, and a copy as a plain layer that ``merge_adapters``
+    would make.
     """
     for name, layer in _layers(model):
         layer = copy.deepcopy(layer)
@@ -267,7 +267,7 @@ def _layers(model: nn.Module) -> list[tuple[str, Any]]:
 
 
 def _saved(key: str, name: str) -> str:
-    """Return the name that a weight of the set ``name`` has in peft's file, which leaves out the name of the set."""
+    """Return the name of a weight of the set ``name`` in peft's file, which leaves out the set's name."""
     layer, _, kind = key.rpartition(f".{name}")
     return f"{PREFIX}{layer}{kind}"
 

@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 MB = 1e6
-# What a piece of a micro-batch may keep for its backward pass. On a CPU twice as much was no faster for SFT.
+# Bytes that a piece of a micro-batch may keep for its backward pass. On a CPU twice as much was no faster for SFT.
 PIECE_BYTES = 0.75e9
-GPU_SHARE = 0.4  # of what an accelerator's memory has left beside weights, gradients and optimizer states
-SIXTEEN_BITS, ADAPTERS = 0.65, 1.35  # of the activations, under autocast and with adapters on every layer (measured)
+GPU_SHARE = 0.4  # share of the GPU memory that weights, gradients and optimizer states leave free
+SIXTEEN_BITS, ADAPTERS = 0.65, 1.35  # factors for activations: under autocast; with adapters on every layer (measured)
 # Most tensors of the size of a chunk of logits that live at one time (measured): logits, log-softmax, entropy terms.
 LOGIT_TENSORS = 7
 
@@ -49,8 +49,8 @@ def estimate_memory(
 def estimate_peak(memory: dict[str, float], used: float, most: float, stepped: bool, samples: bool) -> float:
     """Estimate the most memory that a fit takes at one time, in MB, from what it takes before its first step.
 
-    It is the largest of three: what was taken so far, to load models or to sample; what is in use now with what a step
-    adds to it; and, where phases are sampled, what the first took with the optimizer's states beside it.
+    It is the largest of three: the memory taken so far, to load models or to sample; the memory in use now plus what a
+    step adds; and, if later phases are sampled, the memory taken so far plus the optimizer's states.
 
     Args:
         memory: what ``estimate_memory`` returned.
@@ -112,8 +112,8 @@ def count_activation_bytes(
 def choose_piece_bytes(device: torch.device, needed: float) -> float:
     """Choose how many bytes of activations may be kept at one time.
 
-    It is a constant, or on CUDA a share of the device's memory, and depends on nothing that changes while a run is on or
-    between a run and its resumption.
+    It is a constant, or on CUDA a share of the device's memory. It depends on nothing that changes during a run or when
+    the run resumes.
 
     Args:
         device: of the model.

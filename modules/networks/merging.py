@@ -67,7 +67,7 @@ def load_part(path: str) -> Policy:
         )
     policy = Policy(path, role="models")
     if is_classifier(policy.model.config):
-        raise ValueError(f"merge: '{path}' is a classifier (a reward model?), and language models are averaged")
+        raise ValueError(f"merge: '{path}' is a classifier (a reward model?); name language models only")
     return policy
 
 

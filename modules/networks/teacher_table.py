@@ -1,4 +1,6 @@
-"""What a teacher says of given completions, written to a folder once, so that training needs no teacher in memory."""
+"""A teacher's probabilities for given completions, written to a folder once, so that training needs no teacher in
+memory.
+"""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -15,8 +17,8 @@ from modules.trainer.ranks import from_all_ranks
 from modules.trainer.saving import naming, replacing
 from modules.types import PolicyBatch
 
-LESSONS = 64  # of a file
-BLOCKS, BLOCK = 16, 4096  # of a weight file that are read to tell it from others
+LESSONS = 64  # lessons in a file
+BLOCKS, BLOCK = 16, 4096  # blocks of a weight file that its digest reads, and their bytes
 
 Lesson = tuple[tuple[int, ...], tuple[int, ...]]  # the tokens of a prompt, as the teacher reads it, and of a completion
 
@@ -58,7 +60,7 @@ def read_or_write_table(
         say: loads the teacher, which is called only if a file is missing; the result computes a batch's buckets.
         folder: the cache.
         identity: what else determines the numbers.
-        weights: what tells the teacher's weights from others, see ``describe_weights``; empty = not known here.
+        weights: digest of the teacher's weights, see ``describe_weights``; empty = not known here.
 
     Raises:
         ValueError: the folder was written with other weights, or another rank's file is not in it.

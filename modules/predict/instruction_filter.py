@@ -19,7 +19,7 @@ BLACKLIST = re.compile(
 REASONS = ("length", "blacklist", "program", "first_character", "no_output", "duplicate", "similar")
 
 
-def split_words(text: str) -> list[str]:
+def split_plain_words(text: str) -> list[str]:
     """Split ``text`` into lower-case words without punctuation.
 
     On ASCII text these are the words of the package rouge-score without stemming.
@@ -78,12 +78,12 @@ class InstructionPool:
         self._process, self._scorer = _rapidfuzz("process"), _rapidfuzz("distance").Indel.normalized_similarity
         self.instructions = list(instructions)
         self.max_similarity = max_similarity
-        self._words = [split_words(instruction) for instruction in self.instructions]
+        self._words = [split_plain_words(instruction) for instruction in self.instructions]
 
     def add(self, instruction: str) -> None:
         """Add an instruction to the pool; later ones are compared with it too."""
         self.instructions.append(instruction)
-        self._words.append(split_words(instruction))
+        self._words.append(split_plain_words(instruction))
 
     def nearest(self, instruction: str) -> tuple[str, float]:
         """Return the most similar instruction, the earliest of equals, and its ROUGE-L F1 in [0, 1]; ("", 0) in an
@@ -92,7 +92,7 @@ class InstructionPool:
         Rapidfuzz's normalised similarity by insertions and deletions, 1 - (n + m - 2 LCS) / (n + m), equals this F1. It
         skips an instruction whose length alone keeps the bound 2 min(n, m) / (n + m) below the best similarity so far.
         """
-        mine = split_words(instruction)
+        mine = split_plain_words(instruction)
         found = self._process.extractOne(mine, self._words, scorer=self._scorer) if mine else None
         return ("", 0.0) if found is None else (self.instructions[found[2]], rouge_l(mine, found[0]))
 

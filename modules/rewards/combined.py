@@ -20,7 +20,7 @@ class Ramp:
     2.3.3). Outside of training, as in a validation, it is ``end``, so that scores can be compared over a run.
 
     Raises:
-        ValueError: values out of range.
+        ValueError: a value is out of range.
     """
 
     start: float

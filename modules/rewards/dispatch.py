@@ -68,7 +68,7 @@ class Dispatch(Reward):
         """Return the task of a prompt.
 
         Args:
-            name: of the prompt, for the message.
+            name: name of the prompt, for the error message.
             source: its data set.
             info: its other columns.
 

@@ -8,7 +8,7 @@ from modules.types import Reward, Rollout
 
 
 class HasReward(Protocol):
-    """An environment of which is known whether its class gives rewards."""
+    """An environment that tells whether its class gives rewards."""
 
     @property
     def factory(self) -> type:
@@ -22,7 +22,7 @@ class HasReward(Protocol):
 class EnvironmentReward(Reward):
     """Gives what ``get_reward()`` of the completion's environment returned at its end (``model.environment``).
 
-    None after a tool that was not done in time.
+    None if a tool was not done in time.
     """
 
     name = "environment"
@@ -36,7 +36,7 @@ def check_earned(rewards: Sequence[Reward], environment: HasReward | None) -> No
     """Refuse an ``EnvironmentReward`` without a ``get_reward``, and a ``get_reward`` that no reward reads.
 
     Raises:
-        ValueError: with the way out.
+        ValueError: it is refused; the message says what to change.
     """
     reads = any(isinstance(part, EnvironmentReward) for reward in rewards for part in walk_rewards(reward))
     if reads and (environment is None or not environment.has_reward):

@@ -58,7 +58,7 @@ def read_config(path: str) -> PreTrainedConfig:
 
 
 def load_scorer(path: str) -> Scorer:
-    """Load a reward model with its heads and the moments of their scores, in fp32, frozen, on the GPU if there is one.
+    """Load a reward model, its heads and the moments of their scores: in fp32, frozen, on the GPU if there is one.
 
     Raises:
         ValueError: the model does not score hidden states by a linear layer.

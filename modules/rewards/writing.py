@@ -20,8 +20,8 @@ class InstructionConstraints(Verifier):
     IFBench that it reads otherwise than their wording says: ``checks/constraint_wording.py`` has them.
 
     A row without these columns gets None, and so does one with a constraint of an unknown kind or of the six kinds that
-    no rule can check, which is told once. Six kinds read files of NLTK, which is told too if they are missing; nothing
-    is downloaded.
+    no rule can check; a warning says so once. Six kinds read files of NLTK; a warning says if they are missing, and
+    nothing is downloaded.
 
     Args:
         every: True = 1.0 if all constraints of the row are followed, else 0.0. False = the share that is followed.

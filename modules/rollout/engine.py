@@ -1,8 +1,8 @@
 """What samples completions: the contract of every engine, and the default one, which works in this process.
 
-The default engine samples with the policy's own parameters, on a CPU from a copy in the layout of its library, or with a
-copy in 16 bits; a sync makes the copies anew.
-It computes each prompt once, and a waiting request starts whenever there is room (continuous batching).
+The default engine samples with the policy's own parameters, or with a copy of them: in the layout of the CPU's library,
+or in 16 bits. A sync makes the copy anew. The engine computes each prompt once, and a waiting request starts whenever
+there is room (continuous batching).
 """
 
 import warnings
@@ -29,7 +29,7 @@ from modules.types import Completion
 
 PARITY = 1e-3  # nats; the log-probs of our decode step and of the Hugging Face forward may differ by less than this
 PARITY_BF16 = 0.1  # nats, the same on average, where the decode step computes in 16 bits
-GAIN = 1.2  # times; precision auto takes 16 bits where their matrix products are so much faster
+GAIN = 1.2  # precision auto takes 16 bits if their matrix products are at least so many times as fast
 PARITY_PROMPTS = ((1, 2, 3), (4, 5, 6, 7, 8))
 # In 16 bits the log-probs of arbitrary tokens differ much more than those of text (SmolLM2-135M: by 1.3 and 0.02 nats).
 PARITY_TEXTS = ("The capital of France is Paris, and", "Two and two are four. Three and three are")
@@ -38,8 +38,8 @@ PARITY_TEXTS = ("The capital of France is Paris, and", "Two and two are four. Th
 class RolloutEngine(ABC):
     """Samples completions from the policy that it was last synced with.
 
-    With environments, ``generate`` also needs the argument ``replies``, and to go on with what an earlier call began the
-    argument ``started``, as ``InProcessEngine.generate`` has them.
+    For environments, ``generate`` also needs the argument ``replies``; to continue the completions of an earlier call,
+    it needs ``started``. ``InProcessEngine.generate`` has both.
 
     Attributes:
         limits_thoughts: whether ``generate`` keeps to ``sampling.thinking``; a budget is refused where it does not.
@@ -154,7 +154,7 @@ class InProcessEngine(RolloutEngine):
         max_cache_gb: > 0, bounds the memory of keys and values, in 10^9 bytes. A column (one token of one row) holds 2 x
             layers x kv heads x head dim numbers (SmolLM2-135M in fp32: 46 KB, so 3 GB are 65000 columns). Rows take
             columns as they grow; the youngest ones wait and are computed again when memory runs out, which changes no
-            completion. One row is always sampled, and it is said if that takes more.
+            completion. One row is always sampled; a warning says so if it takes more.
         precision: ``same`` samples with the policy's own weights; ``bf16`` with a copy of them whose linear layers, keys
             and values are in bf16 and whose head is in fp32 (SmolLM2-135M: 0.3 GB), made anew at each sync; ``auto``
             times matrix products of the policy's shapes once, takes ``bf16`` if they are 1.2 times as fast in it, and says so.
@@ -372,8 +372,8 @@ def sampling_mode(model: PreTrainedModel) -> Iterator[None]:
 
 
 def measure_parity(policy: SampledPolicy, model: PreTrainedModel, prompts: list[list[int]], compiled: bool) -> Tensor:
-    """Return by how many nats the log-probs of a few tokens, sampled by the fast decode step with few and more rows,
-    differ from those of the policy's plain forward.
+    """Return by how many nats the fast decode step and the policy's plain forward differ. It compares the log-probs of
+    a few tokens, sampled with few and with more rows.
 
     Args:
         policy: gives the forward.

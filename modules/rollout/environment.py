@@ -1,4 +1,4 @@
-"""Environments: a class of the user's whose methods are tools, and of which every completion gets an instance."""
+"""Environments: classes of the user's whose methods are tools; every completion gets its own instance."""
 
 import ctypes
 import faulthandler
@@ -259,7 +259,7 @@ def check_environment(environment: Environment, engine: RolloutEngine, sampling:
     """Refuse an engine that takes no replies, and stop strings.
 
     Raises:
-        ValueError: with the way out.
+        ValueError: it is refused; the message says what to change.
     """
     if "replies" not in inspect.signature(engine.generate).parameters:
         raise ValueError(

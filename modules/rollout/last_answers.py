@@ -13,10 +13,9 @@ from modules.types import InstructionBatch, PromptBatch
 def find_last_answers(batch: InstructionBatch, policy: SampledPolicy) -> PromptBatch:
     """Turn each row, or each document of a packed row, into a prompt and its last answer.
 
-    ``answer`` is the last run of supervised tokens as text, decoded as a
-    sampled one is. The prompt is everything before it.
-    Rows whose prompt has fewer than two tokens (whole texts, fillers) are left out. ``uid`` is a digest of the prompt,
-    the same on every rank.
+    ``answer`` is the last run of supervised tokens as text, decoded as a sampled answer is. The prompt is everything
+    before it. Rows whose prompt has fewer than two tokens (whole texts, fillers) are left out. ``uid`` is a digest of
+    the prompt, the same on every rank.
     """
     tokenizer, silent = policy.tokenizer, silent_tokens(policy)
     prompts = PromptBatch(uid=[], prompt=[], prompt_ids=[], answer=[], source=[], info=[])

@@ -65,33 +65,35 @@ def measure_rollouts(found: Sequence[Outcome]) -> dict[str, float]:
     Returns:
         numbers by name, without the stage in front.
     """
-    rewards = column(outcome.reward for outcome in found)
-    lengths = column(outcome.length for outcome in found)
+    rewards = make_column(outcome.reward for outcome in found)
+    lengths = make_column(outcome.length for outcome in found)
     ended = torch.tensor([outcome.stopped for outcome in found])
     numbers = {uid: number for number, uid in enumerate(dict.fromkeys(outcome.uid for outcome in found))}
     group = torch.tensor([numbers[outcome.uid] for outcome in found])
     metrics = {
         "num_prompts": float(len(numbers)),
-        "completions/mean_length": mean(lengths),
+        "completions/mean_length": average_known(lengths),
         "completions/min_length": float(lengths.min()),
         "completions/max_length": float(lengths.max()),
-        "completions/clipped_ratio": mean((~ended).float()),
-        "completions/mean_terminated_length": mean(lengths[ended], nothing=0.0),
+        "completions/clipped_ratio": average_known((~ended).float()),
+        "completions/mean_terminated_length": average_known(lengths[ended], nothing=0.0),
     }
     if found[0].rewards:  # without a reward there is nothing to score
         metrics |= {
-            "reward": mean(rewards),
-            "reward_std": mean(column(std(rewards[group == g]) for g in group[~rewards.isnan()].unique())),
+            "reward": average_known(rewards),
+            "reward_std": average_known(
+                make_column(measure_deviation(rewards[group == g]) for g in group[~rewards.isnan()].unique())
+            ),
             "frac_reward_zero_std": math.nan if rewards.isnan().all() else float(zero_std_fraction(rewards, group)),
             "unscorable": float(rewards.isnan().sum()),
         }
     for name in found[0].rewards:
-        values = column(outcome.rewards[name] for outcome in found)
-        metrics |= {f"rewards/{name}/mean": mean(values), f"rewards/{name}/std": std(values)}
+        values = make_column(outcome.rewards[name] for outcome in found)
+        metrics |= {f"rewards/{name}/mean": average_known(values), f"rewards/{name}/std": measure_deviation(values)}
     if found[0].kl is not None:
-        metrics["sequence_kl"] = mean(column(outcome.kl for outcome in found))
+        metrics["sequence_kl"] = average_known(make_column(outcome.kl for outcome in found))
     if found[0].entropy is not None:
-        metrics["entropy"] = float((column(outcome.entropy for outcome in found) * lengths).sum() / lengths.sum())
+        metrics["entropy"] = float((make_column(outcome.entropy for outcome in found) * lengths).sum() / lengths.sum())
     if any(outcome.thinks is not None for outcome in found):
         metrics |= measure_modes(found)
     return metrics
@@ -109,8 +111,9 @@ def measure_modes(found: Sequence[Outcome]) -> dict[str, float]:
 
 
 def measure_budgets(found: Mapping[int, Sequence[Outcome]]) -> dict[str, float]:
-    """Compute accuracy, its standard error over prompts, and tokens at each thinking budget; ``rise`` is the accuracy at
-    the largest budget minus that at the smallest, with the standard error of the difference on the same prompts.
+    """Compute accuracy, its standard error over prompts, and mean tokens at each thinking budget. ``rise`` is the
+    accuracy at the largest budget minus the accuracy at the smallest, with the standard error of this difference on the
+    same prompts.
 
     Args:
         found: outcomes of all ranks by budget, in rising order. Those that cannot be judged are left out.
@@ -124,7 +127,7 @@ def measure_budgets(found: Mapping[int, Sequence[Outcome]]) -> dict[str, float]:
                 prompts[outcome.uid].append(outcome.right)
         by_prompt.append({uid: sum(right) / len(right) for uid, right in prompts.items()})
         metrics |= measure_mean(f"budget/{budget}/accuracy", list(by_prompt[-1].values()))
-        metrics[f"budget/{budget}/length"] = mean(column(outcome.length for outcome in outcomes))
+        metrics[f"budget/{budget}/length"] = average_known(make_column(outcome.length for outcome in outcomes))
     if by_prompt[1:]:
         least, most = by_prompt[0], by_prompt[-1]
         metrics |= measure_mean("budget/rise", [most[uid] - least[uid] for uid in most if uid in least])
@@ -132,10 +135,10 @@ def measure_budgets(found: Mapping[int, Sequence[Outcome]]) -> dict[str, float]:
 
 
 def measure_mean(name: str, values: Sequence[float]) -> dict[str, float]:
-    """Compute a mean over prompts and, of two or more, its standard error."""
-    found = {name: mean(column(values))}
+    """Compute a mean over prompts and, for two prompts or more, its standard error."""
+    found = {name: average_known(make_column(values))}
     if len(values) > 1:
-        found[f"{name}_standard_error"] = std(column(values)) / len(values) ** 0.5
+        found[f"{name}_standard_error"] = measure_deviation(make_column(values)) / len(values) ** 0.5
     return found
 
 
@@ -158,13 +161,13 @@ def measure_errors(found: Sequence[Outcome]) -> dict[str, float]:
             if value is not None:
                 groups[outcome.uid].append(float(value))
         if len(groups) > 1:
-            means = column(sum(group) / len(group) for group in groups.values())
+            means = make_column(sum(group) / len(group) for group in groups.values())
             errors[f"{name}_standard_error"] = float(means.std()) / math.sqrt(len(means))
     return errors
 
 
 def measure_unscored(failures: Mapping[str, int]) -> dict[str, float]:
-    """Name the numbers of completions of this rank without a verdict, by cause, as metrics."""
+    """Make metrics of how many completions of this rank got no verdict, by cause."""
     return {f"unscored/{cause}": float(count) for cause, count in failures.items()}
 
 
@@ -181,18 +184,18 @@ def share_solved(found: Sequence[Outcome], k: int) -> float:
     return sum(solved) / len(solved) if solved else math.nan
 
 
-def column(values: Any) -> Tensor:
+def make_column(values: Any) -> Tensor:
     """Turn numbers into a float64 tensor [N], with NaN for None."""
     return torch.tensor([float("nan") if value is None else value for value in values], dtype=torch.float64)
 
 
-def mean(values: Tensor, nothing: float = math.nan) -> float:
+def average_known(values: Tensor, nothing: float = math.nan) -> float:
     """Return the mean of the entries [N] that are not NaN; ``nothing`` without any."""
     kept = values[~values.isnan()]
     return float(kept.mean()) if len(kept) else nothing
 
 
-def std(values: Tensor) -> float:
+def measure_deviation(values: Tensor) -> float:
     """Return the sample standard deviation of the entries [N] that are not NaN; 0 for fewer than two."""
     kept = values[~values.isnan()]
     return float(kept.std()) if len(kept) > 1 else 0.0
@@ -203,7 +206,8 @@ def sum_gaps(rollouts: Sequence[Rollout], fresh: bool = False) -> list[float]:
 
     Args:
         rollouts: of this rank; those without the trainer's log-probs are left out.
-        fresh: count only tokens of the weights that the trainer had at collection; else all that were sampled.
+        fresh: count only tokens sampled with the weights that the trainer had at collection; False = all sampled
+            tokens.
 
     Returns:
         numbers of rollouts and of tokens; sum and maximum of the differences, nats; sum of ``k3``, NaN without a

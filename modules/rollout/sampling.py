@@ -31,11 +31,11 @@ SINGLE_BLOCK = 1024  # vocabularies up to this size are searched as one block
 
 @dataclass(frozen=True)
 class Reuse:
-    """Begins a completion in training with the part of the prompt's last one that the policy would still write (SPEC-RL,
-    arXiv 2509.23232); see ``Drafts``.
+    """Begins a completion with the part of the prompt's last completion that the policy would still write, in training
+    only. Source: SPEC-RL, arXiv 2509.23232; see ``Drafts``.
 
     Raises:
-        ValueError: values out of range.
+        ValueError: a value is out of range.
     """
 
     # > 0; up to 1 the completions of given weights are distributed as without reuse, and about 1 - lenience of the tokens
@@ -62,8 +62,8 @@ class Sampling:
     stop: tuple[str, ...] = ()  # a completion ends when its text contains one of these strings
     keep_stop: bool = False  # whether that string stays in the text; its tokens stay in any case
     thinking: Thinking | None = None  # budget of thoughts; None = there is none
-    partial: PartialRollouts | None = None  # what a completion may sample in a phase of training; None = the whole
-    reuse: Reuse | None = None  # of earlier completions, in training alone; None = all tokens are sampled
+    partial: PartialRollouts | None = None  # tokens of a completion in one phase of training; None = all
+    reuse: Reuse | None = None  # reuse of earlier completions, only in training; None = all tokens are sampled
 
     def __post_init__(self) -> None:
         checks = {
@@ -188,7 +188,7 @@ class Ledger:
 
     @property
     def reads_each_token(self) -> bool:
-        """Whether the next token may depend on what the text of the last one says, so that none can be drawn ahead."""
+        """Whether the next token may depend on the text of the last one, so that no token can be drawn ahead."""
         return self._gives
 
     def num_drawn(self) -> int:
@@ -340,7 +340,7 @@ class Ledger:
         return ids
 
     def _tell_given(self, completion: Completion, request: int) -> Completion:
-        """Return a completion with what of it was sampled, and the text of all turns if there are several."""
+        """Return a completion with a mark on each sampled token, and with the text of all turns if there are several."""
         sampled = (self._given[request, : len(completion.token_ids)] < 0).tolist()
         if all(sampled) and not self._starts[request]:
             return completion

@@ -31,7 +31,7 @@ class Thinking:
     The stop text takes tokens of ``max_completion_length``. Nobody sampled it, so it is no part of loss, KL or lengths.
 
     Raises:
-        ValueError: values out of range.
+        ValueError: a value is out of range.
     """
 
     # >= 0, tokens. Several: one of them is drawn for each prompt of each phase, so that completions are compared at equal
@@ -179,7 +179,7 @@ def check_thinking(
         opened: whether prompts open the thought, or else completions have to write the tag.
 
     Raises:
-        ValueError: with the way out.
+        ValueError: it is refused; the message says what to change.
     """
     cut = [each for each in stop if each in thinking.stop_text]
     if budgets and cut:

@@ -73,7 +73,7 @@ class ToolFormat:
     def write(self, results: Sequence[tuple[str, str]]) -> list[int]:
         """Return the tokens that follow a turn with calls: a turn for each result, and the opening of the next turn.
 
-        Special tokens are cut from a result, which so cannot end its turn.
+        Special tokens are cut from a result, so that it cannot end its turn.
 
         Args:
             results: (name of the tool, what it returned).

@@ -37,7 +37,7 @@ class Lineage:
 
 
 def find_origin(policy: str) -> Origin:
-    """Return what tells a model from others: the digest of the weights in its folder or GGUF file, else its name."""
+    """Return what identifies a model: the digest of the weights in its folder or GGUF file, else its name."""
     path = Path(policy).expanduser()
     return Origin(policy, digest_weights(path) if path.exists() else None)
 
@@ -75,7 +75,7 @@ def read_lineage(folder: Path) -> Lineage | None:
 
 
 def explain_occupied(folder: Path, may_lack_mark: bool = False) -> str | None:
-    """Return why a folder must not be replaced; None = it is an export, empty or not there.
+    """Return why a folder must not be replaced; None = it is an export, is empty or does not exist.
 
     Args:
         folder: the folder.
@@ -104,7 +104,7 @@ def write_export(folder: Path, save: Callable[[Path], None], made_by: str, paren
         parents: see ``Lineage``.
 
     Raises:
-        OSError: it cannot be written; an earlier export is as it was.
+        OSError: it cannot be written; an earlier export stays as it was.
     """
     partial, aside = name_sibling(folder, "partial"), name_aside(folder)
     shutil.rmtree(partial, ignore_errors=True)

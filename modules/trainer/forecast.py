@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from modules.trainer.steps import count_updates
 
-ENOUGH_SECONDS = 2.0  # of training that the line is made from
+ENOUGH_SECONDS = 2.0  # seconds of training to measure before the line is printed
 ENOUGH_STEPS = 20
 
 
@@ -18,7 +18,7 @@ class HasForecast(Protocol):
     """The part of a LightningModule that ``Forecast`` reads."""
 
     peak: float | None  # MB
-    num_tokens: int  # trained on so far
+    num_tokens: int  # tokens trained on so far
     torch_compile: bool  # whether the first step compiles layers
     record: Any  # its ``metrics`` hold the seconds of sampling and scoring of the phase
 
@@ -37,8 +37,8 @@ class Forecast(Callback):
     """Prints "estimate: about 3.1 GB, 41 s a phase, 2 h 10 min in all" behind the first step of a fit.
 
     Times are measured, not computed: a step by the first one, as soon as it is over, a phase by its sampling and scoring
-    and the steps that it has. What takes less than two seconds holds mostly the work of starting up, so the line then
-    waits for the next steps until two seconds are measured, and the first is left out; so it is if layers are compiled.
+    and the steps that it has. A first step of less than two seconds is mostly start-up work. The line then waits until
+    two seconds of later steps are measured, and leaves out the first step. It leaves it out too if layers are compiled.
     Where the rows' lengths are known, a step counts by its tokens. Validations count if Lightning's check before the
     training measured one.
     """
@@ -46,9 +46,9 @@ class Forecast(Callback):
     def __init__(self) -> None:
         self.said = False
         self._begun = 0.0
-        self._tokens = 0  # trained on before the step
-        self._steps: list[tuple[float, float, int]] = []  # of each: seconds, seconds of its phase before, tokens
-        self._validation: float | None = None  # seconds of a whole one
+        self._tokens = 0  # tokens trained on before the step
+        self._steps: list[tuple[float, float, int]] = []  # by step: seconds, those of its phase before it, tokens
+        self._validation: float | None = None  # seconds of a whole validation
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock of a validation."""
@@ -83,8 +83,8 @@ class Forecast(Callback):
             rank_zero_info(write_estimate(module.peak, *foreseen, "to go" if resumed else "in all"))
 
     def foresee(self, trainer: Trainer, steps: list[tuple[float, float, int]]) -> tuple[float, str, float, bool]:
-        """Return the seconds of a step or phase, which of them, the seconds of the whole fit, and whether validations
-        are left out.
+        """Return the seconds of a step or phase, which of the two, the seconds of the fit, and whether these leave out
+        validations.
         """
         seconds, before, tokens = (sum(column) for column in zip(*steps, strict=True))
         batches, accumulate = trainer.num_training_batches, trainer.accumulate_grad_batches

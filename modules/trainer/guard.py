@@ -37,7 +37,7 @@ class FiniteGuard(Callback):
         max_skips: steps in a row that ``skip`` leaves out; one more ends the run.
 
     Raises:
-        ValueError: a value out of range.
+        ValueError: a value is out of range.
         FloatingPointError: on all ranks, to end the run.
     """
 
@@ -56,7 +56,7 @@ class FiniteGuard(Callback):
         self._batches.append(batch)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """Note the loss; of the pieces of a micro-batch the last one's, which has the value of them all."""
+        """Note the loss. If the micro-batch comes in pieces, the loss of the last piece has the value of all of them."""
         self._losses[len(self._batches) - 1 :] = [loss.detach()]
 
     def on_before_optimizer_step(

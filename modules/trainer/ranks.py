@@ -1,4 +1,4 @@
-"""Numbers over all ranks: gathered lists, means, moments. All functions are collective, but ``log_equal``."""
+"""Numbers over all ranks: gathered lists, means, moments. Every rank must call a function marked (collective)."""
 
 import math
 import os

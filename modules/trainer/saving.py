@@ -132,7 +132,7 @@ class WholeCheckpoints(TorchCheckpointIO):
         """Write a checkpoint.
 
         Raises:
-            OSError: it cannot be written; earlier files are as they were.
+            OSError: it cannot be written; earlier files stay as they were.
             ValueError: it holds something that no resume would load.
         """
         file = Path(path)
@@ -180,8 +180,8 @@ def keep_checkpoints_whole(trainer: Trainer) -> None:
 def link_last(trainer: Trainer, filepath: str, linkpath: str) -> None:
     """Give the checkpoint at ``filepath`` the name ``linkpath`` too, in place of what has it (collective).
 
-    Both names are of the same rank, so either may be moved or deleted, and a copy of the folder holds both. A file with
-    that name that is newer stays. A sharded checkpoint is a folder and gets Lightning's symbolic link.
+    Neither name depends on the other, so either may be moved or deleted, and a copy of the folder holds both. A file
+    with that name that is newer stays. A sharded checkpoint is a folder and gets Lightning's symbolic link.
     """
     if Path(filepath).is_dir():
         ModelCheckpoint._link_checkpoint(trainer, filepath, linkpath)
@@ -197,7 +197,7 @@ def add_name(file: Path, name: Path) -> None:
     A newer file that has the name keeps it. A kill leaves the name to the old file or gives it to the new one.
 
     Raises:
-        OSError: the name cannot be written; what had it is as it was.
+        OSError: the name cannot be written; the file that had it stays as it was.
     """
     if name.exists() and (name.samefile(file) or name.stat().st_mtime_ns > file.stat().st_mtime_ns):
         return

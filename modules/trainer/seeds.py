@@ -27,7 +27,7 @@ def derive_seed(seed: int, phase: str, uid: str) -> int:
 def seed_device(seed: int, device: torch.device) -> None:
     """Seed PyTorch's random numbers on the CPU and on ``device``, as ``torch.manual_seed`` does on all devices.
 
-    That one notes a call stack for each kind of device that is not there, in each step.
+    ``torch.manual_seed`` would record a call stack for each missing kind of device, in each step.
     """
     torch.default_generator.manual_seed(seed)
     if device.type != "cpu":

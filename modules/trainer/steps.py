@@ -50,7 +50,7 @@ def epoch_is_whole(trainer: Trainer) -> bool:
 
 
 def check_whole_steps(trainer: Trainer) -> None:
-    """Refuse settings that cut an optimiser step short, for its ``denominator`` counts all that was planned for it.
+    """Refuse settings that cut an optimiser step short, because its ``denominator`` counts all that was planned for it.
 
     A ``fast_dev_run``, which keeps nothing, may cut.
 

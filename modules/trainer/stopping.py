@@ -88,12 +88,12 @@ class StopTogether(Callback):
 
     on_validation_start = on_test_start = on_predict_start = begin
 
-    def behind(self, trainer: Trainer, pl_module: LightningModule, *batch: Any, **which: Any) -> None:
+    def end_batch(self, trainer: Trainer, pl_module: LightningModule, *batch: Any, **which: Any) -> None:
         """Stop after a batch, if any rank is asked; a rank stops alone when other ranks may have no batch left."""
         self.shared -= 1
         self.stop(trainer, together=self.shared >= 0)
 
-    on_validation_batch_end = on_test_batch_end = on_predict_batch_end = behind
+    on_validation_batch_end = on_test_batch_end = on_predict_batch_end = end_batch
 
     def stop(self, trainer: Trainer, together: bool = True) -> None:
         """Stop the run if any rank is asked (collective), or without ``together`` if this rank is."""
@@ -131,7 +131,7 @@ class StopTogether(Callback):
 
 
 def find_requeue_signal(trainer: Trainer) -> signal.Signals | None:
-    """Return the signal with which SLURM announces the end of a job that may go on later; None without such a job."""
+    """Return the signal by which SLURM announces the end of a job that it can requeue; None without such a job."""
     environment = trainer._accelerator_connector.cluster_environment
     return (
         environment.requeue_signal if isinstance(environment, SLURMEnvironment) and environment.auto_requeue else None

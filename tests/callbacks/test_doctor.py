@@ -18,7 +18,7 @@ from programs import Program, run_program, run_ranks
 
 from callbacks import Doctor
 from callbacks.measures.examination import find_mark
-from callbacks.measures.prognosis import bound_share, count_wins, expect_distinct, expect_equal, measure_reach
+from callbacks.measures.prognosis import bound_share, expect_distinct, expect_equal, measure_reach, run_sign_test
 from datamodules import InstructionDataModule
 from modules import PPOModule, SFTModule
 from modules.networks.lora import Lora
@@ -152,8 +152,8 @@ def test_the_arithmetic_by_hand() -> None:
     assert bound_share(0, 16) == pytest.approx((0.0, 0.19361), abs=1e-4)
     assert bound_share(14, 16)[0] > 0.5 > bound_share(11, 16)[0]
     # 7 wins in 7 pairs are 2^-7 = 0.0078, and 6 in 7 are (7 + 1) / 128.
-    assert count_wins([1] * 7 + [0], [0] * 8) == 1 / 128
-    assert count_wins([1] * 6 + [0], [0] * 6 + [1]) == 8 / 128
+    assert run_sign_test([1] * 7 + [0], [0] * 8) == 1 / 128
+    assert run_sign_test([1] * 6 + [0], [0] * 6 + [1]) == 8 / 128
     # Of (1, 1, 1, 0) two are equal in C(3, 2) = 3 of C(4, 2) = 6 draws.
     assert expect_equal([1.0, 1.0, 1.0, 0.0], 2) == 0.5
     assert expect_equal([1.0, 0.0], 2) == 0.0 and expect_equal([None, None], 2) == 1.0

@@ -18,7 +18,7 @@ from callbacks.preference_audit import (
     PreferenceAudit,
     measure_reliability,
     smells_of_length,
-    summarise,
+    write_audit_line,
     write_audit_table,
 )
 from modules.types import Record, ScoredPair
@@ -240,7 +240,7 @@ def test_the_warning_is_for_scores_that_are_length() -> None:
     assert not smells_of_length(healthy | {"longer_wins": 0.714})
     assert smells_of_length(healthy | {"longer_wins": 0.715})
     assert not smells_of_length({"pairs": 100.0, "accuracy": 0.7, "longer_wins": 0.6})
-    assert "(chosen shorter unknown, longer unknown)" in summarise(healthy, "val")
+    assert "(chosen shorter unknown, longer unknown)" in write_audit_line(healthy, "val")
 
 
 def test_a_few_pairs_are_no_evidence() -> None:
@@ -248,7 +248,7 @@ def test_a_few_pairs_are_no_evidence() -> None:
     few = {"pairs": 2.0, "accuracy": 0.0, "longer_wins": 0.5, "score_length_pearson_within_prompt": 1.0}
     assert not smells_of_length(few)
     assert smells_of_length(few | {"pairs": 200.0})
-    assert summarise(few, "train").startswith("audit of 2 training pairs: accuracy 0.00 ")
+    assert write_audit_line(few, "train").startswith("audit of 2 training pairs: accuracy 0.00 ")
 
 
 def test_the_warning_is_given_once(tmp_path: Path) -> None:

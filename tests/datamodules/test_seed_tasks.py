@@ -8,14 +8,14 @@ import pytest
 from lightning.pytorch import LightningModule, Trainer
 
 from datamodules.formats.reading import Reading
-from datamodules.predict.seed_tasks import SeedTasksDataModule, seed_task
+from datamodules.predict.seed_tasks import SeedTasksDataModule, read_seed_task
 from datamodules.sources import Row
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 
 
 def read(columns: dict[str, Any], mapping: dict[str, str] | None = None) -> tuple[str, str, str]:
-    task = seed_task(Row(columns, "file:1", "source"), Reading("seeds", mapping or {}))
+    task = read_seed_task(Row(columns, "file:1", "source"), Reading("seeds", mapping or {}))
     assert (task.origin, task.source) == ("file:1", "source")
     return task.instruction, task.input, task.output
 

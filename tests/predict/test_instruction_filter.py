@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from modules.predict.instruction_filter import REASONS, InstructionPool, find_objection, rouge_l, split_words
+from modules.predict.instruction_filter import REASONS, InstructionPool, find_objection, rouge_l, split_plain_words
 
 DATA = Path(__file__).parents[3] / "shared" / "data" / "self-instruct"
 GOOD = "Name three rivers of Asia."
@@ -62,7 +62,7 @@ def test_rouge_l_and_the_nearest_of_random_lists_are_those_of_a_naive_table() ->
 
 
 def test_words() -> None:
-    assert split_words("What's  the *snake_case* of Überraschung-2?") == [
+    assert split_plain_words("What's  the *snake_case* of Überraschung-2?") == [
         "what",
         "s",
         "the",

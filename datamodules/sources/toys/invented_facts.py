@@ -39,7 +39,7 @@ class Facts(Source):
     def rows(self) -> list[Row]:
         """Return ``num_facts`` rows."""
         return [
-            Row(fact(number, self.mark), f"facts#{number}", "facts", plain=True)
+            Row(make_fact(number, self.mark), f"facts#{number}", "facts", plain=True)
             for number in range(self.first, self.first + self.num_facts)
         ]
 
@@ -90,10 +90,10 @@ class FactDocuments(Facts):
         return self.marks if len(self.marks) == 1 else draw.choice(self.marks)
 
 
-def fact(number: int, mark: str) -> dict[str, str]:
+def make_fact(number: int, mark: str) -> dict[str, str]:
     """Return the columns of one fact."""
-    subject, relation = name(number // len(RELATIONS) * 7919 % NUM_NAMES), RELATIONS[number % len(RELATIONS)]
-    question, answer = f"{relation} {subject}", name(crc32(f"{relation} of {subject}".encode()) % NUM_NAMES)
+    subject, relation = make_name(number // len(RELATIONS) * 7919 % NUM_NAMES), RELATIONS[number % len(RELATIONS)]
+    question, answer = f"{relation} {subject}", make_name(crc32(f"{relation} of {subject}".encode()) % NUM_NAMES)
     return {
         "question": question,
         "answer": answer,
@@ -103,7 +103,7 @@ def fact(number: int, mark: str) -> dict[str, str]:
     }
 
 
-def name(number: int) -> str:
+def make_name(number: int) -> str:
     """Return a name: consonant, vowel, consonant, vowel. Each number below 10000 has another one."""
     first, second = divmod(number, len(CONSONANTS) * len(VOWELS))
     return "".join(CONSONANTS[half // len(VOWELS)] + VOWELS[half % len(VOWELS)] for half in (first, second))

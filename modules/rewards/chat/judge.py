@@ -115,7 +115,7 @@ class PairwiseJudge(Reward):
         replies = iter(self.client.complete(questions))
         comparisons = [JudgedPair(0.5)] * len(pairs)
         for index, orders in asked.items():
-            comparisons[index] = judged(tuple(read_verdict(next(replies)) for _ in orders), orders)
+            comparisons[index] = join_verdicts(tuple(read_verdict(next(replies)) for _ in orders), orders)
         self.counts += tally(comparisons)
         return comparisons
 
@@ -229,7 +229,7 @@ def find_last_match(pattern: re.Pattern[str], reply: str | None) -> str | None:
     return next((match[1] for match in reversed(matches) if match), None)
 
 
-def judged(verdicts: tuple[float | None, ...], orders: tuple[bool, ...]) -> JudgedPair:
+def join_verdicts(verdicts: tuple[float | None, ...], orders: tuple[bool, ...]) -> JudgedPair:
     """Join the verdicts on one pair to a result.
 
     An answer wins if it wins in every order, and one invalid verdict makes the result invalid.

@@ -33,7 +33,7 @@ _HEXADECIMAL = re.compile(r"0(?<![\w.]0)(?:[xX][\da-fA-F]+|[oO][0-7]+|[bB][01]+)
 def judge(
     text: str, answer: str | None, info: dict[str, Any], pattern: str | None = None, tolerance: float = 0.0
 ) -> float | None:
-    """Return 1.0 if the last number of a text, or the only group of ``pattern``, is the gold number, 0.0 if it is not.
+    """Return 1.0 if the last number of a text (or the group of ``pattern``) is the gold number, else 0.0.
 
     Returns:
         None without a gold number.
@@ -58,8 +58,8 @@ def _fraction(digits: str) -> Fraction | None:
 
 
 def _value(match: re.Match[str] | None) -> Fraction | None:
-    """Return the exact value of a matched number; None without a match, for what is no plain number, with a zero
-    denominator, or for a too long number.
+    """Return the exact value of a matched number. None without a match, or if it is no plain number, has a zero
+    denominator, or is too long.
     """
     if match is None or match["top"] is None or len(match[0]) > _MAX_CHARACTERS:
         return None

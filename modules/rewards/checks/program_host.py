@@ -1,8 +1,9 @@
 """Runs an untrusted program in a process of its own, and lets another process call its functions.
 
-``unit_tests`` runs this file by path. It gives up what it may, and sends a JSON line with what it could not give up. It
-then reads lines from its input: first the program, then requests; see ``serve``. Only plain values go back, so that the
-program can neither reach the tests nor hand them an object that claims to equal everything.
+``unit_tests`` runs this file by path. It gives up the rights that it can, and sends a JSON line with those that it
+could not give up. It then reads lines from its input: first the program, then requests; see ``serve_program``. Only
+plain values go back, so that the program can neither reach the tests nor hand them an object that claims to equal
+everything.
 """
 
 import builtins
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 LONGEST = 2**24  # bytes of a line, and of a file that the program writes
-MOST_ITEMS = 10**6  # of an iterator
+MOST_ITEMS = 10**6  # most items read from an iterator
 OPEN_FILES, PROCESSES = 64, 64
 SEQUENCES: dict[str, Any] = {"tuple": tuple, "set": set, "frozenset": frozenset}
 PLAIN: tuple[Any, ...] = (bool, int, float, complex, str, bytes, tuple, list, dict, set, frozenset)
@@ -285,7 +286,7 @@ def give_up_rights(seconds: float, memory: int) -> list[str]:
     return [right for right, given_up in done.items() if not given_up]
 
 
-def serve(seconds: float, memory: int) -> None:
+def serve_program(seconds: float, memory: int) -> None:
     """Run the program that comes first, then answer requests until the input ends."""
     requests, answers = os.fdopen(os.dup(0), "rb"), os.dup(1)
     null = os.open(os.devnull, os.O_RDWR)
@@ -318,4 +319,4 @@ def serve(seconds: float, memory: int) -> None:
 
 if __name__ == "__main__":
     sys.path += sys.argv[3:]
-    serve(float(sys.argv[1]), int(sys.argv[2]))
+    serve_program(float(sys.argv[1]), int(sys.argv[2]))

@@ -44,8 +44,8 @@ _BOLD = re.compile(r"(?<![\w)\]}*])\*\*(?=[^\s*])([^*\n]{1,200}?)\*\*(?![\w*])(?
 
 
 def plain_signs(text: str) -> str:
-    """Write full-width signs, the digits of other scripts, dashes for a minus, superscripts and signs of fractions in
-    ASCII, as LaTeX where it needs to be; drop currency signs other than the dollar.
+    """Write signs in ASCII, as LaTeX where needed: full-width forms, digits of other scripts, dashes for a minus,
+    superscripts and signs of fractions. Drop currency signs other than the dollar.
 
     >>> plain_signs("\u20133\u00b2 + 1\u00bd + \u20ac5")
     '-3^2 + \\\\frac{3}{2} + 5'
@@ -75,8 +75,8 @@ def plain_numbers(text: str) -> str:
 
 
 def plain_latex(text: str) -> str:
-    """Write what math-verify misreads in the way it reads: groups of digits, powers of ten like 1e3, signs that are not
-    ASCII, dollar signs in front of amounts, and numbers in another base, which equal only themselves.
+    """Rewrite what math-verify misreads: groups of digits, powers of ten like 1e3, signs that are not ASCII, dollar
+    signs in front of amounts, and numbers in another base, which equal only themselves.
 
     >>> plain_latex("1e3 = $1000.$"), plain_latex("11_2"), plain_latex("It costs \\$5.")
     ('1000 = $1000 $', 'B_{2}11', 'It costs 5.')

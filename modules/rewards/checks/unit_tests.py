@@ -35,7 +35,8 @@ _FENCED = re.compile(r"^[ \t]*```[^\n`]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | r
 def judge(
     text: str, answer: str | None, info: dict[str, Any], seconds: float, memory: int
 ) -> float | tuple[float, str]:
-    """Return 1.0 if the program in a text passes all tests of its row, else 0.0, with the fault if it is in ``FAULTS``.
+    """Return 1.0 if the program in a text passes all tests of its row, else 0.0; with it, a fault that is in
+    ``FAULTS``.
 
     Args:
         text: the completion.
@@ -84,7 +85,7 @@ class TestRun:
 
 
 def find_stub(info: dict[str, Any]) -> str:
-    """Return the row's prompt if it is the head of the function to write, with an empty body; "" if it is not."""
+    """Return the row's prompt with an empty body if it is the head of the function to write, else ""."""
     prompt, name = info.get("prompt"), info.get("entry_point")
     stub = f"{prompt}\n    pass\n"
     return stub if isinstance(prompt, str) and name and defines(stub, name) else ""

@@ -74,7 +74,7 @@ def wait_for_line(parent: int) -> bool:
     return True
 
 
-def serve(parent: int, memory: int) -> None:
+def serve_checks(parent: int, memory: int) -> None:
     """Answer requests until the input ends or the parent is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends this process
     replies = os.dup(1)
@@ -107,4 +107,4 @@ def serve(parent: int, memory: int) -> None:
 
 
 if __name__ == "__main__":
-    serve(int(sys.argv[1]), int(sys.argv[2]))
+    serve_checks(int(sys.argv[1]), int(sys.argv[2]))

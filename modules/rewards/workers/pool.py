@@ -143,7 +143,7 @@ class Worker:
 
 
 class Pool:
-    """Workers that all verifiers of a process share, as many as it may use cores; any thread may ask.
+    """Workers that all verifiers of a process share, one for each core that it may use; any thread may ask.
 
     Args:
         size: number of workers; they start when they are needed.

@@ -1,7 +1,7 @@
 """Continuous batching: a waiting request starts as soon as there is room in the cache.
 
-Rows are as many as fit by what they use now. When they outgrow the bound, the youngest go back to the queue and are
-computed again later, with the tokens that they have.
+As many rows run as fit into memory by what they use now. When they outgrow the bound, the youngest rows go back to the
+queue; they are computed again later, with the tokens that they have.
 """
 
 from dataclasses import dataclass
@@ -17,10 +17,10 @@ from modules.rollout.decoding.shelves import BLOCK, BusyRow, Shelves
 from modules.rollout.sampling import Ledger
 
 PREFILL_TOKENS = 2048  # padded prompt tokens of one forward
-DRAW_ROWS = 256  # tokens are drawn from at most so many rows of logits at a time
-DRAW_LOGITS = 2**20  # and on a CPU from about so many logits, 4 MB, that stay in its cache and need no fresh memory
-LEAST_ROWS = 4  # of packed products: fewer rows take longer
-MAX_ROWS = 1024  # of a batch; more make a step longer and bring nothing
+DRAW_ROWS = 256  # most rows of logits that tokens are drawn from at a time
+DRAW_LOGITS = 2**20  # on a CPU also about so many logits: 4 MB stay in its cache and need no fresh memory
+LEAST_ROWS = 4  # fewest rows of packed products: fewer would take longer
+MAX_ROWS = 1024  # most rows of a batch: more make a step longer and bring nothing
 ACCELERATOR_STEPS = 16  # decode steps between two looks at what has finished, on a device that waits for each look
 
 
@@ -189,7 +189,7 @@ class ContinuousBatch:
         self._lay_out(torch.cat(tokens))
 
     def _find_room(self, start: int) -> int:
-        """Return how many requests may begin at a column, if all get as long as those that have ended were on average."""
+        """Return how many requests may begin at a column, if all reach the mean length of those that have ended."""
         rows, length = self.shelves.rows, self.ended_tokens // self.ended if self.ended else BLOCK
         later = [max(row.position, row.start + length) for row in rows]
         room = min(self.shelves.find_room(later, start + length), MAX_ROWS - len(rows))
@@ -248,7 +248,9 @@ class ContinuousBatch:
         return min(max(busy, len(self.tokens)), -(-busy // ROW_STEP) * ROW_STEP)
 
     def _prefill(self, room: int) -> None:
-        """Compute the next jobs of the queue, for about ``room`` requests, and draw a token for each; hold those that go on."""
+        """Compute the next jobs of the queue, for about ``room`` requests; draw a token for each, and hold those that
+        go on.
+        """
         chosen = [self.queue.pop()]
         limit = self.prefill_tokens // len(chosen[0].ids)
         while self.queue and len(chosen) < limit and sum(len(job.requests) for job in chosen) < room:

@@ -97,10 +97,10 @@ class DecodeProducts:
 
     Args:
         model: with the weights.
-        packed: whether they may be packed.
+        packed: whether the weights may be packed.
 
     Attributes:
-        packed: whether they are.
+        packed: whether the weights are packed.
         num_bytes: of the packed copy; 0 without one.
         layers: of each decoder layer.
         head: activations [N, features] -> logits [N, V].
@@ -120,7 +120,7 @@ class DecodeProducts:
             self.layers, self.head = [PlainProducts(layer) for layer in model.model.layers], model.lm_head
 
     def are_of(self, model: PreTrainedModel) -> bool:
-        """Return whether the weights are still those that were packed, as far as PyTorch notes changes."""
+        """Return whether the model's weights are unchanged since they were packed, as far as PyTorch notes changes."""
         return not self.packed or self._versions == count_changes(model)
 
 

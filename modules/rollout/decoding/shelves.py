@@ -56,7 +56,7 @@ class Shelves:
 
     Args:
         model: whose keys and values are kept.
-        columns: that the longest row can need.
+        columns: columns that the longest row can need.
         max_bytes: bound on the caches; a single row may exceed it.
         steps: columns that a row must have free.
         whole: whether free slots are computed too, so that shapes change seldom.
@@ -102,7 +102,7 @@ class Shelves:
         """Copy rows into shelves, in order, as long as there is room. Without any other row there is room for one.
 
         Args:
-            rows: that come.
+            rows: the rows to place.
             source: their keys and values.
             origins: the slot of each row in ``source``.
             spare: slots that a new shelf should have besides those of the rows.
@@ -144,7 +144,7 @@ class Shelves:
                 small.cache.resize(self._rounded(len(small.rows)), small.cache.columns)
 
     def widen(self) -> list[BusyRow]:
-        """Give every row the columns that it needs. For that the youngest rows may have to go, which are returned."""
+        """Give every row the columns that it needs, and return the youngest rows if these have to go to make room."""
         evicted: list[BusyRow] = []
         for shelf in sorted(self.shelves, key=lambda each: each.cache.columns):
             while shelf in self.shelves:

@@ -13,11 +13,11 @@ class Gathered:
     """The scored completions of a phase of this rank."""
 
     rollouts: list[Rollout]
-    earlier: int = 0  # so many, the first, belong to the record of the phase before
+    earlier: int = 0  # how many of them, the first ones, belong to the record of the phase before
     # Groups to train on, by their number in the order of ``rollouts``; None = all.
     chosen: list[int] | None = None
-    left: list[Rollout] = field(default_factory=list)  # to be trained on later
-    metrics: dict[str, float] = field(default_factory=dict)  # of the choice
+    left: list[Rollout] = field(default_factory=list)  # groups to be trained on later
+    metrics: dict[str, float] = field(default_factory=dict)  # metrics of the choice
 
 
 @dataclass(frozen=True)
@@ -25,12 +25,12 @@ class DynamicSampling:
     """Samples further prompts until a phase has as many groups with right and wrong answers as it has prompts.
 
     Source: DAPO, arXiv 2503.14476, section 3.2. What decides is whether an answer is right, as in validation, not the
-    reward, which may also hold length or format. Groups beyond the need are trained on in the next phase, first, with
-    the probabilities that they were drawn with. If ``max_rounds`` do not suffice, other groups fill the phase up. The
-    run's reward, length and KL are those of all completions that the phase sampled.
+    reward, which may also hold length or format. Surplus groups are trained on first in the next phase, with the
+    probabilities that they were drawn with. If ``max_rounds`` do not suffice, other groups fill the phase up. The run's
+    reward, length and KL are those of all completions that the phase sampled.
 
     Raises:
-        ValueError: values out of range.
+        ValueError: a value is out of range.
     """
 
     max_rounds: int = 5  # >= 2, how often a phase may draw ``prompts_per_phase`` prompts; verl: max_num_gen_batches

@@ -24,7 +24,7 @@ def check_overlap(engine: RolloutEngine, environment: object | None) -> None:
     """Refuse to sample ahead where the engine has no weights of its own, or completions call tools.
 
     Raises:
-        ValueError: with the way out.
+        ValueError: it is refused; the message says what to change.
     """
     if engine.max_staleness > 0 and not engine.copies_weights:
         raise ValueError(
@@ -48,9 +48,9 @@ class Overlap:
     """Asks the engine for phases in time: phase p has the weights with which phase max(0, p - ``max_staleness``) began.
 
     When a phase is collected, its own completions are there or are waited for, and the completions of the phase that lies
-    ``max_staleness`` ahead are asked for from the weights of now. So what is sampled depends on no clock. All calls of the
-    engine come one after another. With more than one phase under way, the weights of now are kept for the time when the
-    engine is free.
+    ``max_staleness`` ahead are asked for from the current weights. So what is sampled depends on no clock. All calls of
+    the engine come one after another. With more than one phase under way, a copy of the current weights is kept until
+    the engine is free.
 
     Args:
         engine: samples from a copy of the weights.
@@ -74,7 +74,7 @@ class Overlap:
         Args:
             ahead: the phases that are sampled or under way, by number; brought up to date.
             phase: the number of the phase.
-            policy: with the weights of now.
+            policy: holds the current weights.
             version: optimiser updates so far.
             ask: number of a phase -> what samples it, when the engine has its weights.
 
@@ -106,7 +106,7 @@ class Overlap:
         return found, waited + time.perf_counter() - start
 
     def sync(self, ahead: dict[int, SampledAhead], policy: Policy, version: int) -> None:
-        """Give the engine the weights of now, when it has sampled what it was asked for."""
+        """Give the engine the current weights, once it has sampled what it was asked for."""
         for each in ahead.values():
             each.completions()
         if (sync := self._begin_sync(policy, version)) is not None:
@@ -122,7 +122,7 @@ class Overlap:
         self._jobs = None
 
     def _begin_sync(self, policy: Policy, version: int) -> Callable[[], None] | None:
-        """Sync the engine, or return what does it later, from a copy of the weights of now."""
+        """Sync the engine, or return a function that syncs it later from a copy of the current weights."""
         if self.engine.max_staleness == 1:  # the engine is free
             self.engine.sync_weights(policy, version)
             return None

@@ -9,24 +9,25 @@ from modules.types import Completion
 
 @dataclass(frozen=True)
 class PartialRollouts:
-    """Lets a completion sample a number of tokens in a phase of training, and go on in the next phase if it is not over.
+    """Lets a completion sample some tokens in a phase of training, and go on in the next phase if it has not ended.
 
     Source: Kimi k1.5, arXiv 2501.12599, section 2.6.2. So no phase waits for its longest completions. A group is scored
-    and trained on when all its completions are over. Complete groups are trained on in the order in which they were
+    and trained on when all its completions have ended. Complete groups are trained on in the order in which they were
     begun, at most as many as the phase has prompts; the others wait. A phase has at least the groups that its
-    micro-batches take: if too few are complete, the first of the others go on until they are. The first phases so train on
-    fewer groups, of shorter completions; what they leave comes later, and what the last phases leave is not trained on.
+    micro-batches take: if too few are complete, the first of the others go on until they are. So the first phases train
+    on fewer groups, of shorter completions. The groups that they leave come later, and groups that the last phases
+    leave are never trained on.
 
     Tokens of earlier phases keep the probabilities that they were drawn with, so that the ratio of each segment starts
     from the policy that sampled it. Held-out prompts, and those of ``predict``, are answered without a break.
 
     Raises:
-        ValueError: values out of range.
+        ValueError: a value is out of range.
     """
 
     tokens_per_phase: int  # >= 1; from ``max_completion_length`` on, every phase is an ordinary one
-    # >= 2: a completion that goes on ends, as cut off, if its last tokens say the same so often in a row. None = it
-    # does not.
+    # >= 2: a completion that would go on ends as cut off if its last tokens repeat a pattern so often in a row. None =
+    # no check.
     max_repeats: int | None = None
     learn_earlier: bool = True  # whether tokens that earlier phases sampled are part of the loss
 

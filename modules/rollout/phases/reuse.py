@@ -62,11 +62,13 @@ class Drafts:
     by p, as a place drawn evenly in the part of x, with x drawn by q, is even in [0, 1]. The buckets depend on the tokens
     before x alone, and so does whether x is looked at; so each token is drawn by p, given those before it.
 
-    The paper keeps of q the draft's own token alone, and goes on by p at a rejection. That is not exact at l = 1: tokens
-    that p finds less likely than q come too often. To draw fewer of them one must know what q says of other tokens.
+    Of q, the paper keeps only the probability of the draft's own token, and after a rejection it goes on by p. That is
+    not exact at l = 1: tokens that p finds less likely than q come too often. To draw fewer of them one must know what
+    q says of other tokens.
 
-    Exact holds for weights that do not depend on the draft. A policy that has learned from the draft likes it, and at a
-    small learning rate completions stay the same for many phases; a lenience below 1 draws some of them anew.
+    This exactness holds for weights that do not depend on the draft. A policy that has learned from the draft favours
+    it, and at a small learning rate completions stay the same for many phases; a lenience below 1 draws some of them
+    anew.
 
     Args:
         policy: what is trained; its forwards give p and q, so that engines may be of any kind.
@@ -294,7 +296,7 @@ def describe_tokens(logprobs: Tensor, tokens: Tensor, k: int) -> tuple[Tensor, T
 
 
 def verify_tokens(logprobs: Tensor, draft: Draft, uniforms: Tensor, lenience: float) -> Tensor:
-    """Draw a token by p in each place of a draft, the draft's own one as often as may be; see ``Drafts``.
+    """Draw a token by p at each place of a draft, the draft's own token as often as possible; see ``Drafts``.
 
     Args:
         logprobs: [K, V], log p, nats.
@@ -335,7 +337,7 @@ def check_reuse(sampling: Sampling, engine: RolloutEngine, environment: Environm
     """Refuse what cannot go on from the part of a completion that is accepted.
 
     Raises:
-        ValueError: with the way out.
+        ValueError: it is refused; the message says what to change.
     """
     name = type(engine).__name__
     if environment is not None:

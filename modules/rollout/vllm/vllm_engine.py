@@ -40,9 +40,9 @@ from modules.rollout.vllm.weight_folder import WeightFolder
 from modules.trainer.seeds import derive_seed
 from modules.types import Completion, EngineError
 
-REQUESTS = 256  # that wait for the server at a time; each may ask for several completions
+REQUESTS = 256  # most requests that wait for the server at a time; each may ask for several completions
 BEAT = 1.0  # seconds between two looks at a server that has not answered
-RESTARTS = 2  # of a server within one call
+RESTARTS = 2  # most restarts of the server within one call
 RESETS = 50  # tries to clear the prefix cache, 0.1 s apart
 LEAST_TEMPERATURE = 0.01  # vLLM raises lower ones to it
 

@@ -22,7 +22,7 @@ from modules.trainer.ranks import leave_ranks
 from modules.types import EngineError
 
 START_SECONDS = 300.0  # for a worker to import its libraries: enough for a cold disk and a busy machine
-TRIES = 3  # workers that the same task may cost
+TRIES = 3  # how many workers one task may lose
 CHUNK = 2**20  # bytes that are read at once
 
 

@@ -65,7 +65,7 @@ class WorkerEngine(RolloutEngine):
         command: what a worker runs.
 
     Raises:
-        ValueError: values out of range, or settings that contradict each other.
+        ValueError: a value is out of range, or settings contradict each other.
     """
 
     limits_thoughts = limits_segments = True

@@ -1,4 +1,4 @@
-"""Runs a program, and ends it with all that it started when it ends or when the process that asked for it is gone.
+"""Runs a program, and ends all that it started when the program ends or the process that asked for it is gone.
 
     python watch_program.py PARENT OWN SHARED [PROGRAM [ARGUMENT ...]]
 
