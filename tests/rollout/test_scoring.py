@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from modules.trainer.cuts import cut_by_length
 from modules.networks import policy as networks
 from modules.networks.policy import Policy
 from modules.rollout.scoring import make_batch, score_in_chunks
+from modules.trainer.cuts import cut_by_length
 from modules.types import Completion, Rollout
 
 
