@@ -260,7 +260,7 @@ class GenerationModule(AlignmentModule):
         metrics = super().evaluation_metrics() | measure_rollouts(sampled) | measure_errors(sampled)
         if self.accuracy is None and self.reward is None:
             return metrics
-        if self.accuracy is None:
+        if self.accuracy is None or (self.accuracy is self.reward and not says_right(self.reward, sampled)):
             rank_zero_warn(
                 f"pass@k and greedy_accuracy are left out: a score of {self.reward.name} does not say whether an "
                 "answer is right; name a reward that does, with model.validation.accuracy"
@@ -316,6 +316,11 @@ class GenerationModule(AlignmentModule):
     def teardown(self, stage: str) -> None:
         """End what the engine started."""
         self.engine.close()
+
+
+def says_right(reward: Reward, found: list[Outcome]) -> bool:
+    """Return whether scores tell right from wrong: a reward of which that is not known gives nothing but 0 and 1."""
+    return bool(reward.checks_answer) or {outcome.reward for outcome in found} <= {0.0, 1.0, None}
 
 
 def check_stop(reward: Reward, sampling: Sampling) -> None:

@@ -52,6 +52,11 @@ def load(path: str, role: str = "policy") -> tuple[PreTrainedModel, PreTrainedTo
             raise ValueError(f"{role}: there is no GGUF file at '{path}'; check the path")
         return load_gguf(local, role)
     if local.is_dir() and not (local / "config.json").is_file():
+        if (local / "adapter_config.json").is_file():
+            raise ValueError(
+                f"{role}: '{path}' holds adapters without their model; name the export of the run, in which they are "
+                "added into the weights, or save what PEFT's merge_and_unload() returns"
+            )
         raise ValueError(f"{role}: '{path}' is a folder without config.json; name a Hugging Face model folder")
     source = str(local) if local.is_dir() else path
     try:

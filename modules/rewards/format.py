@@ -40,6 +40,7 @@ class ThinkAnswerFormat(Verifier):
         name: label of the metric.
     """
 
+    checks_answer = False
     check = "whole_pattern"
     reads = "text"
 

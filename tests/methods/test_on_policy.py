@@ -12,7 +12,15 @@ from test_ppo import EOS, TOKENIZER, A, B, Scores, Scripted
 
 from datamodules import Addition, VerifiableDataModule
 from modules.generation import Validation
-from modules.rewards import LearnedReward, LengthPenalty, NumericMatch, RegexFormat, Repetition, WeightedSum
+from modules.rewards import (
+    LearnedReward,
+    LengthPenalty,
+    NumericMatch,
+    RegexFormat,
+    Repetition,
+    ThinkAnswerFormat,
+    WeightedSum,
+)
 from modules.rewards.verifier import Verifier
 from modules.types import Reward
 
@@ -56,9 +64,15 @@ def test_an_accuracy_of_its_own_is_called_once_a_completion():
     assert counted.calls == 2 * 6 * len(ROWS) and form.calls == 6 * len(ROWS)
 
 
-def test_scores_that_say_nothing_about_right_give_no_accuracy():
-    module = grpo(reward=WeightedSum([RegexFormat(".*")]), engine=Scripted(ROWS), num_generations=3)
-    with pytest.warns(UserWarning, match="pass@k and greedy_accuracy are left out: a score of weighted_sum"):
+def count_letters(completions, **columns):
+    return [len(text) / 10 for text in completions]
+
+
+@pytest.mark.parametrize("reward", [WeightedSum([RegexFormat(".*")]), count_letters, ThinkAnswerFormat()])
+def test_scores_that_say_nothing_about_right_give_no_accuracy(reward):
+    """A sum of forms, a function whose scores are not only 0 and 1, and a form."""
+    module = grpo(reward=reward, engine=Scripted(ROWS), num_generations=3)
+    with pytest.warns(UserWarning, match="pass@k and greedy_accuracy are left out: a score of "):
         found = validate(module)
     assert "val/reward" in found and not {"val/pass@1", "val/greedy_accuracy"} & set(found)
     assert LearnedReward.checks_answer is False

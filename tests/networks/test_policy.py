@@ -202,6 +202,10 @@ def test_export_loads_with_equal_logits(policy, tmp_path):
         (lambda d: str(d / "absent.gguf"), "no GGUF file"),
         (lambda d: str(d), "without config.json"),
         (
+            lambda d: str((d / "adapter_config.json").write_text("{}") and d),
+            "holds adapters without their model; name the",
+        ),
+        (
             lambda d: str(d / "absent"),
             "is not 'tiny', 'tiny-small', 'tiny-addition', 'tiny-calculator', 'tiny-chains', a Hugging Face model folder",
         ),

@@ -88,6 +88,37 @@ def test_golds_are_read(gold: str, number: str) -> None:
     assert "NumericMatch" in name_reader(gold)
 
 
+@pytest.mark.parametrize(
+    "gold",
+    [
+        *(
+            "**5**",
+            "= 5",
+            "{5}",
+            r"\text{5}",
+            r"5\,\text{kg}",
+            "5 dollars",
+            "5 km.",
+            "Answer: 5",
+            "A: 5",
+            "**Answer:** 5",
+        ),
+        *(
+            "<answer>5</answer>",
+            "<answer>\n5\n</answer>",
+            "The final answer is 5.",
+            r"\boxed 5",
+            r"\fbox{5}",
+            r"\mathbf{5}",
+        ),
+        *("The answer is: **5**", r"$5\,\mathrm{cm}$"),
+    ],
+)
+def test_golds_in_a_frame_are_read(gold: str) -> None:
+    assert NumericMatch()([rollout("5", gold), rollout("6", gold)]) == [1.0, 0.0]
+    assert "NumericMatch" in name_reader(gold)
+
+
 def test_a_gold_answer_with_a_loose_sign_is_no_list() -> None:
     assert NumericMatch()([rollout("-5", "- 5"), rollout("5", "- 5")]) == [1.0, 0.0]
 
@@ -96,6 +127,18 @@ def test_a_gold_answer_with_a_loose_sign_is_no_list() -> None:
     "gold",
     [
         *("x=5, y=3", "x>=5", "10^6", r"\sqrt{2}", "(B)", "$5 and $6", r"5\pi", "1=1=1", "#### a\nb"),
+        *(
+            "5m",
+            "5k",
+            "5 million",
+            "5 pi",
+            "5x",
+            "A: B",
+            "<answer></answer>",
+            "**5** and **6**",
+            "a = {5, 6}",
+            "{5}{6}",
+        ),
         *("1 2 3", "100 200 300", "3\u20135", "5-3", "(3, 4)", "2024-05-06", "Solve $3 x=24$"),
         *FORMULAS,
     ],

@@ -27,6 +27,22 @@ _POWER_OR_BASE = re.compile(
 _WRAPPED = re.compile(r"\$\$?(.*?)\$?\$|\\\((.*)\\\)|\\\[(.*)\\\]", re.DOTALL)
 _NAMED = re.compile(r"\A[^=<>!~\u2248\u2260\u2264\u2265]*[^=<>!~\u2248\u2260\u2264\u2265\s]\s*=(?=[^=]*\Z)")
 _EXCLAIMED = re.compile(r"(?<=[A-Za-z] )(\\?\$?-?[\d.,/]{1,40})!+(?=\s{0,9}\Z|\s{1,9}[A-Z])")
+_UNIT = re.compile(r"(.*\d)\s*([^\W\d_]{2,20})\.?", re.DOTALL)
+_FACTORS = {
+    "pi",
+    "tau",
+    "ten",
+    "dozen",
+    "hundred",
+    "thousand",
+    "million",
+    "billion",
+    "trillion",
+    "bn",
+    "mn",
+    "mio",
+    "tsd",
+}
 _HEXADECIMAL = re.compile(r"0(?<![\w.]0)(?:[xX][\da-fA-F]+|[oO][0-7]+|[bB][01]+)\b")
 
 
@@ -38,7 +54,7 @@ def judge(
     Returns:
         None without a gold number.
     """
-    gold = None if answer is None else read_number(cut_final_answer(answer))
+    gold = None if answer is None else read_gold(answer)
     if gold is None:
         return None
     if pattern is None:
@@ -75,13 +91,35 @@ def read_number(text: str) -> Fraction | None:
     """
     text = text.strip().removesuffix(".")
     text = _plain_math(text if (boxed := find_boxed(text)) is None else boxed).strip()
-    wrapped = _WRAPPED.fullmatch(text)
-    text = wrapped[wrapped.lastindex or 0] if wrapped else text
-    text = text.strip().removesuffix("$" if text.count("$") == 1 else "")  # an amount, no end of a formula
+    text = _unwrap(text).strip().removesuffix("$" if text.count("$") == 1 else "")  # an amount, no end of a formula
     text = _NAMED.sub("", text).removesuffix(".").removesuffix("%").removesuffix("\\").strip()
     bracketed = re.fullmatch(r"\(([^()]*)\)", text)
     text = bracketed[1].strip() if bracketed else text
     return _value(_NUMBER.fullmatch(re.sub(r"\A([-+])\s+", r"\1", text)))
+
+
+def read_gold(answer: str) -> Fraction | None:
+    """Return the number of a gold answer: what ``read_number`` reads, also in braces or ``\\text{}``, behind ``=``, or with
+    a unit of two letters or more behind it. A single letter may stand for a factor (``5m``), so it is no unit.
+
+    >>> read_gold("= 5 dollars"), read_gold("{5}"), read_gold("5m"), read_gold("5 million")
+    (Fraction(5, 1), Fraction(5, 1), None, None)
+    """
+    text = cut_final_answer(answer)
+    if (found := read_number(text)) is not None:
+        return found
+    text = re.sub(r"\\(?:text|mathrm|mathbf|textbf|boxed)\b", "", _unwrap(text).replace("\\,", " "))
+    text = re.sub(r"\A\s*=", "", re.sub(r"\{([^{}]*)\}", r" \1 ", text)).strip()
+    unit = _UNIT.fullmatch(text)
+    if unit is not None and unit[2].lower() not in _FACTORS:
+        text = unit[1]
+    return read_number(text)
+
+
+def _unwrap(text: str) -> str:
+    """Return a text without LaTeX's marks of a formula around all of it."""
+    wrapped = _WRAPPED.fullmatch(text)
+    return wrapped[wrapped.lastindex or 0] if wrapped else text
 
 
 def read_numbers(text: str) -> list[Fraction]:
