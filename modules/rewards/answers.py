@@ -46,7 +46,8 @@ class NumericMatch(Verifier):
     as numbers are powers, roots, factorials, hexadecimal numbers, other formulas, and numbers with more than 1000
     characters or above 1e1000. ``The answer is 5!`` ends with an exclamation mark, ``x = 5!`` with a factorial.
 
-    The gold answer is the text after its last ``####``, else in its last box, see ``cut_final_answer``.
+    The gold answer is the text after its last ``####``, else in its last box, see ``cut_final_answer``. It may have a
+    unit of two letters or more behind it (``72 apples``).
 
     Args:
         pattern: regular expression with exactly one group, which must be one number and nothing else. It must match the
