@@ -89,8 +89,8 @@ class Conversation:
     """The messages of a cell."""
 
     turns: list[Message]
-    unlearned: frozenset[int]  # numbers of the turns that a weight of 0 excludes from the loss
-    unread: frozenset[str]  # names of the metadata beside them
+    unlearned: frozenset[int] = frozenset()  # numbers of the turns that a weight of 0 excludes from the loss
+    unread: frozenset[str] = frozenset()  # names of the metadata beside them
 
 
 @dataclass(frozen=True)
@@ -101,6 +101,7 @@ class Asked:
     tools: Tools | None = None
     instruction: str | None = None  # of a text prompt in Alpaca's form: the instruction alone
     given: str = ""  # the texts below the prompt
+    unlearned: frozenset[int] = frozenset()  # numbers of its messages that a weight of 0 excludes from the loss
 
     @property
     def ends_in_answer(self) -> bool:
@@ -119,7 +120,8 @@ def read_prompt(cells: Cells, names: tuple[str, ...] = PROMPTS) -> Asked | None:
         return None
     value = cells.take(name)
     if looks_like_messages(value):
-        return Asked(read_turns(cells, value, cells.name(name)).turns)
+        conversation = read_turns(cells, value, cells.name(name))
+        return Asked(conversation.turns, unlearned=conversation.unlearned)
     if not isinstance(value, str):
         raise cells.wrong_type(name, value, TEXT_OR_MESSAGES)
     parts = [text for text in (_text_beside(cells, other, value) for other in BESIDE if other != name) if text]
@@ -152,9 +154,9 @@ def add_context(cells: Cells, asked: Asked, chat: bool) -> Asked:
                     f"write it into the user's message, or leave it out with --data.columns '{{{name}: \"\"}}'"
                 )
     names = [cells.name(name) for name in ("system", "history", "tools") if cells.holds(name)]
-    system, history, tools = cells.take_text("system"), _read_history(cells), _read_tools(cells)
+    system, earlier, tools = cells.take_text("system"), _read_history(cells), _read_tools(cells)
     if isinstance(prompt, str):
-        if not (system or history or tools):
+        if not (system or earlier.turns or tools):
             return asked
         if not chat:
             raise ValueError(
@@ -170,7 +172,10 @@ def add_context(cells: Cells, asked: Asked, chat: bool) -> Asked:
             "them, or leave the column out with --data.columns '{system: \"\"}'"
         )
     front = own if own and own[0]["content"].strip() else [Message(role="system", content=system)] if system else own
-    return Asked([*front, *history, *prompt[len(own) :]], tools)
+    before = len(front) + len(earlier.turns)
+    unlearned = {len(front) + number for number in earlier.unlearned}
+    unlearned |= {before + number - len(own) for number in asked.unlearned if number >= len(own)}
+    return Asked([*front, *earlier.turns, *prompt[len(own) :]], tools, unlearned=frozenset(unlearned))
 
 
 def read_turns(cells: Cells, value: Any, name: str) -> Conversation:
@@ -386,14 +391,14 @@ def _read_call(call: Any, where: str) -> dict[str, Any]:
     return {**marked, "type": "function", "function": {"name": function["name"], "arguments": dict(arguments)}}
 
 
-def _read_history(cells: Cells) -> list[Message]:
+def _read_history(cells: Cells) -> Conversation:
     """Reads earlier turns: pairs of a question and its answer, or messages."""
     given = cells.take_unpacked("history")
     if given is None:
-        return []
+        return Conversation([])
     name = cells.name("history")
     if looks_like_messages(given):
-        return read_messages(given, f"{cells.origin}: {name}").turns
+        return read_turns(cells, given, name)
     if not isinstance(given, list) or not all(
         isinstance(pair, list | tuple) and [type(text) for text in pair] == [str, str] for pair in given
     ):
@@ -402,7 +407,8 @@ def _read_history(cells: Cells) -> list[Message]:
             "messages"
         )
     roles = ("user", "assistant")
-    return [Message(role=role, content=text) for pair in given for role, text in zip(roles, pair, strict=True)]
+    turns = [Message(role=role, content=text) for pair in given for role, text in zip(roles, pair, strict=True)]
+    return Conversation(turns)
 
 
 def _read_tools(cells: Cells) -> Tools | None:

@@ -157,13 +157,13 @@ def _read_conversation(cells: Cells) -> InstructionExample:
     if not isinstance(value, list) and not looks_like_messages(value):
         raise cells.wrong_type("messages", value, "a list of messages")
     conversation = read_turns(cells, value, name)
-    asked = add_context(cells, Asked(conversation.turns), chat=True)
-    marked = {id(conversation.turns[number]) for number in conversation.unlearned}
+    asked = add_context(cells, Asked(conversation.turns, unlearned=conversation.unlearned), chat=True)
     assert not isinstance(asked.prompt, str)
     if asked.ends_in_answer and (reasoning := read_reasoning(cells, asked.prompt[-1])):
         asked.prompt[-1]["reasoning_content"] = reasoning
-    unlearned = frozenset(number for number, turn in enumerate(asked.prompt) if id(turn) in marked)
-    return InstructionExample([], asked.prompt, cells.origin, cells.row.source, tools=asked.tools, unlearned=unlearned)
+    return InstructionExample(
+        [], asked.prompt, cells.origin, cells.row.source, tools=asked.tools, unlearned=asked.unlearned
+    )
 
 
 def _read_document(cells: Cells, chosen: bool) -> str:
@@ -222,7 +222,9 @@ def _read_question(cells: Cells, asks: str, answers: str, chat: bool | None) -> 
     is_text = isinstance(cells.values[cells.name(asks)], str) and isinstance(turns, str)
     if cells.holds("history") and is_text and not isinstance(asked.prompt, str):
         turns = [*asked.prompt, Message(role="assistant", content=turns)]  # answers in a history are learned too
-        return InstructionExample([], turns, cells.origin, cells.row.source, tools=asked.tools)
+        return InstructionExample(
+            [], turns, cells.origin, cells.row.source, tools=asked.tools, unlearned=asked.unlearned
+        )
     alpaca = None
     if asked.instruction is not None and isinstance(turns, str):
         original = ALPACA_PROMPT_WITH_INPUT if asked.given else ALPACA_PROMPT

@@ -324,6 +324,18 @@ def test_a_weight_of_zero_is_not_learned(tmp_path: Path, field: str, value: Any)
         )
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+@pytest.mark.parametrize("shape", [{"prompt": "ask", "completion": "say"}, {"messages": [ASK, SAY]}])
+def test_a_weight_of_zero_in_a_history_is_not_learned(tmp_path: Path, shape: dict[str, Any], kind: str) -> None:
+    history = [ASK, SAY | {"content": "not", "weight": 0, "id": 3}, ASK, SAY | {"content": "once", "weight": 1}]
+    row = {**shape, "history": history, "system": "s"}
+    data = InstructionDataModule(tokenizer(), write(tmp_path, kind, row), chat=True)
+    data.setup("fit")
+    kept = [token for token, keep in zip(data.train_rows[0].ids, data.train_rows[0].supervised, strict=True) if keep]
+    assert data.tokenizer.decode(kept) == "once<|im_end|>say<|im_end|>"
+    assert "`history.id`: not read" in data.reading.line()
+
+
 def test_other_fields_are_named(tmp_path: Path) -> None:
     for turn in (ASK, SAY):
         rows = {"messages": [turn | {"mood": "good"} if turn is message else message for message in (ASK, SAY)]}
