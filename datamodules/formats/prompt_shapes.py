@@ -7,7 +7,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from datamodules.formats.conversation import PROMPTS, add_context, read_options, read_prompt
-from datamodules.formats.reading import Cells, Reading, as_number, guess, is_empty, make_plain, take_references
+from datamodules.formats.reading import (
+    Cells,
+    Reading,
+    as_number,
+    guess,
+    is_empty,
+    make_plain,
+    take_references,
+    without_nulls,
+)
 from datamodules.formats.table import NAMED, normalize, our_names
 from datamodules.sources.source import Row
 from datamodules.tokens.encoding import Dialogue, Tools
@@ -53,7 +62,8 @@ def verifiable_example(
 ) -> VerifiableExample:
     """Reads the prompt of a row with its context, and its answer, None where there is none.
 
-    ``info`` holds every column but the prompt and one that is called ``answer``.
+    ``info`` holds every column but the prompt and one that is called ``answer``. Objects inside a column come without
+    keys that hold null, which only some kinds of files can leave out.
 
     Args:
         row: as its source gives it.
@@ -88,7 +98,7 @@ def verifiable_example(
     asks = {theirs for theirs, role in cells.roles.items() if role in ("prompt", "instruction", "messages")}
     if "answer" not in reading.by_hand:
         asks.add("answer")
-    info = {name: value for name, value in row.columns.items() if name not in asks}
+    info = {name: without_nulls(value) for name, value in row.columns.items() if name not in asks}
     return VerifiableExample(asked.prompt, answer, make_plain(info), row.origin, row.source, asked.tools, measured)
 
 

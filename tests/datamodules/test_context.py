@@ -30,6 +30,8 @@ from datamodules import (
 )
 from datamodules.formats.table import COLUMNS, OURS
 from datamodules.loaders.stream_loader import Pieces, Place
+from datamodules.sources import Row
+from datamodules.sources.held_out import hold_out
 from modules.networks.tiny import tiny_tokenizer
 
 TEMPLATE = (  # ChatML with tools, thoughts, calls and names
@@ -489,6 +491,27 @@ def test_prompts_and_answers_without_a_mapping(
         "Question",
         "input",
     }
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "parquet", "arrow"])
+def test_objects_of_other_columns_are_the_same_from_every_file(tmp_path: Path, kind: str) -> None:
+    """A table gives every object the keys of all others."""
+    messages = [ASK, SAY | {"name": "Ann"}, ASK]
+    rows = [
+        {"prompt": messages, "kwargs": [{"n": 1}, {}], "extra": {"a": {"b": 0}}, "tools": TOOLS},
+        {"prompt": [ASK], "kwargs": [{"m": None}, {"m": 2}], "extra": {"c": [1, None]}, "tools": None},
+    ]
+    data = VerifiableDataModule(tokenizer(), write(tmp_path, kind, *rows))
+    data.setup("fit")
+    assert [prompt.example.info for prompt in data.train_prompts] == [
+        {"kwargs": [{"n": 1}, {}], "extra": {"a": {"b": 0}}, "tools": TOOLS},
+        {"kwargs": [{}, {"m": 2}], "extra": {"c": [1, None]}, "tools": None},
+    ]
+    given = [{"prompt": [{"role": "user", "content": str(n)} | ({"name": "Ann"} if n % 2 else {})]} for n in range(20)]
+    found = hold_out(Files(write(tmp_path, kind, *given)).rows(), 0.5, 0, {})
+    plain = hold_out([Row(columns, str(number), "") for number, columns in enumerate(given)], 0.5, 0, {})
+    texts = [[row.columns["prompt"][0]["content"] for row in side.rows()] for side in (*found, *plain)]
+    assert texts[:2] == texts[2:]
 
 
 def test_numbers_of_options_need_the_whole_column(tmp_path: Path) -> None:
