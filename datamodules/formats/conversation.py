@@ -270,7 +270,10 @@ def read_options(cells: Cells) -> list[tuple[str, str, str]]:
     if given is None:
         return []
     if isinstance(given, Mapping) and set(given) == {"text", "label"}:  # ARC's and CommonsenseQA's
-        given = dict(zip(given["label"], given["text"], strict=True))
+        labels, texts = given["label"], given["text"]
+        paired = isinstance(labels, list) and isinstance(texts, list) and len(labels) == len(texts)
+        named = paired and all(isinstance(label, str | int) for label in labels)
+        given = dict(zip(labels, texts, strict=True)) if named else None
     if isinstance(given, list) and all(isinstance(text, str | int | float) for text in given):
         texts = [str(text) for text in given]
         lettered = all(text.lstrip("(")[:1] == letter for text, letter in zip(texts, LETTERS, strict=False))
@@ -359,9 +362,9 @@ def _split_content(content: Any, is_call: bool, where: str) -> dict[str, list[An
         parts["text"].append(content)
     elif isinstance(content, list):
         for part in content:
-            kind = part.get("type") if isinstance(part, Mapping) else None
-            names = ("text", "value", kind) if isinstance(part, Mapping) else ()
-            text = next((part[name] for name in names if isinstance(part.get(name), str)), None)
+            given = part if isinstance(part, Mapping) else {}
+            kind = given.get("type") if isinstance(given.get("type"), str) else ""
+            text = next((given[name] for name in ("text", "value", kind) if isinstance(given.get(name), str)), None)
             if kind not in PARTS or text is None:
                 raise ValueError(f"{where} has a content part that is not text: {str(part)[:60]!r}")
             parts[PARTS[kind]].append(parse_json(text, where) if kind == "tool_call" else text)

@@ -313,6 +313,18 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         {"messages": [USER, {"role": "assistant", "content": [{"type": "image"}]}]},
         "messages, message 1, has a content part that is not text",
     ),
+    (
+        {"messages": [{"role": "user", "content": [{"type": ["text"], "text": "x"}]}, ASSISTANT]},
+        "messages, message 0, has a content part that is not text",
+    ),
+    (
+        {"prompt": "x", "completion": "A", "options": {"text": ["a", "b"], "label": ["A"]}},
+        "column 'options' must hold a list of texts or an object of letters and texts",
+    ),
+    (
+        {"prompt": "x", "completion": "A", "options": {"text": ["a"], "label": [["A"]]}},
+        "column 'options' must hold a list of texts",
+    ),
     ({"messages": [USER, {**ASSISTANT, "loss_weight": 0.5}]}, "messages, message 1, has loss_weight 0.5; known are 0"),
     (
         {"messages": [{**USER, "loss_weight": 1}, ASSISTANT]},
