@@ -260,6 +260,42 @@ def read_reasoning(cells: Cells, answer: Dialogue | Message) -> str:
     return reasoning
 
 
+def with_calls(cells: Cells, answer: Any, place: str) -> Any:
+    """Makes a message of an answer that calls tools; any other answer stays as it is.
+
+    The calls stand in the column ``tool_calls``, or are the answer itself, see :func:`read_calls`.
+    """
+    if (message := read_calls(cells, answer, place)) is not None:
+        return [message]
+    if not cells.holds("tool_calls") or not (answer is None or isinstance(answer, str)) or looks_like_messages(answer):
+        return answer
+    if is_empty(calls := cells.unpack("tool_calls")):
+        return answer
+    cells.take("tool_calls")
+    return [{"role": "assistant", "content": answer, "tool_calls": calls}]
+
+
+def read_calls(cells: Cells, answer: Any, place: str) -> dict[str, Any] | None:
+    """Makes a message of an answer beside ``tools`` that is an object with ``name`` and ``arguments``, or a list of
+    such (xLAM's), also as text; None for any other answer.
+
+    Raises ValueError that begins with ``place`` for an empty list.
+    """
+    held = guess(answer)
+    given = held if isinstance(held, list) else [held]
+    given = [call.get("function", call) if isinstance(call, Mapping) else call for call in given]
+    if not cells.holds("tools") or not all(
+        isinstance(call, Mapping) and "name" in call and ("arguments" in call or "parameters" in call) for call in given
+    ):
+        return None
+    if not given:
+        raise ValueError(
+            f"{place} is an empty list beside tools, so no tool is called and nothing is said; write what the "
+            "assistant says instead"
+        )
+    return {"role": "assistant", "content": None, "tool_calls": unpack(answer, place)}
+
+
 def read_options(cells: Cells) -> list[tuple[str, str, str]]:
     """Reads the options of a row: for each option the line to write, its letter and its text.
 

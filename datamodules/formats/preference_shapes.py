@@ -12,6 +12,7 @@ from datamodules.formats.conversation import (
     Asked,
     add_context,
     looks_like_messages,
+    read_calls,
     read_messages,
     read_prompt,
     read_reasoning,
@@ -204,6 +205,12 @@ def read_answers(
         name: unpack(value, f"{cells.origin}: {name}") if looks_like_messages(value) else value
         for name, value in answers.items()
     }
+    called = {name: read_calls(cells, value, f"{cells.origin}: {name}") for name, value in answers.items()}
+    if any(called.values()):
+        said = {name: {"role": "assistant", "content": value} for name, value in answers.items()}
+        answers = {
+            name: called[name] or (said[name] if isinstance(answers[name], str) else answers[name]) for name in called
+        }
     first = next(iter(answers.values()))
     for name, value in answers.items():
         if not isinstance(value, str | dict | list) or isinstance(value, str) != isinstance(first, str):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from datamodules.formats.strict import Refused, guess_json, load_json, load_literal
 from datamodules.formats.table import (
     COMPARED,
+    LEARNED,
     MODULES,
     NAMED,
     NESTED,
@@ -85,11 +86,12 @@ class Reading:
         Raises ValueError for a column that would change what was read, and for one that another DataModule reads,
         unless the user chose (``chosen``, or by a mapping) what to read.
         """
+        read = [value for theirs, value in cells.used.items() if cells.roles.get(theirs) != "tools"]
         for ours, theirs in cells.left():
             column = NAMED[ours]
-            if repeats(cells.values[theirs], list(cells.used.values())):
+            if repeats(cells.values[theirs], read):
                 self._unread.setdefault(theirs, "repeats what was read")
-            elif self.purpose == "verifiable" and (not column.side or column.used_by == COMPARED):
+            elif self.purpose == "verifiable" and (not column.side or column.used_by in (COMPARED, LEARNED)):
                 self._unread.setdefault(theirs, "")
             elif column.side or not (self.purpose in column.used_by or chosen or self.by_hand):
                 raise ValueError(f"{cells.origin}: {self._refusal(ours, theirs, shape)}")
@@ -364,8 +366,8 @@ def _is_prose(value: Any) -> bool:
 
 
 def _is_neutral(ours: str, value: Any) -> bool:
-    """Tells whether a column changes nothing, as a weight of 1."""
-    return ours == "weight" and value in (1, 1.0, "1", "1.0")
+    """Tells whether a column changes nothing, as a weight of 1, or as the text of an empty list."""
+    return is_empty(guess(value)) or (ours == "weight" and value in (1, 1.0, "1", "1.0"))
 
 
 def is_empty(value: Any) -> bool:

@@ -291,6 +291,64 @@ def test_fields_of_messages(tmp_path: Path, kind: str) -> None:
     ]
 
 
+CALLS = [{"name": "look", "arguments": {"a": 1}}]
+WRITTEN = '<tool_call>{"name": "look", "arguments": {"a": 1}}</tool_call><|im_end|>'
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_calls_beside_an_answer_and_in_its_place(tmp_path: Path, kind: str) -> None:
+    called = {"type": "function", "function": CALLS[0]}
+    rows: list[tuple[dict[str, Any], str]] = [
+        ({"prompt": "ask", "completion": "say", "tools": TOOLS, "tool_calls": [called]}, f"assistant\nsay{WRITTEN}\n"),
+        ({"instruction": "ask", "output": "say", "function_call": CALLS[0]}, f"assistant\nsay{WRITTEN}\n"),
+        ({"prompt": "ask", "completion": None, "tools": TOOLS, "tool_calls": CALLS}, f"assistant\n{WRITTEN}\n"),
+        ({"query": "ask", "tools": json.dumps(TOOLS), "answers": json.dumps(CALLS)}, f"assistant\n{WRITTEN}\n"),
+        ({"query": "ask", "tools": TOOLS, "answers": json.dumps(CALLS[0])}, f"assistant\n{WRITTEN}\n"),
+        ({"prompt": "ask", "completion": "say", "tool_calls": "[]"}, "assistant\nsay<|im_end|>\n"),
+        ({"prompt": "ask", "completion": json.dumps(CALLS)}, f"assistant\n{json.dumps(CALLS)}<|im_end|>\n"),  # no tools
+    ]
+    for row, written in rows:
+        assert sft(write(tmp_path, kind, row), chat=True)[0].endswith(written)
+    pair = {"prompt": "ask", "tools": TOOLS, "chosen": json.dumps(CALLS), "rejected": "no"}
+    assert dpo(write(tmp_path, kind, pair), chat=True)[0].endswith(f"assistant\n{WRITTEN}")
+    assert len(grpo(write(tmp_path, kind, {"prompt": "ask", "tool_calls": CALLS}))) == 1  # which rewards may read
+
+
+@pytest.mark.parametrize(
+    ("read", "row", "message"),
+    [
+        (sft, {"messages": [ASK, SAY]}, "column 'tool_calls' .* a row that is read as messages has no use for it"),
+        (sft, {"prompt": [ASK], "completion": [SAY]}, "column 'tool_calls' .* has no use for it"),
+        (
+            dpo,
+            {"prompt": "ask", "chosen": "say", "rejected": "no"},
+            "'tool_calls' .* PreferenceDataModule does not read",
+        ),
+        (sft, {"query": "ask", "answers": "[]"}, "column 'answers' is an empty list beside tools"),
+    ],
+)
+def test_calls_without_a_place_are_refused(
+    tmp_path: Path, read: Callable[..., list[str]], row: dict[str, Any], message: str
+) -> None:
+    given = {"tools": TOOLS, "tool_calls": [{"name": "look", "arguments": {}}]} | row  # a name that the tools have too
+    with pytest.raises(ValueError, match=f":1: .*{message}"):
+        read(write(tmp_path, "jsonl", given), chat=True)
+    plain = {"prompt": "ask", "completion": "say", "tool_calls": CALLS}
+    with pytest.raises(ValueError, match="'tool_calls' cannot be written into a plain text answer; set data.chat"):
+        sft(write(tmp_path, "jsonl", plain), chat=False)
+
+
+@pytest.mark.parametrize("beside", [{}, {"reasoning": "hm"}, {"tool_calls": CALLS}])
+def test_answers_in_a_history_are_learned_whatever_stands_beside_the_last(
+    tmp_path: Path, beside: dict[str, Any]
+) -> None:
+    row = {"prompt": "ask", "completion": "say", "history": [["before", "after"]], **beside}
+    data = InstructionDataModule(tokenizer(), write(tmp_path, "jsonl", row), chat=True)
+    data.setup("fit")
+    kept = [token for token, keep in zip(data.train_rows[0].ids, data.train_rows[0].supervised, strict=True) if keep]
+    assert str(data.tokenizer.decode(kept)).startswith("after<|im_end|>")
+
+
 @pytest.mark.parametrize("field", ["reasoning_content", "reasoning", "thinking", "thoughts"])
 def test_thoughts_reach_the_template_or_are_refused(tmp_path: Path, field: str) -> None:
     path = write(tmp_path, "jsonl", {"messages": [ASK, {**SAY, field: "hm"}]})
