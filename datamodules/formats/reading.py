@@ -27,6 +27,7 @@ from datamodules.formats.table import (
 if TYPE_CHECKING:  # sources read rows through this file
     from datamodules.sources.source import Row
 
+ASKS = ("prompt", "instruction")  # our columns of which a row has one, unless the other holds its text too
 CHANCE = 20  # a text of at least so many characters does not stand in another one by chance
 Columns = Mapping[str, str]
 
@@ -87,13 +88,18 @@ class Reading:
         unless the user chose (``chosen``, or by a mapping) what to read.
         """
         read = [value for theirs, value in cells.used.items() if cells.roles.get(theirs) != "tools"]
+        asks_once = not (chosen or self.by_hand or "messages" in cells.roles.values())
         for ours, theirs in cells.left():
             column = NAMED[ours]
             if repeats(cells.values[theirs], read):
                 self._unread.setdefault(theirs, "repeats what was read")
             elif self.purpose == "verifiable" and (not column.side or column.used_by in (COMPARED, LEARNED)):
                 self._unread.setdefault(theirs, "")
-            elif column.side or not (self.purpose in column.used_by or chosen or self.by_hand):
+            elif (
+                column.side
+                or not (self.purpose in column.used_by or chosen or self.by_hand)
+                or (ours in ASKS and asks_once and not _stands_in(cells.values[theirs], read))
+            ):
                 raise ValueError(f"{cells.origin}: {self._refusal(ours, theirs, shape)}")
             else:
                 self._unread.setdefault(theirs, f"the row is read as {shape}")
@@ -363,6 +369,12 @@ def _is_number(value: Any) -> bool:
 def _is_prose(value: Any) -> bool:
     """Tells whether a cell is text that holds no list and no object."""
     return isinstance(value, str) and isinstance(guess(value), str)
+
+
+def _stands_in(value: Any, other: Any) -> bool:
+    """Tells whether every text of a value is a part of a text of another one, of whatever length."""
+    others = texts_in(other)
+    return all(any(text.strip() in given for given in others) for text in texts_in(value))
 
 
 def _is_neutral(ours: str, value: Any) -> bool:

@@ -199,6 +199,7 @@ BROKEN: list[tuple[dict[str, Any], str]] = [
         {"prompt": "x", "chosen": "a"},
         "found the columns prompt, chosen; looked for a prompt .* with one of: chosen [+] rejected, completions",
     ),
+    ({"prompt": "y", "instruction": "x", **PAIR}, "column 'instruction' .* has no use for it"),
     (
         {"instruction": "x", "input": "", "output_1": "a", "output_2": "b"},
         "found the columns instruction, input, output_1, output_2; looked for",
