@@ -360,7 +360,8 @@ def _read_list(cells: Cells, needs_verdict: bool, decided: bool) -> Compared:
 
 def _refuse_hidden_ranks(cells: Cells, count: int, name: str) -> None:
     """Refuses, with a ValueError, answers without a known rank beside a column or key that may tell which is better."""
-    if {"ranks", "scores"} & set(cells.reading.by_hand):
+    if said := {"ranks", "scores"} & set(cells.reading.by_hand):
+        cells.reading.mapped_seen |= said
         return
     for theirs in cells.unread:
         held = guess(cells.values.get(theirs))

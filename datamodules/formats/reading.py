@@ -21,6 +21,8 @@ from datamodules.formats.table import (
     check_mapping,
     lay_out,
     normalize,
+    option_columns,
+    our_names,
     suggest,
 )
 
@@ -62,7 +64,7 @@ class Reading:
         self._became: dict[str, Counter[str]] = {}  # the data's column -> what it was read as
         self._unread: dict[str, str] = {}  # the data's column -> why not
         self._notes: dict[str, None] = {}
-        self.mapped_seen: set[str] = set()  # our names of the mapped columns that some row has
+        self.mapped_seen: set[str] = set()  # our names of mapped columns that some row has, or is read by
         self._layouts: dict[tuple[str, ...], Layout] = {}  # by the names of a row's columns
 
     def lay_out(self, columns: Mapping[str, Any]) -> Layout:
@@ -114,9 +116,17 @@ class Reading:
         """Adds a sentence to say once about the data set."""
         self._notes.setdefault(sentence)
 
-    def refuse_unused_mapping(self, rows: Sequence["Row"]) -> None:
-        """Refuses, with a ValueError, a mapping that had no effect on any of the rows."""
+    def refuse_unused_mapping(self, rows: Sequence["Row"], all_rows: bool = True) -> None:
+        """Refuses, with a ValueError, a mapping that had no effect on any of the rows.
+
+        Columns to leave out may stand in other rows that the run reads, unless these are ``all_rows``.
+        """
         for ours, theirs in self.by_hand.items():
+            if not theirs and all_rows and self.shapes and not self._has_left_out(ours):
+                raise ValueError(
+                    f"{rows[0].origin}: no row has a column for {ours}, which data.columns leaves out; found "
+                    f"{', '.join(rows[0].columns)}; remove it from the mapping"
+                )
             if theirs and self.shapes and not self.has_read(ours):
                 if ours not in self.mapped_seen:
                     raise ValueError(
@@ -127,6 +137,12 @@ class Reading:
                     f"columns maps {ours} to {theirs!r}, and nothing reads it in rows that are "
                     f"{' or '.join(self.shapes)}; leave it out of the mapping"
                 )
+
+    def _has_left_out(self, ours: str) -> bool:
+        """Tells whether some row has such a column, or was read otherwise for lack of it."""
+        found = (ours in our_names(names).values() for names in self._layouts)
+        split = (ours == "options" and option_columns(names) for names in self._layouts)
+        return ours in self.mapped_seen or any(found) or any(split)
 
     def has_read(self, ours: str) -> bool:
         """Tells whether such a column was read in some row."""

@@ -572,6 +572,33 @@ def test_objects_of_other_columns_are_the_same_from_every_file(tmp_path: Path, k
     assert texts[:2] == texts[2:]
 
 
+@pytest.mark.parametrize(
+    ("read", "row", "ours"),
+    [
+        (sft, {"prompt": "ask", "completion": "say"}, "system"),
+        (dpo, {"prompt": "ask", "chosen": "say", "rejected": "no", "margin": 1}, "scores"),
+        (grpo, {"prompt": "ask", "reward": 1}, "answer"),
+        (prompts, {"prompt": "ask", "chosen": "say", "rejected": "no"}, "options"),
+    ],
+)
+def test_a_column_that_is_not_there_cannot_be_left_out(
+    tmp_path: Path, read: Callable[..., list[str]], row: dict[str, Any], ours: str
+) -> None:
+    with pytest.raises(ValueError, match=f":1: no row has a column for {ours}, which data.columns leaves out; found"):
+        read(write(tmp_path, "jsonl", row), chat=True, columns={ours: ""})
+    there: dict[str, Any] = {"A": "x", "B": "y", "C": "z"} if ours == "options" else {ours: None}
+    assert read(write(tmp_path, "jsonl", row, row | there), chat=True, columns={ours: ""})
+
+
+def test_columns_to_leave_out_may_stand_in_either_file(tmp_path: Path) -> None:
+    plain = write(tmp_path, "jsonl", {"prompt": "ask", "completion": "say"})
+    told = write(tmp_path, "json", {"prompt": "ask", "completion": "say", "system": "s"})
+    for train, val in ((plain, told), (told, plain)):
+        data = InstructionDataModule(tokenizer(), train, val, columns={"system": ""})
+        data.setup("fit")
+        assert data.train_rows[0].ids == data.val_rows[0].ids
+
+
 def test_numbers_of_options_need_the_whole_column(tmp_path: Path) -> None:
     rows = [{"question": "q", "choices": ["x", "y", "z"], "answer": number} for number in (1, 2)]
     with pytest.raises(ValueError, match="whole numbers, and they may be the options' numbers from 0, from 1"):
