@@ -292,9 +292,18 @@ def _take_both(cells: Cells, names: tuple[str, ...]) -> dict[str, Any]:
     for name in names:
         cells.take(name)
     both = {cells.name(name): cells.accept_empty(name) for name in names}
-    if cells.holds("compared_turn") and (turn := as_number(cells.take("compared_turn"))):
-        return {name: value[: 2 * int(turn)] if isinstance(value, list) else value for name, value in both.items()}
-    return both
+    if not cells.holds("compared_turn"):
+        return both
+    both = {name: unpack(value, f"{cells.origin}: {name}") for name, value in both.items()}
+    turn = cells.take("compared_turn")
+    number = None if isinstance(turn, bool) else as_number(turn)
+    shortest = min((len(value) // 2 for value in both.values() if isinstance(value, list)), default=1)
+    if number is None or number != int(number) or not 1 <= number <= shortest:
+        raise ValueError(
+            f"{cells.place('compared_turn')} holds {turn!r}, the number of an answer in both conversations was expected, "
+            f"1 to {shortest}"
+        )
+    return {name: value[: 2 * int(number)] if isinstance(value, list) else value for name, value in both.items()}
 
 
 def _with_several(cells: Cells, both: dict[str, Any]) -> Compared:

@@ -254,6 +254,13 @@ BROKEN: list[tuple[dict[str, Any], str]] = [
         {"prompt": [{"role": "user", "content": [{"type": "image", "url": "u"}]}], **PAIR},
         "prompt, message 0, has a content part that is not text",
     ),
+    *(
+        (
+            {"conversation_a": [USER, GOOD], "conversation_b": [USER, BAD], "winner": "model_a", "turn": turn},
+            "column 'turn' holds .*, the number of an answer in both conversations was expected, 1 to 1$",
+        )
+        for turn in (-1, 1.5, 0, 2, "first", True)
+    ),
     ({"prompt": "x", "completions": ["a"]}, "completions must be a list of at least two"),
     (
         {"prompt": "x", "completions": ["a", "b"], "ranks": [0]},
