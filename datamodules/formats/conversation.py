@@ -297,14 +297,14 @@ def read_calls(cells: Cells, answer: Any, place: str) -> dict[str, Any] | None:
 
 
 def read_options(cells: Cells) -> list[tuple[str, str, str]]:
-    """Reads the options of a row: for each option the line to write, its letter and its text.
+    """Reads the options of a row, which do not count as used: for each the line to write, its letter and its text.
 
     ``["red", "blue"]`` and ``{"A": "red", "B": "blue"}`` are written ``A) red`` and ``B) blue``; ``["A) red"]`` as it
     is.
     """
-    given = cells.take_unpacked("options")
-    if given is None:
+    if not cells.holds("options"):
         return []
+    given = cells.unpack("options")
     if isinstance(given, Mapping) and set(given) == {"text", "label"}:  # ARC's and CommonsenseQA's
         labels, texts = given["label"], given["text"]
         paired = isinstance(labels, list) and isinstance(texts, list) and len(labels) == len(texts)
@@ -483,6 +483,7 @@ def _with_schema(tool: dict[str, Any], where: str) -> dict[str, Any]:
 def _text_beside(cells: Cells, name: str, prompt: str) -> str:
     """Reads the text of a column below the prompt; "" without one, or where the prompt holds it."""
     if name == "options":
+        cells.take(name)
         options = read_options(cells)
         written = all(re.search(rf"\b{letter}\W{{1,3}}{re.escape(text)}", prompt) for _, letter, text in options)
         return "" if written else "\n".join(line for line, _, _ in options)

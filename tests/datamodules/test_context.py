@@ -599,6 +599,27 @@ def test_columns_to_leave_out_may_stand_in_either_file(tmp_path: Path) -> None:
         assert data.train_rows[0].ids == data.val_rows[0].ids
 
 
+def test_an_answer_that_no_option_has_is_a_bad_row(tmp_path: Path) -> None:
+    rows = [{"question": "q", "choices": ["x", "y"], "answer": answer} for answer in ("B", "C", "x", "(A)", "z #### Z")]
+    lettered = {"question": "q", "choices": {"A": "x", "b": "C", "D": ""}}
+    good = [{**lettered, "answer": answer} for answer in ("A.", "B", "C", "because")]
+    path = write(tmp_path, "jsonl", *rows, *good, {**lettered, "answer": "D"})
+    data = VerifiableDataModule(tokenizer(), path, on_bad_row="drop")
+    data.setup("fit")
+    golds = [prompt.example.answer for prompt in data.train_prompts]
+    assert golds == ["B", "x", "(A)", "A.", "B", "C", "because"] and data.bad["train"] == 3
+    for reads in (grpo, sft):
+        with pytest.raises(
+            ValueError, match=":2: the answer is 'C', and the options are A, B; write the letter or the"
+        ):
+            reads(path)
+    for turns in ([ASK], [ASK, SAY, ASK]):  # which have no place for options, whatever the answer is
+        row = {"prompt": turns, "options": ["x", "y", "z"], "completion": "A"}
+        for answer in ("A", "0"):
+            with pytest.raises(ValueError, match="'options' stands beside messages"):
+                sft(write(tmp_path, "json", row | {"completion": answer}))
+
+
 def test_numbers_of_options_need_the_whole_column(tmp_path: Path) -> None:
     rows = [{"question": "q", "choices": ["x", "y", "z"], "answer": number} for number in (1, 2)]
     with pytest.raises(ValueError, match="whole numbers, and they may be the options' numbers from 0, from 1"):
