@@ -203,7 +203,9 @@ class RowsDataModule(LightningDataModule):
             )
         held_out = isinstance(source, Part) and stage == "val"  # too few rows to have every column
         if stage != "calibration" and not held_out:  # the rows of calibration are what predict writes
-            self.reading.refuse_unused_mapping(rows)
+            val = getattr(self, "val", None)
+            alone = stage == "train" and (val is None or isinstance(val, Part))
+            self.reading.refuse_unused_mapping(rows, alone)
         return kept
 
     def compare_content(self, state: Mapping[str, Any]) -> None:

@@ -89,8 +89,8 @@ class Conversation:
     """The messages of a cell."""
 
     turns: list[Message]
-    unlearned: frozenset[int]  # numbers of the turns that a weight of 0 excludes from the loss
-    unread: frozenset[str]  # names of the metadata beside them
+    unlearned: frozenset[int] = frozenset()  # numbers of the turns that a weight of 0 excludes from the loss
+    unread: frozenset[str] = frozenset()  # names of the metadata beside them
 
 
 @dataclass(frozen=True)
@@ -101,6 +101,7 @@ class Asked:
     tools: Tools | None = None
     instruction: str | None = None  # of a text prompt in Alpaca's form: the instruction alone
     given: str = ""  # the texts below the prompt
+    unlearned: frozenset[int] = frozenset()  # numbers of its messages that a weight of 0 excludes from the loss
 
     @property
     def ends_in_answer(self) -> bool:
@@ -119,7 +120,8 @@ def read_prompt(cells: Cells, names: tuple[str, ...] = PROMPTS) -> Asked | None:
         return None
     value = cells.take(name)
     if looks_like_messages(value):
-        return Asked(read_turns(cells, value, cells.name(name)).turns)
+        conversation = read_turns(cells, value, cells.name(name))
+        return Asked(conversation.turns, unlearned=conversation.unlearned)
     if not isinstance(value, str):
         raise cells.wrong_type(name, value, TEXT_OR_MESSAGES)
     parts = [text for text in (_text_beside(cells, other, value) for other in BESIDE if other != name) if text]
@@ -152,9 +154,9 @@ def add_context(cells: Cells, asked: Asked, chat: bool) -> Asked:
                     f"write it into the user's message, or leave it out with --data.columns '{{{name}: \"\"}}'"
                 )
     names = [cells.name(name) for name in ("system", "history", "tools") if cells.holds(name)]
-    system, history, tools = cells.take_text("system"), _read_history(cells), _read_tools(cells)
+    system, earlier, tools = cells.take_text("system"), _read_history(cells), _read_tools(cells)
     if isinstance(prompt, str):
-        if not (system or history or tools):
+        if not (system or earlier.turns or tools):
             return asked
         if not chat:
             raise ValueError(
@@ -170,7 +172,10 @@ def add_context(cells: Cells, asked: Asked, chat: bool) -> Asked:
             "them, or leave the column out with --data.columns '{system: \"\"}'"
         )
     front = own if own and own[0]["content"].strip() else [Message(role="system", content=system)] if system else own
-    return Asked([*front, *history, *prompt[len(own) :]], tools)
+    before = len(front) + len(earlier.turns)
+    unlearned = {len(front) + number for number in earlier.unlearned}
+    unlearned |= {before + number - len(own) for number in asked.unlearned if number >= len(own)}
+    return Asked([*front, *earlier.turns, *prompt[len(own) :]], tools, unlearned=frozenset(unlearned))
 
 
 def read_turns(cells: Cells, value: Any, name: str) -> Conversation:
@@ -255,17 +260,56 @@ def read_reasoning(cells: Cells, answer: Dialogue | Message) -> str:
     return reasoning
 
 
+def with_calls(cells: Cells, answer: Any, place: str) -> Any:
+    """Makes a message of an answer that calls tools; any other answer stays as it is.
+
+    The calls stand in the column ``tool_calls``, or are the answer itself, see :func:`read_calls`.
+    """
+    if (message := read_calls(cells, answer, place)) is not None:
+        return [message]
+    if not cells.holds("tool_calls") or not (answer is None or isinstance(answer, str)) or looks_like_messages(answer):
+        return answer
+    if is_empty(calls := cells.unpack("tool_calls")):
+        return answer
+    cells.take("tool_calls")
+    return [{"role": "assistant", "content": answer, "tool_calls": calls}]
+
+
+def read_calls(cells: Cells, answer: Any, place: str) -> dict[str, Any] | None:
+    """Makes a message of an answer beside ``tools`` that is an object with ``name`` and ``arguments``, or a list of
+    such (xLAM's), also as text; None for any other answer.
+
+    Raises ValueError that begins with ``place`` for an empty list.
+    """
+    held = guess(answer)
+    given = held if isinstance(held, list) else [held]
+    given = [call.get("function", call) if isinstance(call, Mapping) else call for call in given]
+    if not cells.holds("tools") or not all(
+        isinstance(call, Mapping) and "name" in call and ("arguments" in call or "parameters" in call) for call in given
+    ):
+        return None
+    if not given:
+        raise ValueError(
+            f"{place} is an empty list beside tools, so no tool is called and nothing is said; write what the "
+            "assistant says instead"
+        )
+    return {"role": "assistant", "content": None, "tool_calls": unpack(answer, place)}
+
+
 def read_options(cells: Cells) -> list[tuple[str, str, str]]:
-    """Reads the options of a row: for each option the line to write, its letter and its text.
+    """Reads the options of a row, which do not count as used: for each the line to write, its letter and its text.
 
     ``["red", "blue"]`` and ``{"A": "red", "B": "blue"}`` are written ``A) red`` and ``B) blue``; ``["A) red"]`` as it
     is.
     """
-    given = cells.take_unpacked("options")
-    if given is None:
+    if not cells.holds("options"):
         return []
+    given = cells.unpack("options")
     if isinstance(given, Mapping) and set(given) == {"text", "label"}:  # ARC's and CommonsenseQA's
-        given = dict(zip(given["label"], given["text"], strict=True))
+        labels, texts = given["label"], given["text"]
+        paired = isinstance(labels, list) and isinstance(texts, list) and len(labels) == len(texts)
+        named = paired and all(isinstance(label, str | int) for label in labels)
+        given = dict(zip(labels, texts, strict=True)) if named else None
     if isinstance(given, list) and all(isinstance(text, str | int | float) for text in given):
         texts = [str(text) for text in given]
         lettered = all(text.lstrip("(")[:1] == letter for text, letter in zip(texts, LETTERS, strict=False))
@@ -354,9 +398,9 @@ def _split_content(content: Any, is_call: bool, where: str) -> dict[str, list[An
         parts["text"].append(content)
     elif isinstance(content, list):
         for part in content:
-            kind = part.get("type") if isinstance(part, Mapping) else None
-            names = ("text", "value", kind) if isinstance(part, Mapping) else ()
-            text = next((part[name] for name in names if isinstance(part.get(name), str)), None)
+            given = part if isinstance(part, Mapping) else {}
+            kind = given.get("type") if isinstance(given.get("type"), str) else ""
+            text = next((given[name] for name in ("text", "value", kind) if isinstance(given.get(name), str)), None)
             if kind not in PARTS or text is None:
                 raise ValueError(f"{where} has a content part that is not text: {str(part)[:60]!r}")
             parts[PARTS[kind]].append(parse_json(text, where) if kind == "tool_call" else text)
@@ -386,14 +430,14 @@ def _read_call(call: Any, where: str) -> dict[str, Any]:
     return {**marked, "type": "function", "function": {"name": function["name"], "arguments": dict(arguments)}}
 
 
-def _read_history(cells: Cells) -> list[Message]:
+def _read_history(cells: Cells) -> Conversation:
     """Reads earlier turns: pairs of a question and its answer, or messages."""
     given = cells.take_unpacked("history")
     if given is None:
-        return []
+        return Conversation([])
     name = cells.name("history")
     if looks_like_messages(given):
-        return read_messages(given, f"{cells.origin}: {name}").turns
+        return read_turns(cells, given, name)
     if not isinstance(given, list) or not all(
         isinstance(pair, list | tuple) and [type(text) for text in pair] == [str, str] for pair in given
     ):
@@ -402,7 +446,8 @@ def _read_history(cells: Cells) -> list[Message]:
             "messages"
         )
     roles = ("user", "assistant")
-    return [Message(role=role, content=text) for pair in given for role, text in zip(roles, pair, strict=True)]
+    turns = [Message(role=role, content=text) for pair in given for role, text in zip(roles, pair, strict=True)]
+    return Conversation(turns)
 
 
 def _read_tools(cells: Cells) -> Tools | None:
@@ -438,6 +483,7 @@ def _with_schema(tool: dict[str, Any], where: str) -> dict[str, Any]:
 def _text_beside(cells: Cells, name: str, prompt: str) -> str:
     """Reads the text of a column below the prompt; "" without one, or where the prompt holds it."""
     if name == "options":
+        cells.take(name)
         options = read_options(cells)
         written = all(re.search(rf"\b{letter}\W{{1,3}}{re.escape(text)}", prompt) for _, letter, text in options)
         return "" if written else "\n".join(line for line, _, _ in options)

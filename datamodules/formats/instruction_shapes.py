@@ -14,6 +14,7 @@ from datamodules.formats.conversation import (
     read_prompt,
     read_reasoning,
     read_turns,
+    with_calls,
 )
 from datamodules.formats.prompt_shapes import as_letter
 from datamodules.formats.reading import Cells, Reading, take_references, texts_in, unpack
@@ -157,13 +158,13 @@ def _read_conversation(cells: Cells) -> InstructionExample:
     if not isinstance(value, list) and not looks_like_messages(value):
         raise cells.wrong_type("messages", value, "a list of messages")
     conversation = read_turns(cells, value, name)
-    asked = add_context(cells, Asked(conversation.turns), chat=True)
-    marked = {id(conversation.turns[number]) for number in conversation.unlearned}
+    asked = add_context(cells, Asked(conversation.turns, unlearned=conversation.unlearned), chat=True)
     assert not isinstance(asked.prompt, str)
     if asked.ends_in_answer and (reasoning := read_reasoning(cells, asked.prompt[-1])):
         asked.prompt[-1]["reasoning_content"] = reasoning
-    unlearned = frozenset(number for number, turn in enumerate(asked.prompt) if id(turn) in marked)
-    return InstructionExample([], asked.prompt, cells.origin, cells.row.source, tools=asked.tools, unlearned=unlearned)
+    return InstructionExample(
+        [], asked.prompt, cells.origin, cells.row.source, tools=asked.tools, unlearned=asked.unlearned
+    )
 
 
 def _read_document(cells: Cells, chosen: bool) -> str:
@@ -208,21 +209,25 @@ def _read_question(cells: Cells, asks: str, answers: str, chat: bool | None) -> 
             "the beginning of the answer into the completion"
         )
     reasoning = read_reasoning(cells, turns)
-    if reasoning and isinstance(asked.prompt, str):
+    beside = "reasoning" if reasoning else "tool_calls" if "tool_calls" in cells.roles.values() else None
+    if beside is not None and isinstance(asked.prompt, str):
         if not chat:
             raise ValueError(
-                f"{cells.origin}: column {cells.name('reasoning')!r} cannot be written into a plain text answer; set "
+                f"{cells.origin}: column {cells.name(beside)!r} cannot be written into a plain text answer; set "
                 "data.chat: true (or --data.chat true) to render prompts as chats, or leave it out with --data.columns "
-                "'{reasoning: \"\"}'"
+                f"'{{{beside}: \"\"}}'"
             )
         asked = Asked([Message(role="user", content=asked.prompt)], asked.tools)
     if reasoning:
         turns = [Message(role="assistant", content=turns)] if isinstance(turns, str) else turns
         turns[-1]["reasoning_content"] = reasoning
-    is_text = isinstance(cells.values[cells.name(asks)], str) and isinstance(turns, str)
-    if cells.holds("history") and is_text and not isinstance(asked.prompt, str):
-        turns = [*asked.prompt, Message(role="assistant", content=turns)]  # answers in a history are learned too
-        return InstructionExample([], turns, cells.origin, cells.row.source, tools=asked.tools)
+    of_texts = not any(looks_like_messages(cells.values[cells.name(name)]) for name in (asks, answers))
+    if cells.holds("history") and of_texts and not isinstance(asked.prompt, str):
+        said = [Message(role="assistant", content=turns)] if isinstance(turns, str) else turns
+        turns = [*asked.prompt, *said]  # answers in a history are learned too
+        return InstructionExample(
+            [], turns, cells.origin, cells.row.source, tools=asked.tools, unlearned=asked.unlearned
+        )
     alpaca = None
     if asked.instruction is not None and isinstance(turns, str):
         original = ALPACA_PROMPT_WITH_INPUT if asked.given else ALPACA_PROMPT
@@ -248,6 +253,7 @@ def _read_completion(cells: Cells, name: str) -> Any:
     """Reads text or messages; of several references the first."""
     value, held = take_references(cells.take(name), cells.place(name)), cells.values[cells.name(name)]
     value = as_letter(cells, value) if cells.holds("options") else value
+    value = with_calls(cells, value, cells.place(name))
     if value is None and isinstance(held, str):
         raise ValueError(f"{cells.origin}: the completion is empty (column {cells.name(name)!r})")
     if isinstance(value, str) or looks_like_messages(value):

@@ -12,6 +12,7 @@ from datamodules.formats.conversation import (
     Asked,
     add_context,
     looks_like_messages,
+    read_calls,
     read_messages,
     read_prompt,
     read_reasoning,
@@ -204,6 +205,12 @@ def read_answers(
         name: unpack(value, f"{cells.origin}: {name}") if looks_like_messages(value) else value
         for name, value in answers.items()
     }
+    called = {name: read_calls(cells, value, f"{cells.origin}: {name}") for name, value in answers.items()}
+    if any(called.values()):
+        said = {name: {"role": "assistant", "content": value} for name, value in answers.items()}
+        answers = {
+            name: called[name] or (said[name] if isinstance(answers[name], str) else answers[name]) for name in called
+        }
     first = next(iter(answers.values()))
     for name, value in answers.items():
         if not isinstance(value, str | dict | list) or isinstance(value, str) != isinstance(first, str):
@@ -285,9 +292,18 @@ def _take_both(cells: Cells, names: tuple[str, ...]) -> dict[str, Any]:
     for name in names:
         cells.take(name)
     both = {cells.name(name): cells.accept_empty(name) for name in names}
-    if cells.holds("compared_turn") and (turn := as_number(cells.take("compared_turn"))):
-        return {name: value[: 2 * int(turn)] if isinstance(value, list) else value for name, value in both.items()}
-    return both
+    if not cells.holds("compared_turn"):
+        return both
+    both = {name: unpack(value, f"{cells.origin}: {name}") for name, value in both.items()}
+    turn = cells.take("compared_turn")
+    number = None if isinstance(turn, bool) else as_number(turn)
+    shortest = min((len(value) // 2 for value in both.values() if isinstance(value, list)), default=1)
+    if number is None or number != int(number) or not 1 <= number <= shortest:
+        raise ValueError(
+            f"{cells.place('compared_turn')} holds {turn!r}, the number of an answer in both conversations was expected, "
+            f"1 to {shortest}"
+        )
+    return {name: value[: 2 * int(number)] if isinstance(value, list) else value for name, value in both.items()}
 
 
 def _with_several(cells: Cells, both: dict[str, Any]) -> Compared:
@@ -353,7 +369,8 @@ def _read_list(cells: Cells, needs_verdict: bool, decided: bool) -> Compared:
 
 def _refuse_hidden_ranks(cells: Cells, count: int, name: str) -> None:
     """Refuses, with a ValueError, answers without a known rank beside a column or key that may tell which is better."""
-    if {"ranks", "scores"} & set(cells.reading.by_hand):
+    if said := {"ranks", "scores"} & set(cells.reading.by_hand):
+        cells.reading.mapped_seen |= said
         return
     for theirs in cells.unread:
         held = guess(cells.values.get(theirs))

@@ -7,7 +7,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from datamodules.formats.conversation import PROMPTS, add_context, read_options, read_prompt
-from datamodules.formats.reading import Cells, Reading, as_number, guess, is_empty, make_plain, take_references
+from datamodules.formats.reading import (
+    Cells,
+    Reading,
+    as_number,
+    guess,
+    is_empty,
+    make_plain,
+    take_references,
+    without_nulls,
+)
 from datamodules.formats.table import NAMED, normalize, our_names
 from datamodules.sources.source import Row
 from datamodules.tokens.encoding import Dialogue, Tools
@@ -28,6 +37,7 @@ ANSWERING = frozenset(NAMED) - {
     *("messages", "prompt", "instruction", "input", "context", "documents", "options", "system", "history", "tools"),
     *("answer", "knowledge", "relation", "pass_rate", "guess_rate", "pass_length", "pass_truncated"),
 }  # our columns that hold or judge what somebody answered
+LETTER = re.compile(r"\(?([A-Z])[).:]?")  # an answer that names an option
 LONGEST_ANSWER = 200  # characters behind "####"; more is a worked solution with headings
 
 
@@ -53,7 +63,8 @@ def verifiable_example(
 ) -> VerifiableExample:
     """Reads the prompt of a row with its context, and its answer, None where there is none.
 
-    ``info`` holds every column but the prompt and one that is called ``answer``.
+    ``info`` holds every column but the prompt and one that is called ``answer``. Objects inside a column come without
+    keys that hold null, which only some kinds of files can leave out.
 
     Args:
         row: as its source gives it.
@@ -88,7 +99,7 @@ def verifiable_example(
     asks = {theirs for theirs, role in cells.roles.items() if role in ("prompt", "instruction", "messages")}
     if "answer" not in reading.by_hand:
         asks.add("answer")
-    info = {name: value for name, value in row.columns.items() if name not in asks}
+    info = {name: without_nulls(value) for name, value in row.columns.items() if name not in asks}
     return VerifiableExample(asked.prompt, answer, make_plain(info), row.origin, row.source, asked.tools, measured)
 
 
@@ -195,17 +206,20 @@ def right_answer(cells: Cells, names: tuple[str, ...] = ANSWERS) -> tuple[str | 
                 f"{cells.wrong_type(name, answer, 'a single answer')}, or leave it to rewards that read the column, "
                 "with --data.columns '{answer: \"\"}'"
             )
-        return read_gold(as_letter(cells, answer)), theirs
+        gold = read_gold(as_letter(cells, answer))
+        _check_letter(cells, gold)
+        return gold, theirs
     return None, None
 
 
 def as_letter(cells: Cells, answer: Any) -> Any:
     """Turns an answer that is the number of an option into its letter, as :func:`settle_choices` found.
 
-    Raises ValueError where that has not been settled, as in a stream.
+    Raises ValueError where that has not been settled, as in a stream, and for a letter that no option has.
     """
     number = None if isinstance(answer, bool) or not cells.holds("options") else as_number(answer)
     if number is None or number != int(number):
+        _check_letter(cells, answer)
         return answer
     options = read_options(cells)
     start = cells.reading.settled.get("options", -1)
@@ -215,6 +229,21 @@ def as_letter(cells: Cells, answer: Any) -> Any:
             "start at 0 or 1; write the letters (A, B, ...) as answers"
         )
     return answer if start in (-1, None) else options[int(number) - start][1]
+
+
+def _check_letter(cells: Cells, answer: Any) -> None:
+    """Refuses, with a ValueError, an answer that is a letter where options have letters, and none has this one."""
+    letter = LETTER.fullmatch(answer.strip()) if isinstance(answer, str) else None
+    if letter is None or not cells.holds("options"):
+        return
+    options = read_options(cells)
+    known = {mark.upper() for _, mark, _ in options}
+    texts = {text.strip() for _, _, text in options}
+    if all(len(mark) == 1 for mark in known) and letter[1] not in known and answer.strip() not in texts:
+        raise ValueError(
+            f"{cells.origin}: the answer is {answer!r}, and the options are {', '.join(sorted(known))}; write the "
+            "letter or the text of one of them"
+        )
 
 
 def read_gold(answer: object) -> str | None:

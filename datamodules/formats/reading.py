@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from datamodules.formats.strict import Refused, guess_json, load_json, load_literal
 from datamodules.formats.table import (
     COMPARED,
+    LEARNED,
     MODULES,
     NAMED,
     NESTED,
@@ -20,12 +21,15 @@ from datamodules.formats.table import (
     check_mapping,
     lay_out,
     normalize,
+    option_columns,
+    our_names,
     suggest,
 )
 
 if TYPE_CHECKING:  # sources read rows through this file
     from datamodules.sources.source import Row
 
+ASKS = ("prompt", "instruction")  # our columns of which a row has one, unless the other holds its text too
 CHANCE = 20  # a text of at least so many characters does not stand in another one by chance
 Columns = Mapping[str, str]
 
@@ -60,7 +64,7 @@ class Reading:
         self._became: dict[str, Counter[str]] = {}  # the data's column -> what it was read as
         self._unread: dict[str, str] = {}  # the data's column -> why not
         self._notes: dict[str, None] = {}
-        self.mapped_seen: set[str] = set()  # our names of the mapped columns that some row has
+        self.mapped_seen: set[str] = set()  # our names of mapped columns that some row has, or is read by
         self._layouts: dict[tuple[str, ...], Layout] = {}  # by the names of a row's columns
 
     def lay_out(self, columns: Mapping[str, Any]) -> Layout:
@@ -85,13 +89,19 @@ class Reading:
         Raises ValueError for a column that would change what was read, and for one that another DataModule reads,
         unless the user chose (``chosen``, or by a mapping) what to read.
         """
+        read = [value for theirs, value in cells.used.items() if cells.roles.get(theirs) != "tools"]
+        asks_once = not (chosen or self.by_hand or "messages" in cells.roles.values())
         for ours, theirs in cells.left():
             column = NAMED[ours]
-            if repeats(cells.values[theirs], list(cells.used.values())):
+            if repeats(cells.values[theirs], read):
                 self._unread.setdefault(theirs, "repeats what was read")
-            elif self.purpose == "verifiable" and (not column.side or column.used_by == COMPARED):
+            elif self.purpose == "verifiable" and (not column.side or column.used_by in (COMPARED, LEARNED)):
                 self._unread.setdefault(theirs, "")
-            elif column.side or not (self.purpose in column.used_by or chosen or self.by_hand):
+            elif (
+                column.side
+                or not (self.purpose in column.used_by or chosen or self.by_hand)
+                or (ours in ASKS and asks_once and not _stands_in(cells.values[theirs], read))
+            ):
                 raise ValueError(f"{cells.origin}: {self._refusal(ours, theirs, shape)}")
             else:
                 self._unread.setdefault(theirs, f"the row is read as {shape}")
@@ -106,9 +116,17 @@ class Reading:
         """Adds a sentence to say once about the data set."""
         self._notes.setdefault(sentence)
 
-    def refuse_unused_mapping(self, rows: Sequence["Row"]) -> None:
-        """Refuses, with a ValueError, a mapping that had no effect on any of the rows."""
+    def refuse_unused_mapping(self, rows: Sequence["Row"], all_rows: bool = True) -> None:
+        """Refuses, with a ValueError, a mapping that had no effect on any of the rows.
+
+        Columns to leave out may stand in other rows that the run reads, unless these are ``all_rows``.
+        """
         for ours, theirs in self.by_hand.items():
+            if not theirs and all_rows and self.shapes and not self._has_left_out(ours):
+                raise ValueError(
+                    f"{rows[0].origin}: no row has a column for {ours}, which data.columns leaves out; found "
+                    f"{', '.join(rows[0].columns)}; remove it from the mapping"
+                )
             if theirs and self.shapes and not self.has_read(ours):
                 if ours not in self.mapped_seen:
                     raise ValueError(
@@ -119,6 +137,12 @@ class Reading:
                     f"columns maps {ours} to {theirs!r}, and nothing reads it in rows that are "
                     f"{' or '.join(self.shapes)}; leave it out of the mapping"
                 )
+
+    def _has_left_out(self, ours: str) -> bool:
+        """Tells whether some row has such a column, or was read otherwise for lack of it."""
+        found = (ours in our_names(names).values() for names in self._layouts)
+        split = (ours == "options" and option_columns(names) for names in self._layouts)
+        return ours in self.mapped_seen or any(found) or any(split)
 
     def has_read(self, ours: str) -> bool:
         """Tells whether such a column was read in some row."""
@@ -363,9 +387,15 @@ def _is_prose(value: Any) -> bool:
     return isinstance(value, str) and isinstance(guess(value), str)
 
 
+def _stands_in(value: Any, other: Any) -> bool:
+    """Tells whether every text of a value is a part of a text of another one, of whatever length."""
+    others = texts_in(other)
+    return all(any(text.strip() in given for given in others) for text in texts_in(value))
+
+
 def _is_neutral(ours: str, value: Any) -> bool:
-    """Tells whether a column changes nothing, as a weight of 1."""
-    return ours == "weight" and value in (1, 1.0, "1", "1.0")
+    """Tells whether a column changes nothing, as a weight of 1, or as the text of an empty list."""
+    return is_empty(guess(value)) or (ours == "weight" and value in (1, 1.0, "1", "1.0"))
 
 
 def is_empty(value: Any) -> bool:

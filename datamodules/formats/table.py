@@ -84,6 +84,13 @@ COLUMNS = (
         side=True,
     ),
     Column(
+        "tool_calls",
+        "tool_call function_call function_calls",
+        "the calls of tools that the answer makes",
+        LEARNED,
+        side=True,
+    ),
+    Column(
         "completion",
         "response output target targets outputs assistant generation generated_solution "
         "assistant_response model_response output_text",

@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from hashlib import blake2b
 
-from datamodules.formats.reading import find_at_path, with_nested
+from datamodules.formats.reading import find_at_path, with_nested, without_nulls
 from datamodules.formats.table import our_names
 from datamodules.sources.source import Row, Source
 
@@ -91,5 +91,5 @@ def _hash(row: Row, seed: int, columns: Mapping[str, str]) -> str:
     }
     names = our_names(tuple(values)) | by_hand
     asked = {name: value for name, value in values.items() if names.get(name) in ASKED and value}
-    key = json.dumps(asked or row.columns, sort_keys=True, default=str)
+    key = json.dumps(without_nulls(asked or row.columns), sort_keys=True, default=str)
     return blake2b(f"{seed} {key}".encode(errors="replace"), digest_size=16).hexdigest()

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 from zlib import crc32
 
+from datamodules.formats.reading import as_number
 from datamodules.sources.files import read_file
 from datamodules.sources.source import Row, Source
 
@@ -163,7 +164,7 @@ def _tree_id(root: Node) -> str:
 
 def _turn(node: Node) -> dict[str, str]:
     role, text = node.message.get("role"), node.message.get("text")
-    if role not in ROLES:
+    if not isinstance(role, str) or role not in ROLES:
         raise ValueError(
             f"{node.origin}: message {node.message['message_id']} has the role {role!r}, known are {', '.join(ROLES)}"
         )
@@ -176,12 +177,13 @@ def _rank(node: Node) -> int | None:
     rank = node.message.get("rank")
     if rank is None:
         return None
-    if isinstance(rank, bool) or not isinstance(rank, int | float) or rank != int(rank):
+    number = None if isinstance(rank, bool | str) else as_number(rank)
+    if number is None or number != int(number):
         raise ValueError(
             f"{node.origin}: message {node.message['message_id']} has the rank {rank!r}, a whole number or null was "
             "expected"
         )
-    return int(rank)
+    return int(number)
 
 
 def _trees(records: list[Row]) -> list[Node]:
@@ -237,14 +239,15 @@ def _messages(record: Row) -> Iterator[Node]:
         if (
             not isinstance(message, dict)
             or not isinstance(name := message.get("message_id"), str)
+            or not isinstance(said := message.get("parent_id"), str | None)
             or not isinstance(replies, list)
         ):
             raise ValueError(
-                f"{record.origin}: not a conversation tree: a message needs a message_id, a text and a role, and "
-                "replies are a list"
+                f"{record.origin}: not a conversation tree: a message needs a message_id, a text and a role, its "
+                "parent_id is text or null, and replies are a list"
             )
         yield Node(message, parent, record.origin)
-        if (said := message.get("parent_id")) not in (None, parent):
+        if said not in (None, parent):
             raise ValueError(
                 f"{record.origin}: message {name} stands below {parent} and says that its parent is {said}"
             )

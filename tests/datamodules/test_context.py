@@ -30,6 +30,8 @@ from datamodules import (
 )
 from datamodules.formats.table import COLUMNS, OURS
 from datamodules.loaders.stream_loader import Pieces, Place
+from datamodules.sources import Row
+from datamodules.sources.held_out import hold_out
 from modules.networks.tiny import tiny_tokenizer
 
 TEMPLATE = (  # ChatML with tools, thoughts, calls and names
@@ -289,6 +291,64 @@ def test_fields_of_messages(tmp_path: Path, kind: str) -> None:
     ]
 
 
+CALLS = [{"name": "look", "arguments": {"a": 1}}]
+WRITTEN = '<tool_call>{"name": "look", "arguments": {"a": 1}}</tool_call><|im_end|>'
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_calls_beside_an_answer_and_in_its_place(tmp_path: Path, kind: str) -> None:
+    called = {"type": "function", "function": CALLS[0]}
+    rows: list[tuple[dict[str, Any], str]] = [
+        ({"prompt": "ask", "completion": "say", "tools": TOOLS, "tool_calls": [called]}, f"assistant\nsay{WRITTEN}\n"),
+        ({"instruction": "ask", "output": "say", "function_call": CALLS[0]}, f"assistant\nsay{WRITTEN}\n"),
+        ({"prompt": "ask", "completion": None, "tools": TOOLS, "tool_calls": CALLS}, f"assistant\n{WRITTEN}\n"),
+        ({"query": "ask", "tools": json.dumps(TOOLS), "answers": json.dumps(CALLS)}, f"assistant\n{WRITTEN}\n"),
+        ({"query": "ask", "tools": TOOLS, "answers": json.dumps(CALLS[0])}, f"assistant\n{WRITTEN}\n"),
+        ({"prompt": "ask", "completion": "say", "tool_calls": "[]"}, "assistant\nsay<|im_end|>\n"),
+        ({"prompt": "ask", "completion": json.dumps(CALLS)}, f"assistant\n{json.dumps(CALLS)}<|im_end|>\n"),  # no tools
+    ]
+    for row, written in rows:
+        assert sft(write(tmp_path, kind, row), chat=True)[0].endswith(written)
+    pair = {"prompt": "ask", "tools": TOOLS, "chosen": json.dumps(CALLS), "rejected": "no"}
+    assert dpo(write(tmp_path, kind, pair), chat=True)[0].endswith(f"assistant\n{WRITTEN}")
+    assert len(grpo(write(tmp_path, kind, {"prompt": "ask", "tool_calls": CALLS}))) == 1  # which rewards may read
+
+
+@pytest.mark.parametrize(
+    ("read", "row", "message"),
+    [
+        (sft, {"messages": [ASK, SAY]}, "column 'tool_calls' .* a row that is read as messages has no use for it"),
+        (sft, {"prompt": [ASK], "completion": [SAY]}, "column 'tool_calls' .* has no use for it"),
+        (
+            dpo,
+            {"prompt": "ask", "chosen": "say", "rejected": "no"},
+            "'tool_calls' .* PreferenceDataModule does not read",
+        ),
+        (sft, {"query": "ask", "answers": "[]"}, "column 'answers' is an empty list beside tools"),
+    ],
+)
+def test_calls_without_a_place_are_refused(
+    tmp_path: Path, read: Callable[..., list[str]], row: dict[str, Any], message: str
+) -> None:
+    given = {"tools": TOOLS, "tool_calls": [{"name": "look", "arguments": {}}]} | row  # a name that the tools have too
+    with pytest.raises(ValueError, match=f":1: .*{message}"):
+        read(write(tmp_path, "jsonl", given), chat=True)
+    plain = {"prompt": "ask", "completion": "say", "tool_calls": CALLS}
+    with pytest.raises(ValueError, match="'tool_calls' cannot be written into a plain text answer; set data.chat"):
+        sft(write(tmp_path, "jsonl", plain), chat=False)
+
+
+@pytest.mark.parametrize("beside", [{}, {"reasoning": "hm"}, {"tool_calls": CALLS}])
+def test_answers_in_a_history_are_learned_whatever_stands_beside_the_last(
+    tmp_path: Path, beside: dict[str, Any]
+) -> None:
+    row = {"prompt": "ask", "completion": "say", "history": [["before", "after"]], **beside}
+    data = InstructionDataModule(tokenizer(), write(tmp_path, "jsonl", row), chat=True)
+    data.setup("fit")
+    kept = [token for token, keep in zip(data.train_rows[0].ids, data.train_rows[0].supervised, strict=True) if keep]
+    assert str(data.tokenizer.decode(kept)).startswith("after<|im_end|>")
+
+
 @pytest.mark.parametrize("field", ["reasoning_content", "reasoning", "thinking", "thoughts"])
 def test_thoughts_reach_the_template_or_are_refused(tmp_path: Path, field: str) -> None:
     path = write(tmp_path, "jsonl", {"messages": [ASK, {**SAY, field: "hm"}]})
@@ -322,6 +382,18 @@ def test_a_weight_of_zero_is_not_learned(tmp_path: Path, field: str, value: Any)
                 tmp_path, "jsonl", {"chosen": [ASK, {**SAY, field: value}], "rejected": [ASK, SAY | {"content": "no"}]}
             )
         )
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+@pytest.mark.parametrize("shape", [{"prompt": "ask", "completion": "say"}, {"messages": [ASK, SAY]}])
+def test_a_weight_of_zero_in_a_history_is_not_learned(tmp_path: Path, shape: dict[str, Any], kind: str) -> None:
+    history = [ASK, SAY | {"content": "not", "weight": 0, "id": 3}, ASK, SAY | {"content": "once", "weight": 1}]
+    row = {**shape, "history": history, "system": "s"}
+    data = InstructionDataModule(tokenizer(), write(tmp_path, kind, row), chat=True)
+    data.setup("fit")
+    kept = [token for token, keep in zip(data.train_rows[0].ids, data.train_rows[0].supervised, strict=True) if keep]
+    assert data.tokenizer.decode(kept) == "once<|im_end|>say<|im_end|>"
+    assert "`history.id`: not read" in data.reading.line()
 
 
 def test_other_fields_are_named(tmp_path: Path) -> None:
@@ -477,6 +549,75 @@ def test_prompts_and_answers_without_a_mapping(
         "Question",
         "input",
     }
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "parquet", "arrow"])
+def test_objects_of_other_columns_are_the_same_from_every_file(tmp_path: Path, kind: str) -> None:
+    """A table gives every object the keys of all others."""
+    messages = [ASK, SAY | {"name": "Ann"}, ASK]
+    rows = [
+        {"prompt": messages, "kwargs": [{"n": 1}, {}], "extra": {"a": {"b": 0}}, "tools": TOOLS},
+        {"prompt": [ASK], "kwargs": [{"m": None}, {"m": 2}], "extra": {"c": [1, None]}, "tools": None},
+    ]
+    data = VerifiableDataModule(tokenizer(), write(tmp_path, kind, *rows))
+    data.setup("fit")
+    assert [prompt.example.info for prompt in data.train_prompts] == [
+        {"kwargs": [{"n": 1}, {}], "extra": {"a": {"b": 0}}, "tools": TOOLS},
+        {"kwargs": [{}, {"m": 2}], "extra": {"c": [1, None]}, "tools": None},
+    ]
+    given = [{"prompt": [{"role": "user", "content": str(n)} | ({"name": "Ann"} if n % 2 else {})]} for n in range(20)]
+    found = hold_out(Files(write(tmp_path, kind, *given)).rows(), 0.5, 0, {})
+    plain = hold_out([Row(columns, str(number), "") for number, columns in enumerate(given)], 0.5, 0, {})
+    texts = [[row.columns["prompt"][0]["content"] for row in side.rows()] for side in (*found, *plain)]
+    assert texts[:2] == texts[2:]
+
+
+@pytest.mark.parametrize(
+    ("read", "row", "ours"),
+    [
+        (sft, {"prompt": "ask", "completion": "say"}, "system"),
+        (dpo, {"prompt": "ask", "chosen": "say", "rejected": "no", "margin": 1}, "scores"),
+        (grpo, {"prompt": "ask", "reward": 1}, "answer"),
+        (prompts, {"prompt": "ask", "chosen": "say", "rejected": "no"}, "options"),
+    ],
+)
+def test_a_column_that_is_not_there_cannot_be_left_out(
+    tmp_path: Path, read: Callable[..., list[str]], row: dict[str, Any], ours: str
+) -> None:
+    with pytest.raises(ValueError, match=f":1: no row has a column for {ours}, which data.columns leaves out; found"):
+        read(write(tmp_path, "jsonl", row), chat=True, columns={ours: ""})
+    there: dict[str, Any] = {"A": "x", "B": "y", "C": "z"} if ours == "options" else {ours: None}
+    assert read(write(tmp_path, "jsonl", row, row | there), chat=True, columns={ours: ""})
+
+
+def test_columns_to_leave_out_may_stand_in_either_file(tmp_path: Path) -> None:
+    plain = write(tmp_path, "jsonl", {"prompt": "ask", "completion": "say"})
+    told = write(tmp_path, "json", {"prompt": "ask", "completion": "say", "system": "s"})
+    for train, val in ((plain, told), (told, plain)):
+        data = InstructionDataModule(tokenizer(), train, val, columns={"system": ""})
+        data.setup("fit")
+        assert data.train_rows[0].ids == data.val_rows[0].ids
+
+
+def test_an_answer_that_no_option_has_is_a_bad_row(tmp_path: Path) -> None:
+    rows = [{"question": "q", "choices": ["x", "y"], "answer": answer} for answer in ("B", "C", "x", "(A)", "z #### Z")]
+    lettered = {"question": "q", "choices": {"A": "x", "b": "C", "D": ""}}
+    good = [{**lettered, "answer": answer} for answer in ("A.", "B", "C", "because")]
+    path = write(tmp_path, "jsonl", *rows, *good, {**lettered, "answer": "D"})
+    data = VerifiableDataModule(tokenizer(), path, on_bad_row="drop")
+    data.setup("fit")
+    golds = [prompt.example.answer for prompt in data.train_prompts]
+    assert golds == ["B", "x", "(A)", "A.", "B", "C", "because"] and data.bad["train"] == 3
+    for reads in (grpo, sft):
+        with pytest.raises(
+            ValueError, match=":2: the answer is 'C', and the options are A, B; write the letter or the"
+        ):
+            reads(path)
+    for turns in ([ASK], [ASK, SAY, ASK]):  # which have no place for options, whatever the answer is
+        row = {"prompt": turns, "options": ["x", "y", "z"], "completion": "A"}
+        for answer in ("A", "0"):
+            with pytest.raises(ValueError, match="'options' stands beside messages"):
+                sft(write(tmp_path, "json", row | {"completion": answer}))
 
 
 def test_numbers_of_options_need_the_whole_column(tmp_path: Path) -> None:

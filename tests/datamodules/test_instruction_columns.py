@@ -92,6 +92,13 @@ def test_formats_are_found_by_their_columns(
     assert example.tools is None and not example.unlearned
 
 
+def test_an_instruction_that_the_prompt_holds_is_named_as_not_read() -> None:
+    reading = Reading("instruction")
+    columns = {"instruction": "Add 1.", "prompt": "Below is a task.\nAdd 1.\nResponse:", "output": "2"}
+    assert instruction_example(row(**columns), reading).prompt == columns["prompt"]
+    assert "`instruction`: not read" in reading.columns_line()
+
+
 def test_a_format_by_name() -> None:
     columns = {"messages": [USER, ASSISTANT], "prompt": "x", "completion": "y", "text": "z", **ALPACA}
     found = {
@@ -312,6 +319,22 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     (
         {"messages": [USER, {"role": "assistant", "content": [{"type": "image"}]}]},
         "messages, message 1, has a content part that is not text",
+    ),
+    (
+        {"messages": [{"role": "user", "content": [{"type": ["text"], "text": "x"}]}, ASSISTANT]},
+        "messages, message 0, has a content part that is not text",
+    ),
+    (
+        {"instruction": "be good", "question": "q", "response": "r"},
+        "column 'instruction' (the same in Alpaca's form: a",
+    ),
+    (
+        {"prompt": "x", "completion": "A", "options": {"text": ["a", "b"], "label": ["A"]}},
+        "column 'options' must hold a list of texts or an object of letters and texts",
+    ),
+    (
+        {"prompt": "x", "completion": "A", "options": {"text": ["a"], "label": [["A"]]}},
+        "column 'options' must hold a list of texts",
     ),
     ({"messages": [USER, {**ASSISTANT, "loss_weight": 0.5}]}, "messages, message 1, has loss_weight 0.5; known are 0"),
     (

@@ -15,7 +15,7 @@ TREES = [name for number in range(40) if not is_held_out(name := f"tree{number}"
 HELD_OUT = next(name for number in range(40) if is_held_out(name := f"tree{number}"))
 
 
-def message(name: str, role: str = "assistant", replies: tuple[Any, ...] = (), **columns: Any) -> dict[str, Any]:
+def message(name: str, role: Any = "assistant", replies: tuple[Any, ...] = (), **columns: Any) -> dict[str, Any]:
     return {
         "message_id": name,
         "text": f"text of {name}",
@@ -202,7 +202,7 @@ def test_trees_and_flat_messages_are_the_same(tmp_path: Path) -> None:
     assert rows[1].origin == f"{tmp_path / 'flat.jsonl'}:4 replies to question"
 
 
-def flat(*messages: tuple[str, str | None]) -> list[dict[str, Any]]:
+def flat(*messages: tuple[str, Any]) -> list[dict[str, Any]]:
     return [
         {"message_id": name, "parent_id": parent, "text": "t", "role": "prompter" if parent is None else "assistant"}
         for name, parent in messages
@@ -233,6 +233,14 @@ BROKEN: list[tuple[list[dict[str, Any]], str]] = [
         "a.jsonl:1: message a has the rank 0.5, a whole number or null was expected",
     ),
     ([message("r", "prompter", (message("a", rank=True),))], "a.jsonl:1: message a has the rank True"),
+    ([message("r", "prompter", (message("a", rank=float("nan")),))], "a.jsonl:1: message a has the rank nan"),
+    ([message("r", "prompter", (message("a", rank=float("inf")),))], "a.jsonl:1: message a has the rank inf"),
+    (
+        [message("r", "prompter", (message("a", ["assistant"]),))],
+        "a.jsonl:1: message a has the role .'assistant'., known",
+    ),
+    (flat(("r", None), ("a", ["r"])), "a.jsonl:2: not a conversation tree: .* parent_id is text or null"),
+    ([message("r", "prompter", (message("a", parent_id=["r"]),))], "a.jsonl:1: not a conversation tree: .* parent_id"),
     ([message("r", "prompter", ("text",))], "a.jsonl:1: not a conversation tree"),
     ([{**message("r"), "replies": {"a": 1}}], "a.jsonl:1: not a conversation tree: .* and replies are a list"),
     (

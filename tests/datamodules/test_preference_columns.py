@@ -199,6 +199,7 @@ BROKEN: list[tuple[dict[str, Any], str]] = [
         {"prompt": "x", "chosen": "a"},
         "found the columns prompt, chosen; looked for a prompt .* with one of: chosen [+] rejected, completions",
     ),
+    ({"prompt": "y", "instruction": "x", **PAIR}, "column 'instruction' .* has no use for it"),
     (
         {"instruction": "x", "input": "", "output_1": "a", "output_2": "b"},
         "found the columns instruction, input, output_1, output_2; looked for",
@@ -252,6 +253,13 @@ BROKEN: list[tuple[dict[str, Any], str]] = [
     (
         {"prompt": [{"role": "user", "content": [{"type": "image", "url": "u"}]}], **PAIR},
         "prompt, message 0, has a content part that is not text",
+    ),
+    *(
+        (
+            {"conversation_a": [USER, GOOD], "conversation_b": [USER, BAD], "winner": "model_a", "turn": turn},
+            "column 'turn' holds .*, the number of an answer in both conversations was expected, 1 to 1$",
+        )
+        for turn in (-1, 1.5, 0, 2, "first", True)
     ),
     ({"prompt": "x", "completions": ["a"]}, "completions must be a list of at least two"),
     (

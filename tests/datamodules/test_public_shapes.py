@@ -223,6 +223,12 @@ OTHERS = [ASK, {"role": "assistant", "content": "two"}, ASK, {"role": "assistant
             "score_1": 0.5,
         },
         {"conversation_a": TURNS, "conversation_b": OTHERS, "winner": "model_b", "turn": 1},  # MT-Bench
+        {
+            "conversation_a": json.dumps(TURNS),  # as CSV holds it
+            "conversation_b": json.dumps(OTHERS),
+            "winner": "model_b",
+            "turn": "1",
+        },
     ],
 )
 def test_comparisons_whose_columns_mean_something_only_together(tmp_path: Path, kind: str, row: dict[str, Any]) -> None:
