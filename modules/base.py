@@ -36,7 +36,7 @@ from modules.trainer.guard import FiniteGuard, require_finite
 from modules.trainer.kept import Asked, ask_callbacks, ask_trainer, name_kinds, refuse_other_kinds, say_kept_settings
 from modules.trainer.pieces import Batch, can_cut, count_longest, count_padded, cut_to_pieces
 from modules.trainer.ranks import Join, Tally, log_equal
-from modules.trainer.saving import keep_checkpoints_whole
+from modules.trainer.saving import keep_checkpoints_whole, refuse_unwritable_folders
 from modules.trainer.seeds import derive_seed, seed_device
 from modules.trainer.steps import check_whole_steps, count_updates, rewind_to_whole_step, validation_is_due
 from modules.trainer.stopping import StopTogether
@@ -103,12 +103,15 @@ class AlignmentModule(LightningModule):
         return [StopTogether(), Forecast()] if guarded else [StopTogether(), Forecast(), FiniteGuard()]
 
     def setup(self, stage: str) -> None:
-        """Refuse a precision other than 32 bits for log-probs, denominators and losses; keep checkpoints whole.
+        """Refuse a precision other than 32 bits for log-probs, denominators and losses; keep checkpoints whole, and refuse
+        folders for them that cannot be written.
 
         With ``gradient_checkpointing`` the layers of all models that learn are computed again in the backward pass, and
         with ``torch_compile`` they are compiled. Strategies that shard weights are refused.
         """
         keep_checkpoints_whole(self.trainer)
+        if stage == "fit":
+            refuse_unwritable_folders(self.trainer)
         if isinstance(self.trainer.strategy, FSDPStrategy | ModelParallelStrategy):
             raise ValueError(
                 f"strategy {type(self.trainer.strategy).__name__} shards the weights, and sampling, frozen copies and the "
