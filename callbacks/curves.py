@@ -6,10 +6,10 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from callbacks.phase import draw_series, new_figure, record_of
-from callbacks.writers.output_files import in_run_folder, require_writable
+from callbacks.writers.output_files import in_run_folder
 from modules.rollout.metrics import make_outcomes, measure_rollouts
 from modules.trainer.ranks import from_all_ranks
-from modules.trainer.saving import naming, replacing
+from modules.trainer.saving import naming, replacing, require_writable
 
 
 class Curves(Callback):

@@ -33,9 +33,10 @@ from modules.rollout.sampling import Sampling
 from modules.schedulers import RunSchedule
 from modules.trainer.forecast import Forecast
 from modules.trainer.guard import FiniteGuard, require_finite
+from modules.trainer.kept import Asked, ask_callbacks, ask_trainer, name_kinds, refuse_other_kinds, say_kept_settings
 from modules.trainer.pieces import Batch, can_cut, count_longest, count_padded, cut_to_pieces
 from modules.trainer.ranks import Join, Tally, log_equal
-from modules.trainer.saving import keep_checkpoints_whole
+from modules.trainer.saving import keep_checkpoints_whole, refuse_unwritable_folders
 from modules.trainer.seeds import derive_seed, seed_device
 from modules.trainer.steps import check_whole_steps, count_updates, rewind_to_whole_step, validation_is_due
 from modules.trainer.stopping import StopTogether
@@ -86,6 +87,8 @@ class AlignmentModule(LightningModule):
         self.piece_tokens: int | None = None  # padded tokens of a piece, see ``cut``; None = micro-batches stay whole
         self.piece, self.gradients_dropped = 0, False  # see ``train_by_pieces``
         self._random: int | None = None  # seed of dropout for the whole run
+        self._kinds: dict[str, str] = {}  # classes of the checkpoint's optimizer and scheduler
+        self._asked: Asked = []  # settings of parts whose state a checkpoint brings
 
     @property
     def tokenizer(self) -> Any:
@@ -100,12 +103,15 @@ class AlignmentModule(LightningModule):
         return [StopTogether(), Forecast()] if guarded else [StopTogether(), Forecast(), FiniteGuard()]
 
     def setup(self, stage: str) -> None:
-        """Refuse a precision other than 32 bits for log-probs, denominators and losses; keep checkpoints whole.
+        """Refuse a precision other than 32 bits for log-probs, denominators and losses; keep checkpoints whole, and refuse
+        folders for them that cannot be written.
 
         With ``gradient_checkpointing`` the layers of all models that learn are computed again in the backward pass, and
         with ``torch_compile`` they are compiled. Strategies that shard weights are refused.
         """
         keep_checkpoints_whole(self.trainer)
+        if stage == "fit":
+            refuse_unwritable_folders(self.trainer)
         if isinstance(self.trainer.strategy, FSDPStrategy | ModelParallelStrategy):
             raise ValueError(
                 f"strategy {type(self.trainer.strategy).__name__} shards the weights, and sampling, frozen copies and the "
@@ -141,6 +147,11 @@ class AlignmentModule(LightningModule):
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": scheduler.monitor}}
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
+    def on_fit_start(self) -> None:
+        """Refuse the checkpoint of another optimizer or scheduler, and remember what is asked of these."""
+        refuse_other_kinds(self._kinds, name_kinds(self.trainer))
+        self._kinds, self._asked = {}, self._asked + ask_trainer(self.trainer)
+
     def on_train_start(self) -> None:
         """Refuse a run that cuts optimiser steps, take the seed of dropout, and tell the schedule the run's length."""
         check_whole_steps(self.trainer)
@@ -148,7 +159,8 @@ class AlignmentModule(LightningModule):
             self._random = torch.initial_seed()
         self.piece_tokens = self.choose_piece_tokens() if can_cut(self) else None
         if self.global_step > 0:
-            say_kept_settings(self.trainer.optimizers)
+            say_kept_settings(self._asked)
+        self._asked = []
         for config in self.trainer.lr_scheduler_configs:
             if isinstance(config.scheduler, RunSchedule):
                 before, total = config.scheduler.total_steps, count_updates(self.trainer)
@@ -349,6 +361,7 @@ class AlignmentModule(LightningModule):
         checkpoint["alignment"] = {**self.identity(), "num_tokens": self.num_tokens, "random": self._random}
         checkpoint["alignment"] |= {"reference": self.reference_id, "lora_scale": self.lora_scale}
         checkpoint["alignment"] |= {"validates": validation_is_due(self.trainer), "logged": sorted(self._step_names)}
+        checkpoint["alignment"] |= {"kinds": name_kinds(self.trainer)}
         checkpoint["alignment"] |= {"bases": leave_out_bases(self, checkpoint)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -362,7 +375,7 @@ class AlignmentModule(LightningModule):
         self._random = saved.pop("random", self._random)
         reference, scale = saved.pop("reference", None), saved.pop("lora_scale", None)
         due, self._step_names = saved.pop("validates", None), set(saved.pop("logged", []))
-        bases = saved.pop("bases", {})
+        bases, kinds = saved.pop("bases", {}), saved.pop("kinds", {})
         mine = self.identity()
         if saved != mine:
             differ = [
@@ -383,6 +396,8 @@ class AlignmentModule(LightningModule):
                 "holds now, so the KL would be to another model: name the weights that it began with"
             )
         if "loops" in checkpoint:
+            if self.trainer.state.fn == "fit":
+                self._kinds, self._asked = kinds, ask_callbacks(self.trainer, checkpoint.get("callbacks", {}))
             loop, every = checkpoint["loops"]["fit_loop"], self.trainer.check_val_every_n_epoch
             epoch = loop["epoch_progress"]["current"]["processed"]
             validates = self.trainer.enable_validation and every is not None and (epoch + 1) % every == 0
@@ -409,21 +424,6 @@ def fuse_adam(optimizer: torch.optim.Optimizer) -> None:
         for group in optimizer.param_groups:
             if group["fused"] is None and group["foreach"] is None:
                 group["fused"] = True
-
-
-def say_kept_settings(optimizers: Sequence[torch.optim.Optimizer]) -> None:
-    """Warn of settings of a resumed run's optimizers that have no effect, since the checkpoint brings its own."""
-    for optimizer in optimizers:
-        kept = optimizer.param_groups[0]
-        kept = kept | {"lr": kept.get("initial_lr", kept["lr"])}  # a schedule moves lr
-        for name, asked in optimizer.defaults.items():
-            was = kept.get(name, asked)
-            was = tuple(was) if isinstance(was, list) else was
-            if isinstance(asked, int | float | tuple) and was != asked:
-                rank_zero_warn(
-                    f"{name} of the optimizer stays {was}, as in the checkpoint, and {asked} has no effect; to change "
-                    "it, start a new run from the export"
-                )
 
 
 def count_tokens(batch: PolicyBatch | PreferenceBatch, rows: Tensor) -> Tensor:

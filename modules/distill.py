@@ -229,6 +229,7 @@ class DistillModule(OnPolicyModule):
 
     def on_fit_start(self) -> None:
         """Have the teacher ready before the first step."""
+        super().on_fit_start()
         self.ready_teacher()
 
     def on_validation_start(self) -> None:

@@ -136,6 +136,7 @@ class DPOModule(AlignmentModule):
 
     def on_fit_start(self) -> None:
         """Compute or read the reference's log-probs of all rows, then drop a reference that costs memory."""
+        super().on_fit_start()
         self.precompute("train", "val")
         if self.reference is not None and self.reference.policy is not self.policy:
             self.reference = None

@@ -182,6 +182,7 @@ class GenerationModule(AlignmentModule):
 
     def on_fit_start(self) -> None:
         """Refuse prompts that no reward scores, and move the frozen start policy to the device of the trained one."""
+        super().on_fit_start()
         for reward in filter(None, (self.reward, self.accuracy)):
             require_tasks(reward, getattr(self.trainer, "datamodule", None))
         if self.reference is not None:

@@ -66,6 +66,7 @@ from modules.types import Completion, InstructionBatch, PolicyBatch, PromptBatch
 
 # Standard errors. A correct run falls below by chance in 9 (64 completions) or 3 (256) of 100000 phases.
 NEGATIVE_KL = 4.0
+EQUAL = 3  # phases in a row with equal scores before a warning
 ENOUGH = 64  # completions of a phase; with fewer, a standard error is too uncertain
 
 
@@ -141,7 +142,8 @@ class OnPolicyModule(GenerationModule):
         self._syncing = 0.0  # seconds of the last sync of the engine
         # ``row`` and what the step so far measured, see ``start_from``
         self._measured: list[tuple[Tensor, Measured]] = []
-        self._kl_warned = False
+        self._kl_warned = self._equal_warned = False
+        self._equal = 0  # phases in a row in which all scores were equal
 
     def move_reference(self, moves: bool) -> None:
         """Settle whether the reference moves; checkpoints know a fixed reference by its fingerprint."""
@@ -179,6 +181,7 @@ class OnPolicyModule(GenerationModule):
         found = self.gather(prompts)
         self.release_engine()
         self.check_scored(found.rollouts[found.earlier :], count_failures(self.reward, before))
+        self.warn_of_equal_scores(found.rollouts[found.earlier :])
         self.record.rollouts = found.rollouts[found.earlier :]
         self.log_phase(found.metrics)
         if self.overlap is not None or self.partial is not None:
@@ -512,6 +515,20 @@ class OnPolicyModule(GenerationModule):
             raise ValueError(
                 f"{name} scored none of the first {count} completions; the first answer that it was to compare with is "
                 f"{reprlib.repr(gold)}: {name_reader(gold)}"
+            )
+
+    def warn_of_equal_scores(self, rollouts: list[Rollout]) -> None:
+        """Warn once if all scores of a phase are equal, in ``EQUAL`` phases in a row (collective)."""
+        mine = {rollout.reward for rollout in rollouts if rollout.reward is not None}
+        scores = {score for each in from_all_ranks([sorted(mine)[:2]]) for score in each}
+        self._equal = self._equal + 1 if len(scores) == 1 else 0
+        if self._equal == EQUAL and not self._equal_warned:
+            self._equal_warned = True
+            rank_zero_warn(
+                f"phase {self.current_epoch}: for {EQUAL} phases {self.reward.name} has given all completions one score, "
+                f"now {min(scores):g}, so nothing is learned from it: either the prompts are too hard or too easy, or "
+                "completions are cut off before their answers (sampling.max_completion_length), or the reward does not "
+                "read the form in which they answer; the callback Samples shows some"
             )
 
     def check_start(self, batch: PolicyBatch) -> None:

@@ -22,6 +22,7 @@ from modules.on_policy import OnPolicyModule
 from modules.rollout.engine import RolloutEngine
 from modules.rollout.environment import Environment
 from modules.rollout.sampling import Sampling
+from modules.trainer.kept import say_kept
 from modules.trainer.pieces import Batch, train_by_pieces
 from modules.trainer.ranks import explained_variance, from_all_ranks, mean_and_error, whiten_over_ranks
 from modules.trainer.steps import epoch_is_whole
@@ -241,13 +242,15 @@ class PPOModule(OnPolicyModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save what every method saves, and the current ``kl_coef``."""
         super().on_save_checkpoint(checkpoint)
-        checkpoint["kl_coef"] = self.kl_coef
+        checkpoint["kl_coef"], checkpoint["kl_start"] = self.kl_coef, self.kl.coef
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Load what every method loads, and ``kl_coef`` if it adapts; a fixed one is that of this run."""
         super().on_load_checkpoint(checkpoint)
         if self.kl.adaptive is not None:
             self.kl_coef = checkpoint["kl_coef"]
+            if self.trainer.state.fn == "fit" and (was := checkpoint.get("kl_start", self.kl.coef)) != self.kl.coef:
+                say_kept("kl.coef", f"what was adapted from {was}", self.kl.coef)
 
     def identity(self) -> dict[str, str | int]:
         """Return the base's identity and the size of the critic."""

@@ -38,7 +38,7 @@ ALPACA_PROMPT_WITH_INPUT = (
 OPENED_THOUGHT = re.compile(r"<think>\s*\Z")
 
 LARGEST = 3.4e38  # largest size of a score, which becomes a float32
-SLOW = 60.0  # seconds after which a warning names a reward that is still scoring
+SLOW = 30.0  # seconds after which a warning names a reward that is still scoring
 
 # Names under which a reward function may ask for the gold answers.
 ANSWERS = ("answers", "answer", "ground_truth", "solution")
@@ -491,7 +491,8 @@ class Reward(ABC):
 def score(reward: Reward, rollouts: Sequence[Rollout]) -> list[float | None]:
     """Call a reward and check what it returned; without rollouts it is not called.
 
-    A warning names a reward that is still busy after ``SLOW`` seconds. An exception of its own gets its name as a note.
+    A warning names a reward that is still busy after ``SLOW`` seconds, and each time that these have doubled. An
+    exception of its own gets its name as a note.
 
     Returns:
         one finite score per rollout, in order; None = unscorable.
@@ -501,9 +502,8 @@ def score(reward: Reward, rollouts: Sequence[Rollout]) -> list[float | None]:
     """
     if not rollouts:
         return []
-    alarm = threading.Timer(SLOW, warn_of_slow_reward, [reward.name, len(rollouts), SLOW])
-    alarm.daemon = True
-    alarm.start()
+    done = threading.Event()
+    threading.Thread(target=warn_while_slow, args=(done, reward.name, len(rollouts), SLOW), daemon=True).start()
     try:
         found = reward(rollouts)
     except Exception as error:
@@ -513,7 +513,7 @@ def score(reward: Reward, rollouts: Sequence[Rollout]) -> list[float | None]:
             raise
         raise ValueError(f"reward '{reward.name}' failed at {place}: {type(error).__name__}: {error}") from error
     finally:
-        alarm.cancel()
+        done.set()
     return check_scores(reward.name, found, len(rollouts))
 
 
@@ -531,12 +531,15 @@ def find_own_place(error: Exception) -> str | None:
     return own[-1] if own else None
 
 
-def warn_of_slow_reward(name: str, count: int, seconds: float) -> None:
-    """Name a reward that is still scoring."""
-    warnings.warn(
-        f"reward '{name}' has been scoring {count} completions for {seconds:g} s; does it wait for something?",
-        stacklevel=1,
-    )
+def warn_while_slow(done: threading.Event, name: str, count: int, seconds: float) -> None:
+    """Name a reward that is not ``done`` after these seconds, and each time that they have doubled."""
+    waited = 0.0
+    while not done.wait(seconds - waited):
+        warnings.warn(
+            f"reward '{name}' has been scoring {count} completions for {seconds:g} s; does it wait for something?",
+            stacklevel=1,
+        )
+        waited, seconds = seconds, 2 * seconds
 
 
 def check_scores(name: str, scores: Any, count: int) -> list[float | None]:

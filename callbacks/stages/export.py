@@ -7,9 +7,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 
 from callbacks.phase import require_period
-from callbacks.writers.output_files import in_run_folder, require_writable
+from callbacks.writers.output_files import in_run_folder
 from modules.trainer.exports import Origin, explain_occupied, find_origin, put_back, write_export
 from modules.trainer.guard import require_finite
+from modules.trainer.saving import require_writable
 
 
 @runtime_checkable

@@ -3,7 +3,6 @@
 import fcntl
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
@@ -24,22 +23,6 @@ def require_predict(stage: str, who: str) -> None:
         raise ValueError(
             f"{who} writes what predict finds, and this is {TrainerFn(stage).value}: remove it, or run predict with it"
         )
-
-
-def require_writable(path: Path, who: str) -> None:
-    """Check that ``path`` can be written, and leave nothing behind.
-
-    Raises ValueError, which begins with ``who``, when it cannot.
-    """
-    folder = path.absolute()
-    while not folder.exists():
-        folder = folder.parent
-    if path.is_file():
-        folder = path.absolute().parent
-    try:
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise ValueError(f"{who}: {path} cannot be written ({folder}: {error.strerror}); name another place") from error
 
 
 def claim(file: IO[Any], path: Path) -> None:

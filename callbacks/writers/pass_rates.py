@@ -8,8 +8,9 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
-from callbacks.writers.output_files import in_run_folder, require_predict, require_writable, write_whole
+from callbacks.writers.output_files import in_run_folder, require_predict, write_whole
 from modules.trainer.ranks import from_all_ranks
+from modules.trainer.saving import require_writable
 from modules.types import HasPromptRows, require_accuracy
 
 

@@ -13,8 +13,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from callbacks.phase import record_of
-from callbacks.writers.output_files import claim, in_run_folder, require_writable
-from modules.trainer.saving import naming, sync
+from callbacks.writers.output_files import claim, in_run_folder
+from modules.trainer.saving import naming, require_writable, sync
 from modules.types import HasAskedRows, Rollout
 
 

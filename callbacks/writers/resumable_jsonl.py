@@ -15,9 +15,9 @@ from callbacks.writers.output_files import (
     in_run_folder,
     open_whole_lines,
     require_predict,
-    require_writable,
     write_whole,
 )
+from modules.trainer.saving import require_writable
 from modules.types import Record
 
 

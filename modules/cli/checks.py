@@ -25,6 +25,14 @@ NEEDED = {
     "test": ("test_step", "test_dataloader"),
     "predict": ("predict_step", "predict_dataloader"),
 }
+LEAST = {  # of the Trainer's settings, where Lightning checks nothing
+    "accumulate_grad_batches": 1,
+    "check_val_every_n_epoch": 1,
+    "log_every_n_steps": 0,
+    "num_sanity_val_steps": -1,
+    "min_epochs": 0,
+    "min_steps": 0,
+}
 
 
 def resolve_checkpoint(path: str | None, out: Path | None) -> str | None:
@@ -77,9 +85,12 @@ def check_checkpoint(path: str | None, resumes: bool) -> None:
 def check_trainer(settings: Namespace) -> None:
     """Refuse settings of the Trainer that our runs cannot obey, or on which Lightning would fail. Raises ValueError."""
     wrong = {
-        f"accumulate_grad_batches must be at least 1, got {settings.accumulate_grad_batches}": (
-            settings.accumulate_grad_batches < 1
-        ),
+        **{
+            f"{name} must be at least {least}, got {settings[name]}": settings[name] is not None
+            and settings[name] < least
+            for name, least in LEAST.items()
+        },
+        "val_check_interval is 0; to validate never, set limit_val_batches 0": settings.val_check_interval == 0,
         f"gradient_clip_val must be a finite number >= 0, got {settings.gradient_clip_val}": (
             not 0 <= (settings.gradient_clip_val or 0) < math.inf
         ),

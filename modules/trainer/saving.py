@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import tempfile
 import threading
 import zipfile
 import zlib
@@ -48,6 +49,22 @@ def find_reason(error: BaseException) -> str:
     while cause is not None and not (isinstance(cause, OSError) and cause.strerror):
         cause = cause.__cause__ or cause.__context__
     return str(cause.strerror) if isinstance(cause, OSError) else (str(error).splitlines() or [repr(error)])[0]
+
+
+def require_writable(path: Path, who: str) -> None:
+    """Check that ``path`` can be written, and leave nothing behind.
+
+    Raises ValueError, which begins with ``who``, when it cannot.
+    """
+    folder = path.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    if path.is_file():
+        folder = path.absolute().parent
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ValueError(f"{who}: {path} cannot be written ({folder}: {error.strerror}); name another place") from error
 
 
 @contextmanager
@@ -162,6 +179,16 @@ class WholeCheckpoints(TorchCheckpointIO):
         if local and Path(path).is_file():
             require_whole(Path(path))
         return super().load_checkpoint(path, map_location, weights_only=not local or weights_only is not False)
+
+
+def refuse_unwritable_folders(trainer: Trainer) -> None:
+    """Raise ValueError if a folder that a callback for checkpoints or the profiler names cannot be written."""
+    for part in (*trainer.checkpoint_callbacks, trainer.profiler):  # type: ignore[attr-defined]
+        folder = getattr(part, "dirpath", None)
+        if folder and "://" not in str(folder) and trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            if Path(folder).is_file():
+                raise ValueError(f"{type(part).__name__}: {folder} is a file; name a folder")
+            require_writable(Path(folder), type(part).__name__)
 
 
 def keep_checkpoints_whole(trainer: Trainer) -> None:

@@ -97,6 +97,13 @@ def test_a_fast_dev_run_and_a_refused_run_leave_nothing(capsys):
     with pytest.raises(SystemExit):
         main(["fit", *SFT, *FEW, "--out=mine", "--trainer.callbacks=Export", "--trainer.callbacks.folder=runs/export"])
     assert "error: Export: runs/export cannot be written" in capsys.readouterr().err
+    saver = ["--trainer.callbacks=ModelCheckpoint", "--trainer.callbacks.dirpath"]
+    for folder, said in (("runs", "is a file; name a folder"), ("runs/x", "cannot be written ({}: Not a directory)")):
+        with pytest.raises(SystemExit):
+            main(["fit", *SFT, *FEW, "--out=mine", *saver, folder])
+        told, here = capsys.readouterr(), Path("runs").absolute()
+        assert f"error: ModelCheckpoint: {here.parent / folder} {said.format(here)}" in told.err
+        assert "step 1" not in told.out  # before the first step
 
 
 REFUSES = """

@@ -1,11 +1,13 @@
 """Schedules over the whole run: the Trainer tells their length, and a resumed run follows the same curve."""
 
 import math
+import warnings
+from functools import partial
 
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.cli import ReduceLROnPlateau
 
 from datamodules import Addition, InstructionDataModule
@@ -23,8 +25,26 @@ class Rates(Callback):
         self.rates.append(optimizer.param_groups[0]["lr"])
 
 
-def fit(folder, scheduler, ckpt_path=None, callbacks=(), **settings):
-    module = SFTModule("tiny", optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.5), scheduler=scheduler)
+class TwoGroups(SFTModule):
+    """Trains its head with a learning rate of its own."""
+
+    head_rate = 0.1
+
+    def parameter_groups(self):
+        head, *others = reversed(super().parameter_groups())
+        return [{"params": others}, {"params": [head], "lr": self.head_rate}]
+
+
+def fit(
+    folder,
+    scheduler,
+    ckpt_path=None,
+    callbacks=(),
+    optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.5),
+    kind=SFTModule,
+    **settings,
+):
+    module = kind("tiny", optimizer=optimizer, scheduler=scheduler)
     rows = Addition(num_examples=40)
     data = InstructionDataModule(module.tokenizer, rows, Addition(num_examples=8, held_out=True), batch_size=4)
     rates = Rates()
@@ -60,6 +80,53 @@ def test_a_resumed_run_follows_the_same_curve_and_says_where_a_longer_one_leads(
         longer = fit(tmp_path, schedule, ckpt_path=tmp_path / "step=7.ckpt", max_epochs=3)
     assert "schedule: now over 30 updates instead of 20" in caplog.text
     assert longer[0] == pytest.approx(0.5 * (1 - 4 / 27))  # update 7 of 30, 3 of them warm-up
+
+
+def test_what_a_resumed_run_asks_without_effect_is_said(tmp_path, monkeypatch):
+    """Settings of a schedule, of a group of the optimizer, and of a callback, which the checkpoint brings."""
+
+    def resume(scheduler, patience):
+        saver = ModelCheckpoint(dirpath=tmp_path, filename="{step}", every_n_train_steps=5)
+        stop = EarlyStopping("train/loss", patience=patience)
+        checkpoint = tmp_path / "step=5.ckpt"
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            fit(
+                tmp_path,
+                scheduler,
+                checkpoint if checkpoint.exists() else None,
+                [saver, stop],
+                kind=TwoGroups,
+                max_steps=6,
+            )
+        return [str(warning.message).partition(", as")[0] for warning in caught if " stays " in str(warning.message)]
+
+    assert resume(partial(LinearDecay, warmup=0.1), 5) == []
+    assert resume(partial(LinearDecay, warmup=0.1), 5) == []
+    monkeypatch.setattr(TwoGroups, "head_rate", 0.2)
+    assert resume(partial(LinearDecay, warmup=0.3, final=0.9), 6) == [
+        "patience of EarlyStopping stays 5",
+        "lr of the optimizer stays 0.1",
+        "warmup of the scheduler stays 0.1",
+        "final of the scheduler stays 0.0",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"scheduler": None}, r"another scheduler \(LinearDecay there, none here\): set model.scheduler as it was"),
+        ({"scheduler": CosineDecay}, r"scheduler \(LinearDecay there, CosineDecay here\)"),
+        (
+            {"optimizer": partial(torch.optim.Adagrad, lr=0.5)},
+            r"another optimizer \(SGD there, Adagrad here\): set model.optimizer as it was",
+        ),
+    ],
+)
+def test_a_run_does_not_go_on_with_another_schedule_or_optimizer(tmp_path, settings, said):
+    fit(tmp_path, LinearDecay, callbacks=[ModelCheckpoint(tmp_path, "first")], max_steps=1)
+    with pytest.raises(ValueError, match=said):
+        fit(tmp_path, **{"scheduler": LinearDecay} | settings, ckpt_path=tmp_path / "first.ckpt")
 
 
 def test_a_plateau_is_watched(tmp_path):

@@ -118,6 +118,30 @@ def test_a_later_phase_without_any_score_ends_the_run_on_request():
     assert trainer.global_step == 1
 
 
+class Scripts(Reward):
+    """Gives all completions of a phase one score, or in phases of ``differ`` their lengths."""
+
+    name = "scripts"
+
+    def __init__(self, *differ: int) -> None:
+        self.differ = differ
+
+    def __call__(self, rollouts):
+        return [float(len(rollout.completion.token_ids) * (self.phase in self.differ)) for rollout in rollouts]
+
+
+@pytest.mark.parametrize(("differ", "said"), [((0,), [3]), ((2, 5), [])])
+def test_phases_with_equal_scores_are_told_once(differ, said):
+    module = grpo(reward=Scripts(*differ), engine=Scripted(ROWS), num_generations=3)
+    data = VerifiableDataModule(module.tokenizer, Addition(50), prompts_per_phase=4)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        Trainer(**QUIET, max_epochs=7).fit(module, data)
+    texts = [str(warning.message) for warning in told if "one score" in str(warning.message)]
+    begins = "phase {}: for 3 phases scripts has given all completions one score, now 0, so nothing is learned from it"
+    assert [text.partition(": either")[0] for text in texts] == [begins.format(phase) for phase in said]
+
+
 BROKEN = """
 import time
 
