@@ -7,7 +7,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from callbacks.phase import find_tensorboards, record_of, require_period
-from modules.types import Rollout
+from modules.types import Rollout, make_printable
 
 
 class Samples(Callback):
@@ -110,11 +110,16 @@ def _score(value: float | None) -> str:
 
 
 def indent_block(text: str) -> str:
-    """Return ``text`` as an indented code block. Every kind of line break starts a new indented line."""
-    return "\n".join(f"    {line}" for line in text.splitlines()) or "    (empty)"
+    """Return ``text`` as an indented code block, with control characters as escapes.
+
+    Every kind of line break starts a new indented line.
+    """
+    return "\n".join(f"    {make_printable(line)}" for line in text.splitlines()) or "    (empty)"
 
 
 def escape_cell(text: str) -> str:
-    """Return ``text`` on one line, with the special characters of Markdown, tables and HTML as character references."""
-    line = escape(" ".join(text.split()))
+    """Return ``text`` on one line, with control characters as escapes, and with the special characters of Markdown,
+    tables and HTML as character references.
+    """
+    line = escape(make_printable(" ".join(text.split())))
     return "".join(f"&#{ord(character)};" if character in "|`*_[]\\" else character for character in line)

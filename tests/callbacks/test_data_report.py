@@ -105,6 +105,16 @@ def test_planted_faults_are_found(tmp_path: Path, events: Any, capsys: pytest.Ca
     assert "data report" in printed and "1 (16.7%)" in printed
 
 
+def test_control_characters_of_the_data_are_escapes_in_the_table(
+    tmp_path: Path, events: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fit(tmp_path, data([("a?", "\x1b[31mred car"), ("b?", "\x1b[31mred bus")]))
+    ((_, text),) = events(tmp_path / "logs").texts("data/report")
+    printed = capsys.readouterr().out
+    assert "x1b" in text and "\\x1b" in printed  # the backslash of the table is a character reference
+    assert "\x1b" not in text and "\x1b[31mred" not in printed
+
+
 def test_clean_data_pass_without_a_warning(tmp_path: Path) -> None:
     assert fit(tmp_path, data(PAIRS[1:], [("z?", "26")]), DataReport(str(tmp_path / "new" / "r.json"))) == []
     assert content(tmp_path / "new" / "r.json")["train"]["leaked"] == 0

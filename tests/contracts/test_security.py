@@ -12,6 +12,7 @@ from rich.console import Console
 from transformers import AutoTokenizer
 
 from callbacks.data_report import write_markdown_table
+from callbacks.samples import indent_block
 from callbacks.token_picture import Piece, style_pieces
 from modules.cli.run import report_error
 from modules.networks.policy import Policy
@@ -63,6 +64,7 @@ def test_texts_of_tables_are_escaped():
     assert "<img" not in table
     assert "[a]" not in table
     assert all(line.count("|") == 3 for line in table.splitlines() if "---" not in line)
+    assert indent_block(f"{STEERS}\n") == "    a\\x1b[31mred\\x07\\x9b2J"
 
 
 def test_characters_that_steer_a_terminal_are_escapes(refusal, tmp_path):
