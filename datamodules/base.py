@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from datamodules.formats.reading import Reading, UnclearColumn
+from datamodules.formats.reading import Reading, UnclearColumn, refuse_mixed_splits
 from datamodules.formats.table import Purpose
 from datamodules.loaders.step_sampler import MicroBatch, StepSampler
 from datamodules.sources import Row, Source
@@ -164,6 +164,7 @@ class RowsDataModule(LightningDataModule):
         self.reading = Reading(self.purpose, self.columns)
         self.settle(source.whole if isinstance(source, Part) else rows, stage)
         if stage == "train":
+            refuse_mixed_splits(rows, self.columns)
             for row in rows:
                 self.content = zlib.crc32(repr(row.columns).encode(errors="surrogatepass"), self.content)
         for row in rows:

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
@@ -169,7 +169,8 @@ def read_compared(cells: Cells, needs_verdict: bool, decided: bool = True) -> Co
     if shape is None:
         raise _no_shape(cells)
     if shape == ("chosen", "rejected"):
-        return _with_several(cells, _take_both(cells, shape))
+        compared = _with_several(cells, _take_both(cells, shape))
+        return replace(compared, ranks=[0, 0]) if len(compared.answers) == 2 and _is_tie(cells) else compared
     if shape[:2] == TWO:
         ranks, strength = _judge(cells, needs_verdict, decided)
         said = "two answers" + (" with a verdict" if ranks else "")
@@ -267,6 +268,15 @@ def _no_shape(cells: Cells) -> ValueError:
             f"({', '.join(sorted(scored))}) is no comparison; put the answers to one prompt into one row as "
             "completions and scores"
         )
+    texts = [name for name in cells.unread if isinstance(cells.values[name], str)]
+    if not cells.has("completions") and len(texts) >= 2 and not any(map(cells.has, (*TWO, "completion", "messages"))):
+        longest = texts if cells.has("prompt") else texts[1:]
+        asked = {} if cells.has("prompt") else {"prompt": texts[0]}
+        example = asked | dict(zip(("chosen", "rejected"), longest, strict=False))
+        if len(longest) == 2 and not cells.has("chosen") and not cells.has("rejected"):
+            return cells.not_found(
+                "a prompt with chosen + rejected, completions with ranks or scores, or a label", example
+            )
     verdicts = {"preference": next((name for name in cells.unread if RANKS.search(normalize(name))), "my_verdict")}
     wanted = ", ".join(" + ".join(shape) for shape in SHAPES if shape != TWO)
     return cells.not_found(
@@ -317,6 +327,22 @@ def _with_several(cells: Cells, both: dict[str, Any]) -> Compared:
     answers = {f"{name} {number}": text for name, texts in given.items() for number, text in enumerate(texts)}
     ranks = [rank for rank, texts in enumerate(given.values()) for _ in texts]
     return Compared(answers, ranks, "chosen + rejected, several of each")
+
+
+def _is_tie(cells: Cells) -> bool:
+    """Tells whether the scores of a chosen and a rejected answer are equal; refuses scores against the choice."""
+    if not (cells.holds("chosen_score") and cells.holds("rejected_score")):
+        return False
+    names = cells.name("chosen_score"), cells.name("rejected_score")
+    values = [cells.take("chosen_score"), cells.take("rejected_score")]
+    chosen, rejected = _numbers(values, 2, "the scores of the answers", cells.origin)
+    if chosen < rejected:
+        raise ValueError(
+            f"{cells.origin}: the rejected answer scores {rejected:g} (column {names[1]!r}) and the chosen one only "
+            f"{chosen:g} ({names[0]!r}): swap the answers, or leave the scores out with --data.columns "
+            '\'{chosen_score: "", rejected_score: ""}\''
+        )
+    return chosen == rejected
 
 
 def _judge(cells: Cells, needs_verdict: bool, decided: bool) -> tuple[list[int] | None, float | None]:

@@ -31,6 +31,8 @@ if TYPE_CHECKING:  # sources read rows through this file
 
 ASKS = ("prompt", "instruction")  # our columns of which a row has one, unless the other holds its text too
 CHANCE = 20  # a text of at least so many characters does not stand in another one by chance
+# Values of a column ``split`` that are no training rows.
+OTHER_SPLITS = ("test", "val", "valid", "validation", "dev", "eval", "held_out", "heldout")
 Columns = Mapping[str, str]
 
 
@@ -352,11 +354,33 @@ class Cells:
         longest = sorted(self.unread, key=lambda name: -len(str(self.values[name])))
         if len(self.row.columns) == 1 and wanted.endswith(" text"):
             mapping = {"text": next(iter(self.row.columns))}
-        mapping = mapping or dict(zip(wants or ["prompt"], longest or ["my_column"], strict=False))
-        example = ", ".join(f"{ours}: {theirs}" for ours, theirs in mapping.items())
+        if mapping is None and purpose != "preference":  # whose answers cannot be told by their length
+            mapping = dict(zip(wants or ["prompt"], longest, strict=False))
+        example = ", ".join(f"{ours}: {theirs}" for ours, theirs in (mapping or {}).items())
+        way = f"columns, such as --data.columns '{{{example}}}'" if example else "data.columns"
         return ValueError(
-            f"{self.origin}: found the columns {found}; looked for {wanted}; map others with columns, such as "
-            f"--data.columns '{{{example}}}'{suggest(list(self.row.columns))}"
+            f"{self.origin}: found the columns {found}; looked for {wanted}; map others with {way}"
+            f"{suggest(list(self.row.columns))}"
+        )
+
+
+def refuse_mixed_splits(rows: Sequence["Row"], mapping: Mapping[str, str] | None) -> None:
+    """Refuse rows to train on among which a column ``split`` tells some of another part of the data.
+
+    Raises:
+        ValueError: the column holds train and another part, and the mapping does not leave it out.
+    """
+    if "split" in (mapping or {}):
+        return
+    found: dict[str, str] = {}
+    for row in rows:
+        if isinstance(said := row.columns.get("split"), str):
+            found.setdefault(said.strip().lower(), row.origin)
+    others = [name for name in found if name in OTHER_SPLITS]
+    if others and not found.keys().isdisjoint(("train", "training")):
+        raise ValueError(
+            f"{found[others[0]]}: column 'split' holds {others[0]!r} here and 'train' in other rows: keep what is not to "
+            "be trained on in a file of its own, or train on all rows with --data.columns '{split: \"\"}'"
         )
 
 

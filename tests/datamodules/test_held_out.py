@@ -225,3 +225,14 @@ def test_a_prompt_that_is_rendered_already_is_no_message(tmp_path: Path) -> None
     end = encode_example(tokenizer, "1+1?", "2", "here", chat=True)
     assert learned.train_rows[0].ids == end.ids[:-1]  # without the line break behind the end of the turn
     assert asked.train_prompts[0].ids == ids
+
+
+@pytest.mark.parametrize(("kind", "make"), KINDS)
+def test_rows_of_a_test_split_are_not_trained_on(tmp_path, kind, make):
+    """They may be a file's validation rows, and with the column left out all rows are learned."""
+    path = write(tmp_path / "rows.jsonl", [{**make(n), "split": "test" if n == 7 else "train"} for n in range(8)])
+    with pytest.raises(ValueError, match=r"rows.jsonl:8: column 'split' holds 'test' here and 'train' in other rows"):
+        kind(tiny_tokenizer(), path).setup("fit")
+    kind(tiny_tokenizer(), path, columns={"split": ""}).setup("fit")
+    alone = write(tmp_path / "train.jsonl", [{**make(n), "split": "train"} for n in range(8)])
+    kind(tiny_tokenizer(), alone, val=write(tmp_path / "test.jsonl", [{**make(9), "split": "test"}])).setup("fit")

@@ -127,6 +127,8 @@ def test_shapes_of_a_pair(columns: dict[str, Any], mapping: dict[str, str], prom
         ),
         ({"output_1": "a", "output_2": "b", "preference": 2}, [1, 0]),
         ({"output_1": "a", "output_2": "b", "preference": 1.50001}, [1, 0]),
+        ({"chosen": "a", "rejected": "b", "score_chosen": 5, "score_rejected": 1.5}, [0, 1]),
+        ({"chosen": "a", "rejected": "b", "score_chosen": None, "score_rejected": None}, [0, 1]),
         ({"completion": "a", "label": True}, [0]),
         ({"completion": "a", "kto_tag": False}, [1]),
     ],
@@ -145,6 +147,8 @@ def test_a_labelled_conversation_is_its_last_turn() -> None:
 def test_ties_are_no_examples_whatever_the_answers_hold(verdict: object) -> None:
     assert preference_example(row(input="x", output_1="", output_2=True, label=verdict), Reading("preference")) is None
     assert preference_example(row(prompt="x", completions=["a", "b"], scores=[1, 1]), Reading("preference")) is None
+    scored = row(prompt="x", **PAIR, chosen_score=4, rejected_score="4.0")
+    assert preference_example(scored, Reading("preference")) is None
 
 
 @pytest.mark.parametrize(
@@ -200,6 +204,11 @@ BROKEN: list[tuple[dict[str, Any], str]] = [
         "found the columns prompt, chosen; looked for a prompt .* with one of: chosen [+] rejected, completions",
     ),
     ({"prompt": "y", "instruction": "x", **PAIR}, "column 'instruction' .* has no use for it"),
+    ({"prompt": "x", **PAIR, "score_chosen": 1, "score_rejected": 5}, r"rejected answer scores 5 .* chosen one only 1 "),
+    ({"prompt": "x", **PAIR, "score_chosen": 1}, "column 'score_chosen' .* has no use for it"),
+    ({"x": "q", "y_w": "a", "y_l": "b"}, r"--data.columns '\{prompt: x, chosen: y_w, rejected: y_l\}'"),
+    ({"prompt": "q", "good": "a", "bad": "b"}, r"--data.columns '\{chosen: good, rejected: bad\}'"),
+    ({"prompt": "q", "completion": "a"}, "map others with data.columns$"),
     (
         {"instruction": "x", "input": "", "output_1": "a", "output_2": "b"},
         "found the columns instruction, input, output_1, output_2; looked for",
