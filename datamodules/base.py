@@ -57,11 +57,11 @@ class StepLoader(DataLoader[Any]):
     """
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns an empty dict: the DataModule keeps the state."""
+        """Return an empty dict: the DataModule keeps the state."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Does nothing."""
+        """Do nothing."""
 
 
 class RowsDataModule(LightningDataModule):
@@ -100,7 +100,7 @@ class RowsDataModule(LightningDataModule):
 
     @classmethod
     def check_needs(cls, given: Mapping[str, Any], method: str = "<method>") -> None:
-        """Refuses a call in which a needed argument is None.
+        """Refuse a call in which a needed argument is None.
 
         Args:
             given: some arguments by name.
@@ -118,7 +118,7 @@ class RowsDataModule(LightningDataModule):
             )
 
     def take_tokenizer(self) -> None:
-        """Takes the module's tokenizer if none was given. Raises ValueError if the module has none either."""
+        """Take the module's tokenizer if none was given. Raises ValueError if the module has none either."""
         if self.tokenizer is None:
             module = self.trainer.lightning_module if self.trainer else None
             found = getattr(module, "tokenizer", None)
@@ -148,7 +148,7 @@ class RowsDataModule(LightningDataModule):
         length: Callable[[Example], int],
         limit: int,
     ) -> list[Example]:
-        """Encodes the rows of a source, and sets ``reading`` to the account of this source.
+        """Encode the rows of a source, and set ``reading`` to the account of this source.
 
         It leaves out and counts rows for which ``encode`` gives None, rows longer than ``limit`` tokens (in
         ``dropped[stage]``) and, with ``on_bad_row`` drop, rows for which ``encode`` raises ValueError (in
@@ -210,34 +210,34 @@ class RowsDataModule(LightningDataModule):
         return kept
 
     def compare_content(self, state: Mapping[str, Any]) -> None:
-        """Warns if the training rows differ from those of a checkpoint's state; checkpoints of earlier versions have no
+        """Warn if the training rows differ from those of a checkpoint's state; checkpoints of earlier versions have no
         checksum.
         """
         if self.content and state.get("content", self.content) != self.content:
             self.warn_of_other_rows()
 
     def warn_of_other_rows(self) -> None:
-        """Warns that a resumed run goes on with other rows than those of its checkpoint."""
+        """Warn that a resumed run goes on with other rows than those of its checkpoint."""
         rank_zero_warn(
             "the training rows are not those that the checkpoint was trained on; the run goes on at the same place "
             "in these rows"
         )
 
     def read(self, source: str | Source) -> list[Row]:
-        """Reads the rows of a source."""
+        """Read the rows of a source."""
         return read_rows(source)
 
     def settle(self, rows: Sequence[Row], stage: str) -> None:
-        """Settles in ``reading`` what only all rows together tell, such as a scale of labels, before the first row is
+        """Settle in ``reading`` what only all rows together tell, such as a scale of labels, before the first row is
         encoded.
         """
 
     def report(self, stage: str, detail: str, name: str | None = None) -> None:
-        """Prints one line about the last data set, on rank 0: how it was read and what became of its rows."""
+        """Print one line about the last data set, on rank 0: how it was read and what became of its rows."""
         rank_zero_info(f"{name or stage}: {self.reading.line()}; {detail}")
 
     def check_positions(self, stage: str, longest: int, setting: str) -> None:
-        """Refuses rows with more tokens than the Trainer's model has positions.
+        """Refuse rows with more tokens than the Trainer's model has positions.
 
         Args:
             stage: stage of the rows; if the module samples, the longest completion is added to their length.
@@ -269,7 +269,7 @@ class RowsDataModule(LightningDataModule):
         )
 
     def ready_loader(self, batches: Sequence[Any]) -> DataLoader[Any]:
-        """Hands out this rank's finished batches in order.
+        """Hand out this rank's finished batches in order.
 
         A sampler of one replica keeps Lightning from sharing them out again.
         """
@@ -278,7 +278,7 @@ class RowsDataModule(LightningDataModule):
 
 
 def load_tokenizer(tokenizer: PreTrainedTokenizerBase | str | None) -> PreTrainedTokenizerBase:
-    """Loads the tokenizer of a path or hub id; None stays None until :meth:`RowsDataModule.take_tokenizer`."""
+    """Load the tokenizer of a path or hub id; None stays None until :meth:`RowsDataModule.take_tokenizer`."""
     if not isinstance(tokenizer, str):
         return tokenizer  # type: ignore[return-value]
     return AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)  # type: ignore[no-any-return]
@@ -326,7 +326,7 @@ class AlignDataModule(RowsDataModule):
         self._resume: dict[str, int] | None = None
 
     def prepare(self, stage: str) -> None:
-        """Begins ``setup``: takes the tokenizer, and holds rows out where ``val`` is a share.
+        """Begin ``setup``: take the tokenizer, and hold rows out where ``val`` is a share.
 
         Raises ValueError for a stage that only reads held-out rows when there are none, and for settings that the chat
         template does not read.
@@ -361,7 +361,7 @@ class AlignDataModule(RowsDataModule):
         return self.tokenizer.chat_template is not None and not row.plain
 
     def say_chat(self, row: Row, is_text: bool) -> None:
-        """Notes in ``reading`` how the text prompt of a row was read, unless it holds messages."""
+        """Note in ``reading`` how the text prompt of a row was read, unless it holds messages."""
         if is_text and self.is_chat(row):
             self.reading.note("text prompts are user messages of the chat template")
         elif is_text:
@@ -377,7 +377,7 @@ class AlignDataModule(RowsDataModule):
         batch_size: int,
         sampler: Callable[..., StepSampler] = StepSampler,
     ) -> StepLoader:
-        """Makes the training loader, at the position of a loaded checkpoint. Raises ValueError if the checkpoint counts
+        """Make the training loader, at the position of a loaded checkpoint. Raises ValueError if the checkpoint counts
         other batches than this run.
         """
         if self.trainer is None:
@@ -407,12 +407,12 @@ class AlignDataModule(RowsDataModule):
     def held_out_loader(
         self, dataset: Dataset[Any], lengths: Sequence[int], weights: Sequence[int], batch_size: int
     ) -> DataLoader[MicroBatch]:
-        """Gives rows in their order. A denominator counts one micro-batch over all ranks."""
+        """Give rows in their order. A denominator counts one micro-batch over all ranks."""
         sampler = StepSampler(lengths, weights, batch_size, num_replicas=self.world_size, rank=self.rank, shuffle=False)
         return DataLoader(dataset, sampler=sampler, batch_size=None)
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the epoch, how many of its micro-batches were trained on, how many a whole epoch has, and the rows'
+        """Return the epoch, how many of its micro-batches were trained on, how many a whole epoch has, and the rows'
         checksum.
 
         The Trainer's own counter can restart at 0 inside an epoch on a second resume, so the sampler counts; the
@@ -427,7 +427,7 @@ class AlignDataModule(RowsDataModule):
         return place | {"content": self.content}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Makes the run go on where the checkpoint was written, also if the loader exists already."""
+        """Make the run go on where the checkpoint was written, also if the loader exists already."""
         self._resume = dict(state_dict)
         self.compare_content(state_dict)
         self._apply_resume()
@@ -445,7 +445,7 @@ class AlignDataModule(RowsDataModule):
         self._sampler.start_at(resume["epoch"], resume["position"])
 
     def forget_position(self) -> None:
-        """Makes a run start at the beginning, unless a checkpoint is loaded afterwards."""
+        """Make a run start at the beginning, unless a checkpoint is loaded afterwards."""
         self._sampler, self._resume = None, None
 
 

@@ -118,7 +118,7 @@ class InstructionDataModule(AlignDataModule):
         return [row for rows in self.domains.values() for row in rows]
 
     def setup(self, stage: str) -> None:
-        """Tokenises everything once; bad rows fail here."""
+        """Tokenise everything once; bad rows fail here."""
         self.forget_position()
         self.prepare(stage)
         if not self.train_rows:
@@ -128,30 +128,30 @@ class InstructionDataModule(AlignDataModule):
             self.domains = {name: self.load(source, "val", name) for name, source in sets.items()}
 
     def train_dataloader(self) -> DataLoader[MicroBatch]:
-        """Gives the training rows, shuffled by (seed, epoch)."""
+        """Give the training rows, shuffled by (seed, epoch)."""
         return self.step_loader(self.make_dataset(self.train_rows), *count_sizes(self.train_rows), self.batch_size)
 
     def val_dataloader(self) -> EVAL_DATALOADERS:
-        """Gives the held-out rows in order; none without ``val``."""
+        """Give the held-out rows in order; none without ``val``."""
         rows = self.val_rows
         return self.held_out_loader(self.make_dataset(rows), *count_sizes(rows), self.batch_size) if rows else []
 
     def test_dataloader(self) -> EVAL_DATALOADERS:
-        """Gives the held-out rows."""
+        """Give the held-out rows."""
         return self.val_dataloader()
 
     def domain_loader(self, name: str) -> DataLoader[MicroBatch]:
-        """Gives this rank's share of one domain's rows, in order, in as many batches on every rank."""
+        """Give this rank's share of one domain's rows, in order, in as many batches on every rank."""
         rows = self.domains[name]
         return self.held_out_loader(self.make_dataset(rows), *count_sizes(rows), self.batch_size)
 
     def load_training(self) -> list[Tokens]:
-        """Reads the training rows, and packs them if asked."""
+        """Read the training rows, and pack them if asked."""
         rows = self.load(self.train, "train", "train")
         return pack(rows, self.max_length) if self.packing else rows
 
     def load(self, source: str | Source, stage: Literal["train", "val"], name: str) -> list[Tokens]:
-        """Encodes all rows of a source."""
+        """Encode all rows of a source."""
 
         def encode(row: Row) -> Tokens | None:
             return self.encode(row, self.unknown if stage == "train" else "keep")
@@ -168,7 +168,7 @@ class InstructionDataModule(AlignDataModule):
         return rows
 
     def encode(self, row: Row, unknown: str = "keep") -> Tokens | None:
-        """Encodes one raw row; None = ``unknown`` leaves it out. Raises ValueError with the row's origin."""
+        """Encode one raw row; None = ``unknown`` leaves it out. Raises ValueError with the row's origin."""
         chat = self.is_chat(row)
         example = instruction_example(row, self.reading, self.format, chat, known=unknown != "keep")
         self.say_chat(row, isinstance(example.prompt, str) and not example.whole)
@@ -188,11 +188,11 @@ class InstructionDataModule(AlignDataModule):
         return encode_instruction(self.tokenizer, example, chat, self.system, self.loss_on)
 
     def settle(self, rows: Sequence[Row], stage: str) -> None:
-        """Settles how numbers beside options are read."""
+        """Settle how numbers beside options are read."""
         settle_choices(self.reading.rows_with(rows, "options"), self.reading, ("completion", "answer"))
 
     def make_dataset(self, rows: list[Tokens]) -> "InstructionDataset":
-        """Makes a data set that the micro-batches of a plan index."""
+        """Make a data set that the micro-batches of a plan index."""
         pad = self.tokenizer.pad_token_id
         return InstructionDataset(rows, self.tokenizer.eos_token_id if pad is None else pad)
 
@@ -230,7 +230,7 @@ class InstructionDataset(Dataset[InstructionBatch]):
 
 
 def replace_answer(example: InstructionExample) -> InstructionExample:
-    """Replaces the last answer of an example by "I don't know." Raises ValueError for a plain text, which asks nothing."""
+    """Replace the last answer of an example by "I don't know." Raises ValueError for a plain text, which asks nothing."""
     if example.whole:
         raise ValueError(f"{example.origin}: unknown: idk needs a question and its answer, and the row is a plain text")
     if isinstance(example.completion, str):
@@ -239,5 +239,5 @@ def replace_answer(example: InstructionExample) -> InstructionExample:
 
 
 def count_sizes(rows: list[Tokens]) -> tuple[list[int], list[int]]:
-    """Counts the tokens and the supervised tokens of each row."""
+    """Count the tokens and the supervised tokens of each row."""
     return [len(row.ids) for row in rows], [sum(row.supervised) for row in rows]

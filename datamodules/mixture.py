@@ -46,7 +46,7 @@ class MixtureSampler(StepSampler):
         return self.num_steps * self.rows_per_step
 
     def order(self, epoch: int) -> list[int]:
-        """Returns the rows of the epoch's steps. In a resumed epoch, ``global_step`` already counts some of its own
+        """Return the rows of the epoch's steps. In a resumed epoch, ``global_step`` already counts some of its own
         steps.
         """
         first = self.global_step() - self.start(epoch) // self.accumulate
@@ -130,7 +130,7 @@ class MixtureDataModule(InstructionDataModule):
         self._shares: list[tuple[float, float]] = []  # of each stream before and after the switch
 
     def load_training(self) -> list[Tokens]:
-        """Reads the rows of all streams, one stream after the other."""
+        """Read the rows of all streams, one stream after the other."""
         rows: list[Tokens] = []
         for name, stream in self.streams.items():
             start = len(rows)
@@ -148,7 +148,7 @@ class MixtureDataModule(InstructionDataModule):
         return rows
 
     def load(self, source: str | Source, stage: Literal["train", "val"], name: str) -> list[Tokens]:
-        """Encodes the rows of a source of the stream ``name``, with the stream's own settings."""
+        """Encode the rows of a source of the stream ``name``, with the stream's own settings."""
         stream, seen = self.streams[name], copy(self)
         seen.columns, seen.loss_on = stream.columns or {}, stream.loss_on or self.loss_on
         rows = load_documents(seen, source, stage, name)
@@ -157,7 +157,7 @@ class MixtureDataModule(InstructionDataModule):
         return rows
 
     def probabilities(self, step: int) -> dict[str, float]:
-        """Computes the probability of each stream to give a row of the optimiser step ``step``."""
+        """Compute the probability of each stream to give a row of the optimiser step ``step``."""
         way = 0.0 if self.decay is None else self.decay.progress(step)
         drawn = [
             ((1 - way) * before + way * after) / size
@@ -166,7 +166,7 @@ class MixtureDataModule(InstructionDataModule):
         return {name: each / sum(drawn) for name, each in zip(self.streams, drawn, strict=True)}
 
     def draw(self, first: int, last: int, rows_per_step: int) -> list[int]:
-        """Draws the rows, by their places in ``train_rows``, of the optimiser steps ``first`` to ``last - 1``. One
+        """Draw the rows, by their places in ``train_rows``, of the optimiser steps ``first`` to ``last - 1``. One
         uniform number for each row decides which stream gives it.
         """
         generator = random.Random(f"{self.seed} draws")
@@ -179,7 +179,7 @@ class MixtureDataModule(InstructionDataModule):
         return drawn
 
     def train_dataloader(self) -> DataLoader[MicroBatch]:
-        """Gives the training rows in the order in which they are drawn."""
+        """Give the training rows in the order in which they are drawn."""
         trainer = self.trainer
         sampler = partial(
             MixtureSampler,
@@ -192,12 +192,12 @@ class MixtureDataModule(InstructionDataModule):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the place in the epoch, how the steps were cut, and the checksum of each stream."""
+        """Return the place in the epoch, how the steps were cut, and the checksum of each stream."""
         state = super().state_dict()
         return state | self._cut() | {"contents": self.contents} if state else state
 
     def compare_content(self, state: Mapping[str, Any]) -> None:
-        """Warns if a stream's rows differ from those of a checkpoint's state. Streams that were added or removed are
+        """Warn if a stream's rows differ from those of a checkpoint's state. Streams that were added or removed are
         not compared, and checkpoints of earlier versions have no checksums.
         """
         there = state.get("contents", {})
@@ -209,7 +209,7 @@ class MixtureDataModule(InstructionDataModule):
         return {"rows_per_step": self._sampler.rows_per_step, "accumulate": self._sampler.accumulate}
 
     def _apply_resume(self) -> None:
-        """Accepts another ``num_steps``, which changes no step. Raises ValueError for other rows per step, which would
+        """Accept another ``num_steps``, which changes no step. Raises ValueError for other rows per step, which would
         change every step.
         """
         if self._resume is None or self._sampler is None:
@@ -248,7 +248,7 @@ class MixtureDataModule(InstructionDataModule):
 
 
 def shuffled_passes(rows: Sequence[int], seed: str) -> Iterator[int]:
-    """Gives the rows in one permutation after another, drawn by ``seed`` and the number of the pass."""
+    """Give the rows in one permutation after another, drawn by ``seed`` and the number of the pass."""
     for number in count():
         order = list(rows)
         random.Random(f"{seed} {number}").shuffle(order)

@@ -146,7 +146,7 @@ class PreferenceDataModule(AlignDataModule):
         self.unbalanced = 0  # training pairs left out by balance_length
 
     def setup(self, stage: str) -> None:
-        """Tokenises everything once; bad rows fail here."""
+        """Tokenise everything once; bad rows fail here."""
         self.forget_position()
         self.prepare(stage)
         if not self.train_rows:
@@ -157,19 +157,19 @@ class PreferenceDataModule(AlignDataModule):
             self.calibration_rows = self._load_calibration(self.calibration)
 
     def train_dataloader(self) -> DataLoader[MicroBatch]:
-        """Gives the training examples, shuffled by (seed, epoch)."""
+        """Give the training examples, shuffled by (seed, epoch)."""
         return self.step_loader(self.make_dataset(self.train_rows), *_sizes(self.train_rows), self.batch_size)
 
     def val_dataloader(self) -> EVAL_DATALOADERS:
-        """Gives the held-out examples in order; none without ``val``."""
+        """Give the held-out examples in order; none without ``val``."""
         return self.in_order("val") if self.val_rows else []
 
     def test_dataloader(self) -> EVAL_DATALOADERS:
-        """Gives the held-out examples."""
+        """Give the held-out examples."""
         return self.val_dataloader()
 
     def in_order(self, stage: Stage) -> DataLoader[MicroBatch]:
-        """Gives all examples of a stage, each once over all ranks and nearly in their order. Every rank gets the same
+        """Give all examples of a stage, each once over all ranks and nearly in their order. Every rank gets the same
         number of batches, with fillers of rank -1.
         """
         rows = {"train": self.train_rows, "val": self.val_rows, "calibration": self.calibration_rows}[stage]
@@ -181,7 +181,7 @@ class PreferenceDataModule(AlignDataModule):
         return self.held_out_loader(self.make_dataset(rows), *_sizes(rows), self.batch_size)
 
     def encode(self, row: Row) -> PreferenceTokens | None:
-        """Encodes one raw row; None = a tie. Raises ValueError with the row's origin."""
+        """Encode one raw row; None = a tie. Raises ValueError with the row's origin."""
         has_template, chat = self.tokenizer.chat_template is not None, self.is_chat(row)
         example = preference_example(row, self.reading, has_template, self.margins, chat)
         if example is None:
@@ -190,7 +190,7 @@ class PreferenceDataModule(AlignDataModule):
         return self._tokens(example, chat)
 
     def settle(self, rows: Sequence[Row], stage: str) -> None:
-        """Settles how columns of verdicts and labels are read."""
+        """Settle how columns of verdicts and labels are read."""
         if stage != "calibration":
             settle_verdicts(rows, self.reading, self.first_is_better)
 
@@ -296,7 +296,7 @@ class PreferenceDataModule(AlignDataModule):
         return f"the longer answer chosen in {longer:.1%} of pairs"
 
     def make_dataset(self, rows: list[PreferenceTokens]) -> "PreferenceDataset":
-        """Makes a data set that the micro-batches of a plan index."""
+        """Make a data set that the micro-batches of a plan index."""
         pad, module = self.tokenizer.pad_token_id, self.trainer.lightning_module if self.trainer else None
         mismatched = isinstance(module, ComparesMismatched) and module.compares_mismatched
         return PreferenceDataset(rows, self.tokenizer.eos_token_id if pad is None else pad, mismatched)
@@ -338,7 +338,7 @@ class PreferenceDataset(Dataset[PreferenceBatch]):
         return made
 
     def make_batch(self, batch: MicroBatch, prompts: list[list[int]]) -> PreferenceBatch:
-        """Pads the completions of a micro-batch and the prompts that they follow, one of each example."""
+        """Pad the completions of a micro-batch and the prompts that they follow, one of each example."""
         rows = [self.rows[index] for index in batch.indices]
         prompt_ids, prompt_mask = pad_rows(prompts, self.pad_id)
         completion_ids, completion_mask = pad_rows([ids for row in rows for ids in row.completions], self.pad_id)
@@ -361,7 +361,7 @@ class PreferenceDataset(Dataset[PreferenceBatch]):
 
 
 def find_other_prompts(rows: Sequence[PreferenceTokens]) -> list[list[int] | None]:
-    """Finds, for each example, the prompt of the next example with another prompt; behind the last one comes the first.
+    """Find, for each example, the prompt of the next example with another prompt; behind the last one comes the first.
 
     So the prompt depends on the data set alone, and on no batch. It is cut on the left where completion and prompt
     would be longer than the longest example. None where all prompts are equal.
@@ -381,11 +381,11 @@ def find_other_prompts(rows: Sequence[PreferenceTokens]) -> list[list[int] | Non
 
 
 def chosen_longer_by(row: PreferenceTokens) -> int:
-    """Counts the tokens by which the better of two completions is longer."""
+    """Count the tokens by which the better of two completions is longer."""
     first, second = (len(ids) for ids in row.completions)
     return first - second if row.ranks[0] < row.ranks[1] else second - first
 
 
 def _sizes(rows: list[PreferenceTokens]) -> tuple[list[int], list[int]]:
-    """Returns the tokens of each example, and 1 for each, so that the denominator counts examples."""
+    """Return the tokens of each example, and 1 for each, so that the denominator counts examples."""
     return [row.num_tokens for row in rows], [1] * len(rows)

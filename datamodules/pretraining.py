@@ -53,18 +53,18 @@ class PretrainingDataModule(InstructionDataModule):
         )
 
     def load(self, source: str | Source, stage: Literal["train", "val"], name: str) -> list[Tokens]:
-        """Reads and packs the rows of a source."""
+        """Read and pack the rows of a source."""
         return load_documents(self, source, stage, name, whole=True)
 
     def load_training(self) -> list[Tokens]:
-        """Reads and packs the training rows."""
+        """Read and pack the training rows."""
         return self.load(self.train, "train", "train")
 
 
 def load_documents(
     data: InstructionDataModule, source: str | Source, stage: Literal["train", "val"], name: str, whole: bool = False
 ) -> list[Tokens]:
-    """Encodes the rows of a source, packed if ``data`` packs. Plain texts (with ``whole`` all rows) are split at
+    """Encode the rows of a source, packed if ``data`` packs. Plain texts (with ``whole`` all rows) are split at
     ``max_length``; other long rows are dropped.
     """
 

@@ -122,7 +122,7 @@ class StreamingDataModule(InstructionDataModule):
         self._lines_are_json = False  # of what ``opened`` gives
 
     def load_training(self) -> list[Tokens]:
-        """Reads the first row alone, so that a wrong path or column shows before the first step."""
+        """Read the first row alone, so that a wrong path or column shows before the first step."""
         self._loader = self._saved = None
         self.content = self.sum_files()
         self.reading = Reading(self.purpose, self.columns)
@@ -141,7 +141,7 @@ class StreamingDataModule(InstructionDataModule):
         return []
 
     def train_dataloader(self) -> Any:
-        """Gives the stream, from the place of a loaded checkpoint on."""
+        """Give the stream, from the place of a loaded checkpoint on."""
         if self.trainer is None:
             raise ValueError(
                 "the training loader needs a Trainer, which says how many micro-batches and ranks share a step; use "
@@ -154,19 +154,19 @@ class StreamingDataModule(InstructionDataModule):
         return self._loader
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the places of all ranks (collective), and the files' checksum."""
+        """Return the places of all ranks (collective), and the files' checksum."""
         if self._loader is None:
             return {}
         return {"ranks": from_all_ranks([self._loader.snapshot()]), "content": self.content}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores the loader, or keeps the state until there is one."""
+        """Restore the loader, or keep the state until there is one."""
         self._saved = dict(state_dict)
         self.compare_content(state_dict)
         self._restore()
 
     def files(self) -> list[str]:
-        """Finds the files to stream; none for a hub id. Raises ValueError for files of several kinds."""
+        """Find the files to stream; none for a hub id. Raises ValueError for files of several kinds."""
         path = Path(str(self.train)).expanduser()
         if path.is_dir():
             files = [str(file) for file in find_files(path, list(BUILDERS), None)]
@@ -184,12 +184,12 @@ class StreamingDataModule(InstructionDataModule):
         return files
 
     def sum_files(self) -> int:
-        """Computes a checksum of the files' names and sizes, or of the hub id, since the rows are not read."""
+        """Compute a checksum of the files' names and sizes, or of the hub id, since the rows are not read."""
         told = [(Path(name).name, Path(name).stat().st_size) for name in self.files()] or str(self.train)
         return zlib.crc32(repr(told).encode(errors="surrogatepass"))
 
     def opened(self) -> Any:
-        """Opens the rows as a ``datasets`` stream. Raises ValueError without such a file or hub id."""
+        """Open the rows as a ``datasets`` stream. Raises ValueError without such a file or hub id."""
         from datasets import load_dataset
 
         files = self.files()
@@ -203,18 +203,18 @@ class StreamingDataModule(InstructionDataModule):
             raise ValueError(explain_hub_error(str(self.train), "train", error)) from error
 
     def encode_record(self, record: Row) -> Tokens | None:
-        """Encodes a record that :meth:`opened` gives. Raises ValueError with its origin."""
+        """Encode a record that :meth:`opened` gives. Raises ValueError with its origin."""
         return self.encode(self.parse(record))
 
     def parse(self, record: Row) -> Row:
-        """Makes a row of a record. JSON lines, which are streamed as text, are parsed."""
+        """Make a row of a record. JSON lines, which are streamed as text, are parsed."""
         if not self._lines_are_json:
             return record
         columns = parse_record(record.columns["text"], record.origin)
         return replace(record, columns=columns if isinstance(columns, dict) else {"text": columns})
 
     def name_place(self, error: ValueError, record: Row) -> ValueError:
-        """Puts file and row into an error, in place of the record's number in its share.
+        """Put file and row into an error, in place of the record's number in its share.
 
         The files are read again up to the record, since a stream does not tell where its records stand.
         """
@@ -226,12 +226,12 @@ class StreamingDataModule(InstructionDataModule):
         return error
 
     def teardown(self, stage: str) -> None:
-        """Prints what became of the rows."""
+        """Print what became of the rows."""
         if self._loader is not None:
             self._loader.tell_rows()
 
     def cut(self, tokens: Tokens) -> list[Tokens]:
-        """Cuts a plain text that is too long into pieces, and drops another long row."""
+        """Cut a plain text that is too long into pieces, and drop another long row."""
         if len(tokens.ids) <= self.max_length:
             return [tokens]
         return split_long(tokens, self.max_length) if tokens.whole else []
@@ -242,7 +242,7 @@ class StreamingDataModule(InstructionDataModule):
 
 
 def _open(files: list[str]) -> Any:
-    """Opens files of one kind as a ``datasets`` stream; empty lines are records too."""
+    """Open files of one kind as a ``datasets`` stream; empty lines are records too."""
     from datasets import Features, Value, load_dataset
 
     builder, settings = BUILDERS[read_format(Path(files[0]))]
@@ -258,7 +258,7 @@ def _has_text(record: dict[str, Any]) -> bool:
 
 
 def _read_header(path: str, separator: str) -> list[str]:
-    """Reads the names of the columns of a CSV or TSV file."""
+    """Read the names of the columns of a CSV or TSV file."""
     opened = gzip.open if path.lower().endswith(".gz") else open
     with opened(path, "rt", encoding="utf-8-sig", newline="") as file:
         return next(csv.reader(file, delimiter=separator), [])

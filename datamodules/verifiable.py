@@ -118,7 +118,7 @@ class VerifiableDataModule(AlignDataModule):
         self._snapshot: dict[str, Any] | None = None
 
     def setup(self, stage: str) -> None:
-        """Tokenises all prompts once; bad rows and a phase that the ranks cannot share fail here."""
+        """Tokenise all prompts once; bad rows and a phase that the ranks cannot share fail here."""
         self._loader, self._snapshot = None, None
         self.prepare(stage)
         module = self.trainer.lightning_module if self.trainer else None
@@ -145,7 +145,7 @@ class VerifiableDataModule(AlignDataModule):
                 self._prepare_learning(type(self.order).__name__)
 
     def draw(self, number: int) -> PromptBatch:
-        """Draws this rank's prompts of stretch ``number`` (>= 0), which is dealt to the ranks in turn.
+        """Draw this rank's prompts of stretch ``number`` (>= 0), which is dealt to the ranks in turn.
 
         Without ``order`` the rows, shuffled anew for each pass by (seed, pass), form one endless stream.
         """
@@ -158,7 +158,7 @@ class VerifiableDataModule(AlignDataModule):
         return prompt_batch([(self.train_prompts[row], instance) for row, instance in drawn])
 
     def learn(self) -> None:
-        """Tells ``order`` how often each prompt of the phase was answered right, on all ranks (collective)."""
+        """Tell ``order`` how often each prompt of the phase was answered right, on all ranks (collective)."""
         assert isinstance(self.order, LearningOrder) and self.trainer is not None
         right, judged = Counter[int](), Counter[int]()
         for outcome in require_accuracy(self.trainer.lightning_module, "data.order").find_outcomes():
@@ -173,11 +173,11 @@ class VerifiableDataModule(AlignDataModule):
         self.order.learn(counts)
 
     def prompt_rows(self) -> list[tuple[str, dict[str, Any]]]:
-        """Returns the uid in ``predict`` and the columns of each training prompt, in order."""
+        """Return the uid in ``predict`` and the columns of each training prompt, in order."""
         return [(f"{prompt.example.origin}#0", make_plain(prompt.columns)) for prompt in self.train_prompts]
 
     def asked_rows(self) -> list[AskedRow]:
-        """Returns each training row without what answered it, in order; see :func:`asked_columns`."""
+        """Return each training row without what answered it, in order; see :func:`asked_columns`."""
         return [
             AskedRow(
                 f"{prompt.example.origin}#0",
@@ -190,19 +190,19 @@ class VerifiableDataModule(AlignDataModule):
         ]
 
     def held_out_questions(self) -> list[str]:
-        """Returns the text of each held-out prompt, or the last message of its user."""
+        """Return the text of each held-out prompt, or the last message of its user."""
         return [read_question(prompt.example.prompt) for prompt in self.val_prompts]
 
     def every_prompt(self) -> PromptBatch:
-        """Returns all prompts for training and the held-out ones as one batch, the same on every rank."""
+        """Return all prompts for training and the held-out ones as one batch, the same on every rank."""
         return self.batch_of([*self.train_prompts, *self.val_prompts])
 
     def batch_of(self, prompts: Sequence[Prompt]) -> PromptBatch:
-        """Gives some prompts as a batch."""
+        """Give some prompts as a batch."""
         return prompt_batch([(prompt, 0) for prompt in prompts])
 
     def in_other_form(self, prompt: Prompt) -> Prompt | None:
-        """Writes a plain text as one user message of the chat template, and one user message as plain text.
+        """Write a plain text as one user message of the chat template, and one user message as plain text.
 
         None where there is no other form: without a chat template, for several turns, for a text that is rendered.
         """
@@ -219,14 +219,14 @@ class VerifiableDataModule(AlignDataModule):
         return Prompt(*encode_prompt(self.tokenizer, asked, origin, not chat, system), prompt.example)
 
     def draw_texts(self, update: int, micro_batch: int) -> InstructionBatch:
-        """Draws this rank's texts of a micro-batch of an update, counted from the start of training."""
+        """Draw this rank's texts of a micro-batch of an update, counted from the start of training."""
         assert self.ptx is not None and self.trainer is not None
         return self.ptx.batch(
             update, micro_batch * self.world_size + self.rank, self.trainer.accumulate_grad_batches * self.world_size
         )
 
     def train_dataloader(self) -> PhaseLoader:
-        """Gives one rollout phase per epoch."""
+        """Give one rollout phase per epoch."""
         if self.trainer is None:
             raise ValueError("the training loader needs a Trainer, whose epochs are the phases; use trainer.fit")
         texts = self.draw_texts if self.ptx is not None else None
@@ -238,15 +238,15 @@ class VerifiableDataModule(AlignDataModule):
         return self._loader
 
     def val_dataloader(self) -> EVAL_DATALOADERS:
-        """Gives the held-out prompts in order. Ranks take turns, and each gets as many batches."""
+        """Give the held-out prompts in order. Ranks take turns, and each gets as many batches."""
         return self._in_order(self.val_prompts) if self.val_prompts else []
 
     def test_dataloader(self) -> EVAL_DATALOADERS:
-        """Gives the held-out prompts."""
+        """Give the held-out prompts."""
         return self.val_dataloader()
 
     def predict_dataloader(self) -> EVAL_DATALOADERS:
-        """Gives the training prompts once, in order, to filter them or to sample data from them."""
+        """Give the training prompts once, in order, to filter them or to sample data from them."""
         return self._in_order(self.train_prompts)
 
     @property
@@ -255,12 +255,12 @@ class VerifiableDataModule(AlignDataModule):
         return self.ptx.domains if self.ptx is not None else {}
 
     def domain_loader(self, name: str) -> DataLoader[MicroBatch]:
-        """Gives this rank's share of one domain's texts, in order, in as many batches on every rank."""
+        """Give this rank's share of one domain's texts, in order, in as many batches on every rank."""
         assert self.ptx is not None
         return self.ptx.domain_loader(name)
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the phase loader's snapshot, what ``order`` learned, and the checksums of the rows and of the texts
+        """Return the phase loader's snapshot, what ``order`` learned, and the checksums of the rows and of the texts
         of ``ptx``.
         """
         if self._loader is None:
@@ -270,7 +270,7 @@ class VerifiableDataModule(AlignDataModule):
         return {"phase_loader": self._loader.snapshot(), "content": self.content, **texts, **order}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores the loader, or keeps the state until there is one."""
+        """Restore the loader, or keep the state until there is one."""
         self._snapshot = state_dict["phase_loader"]
         self.compare_content(state_dict)
         if isinstance(self.order, LearningOrder) and "order" in state_dict:
@@ -278,7 +278,7 @@ class VerifiableDataModule(AlignDataModule):
         self._restore()
 
     def compare_content(self, state: Mapping[str, Any]) -> None:
-        """Warns when the training rows or the texts of ``ptx`` are not those of a checkpoint's state."""
+        """Warn when the training rows or the texts of ``ptx`` are not those of a checkpoint's state."""
         texts = self.ptx.content if self.ptx is not None else 0
         if texts and state.get("ptx_content", texts) != texts:
             self.warn_of_other_rows()
@@ -286,7 +286,7 @@ class VerifiableDataModule(AlignDataModule):
             super().compare_content(state)
 
     def encode(self, row: Row) -> Prompt:
-        """Encodes one raw row. Raises ValueError with the row's origin."""
+        """Encode one raw row. Raises ValueError with the row's origin."""
         chat, lessons = self.is_chat(row), self.find_lessons()
         example = verifiable_example(row, self.reading, chat, list(self.measures), lessons.columns)
         self.say_chat(row, isinstance(example.prompt, str))
@@ -302,7 +302,7 @@ class VerifiableDataModule(AlignDataModule):
         return prompt
 
     def find_mode(self, example: VerifiableExample, text: str) -> bool | None:
-        """Tells whether a prompt, rendered as ``text``, asks for a thought; None = nothing is said."""
+        """Tell whether a prompt, rendered as ``text``, asks for a thought; None = nothing is said."""
         if EMPTY_BLOCK.search(text):
             return False
         system = self.system if self.system and self.system in text else ""
@@ -311,12 +311,12 @@ class VerifiableDataModule(AlignDataModule):
         return next((mode for mode in said if mode is not None), None)
 
     def find_lessons(self) -> Lessons:
-        """Finds what a module that learns from a teacher reads of the rows beside their prompts."""
+        """Find what a module that learns from a teacher reads of the rows beside their prompts."""
         module = self.trainer.lightning_module if self.trainer else None
         return Lessons(module.completions, module.condition) if isinstance(module, HasTeacher) else Lessons()
 
     def find_tools(self, example: VerifiableExample) -> Tools | None:
-        """Finds the tools that a prompt tells: the row's, or those of the module's environment."""
+        """Find the tools that a prompt tells: the row's, or those of the module's environment."""
         module = self.trainer.lightning_module if self.trainer else None
         own = module.tools if isinstance(module, HasTools) else None
         if own and example.tools:
@@ -326,13 +326,13 @@ class VerifiableDataModule(AlignDataModule):
         return own or example.tools
 
     def read(self, source: str | Source) -> list[Row]:
-        """Reads the rows of a source, and prompts of preferences as the tokenizer reads them."""
+        """Read the rows of a source, and prompts of preferences as the tokenizer reads them."""
         if isinstance(source, PreferencePrompts) and source.chat is None:
             source.chat = self.tokenizer.chat_template is not None
         return super().read(source)
 
     def settle(self, rows: Sequence[Row], stage: str) -> None:
-        """Settles how numbers beside options are read."""
+        """Settle how numbers beside options are read."""
         settle_choices(self.reading.rows_with(rows, "options"), self.reading)
 
     def _restore(self) -> None:
@@ -340,7 +340,7 @@ class VerifiableDataModule(AlignDataModule):
             self._loader.restore(self._snapshot)
 
     def _prepare_learning(self, who: str) -> None:
-        """Finds the row of each origin. Raises ValueError if outcomes would be unknown or belong to several rows."""
+        """Find the row of each origin. Raises ValueError if outcomes would be unknown or belong to several rows."""
         if self.trainer is not None:
             module = self.trainer.lightning_module
             require_accuracy(module, f"data.order {who}")
@@ -390,7 +390,7 @@ class VerifiableDataModule(AlignDataModule):
 
 
 def prompt_batch(prompts: list[tuple[Prompt, int]]) -> PromptBatch:
-    """Makes one batch of prompts, each with the number of the pass that draws it."""
+    """Make one batch of prompts, each with the number of the pass that draws it."""
     batch = PromptBatch(
         uid=[f"{prompt.example.origin}#{number}" for prompt, number in prompts],
         prompt=[prompt.text for prompt, _ in prompts],
@@ -410,12 +410,12 @@ def prompt_batch(prompts: list[tuple[Prompt, int]]) -> PromptBatch:
 
 
 def read_question(prompt: Dialogue) -> str:
-    """Returns a text prompt, or the last message of the user in a conversation; "" without one."""
+    """Return a text prompt, or the last message of the user in a conversation; "" without one."""
     if isinstance(prompt, str):
         return prompt
     return next((message["content"] for message in reversed(prompt) if message["role"] == "user"), "")
 
 
 def count_tokens_to_read(prompt: Prompt) -> int:
-    """Counts the tokens of a prompt, or of what a conditioned teacher reads in its place if that is longer."""
+    """Count the tokens of a prompt, or of what a conditioned teacher reads in its place if that is longer."""
     return max(len(prompt.ids), len(prompt.teacher_ids or []))

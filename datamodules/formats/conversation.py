@@ -110,7 +110,7 @@ class Asked:
 
 
 def read_prompt(cells: Cells, names: tuple[str, ...] = PROMPTS) -> Asked | None:
-    """Reads the prompt in one of our columns ``names``; None where none of them holds one.
+    """Read the prompt in one of our columns ``names``; None where none of them holds one.
 
     Texts of ``BESIDE`` are written below a text prompt, each behind an empty line. System message, history and tools
     come with :func:`add_context`.
@@ -130,7 +130,7 @@ def read_prompt(cells: Cells, names: tuple[str, ...] = PROMPTS) -> Asked | None:
 
 
 def add_context(cells: Cells, asked: Asked, chat: bool) -> Asked:
-    """Puts the row's system message and earlier turns in front of a prompt, and its tools beside it.
+    """Put the row's system message and earlier turns in front of a prompt, and its tools beside it.
 
     Args:
         cells: the row.
@@ -179,7 +179,7 @@ def add_context(cells: Cells, asked: Asked, chat: bool) -> Asked:
 
 
 def read_turns(cells: Cells, value: Any, name: str) -> Conversation:
-    """Reads the messages in a cell, or in the part of a cell, called ``name``, and notes which of their fields are not
+    """Read the messages in a cell, or in the part of a cell, called ``name``, and note which of their fields are not
     read.
     """
     conversation = read_messages(value, f"{cells.origin}: {name}")
@@ -189,7 +189,7 @@ def read_turns(cells: Cells, value: Any, name: str) -> Conversation:
 
 
 def read_messages(value: Any, where: str) -> Conversation:
-    """Reads a list of messages, a single one, or the JSON text of either.
+    """Read a list of messages, a single one, or the JSON text of either.
 
     Names of fields are those of ``FIELDS``. Content is text, or a list of typed parts with their text under ``text``,
     ``value`` or the type's name: ``text``, ``reasoning`` (or ``thinking``), ``tool_call`` (JSON). A ``function_call``
@@ -223,7 +223,7 @@ def read_messages(value: Any, where: str) -> Conversation:
 
 
 def looks_like_messages(value: Any) -> bool:
-    """Tells whether a cell is a list of messages, or a single one, with role and content; also as JSON text."""
+    """Tell whether a cell is a list of messages, or a single one, with role and content; also as JSON text."""
     value = guess(value)
     given = value if isinstance(value, list) else [value]
     return (
@@ -234,12 +234,12 @@ def looks_like_messages(value: Any) -> bool:
 
 
 def _is_pair(turn: Any) -> bool:
-    """Tells whether a question and its answer stand in one object."""
+    """Tell whether a question and its answer stand in one object."""
     return isinstance(turn, Mapping) and set(turn) == {"input", "output"}
 
 
 def read_reasoning(cells: Cells, answer: Dialogue | Message) -> str:
-    """Reads what the assistant thinks before its answer; "" if the answer already holds it, or if the column is an
+    """Read what the assistant thinks before its answer; "" if the answer already holds it, or if the column is an
     on/off switch.
 
     Raises ValueError with the row's origin where the answer's message has other thoughts.
@@ -261,7 +261,7 @@ def read_reasoning(cells: Cells, answer: Dialogue | Message) -> str:
 
 
 def with_calls(cells: Cells, answer: Any, place: str) -> Any:
-    """Makes a message of an answer that calls tools; any other answer stays as it is.
+    """Make a message of an answer that calls tools; any other answer stays as it is.
 
     The calls stand in the column ``tool_calls``, or are the answer itself, see :func:`read_calls`.
     """
@@ -276,7 +276,7 @@ def with_calls(cells: Cells, answer: Any, place: str) -> Any:
 
 
 def read_calls(cells: Cells, answer: Any, place: str) -> dict[str, Any] | None:
-    """Makes a message of an answer beside ``tools`` that is an object with ``name`` and ``arguments``, or a list of
+    """Make a message of an answer beside ``tools`` that is an object with ``name`` and ``arguments``, or a list of
     such (xLAM's), also as text; None for any other answer.
 
     Raises ValueError that begins with ``place`` for an empty list.
@@ -297,7 +297,7 @@ def read_calls(cells: Cells, answer: Any, place: str) -> dict[str, Any] | None:
 
 
 def read_options(cells: Cells) -> list[tuple[str, str, str]]:
-    """Reads the options of a row, which do not count as used: for each the line to write, its letter and its text.
+    """Read the options of a row, which do not count as used: for each the line to write, its letter and its text.
 
     ``["red", "blue"]`` and ``{"A": "red", "B": "blue"}`` are written ``A) red`` and ``B) blue``; ``["A) red"]`` as it
     is.
@@ -329,7 +329,7 @@ def _no_text(where: str) -> ValueError:
 
 
 def _split_fields(message: Mapping[str, Any], where: str) -> tuple[dict[str, Any], set[str]]:
-    """Finds the fields by our names, and the metadata. Raises ValueError for unknown or contradicting fields."""
+    """Find the fields by our names, and the metadata. Raises ValueError for unknown or contradicting fields."""
     fields: dict[str, Any] = {}
     others: dict[str, Any] = {}  # what is no field of ours
     said: dict[str, str] = {}  # our name -> the message's
@@ -389,7 +389,7 @@ def _is_unlearned(weight: Any, turn: Message, where: str) -> bool:
 
 
 def _split_content(content: Any, is_call: bool, where: str) -> dict[str, list[Any]]:
-    """Splits a message's content into texts, reasonings and parsed tool calls."""
+    """Split a message's content into texts, reasonings and parsed tool calls."""
     parts: dict[str, list[Any]] = {"text": [], "reasoning": [], "tool_call": []}
     if is_call:
         made = parse_json(content, where) if isinstance(content, str) else without_nulls(content)
@@ -410,7 +410,7 @@ def _split_content(content: Any, is_call: bool, where: str) -> dict[str, list[An
 
 
 def _read_call(call: Any, where: str) -> dict[str, Any]:
-    """Makes ``{"type": "function", "function": {"name", "arguments"}}``, with an object of arguments."""
+    """Make ``{"type": "function", "function": {"name", "arguments"}}``, with an object of arguments."""
     call = unpack(call, where)
     outer = {key: part for key, part in call.items() if part is not None} if isinstance(call, Mapping) else {}
     given = outer.pop("function", outer)
@@ -431,7 +431,7 @@ def _read_call(call: Any, where: str) -> dict[str, Any]:
 
 
 def _read_history(cells: Cells) -> Conversation:
-    """Reads earlier turns: pairs of a question and its answer, or messages."""
+    """Read earlier turns: pairs of a question and its answer, or messages."""
     given = cells.take_unpacked("history")
     if given is None:
         return Conversation([])
@@ -451,7 +451,7 @@ def _read_history(cells: Cells) -> Conversation:
 
 
 def _read_tools(cells: Cells) -> Tools | None:
-    """Reads JSON schemas from a list or its JSON text, each as ``{"type": "function", "function": ...}``; None without
+    """Read JSON schemas from a list or its JSON text, each as ``{"type": "function", "function": ...}``; None without
     any. Keys that hold null are left out.
     """
     value = cells.take("tools")
@@ -471,7 +471,7 @@ def _read_tools(cells: Cells) -> Tools | None:
 
 
 def _with_schema(tool: dict[str, Any], where: str) -> dict[str, Any]:
-    """Parses the parameters of a tool, which some tables hold as JSON text."""
+    """Parse the parameters of a tool, which some tables hold as JSON text."""
     made = dict(tool)
     if "parameters" in tool:
         made["parameters"] = unpack(tool["parameters"], where)
@@ -481,7 +481,7 @@ def _with_schema(tool: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def _text_beside(cells: Cells, name: str, prompt: str) -> str:
-    """Reads the text of a column below the prompt; "" without one, or where the prompt holds it."""
+    """Read the text of a column below the prompt; "" without one, or where the prompt holds it."""
     if name == "options":
         cells.take(name)
         options = read_options(cells)
@@ -501,7 +501,7 @@ def _text_beside(cells: Cells, name: str, prompt: str) -> str:
 
 
 def _documents_in_lists(given: Any) -> list[Any]:
-    """Turns HotpotQA's ``{"title": [...], "sentences": [[...], ...]}`` into a list of objects; another value stays one
+    """Turn HotpotQA's ``{"title": [...], "sentences": [[...], ...]}`` into a list of objects; another value stays one
     document.
     """
     if not isinstance(given, Mapping) or not all(isinstance(column, list) for column in given.values()):
@@ -512,7 +512,7 @@ def _documents_in_lists(given: Any) -> list[Any]:
 
 
 def _text_of_document(part: Any) -> str | None:
-    """Joins title and text of a document; None for a value that is no document."""
+    """Join title and text of a document; None for a value that is no document."""
     known = {"title", "text", "content", "contents", "sentences", "id", "doc_id"}
     if not isinstance(part, Mapping) or not set(part) <= known:
         return None

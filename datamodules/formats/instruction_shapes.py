@@ -56,7 +56,7 @@ class InstructionExample:
 def instruction_example(
     row: Row, reading: Reading, format: str | None = None, chat: bool | None = None, known: bool = False
 ) -> InstructionExample:
-    """Reads the example of one row, in one of ``FORMATS``, with its context (``datamodules/formats/conversation.py``).
+    """Read the example of one row, in one of ``FORMATS``, with its context (``datamodules/formats/conversation.py``).
 
     Args:
         row: as its source gives it.
@@ -104,7 +104,7 @@ def _read_knowledge(cells: Cells) -> str:
 
 
 def check_format(format: str | None) -> None:
-    """Refuses, with a ValueError, a format that does not exist."""
+    """Refuse, with a ValueError, a format that does not exist."""
     if format is not None and format not in FORMATS:
         raise ValueError(
             f"format {format!r} is not known; set data.format to one of {', '.join(FORMATS)}, or leave it out to go by "
@@ -119,7 +119,7 @@ def encode_instruction(
     system: str | None = None,
     loss_on: LossOn = "assistant",
 ) -> Tokens:
-    """Encodes an example. Raises ValueError with its origin for rows that cannot be learned from.
+    """Encode an example. Raises ValueError with its origin for rows that cannot be learned from.
 
     Args:
         tokenizer: of the model that learns.
@@ -141,7 +141,7 @@ def encode_instruction(
 
 
 def _find_answer_column(cells: Cells) -> str | None:
-    """Finds our name of the column that answers a conversation with a question at its end; None without one."""
+    """Find our name of the column that answers a conversation with a question at its end; None without one."""
     answers = next((name for name in ("completion", "answer") if cells.holds(name)), None)
     turns = cells.unpack("messages") if answers else None
     if not isinstance(turns, list) or not looks_like_messages(turns):
@@ -168,7 +168,7 @@ def _read_conversation(cells: Cells) -> InstructionExample:
 
 
 def _read_document(cells: Cells, chosen: bool) -> str:
-    """Reads a text. Unless the user has ``chosen`` this column, a text that leaves out the row's question is refused."""
+    """Read a text. Unless the user has ``chosen`` this column, a text that leaves out the row's question is refused."""
     names = set(cells.row.columns)
     if "role" in names or {"replies", "parent_id", "message_id"} & names:
         raise ValueError(
@@ -196,7 +196,7 @@ def _read_document(cells: Cells, chosen: bool) -> str:
 
 
 def _read_question(cells: Cells, asks: str, answers: str, chat: bool | None) -> InstructionExample:
-    """Reads a prompt and its completion, each text or messages, from two of our columns."""
+    """Read a prompt and its completion, each text or messages, from two of our columns."""
     turns: Any = first_instance(cells) if answers == "instances" else _read_completion(cells, answers)
     asked = add_context(cells, _read_asked(cells, asks), asks == "instruction" if chat is None else chat)
     unlearned: frozenset[int] = frozenset()
@@ -238,7 +238,7 @@ def _read_question(cells: Cells, asks: str, answers: str, chat: bool | None) -> 
 
 
 def _read_asked(cells: Cells, name: str) -> Asked:
-    """Reads the prompt, which may be empty where it is no instruction."""
+    """Read the prompt, which may be empty where it is no instruction."""
     if (asked := read_prompt(cells, (name,))) is not None:
         return asked
     held = cells.accept_empty(name)
@@ -250,7 +250,7 @@ def _read_asked(cells: Cells, name: str) -> Asked:
 
 
 def _read_completion(cells: Cells, name: str) -> Any:
-    """Reads text or messages; of several references the first."""
+    """Read text or messages; of several references the first."""
     value, held = take_references(cells.take(name), cells.place(name)), cells.values[cells.name(name)]
     value = as_letter(cells, value) if cells.holds("options") else value
     value = with_calls(cells, value, cells.place(name))
@@ -266,7 +266,7 @@ def _read_completion(cells: Cells, name: str) -> Any:
 
 
 def first_instance(cells: Cells) -> str:
-    """Reads the output of the first instance; its input becomes the row's."""
+    """Read the output of the first instance; its input becomes the row's."""
     instances = cells.take_unpacked("instances") or []
     first = instances[0] if isinstance(instances, list) and instances else None
     if not isinstance(first, dict) or "output" not in first:

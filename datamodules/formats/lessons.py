@@ -37,7 +37,7 @@ class Lessons:
         return dict.fromkeys(told, "what the teacher is told") | learned
 
     def encode_completion(self, tokenizer: PreTrainedTokenizerBase, prompt: str, ids: list[int], row: Row) -> list[int]:
-        """Encodes the row's completion behind its rendered prompt, whose tokens are ``ids``, with its end token.
+        """Encode the row's completion behind its rendered prompt, whose tokens are ``ids``, with its end token.
 
         Raises ValueError, with the row's origin, for a row without a completion, and for a prompt that none can follow.
         """
@@ -57,7 +57,7 @@ class Lessons:
         return tokens.ids[-learned:]
 
     def ask_teacher(self, tokenizer: PreTrainedTokenizerBase, prompt: Dialogue, row: Row) -> Dialogue:
-        """Writes the prompt that the teacher reads, with ``condition`` in place of the question.
+        """Write the prompt that the teacher reads, with ``condition`` in place of the question.
 
         The question is the prompt, or the last user message of a conversation.
 
@@ -80,7 +80,7 @@ class Lessons:
 
 
 def fill_condition(condition: str, question: str, row: Row) -> str:
-    """Writes the question for ``{prompt}`` in a condition, and the text of a column for its name in braces.
+    """Write the question for ``{prompt}`` in a condition, and the text of a column for its name in braces.
 
     Raises ValueError, with the row's origin, for a column without text.
 

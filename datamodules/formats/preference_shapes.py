@@ -80,7 +80,7 @@ def preference_example(
     margins: Mapping[str, float] | None = None,
     chat: bool = False,
 ) -> PreferenceExample | None:
-    """Reads the example of one row, in any of ``SHAPES``; None = a tie.
+    """Read the example of one row, in any of ``SHAPES``; None = a tie.
 
     The prompt is a column of its own, or the turns that all answers share, of messages or of transcripts.
 
@@ -116,7 +116,7 @@ def preference_example(
 
 
 def settle_verdicts(rows: Sequence[Row], reading: Reading, first_is_better: Ours | None = None) -> None:
-    """Settles on the whole data set how its columns of verdicts and labels are read, and says so.
+    """Settle on the whole data set how its columns of verdicts and labels are read, and say so.
 
     Args:
         rows: all of them.
@@ -154,7 +154,7 @@ def settle_verdicts(rows: Sequence[Row], reading: Reading, first_is_better: Ours
 
 
 def read_compared(cells: Cells, needs_verdict: bool, decided: bool = True) -> Compared:
-    """Reads the answers of a row and what it says of them.
+    """Read the answers of a row and what it says of them.
 
     Args:
         cells: the row.
@@ -190,7 +190,7 @@ def read_compared(cells: Cells, needs_verdict: bool, decided: bool = True) -> Co
 def read_answers(
     cells: Cells, answers: dict[str, Any], template: bool, chat: bool, may_be_empty: bool = False
 ) -> tuple[Asked, list[Answer]]:
-    """Reads the prompt with its context, and each answer: text, or one turn where it holds more than text.
+    """Read the prompt with its context, and each answer: text, or one turn where it holds more than text.
 
     Args:
         cells: the row.
@@ -249,7 +249,7 @@ def read_answers(
 
 
 def dense_ranks(values: list[float]) -> list[int]:
-    """Numbers values from the smallest, 0, without gaps, equal ones alike: [3, 1, 3] -> [1, 0, 1]."""
+    """Number values from the smallest, 0, without gaps, equal ones alike: [3, 1, 3] -> [1, 0, 1]."""
     order = {value: rank for rank, value in enumerate(sorted(set(values)))}
     return [order[value] for value in values]
 
@@ -292,13 +292,13 @@ def _list_in(cells: Cells, name: str) -> list[Any]:
 
 
 def _has_objects(cells: Cells) -> bool:
-    """Tells whether the answers are objects with a rank, as in Nectar."""
+    """Tell whether the answers are objects with a rank, as in Nectar."""
     given = _list_in(cells, "answer")
     return len(given) > 1 and all(isinstance(item, Mapping) for item in given)
 
 
 def _take_both(cells: Cells, names: tuple[str, ...]) -> dict[str, Any]:
-    """Takes two answers by their names, empty or not; a conversation ends with the turn that was compared."""
+    """Take two answers by their names, empty or not; a conversation ends with the turn that was compared."""
     for name in names:
         cells.take(name)
     both = {cells.name(name): cells.accept_empty(name) for name in names}
@@ -317,7 +317,7 @@ def _take_both(cells: Cells, names: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _with_several(cells: Cells, both: dict[str, Any]) -> Compared:
-    """Reads chosen and rejected answers, each text or, as in RewardBench 2, a list of equally good texts."""
+    """Read chosen and rejected answers, each text or, as in RewardBench 2, a list of equally good texts."""
     given = {name: guess(value) for name, value in both.items()}
     if not all(
         value and isinstance(value, list) and all(isinstance(text, str) for text in value) for value in given.values()
@@ -330,7 +330,7 @@ def _with_several(cells: Cells, both: dict[str, Any]) -> Compared:
 
 
 def _is_tie(cells: Cells) -> bool:
-    """Tells whether the scores of a chosen and a rejected answer are equal; refuses scores against the choice."""
+    """Tell whether the scores of a chosen and a rejected answer are equal; refuses scores against the choice."""
     if not (cells.holds("chosen_score") and cells.holds("rejected_score")):
         return False
     names = cells.name("chosen_score"), cells.name("rejected_score")
@@ -346,7 +346,7 @@ def _is_tie(cells: Cells) -> bool:
 
 
 def _judge(cells: Cells, needs_verdict: bool, decided: bool) -> tuple[list[int] | None, float | None]:
-    """Ranks two answers, with the strength of the verdict; None where nothing is said of them."""
+    """Rank two answers, with the strength of the verdict; None where nothing is said of them."""
     names = verdict_columns(cells)
     if not names and cells.holds("first_score") and cells.holds("second_score"):
         values = [cells.take("first_score"), cells.take("second_score")]
@@ -362,7 +362,7 @@ def _judge(cells: Cells, needs_verdict: bool, decided: bool) -> tuple[list[int] 
 
 
 def _read_list(cells: Cells, needs_verdict: bool, decided: bool) -> Compared:
-    """Reads a list of answers: best first, or ranked by a column, by a verdict of two, or by their own keys."""
+    """Read a list of answers: best first, or ranked by a column, by a verdict of two, or by their own keys."""
     column = "completions" if cells.has("completions") else "answer"
     given = cells.take_unpacked(column)
     if not isinstance(given, list) or len(given) < 2:
@@ -394,7 +394,7 @@ def _read_list(cells: Cells, needs_verdict: bool, decided: bool) -> Compared:
 
 
 def _refuse_hidden_ranks(cells: Cells, count: int, name: str) -> None:
-    """Refuses, with a ValueError, answers without a known rank beside a column or key that may tell which is better."""
+    """Refuse, with a ValueError, answers without a known rank beside a column or key that may tell which is better."""
     if said := {"ranks", "scores"} & set(cells.reading.by_hand):
         cells.reading.mapped_seen |= said
         return
@@ -413,7 +413,7 @@ def _refuse_hidden_ranks(cells: Cells, count: int, name: str) -> None:
 
 
 def _read_objects(cells: Cells, given: list[Any], name: str) -> tuple[list[Any], list[float] | None]:
-    """Reads the answers in a list of objects, and their places by rank or score."""
+    """Read the answers in a list of objects, and their places by rank or score."""
     found: dict[str, str] = {}
     for what, keys in (("text", TEXT_KEYS), ("rank", RANK_KEYS), ("score", SCORE_KEYS)):
         key = next((key for key in keys if any(item.get(key) is not None for item in given)), None)
@@ -457,7 +457,7 @@ def _read_margin(cells: Cells, strength: float | None, margins: Mapping[str, flo
 
 
 def _read_own_prompt(cells: Cells, template: bool, whole: bool) -> Dialogue | None:
-    """Reads the prompt without its context; None where the answers share it.
+    """Read the prompt without its context; None where the answers share it.
 
     Answers that are ``whole`` conversations share theirs where no column is meant for it.
     """
@@ -488,7 +488,7 @@ def _read_side(cells: Cells, name: str, value: Any) -> list[Message]:
 
 
 def _shared(sides: Sequence[list[Message]]) -> list[Message]:
-    """Finds the turns that all sides begin with; the last turn of a side never counts."""
+    """Find the turns that all sides begin with; the last turn of a side never counts."""
     shared = 0
     while shared < min(len(side) for side in sides) - 1 and all(side[shared] == sides[0][shared] for side in sides):
         shared += 1
@@ -496,14 +496,14 @@ def _shared(sides: Sequence[list[Message]]) -> list[Message]:
 
 
 def _as_repeated(prompt: Dialogue, side: list[Message]) -> list[Message]:
-    """Makes messages of a prompt, with the system message that a conversation puts in front of it."""
+    """Make messages of a prompt, with the system message that a conversation puts in front of it."""
     turns = [Message(role="user", content=prompt)] if isinstance(prompt, str) else prompt
     with_system = side[:1] + turns
     return with_system if len(side) > 1 and side[:-1] == with_system and side[0]["role"] == "system" else turns
 
 
 def _asks_among(prompt: Dialogue, shared: list[Message]) -> bool:
-    """Tells whether a text prompt is one of several questions that the answers share."""
+    """Tell whether a text prompt is one of several questions that the answers share."""
     asked = [turn["content"].strip() for turn in shared if turn["role"] == "user"]
     return isinstance(prompt, str) and len(asked) > 1 and prompt.strip() in asked
 
@@ -519,7 +519,7 @@ def _answer_behind(side: list[Message], prompt: Dialogue, name: str, origin: str
 
 
 def _turns_of_transcript(text: str) -> list[Message]:
-    """Splits a transcript at its marks. A mark includes its empty line, because turns may hold the bare words."""
+    """Split a transcript at its marks. A mark includes its empty line, because turns may hold the bare words."""
     start, *pieces = re.split(f"({HUMAN}|{ASSISTANT})", text)
     roles = ["user" if mark == HUMAN else "assistant" for mark in pieces[::2]]
     turns = [Message(role=role, content=body) for role, body in zip(roles, pieces[1::2], strict=True)]
@@ -531,7 +531,7 @@ def _stripped(turns: list[Message]) -> list[Message]:
 
 
 def _split(answers: dict[str, str], cells: Cells, template: bool) -> tuple[Dialogue, list[Answer]]:
-    """Splits transcripts into their prompt and their answers."""
+    """Split transcripts into their prompt and their answers."""
     sides = {name: _turns_of_transcript(text) for name, text in answers.items()}
     for name, side in sides.items():
         if not side:

@@ -61,7 +61,7 @@ def verifiable_example(
     measures: Sequence[str] = (),
     read_elsewhere: Mapping[str, str] | None = None,
 ) -> VerifiableExample:
-    """Reads the prompt of a row with its context, and its answer, None where there is none.
+    """Read the prompt of a row with its context, and its answer, None where there is none.
 
     ``info`` holds every column but the prompt and one that is called ``answer``. Objects inside a column come without
     keys that hold null, which only some kinds of files can leave out.
@@ -104,7 +104,7 @@ def verifiable_example(
 
 
 def asked_columns(columns: Mapping[str, Any], by_hand: Mapping[str, str] | None, answer: str | None) -> dict[str, Any]:
-    """Returns the columns of a row for new data that are made from it: those that ask, unchanged, and unknown ones.
+    """Return the columns of a row for new data that are made from it: those that ask, unchanged, and unknown ones.
 
     Columns that answered the row are left out, because they would be learned beside a new answer. ``answer`` becomes
     the gold answer as it was read, unless another column is mapped to it.
@@ -124,7 +124,7 @@ def asked_columns(columns: Mapping[str, Any], by_hand: Mapping[str, str] | None,
 
 
 def read_measure(cells: Cells, name: str) -> float | None:
-    """Reads a column of measured difficulty: tokens for ``pass_length``, else a share in [0, 1]; None if it is empty.
+    """Read a column of measured difficulty: tokens for ``pass_length``, else a share in [0, 1]; None if it is empty.
 
     Raises ValueError, with the row's origin, for anything else.
     """
@@ -139,7 +139,7 @@ def read_measure(cells: Cells, name: str) -> float | None:
 
 
 def settle_choices(rows: Iterable[Cells], reading: Reading, names: tuple[str, ...] = ANSWERS) -> None:
-    """Settles on the whole data set what a whole number beside options means: an option's number, from 0 or 1, or its
+    """Settle on the whole data set what a whole number beside options means: an option's number, from 0 or 1, or its
     text.
 
     Args:
@@ -178,7 +178,7 @@ def settle_choices(rows: Iterable[Cells], reading: Reading, names: tuple[str, ..
 
 
 def right_answer(cells: Cells, names: tuple[str, ...] = ANSWERS) -> tuple[str | None, str | None]:
-    """Finds the answer and the name of its column; None where no column of ``names`` holds one.
+    """Find the answer and the name of its column; None where no column of ``names`` holds one.
 
     Raises ValueError for an object, and for a list of several answers.
     """
@@ -213,7 +213,7 @@ def right_answer(cells: Cells, names: tuple[str, ...] = ANSWERS) -> tuple[str | 
 
 
 def as_letter(cells: Cells, answer: Any) -> Any:
-    """Turns an answer that is the number of an option into its letter, as :func:`settle_choices` found.
+    """Turn an answer that is the number of an option into its letter, as :func:`settle_choices` found.
 
     Raises ValueError where that has not been settled, as in a stream, and for a letter that no option has.
     """
@@ -232,7 +232,7 @@ def as_letter(cells: Cells, answer: Any) -> Any:
 
 
 def _check_letter(cells: Cells, answer: Any) -> None:
-    """Refuses, with a ValueError, an answer that is a letter where options have letters, and none has this one."""
+    """Refuse, with a ValueError, an answer that is a letter where options have letters, and none has this one."""
     letter = LETTER.fullmatch(answer.strip()) if isinstance(answer, str) else None
     if letter is None or not cells.holds("options"):
         return
@@ -247,7 +247,7 @@ def _check_letter(cells: Cells, answer: Any) -> None:
 
 
 def read_gold(answer: object) -> str | None:
-    """Reads the final answer of a worked solution, ``#### 1,080`` (GSM8K) as ``1080``; any other as text.
+    """Read the final answer of a worked solution, ``#### 1,080`` (GSM8K) as ``1080``; any other as text.
 
     None for null, NaN and what is empty.
     """

@@ -70,14 +70,14 @@ class Reading:
         self._layouts: dict[tuple[str, ...], Layout] = {}  # by the names of a row's columns
 
     def lay_out(self, columns: Mapping[str, Any]) -> Layout:
-        """Finds what the columns of a row mean by their names; rows with the same names share the result."""
+        """Find what the columns of a row mean by their names; rows with the same names share the result."""
         names = tuple(columns)
         if names not in self._layouts:
             self._layouts[names] = lay_out(names, self.by_hand)
         return self._layouts[names]
 
     def rows_with(self, rows: Iterable["Row"], *ours: str) -> Iterator["Cells"]:
-        """Gives the cells of the rows that may have one of some columns."""
+        """Give the cells of the rows that may have one of some columns."""
         for row in rows:
             layout = self.lay_out(with_nested(row.columns))
             if any(name in layout.names or name in self.by_hand for name in ours) or (
@@ -86,7 +86,7 @@ class Reading:
                 yield Cells(row, self)
 
     def close(self, cells: "Cells", shape: str, chosen: bool = False) -> None:
-        """Accounts for a row that was read as ``shape``; what is left of the row is named as not read.
+        """Account for a row that was read as ``shape``; what is left of the row is named as not read.
 
         Raises ValueError for a column that would change what was read, and for one that another DataModule reads,
         unless the user chose (``chosen``, or by a mapping) what to read.
@@ -115,11 +115,11 @@ class Reading:
                 self._became.setdefault(theirs, Counter())[cells.roles[theirs]] += 1
 
     def note(self, sentence: str) -> None:
-        """Adds a sentence to say once about the data set."""
+        """Add a sentence to say once about the data set."""
         self._notes.setdefault(sentence)
 
     def refuse_unused_mapping(self, rows: Sequence["Row"], all_rows: bool = True) -> None:
-        """Refuses, with a ValueError, a mapping that had no effect on any of the rows.
+        """Refuse, with a ValueError, a mapping that had no effect on any of the rows.
 
         Columns to leave out may stand in other rows that the run reads, unless these are ``all_rows``.
         """
@@ -141,28 +141,28 @@ class Reading:
                 )
 
     def _has_left_out(self, ours: str) -> bool:
-        """Tells whether some row has such a column, or was read otherwise for lack of it."""
+        """Tell whether some row has such a column, or was read otherwise for lack of it."""
         found = (ours in our_names(names).values() for names in self._layouts)
         split = (ours == "options" and option_columns(names) for names in self._layouts)
         return ours in self.mapped_seen or any(found) or any(split)
 
     def has_read(self, ours: str) -> bool:
-        """Tells whether such a column was read in some row."""
+        """Tell whether such a column was read in some row."""
         return any(ours in roles for roles in self._became.values())
 
     def drop(self, reason: str, count: int) -> None:
-        """Counts some of the used rows under another reason."""
+        """Count some of the used rows under another reason."""
         self.counts["used"] -= count
         self.counts[reason] += count
 
     def line(self) -> str:
-        """Says how the columns were read, as :meth:`columns_line`, and what became of the rows."""
+        """Say how the columns were read, as :meth:`columns_line`, and what became of the rows."""
         others = [f"{count} {reason}" for reason, count in self.counts.items() if count and reason != "used"]
         rows = " + ".join([f"{self.counts['used']} used", *others])
         return f"{self.columns_line()}; {sum(self.counts.values())} rows in = {rows}"
 
     def columns_line(self) -> str:
-        """Says the shape, which column became what, and what was not read and why."""
+        """Say the shape, which column became what, and what was not read and why."""
         parts = [" or ".join(self.shapes)]
         became = [
             f"`{theirs}` -> {' or '.join(roles)}"
@@ -238,32 +238,32 @@ class Cells:
                 self.unread[name] = ""
 
     def holds(self, ours: str) -> bool:
-        """Tells whether there is such a column and it is not empty."""
+        """Tell whether there is such a column and it is not empty."""
         return ours in self.names and not is_empty(self.values[self.names[ours][0]])
 
     def unpack(self, ours: str) -> Any:
-        """Reads the list or object in a column, as :func:`unpack` does; the column does not count as used."""
+        """Read the list or object in a column, as :func:`unpack` does; the column does not count as used."""
         return unpack(self.values[self.name(ours)], self.place(ours))
 
     def take_unpacked(self, ours: str, one_of_several: bool = False) -> Any:
-        """Takes the value of a column as :meth:`take` does, and the list or object in it as :func:`unpack` does."""
+        """Take the value of a column as :meth:`take` does, and the list or object in it as :func:`unpack` does."""
         value = self.take(ours, one_of_several)
         return value if value is None else unpack(value, self.place(ours))
 
     def place(self, ours: str) -> str:
-        """Says where a column that is there stands."""
+        """Say where a column that is there stands."""
         return f"{self.origin}: column {self.name(ours)!r}"
 
     def has(self, ours: str) -> bool:
-        """Tells whether there is such a column, empty or not."""
+        """Tell whether there is such a column, empty or not."""
         return ours in self.names
 
     def name(self, ours: str) -> str:
-        """Returns the data's name of a column that is there."""
+        """Return the data's name of a column that is there."""
         return self.names[ours][0]
 
     def take(self, ours: str, one_of_several: bool = False) -> Any:
-        """Takes the value of a column, None where it is missing or empty; the column counts as used.
+        """Take the value of a column, None where it is missing or empty; the column counts as used.
 
         Raises ValueError where two columns mean the same and hold different things, unless one has our own name or
         ``one_of_several`` says that the first will do.
@@ -289,26 +289,26 @@ class Cells:
         return value
 
     def take_text(self, ours: str) -> str:
-        """Takes the text in a column, "" where it is missing. Raises ValueError for a value that is no text."""
+        """Take the text in a column, "" where it is missing. Raises ValueError for a value that is no text."""
         value = self.take(ours)
         if value is not None and not isinstance(value, str):
             raise self.wrong_type(ours, value, "text")
         return value or ""
 
     def accept_empty(self, ours: str) -> Any:
-        """Takes the value of a column that is there, empty or not; the column counts as used."""
+        """Take the value of a column that is there, empty or not; the column counts as used."""
         name = self.name(ours)
         self.used[name], self.roles[name] = self.values[name], ours
         return self.values[name]
 
     def find_shape(self, shapes: Sequence[tuple[str, ...]], has: Callable[[str], bool]) -> tuple[str, ...] | None:
-        """Finds the first shape whose columns the row ``has``; shapes with more columns mapped by hand go first."""
+        """Find the first shape whose columns the row ``has``; shapes with more columns mapped by hand go first."""
         by_hand = set(self.reading.by_hand)
         ordered = sorted(shapes, key=lambda shape: -len(by_hand & set(shape)))
         return next((shape for shape in ordered if all(map(has, shape))), None)
 
     def wrong_type(self, ours: str, value: Any, expected: str) -> ValueError:
-        """Makes the error for a column that holds something else than expected."""
+        """Make the error for a column that holds something else than expected."""
         name = self.name(ours)
         keys = sorted(value, key=lambda key: not isinstance(value[key], str)) if isinstance(value, Mapping) else []
         way_out = f"; name one of its keys, such as --data.columns '{{{ours}: {name}.{keys[0]}}}'" if keys else ""
@@ -317,12 +317,12 @@ class Cells:
         )
 
     def add(self, ours: str, theirs: str, value: Any) -> None:
-        """Adds a column that a nested one of the row brings."""
+        """Add a column that a nested one of the row brings."""
         self.values[theirs] = value
         self.names.setdefault(ours, []).insert(0, theirs)
 
     def left(self) -> list[tuple[str, str]]:
-        """Lists known columns that hold something and were not used: our name and the data's."""
+        """List known columns that hold something and were not used: our name and the data's."""
         return [
             (ours, theirs)
             for ours, names in self.names.items()
@@ -333,7 +333,7 @@ class Cells:
         ]
 
     def not_found(self, wanted: str, mapping: Mapping[str, str] | None = None) -> ValueError:
-        """Makes the error for a row that has no shape of ours.
+        """Make the error for a row that has no shape of ours.
 
         Args:
             wanted: what was looked for.
@@ -385,7 +385,7 @@ def refuse_mixed_splits(rows: Sequence["Row"], mapping: Mapping[str, str] | None
 
 
 def with_nested(columns: Mapping[str, Any]) -> dict[str, Any]:
-    """Adds to the columns of a row the parts of objects that ``NESTED`` names."""
+    """Add to the columns of a row the parts of objects that ``NESTED`` names."""
     values = dict(columns)
     for name, (key, others) in NESTED.items():
         held = columns.get(name)
@@ -395,7 +395,7 @@ def with_nested(columns: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def find_at_path(record: Mapping[str, Any], name: str) -> list[Any]:
-    """Finds the value of a column, or of a dotted path into nested columns: a list of one value, empty without it."""
+    """Find the value of a column, or of a dotted path into nested columns: a list of one value, empty without it."""
     if name in record:
         return [record[name]]
     first, dot, rest = name.partition(".")
@@ -407,23 +407,23 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_prose(value: Any) -> bool:
-    """Tells whether a cell is text that holds no list and no object."""
+    """Tell whether a cell is text that holds no list and no object."""
     return isinstance(value, str) and isinstance(guess(value), str)
 
 
 def _stands_in(value: Any, other: Any) -> bool:
-    """Tells whether every text of a value is a part of a text of another one, of whatever length."""
+    """Tell whether every text of a value is a part of a text of another one, of whatever length."""
     others = texts_in(other)
     return all(any(text.strip() in given for given in others) for text in texts_in(value))
 
 
 def _is_neutral(ours: str, value: Any) -> bool:
-    """Tells whether a column changes nothing, as a weight of 1, or as the text of an empty list."""
+    """Tell whether a column changes nothing, as a weight of 1, or as the text of an empty list."""
     return is_empty(guess(value)) or (ours == "weight" and value in (1, 1.0, "1", "1.0"))
 
 
 def is_empty(value: Any) -> bool:
-    """Tells whether a cell says nothing: null, NaN, white space, or lists and objects of these. 0 says something."""
+    """Tell whether a cell says nothing: null, NaN, white space, or lists and objects of these. 0 says something."""
     if isinstance(value, str):  # first, since nearly every cell is text
         return not value or value.isspace()
     if value is None:
@@ -434,14 +434,14 @@ def is_empty(value: Any) -> bool:
 
 
 def without_nulls(value: Any) -> Any:
-    """Drops keys that hold null, since Parquet gives every object the keys of all others."""
+    """Drop keys that hold null, since Parquet gives every object the keys of all others."""
     if isinstance(value, Mapping):
         return {str(key): without_nulls(part) for key, part in value.items() if part is not None}
     return [without_nulls(part) for part in value] if isinstance(value, list | tuple) else value
 
 
 def parse_json(text: str, where: str) -> Any:
-    """Parses the JSON in a text. Raises ValueError that begins with ``where``."""
+    """Parse the JSON in a text. Raises ValueError that begins with ``where``."""
     try:
         return load_json(text)
     except json.JSONDecodeError as error:
@@ -451,7 +451,7 @@ def parse_json(text: str, where: str) -> Any:
 
 
 def unpack(value: Any, where: str) -> Any:
-    """Reads a list or object that a table holds as text (JSON, or Python's); any other value stays as it is.
+    """Read a list or object that a table holds as text (JSON, or Python's); any other value stays as it is.
 
     Raises ValueError that begins with ``where`` for one that :func:`load_json` refuses.
     """
@@ -468,7 +468,7 @@ def unpack(value: Any, where: str) -> Any:
 
 
 def guess(value: Any) -> Any:
-    """Reads a cell as :func:`unpack` does, to see what it may be; one that would be refused is read loosely."""
+    """Read a cell as :func:`unpack` does, to see what it may be; one that would be refused is read loosely."""
     if not isinstance(value, str) or not (text := value.strip()).startswith(("[", "{")):
         return value
     for read in (guess_json, ast.literal_eval):
@@ -480,7 +480,7 @@ def guess(value: Any) -> Any:
 
 
 def as_number(value: Any) -> float | None:
-    """Reads a finite number from a number, a boolean (True = 1) or a text (``0.5``, ``True``); else None."""
+    """Read a finite number from a number, a boolean (True = 1) or a text (``0.5``, ``True``); else None."""
     if isinstance(value, str):
         value = {"true": 1.0, "false": 0.0}.get(value.strip().lower(), value)
     try:
@@ -491,12 +491,12 @@ def as_number(value: Any) -> float | None:
 
 
 def as_text(value: Any) -> Any:
-    """Turns a number into text, as CSV holds it; any other value stays."""
+    """Turn a number into text, as CSV holds it; any other value stays."""
     return str(value) if isinstance(value, bool | int | float) and not is_empty(value) else value
 
 
 def texts_in(value: Any) -> list[str]:
-    """Lists all texts inside a value."""
+    """List all texts inside a value."""
     if isinstance(value, str):
         return [value] if value.strip() else []
     parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
@@ -504,7 +504,7 @@ def texts_in(value: Any) -> list[str]:
 
 
 def take_references(value: Any, where: str) -> Any:
-    """Takes the texts from SQuAD's ``{"text": [...], "answer_start": [...]}``; any other value stays.
+    """Take the texts from SQuAD's ``{"text": [...], "answer_start": [...]}``; any other value stays.
 
     Raises ValueError as :func:`unpack` does.
     """
@@ -515,7 +515,7 @@ def take_references(value: Any, where: str) -> Any:
 
 
 def repeats(value: Any, other: Any) -> bool:
-    """Tells whether all texts of a value stand in another one: equal, or too long to be there by chance."""
+    """Tell whether all texts of a value stand in another one: equal, or too long to be there by chance."""
     texts, others = texts_in(value), texts_in(other)
     return bool(texts) and all(
         any(text.strip() == given.strip() or (len(text) >= CHANCE and text.strip() in given) for given in others)
@@ -524,7 +524,7 @@ def repeats(value: Any, other: Any) -> bool:
 
 
 def make_plain(value: Any) -> Any:
-    """Makes a value of None, bool, int, float, str, list and dict alone, which torch's safe loading reads.
+    """Make a value of None, bool, int, float, str, list and dict alone, which torch's safe loading reads.
 
     Dates become ISO text, anything else its own text.
     """

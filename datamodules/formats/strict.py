@@ -24,7 +24,7 @@ class Refused(ValueError):
 
 
 def load_json(text: str) -> Any:
-    """Parses a JSON text.
+    """Parse a JSON text.
 
     Raises:
         Refused: a key stands twice in an object, a number has more digits than Python reads, lists and objects are
@@ -46,7 +46,7 @@ def load_json(text: str) -> Any:
 
 
 def guess_json(text: str) -> Any:
-    """Parses a JSON text to see what it may be, whatever :func:`load_json` refuses. Raises ValueError for no JSON."""
+    """Parse a JSON text to see what it may be, whatever :func:`load_json` refuses. Raises ValueError for no JSON."""
     try:
         return json.loads(text)
     except json.JSONDecodeError:
@@ -58,7 +58,7 @@ def guess_json(text: str) -> Any:
 
 
 def load_literal(text: str) -> Any:
-    """Parses a list or object as Python writes it. Raises Refused as :func:`load_json`, ValueError for all else."""
+    """Parse a list or object as Python writes it. Raises Refused as :func:`load_json`, ValueError for all else."""
     try:
         tree = ast.parse(text, mode="eval")
         value = ast.literal_eval(tree)
@@ -107,7 +107,7 @@ def _is_deep(text: str) -> bool:
 
 
 def _find_fault(text: str) -> Refused:
-    """Finds the first token for which a JSON text is refused."""
+    """Find the first token for which a JSON text is refused."""
     open_keys: list[set[str] | None] = []  # of every object that is open, None for a list
     expects_key = False
     for match in TOKEN.finditer(text):

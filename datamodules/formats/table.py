@@ -234,13 +234,13 @@ PAIRED = ("output_1", "output_2")
 
 
 def normalize(name: str) -> str:
-    """Spells a name like the table: ``systemPrompt``, ``System Prompt`` and ``system-prompt`` are ``system_prompt``."""
+    """Spell a name like the table: ``systemPrompt``, ``System Prompt`` and ``system-prompt`` are ``system_prompt``."""
     return re.sub(r"[\s\-]+", "_", re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name.strip())).lower()
 
 
 @cache
 def our_names(names: tuple[str, ...]) -> dict[str, str]:
-    """Finds our name of each column that the table knows, in the order in which the table looks for them.
+    """Find our name of each column that the table knows, in the order in which the table looks for them.
 
     Two columns may be a pair of answers, see ``PAIRS``, and some mean something only beside others, see ``TOGETHER``.
 
@@ -263,7 +263,7 @@ def our_names(names: tuple[str, ...]) -> dict[str, str]:
 
 
 def option_columns(names: Iterable[str]) -> list[str]:
-    """Finds the columns that hold one option each: ``A``, ``B``, ``C``, or ``option_1``, ``option_2``, see ``OPTIONS``.
+    """Find the columns that hold one option each: ``A``, ``B``, ``C``, or ``option_1``, ``option_2``, see ``OPTIONS``.
 
     A single letter must be a capital, since a, b and c may be coefficients.
     """
@@ -286,7 +286,7 @@ class Layout(NamedTuple):
 
 
 def lay_out(names: tuple[str, ...], by_hand: Mapping[str, str]) -> Layout:
-    """Finds what columns with these ``names`` are, beside a mapping from our names to the data's."""
+    """Find what columns with these ``names`` are, beside a mapping from our names to the data's."""
     known = our_names(names)
     mapped = set(by_hand.values())
     ours_of: dict[str, list[str]] = {}
@@ -306,7 +306,7 @@ def lay_out(names: tuple[str, ...], by_hand: Mapping[str, str]) -> Layout:
 
 
 def check_mapping(columns: Mapping[str, str], purpose: Purpose) -> dict[str, str]:
-    """Translates the left side of a mapping to our names.
+    """Translate the left side of a mapping to our names.
 
     Raises ValueError for a name of ours that does not exist or that the DataModule does not read, and for two names
     that mean the same.

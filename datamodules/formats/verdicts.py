@@ -50,7 +50,7 @@ class Scale:
     largest: float = 1.0
 
     def read(self, value: Any) -> float | None:
-        """Reads a verdict: 1 = the first answer is better, 2 = the second, 1.5 = a tie; None = not to be read."""
+        """Read a verdict: 1 = the first answer is better, 2 = the second, 1.5 = a tie; None = not to be read."""
         if is_empty(value):
             return 1.5
         if isinstance(value, str) and value.strip().lower() in WORDS:
@@ -73,7 +73,7 @@ class Scale:
 
 
 def settle_scale(name: str, values: Sequence[Any], first: Ours | None, origin: str) -> Scale:
-    """Finds how a whole column of verdicts is read.
+    """Find how a whole column of verdicts is read.
 
     Args:
         name: of the column.
@@ -121,7 +121,7 @@ def settle_scale(name: str, values: Sequence[Any], first: Ours | None, origin: s
 
 
 def check_sources(name: str, values: Mapping[str, Sequence[Any]]) -> None:
-    """Checks that the sources of a column of verdicts do not use different numbers.
+    """Check that the sources of a column of verdicts do not use different numbers.
 
     Args:
         name: of the column.
@@ -141,7 +141,7 @@ def check_sources(name: str, values: Mapping[str, Sequence[Any]]) -> None:
 
 
 def check_labels(name: str, values: Mapping[str, Any], first: Ours | None) -> None:
-    """Checks a column of labels, each of one answer, as a whole: true or 1 = good, false or 0 = not.
+    """Check a column of labels, each of one answer, as a whole: true or 1 = good, false or 0 = not.
 
     Args:
         name: of the column.
@@ -166,20 +166,20 @@ def check_labels(name: str, values: Mapping[str, Any], first: Ours | None) -> No
 
 
 def read_label_cell(value: Any) -> float | None:
-    """Reads the label of one answer: 1 = good, 0 = not, another number as it is; None for any other value."""
+    """Read the label of one answer: 1 = good, 0 = not, another number as it is; None for any other value."""
     word = value.strip().lower() if isinstance(value, str) else value
     return LABELS[word] if isinstance(word, str) and word in LABELS else as_number(value)
 
 
 def _unknown_words(values: Sequence[Any], known: Collection[str]) -> str:
-    """Finds texts that are neither numbers nor known and stand in several rows, so that they are labels and no slips."""
+    """Find texts that are neither numbers nor known and stand in several rows, so that they are labels and no slips."""
     texts = Counter(value.strip().lower() for value in values if isinstance(value, str) and not is_empty(value))
     labels = [text for text, rows in texts.items() if rows > 1 and text not in known and as_number(text) is None]
     return " and ".join(repr(text) for text in labels[:3])
 
 
 def verdict_columns(cells: Cells) -> list[str]:
-    """Finds our names of the columns that judge a row's two answers, those mapped by hand first."""
+    """Find our names of the columns that judge a row's two answers, those mapped by hand first."""
     by_hand = cells.reading.by_hand
     found = [name for name in sorted(VERDICTS, key=lambda name: name not in by_hand) if cells.has(name)]
     if found[:1] == ["annotator1"]:
@@ -188,13 +188,13 @@ def verdict_columns(cells: Cells) -> list[str]:
 
 
 def named_answer(cells: Cells, value: Any) -> float | None:
-    """Reads a verdict that names the column of the first (1) or the second answer (2); None for any other."""
+    """Read a verdict that names the column of the first (1) or the second answer (2); None for any other."""
     names = [normalize(cells.name(answer)) for answer in ("output_1", "output_2") if cells.has(answer)]
     return 1.0 + names.index(normalize(value)) if isinstance(value, str) and normalize(value) in names else None
 
 
 def read_verdicts(cells: Cells) -> float:
-    """Reads which of a row's two answers is better, as ``Scale.read`` says it; of several verdicts the majority counts.
+    """Read which of a row's two answers is better, as ``Scale.read`` says it; of several verdicts the majority counts.
 
     Raises ValueError with the row's origin for a verdict that the column's scale does not know.
     """

@@ -256,7 +256,7 @@ def load_rollout(saved: dict[str, Any]) -> Rollout:
 
 
 def draw_from_stream(places: Iterable[int], num_rows: int, seed: int) -> list[tuple[int, int]]:
-    """Finds the row and the number of the pass at each place of an endless stream.
+    """Find the row and the number of the pass at each place of an endless stream.
 
     Pass after pass is shuffled anew by (seed, pass).
     """

@@ -59,7 +59,7 @@ class PtxStream:
         self.rows: list[Tokens] = []  # packed, of ``train``
 
     def setup(self, data: AlignDataModule, stage: str) -> None:
-        """Tokenises and packs the texts, with the settings of the DataModule ``data`` that they belong to. Training
+        """Tokenise and pack the texts, with the settings of the DataModule ``data`` that they belong to. Training
         texts are only read in ``fit``.
         """
         shares = data.world_size * (data.trainer.accumulate_grad_batches if data.trainer else 1)
@@ -79,7 +79,7 @@ class PtxStream:
             texts.domains = {name: texts.load(source, "val", f"ptx {name}") for name, source in sets.items()}
 
     def batch(self, update: int, share: int, shares: int) -> InstructionBatch:
-        """Returns rows ``share``, ``share + shares``, ... of an update (>= 0). The denominator counts the supervised
+        """Return rows ``share``, ``share + shares``, ... of an update (>= 0). The denominator counts the supervised
         tokens of all rows of the update.
         """
         assert self.texts is not None
@@ -99,7 +99,7 @@ class PtxStream:
         return self.texts.domains if self.texts is not None else {}
 
     def domain_loader(self, name: str) -> DataLoader[MicroBatch]:
-        """Gives this rank's share of one domain's rows, in order, in as many batches on every rank."""
+        """Give this rank's share of one domain's rows, in order, in as many batches on every rank."""
         assert self.texts is not None
         return self.texts.domain_loader(name)
 
@@ -113,7 +113,7 @@ class Texts(PretrainingDataModule):
         )
 
     def check_positions(self, stage: str, longest: int, setting: str) -> None:
-        """Refuses texts that are longer than the model has positions; nothing is sampled behind them."""
+        """Refuse texts that are longer than the model has positions; nothing is sampled behind them."""
         module: Any = self.trainer.lightning_module if self.trainer else None
         if isinstance(module, HasPositions):
             positions = module.policy.max_positions

@@ -58,7 +58,7 @@ class StepSampler(DistributedSampler[MicroBatch]):
         self._start = (-1, 0)
 
     def start_at(self, epoch: int, position: int) -> None:
-        """Makes ``epoch`` begin at micro-batch ``position``, or before it at the start of its optimiser step; other
+        """Make ``epoch`` begin at micro-batch ``position``, or before it at the start of its optimiser step; other
         epochs begin at 0.
 
         Gradients of half a step are in no checkpoint, so its first micro-batches are computed again.
@@ -76,14 +76,14 @@ class StepSampler(DistributedSampler[MicroBatch]):
         return len(self.lengths)
 
     def order(self, epoch: int) -> list[int]:
-        """Returns the ``num_rows`` rows of an epoch, in the order in which steps take them."""
+        """Return the ``num_rows`` rows of an epoch, in the order in which steps take them."""
         order = list(range(self.num_rows))
         if self.shuffle:
             random.Random(f"{self.seed} {epoch}").shuffle(order)
         return order
 
     def start(self, epoch: int) -> int:
-        """Returns the micro-batch at which ``epoch`` begins: 0, unless a checkpoint is resumed inside it."""
+        """Return the micro-batch at which ``epoch`` begins: 0, unless a checkpoint is resumed inside it."""
         return self._start[1] if self._start[0] == epoch else 0
 
     def __len__(self) -> int:
@@ -101,7 +101,7 @@ class StepSampler(DistributedSampler[MicroBatch]):
                 yield batch
 
     def plan(self, epoch: int) -> list[MicroBatch]:
-        """Plans all micro-batches of this rank in ``epoch``."""
+        """Plan all micro-batches of this rank in ``epoch``."""
         order, size = self.order(epoch), self.rows_per_step
         return [batch for start in range(0, len(order), size) for batch in self._window(order[start : start + size])]
 
@@ -118,6 +118,6 @@ class StepSampler(DistributedSampler[MicroBatch]):
         yield from step[1:]
 
     def _owner(self, place: int) -> int:
-        """Deals rows to ranks in the order 0 .. last, last .. 0, so that no rank always gets the longer row."""
+        """Deal rows to ranks in the order 0 .. last, last .. 0, so that no rank always gets the longer row."""
         turn, seat = divmod(place, self.num_replicas)
         return seat if turn % 2 == 0 else self.num_replicas - 1 - seat

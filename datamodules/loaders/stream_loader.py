@@ -63,7 +63,7 @@ class Pieces(IterableDataset[Any]):
             yield dataset[MicroBatch(tuple(range(len(rows))), 0)], worker, place
 
     def batches(self, place: Place, share: int, shares: int) -> Iterator[tuple[list[Tokens], Place]]:
-        """Gives the rows of each micro-batch, and the place behind them."""
+        """Give the rows of each micro-batch, and the place behind them."""
         rows: list[Tokens] = []
         filling: list[Tokens] = []  # a packed row with room
         for piece, behind in self.pieces(place, share, shares):
@@ -80,7 +80,7 @@ class Pieces(IterableDataset[Any]):
             place = behind
 
     def pieces(self, place: Place, share: int, shares: int) -> Iterator[tuple[Tokens, Place]]:
-        """Encodes the rows from a place on, and gives the pieces of each with the place behind them."""
+        """Encode the rows from a place on, and give the pieces of each with the place behind them."""
         start, used = place.rows, place.pieces
         fruitful = None  # the last pass that gave something
         for number, epoch, row in self.numbered(share, shares, start):
@@ -108,7 +108,7 @@ class Pieces(IterableDataset[Any]):
                     yield piece, place
 
     def numbered(self, share: int, shares: int, start: int = 0) -> Iterator[tuple[int, int, Row]]:
-        """Reads this share of the rows over and over, each with its number and that of the pass.
+        """Read this share of the rows over and over, each with its number and that of the pass.
 
         A share is whole files where there are enough, else every so many-th row; it begins at number ``start``.
         """
@@ -137,7 +137,7 @@ class Pieces(IterableDataset[Any]):
                 raise ValueError(f"{self.data.train}: fewer rows than the {shares} ranks and workers that share them")
 
     def records(self, stream: Any) -> Iterator[dict[str, list[Any]]]:
-        """Gives the records of a pass, each in lists of one. Raises ValueError for text that is not UTF-8."""
+        """Give the records of a pass, each in lists of one. Raises ValueError for text that is not UTF-8."""
         try:
             yield from stream.iter(1)
         except UnicodeDecodeError as error:
@@ -184,7 +184,7 @@ class StreamLoader:
         self.tell_rows()
 
     def tell_rows(self) -> None:
-        """Prints what has become of this process's rows so far, unless that was printed before."""
+        """Print what has become of this process's rows so far, unless that was printed before."""
         rows, dropped, bad = (
             sum(getattr(place, name) for place in self.places.values()) for name in ("rows", "dropped", "bad")
         )
@@ -196,7 +196,7 @@ class StreamLoader:
         self._told = rows
 
     def snapshot(self) -> dict[str, Any]:
-        """Returns where this rank is, at the last whole step that was trained on: lists and ints."""
+        """Return where this rank is, at the last whole step that was trained on: lists and ints."""
         current = self.trainer.fit_loop.epoch_loop.batch_progress.current
         trained = self.handed_out - (current.ready - current.processed)  # type: ignore[attr-defined]
         whole = max((mark for mark in self.marks if mark <= trained), default=0)
@@ -217,7 +217,7 @@ class StreamLoader:
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Does nothing."""
+        """Do nothing."""
 
     def restore(self, ranks: list[dict[str, Any]]) -> None:
         """Go on at a snapshot. Raises ValueError if the number of ranks, of workers or, inside an epoch, of

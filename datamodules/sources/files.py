@@ -199,7 +199,7 @@ def _decode_utf8(raw: bytes, path: Path, first_line: int) -> str:
 
 
 def parse_record(text: str, origin: str, path: Path | None = None) -> Any:
-    """Parses the JSON text of a row, or of a whole file ``path``, as :func:`load_json` does.
+    """Parse the JSON text of a row, or of a whole file ``path``, as :func:`load_json` does.
 
     Raises ValueError that begins with ``origin``, or with the line of the file.
     """
@@ -242,7 +242,7 @@ def _is_jsonl(text: str) -> bool:
 
 
 def _rows_in_object(content: dict[str, Any], path: Path) -> list[Any]:
-    """Reads the rows of ``{..., name: [objects]}``, of parallel lists or of categories. Values beside lists, such as a
+    """Read the rows of ``{..., name: [objects]}``, of parallel lists or of categories. Values beside lists, such as a
     licence, are no rows.
     """
     lists = {name: value for name, value in content.items() if isinstance(value, list)}

@@ -62,7 +62,7 @@ def encode_example(
     tools: Tools | None = None,
     unlearned: Collection[int] = (),
 ) -> Tokens:
-    """Encodes a supervised row; ``chat`` and ``system`` are those of :func:`encode_prompt`.
+    """Encode a supervised row; ``chat`` and ``system`` are those of :func:`encode_prompt`.
 
     In a text, the completion and one end token are supervised. A prompt that the chat template has rendered already, as
     ``predict`` writes it, is read as it stands, and the end token is that of a turn. In messages, assistant turns are
@@ -114,7 +114,7 @@ def encode_prompt(
     system: str | None = None,
     tools: Tools | None = None,
 ) -> tuple[str, list[int]]:
-    """Renders a prompt and returns it with its tokens. The assistant continues it in a new turn, or in its own open
+    """Render a prompt and return it with its tokens. The assistant continues it in a new turn, or in its own open
     turn.
 
     A text that the chat template has rendered already, as ``predict`` writes it, is read as it stands.
@@ -143,7 +143,7 @@ def encode_prompt(
 
 
 def encode_document(tokenizer: PreTrainedTokenizerBase, text: str, origin: str) -> Tokens:
-    """Encodes a plain text, with the tokenizer's BOS and one end token; all tokens but the first are supervised."""
+    """Encode a plain text, with the tokenizer's BOS and one end token; all tokens but the first are supervised."""
     text = without_end(tokenizer, text)
     if not text.strip():
         raise ValueError(f"{origin}: the text is empty")
@@ -152,7 +152,7 @@ def encode_document(tokenizer: PreTrainedTokenizerBase, text: str, origin: str) 
 
 
 def as_dialogue(prompt: Dialogue, chat: bool, system: str | None, origin: str) -> Dialogue:
-    """Wraps a text prompt into one user message if ``chat``, and puts ``system`` in front of messages."""
+    """Wrap a text prompt into one user message if ``chat``, and put ``system`` in front of messages."""
     if isinstance(prompt, str) and chat:
         prompt = [Message(role="user", content=prompt)]
     if system is None or (not isinstance(prompt, str) and prompt and prompt[0]["role"] == "system"):
@@ -172,7 +172,7 @@ def encode_messages(
     turns: Collection[int],
     tools: Tools | None = None,
 ) -> Tokens:
-    """Encodes a conversation up to the last of ``turns``, the numbers of the messages that are supervised.
+    """Encode a conversation up to the last of ``turns``, the numbers of the messages that are supervised.
 
     The whole conversation is rendered and tokenised once, and its turns are found by their characters. The text before
     a turn has the tokens of the prompt that asks for the turn. Raises ValueError when the template rewrites earlier
@@ -201,7 +201,7 @@ def encode_messages(
 
 
 def encode_rendered(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str, origin: str) -> Tokens | None:
-    """Encodes a prompt that the chat template has rendered already, and the assistant's text behind it.
+    """Encode a prompt that the chat template has rendered already, and the assistant's text behind it.
 
     The text is supervised with its end of turn. Returns None for a plain prompt, which does not end as the template
     opens an assistant turn.
@@ -218,7 +218,7 @@ def encode_rendered(tokenizer: PreTrainedTokenizerBase, prompt: str, completion:
 
 
 def is_rendered(tokenizer: PreTrainedTokenizerBase, prompt: str) -> bool:
-    """Tells whether a text ends as the chat template opens an assistant turn, with or without a thought."""
+    """Tell whether a text ends as the chat template opens an assistant turn, with or without a thought."""
     opening = _frame(tokenizer, str(tokenizer.chat_template))[0] if tokenizer.chat_template is not None else ""
     opening = PROMPT_BLOCK.sub("", opening)
     return bool(opening.strip()) and PROMPT_BLOCK.sub("", prompt).endswith(opening)
@@ -226,7 +226,7 @@ def is_rendered(tokenizer: PreTrainedTokenizerBase, prompt: str) -> bool:
 
 @lru_cache(maxsize=8)
 def _frame(tokenizer: PreTrainedTokenizerBase, template: str) -> tuple[str, str]:
-    """Finds what the template writes between a user's content and the assistant's, and behind the assistant's.
+    """Find what the template writes between a user's content and the assistant's, and behind the assistant's.
 
     Both are empty where the template refuses a lone question.
     """
@@ -246,7 +246,7 @@ def render(
     tools: Tools | None = None,
     goes_on: bool = False,
 ) -> str:
-    """Writes a conversation as text. ``open_turn`` opens an assistant turn; ``goes_on`` leaves the last turn open.
+    """Write a conversation as text. ``open_turn`` opens an assistant turn; ``goes_on`` leaves the last turn open.
 
     The template gets reasoning under each of its usual names. Raises ValueError with ``origin``.
     """
@@ -277,7 +277,7 @@ def render(
 def check_written(
     tokenizer: PreTrainedTokenizerBase, messages: list[Message], origin: str, tools: Tools | None = None
 ) -> None:
-    """Refuses a chat template that leaves out the tools, or a name, a tool call or the reasoning of a turn.
+    """Refuse a chat template that leaves out the tools, or a name, a tool call or the reasoning of a turn.
 
     Raises ValueError with ``origin``. Templates may drop the reasoning of earlier turns, so each turn is rendered as
     the last one. A tool's name and the ids of calls are not checked, since they only link turns.
@@ -304,7 +304,7 @@ def check_written(
 
 
 def _trim_answer(tokenizer: PreTrainedTokenizerBase, message: Message, where: str) -> Message:
-    """Cuts an end token from the text of an assistant turn. Raises ValueError for an empty turn."""
+    """Cut an end token from the text of an assistant turn. Raises ValueError for an empty turn."""
     if message["role"] == "assistant":
         content = without_end(tokenizer, message["content"])
         if content.rstrip().endswith(special_tokens(tokenizer)):
@@ -318,7 +318,7 @@ def _trim_answer(tokenizer: PreTrainedTokenizerBase, message: Message, where: st
 def _find_turns(
     tokenizer: PreTrainedTokenizerBase, messages: list[Message], origin: str, turns: list[int], tools: Tools | None
 ) -> tuple[str, list[Turn]]:
-    """Renders a conversation up to the last of ``turns``, and finds where each of them stands in the text.
+    """Render a conversation up to the last of ``turns``, and find where each of them stands in the text.
 
     Raises ValueError for a turn that does not follow its own prompt, or that changes when other turns follow.
     """
@@ -352,7 +352,7 @@ def _find_answer_end(
     origin: str,
     tools: Tools | None,
 ) -> int:
-    """Finds where the last message's answer ends in the text ``closed``, which begins with its prompt ``opened``.
+    """Find where the last message's answer ends in the text ``closed``, which begins with its prompt ``opened``.
 
     An answer that the template does not write as it is ends where one more letter would stand. After tool calls, the
     last special token is the template's.
@@ -381,7 +381,7 @@ def _find_answer_end(
 
 
 def _count_shared(first: str, second: str) -> int:
-    """Counts the characters that two texts share at their beginning."""
+    """Count the characters that two texts share at their beginning."""
     low, high = 0, min(len(first), len(second))
     while low < high:
         middle = (low + high + 1) // 2
@@ -393,7 +393,7 @@ def _count_shared(first: str, second: str) -> int:
 
 
 def _learned_ids(whole: "TokenisedText", start: int, end: int, tail: int) -> tuple[list[int], int]:
-    """Returns the learned ids of a turn, with its end-of-turn token, and the place behind them.
+    """Return the learned ids of a turn, with its end-of-turn token, and the place behind them.
 
     An end token is added where the template writes none before ``tail``.
     """
@@ -404,7 +404,7 @@ def _learned_ids(whole: "TokenisedText", start: int, end: int, tail: int) -> tup
 
 
 def _check_learnable(tokenizer: PreTrainedTokenizerBase, tokens: Tokens, origin: str) -> Tokens:
-    """Refuses a row in which nothing is learned, or the first token, or which begins with two BOS tokens."""
+    """Refuse a row in which nothing is learned, or the first token, or which begins with two BOS tokens."""
     if not any(tokens.supervised):
         raise ValueError(
             f"{origin}: no supervised token; the row has no assistant turn to learn: "
@@ -425,7 +425,7 @@ def _check_learnable(tokenizer: PreTrainedTokenizerBase, tokens: Tokens, origin:
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str, origin: str) -> Tokens:
-    """Encodes a prompt, with the tokenizer's BOS, and a completion and one end token, which are supervised."""
+    """Encode a prompt, with the tokenizer's BOS, and a completion and one end token, which are supervised."""
     completion = without_end(tokenizer, completion)
     if not completion.strip():
         raise ValueError(f"{origin}: the completion is empty")
@@ -458,7 +458,7 @@ class TokenisedText:
         self.ids: list[int] = self._encoding.ids
 
     def part(self, start: int, end: int) -> list[int]:
-        """Returns the tokens of ``text[start:end]``."""
+        """Return the tokens of ``text[start:end]``."""
         first = clean = self._token_at(start)
         while clean < len(self.ids) and self._start(clean) < start:
             clean += 1
@@ -473,7 +473,7 @@ class TokenisedText:
         return ids
 
     def prompt(self, start: int, end: int) -> list[int]:
-        """Returns the tokens that ``text[start:end]`` has in a text that ends at ``end``, as a prompt does."""
+        """Return the tokens that ``text[start:end]`` has in a text that ends at ``end``, as a prompt does."""
         inside = range(self._token_at(end) - 1, -1, -1)
         anchor = next(
             (self._encoding.token_to_chars(index)[0] for index in inside if self.ids[index] in self.special), 0
@@ -485,7 +485,7 @@ class TokenisedText:
         return tail.part(start - anchor, end - anchor)
 
     def first_special(self, start: int, end: int) -> int | None:
-        """Finds where the first special token of ``text[start:end]`` ends; None without one."""
+        """Find where the first special token of ``text[start:end]`` ends; None without one."""
         for index in range(self._token_at(start), len(self.ids)):
             if self._end(index) > end:
                 return None
@@ -494,21 +494,21 @@ class TokenisedText:
         return None
 
     def _token_at(self, place: int) -> int:
-        """Finds the first token with a character at ``place`` or behind it."""
+        """Find the first token with a character at ``place`` or behind it."""
         index = bisect_right(range(len(self.ids)), place, key=self._end)
         while index > 0 and self._end(index - 1) == place and self._start(index - 1) >= place:
             index -= 1  # a token without characters
         return index
 
     def _start(self, index: int) -> int:
-        """Finds where a token begins, with a space in front that some tokenizers do not count."""
+        """Find where a token begins, with a space in front that some tokenizers do not count."""
         start = int(self._encoding.token_to_chars(index)[0])
         if self.ids[index] in self.special:
             return start
         return min(start, self._end(index - 1)) if index else 0
 
     def _end(self, index: int) -> int:
-        """Finds where a token ends."""
+        """Find where a token ends."""
         return int(self._encoding.token_to_chars(index)[1])
 
 
@@ -516,14 +516,14 @@ class TokenisedText:
 def _tokenise_tail(
     tokenizer: PreTrainedTokenizerBase, text: str, special: frozenset[int], num_tokens: int
 ) -> TokenisedText:
-    """Tokenises the end of a prompt once, since most conversations share it. With ``num_tokens`` in the cache's key, a
+    """Tokenise the end of a prompt once, since most conversations share it. With ``num_tokens`` in the cache's key, a
     changed tokenizer is noticed.
     """
     return TokenisedText(tokenizer, text, special)
 
 
 def tokenise(tokenizer: PreTrainedTokenizerBase, text: str, with_special: bool = False) -> Any:
-    """Tokenises a text as the tokenizer does when it is called, without the time that the call costs.
+    """Tokenise a text as the tokenizer does when it is called, without the time that the call costs.
 
     Args:
         tokenizer: a fast one.
@@ -544,7 +544,7 @@ def tokenise(tokenizer: PreTrainedTokenizerBase, text: str, with_special: bool =
 
 
 def continuation_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Returns the tokens of a text that continues another, without the space that some tokenizers put in front."""
+    """Return the tokens of a text that continues another, without the space that some tokenizers put in front."""
     for before in IN_FRONT:
         whole = tokenise(tokenizer, before + text)
         place = next((i for i, (_, end) in enumerate(whole.offsets) if end > len(before)), None)
@@ -554,14 +554,14 @@ def continuation_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Returns the tokens of a text, with nothing added and no warning about its length: long rows are counted later."""
+    """Return the tokens of a text, with nothing added and no warning about its length: long rows are counted later."""
     if not tokenizer.is_fast:
         return list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
     return list(tokenise(tokenizer, text).ids)
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    """Returns the tokens of a text with the tokenizer's BOS, and without an end token.
+    """Return the tokens of a text with the tokenizer's BOS, and without an end token.
 
     There is one BOS even if the text has its own.
     """
@@ -579,7 +579,7 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
 
 
 def without_end(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
-    """Cuts the end tokens that are written behind a text."""
+    """Cut the end tokens that are written behind a text."""
     for end in (tokenizer.eos_token, END_OF_TEXT):
         if end is not None and text.rstrip().endswith(str(end)):
             return without_end(tokenizer, text.rstrip().removesuffix(str(end)))

@@ -10,7 +10,7 @@ from datamodules.tokens.encoding import Tokens
 
 
 def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Finds the documents of each row, by their place in ``lengths``, in O(n log n).
+    """Find the documents of each row, by their place in ``lengths``, in O(n log n).
 
     From the longest on, each document goes to the row with the least room that takes it, else to a new row. Among
     documents of equal length the first goes first, among rows with equal room the one that has had this room longest
@@ -44,7 +44,7 @@ def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]
 
 
 def pack(rows: Sequence[Tokens], capacity: int) -> list[Tokens]:
-    """Packs documents into rows of at most ``capacity`` tokens, each with its ``documents``. Nothing predicts a
+    """Pack documents into rows of at most ``capacity`` tokens, each with its ``documents``. Nothing predicts a
     document's first token, so it is not supervised.
     """
     return [
@@ -54,7 +54,7 @@ def pack(rows: Sequence[Tokens], capacity: int) -> list[Tokens]:
 
 
 def split_long(tokens: Tokens, capacity: int) -> list[Tokens]:
-    """Splits a document into pieces of at most ``capacity`` tokens. Each piece begins a row or document of its own, so
+    """Split a document into pieces of at most ``capacity`` tokens. Each piece begins a row or document of its own, so
     its first token is not supervised.
     """
     pieces = [slice(start, start + capacity) for start in range(0, len(tokens.ids), capacity)]
