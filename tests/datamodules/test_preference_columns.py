@@ -204,7 +204,10 @@ BROKEN: list[tuple[dict[str, Any], str]] = [
         "found the columns prompt, chosen; looked for a prompt .* with one of: chosen [+] rejected, completions",
     ),
     ({"prompt": "y", "instruction": "x", **PAIR}, "column 'instruction' .* has no use for it"),
-    ({"prompt": "x", **PAIR, "score_chosen": 1, "score_rejected": 5}, r"rejected answer scores 5 .* chosen one only 1 "),
+    (
+        {"prompt": "x", **PAIR, "score_chosen": 1, "score_rejected": 5},
+        r"rejected answer scores 5 .* chosen one only 1 ",
+    ),
     ({"prompt": "x", **PAIR, "score_chosen": 1}, "column 'score_chosen' .* has no use for it"),
     ({"x": "q", "y_w": "a", "y_l": "b"}, r"--data.columns '\{prompt: x, chosen: y_w, rejected: y_l\}'"),
     ({"prompt": "q", "good": "a", "bad": "b"}, r"--data.columns '\{chosen: good, rejected: bad\}'"),
