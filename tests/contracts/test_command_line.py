@@ -211,6 +211,13 @@ def test_null_sets_an_option_of_a_class_to_nothing(capsys):
     assert model["reward"]["init_args"]["pattern"] is None  # not a search for the word None
 
 
+def test_a_callback_whose_default_is_no_plain_value_is_written_into_the_configuration():
+    timer = ["--trainer.callbacks=Timer", "--trainer.callbacks.duration=00:01:00:00"]
+    main(["fit", "--config", few_rows("sft"), *SHORT, *timer, "--out=run"])
+    (found,) = yaml.safe_load(Path("run/config.yaml").read_text())["trainer"]["callbacks"]
+    assert found["init_args"] == {"duration": "00:01:00:00", "interval": "step", "verbose": True}
+
+
 def test_a_class_that_replaces_that_of_a_configuration_stays_in_its_place():
     given = ["fit", "--config", few_rows("grpo"), "--model.beta=0.5", "--model=DPOModule", "--data.val=-1", "--data=A"]
     assert sort_arguments(given) == given
