@@ -38,7 +38,13 @@ from modules.trainer.pieces import Batch, can_cut, count_longest, count_padded, 
 from modules.trainer.ranks import Join, Tally, log_equal
 from modules.trainer.saving import keep_checkpoints_whole, refuse_unwritable_folders
 from modules.trainer.seeds import derive_seed, seed_device
-from modules.trainer.steps import check_whole_steps, count_updates, rewind_to_whole_step, validation_is_due
+from modules.trainer.steps import (
+    check_whole_steps,
+    count_updates,
+    refuse_blind_monitors,
+    rewind_to_whole_step,
+    validation_is_due,
+)
 from modules.trainer.stopping import StopTogether
 from modules.types import PolicyBatch, PreferenceBatch, Record, find_opened_thought
 
@@ -153,8 +159,11 @@ class AlignmentModule(LightningModule):
         self._kinds, self._asked = {}, self._asked + ask_trainer(self.trainer)
 
     def on_train_start(self) -> None:
-        """Refuse a run that cuts optimiser steps, take the seed of dropout, and tell the schedule the run's length."""
+        """Refuse a run that cuts optimiser steps or watches a validation that it lacks, take the seed of dropout, and
+        tell the schedule the run's length.
+        """
         check_whole_steps(self.trainer)
+        refuse_blind_monitors(self.trainer)
         if self._random is None:
             self._random = torch.initial_seed()
         self.piece_tokens = self.choose_piece_tokens() if can_cut(self) else None

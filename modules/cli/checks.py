@@ -10,7 +10,8 @@ from typing import Any, get_args
 
 import torch
 from jsonargparse import Namespace
-from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch import Callback, LightningDataModule, LightningModule
+from lightning.pytorch.callbacks import BackboneFinetuning, LearningRateFinder
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from modules.cli.choices import find_batch_type, find_givers
@@ -150,3 +151,20 @@ def check_run(command: str, model: LightningModule, data: LightningDataModule) -
             f"{method} reads {wanted.__name__} and {source} gives {given.__name__}; set data to "
             f"{' or '.join(find_givers(wanted))}"
         )
+
+
+def check_callbacks(callbacks: list[Callback], model: LightningModule) -> None:
+    """Refuse callbacks that Lightning could not run with a module. Raises ValueError."""
+    for callback in callbacks:
+        name, method = type(callback).__name__, type(model).__name__
+        if isinstance(callback, LearningRateFinder) and not any(
+            hasattr(model, rate) for rate in ("lr", "learning_rate")
+        ):
+            raise ValueError(
+                f"callbacks: {name} sets model.lr, which {method} does not have: leave it out, and set model.optimizer.lr"
+            )
+        if isinstance(callback, BackboneFinetuning) and not hasattr(model, "backbone"):
+            raise ValueError(
+                f"callbacks: {name} trains model.backbone, which {method} does not have: leave it out, or train less "
+                "with configs/overlays/lora.yaml"
+            )

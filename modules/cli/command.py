@@ -13,7 +13,15 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, Wand
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from modules.cli.checks import check_checkpoint, check_needs, check_nulls, check_run, check_trainer, resolve_checkpoint
+from modules.cli.checks import (
+    check_callbacks,
+    check_checkpoint,
+    check_needs,
+    check_nulls,
+    check_run,
+    check_trainer,
+    resolve_checkpoint,
+)
 from modules.cli.choices import import_own
 from modules.cli.ending import TellsHowToGoOn, write_ending
 from modules.cli.parser import add_data_module
@@ -194,6 +202,7 @@ class AlignmentCLI(LightningCLI):
         given = trainer["callbacks"] or []
         given = given if isinstance(given, list) else [given]
         refuse_twins(given)
+        check_callbacks(given, self.model)
         callbacks: list[Callback] = [*given, Dashboard(), TellsHowToGoOn()]
         if isinstance(folder, RunFolder):
             callbacks.append(KeepsFolder(folder))

@@ -4,6 +4,7 @@ import inspect
 import re
 import sys
 from collections.abc import Callable, Iterator
+from enum import Enum
 from itertools import zip_longest
 from pathlib import Path
 from types import FunctionType
@@ -31,6 +32,7 @@ from modules.types import Reward, as_reward, make_printable
 LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 set_parsing_settings(import_path_denylist=[])  # enforces the parser's own list: os, subprocess, pickle, ...
+yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, member: dumper.represent_data(member.value))
 
 
 def refuse(error: Exception) -> NoReturn:

@@ -44,6 +44,22 @@ def validation_is_due(trainer: Trainer) -> bool:
     return loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
 
 
+def refuse_blind_monitors(trainer: Trainer) -> None:
+    """Raise ValueError if a callback or a scheduler watches a metric of the validation, and the run has none."""
+    loaders = trainer.val_dataloaders  # None = not made yet
+    if trainer.enable_validation and (loaders is None or sum(trainer.num_val_batches) > 0):
+        return
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    watching = [(type(each).__name__, getattr(each, "monitor", None)) for each in callbacks]
+    watching += [(type(each.scheduler).__name__, each.monitor) for each in trainer.lr_scheduler_configs]
+    for name, monitor in watching:
+        if str(monitor).startswith("val/"):
+            raise ValueError(
+                f"{name} watches {monitor}, and this run has no validation: set data.val and a trainer.limit_val_batches "
+                "above 0, or watch a metric such as train/loss"
+            )
+
+
 def epoch_is_whole(trainer: Trainer) -> bool:
     """Return, at the end of an epoch, whether it has trained on its last batch; ``max_steps`` may end it before."""
     return trainer.fit_loop.epoch_loop.batch_progress.is_last_batch

@@ -231,6 +231,14 @@ def test_a_data_file_stays_a_path(tmp_path, monkeypatch, run, caplog, name, text
             "error: every_n_phases must be at least 1, got 0.",
         ),
         (
+            ["--trainer.callbacks", "LearningRateFinder"],
+            "error: trainer: callbacks: LearningRateFinder sets model.lr, which GRPOModule does not have: leave it out",
+        ),
+        (
+            ["--trainer.callbacks", "BackboneFinetuning"],
+            "error: trainer: callbacks: BackboneFinetuning trains model.backbone, which GRPOModule does not have",
+        ),
+        (
             ["--trainer.callbacks", "Diversty"],
             "\"trainer.callbacks\": there is no class 'Diversty'; did you mean Diversity?",
         ),

@@ -211,15 +211,39 @@ def test_null_sets_an_option_of_a_class_to_nothing(capsys):
     assert model["reward"]["init_args"]["pattern"] is None  # not a search for the word None
 
 
+def test_a_callback_whose_default_is_no_plain_value_is_written_into_the_configuration():
+    timer = ["--trainer.callbacks=Timer", "--trainer.callbacks.duration=00:01:00:00"]
+    main(["fit", "--config", few_rows("sft"), *SHORT, *timer, "--out=run"])
+    (found,) = yaml.safe_load(Path("run/config.yaml").read_text())["trainer"]["callbacks"]
+    assert found["init_args"] == {"duration": "00:01:00:00", "interval": "step", "verbose": True}
+
+
 def test_a_class_that_replaces_that_of_a_configuration_stays_in_its_place():
     given = ["fit", "--config", few_rows("grpo"), "--model.beta=0.5", "--model=DPOModule", "--data.val=-1", "--data=A"]
     assert sort_arguments(given) == given
     assert sort_arguments([given[0], *given[3:], *given[1:3]]) == given
 
 
+@pytest.mark.parametrize(
+    "watches",
+    [
+        ["--trainer.callbacks=EarlyStopping", "--trainer.callbacks.monitor=val/loss"],
+        ["--trainer.callbacks=ModelCheckpoint", "--trainer.callbacks.monitor=val/loss"],
+        ["--model.scheduler=lightning.pytorch.cli.ReduceLROnPlateau", "--model.scheduler.monitor=val/loss"],
+    ],
+    ids=["EarlyStopping", "ModelCheckpoint", "ReduceLROnPlateau"],
+)
+def test_a_monitor_of_a_validation_that_the_run_lacks_is_refused_before_the_first_step(capsys, watches, request):
+    with pytest.raises(SystemExit) as end:
+        main(["fit", "--config", few_rows("sft"), *SHORT, "--data.val=null", *watches])
+    told, name = capsys.readouterr(), request.node.callspec.id
+    assert end.value.code == 1 and "step 1" not in told.out
+    assert f"error: {name} watches val/loss, and this run has no validation: set data.val" in told.err
+
+
 def test_a_misspelt_monitor_ends_the_run_in_one_sentence(capsys):
-    stopping = "--trainer.callbacks+={class_path: EarlyStopping, init_args: {monitor: val/lss}}"
+    stopping = "--trainer.callbacks+={class_path: EarlyStopping, init_args: {monitor: train/lss}}"
     with pytest.raises(SystemExit) as end:
         main(["fit", "--config", few_rows("sft"), *SHORT, stopping])
     assert end.value.code == 1
-    assert "error: Early stopping conditioned on metric `val/lss`" in capsys.readouterr().err
+    assert "error: Early stopping conditioned on metric `train/lss`" in capsys.readouterr().err
