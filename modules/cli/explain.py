@@ -61,6 +61,9 @@ def write_sentence(message: str, names: Sequence[str]) -> str:
     )
     joined = LACKS.sub(lambda match: match[0] + suggest_names(match[1], names), joined)
     joined += quote_value(message, joined)
+    joined = re.sub(
+        r'Parser key "([\w.]+)"$', r"\1 does not take the value that it has; leave it out, or set another", joined
+    )
     if choices and (value := VALUE.search(message)):
         joined += suggest_names(value[1], choices)
     return CLASS.sub(
@@ -173,8 +176,8 @@ def explain_taken_name(message: str) -> str:
 
 
 def suggest_names(name: str, known: Sequence[str], before: str = "") -> str:
-    """Suggest, as the end of a sentence, the known names that are nearest to a misspelt one. Empty if none is near, or
-    if the name is known.
+    """Suggest, as the end of a sentence, the known names that begin like a shortened one, or are nearest to a misspelt
+    one. Empty if none is near, or if the name is known.
 
     Args:
         name: the misspelt name.
@@ -185,5 +188,9 @@ def suggest_names(name: str, known: Sequence[str], before: str = "") -> str:
         return ""
     near = {other: difflib.SequenceMatcher(None, name, other).ratio() for other in sorted(set(known))}
     best = max(near.values(), default=0.0)
-    close = sorted((other for other in near if near[other] >= max(0.6, best - 0.1)), key=lambda other: -near[other])[:3]
+    whole = [other for other in near if other.startswith(name)][:3]
+    close = (
+        whole
+        or sorted((other for other in near if near[other] >= max(0.6, best - 0.1)), key=lambda other: -near[other])[:3]
+    )
     return f"; did you mean {' or '.join(before + other for other in close)}?" if close else ""

@@ -87,7 +87,10 @@ EXAMPLE = "python -m modules fit --config configs/tiny/sft.yaml"
 
 
 class Parser(LightningArgumentParser):
-    """A parser that reports an error in one sentence, without a page of usage."""
+    """A parser that reports an error in one sentence, without a page of usage. Options are written in full."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False} | kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """End with the sentence and exit status 2."""
@@ -142,6 +145,19 @@ class Parser(LightningArgumentParser):
                 where = f"{place}:{line}" if Path(place).is_file() else place
                 raise ValueError(f"{where}: the key {key!r} stands twice in one mapping; keep one of them")
         return super().parse_args(args, *rest, **settings)
+
+    def parse_object(self, obj: Any, namespace: Any = None, *rest: Any, **settings: Any) -> Any:
+        """Parse the arguments of a class, beside those in ``namespace`` that another class has left.
+
+        Such an argument may be a group for one of the two classes, and an option that is also null for the other one.
+        """
+        parts = [action.dest for action in self._actions if not action.dest.endswith(".help")]
+        for name, value in (vars(namespace) if namespace else {}).items():
+            in_group = any(part.startswith(f"{name}.") for part in parts)
+            if name not in parts or not isinstance(value, Namespace) or in_group != ("class_path" in value):
+                continue
+            namespace[name] = value.get("init_args", Namespace()) if in_group else value.as_dict()
+        return super().parse_object(obj, namespace, *rest, **settings)
 
     def print_usage(self, file: Any = None) -> None:
         """Print nothing: ``--help`` tells the usage."""

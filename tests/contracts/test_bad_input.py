@@ -12,6 +12,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from callbacks import EngineMismatch, Samples
 from modules import SFTModule
 from modules.cli.command import refuse_twins
+from modules.cli.explain import write_sentence
 from modules.cli.parser import find_repeated_key
 
 LONG = '{"prompt": "' + "a" * 600 + '", "answer": "b"}'
@@ -139,6 +140,8 @@ def test_a_data_file_stays_a_path(tmp_path, monkeypatch, run, caplog, name, text
             ["--model.sampling.temprature", "1"],
             "--model.sampling.temprature=1; did you mean --model.sampling.temperature?",
         ),
+        (["--model.sampling.max", "3"], "--model.sampling.max=3; did you mean --model.sampling.max_completion_length?"),
+        (["--data.train.num", "3"], "datamodules.Addition': Option 'num' is not accepted; did you mean num_examples?"),
         (["--model.optimiser.lr", "1"], "--model.optimiser.lr=1; did you mean --model.optimizer.lr?"),
         (["--model.optimizer.lrr", "1"], "\"optimizer\": Option 'lrr' is not accepted; did you mean lr?"),
         (["--model.optimizer", "AdmW"], "there is no class 'AdmW'; did you mean AdamW?"),
@@ -296,6 +299,13 @@ def test_a_wrong_choice_inside_a_class_is_told_without_the_other_types_of_the_op
     assert refusal("grpo", "--model.importance.level", "word").endswith('"level": expected one of sequence, token')
 
 
+def test_a_value_that_an_option_does_not_take_is_told_without_the_parsers_words():
+    message = 'Parser key "model": Problem with given class_path \'modules.SFTModule\':\n- Parser key "sampling"'
+    assert write_sentence(message, []).endswith(
+        "': sampling does not take the value that it has; leave it out, or set another"
+    )
+
+
 def test_only_classes_that_can_be_made_are_suggested(refusal):
     said = refusal("grpo", "--model.reward", "xyzxyz")
     assert "there is no class 'xyzxyz'; name a class of ours, or the whole class path of another" in said
@@ -329,7 +339,8 @@ def test_misspelt_yaml_key_names_the_key(tmp_path, refusal):
     file.write_text("data:\n  init_args: {prompt_per_phase: 3}\n")
     assert "did you mean prompts_per_phase" in refusal("grpo", "--config", str(file))
     file.write_text("model: true\ndata: [1]\n")
-    assert 'Parser key "' in refusal("grpo", "--config", str(file), "--data.train=x")
+    said = refusal("grpo", "--config", str(file), "--data.train=x")
+    assert said == "error: model does not take the value that it has; leave it out, or set another"
 
 
 @pytest.mark.parametrize(

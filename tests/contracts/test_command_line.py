@@ -211,6 +211,23 @@ def test_null_sets_an_option_of_a_class_to_nothing(capsys):
     assert model["reward"]["init_args"]["pattern"] is None  # not a search for the word None
 
 
+@pytest.mark.parametrize(
+    ("method", "changed"),
+    [
+        ("grpo", ["--model=SFTModule", "--data=InstructionDataModule"]),
+        ("sft", ["--model=GRPOModule", "--data=VerifiableDataModule", "--model.reward=ExactMatch"]),
+    ],
+)
+def test_another_method_keeps_the_sampling(capsys, tmp_path, method, changed):
+    own = tmp_path / "own.yaml"
+    own.write_text("model: {init_args: {sampling: {temperature: 0.5, max_completion_length: 7}}}")
+    with pytest.raises(SystemExit) as end:
+        main(["fit", f"--config={CONFIGS}/tiny/{method}.yaml", f"--config={own}", *changed, "--print_config"])
+    assert end.value.code == 0
+    sampling = yaml.safe_load(capsys.readouterr().out)["model"]["init_args"]["sampling"]
+    assert (sampling["temperature"], sampling["max_completion_length"], sampling["top_p"]) == (0.5, 7, 1.0)
+
+
 def test_a_class_that_replaces_that_of_a_configuration_stays_in_its_place():
     given = ["fit", "--config", few_rows("grpo"), "--model.beta=0.5", "--model=DPOModule", "--data.val=-1", "--data=A"]
     assert sort_arguments(given) == given
