@@ -242,9 +242,9 @@ class AlignmentCLI(LightningCLI):
         """Print what to do next."""
         exports = [callback for callback in self.trainer.callbacks if isinstance(callback, Export)]  # type: ignore[attr-defined]
         if not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
-            looks = [callback for callback in self.trainer.callbacks if isinstance(callback, TellsHowToGoOn)]  # type: ignore[attr-defined]
+            notes = [callback for callback in self.trainer.callbacks if isinstance(callback, TellsHowToGoOn)]  # type: ignore[attr-defined]
             written = [callback.folder for callback in exports if callback.exported_step >= 0]
-            for line in write_ending(self.trainer, written[-1] if written else None, looks[0].form):
+            for line in write_ending(self.trainer, written[-1] if written else None, notes[0]):
                 print(line, flush=True)
 
 

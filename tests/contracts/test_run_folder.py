@@ -81,6 +81,21 @@ def test_out_holds_all_of_a_run_and_a_second_run_leaves_it_alone(capsys, caplog)
     assert {path: path.stat().st_mtime_ns for path in Path("mine/first").rglob("*")} == before
 
 
+def test_the_last_line_tells_of_which_step_its_numbers_are(capsys):
+    """A step has 4 rows and an epoch 6 steps. The fit validates at step 4, ends at step 6, and has nothing left to do."""
+    once = [*SFT, *FEW[:-1], "--trainer.val_check_interval=4", "--trainer.max_epochs=1"]
+    checkpoint = {"class_path": "ModelCheckpoint", "init_args": {"every_n_train_steps": 6}}
+    once += [f"--trainer.callbacks={json.dumps([checkpoint, {'class_path': 'Export'}])}"]
+    main(["fit", *once])
+    assert re.search(
+        r"^step 6; validation at step 4: val/\S+ [\d.]+, .*; model: ", capsys.readouterr().out, re.MULTILINE
+    )
+    main(["fit", *once, "--ckpt_path=runs/sft"])
+    said = capsys.readouterr().out
+    assert "the run was complete at step 6; raise trainer.max_epochs to train on; model: runs/sft/export" in said
+    assert re.search(r"^ask it: .* --form text$", said, re.MULTILINE)
+
+
 def test_a_fast_dev_run_and_a_refused_run_leave_nothing(capsys):
     main(["fit", *SFT, *FEW, "--trainer.fast_dev_run=1"])
     assert list(Path().iterdir()) == []
