@@ -197,7 +197,7 @@ class AlignmentCLI(LightningCLI):
         callbacks: list[Callback] = [*given, Dashboard(), TellsHowToGoOn()]
         if isinstance(folder, RunFolder):
             callbacks.append(KeepsFolder(folder))
-            if not given and trainer["enable_checkpointing"] is not False:
+            if trainer["callbacks"] is None and trainer["enable_checkpointing"] is not False:
                 callbacks += [ModelCheckpoint(save_last="link", enable_version_counter=False), Export()]
         for callback in callbacks:
             if path is not None and isinstance(callback, ModelCheckpoint) and callback.dirpath is None:

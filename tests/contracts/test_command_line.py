@@ -240,3 +240,50 @@ def test_a_misspelt_monitor_ends_the_run_in_one_sentence(capsys):
         main(["fit", "--config", few_rows("sft"), *SHORT, stopping])
     assert end.value.code == 1
     assert "error: Early stopping conditioned on metric `val/lss`" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        (["fit"], "fit needs a method and data: add --config configs/tiny/sft.yaml, or another YAML of configs"),
+        (["fit", "--model=SFTModule", "--model.policy=tiny"], "fit needs data: add --data.train my.jsonl"),
+        (["fit", "configs/tiny/sft.yaml"], "configs/tiny/sft.yaml stands alone: write --config before it"),
+        (["configs/sft.yaml"], "configs/sft.yaml is no command: write fit --config before it, or another command"),
+        (
+            ["train", "--config=x.yaml"],
+            "there is no command 'train'; the commands are fit, validate, test, predict, chat, merge; did you mean fit?",
+        ),
+        (
+            ["fit", "--config", "my.jsonl"],
+            "--config my.jsonl: rows are no configuration; name them with --data.train my.jsonl",
+        ),
+        (["fit", "--config", "bad.yaml"], "bad.yaml:2: this file is no YAML; --config takes a YAML of options"),
+        (["chat"], "chat needs a model: add --policy FOLDER, such as the export of a run"),
+        (["chat", "--polcy=tiny"], "unrecognized arguments: --polcy=tiny; did you mean --policy?"),
+        (
+            ["chat", "--policy=tiny", "--form=chatt"],
+            "Parser key \"form\": expected one of alpaca, chat, text, got 'chatt'; did you mean chat?",
+        ),
+        (
+            ["chat", "--policy=nowhere", "--temperature=-1", "--max_completion_length=0"],
+            "chat: temperature must be >= 0, got -1.0; max_completion_length must be >= 1, got 0",
+        ),
+        (["chat", "--policy=run"], "policy: 'run' is a folder without config.json; its model is run/export"),
+    ],
+)
+def test_a_wrong_command_line_is_told_what_to_write(capsys, here, given, sentence):
+    (here / "bad.yaml").write_text("a: [1\nb: 2\n")
+    (here / "run/export").mkdir(parents=True)
+    (here / "run/export/config.json").touch()
+    with pytest.raises(SystemExit):
+        main(given)
+    assert capsys.readouterr().err.splitlines()[-1] == f"error: {sentence}"
+
+
+@pytest.mark.parametrize(("callbacks", "exported"), [("null", True), ("[]", False)])
+def test_an_empty_list_of_callbacks_means_none(capsys, callbacks, exported):
+    shipped(
+        "fit", "sft", *QUICK, "--data.train.num_examples=4", "--trainer.max_steps=1", f"--trainer.callbacks={callbacks}"
+    )
+    assert Path("runs/sft/export").exists() == exported
+    assert ("no model exported: list Export in trainer.callbacks" in capsys.readouterr().out) != exported
