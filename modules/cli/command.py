@@ -216,7 +216,8 @@ class AlignmentCLI(LightningCLI):
         self.say_weights()
 
     def before_test(self) -> None:
-        """Print which weights are evaluated."""
+        """Print which rows and weights are evaluated."""
+        rank_zero_info("test: on the rows of data.val")
         self.say_weights()
 
     def before_predict(self) -> None:

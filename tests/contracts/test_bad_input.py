@@ -294,6 +294,16 @@ def test_bad_settings(refusal, monkeypatch, arguments, sentence):
             ["--data", "VerifiableDataModule"],
             "VerifiableDataModule gives PromptBatch; set data to InstructionDataModule",
         ),
+        *(
+            ("fit", "sft", [f"--trainer.callbacks={name}"], f"error: {name} reads what a method samples, and SFTModule")
+            for name in ("Diversity", "LengthBias", "Samples")
+        ),
+        (
+            "fit",
+            "dpo",
+            ["--trainer.callbacks=TokenBudget", "--trainer.callbacks.tokens=9"],
+            "and DPOModule samples nothing: remove the callback",
+        ),
         ("fit", "sft", ["--on_unscored", "stop"], "on_unscored: SFTModule scores no samples; leave it out"),
         ("predict", "grpo", ["--on_nonfinite", "skip"], "on_nonfinite: predict takes no steps; leave it out"),
         ("validate", "sft", ["--torch_compile", "true"], "torch_compile: validate takes no steps; leave it out"),
