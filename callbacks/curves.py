@@ -5,7 +5,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from callbacks.phase import draw_series, new_figure, record_of
+from callbacks.phase import draw_series, new_figure, record_of, require_samples
 from callbacks.writers.output_files import in_run_folder
 from modules.rollout.metrics import make_outcomes, measure_rollouts
 from modules.trainer.ranks import from_all_ranks
@@ -36,6 +36,7 @@ class Curves(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse a file that cannot be written before anything is trained."""
         if stage == "fit":
+            require_samples(pl_module, "Curves")
             self.file = in_run_folder(trainer, self._given, "curves.png")
             if trainer.is_global_zero:
                 require_writable(self.file, "Curves")

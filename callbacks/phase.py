@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from modules.base import AlignmentModule
 from modules.trainer.ranks import log_equal, weighted_means
 from modules.types import HasRecord, Record, Rollout
 
@@ -39,6 +40,21 @@ def record_of(pl_module: LightningModule) -> Record:
             "read rollouts, or give the module a record"
         )
     return pl_module.record
+
+
+def require_samples(pl_module: LightningModule, who: str, or_held_out: bool = False) -> None:
+    """Refuse a method of ours that samples nothing for ``who``. Raises ValueError.
+
+    Args:
+        pl_module: the method; one of a user's own may fill its record in any way.
+        who: the callback.
+        or_held_out: answers to held-out rows suffice.
+    """
+    has_answers = or_held_out and record_of(pl_module).held_out is not None
+    if isinstance(pl_module, AlignmentModule) and not hasattr(pl_module, "collect") and not has_answers:
+        raise ValueError(
+            f"{who} reads what a method samples, and {type(pl_module).__name__} samples nothing: remove the callback"
+        )
 
 
 def find_tensorboards(trainer: Trainer) -> list[TensorBoardLogger]:
@@ -99,6 +115,11 @@ class PhaseCallback(Callback):
         self.every_n_phases = every_n_phases
         self.history: list[dict[str, float]] = []  # one row per phase: "phase" and the measures
         self.drawn_phase = -1.0
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse a fit that samples nothing."""
+        if stage == "fit":
+            require_samples(pl_module, type(self).__name__)
 
     @abstractmethod
     def measure(self, rollouts: Sequence[Rollout]) -> dict[str, Mean]:

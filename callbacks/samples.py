@@ -6,7 +6,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from callbacks.phase import find_tensorboards, record_of, require_period
+from callbacks.phase import find_tensorboards, record_of, require_period, require_samples
 from modules.types import Rollout, make_printable
 
 
@@ -33,6 +33,11 @@ class Samples(Callback):
         self.num_samples = num_samples
         self.every_n_phases = every_n_phases
         self.unwritten = ""  # text of the last phase, kept because the rollouts are gone at the end of the fit
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse a fit that samples nothing."""
+        if stage == "fit":
+            require_samples(pl_module, "Samples", or_held_out=True)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Render the phase's samples; write them every n phases."""

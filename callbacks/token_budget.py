@@ -4,7 +4,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from callbacks.phase import record_of
+from callbacks.phase import record_of, require_samples
 from modules.functional.ranges import check_numbers
 from modules.trainer.ranks import from_all_ranks, log_equal
 
@@ -30,6 +30,7 @@ class TokenBudget(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse a module that keeps no rollouts or samples none."""
         record_of(pl_module)
+        require_samples(pl_module, "TokenBudget")
         if getattr(pl_module, "on_policy", 1) == 0:
             raise ValueError(
                 "TokenBudget counts tokens that are sampled, and with model.on_policy 0 none are: leave it out"

@@ -217,11 +217,12 @@ class RowsDataModule(LightningDataModule):
             self.warn_of_other_rows()
 
     def warn_of_other_rows(self) -> None:
-        """Warn that a resumed run goes on with other rows than those of its checkpoint."""
-        rank_zero_warn(
-            "the training rows are not those that the checkpoint was trained on; the run goes on at the same place "
-            "in these rows"
-        )
+        """Warn that a resumed fit goes on with other rows than those of its checkpoint."""
+        if self.trainer is None or self.trainer.state.fn in (None, "fit"):
+            rank_zero_warn(
+                "the training rows are not those that the checkpoint was trained on; the run goes on at the same place "
+                "in these rows"
+            )
 
     def read(self, source: str | Source) -> list[Row]:
         """Read the rows of a source."""

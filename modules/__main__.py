@@ -8,7 +8,7 @@ Post-training of language models.
 
   fit       train: python -m modules fit --config configs/tiny/sft.yaml
   validate  measure on held-out rows, with the configuration of a fit
-  test      measure on test rows, with the configuration of a fit
+  test      the same on the rows of data.val, logged as test/...
   predict   write samples or labels, with the configuration of a fit
   chat      ask a model: python -m modules chat --policy FOLDER
   merge     average models: python -m modules merge --models A B --out FOLDER

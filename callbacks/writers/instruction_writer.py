@@ -9,7 +9,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from callbacks.writers.output_files import (
     append_lines,
-    in_run_folder,
+    find_free_file,
     open_whole_lines,
     require_predict,
     write_whole,
@@ -45,7 +45,7 @@ class InstructionWriter(Callback):
 
     Args:
         path: the file; its parent folders are made, and an earlier file is replaced at the end. None =
-            ``instructions.jsonl`` in the run's folder.
+            ``instructions.jsonl`` in the run's folder, or the next free name there.
 
     Raises:
         ValueError: the command is not ``predict``, ``path`` is a folder or cannot be written, the module generates no
@@ -66,7 +66,7 @@ class InstructionWriter(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot work before any request is sent."""
         require_predict(stage, "InstructionWriter")
-        self.path = in_run_folder(trainer, self._given, "instructions.jsonl")
+        self.path = find_free_file(trainer, self._given, "instructions.jsonl", resumes=True)
         if self.path.is_dir():
             raise ValueError(
                 f"InstructionWriter: {self.path} is a folder; name a file, such as {self.path / 'instructions.jsonl'}"

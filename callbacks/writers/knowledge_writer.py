@@ -26,7 +26,7 @@ class KnowledgeWriter(ResumableJsonl):
 
     Args:
         path: the file; its parent folders are made, and an earlier file is replaced at the end. None =
-            ``knowledge.jsonl`` in the run's folder.
+            ``knowledge.jsonl`` in the run's folder, or the next free name there.
 
     Raises:
         ValueError: see :class:`ResumableJsonl`.

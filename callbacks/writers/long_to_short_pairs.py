@@ -23,7 +23,7 @@ class LongToShortPairs(SampleWriter):
         per_prompt: most pairs of a prompt, >= 1, in the order in which the rejected completions were sampled; None =
             all.
         path: the file; its parent folders are made, and an earlier file is replaced at the end. None =
-            ``pairs.jsonl`` in the run's folder.
+            ``pairs.jsonl`` in the run's folder, or the next free name there.
 
     Raises:
         ValueError: a number is out of range; in ``setup``, when nothing tells right from wrong, or as in

@@ -3,6 +3,8 @@
 import fcntl
 import json
 import os
+import re
+from itertools import chain, count
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
@@ -15,6 +17,23 @@ from modules.trainer.saving import naming, replacing
 def in_run_folder(trainer: Trainer, path: Path | None, name: str) -> Path:
     """Return ``path``, or ``name`` in the run's folder if ``path`` is None. That folder is ``default_root_dir``."""
     return Path(trainer.default_root_dir) / name if path is None else path
+
+
+def find_free_file(trainer: Trainer, path: Path | None, name: str, resumes: bool = False) -> Path:
+    """Return ``path``, or in the run's folder the first of ``name``, ``name-2`` and so on that no earlier run wrote.
+
+    With ``resumes``, a file is free as long as hidden part files of its number lie there, because a run goes on with
+    them. Writers of one run share theirs.
+    """
+    first = in_run_folder(trainer, path, name)
+    if path is not None or not first.is_file():
+        return first
+    hidden = [file.name for file in first.parent.glob(".*.*")] if resumes else []
+    for end in chain([""], (f"-{number}" for number in count(2))):
+        file = first.with_stem(f"{first.stem}{end}")
+        if not file.exists() or any(re.fullmatch(rf"\.[a-z]+{end}{file.suffix}\.\w+", part) for part in hidden):
+            return file
+    raise AssertionError("numbers do not end")
 
 
 def require_predict(stage: str, who: str) -> None:

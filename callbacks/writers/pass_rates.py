@@ -8,7 +8,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
-from callbacks.writers.output_files import in_run_folder, require_predict, write_whole
+from callbacks.writers.output_files import find_free_file, require_predict, write_whole
 from modules.trainer.ranks import from_all_ranks
 from modules.trainer.saving import require_writable
 from modules.types import HasPromptRows, require_accuracy
@@ -26,7 +26,7 @@ class PassRates(Callback):
     Args:
         name: the prefix of the columns: ``pass``, or ``guess`` for prompts that suppress thinking.
         path: the file; its parent folders are made, and an earlier file is replaced. None = ``rated.jsonl`` in the
-            run's folder.
+            run's folder, or the next free name there.
 
     Raises:
         ValueError: ``name`` is no word; in ``setup``, when the command is not ``predict``, ``path`` cannot be written,
@@ -51,7 +51,7 @@ class PassRates(Callback):
             raise ValueError(
                 f"PassRates: {count} training rows are called {name.rpartition('#')[0]}; read every file once"
             )
-        self.path = in_run_folder(trainer, self._given, "rated.jsonl")
+        self.path = find_free_file(trainer, self._given, "rated.jsonl")
         if self.path.is_dir():
             raise ValueError(f"PassRates: {self.path} is a folder; name a file, such as {self.path / 'rated.jsonl'}")
         require_writable(self.path, "PassRates")

@@ -13,7 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from callbacks.phase import record_of
-from callbacks.writers.output_files import claim, in_run_folder
+from callbacks.writers.output_files import claim, find_free_file
 from modules.trainer.saving import naming, require_writable, sync
 from modules.types import HasAskedRows, Rollout
 
@@ -31,7 +31,7 @@ class PredictionWriter(Callback):
 
     Args:
         path: the file; its parent folders are made, and an earlier file is replaced. None = ``predictions.jsonl`` in
-            the run's folder.
+            the run's folder, or the next free name there.
 
     Raises:
         ValueError: in ``setup`` of ``predict``, when ``path`` is a folder or cannot be written.
@@ -46,7 +46,7 @@ class PredictionWriter(Callback):
         """Refuse a path that cannot be written before anything is sampled."""
         if stage != "predict":
             return
-        self.path = in_run_folder(trainer, self._given, "predictions.jsonl")
+        self.path = find_free_file(trainer, self._given, "predictions.jsonl")
         if self.path.is_dir():
             raise ValueError(
                 f"PredictionWriter: {self.path} is a folder; name a file, such as {self.path / 'predictions.jsonl'}"

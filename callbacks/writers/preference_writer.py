@@ -25,7 +25,7 @@ class PreferenceWriter(ResumableJsonl):
 
     Args:
         path: the file; its parent folders are made, and an earlier file is replaced at the end. None =
-            ``preferences.jsonl`` in the run's folder.
+            ``preferences.jsonl`` in the run's folder, or the next free name there.
 
     Raises:
         ValueError: see :class:`ResumableJsonl`.

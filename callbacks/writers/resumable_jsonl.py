@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from callbacks.writers.output_files import (
     append_lines,
-    in_run_folder,
+    find_free_file,
     open_whole_lines,
     require_predict,
     write_whole,
@@ -49,7 +49,7 @@ class ResumableJsonl(Callback):
 
     Args:
         path: the file; its parent folders are made, and an earlier file is replaced at the end. None = ``file`` in the
-            run's folder.
+            run's folder, or the next free name there.
 
     Raises:
         ValueError: the command is not ``predict``, ``path`` is a folder or cannot be written, the module does not
@@ -99,7 +99,7 @@ class ResumableJsonl(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot work before anything is labelled."""
         require_predict(stage, self.name)
-        self.path = in_run_folder(trainer, self._given, self.file)
+        self.path = find_free_file(trainer, self._given, self.file, resumes=True)
         if self.path.is_dir():
             raise ValueError(f"{self.name}: {self.path} is a folder; name a file, such as {self.path / 'rows.jsonl'}")
         require_writable(self.path, self.name)

@@ -37,7 +37,7 @@ class VerifiedSamples(SampleWriter):
         shortest: take the completions of a prompt with the fewest tokens, not those that were sampled first. With
             ``per_prompt`` 1 this is Kimi's shortest rejection sampling.
         path: the file; its parent folders are made, and an earlier file is replaced at the end. None =
-            ``verified.jsonl`` in the run's folder.
+            ``verified.jsonl`` in the run's folder, or the next free name there.
 
     Raises:
         ValueError: a number is out of range; in ``setup``, when the reward has no such part, nothing tells right from

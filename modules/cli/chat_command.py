@@ -4,9 +4,10 @@ import sys
 from collections.abc import Iterator
 from typing import Any, Literal
 
-from jsonargparse import ArgumentParser
 from transformers import AutoConfig, AutoTokenizer
 
+from modules.cli.parser import Parser
+from modules.functional.ranges import check_numbers
 from modules.functional.thoughts import set_in_template
 from modules.networks.loading import is_classifier
 from modules.networks.policy import Policy
@@ -41,7 +42,13 @@ def chat(
         max_completion_length: tokens of an answer.
         temperature: of the sampling; 0 = greedy.
         chat_template_kwargs: variables that the chat template is given, such as ``{enable_thinking: false}``.
+
+    Raises:
+        ValueError: a number is out of range, or an option does not fit the model.
     """
+    check_numbers(
+        "chat", temperature=(temperature, "[0, inf)"), max_completion_length=(max_completion_length, "[1, inf)")
+    )
     if holds_classifier(policy):
         if chat_template_kwargs:
             raise ValueError(
@@ -125,6 +132,6 @@ def say(text: str) -> None:
 
 def run_chat(args: list[str]) -> None:
     """Run the command with its arguments."""
-    parser = ArgumentParser(prog="python -m modules chat", description="Ask a model.")
+    parser = Parser(prog="python -m modules chat", description="Ask a model.")
     parser.add_function_arguments(chat, as_positional=False)
     chat(**parser.parse_args(args).as_dict())

@@ -206,7 +206,7 @@ class AlignmentCLI(LightningCLI):
         callbacks: list[Callback] = [*given, Dashboard(), TellsHowToGoOn()]
         if isinstance(folder, RunFolder):
             callbacks.append(KeepsFolder(folder))
-            if not given and trainer["enable_checkpointing"] is not False:
+            if trainer["callbacks"] is None and trainer["enable_checkpointing"] is not False:
                 callbacks += [ModelCheckpoint(save_last="link", enable_version_counter=False), Export()]
         for callback in callbacks:
             if path is not None and isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
@@ -225,7 +225,8 @@ class AlignmentCLI(LightningCLI):
         self.say_weights()
 
     def before_test(self) -> None:
-        """Print which weights are evaluated."""
+        """Print which rows and weights are evaluated."""
+        rank_zero_info("test: on the rows of data.val")
         self.say_weights()
 
     def before_predict(self) -> None:
@@ -251,9 +252,9 @@ class AlignmentCLI(LightningCLI):
         """Print what to do next."""
         exports = [callback for callback in self.trainer.callbacks if isinstance(callback, Export)]  # type: ignore[attr-defined]
         if not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
-            looks = [callback for callback in self.trainer.callbacks if isinstance(callback, TellsHowToGoOn)]  # type: ignore[attr-defined]
+            notes = [callback for callback in self.trainer.callbacks if isinstance(callback, TellsHowToGoOn)]  # type: ignore[attr-defined]
             written = [callback.folder for callback in exports if callback.exported_step >= 0]
-            for line in write_ending(self.trainer, written[-1] if written else None, looks[0].form):
+            for line in write_ending(self.trainer, written[-1] if written else None, notes[0]):
                 print(line, flush=True)
 
 

@@ -16,21 +16,29 @@ from modules.cli.run_folder import CHECKPOINTS
 from modules.trainer.stopping import StopTogether
 
 
-def write_ending(trainer: Trainer, export: Path | None, form: str | None = None) -> list[str]:
+def write_ending(trainer: Trainer, export: Path | None, notes: "TellsHowToGoOn") -> list[str]:
     """Write three lines: results and export, how to ask the model, how to see the curves.
 
     Args:
         trainer: of the fit that has ended.
         export: the folder of the exported model; None = nothing was exported.
-        form: how prompts were written, see ``chat``; None = ``chat``'s default.
+        notes: what the fit remembered.
     """
     logged = {name: value for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
     logged = logged or {name: value for name, value in trainer.logged_metrics.items() if name.startswith("train/")}
     why = "list Export in trainer.callbacks" if trainer.global_step else "no step was taken"
     where = f"model: {write_path(export)}" if export else f"no model exported: {why}"
-    lines = [f"step {trainer.global_step}: {show_numbers(pick_headlines(logged)) or 'nothing logged'}; {where}"]
+    at = f"step {trainer.global_step}"
+    if notes.validated is not None and notes.validated != trainer.global_step:
+        at += f"; validation at step {notes.validated}"
+    if trainer.global_step and not notes.trained:
+        limit = "max_steps" if trainer.global_step == trainer.max_steps else "max_epochs"
+        lines = [f"the run was complete at {at}; raise trainer.{limit} to train on; {where}"]
+    else:
+        lines = [f"{at}: {show_numbers(pick_headlines(logged)) or 'nothing logged'}; {where}"]
     if export:
-        lines.append(f"ask it: {write_command('chat', '--policy', export, *(['--form', form] if form else []))}")
+        form = ["--form", notes.form] if notes.form else []
+        lines.append(f"ask it: {write_command('chat', '--policy', export, *form)}")
     folder = next((logger.save_dir for logger in trainer.loggers if logger.save_dir), None)
     if folder and any(type(logger).__name__ == "TensorBoardLogger" for logger in trainer.loggers):
         lines.append(f"curves: {write_command('--logdir', Path(folder), module='tensorboard.main')}")
@@ -52,21 +60,41 @@ def find_form(text: str, tokenizer: Any) -> str | None:
 
 
 class TellsHowToGoOn(Callback):
-    """Remembers the form of prompts for the last lines, and prints how to resume a run that was stopped."""
+    """Remembers what the last lines say, and prints how to resume a run that was stopped.
+
+    Attributes:
+        form: how prompts were written, see ``chat``; None = ``chat``'s default. A resumed run knows it from its checkpoint.
+        trained: whether this fit began a step.
+        validated: step of the last validation; None = there was none.
+    """
 
     def __init__(self) -> None:
-        self.form: str | None = None  # see ``chat``
-        self._looked = False
+        self.form: str | None = None
+        self.trained = False
+        self.validated: int | None = None
 
     @rank_zero_only
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Look at the first row."""
-        if not self._looked and isinstance(batch, dict):
-            self._looked = True
+        if not self.trained and isinstance(batch, dict):
             ids = next((batch[name] for name in ("prompt_ids", "input_ids") if name in batch), None)
             if ids is not None:
                 tokenizer: Any = pl_module.tokenizer
                 self.form = find_form(str(tokenizer.decode(ids[0])), tokenizer)
+        self.trained = True
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remember the step."""
+        if not trainer.sanity_checking:
+            self.validated = trainer.global_step
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs if it takes no step."""
+        return {"form": self.form}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore it."""
+        self.form = state_dict["form"]
 
     @rank_zero_only
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

@@ -31,6 +31,8 @@ CLASS = re.compile(r"Expected a dot import path string: (\S+)")
 LACKS = re.compile(
     r"module '(?:callbacks|datamodules|modules)\b[\w.]*' has no attribute '([A-Z]\w*)'(?!; did you mean)"
 )
+NO_SUBCLASS = re.compile(r"Import path (?:(\S+) )?does not correspond to a subclass of (\w+)")
+BASES = ("modules.types", "modules.losses", "modules.rollout", "datamodules", "lightning.pytorch", "torch.optim")
 VALUE = re.compile(r"Given value: (.*?)(?:\. Got value: .*)?$", re.MULTILINE)
 INNER_CHOICE = re.compile(r'Parser key "\w+": expected one of ')
 CHOICES = re.compile(r"Expected a typing\.Literal\[(.*)\]")
@@ -56,11 +58,15 @@ def write_sentence(message: str, names: Sequence[str]) -> str:
     )
     joined = PLAIN_TYPE.sub(r"expected type \1", joined)
     joined = ABSTRACT.sub(lambda match: ask_for_class(match[1], names), joined)
+    joined = NO_SUBCLASS.sub(lambda match: ask_to_derive(match[1] or "the class", match[2]), joined)
     joined = FILE.sub(
         r"'\1' is a file, which has no options; write, for example, --data.train Files --data.train.path \1", joined
     )
     joined = LACKS.sub(lambda match: match[0] + suggest_names(match[1], names), joined)
     joined += quote_value(message, joined)
+    joined = re.sub(
+        r'Parser key "([\w.]+)"$', r"\1 does not take the value that it has; leave it out, or set another", joined
+    )
     if choices and (value := VALUE.search(message)):
         joined += suggest_names(value[1], choices)
     return CLASS.sub(
@@ -82,6 +88,13 @@ def ask_for_class(path: str, names: Sequence[str]) -> str:
     )
 
 
+def ask_to_derive(path: str, base: str) -> str:
+    """Ask for a class that derives from ``base``."""
+    module = next((name for name in BASES if base in vars(importlib.import_module(name))), "")
+    function = ", or name a plain function (prompts, completions, answers, **columns)" if base == "Reward" else ""
+    return f"{path} is no {base}: derive it from {module}{'.' if module else ''}{base}{function}"
+
+
 def quote_value(message: str, joined: str) -> str:
     """Quote the value of the wrong type, if the reasons end without it."""
     value = VALUE.search(message)
@@ -97,6 +110,31 @@ EXAMPLES = {
     "reward": "--model.reward ExactMatch, or another reward's name",
     "train": "--data.train my.jsonl",
 }
+
+
+def explain_command(message: str) -> str:
+    """Say what to write instead of a command line without a method, or with a file in the wrong place; else empty."""
+    missing = re.search(r"arguments are required: (\w+)\.(?:data|model)\b", message)
+    if missing and message.endswith(f"{missing[1]}.data"):
+        return f"{missing[1]} needs data: add --data.train my.jsonl"
+    if missing:
+        example = "configs/tiny/grpo.yaml" if missing[1] == "predict" else "configs/tiny/sft.yaml"
+        return f"{missing[1]} needs a method and data: add --config {example}, or another YAML of configs"
+    if message.endswith("arguments are required: policy"):
+        return "chat needs a model: add --policy FOLDER, such as the export of a run"
+    file = re.search(r"unrecognized arguments: (?!-)(\S+\.ya?ml)\b", message)
+    if file:
+        return f"{file[1]} stands alone: write --config before it"
+    command = re.search(r"invalid choice: '([^']+)' \(choose from (.*)\)", message)
+    if command is None or "subcommand" not in message:
+        return ""
+    if command[1].endswith((".yaml", ".yml")):
+        return f"{command[1]} is no command: write fit --config before it, or another command"
+    known = [*re.findall(r"'(\w+)'", command[2]), "chat", "merge"]
+    others = {"train": "fit", "finetune": "fit", "eval": "validate", "evaluate": "validate", "generate": "predict"}
+    meant = others.get(command[1])
+    near = f"; did you mean {meant}?" if meant else suggest_names(command[1], known)
+    return f"there is no command {command[1]!r}; the commands are {', '.join(known)}{near}"
 
 
 def explain_missing_arguments(message: str) -> str:
@@ -127,6 +165,52 @@ def suggest_argument(message: str) -> str:
     module, _, name = found[1].rpartition(".")
     kind = getattr(importlib.import_module(module), name)
     return suggest_names(found[2], list(inspect.signature(kind).parameters))
+
+
+OURS = {  # by frequent names of TRL and LLaMA-Factory
+    **dict.fromkeys(("learning_rate", "lr"), ["model.optimizer.lr"]),
+    **dict.fromkeys(("loss_type", "pref_loss", "loss"), ["model.objective"]),
+    **dict.fromkeys(("num_train_epochs", "num_epochs", "epochs"), ["trainer.max_epochs"]),
+    **dict.fromkeys(
+        ("per_device_train_batch_size", "train_batch_size", "batch_size"), ["data.batch_size", "data.prompts_per_phase"]
+    ),
+    **dict.fromkeys(("max_seq_length", "cutoff_len", "max_length"), ["data.max_length"]),
+    **dict.fromkeys(("max_new_tokens", "max_completion_length"), ["model.sampling.max_completion_length"]),
+    **dict.fromkeys(("model_name_or_path", "model_name"), ["model.policy"]),
+    **dict.fromkeys(("lora_r", "lora_rank"), ["model.lora.r"]),
+    **dict.fromkeys(("test", "eval_dataset"), ["data.val"]),
+    "beta": ["model.beta", "model.kl.coef"],
+    "bf16": ["trainer.precision"],
+    "gradient_accumulation_steps": ["trainer.accumulate_grad_batches"],
+    "lr_scheduler_type": ["model.scheduler"],
+    "max_grad_norm": ["trainer.gradient_clip_val"],
+    "max_prompt_length": ["data.max_prompt_length"],
+    "output_dir": ["out"],
+    "report_to": ["logger"],
+    "resume_from_checkpoint": ["ckpt_path"],
+    "reward_funcs": ["model.reward"],
+    "seed": ["seed_everything"],
+    "temperature": ["model.sampling.temperature"],
+}
+
+
+def name_our_option(message: str) -> str:
+    """Name, as the end of a sentence, our option for a name of TRL or LLaMA-Factory; empty for other names.
+
+    Only the outermost parser's message tells where the option was set.
+    """
+    chain = re.findall(r"Parser key \"(\w+)\":[^\"]*?class_path '([\w.]+)'", message)
+    found = re.search(r"unrecognized arguments: --([\w.]+)|option '([\w.]+)'$|Option '(\w+)' is not accepted", message)
+    if found is None or len(chain) > 1 or bool(chain) != bool(found[3]):
+        return ""
+    place = f"{chain[0][0]}.{found[3]}" if chain else found[1] or found[2]
+    owner, _, name = place.rpartition(".")
+    meant = [option for option in OURS.get(name, []) if option != place and owner in ("", "model", "data", "trainer")]
+    if chain:
+        module, _, kind = chain[0][1].rpartition(".")
+        known = inspect.signature(getattr(importlib.import_module(module), kind)).parameters
+        meant = [option for option in meant if not option.startswith(f"{owner}.") or option.split(".")[1] in known]
+    return f"; here this is {' or '.join(f'--{option}' for option in meant)}" if meant else ""
 
 
 def point_to_owner(message: str) -> str:
@@ -173,8 +257,8 @@ def explain_taken_name(message: str) -> str:
 
 
 def suggest_names(name: str, known: Sequence[str], before: str = "") -> str:
-    """Suggest, as the end of a sentence, the known names that are nearest to a misspelt one. Empty if none is near, or
-    if the name is known.
+    """Suggest, as the end of a sentence, the known names that begin like a shortened one, or are nearest to a misspelt
+    one. Empty if none is near, or if the name is known.
 
     Args:
         name: the misspelt name.
@@ -185,5 +269,9 @@ def suggest_names(name: str, known: Sequence[str], before: str = "") -> str:
         return ""
     near = {other: difflib.SequenceMatcher(None, name, other).ratio() for other in sorted(set(known))}
     best = max(near.values(), default=0.0)
-    close = sorted((other for other in near if near[other] >= max(0.6, best - 0.1)), key=lambda other: -near[other])[:3]
+    whole = [other for other in near if other.startswith(name)][:3]
+    close = (
+        whole
+        or sorted((other for other in near if near[other] >= max(0.6, best - 0.1)), key=lambda other: -near[other])[:3]
+    )
     return f"; did you mean {' or '.join(before + other for other in close)}?" if close else ""

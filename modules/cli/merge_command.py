@@ -39,7 +39,7 @@ def merge(models: list[str], out: str, weights: list[float] | None = None) -> No
 
 def run_merge(args: list[str]) -> None:
     """Run the command with its arguments."""
-    parser = Parser(prog="python -m modules merge", description=DESCRIPTION, allow_abbrev=False)
+    parser = Parser(prog="python -m modules merge", description=DESCRIPTION)
     parser.add_argument("-c", "--config", action="config", help="A YAML file with these options.")
     parser.add_argument(
         "--models", nargs="+", type=str, required=True, help="Folders, GGUF files, hub ids or built-in names."

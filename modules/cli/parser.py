@@ -18,8 +18,10 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from modules.cli.choices import NAMES, choose_data, spell_out
 from modules.cli.explain import (
+    explain_command,
     explain_missing_arguments,
     explain_taken_name,
+    name_our_option,
     point_to_owner,
     point_to_part,
     suggest_argument,
@@ -85,23 +87,30 @@ def names_reward(annotation: Any) -> bool:
 
 NO_COMMAND = 'expected "subcommand" to be one of {fit,validate,test,predict}, but it was not provided.'
 OF_A_RUN = ("gradient_checkpointing", "torch_compile", "on_nonfinite", "on_unscored", "out")  # options of no class
+ROWS = (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow", ".gz")  # ends of files that hold rows
 EXAMPLE = "python -m modules fit --config configs/tiny/sft.yaml"
 
 
 class Parser(LightningArgumentParser):
-    """A parser that reports an error in one sentence, without a page of usage."""
+    """A parser that reports an error in one sentence, without a page of usage. Options are written in full."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False} | kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """End with the sentence and exit status 2."""
         owner = point_to_owner(message) or point_to_part(message)
         ends = (suggest_argument(message), owner, explain_taken_name(message))
-        told = explain_missing_arguments(message) or write_sentence(message, NAMES) + "".join(ends)
+        whole = explain_missing_arguments(message) or explain_command(message)
+        told = whole or write_sentence(message, NAMES) + "".join(ends)
+        ours = name_our_option(message)
+        if ours:
+            told = write_sentence(message, NAMES).partition("; did you mean")[0] + ours
         told = told.replace(
             NO_COMMAND, "name a command: fit, validate, test, predict, chat or merge; for example, " + EXAMPLE
         )
-        told = told.replace("'test', 'predict')", "'test', 'predict', 'chat', 'merge')")
         unknown = re.search(r"^unrecognized arguments: --([^\s=;]+)|[Oo]ption '([\w.]+)'(?: is not|$)", message)
-        if unknown and "did you mean" not in message:
+        if unknown and not ours and "did you mean" not in message:
             name = unknown[1] or unknown[2]
             plain, known = name.rpartition(".")[2], self.options(name)
             inside = plain in OF_A_RUN and bool(unknown[2] or plain != name)  # set in a part of the run
@@ -120,7 +129,8 @@ class Parser(LightningArgumentParser):
             parser for action in self._actions if isinstance(action.choices, dict) for parser in action.choices.values()
         ]
         known = [option.lstrip("-") for parser in (self, *commands) for option in parser._option_string_actions]
-        inner = name[name.rfind(".") :] if "." in name else ""
+        owner, dot, last = name.rpartition(".")
+        inner = dot + last if dot and owner not in known else ""  # else that group has all its options in the list
         return [option.removesuffix(".help") + inner if option.endswith(".help") else option for option in known]
 
     def instantiate_classes(self, cfg: Namespace, **kwargs: Any) -> Namespace:
@@ -128,7 +138,7 @@ class Parser(LightningArgumentParser):
         return self.instantiate(cfg, instantiators=[(build, object, True)], **kwargs)
 
     def parse_args(self, args: Any = None, *rest: Any, **settings: Any) -> Any:
-        """Parse the arguments. Raises ValueError for a key that stands twice in one mapping of a configuration.
+        """Parse the arguments. Raises ValueError for a configuration that is no YAML, or has a key twice in one mapping.
 
         jsonargparse hands an option of a class on as one argument, in which it writes null as None.
         """
@@ -137,13 +147,30 @@ class Parser(LightningArgumentParser):
         for place, text in read_mappings(sys.argv[1:] if args is None else args):
             try:
                 repeated = find_repeated_key(text)
-            except (yaml.YAMLError, RecursionError):
-                continue  # the parser will say so
+            except (yaml.YAMLError, RecursionError) as error:
+                if not Path(place).is_file():
+                    continue  # the parser will say so
+                mark = getattr(error, "problem_mark", None)
+                where = f"{place}:{mark.line + 1}" if mark else place
+                raise ValueError(f"{where}: this file is no YAML; --config takes a YAML of options") from error
             if repeated is not None:
                 line, key = repeated
                 where = f"{place}:{line}" if Path(place).is_file() else place
                 raise ValueError(f"{where}: the key {key!r} stands twice in one mapping; keep one of them")
         return super().parse_args(args, *rest, **settings)
+
+    def parse_object(self, obj: Any, namespace: Any = None, *rest: Any, **settings: Any) -> Any:
+        """Parse the arguments of a class, beside those in ``namespace`` that another class has left.
+
+        Such an argument may be a group for one of the two classes, and an option that is also null for the other one.
+        """
+        parts = [action.dest for action in self._actions if not action.dest.endswith(".help")]
+        for name, value in (vars(namespace) if namespace else {}).items():
+            in_group = any(part.startswith(f"{name}.") for part in parts)
+            if name not in parts or not isinstance(value, Namespace) or in_group != ("class_path" in value):
+                continue
+            namespace[name] = value.get("init_args", Namespace()) if in_group else value.as_dict()
+        return super().parse_object(obj, namespace, *rest, **settings)
 
     def print_usage(self, file: Any = None) -> None:
         """Print nothing: ``--help`` tells the usage."""
@@ -182,12 +209,18 @@ def sort_arguments(arguments: list[str]) -> list[str]:
 
 
 def read_mappings(args: list[str]) -> Iterator[tuple[str, str]]:
-    """Read the configurations and mappings that arguments give, each with its file or option."""
+    """Read the configurations and mappings that arguments give, each with its file or option.
+
+    Raises:
+        ValueError: a file of rows is given as a configuration.
+    """
     for argument, after in zip_longest(args, args[1:], fillvalue=""):
         name, equals, value = argument.partition("=")
         value = value if equals else after
         if not name.startswith("-"):
             continue
+        if name in ("--config", "-c") and value.endswith(ROWS):
+            raise ValueError(f"--config {value}: rows are no configuration; name them with --data.train {value}")
         if name in ("--config", "-c") and Path(value).is_file():
             try:
                 yield value, Path(value).read_text(encoding="utf-8")

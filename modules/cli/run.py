@@ -94,7 +94,7 @@ def run_command(args: list[str]) -> None:
                 auto_configure_optimizers=False,
                 load_from_checkpoint_support=False,
                 parser_class=Parser,
-                parser_kwargs={"allow_abbrev": False, "prog": "python -m modules", "description": DESCRIPTION},
+                parser_kwargs={"prog": "python -m modules", "description": DESCRIPTION},
                 save_config_kwargs={"overwrite": True},
                 args=given,
             )

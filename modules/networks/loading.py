@@ -5,6 +5,7 @@ A model is a built-in tiny one, a Hugging Face folder, a hub id, or a GGUF file.
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from difflib import get_close_matches
 from pathlib import Path
 
 import torch
@@ -57,7 +58,9 @@ def load(path: str, role: str = "policy") -> tuple[PreTrainedModel, PreTrainedTo
                 f"{role}: '{path}' holds adapters without their model; name the export of the run, in which they are "
                 "added into the weights, or save what PEFT's merge_and_unload() returns"
             )
-        raise ValueError(f"{role}: '{path}' is a folder without config.json; name a Hugging Face model folder")
+        inside = local / "export"
+        told = f"its model is {inside}" if (inside / "config.json").is_file() else "name a Hugging Face model folder"
+        raise ValueError(f"{role}: '{path}' is a folder without config.json; {told}")
     source = str(local) if local.is_dir() else path
     try:
         # A classifier's head is left out on purpose, so transformers need not warn about it.
@@ -68,9 +71,10 @@ def load(path: str, role: str = "policy") -> tuple[PreTrainedModel, PreTrainedTo
         return model, AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
+        near = "".join(f"; did you mean {name}?" for name in get_close_matches(path, BUILT_IN, n=1, cutoff=0.7))
         raise ValueError(
             f"{role}: '{path}' is not {', '.join(map(repr, BUILT_IN))}, a Hugging Face model folder, a .gguf file or a "
-            f"hub id that can be read ({reason})"
+            f"hub id that can be read ({reason}){near}"
         ) from error
 
 

@@ -10,6 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch.utils.data import DataLoader
 
 from callbacks import PredictionWriter
+from callbacks.writers.output_files import find_free_file
 from datamodules import Addition, VerifiableDataModule
 from modules import GRPOModule
 from modules.rewards import NumericMatch
@@ -35,6 +36,20 @@ def predict(path: Path, batches: list[list[Rollout] | None], **options: Any) -> 
     options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, **options}
     data: DataLoader[torch.Tensor] = DataLoader([torch.ones(1)] * len(batches))  # type: ignore[arg-type]
     Trainer(accelerator="cpu", callbacks=[PredictionWriter(str(path))], **options).predict(Sampler(batches), data)
+
+
+def test_without_a_path_no_earlier_predictions_are_replaced(tmp_path: Path, make: Any) -> None:
+    for text in ("first", "second", "third"):
+        data: DataLoader[torch.Tensor] = DataLoader([torch.ones(1)])  # type: ignore[arg-type]
+        quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "default_root_dir": tmp_path}
+        Trainer(accelerator="cpu", callbacks=[PredictionWriter()], **quiet).predict(Sampler([[make(text=text)]]), data)
+    files = sorted(tmp_path.iterdir())
+    assert [file.name for file in files] == ["predictions-2.jsonl", "predictions-3.jsonl", "predictions.jsonl"]
+    assert [json.loads(file.read_text())["completion"] for file in files] == ["second", "third", "first"]
+    (tmp_path / ".verified-2.jsonl.rank0").touch()  # of a killed run
+    trainer = Trainer(default_root_dir=tmp_path, logger=False, accelerator="cpu")
+    found = [find_free_file(trainer, None, "predictions.jsonl", resumes).name for resumes in (False, True)]
+    assert found == ["predictions-4.jsonl", "predictions-2.jsonl"]
 
 
 def test_one_line_per_completion_in_order(tmp_path: Path, make: Any) -> None:

@@ -84,9 +84,10 @@ def test_what_is_like_held_out_rows_is_left_out(tmp_path: Path) -> None:
         module = GRPOModule("tiny", ExactMatch(), validation=Validation(accuracy=everything), **settings)
         callbacks = [VerifiedSamples(unlike_held_out=3)]
         Trainer(accelerator="cpu", callbacks=callbacks, default_root_dir=tmp_path, **QUIET).predict(module, data)
-        written = [json.loads(line)["prompt"] for line in (tmp_path / "verified.jsonl").read_text().split("\n")[:-1]]
+        file = tmp_path / ("verified-2.jsonl" if chat else "verified.jsonl")
+        written = [json.loads(line)["prompt"] for line in file.read_text().split("\n")[:-1]]
         assert {str(prompt) for prompt in written} == {str(ask(text) if chat else text) for text in train[1::2]}
-        report = json.loads((tmp_path / "verified.jsonl.report.json").read_text())
+        report = json.loads((tmp_path / f"{file.name}.report.json").read_text())
         assert report["sampled/like held-out rows"] > 0
     data = VerifiableDataModule(train=str(tmp_path / "train.jsonl"))
     with pytest.raises(ValueError, match=r"unlike_held_out compares with the rows of data\.val: set data\.val"):

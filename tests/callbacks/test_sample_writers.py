@@ -220,7 +220,8 @@ def test_a_thought_that_the_template_opens_is_part_of_the_completion(tmp_path: P
         callbacks = [VerifiedSamples(path=str(tmp_path / f"{chat}.jsonl")), PredictionWriter()]
         Trainer(accelerator="cpu", callbacks=callbacks, default_root_dir=tmp_path, **QUIET).predict(module, data)
         found = {row["completion"] for row in read_rows(tmp_path / f"{chat}.jsonl")}
-        ended = [line for line in read_rows(tmp_path / "predictions.jsonl") if line["finish"] == "stop"]
+        predictions = tmp_path / ("predictions.jsonl" if chat else "predictions-2.jsonl")
+        ended = [line for line in read_rows(predictions) if line["finish"] == "stop"]
         assert found == {start + line["completion"] for line in ended if line["completion"].strip()}
 
 
@@ -278,7 +279,7 @@ def test_writers_share_what_was_sampled_when_one_of_them_is_done(tmp_path: Path)
     assert engine.prompts == 0
     for name in ("verified.jsonl", "verified.jsonl.report.json", "pairs.jsonl", "pairs.jsonl.report.json"):
         assert (tmp_path / name).read_bytes() == (tmp_path / "calm" / name).read_bytes()
-    with pytest.raises(ValueError, match=r"VerifiedSamples: another writer of this run writes .*verified.jsonl too"):
+    with pytest.raises(ValueError, match=r"VerifiedSamples: another writer of this run writes .*verified-2.jsonl too"):
         predict(tmp_path, [VerifiedSamples(), VerifiedSamples(per_prompt=1)], engine=engine)
 
 

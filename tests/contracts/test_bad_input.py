@@ -12,6 +12,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from callbacks import EngineMismatch, Samples
 from modules import SFTModule
 from modules.cli.command import refuse_twins
+from modules.cli.explain import write_sentence
 from modules.cli.parser import find_repeated_key
 
 LONG = '{"prompt": "' + "a" * 600 + '", "answer": "b"}'
@@ -138,6 +139,23 @@ def test_a_data_file_stays_a_path(tmp_path, monkeypatch, run, caplog, name, text
         (
             ["--model.sampling.temprature", "1"],
             "--model.sampling.temprature=1; did you mean --model.sampling.temperature?",
+        ),
+        (["--model.sampling.max", "3"], "--model.sampling.max=3; did you mean --model.sampling.max_completion_length?"),
+        (["--data.train.num", "3"], "datamodules.Addition': Option 'num' is not accepted; did you mean num_examples?"),
+        (
+            ["--model.learning_rate", "1"],
+            "GRPOModule': Option 'learning_rate' is not accepted; here this is --model.optimizer.lr",
+        ),
+        (["--model.loss_type", "dapo"], "Option 'loss_type' is not accepted; here this is --model.objective"),
+        (["--model.batch_size", "2"], "; here this is --data.batch_size or --data.prompts_per_phase"),
+        (["--data.batch_size", "2"], "Option 'batch_size' is not accepted; here this is --data.prompts_per_phase"),
+        (["--data.test", "my.jsonl"], "Option 'test' is not accepted; here this is --data.val"),
+        (["--seed", "2"], "unrecognized arguments: --seed 2; here this is --seed_everything"),
+        (["--trainer.num_train_epochs", "2"], "num_train_epochs 2; here this is --trainer.max_epochs"),
+        (["--model.policy", "tini"], "; did you mean tiny?"),
+        (
+            ["--model.reward", "fractions.Fraction"],
+            "fractions.Fraction is no Reward: derive it from modules.types.Reward, or name a plain function",
         ),
         (["--model.optimiser.lr", "1"], "--model.optimiser.lr=1; did you mean --model.optimizer.lr?"),
         (["--model.optimizer.lrr", "1"], "\"optimizer\": Option 'lrr' is not accepted; did you mean lr?"),
@@ -292,6 +310,16 @@ def test_bad_settings(refusal, monkeypatch, arguments, sentence):
             ["--data", "VerifiableDataModule"],
             "VerifiableDataModule gives PromptBatch; set data to InstructionDataModule",
         ),
+        *(
+            ("fit", "sft", [f"--trainer.callbacks={name}"], f"error: {name} reads what a method samples, and SFTModule")
+            for name in ("Diversity", "LengthBias", "Samples")
+        ),
+        (
+            "fit",
+            "dpo",
+            ["--trainer.callbacks=TokenBudget", "--trainer.callbacks.tokens=9"],
+            "and DPOModule samples nothing: remove the callback",
+        ),
         ("fit", "sft", ["--on_unscored", "stop"], "on_unscored: SFTModule scores no samples; leave it out"),
         ("predict", "grpo", ["--on_nonfinite", "skip"], "on_nonfinite: predict takes no steps; leave it out"),
         ("validate", "sft", ["--torch_compile", "true"], "torch_compile: validate takes no steps; leave it out"),
@@ -310,6 +338,13 @@ def test_two_callbacks_with_one_state_are_refused():
 def test_a_wrong_choice_inside_a_class_is_told_without_the_other_types_of_the_option(refusal):
     """``importance`` may also be true or false."""
     assert refusal("grpo", "--model.importance.level", "word").endswith('"level": expected one of sequence, token')
+
+
+def test_a_value_that_an_option_does_not_take_is_told_without_the_parsers_words():
+    message = 'Parser key "model": Problem with given class_path \'modules.SFTModule\':\n- Parser key "sampling"'
+    assert write_sentence(message, []).endswith(
+        "': sampling does not take the value that it has; leave it out, or set another"
+    )
 
 
 def test_only_classes_that_can_be_made_are_suggested(refusal):
@@ -345,7 +380,8 @@ def test_misspelt_yaml_key_names_the_key(tmp_path, refusal):
     file.write_text("data:\n  init_args: {prompt_per_phase: 3}\n")
     assert "did you mean prompts_per_phase" in refusal("grpo", "--config", str(file))
     file.write_text("model: true\ndata: [1]\n")
-    assert 'Parser key "' in refusal("grpo", "--config", str(file), "--data.train=x")
+    said = refusal("grpo", "--config", str(file), "--data.train=x")
+    assert said == "error: model does not take the value that it has; leave it out, or set another"
 
 
 @pytest.mark.parametrize(

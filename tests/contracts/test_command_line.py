@@ -218,6 +218,23 @@ def test_a_callback_whose_default_is_no_plain_value_is_written_into_the_configur
     assert found["init_args"] == {"duration": "00:01:00:00", "interval": "step", "verbose": True}
 
 
+@pytest.mark.parametrize(
+    ("method", "changed"),
+    [
+        ("grpo", ["--model=SFTModule", "--data=InstructionDataModule"]),
+        ("sft", ["--model=GRPOModule", "--data=VerifiableDataModule", "--model.reward=ExactMatch"]),
+    ],
+)
+def test_another_method_keeps_the_sampling(capsys, tmp_path, method, changed):
+    own = tmp_path / "own.yaml"
+    own.write_text("model: {init_args: {sampling: {temperature: 0.5, max_completion_length: 7}}}")
+    with pytest.raises(SystemExit) as end:
+        main(["fit", f"--config={CONFIGS}/tiny/{method}.yaml", f"--config={own}", *changed, "--print_config"])
+    assert end.value.code == 0
+    sampling = yaml.safe_load(capsys.readouterr().out)["model"]["init_args"]["sampling"]
+    assert (sampling["temperature"], sampling["max_completion_length"], sampling["top_p"]) == (0.5, 7, 1.0)
+
+
 def test_a_class_that_replaces_that_of_a_configuration_stays_in_its_place():
     given = ["fit", "--config", few_rows("grpo"), "--model.beta=0.5", "--model=DPOModule", "--data.val=-1", "--data=A"]
     assert sort_arguments(given) == given
@@ -247,3 +264,50 @@ def test_a_misspelt_monitor_ends_the_run_in_one_sentence(capsys):
         main(["fit", "--config", few_rows("sft"), *SHORT, stopping])
     assert end.value.code == 1
     assert "error: Early stopping conditioned on metric `train/lss`" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        (["fit"], "fit needs a method and data: add --config configs/tiny/sft.yaml, or another YAML of configs"),
+        (["fit", "--model=SFTModule", "--model.policy=tiny"], "fit needs data: add --data.train my.jsonl"),
+        (["fit", "configs/tiny/sft.yaml"], "configs/tiny/sft.yaml stands alone: write --config before it"),
+        (["configs/sft.yaml"], "configs/sft.yaml is no command: write fit --config before it, or another command"),
+        (
+            ["train", "--config=x.yaml"],
+            "there is no command 'train'; the commands are fit, validate, test, predict, chat, merge; did you mean fit?",
+        ),
+        (
+            ["fit", "--config", "my.jsonl"],
+            "--config my.jsonl: rows are no configuration; name them with --data.train my.jsonl",
+        ),
+        (["fit", "--config", "bad.yaml"], "bad.yaml:2: this file is no YAML; --config takes a YAML of options"),
+        (["chat"], "chat needs a model: add --policy FOLDER, such as the export of a run"),
+        (["chat", "--polcy=tiny"], "unrecognized arguments: --polcy=tiny; did you mean --policy?"),
+        (
+            ["chat", "--policy=tiny", "--form=chatt"],
+            "Parser key \"form\": expected one of alpaca, chat, text, got 'chatt'; did you mean chat?",
+        ),
+        (
+            ["chat", "--policy=nowhere", "--temperature=-1", "--max_completion_length=0"],
+            "chat: temperature must be >= 0, got -1.0; max_completion_length must be >= 1, got 0",
+        ),
+        (["chat", "--policy=run"], "policy: 'run' is a folder without config.json; its model is run/export"),
+    ],
+)
+def test_a_wrong_command_line_is_told_what_to_write(capsys, here, given, sentence):
+    (here / "bad.yaml").write_text("a: [1\nb: 2\n")
+    (here / "run/export").mkdir(parents=True)
+    (here / "run/export/config.json").touch()
+    with pytest.raises(SystemExit):
+        main(given)
+    assert capsys.readouterr().err.splitlines()[-1] == f"error: {sentence}"
+
+
+@pytest.mark.parametrize(("callbacks", "exported"), [("null", True), ("[]", False)])
+def test_an_empty_list_of_callbacks_means_none(capsys, callbacks, exported):
+    shipped(
+        "fit", "sft", *QUICK, "--data.train.num_examples=4", "--trainer.max_steps=1", f"--trainer.callbacks={callbacks}"
+    )
+    assert Path("runs/sft/export").exists() == exported
+    assert ("no model exported: list Export in trainer.callbacks" in capsys.readouterr().out) != exported

@@ -44,7 +44,7 @@ def files(folder: str) -> set[str]:
     return {str(path.relative_to(folder)).split(".out.")[0] for path in Path(folder).rglob("*") if path.is_file()}
 
 
-def test_out_holds_all_of_a_run_and_a_second_run_leaves_it_alone(capsys, caplog):
+def test_out_holds_all_of_a_run_and_a_second_run_leaves_it_alone(capsys, caplog, recwarn):
     main(["fit", *SFT, *FEW, "--out", "mine/first"])
     said = capsys.readouterr().out
     found = files("mine/first")
@@ -77,8 +77,24 @@ def test_out_holds_all_of_a_run_and_a_second_run_leaves_it_alone(capsys, caplog)
 
     main(["validate", *SFT, *FEW[1:2], "--ckpt_path", "mine/first-2", "--out", "mine/first"])
     assert "weights: mine/first-2/checkpoints/last.ckpt, step 12" in caplog.text
+    assert not [found for found in recwarn if "training rows" in str(found.message)]  # on which nothing goes on
     assert "validate/events" in files("mine/first-2")
     assert {path: path.stat().st_mtime_ns for path in Path("mine/first").rglob("*")} == before
+
+
+def test_the_last_line_tells_of_which_step_its_numbers_are(capsys):
+    """A step has 4 rows and an epoch 6 steps. The fit validates at step 4, ends at step 6, and has nothing left to do."""
+    once = [*SFT, *FEW[:-1], "--trainer.val_check_interval=4", "--trainer.max_epochs=1"]
+    checkpoint = {"class_path": "ModelCheckpoint", "init_args": {"every_n_train_steps": 6}}
+    once += [f"--trainer.callbacks={json.dumps([checkpoint, {'class_path': 'Export'}])}"]
+    main(["fit", *once])
+    assert re.search(
+        r"^step 6; validation at step 4: val/\S+ [\d.]+, .*; model: ", capsys.readouterr().out, re.MULTILINE
+    )
+    main(["fit", *once, "--ckpt_path=runs/sft"])
+    said = capsys.readouterr().out
+    assert "the run was complete at step 6; raise trainer.max_epochs to train on; model: runs/sft/export" in said
+    assert re.search(r"^ask it: .* --form text$", said, re.MULTILINE)
 
 
 def test_a_fast_dev_run_and_a_refused_run_leave_nothing(capsys):
