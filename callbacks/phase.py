@@ -4,12 +4,11 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from itertools import pairwise
 from math import fsum
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from modules.base import AlignmentModule
 from modules.trainer.ranks import log_equal, weighted_means
 from modules.types import HasRecord, Record, Rollout
 
@@ -32,6 +31,15 @@ class Mean(NamedTuple):
         return cls(fsum(values), len(values))
 
 
+@runtime_checkable
+class LogsSteps(Protocol):
+    """A method of ours, or one that derives from our base."""
+
+    @property
+    def log_step(self) -> Any:
+        """What logs the numbers of a step."""
+
+
 def record_of(pl_module: LightningModule) -> Record:
     """Return the record that the module keeps for callbacks. Raises ValueError when it keeps none."""
     if not isinstance(pl_module, HasRecord):
@@ -51,7 +59,7 @@ def require_samples(pl_module: LightningModule, who: str, or_held_out: bool = Fa
         or_held_out: answers to held-out rows suffice.
     """
     has_answers = or_held_out and record_of(pl_module).held_out is not None
-    if isinstance(pl_module, AlignmentModule) and not hasattr(pl_module, "collect") and not has_answers:
+    if isinstance(pl_module, LogsSteps) and not hasattr(pl_module, "collect") and not has_answers:
         raise ValueError(
             f"{who} reads what a method samples, and {type(pl_module).__name__} samples nothing: remove the callback"
         )

@@ -206,10 +206,7 @@ class PreferenceDataModule(AlignDataModule):
         first: dict[tuple[int, ...], int] = {}  # rank of each distinct completion
         for ids, rank in zip(completions, example.ranks, strict=True):
             if first.setdefault(tuple(ids), rank) != rank:
-                raise ValueError(
-                    f"{example.origin}: two answers are identical, so neither is better; remove the row or set "
-                    "on_bad_row: drop"
-                )
+                raise ValueError(f"{example.origin}: two answers are identical, so neither is better")
         return PreferenceTokens(prompt, completions, example.ranks, example.margin, example.origin)
 
     def _load(self, source: str | Source, stage: Stage) -> list[PreferenceTokens]:

@@ -54,15 +54,19 @@ def resolve_checkpoint(path: str | None, out: Path | None) -> str | None:
 def check_checkpoint(path: str | None, resumes: bool) -> None:
     """Refuse a ``ckpt_path`` that is no checkpoint.
 
-    Names such as ``last`` and files that do not exist are left to Lightning.
+    Names such as ``best`` are left to Lightning.
 
     Raises:
-        ValueError: the file is damaged, or no checkpoint of a training run.
+        ValueError: the file does not exist, is damaged, or is no checkpoint of a training run.
     """
     if path is not None and "://" in path:
         raise ValueError(f"ckpt_path: '{path}' is an address; download the file and name it")
-    if path is None or not Path(path).exists():
+    if path is None:
         return
+    if not Path(path).exists():
+        if path in ("last", "best", "hpc", "registry") or path.startswith("registry:"):  # Lightning's names
+            return
+        raise ValueError(f"ckpt_path: there is no file '{path}'; name a run's folder or a .ckpt file in it")
     if Path(path).is_dir():
         if not (Path(path) / "meta.pt").is_file():  # sharded checkpoints are folders
             there = any(Path(path).glob("**/*.ckpt"))
@@ -141,15 +145,16 @@ def check_run(command: str, model: LightningModule, data: LightningDataModule) -
     method, source = type(model).__name__, type(data).__name__
     for owner, needed in zip((model, data), NEEDED[command], strict=True):
         if not is_overridden(needed, owner):
-            raise ValueError(f"{type(owner).__name__} has no {needed}, so there is nothing to {command}")
+            other = "; predict works with a method that samples, such as GRPOModule" if command == "predict" else ""
+            raise ValueError(f"{type(owner).__name__} has no {needed}, so there is nothing to {command}{other}")
     if not hasattr(model, "tokenizer") and getattr(data, "tokenizer", method) is None:
         other = f"set data to {model.reads}" if isinstance(model, PredictModule) else "set data.tokenizer"
         raise ValueError(f"{source} needs a tokenizer and {method} has none; {other}")
     wanted, given = find_batch_type(type(model)), getattr(data, "batch_type", None)
     if wanted is not None and given is not None and wanted is not given:
         raise ValueError(
-            f"{method} reads {wanted.__name__} and {source} gives {given.__name__}; set data to "
-            f"{' or '.join(find_givers(wanted))}"
+            f"{method} reads {wanted.__name__} and {source} gives {given.__name__}; add "
+            f"{' or '.join(f'--data {giver}' for giver in find_givers(wanted))}"
         )
 
 

@@ -276,7 +276,7 @@ def make_logger(kind: Kind, folder: Path, name: str) -> Logger:
         try:
             return WandbLogger(name=f"{folder.name} {name}".strip(), save_dir=folder, project="lightning-align")
         except ModuleNotFoundError as error:
-            raise ValueError(f"logger: {error}; pip install wandb") from error
+            raise ValueError("logger: wandb needs its package; install it with: pip install wandb") from error
     if kind == "csv":
         keep_metrics(folder / name / "metrics.csv")
         return CSVLogger(save_dir=folder, name="", version=name, flush_logs_every_n_steps=1)  # none lost by a kill

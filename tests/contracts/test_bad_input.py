@@ -264,7 +264,10 @@ def test_a_data_file_stays_a_path(tmp_path, monkeypatch, run, caplog, name, text
             ["--model.sampling.max_completion_length", "1020"],
             "longest train row has 6 tokens and a completion up to 1020 more",
         ),
-        (["--ckpt_path", "absent.ckpt"], "absent.ckpt"),
+        (
+            ["--ckpt_path", "absent.ckpt"],
+            "error: ckpt_path: there is no file 'absent.ckpt'; name a run's folder or a .ckpt file in it",
+        ),
         (["--trainer.gradient_checkpointing", "true"], "did you mean --gradient_checkpointing?"),
         (["--model.gradient_checkpointing", "true"], "did you mean --gradient_checkpointing?"),
         (
@@ -294,7 +297,7 @@ def test_bad_settings(refusal, monkeypatch, arguments, sentence):
 @pytest.mark.parametrize(
     ("command", "method", "arguments", "sentence"),
     [
-        ("predict", "sft", [], "SFTModule has no predict_step, so there is nothing to predict"),
+        ("predict", "sft", [], "nothing to predict; predict works with a method that samples, such as GRPOModule"),
         ("validate", "sft", ["--data.val", "null"], "there are no held-out rows to evaluate; set data.val"),
         ("test", "grpo", ["--data.val", "null"], "there are no held-out rows to evaluate; set data.val"),
         ("fit", "sft", ["--trainer.overfit_batches", "1"], "trainer.overfit_batches replaces the samplers"),
@@ -308,7 +311,7 @@ def test_bad_settings(refusal, monkeypatch, arguments, sentence):
             "fit",
             "sft",
             ["--data", "VerifiableDataModule"],
-            "VerifiableDataModule gives PromptBatch; set data to InstructionDataModule",
+            "VerifiableDataModule gives PromptBatch; add --data InstructionDataModule",
         ),
         *(
             ("fit", "sft", [f"--trainer.callbacks={name}"], f"error: {name} reads what a method samples, and SFTModule")

@@ -158,7 +158,7 @@ def test_long_examples_go_whole_and_ties_and_bad_rows_are_counted() -> None:
 def test_identical_answers_are_refused_unless_they_are_not_compared() -> None:
     with pytest.raises(
         ValueError,
-        match="data.jsonl:1: two answers are identical, so neither is better; remove the row or set on_bad_row: drop",
+        match="data.jsonl:1: two answers are identical, so neither is better; mend the row, or set data.on_bad_row: drop",
     ):
         module(pair("same", "same"))
     with pytest.raises(ValueError, match="data.jsonl:1: two answers are identical"):
