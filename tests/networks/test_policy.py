@@ -421,8 +421,8 @@ def test_without_gradients_padding_is_left_out_and_scores_are_the_same(monkeypat
         assert sorted(widths) == [(1, 3), (1, 40), (2, 30)]  # 2 x 40 and 3 x 30 are more than 64
         del widths[:]
         parts = policy.token_scores(ids, mask, details=True), policy.completion_scores(batch, details=True)
-        # the completions of a prompt stay together: 9 + 2 x 40 columns, of which the last token's state is not needed
-        assert widths[-4:] == [(1, 9), (2, 39), (1, 4), (2, 4)]
+        # 9 + 2 x 40 columns are more than 64, so these rows hold the prompt each; those of the other prompt share it
+        assert widths[-4:] == [(1, 49), (1, 39), (1, 4), (2, 4)]
         torch.testing.assert_close(policy.completion_states(batch), states.detach(), atol=1e-5, rtol=1e-5)
     for expected, found in zip(whole, parts, strict=True):
         for one, other in zip(expected, found, strict=True):
