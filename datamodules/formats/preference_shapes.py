@@ -269,18 +269,15 @@ def _no_shape(cells: Cells) -> ValueError:
             "completions and scores"
         )
     texts = [name for name in cells.unread if isinstance(cells.values[name], str)]
-    if not cells.has("completions") and len(texts) >= 2 and not any(map(cells.has, (*TWO, "completion", "messages"))):
-        longest = texts if cells.has("prompt") else texts[1:]
-        asked = {} if cells.has("prompt") else {"prompt": texts[0]}
-        example = asked | dict(zip(("chosen", "rejected"), longest, strict=False))
-        if len(longest) == 2 and not cells.has("chosen") and not cells.has("rejected"):
-            return cells.not_found(
-                "a prompt with chosen + rejected, completions with ranks or scores, or a label", example
-            )
+    wanted = ["chosen", "rejected"] if cells.has("prompt") else ["prompt", "chosen", "rejected"]
+    answered = any(map(cells.has, (*TWO, "completions", "completion", "messages", "chosen", "rejected")))
+    if len(texts) == len(wanted) and not answered:
+        shapes = "a prompt with chosen + rejected, completions with ranks or scores, or a label"
+        return cells.not_found(shapes, dict(zip(wanted, texts, strict=True)))
     verdicts = {"preference": next((name for name in cells.unread if RANKS.search(normalize(name))), "my_verdict")}
-    wanted = ", ".join(" + ".join(shape) for shape in SHAPES if shape != TWO)
+    known = ", ".join(" + ".join(shape) for shape in SHAPES if shape != TWO)
     return cells.not_found(
-        f"a prompt or turns that the answers share, with one of: {wanted} (output_1 and output_2 in any spelling of "
+        f"a prompt or turns that the answers share, with one of: {known} (output_1 and output_2 in any spelling of "
         "datamodules/formats/table.py)",
         verdicts if all(map(cells.has, TWO)) else None,
     )

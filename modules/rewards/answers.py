@@ -5,7 +5,7 @@ import math
 import re
 
 from modules.rewards.checks.golds import cut_final_answer
-from modules.rewards.checks.numeric import read_gold
+from modules.rewards.checks.numeric import read_gold_number
 from modules.rewards.verifier import Verifier
 
 
@@ -109,7 +109,7 @@ class MathVerify(Verifier):
 def name_reader(gold: str) -> str:
     """Return in words which reward could compare completions with this gold answer."""
     answer = cut_final_answer(gold)
-    if read_gold(gold) is not None:
+    if read_gold_number(gold) is not None:
         return "NumericMatch reads it as a number"
     if re.fullmatch(r"\(?[A-Ja-j]\)?\.?", answer):
         return "ExactMatch compares option letters, with a pattern whose group is the letter"

@@ -24,8 +24,8 @@ def cut_by_length(
 
     The completions of a prompt stay together until the padding of the shorter ones would cost more than to compute the
     prompt once more. What stays together then joins others of like length until their padding would cost more than
-    another forward pass. At lognormal lengths, groups of eight and prompts as long as completions, about 1.5 times the
-    tokens are so computed, where it would be 3.9 times.
+    another forward pass. With lognormal lengths, groups of eight, and prompts as long as completions, about 1.5 times the
+    real tokens are computed; with one width for all it would be 3.9 times.
 
     Rows without prompts are cut too: each is its own owner, and has 0 tokens before it.
 

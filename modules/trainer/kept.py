@@ -39,8 +39,8 @@ def ask_trainer(trainer: Trainer) -> Asked:
     """Return what a run asks of its optimizers and schedulers."""
     schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
     return [
-        *(("the optimizer", each, read_settings(each)) for each in trainer.optimizers),
-        *(("the scheduler", each, read_settings(each)) for each in schedulers),
+        *(("the optimizer", each, list_settings(each)) for each in trainer.optimizers),
+        *(("the scheduler", each, list_settings(each)) for each in schedulers),
     ]
 
 
@@ -48,13 +48,13 @@ def ask_callbacks(trainer: Trainer, saved: Mapping[str, Any]) -> Asked:
     """Return what a run asks of the callbacks of which a checkpoint has ``saved`` a state."""
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     return [
-        (type(each).__name__, each, read_settings(each, saved[each.state_key]))
+        (type(each).__name__, each, list_settings(each, saved[each.state_key]))
         for each in callbacks
         if isinstance(saved.get(each.state_key), Mapping)
     ]
 
 
-def read_settings(part: Any, names: Iterable[str] | None = None) -> Settings:
+def list_settings(part: Any, names: Iterable[str] | None = None) -> Settings:
     """Return the settings of a part that are plain values: its class's arguments, those in ``names`` alone if given.
 
     The learning rates of an optimizer are those before its schedule.
@@ -77,7 +77,7 @@ def say_kept_settings(asked: Asked) -> None:
     kept = [
         (f"{name} of {owner}", after[name], before[name])
         for owner, part, settings in asked
-        for before, after in zip(settings, read_settings(part, settings[0]), strict=True)
+        for before, after in zip(settings, list_settings(part, settings[0]), strict=True)
         for name in before
         if after.get(name, before[name]) != before[name]
     ]

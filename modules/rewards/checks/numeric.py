@@ -28,21 +28,7 @@ _WRAPPED = re.compile(r"\$\$?(.*?)\$?\$|\\\((.*)\\\)|\\\[(.*)\\\]", re.DOTALL)
 _NAMED = re.compile(r"\A[^=<>!~\u2248\u2260\u2264\u2265]*[^=<>!~\u2248\u2260\u2264\u2265\s]\s*=(?=[^=]*\Z)")
 _EXCLAIMED = re.compile(r"(?<=[A-Za-z] )(\\?\$?-?[\d.,/]{1,40})!+(?=\s{0,9}\Z|\s{1,9}[A-Z])")
 _UNIT = re.compile(r"(.*\d)\s*([^\W\d_]{2,20})\.?", re.DOTALL)
-_FACTORS = {
-    "pi",
-    "tau",
-    "ten",
-    "dozen",
-    "hundred",
-    "thousand",
-    "million",
-    "billion",
-    "trillion",
-    "bn",
-    "mn",
-    "mio",
-    "tsd",
-}
+_FACTORS = {"pi", "tau", "ten", "dozen", "hundred", "thousand", "million", "billion", "trillion", "bn", "mn", "mio"}
 _HEXADECIMAL = re.compile(r"0(?<![\w.]0)(?:[xX][\da-fA-F]+|[oO][0-7]+|[bB][01]+)\b")
 
 
@@ -54,7 +40,7 @@ def judge(
     Returns:
         None without a gold number.
     """
-    gold = None if answer is None else read_gold(answer)
+    gold = None if answer is None else read_gold_number(answer)
     if gold is None:
         return None
     if pattern is None:
@@ -98,11 +84,11 @@ def read_number(text: str) -> Fraction | None:
     return _value(_NUMBER.fullmatch(re.sub(r"\A([-+])\s+", r"\1", text)))
 
 
-def read_gold(answer: str) -> Fraction | None:
+def read_gold_number(answer: str) -> Fraction | None:
     """Return the number of a gold answer: what ``read_number`` reads, also in braces or ``\\text{}``, behind ``=``, or with
     a unit of two letters or more behind it. A single letter may stand for a factor (``5m``), so it is no unit.
 
-    >>> read_gold("= 5 dollars"), read_gold("{5}"), read_gold("5m"), read_gold("5 million")
+    >>> read_gold_number("= 5 dollars"), read_gold_number("{5}"), read_gold_number("5m"), read_gold_number("5 million")
     (Fraction(5, 1), Fraction(5, 1), None, None)
     """
     text = cut_final_answer(answer)
